@@ -1,0 +1,444 @@
+"""
+How fast are the models on this machine, and how much memory do they take — beside what one would use instead?
+
+    python bench.py                                                 # everything, some minutes on a small CPU
+    python bench.py --models=gpt,mamba2 --sections=train --batch_size=4 --nanogpt=../nanoGPT --json=bench.json
+
+Three sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and backward of two bare
+Mamba-1 layers, since the peers are too slow for a whole model; `sample` is reading a prompt and writing token by token.
+
+Each contender (a model in a dtype) is a process of its own, so that its peak memory is its own. It warms up, then waits;
+the processes take turns, one round each (A B C A B C …), so that a machine whose speed drifts is unfair to nobody. A ratio
+is the median over the rounds of the two's ratio within a round. The machine's matmul speed, against which MFU is counted,
+is measured each round too. A peer that is not installed is left out, and the last lines say so.
+"""
+import difflib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from functools import lru_cache, partial
+from json import dumps, loads
+from statistics import median
+
+import torch
+
+from configurator import configure, fail, find_settings
+
+# what to measure
+sections = 'train,layers,sample'
+models = 'gpt,mamba2,mamba1,hybrid'
+peers = 'llama,nanogpt,hf_mamba2,mambapy,hf_mamba'  # hf_: transformers'. Compared with the model each resembles; '': none
+nanogpt = ''                     # a nanoGPT checkout to compare with: the folder of its model.py
+dtypes = 'float32,bfloat16'      # float32, bfloat16 or float16; the latter two as autocast over fp32 weights
+# the model: small enough for a CPU, large enough that matrix products dominate
+n_layer = 6
+n_embd = 384
+n_head = 6
+vocab_size = 4096
+# training
+batch_size = 8
+block_size = 256                 # tokens in a sequence
+layers_batch_size = 4            # the section `layers`: sequences of block_size
+compile = False                  # torch.compile the training step of every contender, peers too
+# sampling, one sequence
+prefill = 512                    # tokens of a prompt, read at once
+positions = '100,4000'           # decode there: a Mamba should not slow down, attention must
+# how
+rounds = 5                       # turns each contender takes
+seconds = 1.0                    # how long one turn lasts, at least (but always whole steps)
+limit = 60.0                     # seconds of turns after which a contender takes no more: some peers need 20 s a step
+device = 'auto'                  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
+threads = 0                      # CPU threads; 0: torch's choice
+json = ''                        # a file for the raw figures
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SECTIONS = ('train', 'layers', 'sample')
+OURS = ('gpt', 'mamba2', 'mamba1', 'hybrid')
+PEERS = {  # what to print, the model of ours it resembles, the sections it takes part in
+    'llama': ('transformers Llama', 'gpt', ('train', 'sample')),
+    'nanogpt': ('nanoGPT', 'gpt', ('train',)),
+    'hf_mamba2': ('transformers Mamba2', 'mamba2', ('train', 'sample')),
+    'mambapy': ('mamba.py', 'mamba1', ('layers',)),
+    'hf_mamba': ('transformers Mamba', 'mamba1', ('layers',)),
+}
+# Dense FLOP/s of bf16 or fp16 matrix products that accumulate in fp32, from the makers' data sheets (which like to print
+# the sparse figure, twice that). T4 and V100 know only fp16.
+PEAKS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+         'A100': 312e12, 'A40': 150e12, 'A30': 165e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12,
+         'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX 6000 Ada': 364e12, 'RTX A6000': 155e12, 'RTX 5090': 210e12,
+         'RTX 5080': 113e12, 'RTX 4090': 165e12, 'RTX 4080': 97e12, 'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12}
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+def timed(device, work):
+    """Seconds that work() takes."""
+    wait = (lambda: None) if torch.device(device).type == 'cpu' else torch.accelerator.synchronize
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+def matmul_peak(device, dtype):
+    """Measured FLOP/s of square matrix products, the best of some: about 0.2 s. dtype: torch's or its name."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    n = 2048 if torch.device(device).type == 'cpu' else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
+    out = torch.empty_like(a)
+    timed(device, lambda: torch.mm(a[:256], b, out=out[:256]))  # wakes threads and libraries
+    best, end = float('inf'), time.perf_counter() + 0.2
+    while time.perf_counter() < end:
+        best = min(best, timed(device, lambda: torch.mm(a, b, out=out)))
+    return 2 * n ** 3 / best
+
+@lru_cache(None)
+def peak_flops(device, dtype):
+    """FLOP/s to count MFU against: the data sheet's for a known GPU, else what matmul_peak measures (once)."""
+    half = str(dtype).removeprefix('torch.')
+    if torch.device(device).type == 'cuda' and half in ('bfloat16', 'float16'):
+        name = torch.cuda.get_device_name(device)
+        whole = not re.search('laptop|max-q|mig', name, re.I)  # these share a name with something faster
+        native = half == 'float16' or torch.cuda.get_device_capability(device) >= (8, 0)
+        for known, peak in PEAKS.items():
+            if whole and native and re.search(rf'\b{known}\b', name, re.I):
+                return peak
+    return matmul_peak(device, dtype)
+
+def copy_bandwidth(device):
+    """Bytes a second of copying 256 MB, counting what is read and what is written."""
+    a = torch.ones(64 << 20, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(timed(device, lambda: b.copy_(a)) for _ in range(4))
+
+def machine_name(device):
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            name = re.search('model name.*: (.*)|$', f.read())[1] or name
+    return f'{name}, {torch.get_num_threads()} threads'
+
+def memory(peak=False):
+    """Bytes of this process in memory, now or at most so far; None where the system does not say."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    if os.path.exists('/proc/self/status'):  # not getrusage: on Linux its peak begins with that of the parent process
+        with open('/proc/self/status', encoding='utf-8') as f:
+            return int(re.search(('VmHWM' if peak else 'VmRSS') + r':\s*(\d+)', f.read())[1]) * 1024
+    try:
+        from resource import RUSAGE_SELF, getrusage
+        return getrusage(RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+    except ImportError:
+        return None
+
+# --- the contenders: all of this runs in their processes --------------------------------------------------------------
+
+def ours(name):
+    """(class, config) of our models, at the size of the settings."""
+    sizes = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd)
+    if name == 'gpt':
+        from model_gpt import GPT, GPTConfig
+        return GPT, GPTConfig(n_head=n_head, **sizes)
+    if name == 'hybrid':
+        from model_hybrid import Hybrid, HybridConfig
+        return Hybrid, HybridConfig(n_head=n_head, **sizes)
+    from model_mamba import Mamba, MambaConfig
+    return Mamba, MambaConfig(version=int(name[-1]), **sizes)
+
+def hf_config(name):
+    """transformers' config of the same size."""
+    import transformers
+    like = ours(PEERS[name][1])[1]
+    sizes = dict(vocab_size=vocab_size, hidden_size=n_embd, num_hidden_layers=n_layer, tie_word_embeddings=True)
+    if name == 'llama':
+        return transformers.LlamaConfig(intermediate_size=like.intermediate_size, num_attention_heads=n_head, **sizes)
+    sizes.update(state_size=like.state_size, expand=like.expand, conv_kernel=like.conv_kernel)
+    if name == 'hf_mamba':
+        return transformers.MambaConfig(time_step_rank=like.time_step_rank, **sizes)
+    return transformers.Mamba2Config(num_heads=like.expand * n_embd // like.head_dim, head_dim=like.head_dim,
+                                     n_groups=like.n_groups, chunk_size=like.chunk_size, **sizes)  # faster than with its own 256
+
+def whole_model(name):
+    """(model, loss(idx, targets)) of any contender but Mamba-1's."""
+    if name.startswith(('llama', 'hf_')):
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_config(hf_config(name))
+        return model, lambda idx, targets: model(input_ids=idx, labels=idx, use_cache=False).loss
+    if name == 'nanogpt':
+        spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(nanogpt, 'model.py'))
+        module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = module.GPT(module.GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                                            n_embd=n_embd, dropout=0.0, bias=False))
+    else:
+        Model, config = ours(name)
+        model = Model(config)
+    return model, lambda idx, targets: model(idx, targets)[1]
+
+def matrix_flops(model):
+    """6 a weight of every matrix product; a table of positions is none."""
+    return 6 * sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith(('A_log', 'wpe.weight')))
+
+def train(name, autocast):
+    """Training steps. Everyone has the same optimizer: what is compared is the models."""
+    model, loss = whole_model(name)
+    with torch.device('meta'):  # mixing of tokens costs a peer what it costs the model of ours that it resembles
+        Model, config = ours(name if name in OURS else PEERS[name][1])
+        like = Model(config)
+    facts = dict(parameters=sum(p.numel() for p in model.parameters()), tokens=batch_size * block_size,
+                 flops=matrix_flops(model) + like.flops_per_token(block_size) - matrix_flops(like))
+    model.to(device).train()
+    facts['before'] = memory()
+    loss = torch.compile(loss) if compile else loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    idx, targets = torch.randint(vocab_size, (2, batch_size, block_size), device=device).unbind()
+
+    def step():
+        with autocast():
+            value = loss(idx, targets)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return facts, {'step': step}
+
+def layers(name, autocast):
+    """Two Mamba-1 mixers, without norms and residuals."""
+    config = ours('mamba1')[1]
+    if name == 'mamba1':
+        from model_mamba import Mamba1Mixer
+        pair = [Mamba1Mixer(config, 2) for _ in range(2)]
+    elif name == 'mambapy':
+        from mambapy.mamba import MambaBlock, MambaConfig
+        pair = [MambaBlock(MambaConfig(d_model=n_embd, n_layers=2, d_state=config.state_size, pscan=True)) for _ in range(2)]
+    else:
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+        pair = [MambaMixer(hf_config(name), 0) for _ in range(2)]
+    pair = torch.nn.ModuleList(pair).to(device).train()
+    facts = dict(parameters=sum(p.numel() for p in pair.parameters()), tokens=2 * layers_batch_size * block_size, before=memory())
+    x = torch.randn(layers_batch_size, block_size, n_embd, device=device, requires_grad=True)
+
+    def step():
+        y = x
+        with autocast():
+            for layer in pair:
+                y = layer(y)
+                y = y[0] if isinstance(y, tuple) else y
+        y.float().square().mean().backward()
+        pair.zero_grad(set_to_none=True)
+        x.grad = None
+    return facts, {'step': step}
+
+def sample(name, autocast):
+    """Reading a prompt, and one token more at each of the positions. Autocast is on all the time: it keeps its copies."""
+    model = whole_model(name)[0].to(device).eval()
+    autocast().__enter__()
+    torch.inference_mode().__enter__() if name in PEERS else torch.no_grad().__enter__()
+    cache = 'cache_params' if name == 'hf_mamba2' else 'past_key_values'
+
+    def read(idx, state=None):
+        if name in OURS:
+            return model.step(idx, state)[1]
+        return model(input_ids=idx, use_cache=True, **({cache: state} if state is not None else {}))[cache]
+
+    prompt = torch.randint(vocab_size, (1, prefill), device=device)
+    works, facts, states = {'prefill': lambda: read(prompt)}, dict(tokens=prefill, state=[]), {}
+    for p in positions.split(','):
+        states[p] = None
+        for start in range(0, int(p), 512):
+            states[p] = read(torch.randint(vocab_size, (1, min(512, int(p) - start)), device=device), states[p])
+        if name in OURS:
+            facts['state'].append(sum(v.nbytes for k, v in states[p].items() if k != 'pos'))
+        works[p] = lambda p=p: states.update({p: read(prompt[:, :1], states[p])})
+    return facts, works
+
+def contender():
+    """The life of a contender's process: a job on stdin, then a line for each round it shall run; answers on stdout."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    job = loads(sys.stdin.readline())
+    globals().update(job['settings'])
+    try:
+        torch.set_num_threads(threads or torch.get_num_threads())
+        torch.manual_seed(1)
+        autocast = partial(torch.autocast, torch.device(device).type, getattr(torch, job['dtype'], None),
+                           enabled=job['dtype'] != 'float32')
+        facts, works = globals()[job['section']](job['name'], autocast)
+        steps = {}
+        for work, run in works.items():
+            end, took = time.perf_counter() + 2 * seconds, timed(device, run)
+            while time.perf_counter() < end:  # a slow step is warm after one
+                took = timed(device, run)
+            steps[work] = max(1, round(seconds / len(works) / took))
+        print(dumps(facts), file=answers, flush=True)
+        for _ in sys.stdin:
+            turn = dict(times={work: [timed(device, run) for _ in range(steps[work])] for work, run in works.items()})
+            if facts.get('before'):  # so neither libraries nor a model's making count, but its parameters do
+                turn['memory'] = memory(peak=True) - facts['before'] + 4 * facts['parameters']
+            print(dumps(turn), file=answers, flush=True)
+    except Exception as error:
+        print(dumps(dict(error=f'{type(error).__name__}: {error}'.split('\n')[0][:150])), file=answers, flush=True)
+
+# --- the contest ------------------------------------------------------------------------------------------------------
+
+def progress(text):
+    if sys.stderr.isatty():
+        print(f'\r\033[K{text}', end='', file=sys.stderr, flush=True)
+
+def ask(process, line):
+    """One line to a contender, its answer as a dict."""
+    try:
+        process.stdin.write(line + '\n')
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    except OSError:
+        answer = ''
+    return loads(answer) if answer else dict(error=f'its process died with status {process.wait()} (out of memory?)')
+
+def contest(section, peaks):
+    """All contenders of one section → [{section, name, label, dtype, …, times: [{work: [seconds]} of each round]}]."""
+    names = []
+    for name in models.split(',') if section != 'layers' else ['mamba1'] * ('mamba1' in models.split(',')):
+        names += [name] + [p for p in peers.split(',') if p and PEERS[p][1] == name and section in PEERS[p][2]]
+    rows = [dict(section=section, name=name, label=PEERS.get(name, [name])[0], dtype=dtype, times=[])
+            for dtype in dtypes.split(',') for name in names]
+    settings = {name: globals()[name] for name in find_settings(globals())}
+    code = f'import sys; sys.path.insert(0, {HERE!r}); import bench; bench.contender()'
+    processes = {}
+    try:
+        for i, row in enumerate(rows):
+            progress(f'{section}: warming up {row["label"]} {row["dtype"]}')
+            if row['name'] == 'nanogpt' and not nanogpt:
+                row['error'] = 'name its folder with --nanogpt='
+                continue
+            processes[i] = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=subprocess.DEVNULL, text=True, encoding='utf-8')
+            row.update(ask(processes[i], dumps(dict(section=section, name=row['name'], dtype=row['dtype'], settings=settings))))
+        for turn in range(rounds):
+            for dtype in peaks:
+                peaks[dtype].append(peak_flops.__wrapped__(device, dtype))  # past its cache: the machine may have changed
+            for i, row in enumerate(rows):
+                if 'error' not in row and sum(sum(t) for times in row['times'] for t in times.values()) < limit:
+                    progress(f'{section}: round {turn + 1} of {rounds}, {row["label"]} {row["dtype"]}')
+                    answer = ask(processes[i], 'go')
+                    row['times'] += [answer.pop('times')] if 'times' in answer else []
+                    row.update(answer)
+    finally:
+        progress('')
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return rows
+
+def table(title, header, lines):
+    """Aligned columns: the first two to the left, figures to the right."""
+    lines = [header] + lines
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    print(f'\n{title}')
+    for line in lines:
+        print('  ' + '  '.join(f'{c:<{w}}' if i < 2 else f'{c:>{w}}' for i, (c, w) in enumerate(zip(line, widths))).rstrip())
+
+def show(section, rows, peaks):
+    """Prints a section's table; adds the medians it shows to the rows."""
+    mega = lambda n, digits=0: f'{n / 1e6:,.{digits}f}' if n is not None else 'n/a'
+    lines, places = [], positions.split(',')
+    for row in rows:
+        times = {work: sum((turn[work] for turn in row['times']), []) for work in row['times'][0]}
+        ms = row['ms'] = {work: 1e3 * median(t) for work, t in times.items()}
+        speed = row['tokens_per_second'] = row['tokens'] * 1e3 / ms['prefill' if section == 'sample' else 'step']
+        line = [row['label'], row['dtype'], f'{speed:,.0f}']
+        if section == 'sample':
+            line += [f'{ms[p]:.2f}' for p in places] + [f'{ms[places[-1]] / ms[places[0]]:.2f}×']
+            line += [' / '.join(mega(size, 2) for size in row['state']) or 'n/a']
+        else:
+            t = times['step']
+            line += [f'{ms["step"]:.0f}', f'{1e3 * min(t):.0f}–{1e3 * max(t):.0f}', str(len(t)), mega(row.get('memory')),
+                     mega(row['parameters'], 1)]
+        if section == 'train':
+            row['mfu'] = row['flops'] * speed / median(peaks[row['dtype']])
+            line.append(f'{100 * row["mfu"]:.0f}%')
+        lines.append(line)
+    header = ['model', 'dtype', 'tokens/s', 'ms/step', 'min–max', 'steps', 'peak MB', 'M params', 'MFU']
+    if section == 'train':
+        table(f'training: {n_layer} layers, n_embd {n_embd}, {n_head} heads, vocabulary {vocab_size}; '
+              f'{batch_size}×{block_size} tokens a step', header, lines)
+    elif section == 'layers':
+        table(f'two Mamba-1 layers, forward and backward: n_embd {n_embd}; {layers_batch_size}×{block_size} tokens; '
+              'tokens/s count each layer', header[:-1], lines)
+    else:
+        table(f'sampling, one sequence: a prompt of {prefill} tokens, then ms for one token at position {" and ".join(places)}',
+              ['model', 'dtype', 'prompt tokens/s'] + places + [f'{places[-1]} / {places[0]}', 'state MB'], lines)
+    sys.stdout.flush()
+
+def compare(rows):
+    """One ratio for each pair of our model and its peer, and each kind of work: training steps, prompt, one token more."""
+    pairs = [(a, b) for b in rows for a in rows
+             if [a['name'], a['section'], a['dtype']] == [PEERS.get(b['name'], [0, 0])[1], b['section'], b['dtype']]]
+    for a, b in pairs:
+        for work in a['times'][0]:
+            each = [median(y[work]) / median(x[work]) for x, y in zip(a['times'], b['times'])]
+            yield dict(section=a['section'], work=work, dtype=a['dtype'], ours=a['label'], peer=b['label'], speed=median(each),
+                       low=min(each), high=max(each), memory=a['memory'] / b['memory'] if 'memory' in a and 'memory' in b else None)
+
+def main():
+    global device
+    for setting, known in (('sections', SECTIONS), ('models', OURS), ('peers', PEERS), ('dtypes', ('float32', 'bfloat16', 'float16'))):
+        for name in globals()[setting].split(',') if globals()[setting] or setting != 'peers' else []:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                fail(f"--{setting}: unknown '{name}' (did you mean {near}?); there are {', '.join(known)}")
+    for setting in ('n_layer', 'n_embd', 'n_head', 'vocab_size', 'batch_size', 'block_size', 'layers_batch_size', 'prefill', 'rounds'):
+        if globals()[setting] < 1:
+            fail(f'--{setting}={globals()[setting]}: at least 1')
+    if not all(p.isdigit() and int(p) for p in positions.split(',')):
+        fail(f'--positions={positions}: expected whole numbers of at least 1, as in 100,4000')
+    if nanogpt and not os.path.exists(os.path.join(nanogpt, 'model.py')):
+        fail(f'--nanogpt={nanogpt}: no model.py in there')
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=device)
+        for name in models.split(','):
+            ours(name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        fail(str(error).split('\n')[0])
+    torch.set_num_threads(threads or torch.get_num_threads())
+
+    peaks = {dtype: [peak_flops(device, dtype)] for dtype in dtypes.split(',')}
+    machine = dict(name=machine_name(device), torch=torch.__version__, bandwidth=copy_bandwidth(device), peak_flops=peaks)
+    print(f'{machine["name"]}; torch {torch.__version__}\nmatmul '
+          + ', '.join(f'{dtype} {p[0] / 1e9:,.0f} GFLOP/s' for dtype, p in peaks.items())
+          + f'; memory copy {machine["bandwidth"] / 1e9:.0f} GB/s', flush=True)
+    rows, absent = [], []
+    for section in sections.split(','):
+        found = contest(section, peaks)
+        absent += [row for row in found if 'error' in row]
+        found = [row for row in found if 'error' not in row]
+        if found:
+            show(section, found, peaks)
+        rows += found
+    ratios = list(compare(rows))
+    if ratios:
+        what = {'step': 'step', 'prefill': 'prompt'}
+        table('ours / peer: speed, its lowest and highest of the rounds, and peak memory',
+              ['ours', 'peer', '', 'speed', 'of rounds', 'memory'],
+              [[f'{r["ours"]} {r["dtype"]}', r['peer'], f'{r["section"]} {what.get(r["work"], r["work"])}', f'{r["speed"]:.2f}×',
+                f'{r["low"]:.2f}–{r["high"]:.2f}', f'{r["memory"]:.2f}×' if r['memory'] else ''] for r in ratios])
+    if absent:
+        print('\nleft out', *dict.fromkeys(f'{row["label"]}: {row["error"]}' for row in absent), sep='\n  ')
+    if json:
+        settings = {name: globals()[name] for name in find_settings(globals())}
+        try:
+            with open(json, 'w', encoding='utf-8') as f:
+                f.write(dumps(dict(machine=machine, settings=settings, rows=rows, ratios=ratios, left_out=absent), indent=1) + '\n')
+        except OSError as error:
+            fail(f'--json={json}: {error.strerror}')
+    if not rows:
+        fail('nothing could be measured')
+
+if __name__ == '__main__':
+    configure(globals(), positional='config')
+    main()

@@ -1,0 +1,119 @@
+"""What train.py saves and everything else loads: one file that holds all of a model, and how to rebuild it.
+
+    net = build('gpt', dict(vocab_size=4096, n_layer=6))
+    save('out/ckpt.pt', {'kind': 'gpt', 'config': ..., 'weights': ..., 'tokenizer': ...})
+    ckpt = load('out')                  # best.pt if there is one, else ckpt.pt; or a file
+    net, tok = model_of(ckpt), tokenizer_of(ckpt)
+
+A checkpoint is read with weights_only=True: tensors and plain values, never code. It is written to a temporary name,
+flushed to the disk and renamed, so a kill at any moment leaves the old one or the new one, whole.
+"""
+import dataclasses
+import os
+from contextlib import nullcontext
+
+import torch
+
+import tokenizer
+from configurator import fail
+from model_gpt import GPT, GPTConfig
+from model_hybrid import Hybrid, HybridConfig
+from model_mamba import Mamba, MambaConfig
+
+FORMAT = 1
+MODELS = {'mamba': (Mamba, MambaConfig), 'gpt': (GPT, GPTConfig), 'hybrid': (Hybrid, HybridConfig)}
+
+
+def build(kind, config):
+    """The model of this kind with a dict of its config's fields. ValueError says what does not fit together."""
+    model, fields = MODELS[kind]
+    return model(fields(**config))
+
+
+def save(path, contents):
+    """Writes a checkpoint whole or not at all. OSError or RuntimeError (torch's word for a full disk) if it cannot."""
+    temporary = path + '.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save({'format': FORMAT, **contents}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+    if os.name == 'posix':  # the rename itself must reach the disk too
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def load(path):
+    """The contents of a checkpoint, tensors on the CPU. A folder stands for its best.pt, or else its ckpt.pt."""
+    if os.path.isdir(path):
+        found = [file for file in ('best.pt', 'ckpt.pt') if os.path.exists(os.path.join(path, file))]
+        if not found:
+            fail(f'{path}: holds no checkpoint; train one with: python train.py --out_dir={path}')
+        path = os.path.join(path, found[0])
+    if not os.path.exists(path):
+        fail(f'{path}: no such checkpoint; train one with: python train.py, or name another --out_dir')
+    try:
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # zip, pickle and torch errors: all mean that this is no checkpoint of ours
+        fail(f'{path}: not a readable checkpoint (cut short, damaged, or not made by train.py): {type(error).__name__}')
+    if not isinstance(ckpt, dict) or not {'format', 'kind', 'config', 'weights'} <= ckpt.keys():
+        fail(f'{path}: a PyTorch file, but not one of train.py\'s checkpoints')
+    if ckpt['format'] != FORMAT or ckpt['kind'] not in MODELS:
+        fail(f'{path}: checkpoint format {ckpt["format"]} of a {ckpt["kind"]}; this version reads format {FORMAT}')
+    return ckpt
+
+
+def model_of(ckpt):
+    """The model in a checkpoint, in eval mode on the CPU."""
+    try:
+        net = build(ckpt['kind'], ckpt['config'])
+        net.load_state_dict(ckpt['weights'])
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(f'the checkpoint\'s weights and settings do not fit together: {str(error).splitlines()[0]}')
+    return net.eval()
+
+
+def tokenizer_of(ckpt):
+    """The tokenizer in a checkpoint; None if the model was trained on a bare .bin."""
+    return tokenizer.from_state(ckpt['tokenizer']) if ckpt.get('tokenizer') else None
+
+
+def config_of(net):
+    """A model's config as the plain dict that goes into a checkpoint."""
+    return dataclasses.asdict(net.config)
+
+
+def choose_device(device):
+    """'auto' → the best device there is. A device that is not there ends the program in a line."""
+    if device == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f'device={device}: {str(error).splitlines()[0]}')
+    return device
+
+
+def choose_dtype(dtype, device):
+    """'auto' → what this device computes fastest without losing range: bfloat16 where its hardware has it."""
+    if dtype == 'auto':
+        if device.startswith('cuda'):
+            return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)  # without AMX a CPU is faster in fp32
+        return 'bfloat16' if device == 'cpu' and amx() else 'float32'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        fail(f'dtype={dtype} must be auto, float32, bfloat16 or float16')
+    return dtype
+
+
+def autocast(device, dtype):
+    """The context in which a model computes in `dtype` while its parameters stay fp32."""
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype))

@@ -1,0 +1,365 @@
+"""A modern decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention, optional QK-norm and sliding window.
+
+    config = GPTConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=384)
+    logits, loss = GPT(config)(idx, targets)      # training
+    logits, state = GPT(config).step(idx, state)  # generation: a prompt at once, in chunks, or token by token
+
+Letters of the shapes: B batch, T time, D model width, H heads, K key/value heads, P head size, S cache slots, V vocabulary.
+Parameters have the names and shapes of transformers' LlamaForCausalLM (with `window`: MistralForCausalLM, with `qk_norm`:
+Qwen3ForCausalLM), so `load_state_dict` works in both directions. What the other models share — RMSNorm, rotary positions,
+attention with its cache, SwiGLU, the loss, the optimizer groups — is defined here, once.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024      # tokens in a training window; RoPE needs no table, so sampling may go on beyond it
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0          # 0: as many as n_head; fewer is grouped-query attention (Ainslie et al. 2023)
+    n_embd: int = 768
+    head_dim: int = 0           # 0: n_embd / n_head
+    intermediate_size: int = 0  # SwiGLU's inner width; 0: 8/3 n_embd, rounded up to a multiple of 64
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = False       # RMSNorm on each head's queries and keys (Dehghani et al. 2023): steadier at high learning rates
+    window: int = 0             # each token sees this many last tokens, itself included; 0: all
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head < 1 or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head} (or set head_dim)")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 3 // 64) * 64
+        if self.window < 0:
+            raise ValueError(f"window={self.window} must be 0 (no window) or more")
+
+
+# --- parts the models share -------------------------------------------------------------------------------------------
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm by LayerNorm's fused backward: on a CPU 4 times faster than autograd's, 11 times than F.rms_norm's."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [x.shape[-1]], torch.zeros_like(rstd), rstd, weight, None, [True, True, False])
+        # given a mean of 0 that kernel is RMSNorm's backward, less the term that centres: put mean(grad * weight) back
+        centre = (grad @ weight).mul_(1 / x.shape[-1]).unsqueeze_(-1).mul_(rstd)
+        return dx.add_(centre), dw, None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _RMSNorm.apply(x.float().contiguous(), self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def rope_tables(positions, dim, theta):
+    """cos and sin of rotary positions (Su et al. 2021): positions (..., T) → two (..., T, 1, dim/2), fp32."""
+    inv_freq = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angles = positions.float()[..., None, None] * inv_freq
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, rope):
+    """Rotate (..., T, heads, P) by position; pairs are (i, i + P/2), as in Llama."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVStep:
+    """How one `step` of t tokens reads and writes the key/value caches; planned once, the same for every layer.
+
+    Without a window slot s of a cache (B, K, S, P) holds position s and S grows by doubling; with one it is a ring of
+    S = window slots, slot s holding the latest position p with p % S = s. Caches are written in place.
+    pos: (B,) int64 on the CPU, the tokens each row has seen. A CPU tensor, so that planning never waits for a GPU.
+    """
+
+    def __init__(self, pos, t, window, device):
+        self.t, self.window, self.n = t, window, int(pos.max()) + t
+        self.empty = int(pos.max()) == 0
+        query = pos[:, None] + torch.arange(t)                                  # (B, t) positions of the new tokens
+        self.positions = query.to(device)
+        self.keep = min(t, window) if window else t                             # of a ring only the last tokens stay
+        self.slots = (query[:, t - self.keep:] % window if window else query).to(device)
+        self.rows = torch.arange(len(pos), device=device)[:, None]              # (B, 1), with slots: where to write
+        if window and (t > 1 or self.empty):
+            last = pos[:, None] - 1                                             # ring before writing, then the new tokens
+            key = torch.cat((last - (last - torch.arange(window)) % window, query), 1)
+        elif window:
+            key = query - (query - torch.arange(window)) % window               # ring after writing one token
+        else:
+            key = torch.arange(self.n)[None]
+        mask = (key[:, None] >= 0) & (key[:, None] <= query[:, :, None])        # (B, t, keys)
+        if window:
+            mask &= key[:, None] > query[:, :, None] - window
+        self.mask = None if bool(mask.all()) else mask[:, None].to(device)      # (B, 1, t, keys)
+
+    def attend_to(self, cache, k, v):
+        """Write k, v (B, K, t, P) to the caches {'k', 'v'}; returns keys and values to attend to, of any length."""
+        if cache["k"] is None or (not self.window and self.n > cache["k"].shape[2]):
+            size = self.window or max(64, 1 << (self.n - 1).bit_length())
+            for name, like in (("k", k), ("v", v)):
+                new = like.new_zeros(like.shape[0], like.shape[1], size, like.shape[3])
+                if cache[name] is not None:
+                    new[:, :, :cache[name].shape[2]] = cache[name]
+                cache[name] = new
+        out = []
+        for name, new in (("k", k), ("v", v)):
+            old, tail = cache[name], new[:, :, self.t - self.keep:].transpose(1, 2)
+            if self.window and self.t > 1:  # writing would overwrite what the chunk's first tokens still see
+                out.append(torch.cat((old.to(new.dtype), new), 2))
+            old[self.rows, :, self.slots] = tail.to(old.dtype)                  # indexed dims first: (B, t, K, P)
+            if not (self.window and self.t > 1):
+                out.append((old if self.window else old[:, :, :self.n]).to(new.dtype))
+        return out
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions. x (B, T, D) → (B, T, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, P = config.n_embd, config.head_dim
+        self.head_dim, self.window, self.dropout = P, config.window, config.dropout
+        self.q_proj = nn.Linear(D, config.n_head * P, bias=False)
+        self.k_proj = nn.Linear(D, config.n_kv_head * P, bias=False)
+        self.v_proj = nn.Linear(D, config.n_kv_head * P, bias=False)
+        self.o_proj = nn.Linear(config.n_head * P, D, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(P, config.norm_eps), RMSNorm(P, config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x, rope, mask=None, plan=None, cache=None):
+        """rope: of x's positions. mask: (T, T), True where visible; None: causal. plan, cache: a KVStep and {'k', 'v'}."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                        # (B, T, H, P)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                        # (B, T, K, P)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rope = tuple(table.to(q.dtype) for table in rope)
+        q, k, v = (u.transpose(1, 2) for u in (apply_rope(q, rope), apply_rope(k, rope), v))
+        causal = mask is None
+        if plan is not None:
+            keys, values = plan.attend_to(cache, k, v)
+            if not plan.empty:                                                  # a first chunk attends as in training
+                k, v, mask, causal = keys, values, plan.mask, False
+        if k.shape[1] != q.shape[1]:                                            # each key head serves H/K query heads
+            k, v = (u.repeat_interleave(q.shape[1] // u.shape[1], dim=1) for u in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, P)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def window_mask(T, window, device):
+    """(T, T) mask of a sliding window, True where visible; None where the window never cuts (then SDPA is causal)."""
+    if not window or window >= T:
+        return None
+    i = torch.arange(T, device=device)
+    return (i[:, None] >= i) & (i[:, None] - i < window)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020). (B, T, D) → (B, T, D)."""
+
+    def __init__(self, D, inner):
+        super().__init__()
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of x @ weight.T in chunks of tokens, each chunk's gradient made with its loss.
+
+    So the (tokens, V) logits never exist at once, and nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk):
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        need = any(ctx.needs_input_grad)
+        count = (targets >= 0).sum().clamp(min=1)
+        total = torch.zeros((), device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            w = weight.to(dtype)
+            dx = torch.empty_like(x) if need else None
+            dw = torch.zeros_like(weight) if need else None
+            for i in range(0, len(targets), chunk):
+                xc, tc = x[i:i + chunk].to(dtype), targets[i:i + chunk]
+                logits = (xc @ w.t()).float()                                   # (chunk, V)
+                logsum = torch.logsumexp(logits, -1, keepdim=True)
+                index = tc.clamp(min=0)[:, None]
+                valid = (tc >= 0)[:, None]
+                total += torch.where(valid, logsum - logits.gather(1, index), 0).sum()
+                if need:                                                        # d loss / d logits = softmax - onehot
+                    p = logits.sub_(logsum).exp_()
+                    p.scatter_add_(1, index, torch.full_like(p[:, :1], -1))
+                    p = torch.where(valid, p, 0).to(dtype)
+                    dx[i:i + chunk] = p @ w
+                    dw += p.t() @ xc
+        if need:
+            ctx.save_for_backward(dx, dw, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        return dx * (grad / count).to(dx.dtype), dw * (grad / count), None, None
+
+
+def linear_cross_entropy(x, weight, targets, chunk_elements=1 << 22):
+    """Mean cross-entropy in nats of predicting targets (B, T) from x (B, T, D) by weight (V, D); targets of -1 do not count.
+
+    chunk_elements: logits alive at once, 4 M being 16 MB in fp32."""
+    chunk = max(64, chunk_elements // weight.shape[0])
+    return _LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk)
+
+
+def optim_groups(model, weight_decay, muon=False):
+    """Parameter groups for the optimizers: [{'kind', 'params', 'weight_decay'}], kind 'adamw' or 'muon'.
+
+    Decay falls on matrices alone: never on norms, biases, A_log, D, dt_bias or learned scales. With `muon` the hidden
+    matrices (the layers' *_proj weights) go to Muon (Jordan et al. 2024); embeddings, conv filters and the rest stay on AdamW."""
+    groups = {("adamw", weight_decay): [], ("adamw", 0.0): [], ("muon", weight_decay): []}
+    for name, p in model.named_parameters():  # tied weights come once
+        if p.requires_grad:
+            matrix = name.endswith(".weight") and p.ndim >= 2
+            kind = "muon" if muon and matrix and p.ndim == 2 and ".layers." in name else "adamw"
+            groups[kind, weight_decay if matrix else 0.0].append(p)
+    return [dict(kind=k, weight_decay=wd, params=ps) for (k, wd), ps in groups.items() if ps]
+
+
+class LanguageModel(nn.Module):
+    """The face all models share. A subclass provides `body`, `embedding`, `mixing_flops` and its parameters' names."""
+
+    def forward(self, idx, targets=None):
+        """Training: idx (B, T) int64 → (logits (B, T, V), None), or with targets (B, T) → (None, mean loss in nats).
+
+        Targets of -1 do not count. With targets the logits are never all in memory."""
+        x, _ = self.body(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, linear_cross_entropy(x, self.lm_head.weight, targets)
+
+    @torch.no_grad()
+    def step(self, idx, state=None):
+        """Inference: idx (B, t ≥ 1) and the state after the tokens before it → (logits (B, t, V), state).
+
+        Logits equal forward's, however the tokens are cut into steps. The state is a flat dict of batch-first tensors:
+        index, repeat, concatenate, save each to do so with the sequences. 'pos' (B,) counts each row's tokens and stays on
+        the CPU. A step writes into the state it is given: clone it first to go on from the same place twice."""
+        if state is None:
+            state = {"pos": torch.zeros(len(idx), dtype=torch.long)}
+        x, state = self.body(idx, dict(state))
+        state["pos"] = state["pos"] + idx.shape[1]
+        return self.lm_head(x), state
+
+    def num_params(self):
+        """Trainable and frozen parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """Floating-point operations a token of forward and backward, in sequences of T: 6 a weight of every matrix
+        product, plus the mixing of tokens (attention counted causally, at the half it needs)."""
+        matrices = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and not n.endswith("A_log"))
+        if self.lm_head.weight is not self.embedding().weight:
+            matrices -= self.embedding().weight.numel()                         # an untied input embedding is a look-up
+        return 6 * matrices + 3 * self.mixing_flops(T)
+
+    def optim_groups(self, weight_decay, muon=False):
+        return optim_groups(self, weight_decay, muon)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = SwiGLU(config.n_embd, config.intermediate_size)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask, plan=None, cache=None):
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), rope, mask, plan, cache))
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
+
+
+class GPT(LanguageModel):
+    """See the top of the file; `forward`, `step` and the rest of the face are LanguageModel's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
+            layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
+            norm=RMSNorm(config.n_embd, config.norm_eps),
+        ))
+        self.drop = nn.Dropout(config.dropout)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for name, p in self.named_parameters():  # GPT-2's: what is added to the residual stream shrinks with depth
+            if p.ndim == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def embedding(self):
+        return self.model.embed_tokens
+
+    def mixing_flops(self, T):
+        c = self.config
+        seen = min(T / 2, c.window or T)
+        return c.n_layer * 4 * c.n_head * c.head_dim * seen
+
+    def body(self, idx, state=None):
+        """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
+        c, T = self.config, idx.shape[1]
+        plan = KVStep(state["pos"], T, c.window, idx.device) if state else None
+        positions = plan.positions if plan else torch.arange(T, device=idx.device)
+        rope = rope_tables(positions, c.head_dim, c.rope_theta)
+        mask = window_mask(T, c.window, idx.device) if plan is None or plan.empty else None
+        x = self.drop(self.model.embed_tokens(idx))                             # (B, T, D)
+        for i, layer in enumerate(self.model.layers):
+            cache = {n: state.get(f"{n}.{i}") for n in "kv"} if state else None
+            x = layer(x, rope, mask, plan, cache)
+            if state:
+                state[f"k.{i}"], state[f"v.{i}"] = cache["k"], cache["v"]
+        return self.model.norm(x), state

@@ -1,0 +1,180 @@
+"""A hybrid of Mamba-2, local attention and SwiGLU, mixed token by token.
+
+    config = HybridConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=384)
+    logits, loss = Hybrid(config)(idx, targets)      # training
+    logits, state = Hybrid(config).step(idx, state)  # generation; the state's size is fixed by the window
+
+A recurrence carries a summary of everything so far, a short attention window recalls the last tokens exactly, an MLP
+transforms what is there. Each branch reads the same normalised stream, is normalised itself and enters by a weight that a
+light controller, one small matrix, predicts from the token:
+
+    layout='parallel'     x + scale * sum_b gate_b(x) norm_b(branch_b(norm(x))),  b over SSM, attention and MLP
+    layout='sequential'   the same with SSM and attention alone, then an MLP in a residual step of its own
+
+`scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, table 1, decoder-only): the depth
+then leaves the size of an update unchanged. `low_rank=r` makes every projection a product of two thin matrices.
+The parts come from model_gpt.py and model_mamba.py. Letters of the shapes as there.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from model_gpt import Attention, GPTConfig, KVStep, LanguageModel, RMSNorm, SwiGLU, rope_tables, window_mask
+from model_mamba import Mamba2Mixer, MambaConfig, mamba_flops
+
+
+@dataclass
+class HybridConfig:
+    layout: str = "sequential"  # or 'parallel'; see above
+    gate: bool = True           # token-adaptive weights of the branches; False: each counts the same
+    branch_norm: bool = True    # RMSNorm on each branch's output before mixing (as Hymba, Dong et al. 2024)
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_embd: int = 768
+    n_head: int = 12            # attention
+    n_kv_head: int = 0          # 0: as many as n_head
+    head_dim: int = 0           # 0: n_embd / n_head
+    window: int = 256           # attention sees this many last tokens; 0: all, and the state then grows
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    intermediate_size: int = 0  # SwiGLU's inner width; 0: 8/3 n_embd, rounded up to a multiple of 64
+    state_size: int = 64        # SSM: N
+    expand: int = 2             # SSM: inner width / n_embd
+    ssm_head_dim: int = 64      # SSM: P
+    n_groups: int = 1           # SSM: G
+    conv_kernel: int = 4        # SSM
+    chunk_size: int = 64        # SSM
+    low_rank: int = 0           # rank of the projections; 0: full matrices
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.layout not in ("parallel", "sequential"):
+            raise ValueError(f"layout={self.layout!r} must be 'parallel' or 'sequential'")
+        if self.low_rank < 0:
+            raise ValueError(f"low_rank={self.low_rank} must be 0 (full matrices) or more")
+        attention = self.attention
+        self.n_kv_head, self.head_dim = attention.n_kv_head, attention.head_dim
+        self.intermediate_size, _ = attention.intermediate_size, self.ssm       # both check their own fields
+
+    @property
+    def attention(self):
+        names = ("n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_theta intermediate_size norm_eps dropout")
+        return GPTConfig(**{name: getattr(self, name) for name in names.split()})
+
+    @property
+    def ssm(self):
+        names = "n_layer n_embd state_size expand n_groups conv_kernel chunk_size norm_eps"
+        return MambaConfig(head_dim=self.ssm_head_dim, **{name: getattr(self, name) for name in names.split()})
+
+
+class LowRank(nn.Module):
+    """up(down(x)), of rank r, in place of `linear`; the product starts with the variance the full matrix had."""
+
+    def __init__(self, linear, r):
+        super().__init__()
+        self.down = nn.Linear(linear.in_features, r, bias=False)
+        self.up = nn.Linear(r, linear.out_features, bias=False)
+        nn.init.normal_(self.down.weight, std=linear.in_features ** -0.5)
+        nn.init.normal_(self.up.weight, std=float(linear.weight.detach().std()) * (linear.in_features / r) ** 0.5)
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, eps = config.n_embd, config.norm_eps
+        self.parallel = config.layout == "parallel"
+        self.input_layernorm = RMSNorm(D, eps)
+        self.mamba = Mamba2Mixer(config.ssm, 1)
+        self.self_attn = Attention(config.attention)
+        self.mlp = SwiGLU(D, config.intermediate_size)
+        branches = 3 if self.parallel else 2
+        self.branch_norms = nn.ModuleList(RMSNorm(D, eps) for _ in range(branches)) if config.branch_norm else None
+        self.controller = nn.Linear(D, branches) if config.gate else None
+        start = (2 * config.n_layer) ** -0.25
+        self.residual_scale = nn.Parameter(torch.full((D,), start))
+        if not self.parallel:
+            self.pre_mlp_layernorm = RMSNorm(D, eps)
+            self.mlp_norm = RMSNorm(D, eps) if config.branch_norm else None
+            self.mlp_residual_scale = nn.Parameter(torch.full((D,), start))
+        self.drop = nn.Dropout(config.dropout)
+
+    def mix(self, x, outputs):
+        """The weighted sum of the branches' outputs, each (B, T, D); x is what the controller reads."""
+        if self.branch_norms is not None:
+            outputs = [norm(y.float()) for norm, y in zip(self.branch_norms, outputs)]
+        if self.controller is None:
+            return sum(outputs) / len(outputs)
+        weights = self.controller(x).float().softmax(-1)                        # (B, T, branches)
+        return sum(weights[..., i, None] * y for i, y in enumerate(outputs))
+
+    def forward(self, x, rope, mask, plan=None, cache=None, ssm_state=None):
+        h = self.input_layernorm(x)
+        ssm, ssm_state = self.mamba(h, ssm_state)
+        outputs = [ssm, self.self_attn(h, rope, mask, plan, cache)]
+        if self.parallel:
+            outputs.append(self.mlp(h))
+        x = x + self.residual_scale * self.drop(self.mix(h, outputs))
+        if not self.parallel:
+            y = self.mlp(self.pre_mlp_layernorm(x))
+            y = y if self.mlp_norm is None else self.mlp_norm(y.float())
+            x = x + self.mlp_residual_scale * self.drop(y)
+        return x, ssm_state
+
+
+class Hybrid(LanguageModel):
+    """See the top of the file; `forward`, `step` and the rest of the face are LanguageModel's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
+            embed_norm=RMSNorm(config.n_embd, config.norm_eps),                 # the stream starts at size 1, as `scale` supposes
+            layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
+            norm=RMSNorm(config.n_embd, config.norm_eps),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for name, p in self.named_parameters():
+            if p.ndim == 2 and ".mamba." not in name:
+                nn.init.normal_(p, std=0.02)
+            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
+                p.data *= (8 * config.n_layer) ** -0.25                         # DeepNet's beta
+            if "controller" in name:
+                nn.init.zeros_(p)                                               # all branches count the same at first
+        if config.low_rank:
+            for module in list(self.model.layers.modules()):
+                for name, child in list(module.named_children()):
+                    if isinstance(child, nn.Linear) and name.endswith("_proj"):
+                        setattr(module, name, LowRank(child, config.low_rank))
+
+    def embedding(self):
+        return self.model.embed_tokens
+
+    def mixing_flops(self, T):
+        c = self.config
+        return c.n_layer * (4 * c.n_head * c.head_dim * min(T / 2, c.window or T) + mamba_flops(c.ssm, T))
+
+    def body(self, idx, state=None):
+        """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
+        c, T = self.config, idx.shape[1]
+        plan = KVStep(state["pos"], T, c.window, idx.device) if state else None
+        positions = plan.positions if plan else torch.arange(T, device=idx.device)
+        rope = rope_tables(positions, c.head_dim, c.rope_theta)
+        mask = window_mask(T, c.window, idx.device) if plan is None or plan.empty else None
+        x = self.model.embed_norm(self.model.embed_tokens(idx))                 # (B, T, D)
+        for i, layer in enumerate(self.model.layers):
+            cache = {n: state.get(f"{n}.{i}") for n in "kv"} if state else None
+            ssm = {n: state[f"{n}.{i}"] for n in ("conv", "ssm") if f"{n}.{i}" in state} if state else None
+            x, ssm = layer(x, rope, mask, plan, cache, ssm)
+            if state:
+                state.update({f"{n}.{i}": value for n, value in (cache | ssm).items()})
+        return self.model.norm(x), state
