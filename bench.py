@@ -57,6 +57,7 @@ json = ''                        # a file for the raw figures
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECTIONS = ('train', 'layers', 'sample')
+DTYPES = ('float32', 'bfloat16', 'float16')
 OURS = ('gpt', 'mamba2', 'mamba1', 'hybrid')
 PEERS = {  # what to print, the model of ours it resembles, the sections it takes part in
     'llama': ('transformers Llama', 'gpt', ('train', 'sample')),
@@ -123,8 +124,8 @@ def machine_name(device):
             name = re.search('model name.*: (.*)|$', f.read())[1] or name
     return f'{name}, {torch.get_num_threads()} threads'
 
-def memory(peak=False):
-    """Bytes of this process in memory, now or at most so far; None where the system does not say."""
+def memory(device, peak=False):
+    """Bytes of this process on the device, now or at most so far; None where the system does not say."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     if os.path.exists('/proc/self/status'):  # not getrusage: on Linux its peak begins with that of the parent process
@@ -161,7 +162,7 @@ def hf_config(name):
     if name == 'hf_mamba':
         return transformers.MambaConfig(time_step_rank=like.time_step_rank, **sizes)
     return transformers.Mamba2Config(num_heads=like.expand * n_embd // like.head_dim, head_dim=like.head_dim,
-                                     n_groups=like.n_groups, chunk_size=like.chunk_size, **sizes)  # faster than with its own 256
+                                     n_groups=like.n_groups, chunk_size=like.chunk_size, **sizes)  # a little faster than its 256
 
 def whole_model(name):
     """(model, loss(idx, targets)) of any contender but Mamba-1's."""
@@ -193,7 +194,7 @@ def train(name, autocast):
     facts = dict(parameters=sum(p.numel() for p in model.parameters()), tokens=batch_size * block_size,
                  flops=matrix_flops(model) + like.flops_per_token(block_size) - matrix_flops(like))
     model.to(device).train()
-    facts['before'] = memory()
+    facts['before'] = memory(device)
     loss = torch.compile(loss) if compile else loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     idx, targets = torch.randint(vocab_size, (2, batch_size, block_size), device=device).unbind()
@@ -219,7 +220,7 @@ def layers(name, autocast):
         from transformers.models.mamba.modeling_mamba import MambaMixer
         pair = [MambaMixer(hf_config(name), 0) for _ in range(2)]
     pair = torch.nn.ModuleList(pair).to(device).train()
-    facts = dict(parameters=sum(p.numel() for p in pair.parameters()), tokens=2 * layers_batch_size * block_size, before=memory())
+    facts = dict(parameters=sum(p.numel() for p in pair.parameters()), tokens=2 * layers_batch_size * block_size, before=memory(device))
     x = torch.randn(layers_batch_size, block_size, n_embd, device=device, requires_grad=True)
 
     def step():
@@ -275,9 +276,13 @@ def contender():
             steps[work] = max(1, round(seconds / len(works) / took))
         print(dumps(facts), file=answers, flush=True)
         for _ in sys.stdin:
-            turn = dict(times={work: [timed(device, run) for _ in range(steps[work])] for work, run in works.items()})
+            turn = dict(times={work: [] for work in works})
+            for i in range(max(steps.values())):  # here too by turns: one at position 100, one at 4000, …
+                for work, run in works.items():
+                    if i < steps[work]:
+                        turn['times'][work].append(timed(device, run))
             if facts.get('before'):  # so neither libraries nor a model's making count, but its parameters do
-                turn['memory'] = memory(peak=True) - facts['before'] + 4 * facts['parameters']
+                turn['memory'] = memory(device, peak=True) - facts['before'] + 4 * facts['parameters']
             print(dumps(turn), file=answers, flush=True)
     except Exception as error:
         print(dumps(dict(error=f'{type(error).__name__}: {error}'.split('\n')[0][:150])), file=answers, flush=True)
@@ -385,14 +390,14 @@ def compare(rows):
 
 def main():
     global device
-    for setting, known in (('sections', SECTIONS), ('models', OURS), ('peers', PEERS), ('dtypes', ('float32', 'bfloat16', 'float16'))):
-        for name in globals()[setting].split(',') if globals()[setting] or setting != 'peers' else []:
-            if name not in known:
+    for setting, known in (('sections', SECTIONS), ('models', OURS), ('peers', PEERS), ('dtypes', DTYPES)):
+        for name in globals()[setting].split(','):
+            if name not in known and (setting, name) != ('peers', ''):
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
                 fail(f"--{setting}: unknown '{name}' (did you mean {near}?); there are {', '.join(known)}")
-    for setting in ('n_layer', 'n_embd', 'n_head', 'vocab_size', 'batch_size', 'block_size', 'layers_batch_size', 'prefill', 'rounds'):
-        if globals()[setting] < 1:
-            fail(f'--{setting}={globals()[setting]}: at least 1')
+    for name, value in globals().items():  # every whole number here is a size, but for threads
+        if type(value) is int and name.islower() and name != 'threads' and value < 1:
+            fail(f'--{name}={value}: at least 1')
     if not all(p.isdigit() and int(p) for p in positions.split(',')):
         fail(f'--positions={positions}: expected whole numbers of at least 1, as in 100,4000')
     if nanogpt and not os.path.exists(os.path.join(nanogpt, 'model.py')):

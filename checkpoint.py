@@ -1,7 +1,7 @@
 """What train.py saves and everything else loads: one file that holds all of a model, and how to rebuild it.
 
     net = build('gpt', dict(vocab_size=4096, n_layer=6))
-    save('out/ckpt.pt', {'kind': 'gpt', 'config': ..., 'weights': ..., 'tokenizer': ...})
+    save('out/ckpt.pt', {'kind': 'gpt', 'config': ..., 'weights': ..., ...})    # CONTENTS has the full list
     ckpt = load('out')                  # best.pt if there is one, else ckpt.pt; or a file
     net, tok = model_of(ckpt), tokenizer_of(ckpt)
 
@@ -21,6 +21,7 @@ from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, MambaConfig
 
 FORMAT = 1
+CONTENTS = {'format', 'kind', 'config', 'weights', 'optimizers', 'scaler', 'rng', 'counters', 'settings', 'tokenizer', 'metadata'}
 MODELS = {'mamba': (Mamba, MambaConfig), 'gpt': (GPT, GPTConfig), 'hybrid': (Hybrid, HybridConfig)}
 
 
@@ -62,7 +63,7 @@ def load(path):
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # zip, pickle and torch errors: all mean that this is no checkpoint of ours
         fail(f'{path}: not a readable checkpoint (cut short, damaged, or not made by train.py): {type(error).__name__}')
-    if not isinstance(ckpt, dict) or not {'format', 'kind', 'config', 'weights'} <= ckpt.keys():
+    if not isinstance(ckpt, dict) or not CONTENTS <= ckpt.keys():
         fail(f'{path}: a PyTorch file, but not one of train.py\'s checkpoints')
     if ckpt['format'] != FORMAT or ckpt['kind'] not in MODELS:
         fail(f'{path}: checkpoint format {ckpt["format"]} of a {ckpt["kind"]}; this version reads format {FORMAT}')

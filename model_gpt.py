@@ -17,6 +17,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def at_least_one(config, names):
+    """ValueError if one of these fields of a config is below 1."""
+    for name in names.split():
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+
+
 @dataclass
 class GPTConfig:
     block_size: int = 1024      # tokens in a training window; RoPE needs no table, so sampling may go on beyond it
@@ -36,7 +43,8 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_head < 1 or self.n_head % self.n_kv_head:
+        at_least_one(self, "vocab_size block_size n_layer n_embd n_head n_kv_head")
+        if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head} (or set head_dim)")
@@ -44,6 +52,7 @@ class GPTConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
         self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 3 // 64) * 64
+        at_least_one(self, "head_dim intermediate_size")
         if self.window < 0:
             raise ValueError(f"window={self.window} must be 0 (no window) or more")
 
@@ -91,11 +100,31 @@ def rope_tables(positions, dim, theta):
     return angles.cos(), angles.sin()
 
 
+class _Rope(torch.autograd.Function):
+    """apply_rope; the gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        a, b = x.chunk(2, dim=-1)
+        y, half = torch.empty_like(x), x.shape[-1] // 2
+        torch.mul(a, cos, out=y[..., :half]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=y[..., half:]).addcmul_(a, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Rope.forward(ctx, grad, cos, -sin), None, None
+
+
 def apply_rope(x, rope):
     """Rotate (..., T, heads, P) by position; pairs are (i, i + P/2), as in Llama."""
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, sin = (table.to(x.dtype) for table in rope)
+    if torch.compiler.is_compiling():
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return _Rope.apply(x, cos, sin)
 
 
 class KVStep:
@@ -169,7 +198,6 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        rope = tuple(table.to(q.dtype) for table in rope)
         q, k, v = (u.transpose(1, 2) for u in (apply_rope(q, rope), apply_rope(k, rope), v))
         causal = mask is None
         if plan is not None:
@@ -217,29 +245,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)
-            dx = torch.empty_like(x) if need else None
+            dx = torch.empty(x.shape, dtype=dtype, device=x.device) if need else None
             dw = torch.zeros_like(weight) if need else None
             for i in range(0, len(targets), chunk):
                 xc, tc = x[i:i + chunk].to(dtype), targets[i:i + chunk]
-                logits = (xc @ w.t()).float()                                   # (chunk, V)
-                logsum = torch.logsumexp(logits, -1, keepdim=True)
-                index = tc.clamp(min=0)[:, None]
-                valid = (tc >= 0)[:, None]
-                total += torch.where(valid, logsum - logits.gather(1, index), 0).sum()
+                valid, index = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
+                p = torch.log_softmax((xc @ w.t()).float(), -1)                 # (chunk, V)
+                total -= torch.where(valid, p.gather(1, index), 0).sum()
                 if need:                                                        # d loss / d logits = softmax - onehot
-                    p = logits.sub_(logsum).exp_()
-                    p.scatter_add_(1, index, torch.full_like(p[:, :1], -1))
-                    p = torch.where(valid, p, 0).to(dtype)
-                    dx[i:i + chunk] = p @ w
+                    p.exp_().scatter_add_(1, index, torch.full_like(p[:, :1], -1))
+                    p = p.mul_(valid).to(dtype)
+                    torch.mm(p, w, out=dx[i:i + chunk])
                     dw += p.t() @ xc
         if need:
             ctx.save_for_backward(dx, dw, count)
+            ctx.dtype = x.dtype
         return total / count
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
-        return dx * (grad / count).to(dx.dtype), dw * (grad / count), None, None
+        return dx.to(ctx.dtype) * (grad / count), dw * (grad / count), None, None
 
 
 def linear_cross_entropy(x, weight, targets, chunk_elements=1 << 22):

@@ -58,7 +58,11 @@ class HybridConfig:
             raise ValueError(f"low_rank={self.low_rank} must be 0 (full matrices) or more")
         attention = self.attention
         self.n_kv_head, self.head_dim = attention.n_kv_head, attention.head_dim
-        self.intermediate_size, _ = attention.intermediate_size, self.ssm       # both check their own fields
+        self.intermediate_size = attention.intermediate_size
+        try:
+            self.ssm                                                            # checks its own fields
+        except ValueError as error:
+            raise ValueError(str(error).replace("head_dim", "ssm_head_dim")) from None
 
     @property
     def attention(self):

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model_gpt import LanguageModel, RMSNorm
+from model_gpt import LanguageModel, RMSNorm, at_least_one
 
 
 @dataclass
@@ -48,6 +48,7 @@ class MambaConfig:
             raise ValueError(f"version={self.version}: Mamba comes as version 1 or 2")
         self.state_size = self.state_size or (128 if self.version == 2 else 16)
         self.time_step_rank = self.time_step_rank or -(-self.n_embd // 16)
+        at_least_one(self, "vocab_size block_size n_layer n_embd state_size expand conv_kernel head_dim n_groups time_step_rank chunk_size")
         inner = self.expand * self.n_embd
         if self.version == 2 and (inner % self.head_dim or inner // self.head_dim % self.n_groups):
             raise ValueError(f"expand * n_embd = {inner} must be a multiple of head_dim * n_groups = "
@@ -114,6 +115,7 @@ class _SelectiveScan(torch.autograd.Function):
         return gx, gdt, gA.t(), gB, gC, g
 
 
+@torch.compiler.disable                                                         # unrolled it would compile for hours
 def selective_scan(x, dt, A, B, C, state=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t (Mamba, Gu & Dao 2023, eq. 2 and algorithm 2), in fp32.
 
@@ -163,9 +165,9 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
     h = x.new_zeros(batch, G, N, R, P, dtype=torch.float32) if state is None else \
         state.float().view(batch, G, R, P, N).permute(0, 1, 4, 2, 3)
     starts = []
-    for added, factor in zip(new.view(batch, c, G, N, R, P).unbind(1), kept.unbind(1)):
+    for added, factor in zip(new.float().view(batch, c, G, N, R, P).unbind(1), kept.unbind(1)):
         starts.append(h)
-        h = h * factor + added
+        h = torch.addcmul(added, h, factor)
     past = C @ torch.stack(starts, 1).view(batch, c, G, N, R * P)               # (B, c, G, Q, R P)
     past = past.view(batch, c, G, Q, R, P).transpose(2, 3).reshape(batch, c, Q, H, P)
     y = torch.addcmul(y.transpose(2, 3).float(), past.float(), sums.exp().transpose(2, 3)[..., None])
@@ -173,14 +175,14 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
 
 
 class _ConvSilu(torch.autograd.Function):
-    """conv_silu's forward and backward as K shifted multiply-adds, which beats a grouped convolution on a CPU."""
+    """silu of the causal depthwise convolution as K shifted multiply-adds, which beats a grouped convolution on a CPU."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        K, T = weight.shape[0], x.shape[1] - weight.shape[0] + 1
-        y = torch.addcmul(bias, x[:, :T], weight[0])
-        for j in range(1, K):
-            y.addcmul_(x[:, j:j + T], weight[j])
+    def forward(ctx, x, weight, bias):                                          # x (B, T, E), weight (K, E), bias (E)
+        K, T = weight.shape[0], x.shape[1]
+        y = torch.addcmul(bias, x, weight[K - 1])
+        for s in range(1, min(K, T)):                                           # s tokens back
+            y[:, s:].addcmul_(x[:, :T - s], weight[K - 1 - s])
         ctx.save_for_backward(x, weight, y)
         return F.silu(y)
 
@@ -189,20 +191,30 @@ class _ConvSilu(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         K, T = weight.shape[0], y.shape[1]
         g = torch.ops.aten.silu_backward(g, y)
-        dx = torch.zeros_like(x)
-        for j in range(K):
-            dx[:, j:j + T].addcmul_(g, weight[j])
-        dw = torch.stack([(g * x[:, j:j + T]).sum((0, 1)) for j in range(K)])
+        dx, dw = g * weight[K - 1], torch.zeros_like(weight)
+        for s in range(min(K, T)):
+            if s:
+                dx[:, :T - s].addcmul_(g[:, s:], weight[K - 1 - s])
+            dw[K - 1 - s] = (g[:, s:] * x[:, :T - s]).sum((0, 1))
         return dx, dw, g.sum((0, 1))
 
 
 def conv_silu(x, weight, bias, state=None):
     """silu of the causal depthwise convolution. x (B, T, E), weight (E, 1, K), bias (E), state (B, K-1, E): the inputs
     before x, None for zeros → (B, T, E), new state."""
+    B, T, E = x.shape
     K = weight.shape[-1]
-    x = F.pad(x, (0, 0, K - 1, 0)) if state is None else torch.cat((state.to(x.dtype), x), 1)  # (B, K-1+T, E)
-    y = _ConvSilu.apply(x, weight[:, 0].t().to(x.dtype).contiguous(), bias.to(x.dtype))
-    return y, x[:, x.shape[1] - K + 1:]
+    if state is None and T < K - 1:
+        state = x.new_zeros(B, K - 1, E)
+    if state is not None:
+        x = torch.cat((state.to(x.dtype), x), 1)
+    weight, bias = weight[:, 0].t().to(x.dtype).contiguous(), bias.to(x.dtype)
+    if torch.compiler.is_compiling():                                           # the compiler fuses the steps by itself
+        padded = F.pad(x, (0, 0, K - 1, 0))
+        y = F.silu(bias + sum(padded[:, j:j + x.shape[1]] * weight[j] for j in range(K)))
+    else:
+        y = _ConvSilu.apply(x, weight, bias)
+    return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()             # a copy: a view would keep all of x
 
 
 # --- the two mixers ---------------------------------------------------------------------------------------------------

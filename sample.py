@@ -137,6 +137,8 @@ def main():
         fail(f'num_samples={num_samples} and max_new_tokens={max_new_tokens} must be at least 1')
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1):
         fail(f'temperature={temperature} and top_k={top_k} must be 0 or more, 0 < top_p={top_p} <= 1, 0 <= min_p={min_p} <= 1')
+    if not 0 <= seed < 2**63:
+        fail(f'seed={seed} must be from 0 to 2**63')
     ckpt = load(out_dir)
     net, tok = model_of(ckpt), tokenizer_of(ckpt)
     if tok is None:

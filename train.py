@@ -11,12 +11,18 @@ A run that was stopped, by Ctrl-C or by kill -9, goes on where it was: say the s
 the very bits it would have had. Nothing but the step decides what happens in it: its data, its dropout, its learning rate.
 """
 import dataclasses
+import datetime
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
+
+# libgomp's threads wait for each other by spinning, which on a busy machine keeps the core from the thread they wait for.
+# Letting go after some microseconds costs nothing on an idle machine; beside one busy process steps are 2 to 10 times faster.
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 import torch
 import torch.distributed as dist
@@ -24,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import batches
 import checkpoint
+from bench import memory, peak_flops
 from checkpoint import MODELS
 from configurator import configure, fail, find_settings
 from sample import Writer, encode_prompt, generate
@@ -91,6 +98,7 @@ seed = 1337
 
 
 explicit = configure(globals())
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))      # until the loop begins there is nothing to save
 names = list(find_settings(globals()))
 LOCAL = 'out_dir init_from eval_only device compile tensorboard wandb_log wandb_project wandb_run_name'.split()  # not of the run
 
@@ -133,14 +141,29 @@ if eval_only or init_from == 'resume' or (init_from == 'auto' and os.path.exists
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value
     for name in explicit:
-        was = ckpt['kind'] if name == 'model' else ckpt['config'].get(name, explicit[name])
+        was = (ckpt['config'] | dict(model=ckpt['kind'], optimizer=ckpt['settings']['optimizer'])).get(name, explicit[name])
         if was != explicit[name] and name not in ('dropout', 'vocab_size'):
             fail(f'{latest} holds a run with {name}={was}, not {explicit[name]}: leave the setting out to go on with it, choose '
                  'another --out_dir, or begin anew with --init_from=scratch')
 
+for what, values in {
+    'one of ' + ', '.join(MODELS): dict(model=model in MODELS),
+    'adamw or muon': dict(optimizer=optimizer in ('adamw', 'muon')),
+    'cosine or wsd': dict(schedule=schedule in ('cosine', 'wsd')),
+    'more than 0': {name: globals()[name] > 0 for name in 'learning_rate eval_interval log_interval n_groups'.split()},
+    '-1 or more': dict(warmup_iters=warmup_iters >= -1, window=window >= -1),
+    'at least 0 and below 1': {name: 0 <= globals()[name] < 1 for name in 'dropout beta1 beta2'.split()},
+    'more than 0 and at most 1': dict(decay_fraction=0 < decay_fraction <= 1),
+    'from 0 to 2**31': dict(seed=0 <= seed < 2**31),
+    '0 or more': {name: globals()[name] >= 0 for name in '''vocab_size n_layer n_embd block_size n_head n_kv_head state_size max_iters
+        intermediate_size low_rank batch_size gradient_accumulation_steps tokens_per_step weight_decay grad_clip lr_decay_iters
+        min_lr eval_iters patience sample_interval'''.split()},
+}.items():
+    for name, ok in values.items():
+        if not ok:
+            fail(f'{name}={globals()[name]} must be {what}')
+
 # --- data
-if model not in MODELS:
-    fail(f'model={model} must be one of {", ".join(MODELS)}')
 dataset = dataset or batches.newest_dataset()
 data = batches.open_dataset(dataset, vocab_size, data_dtype)
 tok = data.tokenizer
@@ -149,10 +172,10 @@ if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != (t
          f'({ckpt["settings"]["dataset"]}), or choose another --out_dir')
 
 # --- what the zeros stand for
-memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind_of_device == 'cuda' else 0
+gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind_of_device == 'cuda' else 0
 if kind_of_device == 'cpu':    # some minutes on a laptop
     sizes = dict(n_layer=6, n_embd=256, block_size=256, batch_size=16, tokens_per_step=4096, max_iters=1000)
-elif memory < 20:              # 8 to 16 GB, or Apple's
+elif gigabytes < 20:           # 8 to 16 GB, or Apple's
     sizes = dict(n_layer=12, n_embd=512, block_size=512, batch_size=16, tokens_per_step=2**15, max_iters=5000)
 else:
     sizes = dict(n_layer=12, n_embd=768, block_size=1024, batch_size=16, tokens_per_step=2**17, max_iters=10000)
@@ -160,7 +183,8 @@ if not block_size:             # a small text need not fill a large window
     shortest = min(data.tokens.values()) - 1
     block_size = min(sizes['block_size'], 1 << max(3, shortest.bit_length() - 1))
 n_layer, n_embd = n_layer or sizes['n_layer'], n_embd or sizes['n_embd']
-n_head, max_iters = n_head or max(1, n_embd // 64), max_iters or sizes['max_iters']
+max_iters = max_iters or sizes['max_iters']
+n_head = n_head or max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
 if not tokens_per_step and gradient_accumulation_steps:
     tokens_per_step = (batch_size or sizes['batch_size']) * block_size * gradient_accumulation_steps
 elif not tokens_per_step:
@@ -183,12 +207,6 @@ micro_batch = max(n for n in range(1, sequences // world + 1) if sequences // wo
 micro_steps = sequences // world // micro_batch
 warmup_iters = warmup_iters if warmup_iters >= 0 else min(100, max_iters // 10)
 dtype = checkpoint.choose_dtype(dtype, device)
-for name, ok in dict(batch_size=batch_size > 0, block_size=block_size > 0, max_iters=max_iters > 0, eval_interval=eval_interval > 0,
-                     log_interval=log_interval > 0, learning_rate=learning_rate > 0, grad_clip=grad_clip >= 0,
-                     dropout=0 <= dropout < 1, schedule=schedule in ('cosine', 'wsd'), optimizer=optimizer in ('adamw', 'muon'),
-                     n_layer=n_layer > 0, n_embd=n_embd > 0).items():
-    if not ok:
-        fail(f'{name}={globals()[name]} is not usable; see python train.py --help')
 for split in data.tokens:
     if data.tokens[split] <= block_size:
         fail(f'{data.paths[split]}: has {data.tokens[split]} tokens, and one window takes block_size + 1 = {block_size + 1}: lower '
@@ -196,11 +214,13 @@ for split in data.tokens:
 
 # --- model
 fields = {kind: {field.name for field in dataclasses.fields(config)} for kind, (_, config) in MODELS.items()}
-for name in explicit:
-    if name not in fields[model] and any(name in fields[kind] for kind in MODELS):
+for name in explicit:          # a config file may serve several models, a flag is meant
+    if name not in fields[model] and any(name in f for f in fields.values()) and any(f'--{name}=' in a for a in sys.argv):
         fail(f'{name} means nothing to a {model} model; leave it out')
 if ckpt:
     config = ckpt['config'] | dict(dropout=dropout)
+    if data.vocab_size > config['vocab_size']:
+        fail(f'dataset {dataset} has a vocabulary of {data.vocab_size}, the run in {out_dir} one of {config["vocab_size"]}')
 else:
     config = {name: globals()[name] for name in names if name in fields[model] and globals()[name] != ''
               and (type(globals()[name]) is not int or globals()[name] != (-1 if name == 'window' else 0))}
@@ -226,6 +246,9 @@ step, tokens_seen, best_loss, bad_evals, evaluated, seconds, history = 0, 0, mat
 if ckpt:
     for opt, state in zip(optimizers, ckpt['optimizers']):
         opt.load_state_dict(state)
+        for group in opt.param_groups:  # what was changed for this part of the run holds, not what was saved
+            group.update({'betas': (beta1, beta2)} if 'betas' in group else {})
+            group['weight_decay'] = weight_decay if group['weight_decay'] else 0.0
     scaler.load_state_dict(ckpt['scaler']) if ckpt['scaler'] else None
     step, tokens_seen, best_loss, bad_evals, evaluated, seconds, history = (ckpt['counters'][name] for name in (
         'step', 'tokens_seen', 'best_loss', 'bad_evals', 'evaluated', 'seconds', 'history'))
@@ -308,6 +331,14 @@ def save(*paths):
 
 
 # --- the log
+def logged_step(line):
+    """The step of a line of metrics.jsonl; infinite if a kill or a full disk cut it short."""
+    try:
+        return json.loads(line)['step']
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 tb = run = None
 if master:
     try:
@@ -315,7 +346,7 @@ if master:
         lines = []
         if step and os.path.exists(log_file):   # what a killed run logged after its last checkpoint comes again
             with open(log_file, encoding='utf-8') as f:
-                lines = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= step]
+                lines = [line for line in f if logged_step(line) <= step]
         elif init_from == 'scratch':            # begun anew on purpose; the old run's files are kept aside
             for path in (latest, best, log_file):
                 if os.path.exists(path) and not eval_only:
@@ -324,7 +355,7 @@ if master:
             with open(log_file + '.tmp', 'w', encoding='utf-8') as f:
                 f.writelines(lines)
             os.replace(log_file + '.tmp', log_file)
-            log_lines = open(log_file, 'a', encoding='utf-8')
+            log_lines = open(log_file, 'ab', buffering=0)
     except OSError as error:
         fail(f'{out_dir}: cannot be written to: {error.strerror}; choose another --out_dir')
     try:
@@ -342,28 +373,15 @@ if master:
 def log(**values):
     """One line of metrics.jsonl, and the same to whoever else listens."""
     if master:
-        log_lines.write(json.dumps(dict(step=step, **values)) + '\n')
-        log_lines.flush()
+        try:
+            log_lines.write((json.dumps(dict(step=step, **values)) + '\n').encode())
+        except OSError as error:
+            say(f'warning: {log_file} cannot be written to ({error.strerror}); training goes on')
         for name, value in values.items():
             if tb and isinstance(value, (int, float)):
                 tb.add_scalar(name, value, step)
         if run:
             run.log(values, step=step)
-
-
-def memory_used():
-    """Bytes: the most that was allocated on a GPU, or what this process holds of main memory; 0 if nobody tells."""
-    if kind_of_device == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        with open('/proc/self/statm') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    except OSError:
-        return 0
-
-
-def duration(s):
-    return f'{int(s) // 3600}:{int(s) % 3600 // 60:02}:{int(s) % 60:02}' if s >= 3600 else f'{int(s) // 60}:{int(s) % 60:02}'
 
 
 say(f'{model}: {net.num_params() / 1e6:.2f}M parameters, {n_layer} layers of width {n_embd}, context {block_size}')
@@ -382,7 +400,6 @@ if step >= max_iters:
     sys.exit()
 
 # --- the loop
-from bench import peak_flops
 peak = peak_flops(device, dtype) * world
 flops = net.flops_per_token(block_size)
 fast = net                                                  # what computes the training steps
@@ -403,9 +420,9 @@ stopped = []                                                # signals that asked
 for number in (signal.SIGINT, signal.SIGTERM):
     # the first asks for a stop after this step, a second one stops at once
     signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
-terminal = sys.stdout.isatty()
+columns = shutil.get_terminal_size((140, 24)).columns - 1 if sys.stdout.isatty() else 0  # one line that changes, or many
 net.train()
-saved_step = step
+begun = saved_step = step
 watch = torch.zeros((), device=device)                      # a sum that any bad loss or gradient turns into nan
 clock, clock_step = time.perf_counter(), step
 while True:
@@ -415,32 +432,34 @@ while True:
             break
         began = time.perf_counter()
         result = evaluate()
+        if not math.isfinite(result['val_loss']):           # the last update ruined the model: do not save it
+            watch += math.nan
+            break
         evaluated = step
         better = result['val_loss'] < best_loss
         best_loss, bad_evals = min(best_loss, result['val_loss']), 0 if better else bad_evals + 1
         seconds += began - clock
         history.append(dict(step=step, lr=get_lr(step), **result))
         log(**result)
-        say(('\r' if terminal else '') + f'step {step}: ' + ', '.join(
+        say(('\n' if columns else '') + f'step {step}: ' + ', '.join(
             f'{name.replace("_", " ")} {value:.4f}' for name, value in result.items() if value is not None)
             + (' (best)' if better else ''))
         if not save(latest, *([best] if better else [])) and ended:
             fail(f'{out_dir}: the finished model could not be saved; free some space and run the same command again')
         saved_step = step
-        if sample_interval == 0 or step % sample_interval or not tok:
-            pass
-        elif master:
-            show_sample()
         clock, clock_step = time.perf_counter(), step
         if patience and bad_evals >= patience:
             say(f'stopping: {patience} evaluations without a better loss than {best_loss:.4f}')
             ended = True
+    if sample_interval and step % sample_interval == 0 and step > begun and master and tok:
+        show_sample()
+        clock, clock_step = time.perf_counter(), step
     if ended:
         break
     if summed(len(stopped))[0] if world > 1 and (kind_of_device == 'cpu' or step % log_interval == 0) else world == 1 and stopped:
         seconds += time.perf_counter() - clock
         if math.isfinite(watch.item()) and (step == saved_step or save(latest)):
-            say(f'\nstopped at step {step}, saved {latest}; to go on: '
+            say(('\n' if columns else '') + f'stopped at step {step}, saved {latest}; to go on: '
                 + ('python train.py' if world == 1 else f'torchrun --nproc_per_node={world} train.py')
                 + f' --init_from=resume --out_dir={out_dir}')
         sys.exit(128 + (stopped or [signal.SIGTERM])[0])
@@ -449,7 +468,7 @@ while True:
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = lr
-    torch.manual_seed(hash((seed, step, rank)) % 2**63)     # dropout, too, depends on the step alone
+    torch.manual_seed((seed * 2**40 + step * 2**10 + rank) % 2**63)  # dropout, too, depends on the step alone
     total = torch.zeros((), device=device)
     for micro in range(micro_steps):
         if world > 1:                                       # gradients travel once a step
@@ -478,19 +497,22 @@ while True:
         rate = (step - clock_step) * tokens_per_step / max(now - clock, 1e-9)
         seconds += now - clock
         clock, clock_step = now, step
-        used, epoch = memory_used(), tokens_seen / data.tokens['train']
+        used, epoch = memory(device, peak=kind_of_device == 'cuda') or 0, tokens_seen / data.tokens['train']
         left = (max_iters - step) * tokens_per_step / rate
         line = (f'step {step:>6}/{max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm.item():6.2f} | {rate:>9,.0f} tok/s | '
-                f'MFU {rate * flops / peak:4.0%} | {used / 2**30:.1f} GB | epoch {epoch:.2f} | left {duration(left)}')
-        say('\r' + line if terminal else line, end='' if terminal else '\n')
+                f'MFU {rate * flops / peak:4.0%} | ' + (f'{used / 2**30:.1f} GB | ' if used else '')
+                + f'epoch {epoch:.2f} | left {datetime.timedelta(seconds=round(left))}')
+        say('\r' + line[:columns].ljust(columns) if columns else line, end='' if columns else '\n')
         log(loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=rate, mfu=rate * flops / peak, memory=used, epoch=epoch,
             tokens=tokens_seen, seconds=seconds)
 
 if not math.isfinite(watch.item()):
+    say(end='\n' if columns else '')
     good = f'the last good checkpoint is {latest}, of step {saved_step}' if os.path.exists(latest) else 'no checkpoint was made yet'
     fail(f'the loss or its gradient is not a finite number any more at step {step}; {good}. Try a lower --learning_rate, a longer '
          '--warmup_iters, or --dtype=float32')
-say(f'done: {step} steps, {tokens_seen:,} tokens, {duration(seconds)} of training; best val loss {best_loss:.4f} in {best}\n'
+say(f'done: {step} steps, {tokens_seen:,} tokens, {datetime.timedelta(seconds=round(seconds))} of training; best val loss {best_loss:.4f} in {best}\n'
     f'to read what it writes: python sample.py --out_dir={out_dir}')
 if world > 1:
+    dist.barrier()
     dist.destroy_process_group()

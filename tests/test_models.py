@@ -1,7 +1,5 @@
 """The models' promises: the same logits as transformers, as a plain recurrence, and as themselves cut into steps.
 
-    python -m pytest tests/test_models.py
-
 All on a CPU with models of a few thousand parameters. Weights are perturbed wherever values are compared, since at
 initialisation norms, biases, D and gates are ones and zeros and would hide a mistake in their use.
 """
@@ -22,19 +20,19 @@ V, WINDOW = 97, 20
 GPT_SIZE = dict(n_layer=2, n_embd=32, n_head=4)
 SSM_SIZE = dict(n_layer=2, n_embd=32, state_size=8, chunk_size=16)
 HYBRID_SIZE = dict(**GPT_SIZE, state_size=8, ssm_head_dim=16, chunk_size=16, window=WINDOW)
+CONFIG = {GPT: GPTConfig, Mamba: MambaConfig, Hybrid: HybridConfig}
 MODELS = {
-    "gpt": (GPT, GPTConfig, GPT_SIZE),
-    "gpt-gqa-window": (GPT, GPTConfig, dict(**GPT_SIZE, n_kv_head=2, window=WINDOW)),
-    "gpt-qknorm-untied": (GPT, GPTConfig, dict(**GPT_SIZE, n_kv_head=1, head_dim=16, qk_norm=True, tie_embeddings=False)),
-    "mamba1": (Mamba, MambaConfig, dict(**SSM_SIZE, version=1)),
-    "mamba2": (Mamba, MambaConfig, dict(**SSM_SIZE, head_dim=16)),
-    "mamba2-groups-untied": (Mamba, MambaConfig, dict(**SSM_SIZE, head_dim=8, n_groups=2, tie_embeddings=False)),
-    "hybrid": (Hybrid, HybridConfig, HYBRID_SIZE),
-    "hybrid-parallel": (Hybrid, HybridConfig, dict(HYBRID_SIZE, layout="parallel", n_kv_head=2, qk_norm=True, n_groups=2)),
-    "hybrid-plain-full": (Hybrid, HybridConfig, dict(HYBRID_SIZE, gate=False, branch_norm=False, window=0)),
-    "hybrid-low-rank": (Hybrid, HybridConfig, dict(HYBRID_SIZE, low_rank=8, tie_embeddings=False)),
+    "gpt": (GPT, GPT_SIZE),
+    "gpt-gqa-window": (GPT, dict(GPT_SIZE, n_kv_head=2, window=WINDOW)),
+    "gpt-qknorm-untied": (GPT, dict(GPT_SIZE, n_kv_head=1, head_dim=16, qk_norm=True, tie_embeddings=False)),
+    "mamba1": (Mamba, dict(SSM_SIZE, version=1)),
+    "mamba2": (Mamba, dict(SSM_SIZE, head_dim=16)),
+    "mamba2-groups-untied": (Mamba, dict(SSM_SIZE, head_dim=8, n_groups=2, tie_embeddings=False)),
+    "hybrid": (Hybrid, HYBRID_SIZE),
+    "hybrid-parallel": (Hybrid, dict(HYBRID_SIZE, layout="parallel", n_kv_head=2, qk_norm=True, n_groups=2)),
+    "hybrid-plain-full": (Hybrid, dict(HYBRID_SIZE, gate=False, branch_norm=False, window=0)),
+    "hybrid-low-rank": (Hybrid, dict(HYBRID_SIZE, low_rank=8, tie_embeddings=False)),
 }
-CONSTANT_STATE = ["gpt-gqa-window", "mamba1", "mamba2", "mamba2-groups-untied", "hybrid", "hybrid-parallel"]
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -48,8 +46,8 @@ def quiet_and_seeded():
 
 
 def build(name, **changes):
-    cls, config, settings = MODELS[name]
-    return cls(config(**dict(dict(settings, vocab_size=V), **changes))).eval()
+    cls, settings = MODELS[name]
+    return cls(CONFIG[cls](**{"vocab_size": V, **settings, **changes})).eval()
 
 
 @torch.no_grad()
@@ -59,34 +57,30 @@ def perturb(model, std=0.1):
     return model
 
 
-def tokens(*shape, vocab_size=V):
-    return torch.randint(vocab_size, shape)
+def tokens(*shape):
+    return torch.randint(V, shape)
 
 
 def assert_close(got, want, tolerance=1e-4):
-    assert got.shape == want.shape
     error = (got - want).abs().max().item()
-    assert error <= tolerance, f"differs by {error:.2g}"                        # also fails on NaN
+    assert got.shape == want.shape and error <= tolerance, f"differs by {error:.2g}"  # also fails on NaN
 
 
 def assert_same(run, reference, inputs, through=None):
     """run in fp32 and reference in float64: outputs, and gradients of all inputs, differ by 1e-5 of their largest value.
-
-    through: indices of the outputs that the gradients come from; None: all."""
+    through: index of the output that the gradients come from; None: all."""
     results = []
     for function, dtype in ((run, torch.float32), (reference, torch.float64)):
         leaves = [u.to(dtype).requires_grad_() for u in inputs]
         outputs = function(*leaves)
         torch.manual_seed(1)
-        weights = [torch.randn(u.shape).to(dtype) for u in outputs]
-        pick = [range(len(outputs)), through][through is not None]
-        results.append([*outputs, *torch.autograd.grad([outputs[i] for i in pick], leaves, [weights[i] for i in pick],
-                                                       allow_unused=True, materialize_grads=True)])
+        pairs = [(u, torch.randn(u.shape).to(dtype)) for u in outputs]
+        ends, weights = zip(*(pairs if through is None else [pairs[through]]))
+        results.append([*outputs, *torch.autograd.grad(ends, leaves, weights, allow_unused=True, materialize_grads=True)])
     for i, (got, want) in enumerate(zip(*results)):
         name = f"output {i}" if i < len(outputs) else f"gradient of input {i - len(outputs)}"
         assert got.dtype == torch.float32 and torch.isfinite(got).all(), f"{name} is not finite fp32"
-        floor = 1e-30  # a reference all below it, e.g. the gradient through exp(-800), has no digits in fp32
-        error = ((got - want).abs().max() / want.abs().max().clamp(min=floor)).item()
+        error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()  # exp(-800) has no digits in fp32
         assert error <= 1e-5, f"{name} is off by {error:.2g} of its largest value"
 
 
@@ -96,41 +90,43 @@ def assert_same(run, reference, inputs, through=None):
 LLAMA = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, rms_norm_eps=1e-3,
              tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=500.0))
 OURS = dict(n_embd=64, n_head=4, n_kv_head=2, intermediate_size=96, norm_eps=1e-3, rope_theta=500.0)
-MAMBA = dict(hidden_size=72, state_size=16, layer_norm_epsilon=1e-3, tie_word_embeddings=True)
-MAMBA2 = dict(MAMBA, head_dim=12, num_heads=12, chunk_size=16)
+SSM = dict(hidden_size=72, state_size=16, layer_norm_epsilon=1e-3, tie_word_embeddings=True)
+SSM2 = dict(SSM, head_dim=12, num_heads=12, chunk_size=16)
+OURS2 = dict(n_embd=72, head_dim=12, state_size=16, norm_eps=1e-3)
 PEERS = {
-    "llama": ("Llama", LLAMA, GPT, GPTConfig, OURS),
-    "qwen3": ("Qwen3", dict(LLAMA, head_dim=16, tie_word_embeddings=False),
-              GPT, GPTConfig, dict(OURS, qk_norm=True, tie_embeddings=False)),
-    "qwen3-wide-heads": ("Qwen3", dict(LLAMA, head_dim=24), GPT, GPTConfig, dict(OURS, qk_norm=True, head_dim=24)),
-    "mistral": ("Mistral", dict(LLAMA, sliding_window=WINDOW, attn_implementation="eager"),
-                GPT, GPTConfig, dict(OURS, window=WINDOW)),
-    "mamba1": ("Mamba", MAMBA, Mamba, MambaConfig, dict(n_embd=72, version=1, norm_eps=1e-3)),
-    "mamba1-conv3-untied": ("Mamba", dict(MAMBA, conv_kernel=3, expand=3, tie_word_embeddings=False), Mamba, MambaConfig,
-                            dict(n_embd=72, version=1, norm_eps=1e-3, conv_kernel=3, expand=3, tie_embeddings=False)),
-    "mamba2": ("Mamba2", dict(MAMBA2, n_groups=1), Mamba, MambaConfig,
-               dict(n_embd=72, head_dim=12, state_size=16, chunk_size=16, norm_eps=1e-3)),
-    "mamba2-groups-untied": ("Mamba2", dict(MAMBA2, n_groups=2, tie_word_embeddings=False), Mamba, MambaConfig,
-                             dict(n_embd=72, head_dim=12, state_size=16, n_groups=2, chunk_size=32, norm_eps=1e-3,
-                                  tie_embeddings=False)),
+    "llama": ("Llama", LLAMA, GPT, OURS),
+    "qwen3": ("Qwen3", dict(LLAMA, head_dim=24), GPT, dict(OURS, qk_norm=True, head_dim=24)),
+    "qwen3-untied": ("Qwen3", dict(LLAMA, head_dim=16, tie_word_embeddings=False),
+                     GPT, dict(OURS, qk_norm=True, tie_embeddings=False)),
+    "mistral": ("Mistral", dict(LLAMA, sliding_window=WINDOW, attn_implementation="eager"), GPT, dict(OURS, window=WINDOW)),
+    "mamba1": ("Mamba", SSM, Mamba, dict(OURS2, version=1)),
+    "mamba1-untied": ("Mamba", dict(SSM, conv_kernel=3, expand=3, tie_word_embeddings=False),
+                      Mamba, dict(OURS2, version=1, conv_kernel=3, expand=3, tie_embeddings=False)),
+    "mamba2": ("Mamba2", dict(SSM2, n_groups=1), Mamba, dict(OURS2, chunk_size=16)),
+    "mamba2-untied": ("Mamba2", dict(SSM2, n_groups=2, tie_word_embeddings=False),
+                      Mamba, dict(OURS2, n_groups=2, chunk_size=32, tie_embeddings=False)),
 }
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def test_logits_are_those_of_transformers(peer):
+def test_logits_and_gradients_are_those_of_transformers(peer):
     transformers = pytest.importorskip("transformers")
-    theirs, their_settings, cls, config, settings = PEERS[peer]
-    their_config = getattr(transformers, theirs + "Config")(vocab_size=V, num_hidden_layers=2, **their_settings)
-    theirs = getattr(transformers, theirs + "ForCausalLM")(their_config).float().eval()
-    ours = cls(config(vocab_size=V, n_layer=2, **settings)).eval()
+    kind, their_settings, cls, settings = PEERS[peer]
+    theirs = getattr(transformers, kind + "Config")(vocab_size=V, num_hidden_layers=2, **their_settings)
+    theirs = getattr(transformers, kind + "ForCausalLM")(theirs).float().eval()
+    ours = cls(CONFIG[cls](vocab_size=V, n_layer=2, **settings)).eval()
     for giver, taker in ((theirs, ours), (ours, theirs)):
         taker.load_state_dict(perturb(giver).state_dict(), strict=True)
         for T in (1, 83):
-            idx = tokens(2, T)
-            with torch.no_grad():
-                want = theirs(idx).logits
+            idx, targets = tokens(2, 2, T)
+            want = theirs(idx).logits
             assert want.std() > 0.3                                             # else closeness would mean little
-            assert_close(ours(idx)[0], want)                                    # with gradients: the path of training
+            assert_close(ours(idx)[0], want)
+        same = [(p, theirs.get_parameter(name)) for name, p in ours.named_parameters()]
+        gots = torch.autograd.grad(ours(idx, targets)[1], [p for p, _ in same])
+        wants = torch.autograd.grad(F.cross_entropy(want.flatten(0, 1), targets.flatten()), [p for _, p in same])
+        for got, want in zip(gots, wants):
+            assert_close(got, want, 1e-4 * want.abs().max().item())
 
 
 # --- parts against plain float64 --------------------------------------------------------------------------------------
@@ -157,9 +153,8 @@ def random_dt(kind, shape):
         return torch.empty(shape).uniform_(1e-3, 0.1)
     if kind == "extreme":
         return torch.exp(torch.empty(shape).uniform_(math.log(1e-7), math.log(500))).clamp(1e-6, 50)  # often the ends
-    dt = torch.full(shape, 1e-6)                                                # 'cliff': great steps among tiny ones, but
-    dt[:, 5::40] = 50.0                                                         # not the last: nothing but zeros would be left
-    return dt
+    t = torch.arange(shape[1])[:, None]                                         # 'cliff': great steps among tiny ones, but
+    return torch.where(t % 40 == 5, 50.0, 1e-6).expand(shape).clone()           # not at the end: only zeros would be left
 
 
 @pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])  # what the loss reads
@@ -174,23 +169,20 @@ def test_recurrence(form, T, kind, through):
     A.uniform_(-16, -0.01)[0] = -16.0
     inputs = [torch.randn(batch, T, H, P), random_dt(kind, (batch, T, H)), A, torch.randn(batch, T, groups, N),
               torch.randn(batch, T, groups, N), torch.randn(batch, H, P, N)]
-    if through.startswith("y"):
-        inputs.pop()
     run = scan if form == "scan" else lambda x, dt, A, B, C, h=None: ssd(x, dt, A[:, 0], B, C, chunk_size=Q, state=h)
-    assert_same(run, recurrence, inputs, {"b": (0, 1), "y": (0,), "l": (1,)}[through[0]])
+    assert_same(run, recurrence, inputs[:5] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
 
 
 @pytest.mark.parametrize("K", [2, 4])
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("cuts", [[1], [2, 1, 1], [50], [17, 1, 2, 30]])
+@pytest.mark.parametrize("cuts", [[1], [2, 1, 1], [50], [17, 1, 2, 30]])        # lengths of the parts
 def test_conv_silu(cuts, given, K):
     T, E = sum(cuts), 6
 
     def run(x, weight, bias, state=None):
-        ys = []
-        for part in x.split(cuts, 1):
-            y, state = conv_silu(part, weight, bias, state)
-            ys.append(y)
+        ys = [None] * len(cuts)
+        for i, part in enumerate(x.split(cuts, 1)):
+            ys[i], state = conv_silu(part, weight, bias, state)
         return torch.cat(ys, 1), state
 
     def reference(x, weight, bias, state=None):
@@ -206,9 +198,7 @@ def test_rms_norm(scale, mean):
     norm, x = perturb(RMSNorm(48, eps=1e-5), 0.5), torch.randn(48, 5, 3).transpose(0, 2) * scale + mean  # not contiguous
     assert_same(lambda x, w: [torch.func.functional_call(norm, {"weight": w}, (x,))],
                 lambda x, w: [x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w], [x, norm.weight.detach()])
-    training = norm(x)
-    with torch.no_grad():
-        assert_close(norm(x), training, 1e-5)
+    assert_close(torch.no_grad()(norm)(x), norm(x), 1e-5)
     assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -225,23 +215,17 @@ def test_linear_cross_entropy(chunk):
 # --- step and its state -----------------------------------------------------------------------------------------------
 
 T = 150  # longer than two windows, than nine chunks, and than the 128 slots of a cache grown twice
+CUTS = {"1": range(1, T), "7": range(7, T, 7), "64": [64, 128], "whole": [],
+        **{f"irregular{i}": sorted({T // 2, T // 2 + 1, *random.Random(i).sample(range(1, T), 8)}) for i in range(4)}}
 
 
 def run_steps(model, idx, cuts, state=None):
+    """cuts: positions in idx (B, T) where a new step begins."""
     out = []
-    for part in idx.split(cuts, 1):
+    for part in idx.tensor_split(list(cuts), 1):
         logits, state = model.step(part, state)
         out.append(logits)
     return torch.cat(out, 1), state
-
-
-def irregular(seed):
-    rand = random.Random(seed)
-    ends = sorted({rand.randrange(1, T) for _ in range(8)} | {T // 2, T // 2 + 1, T})  # one step of a single token at least
-    return [b - a for a, b in zip([0, *ends], ends)]
-
-
-CUTS = {"1": 1, "7": 7, "64": 64, "whole": T, **{f"irregular{i}": irregular(i) for i in range(4)}}
 
 
 @pytest.mark.parametrize("cuts", CUTS)
@@ -250,16 +234,7 @@ def test_step_equals_forward(name, cuts):
     model, idx = perturb(build(name)), tokens(2, T)
     got, state = run_steps(model, idx, CUTS[cuts])
     assert_close(got, model(idx)[0])
-    assert state["pos"].tolist() == [T, T]
-    assert all(isinstance(u, torch.Tensor) and len(u) == 2 for u in state.values())
-
-
-def join(states):
-    """One batch of several: caches that grow get as many slots as the largest has."""
-    def grown(key):
-        slots = max(s[key].shape[2] for s in states)
-        return [F.pad(s[key], (0, 0, 0, slots - s[key].shape[2])) for s in states]
-    return {key: torch.cat(grown(key) if key[:2] in ("k.", "v.") else [s[key] for s in states]) for key in states[0]}
+    assert state["pos"].tolist() == [T, T] and all(torch.is_tensor(u) and len(u) == 2 for u in state.values())
 
 
 @every_model
@@ -267,12 +242,15 @@ def test_rows_of_different_positions_go_on_together(name):
     """Joined, reordered, repeated, saved and loaded; each row goes on as if it were alone."""
     model, prompts, more = perturb(build(name)), [3, 37, 70], 62
     texts, endings = tokens(3, max(prompts)), tokens(6, more)                   # so the two copies of a row part
-    state = join([model.step(text[None, :n])[1] for text, n in zip(texts, prompts)])
-    state = {key: u[[2, 0, 1]].repeat_interleave(2, 0) for key, u in state.items()}
-    for cuts in (1, [30, 1, 1, 25, 5]):
+    states = [model.step(text[None, :n])[1] for text, n in zip(texts, prompts)]
+    for key in (key for key in states[0] if key[0] in "kv"):
+        slots = max(s[key].shape[2] for s in states)                            # the longest cache decides
+        for s in states:
+            s[key] = F.pad(s[key], (0, 0, 0, slots - s[key].shape[2]))
+    state = {key: torch.cat([s[key] for s in states])[[2, 0, 1]].repeat_interleave(2, 0) for key in states[0]}
+    for cuts in (range(1, more), [30, 31, 32, 57]):
         torch.save(state, file := io.BytesIO())
-        file.seek(0)
-        got, _ = run_steps(model, endings, cuts, torch.load(file, weights_only=True))
+        got, _ = run_steps(model, endings, cuts, torch.load(io.BytesIO(file.getvalue()), weights_only=True))
         again, after = run_steps(model, endings, cuts, {key: u.clone() for key, u in state.items()})
         assert torch.equal(got, again)
         for i, row in enumerate([2, 2, 0, 0, 1, 1]):
@@ -281,33 +259,33 @@ def test_rows_of_different_positions_go_on_together(name):
             assert after["pos"][i] == n + more
 
 
-@pytest.mark.parametrize("name", CONSTANT_STATE)
+@pytest.mark.parametrize("name", ["gpt-gqa-window", "mamba1", "mamba2", "mamba2-groups-untied", "hybrid", "hybrid-parallel"])
 def test_state_never_grows(name):
     model = build(name)
-
-    def size(cuts):
-        """Bytes that the state holds, also those its views keep alive: torch.save writes them all."""
-        state = run_steps(model, tokens(1, sum(cuts)), cuts)[1]
-        return sum(u.untyped_storage().nbytes() for u in state.values())
-    assert size([50]) == size([500]) == size([49, 1]) == size([490, 7, 1, 1, 1])
+    sizes = set()
+    for length, cuts in (50, []), (500, []), (50, [49]), (500, [490, 497, 498, 499]):
+        _, state = run_steps(model, tokens(1, length), cuts)
+        sizes.add(sum(u.untyped_storage().nbytes() for u in state.values()))    # also what views keep alive: so does a file
+    assert len(sizes) == 1, f"bytes: {sorted(sizes)}"
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 @every_model
 def test_loss_and_bf16_autocast(name):
-    model, idx, targets = perturb(build(name), 0.05), tokens(4, 75), tokens(4, 75)
+    model, (idx, targets) = perturb(build(name), 0.05), tokens(2, 4, 75)
     targets[:, :5] = -1
     logits, _ = model(idx)
-    _, exact = model(idx, targets)
-    assert_close(exact, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1), 1e-5)
+    exact = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    with torch.no_grad():
+        assert_close(model(idx, targets)[1], exact, 1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, loss = model(idx, targets)
-        logits, _ = run_steps(model, idx, [50, 1, 24])
-    loss.backward()
+        stepped, _ = run_steps(model, idx, [50, 51])
     assert abs(loss - exact) <= 0.03 * exact
-    assert abs(F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1) - exact) <= 0.03 * exact
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    wants, gots = (torch.autograd.grad(u, list(model.parameters())) for u in (exact, loss))
+    for want, got in zip((logits, *wants), (stepped, *gots)):
+        assert (got - want).norm() <= 0.1 * want.norm()                         # also fails on NaN
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -316,44 +294,39 @@ def test_optim_groups(name, muon):
     model = build(name)
     names, placed = {p: n for n, p in model.named_parameters()}, []
     for group in model.optim_groups(0.1, muon=muon):
-        for p in group["params"]:
-            n = names[p]
+        for n, p in ((names[p], p) for p in group["params"]):
             plain = re.search(r"norm|bias$|A_log$|\.D$|scale$", n)
-            assert group["weight_decay"] == (0 if plain else 0.1), n
             hidden = p.ndim == 2 and "layers." in n and not plain
-            allowed = {"muon"} if muon and hidden and "_proj" in n else {"muon", "adamw"} if muon and hidden else {"adamw"}
-            assert group["kind"] in allowed, n
+            assert group["weight_decay"] == (0 if plain else 0.1), n
+            assert group["kind"] == "adamw" or (group["kind"] == "muon" and muon and hidden), n
+            assert group["kind"] == "muon" or not (muon and hidden and "_proj" in n), n
             placed.append(n)
     assert sorted(placed) == sorted(names.values())                             # each once
 
 
-@pytest.mark.parametrize("name, mixer, n_residual", [("mamba1", "mixer", 2), ("mamba2", "mixer", 2), ("hybrid", "mamba", 0)])
+@pytest.mark.parametrize("name", ["mamba1", "mamba2", "hybrid"])
 @torch.no_grad()
-def test_initialisation_is_the_reference_one(name, mixer, n_residual):
-    wide = dict(n_embd=512, **({"ssm_head_dim": 4} if name == "hybrid" else {"head_dim": 4}))  # many heads: statistics
-    model = build(name, **wide)
-    for block in (model.backbone if mixer == "mixer" else model.model).layers:
-        m = getattr(block, mixer)
-        dt = F.softplus(m.dt_proj.bias if name == "mamba1" else m.dt_bias)
+def test_initialisation_is_the_reference_one(name):
+    model = build(name, n_embd=512, **{"ssm_head_dim" if name == "hybrid" else "head_dim": 4})  # many heads: statistics
+    for m in (module for module in model.modules() if hasattr(module, "A_log")):
+        dt, A = F.softplus(m.dt_proj.bias if name == "mamba1" else m.dt_bias), m.A_log.exp()
         assert 0.99e-3 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.101
         assert 0.006 < dt.median() < 0.017                                      # log-uniform: the geometric mean, 0.01
-        A = m.A_log.exp()
         if name == "mamba1":
             assert_close(A, torch.arange(1.0, 9).expand_as(A), 1e-5)
             assert m.dt_proj.weight.abs().max() == pytest.approx(32 ** -0.5, rel=0.02)  # R = 512 / 16
         else:
             assert 1 <= A.min() < 2 and 15 < A.max() <= 16.001 and 7 < A.mean() < 10
-        assert (m.D == 1).all()
-        assert m.conv1d.weight.abs().max() == pytest.approx(0.5, rel=0.02)
-        if n_residual:
-            assert m.out_proj.weight.abs().max() == pytest.approx((1024 * n_residual) ** -0.5, rel=0.02)
+        assert (m.D == 1).all() and m.conv1d.weight.abs().max() == pytest.approx(0.5, rel=0.02)
+        if name != "hybrid":                                                    # E = 1024, over two residual branches
+            assert m.out_proj.weight.abs().max() == pytest.approx((1024 * 2) ** -0.5, rel=0.02)
 
 
 @every_model
 def test_initial_loss_is_that_of_guessing(name):
     model = build(name, vocab_size=1000, n_embd=128)
     assert model.embedding().weight.std().item() == pytest.approx(0.02, rel=0.05)
-    _, loss = model(tokens(4, 64, vocab_size=1000), tokens(4, 64, vocab_size=1000))
+    _, loss = model(*torch.randint(1000, (2, 4, 64)))
     assert loss.item() == pytest.approx(math.log(1000), rel=0.05)
 
 
@@ -361,17 +334,14 @@ def test_initial_loss_is_that_of_guessing(name):
     (GPTConfig, dict(n_embd=65, n_head=4), "n_embd=65.*n_head=4"),
     (GPTConfig, dict(n_head=6, n_kv_head=4), "n_head=6.*n_kv_head=4"),
     (GPTConfig, dict(n_head=4, n_kv_head=-1), "n_kv_head=-1"),
-    (GPTConfig, dict(n_head=0), "n_head=0"),
     (GPTConfig, dict(head_dim=15), "head_dim=15.*even"),
     (GPTConfig, dict(window=-1), "window=-1"),
     (MambaConfig, dict(version=3), "version=3"),
-    (MambaConfig, dict(n_embd=100, head_dim=64), "200.*head_dim.*64"),
     (MambaConfig, dict(n_embd=96, head_dim=64, n_groups=2), "n_groups.* 2"),
     (MambaConfig, dict(n_groups=0), "n_groups"),
     (MambaConfig, dict(chunk_size=0), "chunk_size"),
     (HybridConfig, dict(layout="serial"), "layout='serial'.*parallel"),
     (HybridConfig, dict(low_rank=-1), "low_rank=-1"),
-    (HybridConfig, dict(n_embd=65, n_head=4), "n_embd=65.*n_head=4"),
     (HybridConfig, dict(ssm_head_dim=7), "ssm_head_dim"),
 ])
 def test_config_errors_name_the_setting(config, settings, says):
@@ -381,11 +351,11 @@ def test_config_errors_name_the_setting(config, settings, says):
 
 @every_model
 def test_overfits_one_batch(name):
-    model, idx = build(name).train(), tokens(4, 33)
+    model, idx, targets = build(name).train(), tokens(4, 32) % 16, tokens(4, 32)  # 16 different tokens: context must tell
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for _ in range(60):
-        _, loss = model(idx[:, :-1], idx[:, 1:])
+        _, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert model(idx[:, :-1], idx[:, 1:])[1] < 0.5
+    assert loss < 0.5
