@@ -24,6 +24,8 @@ from functools import lru_cache, partial
 from json import dumps, loads
 from statistics import median
 
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py; the same for every contender
+
 import torch
 
 from configurator import configure, fail, find_settings

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 import torch
 
+import model_mamba
 import tokenizer
 from configurator import fail
 from model_gpt import GPT, GPTConfig
@@ -88,6 +89,12 @@ def tokenizer_of(ckpt):
 def config_of(net):
     """A model's config as the plain dict that goes into a checkpoint."""
     return dataclasses.asdict(net.config)
+
+
+def compiled(net):
+    """torch.compile of a model. Mamba-1's scan stays out of it: unrolled, its steps would compile for hours."""
+    model_mamba.selective_scan = torch.compiler.disable(model_mamba.selective_scan)
+    return torch.compile(net)
 
 
 def choose_device(device):

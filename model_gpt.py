@@ -100,22 +100,26 @@ def rope_tables(positions, dim, theta):
     return angles.cos(), angles.sin()
 
 
+def _rotate(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    y, half = torch.empty_like(x), x.shape[-1] // 2
+    torch.mul(a, cos, out=y[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=y[..., half:]).addcmul_(a, sin)
+    return y
+
+
 class _Rope(torch.autograd.Function):
-    """apply_rope; the gradient of a rotation is the rotation back."""
+    """apply_rope in half of autograd's passes; the gradient of a rotation is the rotation back."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, dim=-1)
-        y, half = torch.empty_like(x), x.shape[-1] // 2
-        torch.mul(a, cos, out=y[..., :half]).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=y[..., half:]).addcmul_(a, sin)
-        return y
+        return _rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _Rope.forward(ctx, grad, cos, -sin), None, None
+        return _rotate(grad, cos, -sin), None, None
 
 
 def apply_rope(x, rope):
@@ -181,7 +185,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, P = config.n_embd, config.head_dim
-        self.head_dim, self.window, self.dropout = P, config.window, config.dropout
+        self.head_dim, self.dropout = P, config.dropout
         self.q_proj = nn.Linear(D, config.n_head * P, bias=False)
         self.k_proj = nn.Linear(D, config.n_kv_head * P, bias=False)
         self.v_proj = nn.Linear(D, config.n_kv_head * P, bias=False)
@@ -281,13 +285,13 @@ def optim_groups(model, weight_decay, muon=False):
 
     Decay falls on matrices alone: never on norms, biases, A_log, D, dt_bias or learned scales. With `muon` the hidden
     matrices (the layers' *_proj weights) go to Muon (Jordan et al. 2024); embeddings, conv filters and the rest stay on AdamW."""
-    groups = {("adamw", weight_decay): [], ("adamw", 0.0): [], ("muon", weight_decay): []}
+    groups = {("adamw", True): [], ("adamw", False): [], ("muon", True): []}
     for name, p in model.named_parameters():  # tied weights come once
         if p.requires_grad:
             matrix = name.endswith(".weight") and p.ndim >= 2
-            kind = "muon" if muon and matrix and p.ndim == 2 and ".layers." in name else "adamw"
-            groups[kind, weight_decay if matrix else 0.0].append(p)
-    return [dict(kind=k, weight_decay=wd, params=ps) for (k, wd), ps in groups.items() if ps]
+            groups["muon" if muon and matrix and "_proj." in name else "adamw", matrix].append(p)
+    return [dict(kind=kind, weight_decay=weight_decay if decay else 0.0, params=params)
+            for (kind, decay), params in groups.items() if params]
 
 
 class LanguageModel(nn.Module):

@@ -115,7 +115,6 @@ class _SelectiveScan(torch.autograd.Function):
         return gx, gdt, gA.t(), gB, gC, g
 
 
-@torch.compiler.disable                                                         # unrolled it would compile for hours
 def selective_scan(x, dt, A, B, C, state=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t (Mamba, Gu & Dao 2023, eq. 2 and algorithm 2), in fp32.
 

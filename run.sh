@@ -44,7 +44,7 @@ case "${1:-}" in
         setup requirements.txt
         [ -e data/stdlib/meta.json ] || "$python" prepare.py
         "$python" train.py config/quick.py
-        "$python" sample.py --out_dir=out-quick --start='def ' --max_new_tokens=400
+        "$python" sample.py --out_dir=out-quick --start='def ' --max_new_tokens=400 --temperature=0.7
         cat <<'END'
 
 This model was trained here, on the Python sources of this machine. What to type next:

@@ -32,7 +32,7 @@ min_p = 0.0             # only tokens at least this times as likely as the likel
 seed = 1337
 # --- where
 device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
-dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU, the training precision on a GPU
+dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU, bfloat16 where a GPU has it
 stream = True           # show the (first) sample while it is generated
 
 PREFILL = 512           # tokens of the prompt read at once: bounds the memory of their logits
@@ -121,15 +121,18 @@ class Writer:
         return new
 
 
-def encode_prompt(tok, text):
-    """Ids of a prompt; <|endoftext|> at its beginning is the end-of-text id. Unusable text ends the program in a line."""
+def encode_prompt(tok, text, setting='start'):
+    """Ids of a prompt; <|endoftext|> at its beginning is the end-of-text id. Unusable text ends the program in a line
+    that names the setting it came from."""
     ids = []
+    if not text:
+        fail(f'{setting} is empty: give a prompt, as in --{setting}="Once upon a time"; a newline alone will do')
     if text.startswith('<|endoftext|>'):
         ids, text = [tok.eot], text[len('<|endoftext|>'):]
     try:
         return ids + tok.encode(text).tolist()
     except ValueError as error:
-        fail(f'start: {error}; choose another --start')
+        fail(f'{setting}: {error}; choose another --{setting}')
 
 
 def main():
@@ -150,8 +153,6 @@ def main():
                 text = f.read()
         except (OSError, ValueError) as error:
             fail(f'start={start}: cannot be read as text: {error}')
-    if not text:
-        fail('start is empty: give a prompt, as in --start="Once upon a time"; a newline alone will do')
     prompt = encode_prompt(tok, text)
 
     where = choose_device(device)
@@ -160,7 +161,11 @@ def main():
     generator = torch.Generator(where).manual_seed(seed)
     stops = [s.replace('\\n', '\n') for s in stop.split('|') if s]
     writers = [Writer(tok, stops) for _ in range(num_samples)]
-    say = lambda s: stream and print(s, end='', flush=True)
+
+    def say(s):
+        if stream:
+            print(s, end='', flush=True)
+
     say(text.removeprefix('<|endoftext|>'))
     began, first, steps = time.perf_counter(), None, 0
     try:

@@ -10,11 +10,13 @@
 A run that was stopped, by Ctrl-C or by kill -9, goes on where it was: say the same command again. On a CPU it then ends with
 the very bits it would have had. Nothing but the step decides what happens in it: its data, its dropout, its learning rate.
 """
+import atexit
 import dataclasses
 import datetime
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -24,6 +26,7 @@ import time
 # Letting go after some microseconds costs nothing on an idle machine; beside one busy process steps are 2 to 10 times faster.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +36,7 @@ import checkpoint
 from bench import memory, peak_flops
 from checkpoint import MODELS
 from configurator import configure, fail, find_settings
+from muon import Muon
 from sample import Writer, encode_prompt, generate
 
 # --- what and where
@@ -53,6 +57,7 @@ n_head = 0                  # attention (gpt, hybrid)
 n_kv_head = 0               # fewer key/value heads than heads make the cache smaller
 intermediate_size = 0       # inner width of the MLP
 window = -1                 # attend to so many last tokens; 0: all; -1: the model's default
+rope_theta = 10000.0        # base of the rotary positions: smaller tells near positions apart more sharply
 qk_norm = False             # normalise queries and keys: steadier at high learning rates
 version = 2                 # Mamba-2, or 1
 state_size = 0              # size of the SSM's state per channel
@@ -106,14 +111,17 @@ LOCAL = 'out_dir init_from eval_only device compile tensorboard wandb_log wandb_
 rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                            (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 master = rank == 0
+if world > 1 and device == 'auto' and not torch.cuda.is_available():
+    device = 'cpu'                                          # Apple's GPU has no collectives
 device = checkpoint.choose_device(device)
-if device == 'cuda' and world > 1:
-    device = f'cuda:{local_rank}'
+if device == 'cuda':
+    device = checkpoint.choose_device(f'cuda:{local_rank}')
 kind_of_device = device.partition(':')[0]
 if kind_of_device == 'cuda':
     torch.cuda.set_device(device)
 if world > 1:
-    dist.init_process_group('nccl' if kind_of_device == 'cuda' else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if kind_of_device == 'cuda' else 'gloo')
+    atexit.register(dist.destroy_process_group)             # however the run ends
 
 
 def say(*words, **how):
@@ -122,12 +130,11 @@ def say(*words, **how):
 
 
 def summed(*values):
-    """The sums over all processes of some numbers."""
+    """The sums over all processes of some numbers, by way of the CPU: waits for no GPU."""
+    total = torch.tensor(values, dtype=torch.float64)
     if world > 1:
-        total = torch.tensor(values, dtype=torch.float64 if kind_of_device == 'cpu' else torch.float32, device=device)
         dist.all_reduce(total)
-        return total.tolist()
-    return list(values)
+    return total.tolist()
 
 
 # --- go on with a run, or begin one
@@ -140,9 +147,14 @@ if eval_only or init_from == 'resume' or (init_from == 'auto' and os.path.exists
     for name, value in ckpt['settings'].items():
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value
+    was_set = ckpt['config'] | {name: ckpt['settings'][name] for name in ('model', 'optimizer')}
+    if init_from == 'auto' and not eval_only:  # whoever says 'resume' may go on with other text
+        was_set['dataset'] = ckpt['settings']['dataset']
+        explicit = explicit | ({'dataset': os.path.basename(os.path.normpath(dataset))} if 'dataset' in explicit else {})
     for name in explicit:
-        was = (ckpt['config'] | dict(model=ckpt['kind'], optimizer=ckpt['settings']['optimizer'])).get(name, explicit[name])
-        if was != explicit[name] and name not in ('dropout', 'vocab_size'):
+        was = was_set.get(name, explicit[name])
+        filled_in = explicit[name] == '' or (type(explicit[name]) is int and explicit[name] == (-1 if name == 'window' else 0))
+        if was != explicit[name] and not filled_in and name not in ('dropout', 'vocab_size'):
             fail(f'{latest} holds a run with {name}={was}, not {explicit[name]}: leave the setting out to go on with it, choose '
                  'another --out_dir, or begin anew with --init_from=scratch')
 
@@ -150,23 +162,24 @@ for what, values in {
     'one of ' + ', '.join(MODELS): dict(model=model in MODELS),
     'adamw or muon': dict(optimizer=optimizer in ('adamw', 'muon')),
     'cosine or wsd': dict(schedule=schedule in ('cosine', 'wsd')),
-    'more than 0': {name: globals()[name] > 0 for name in 'learning_rate eval_interval log_interval n_groups'.split()},
+    'more than 0': {name: globals()[name] > 0 for name in 'learning_rate eval_interval log_interval n_groups rope_theta'.split()},
     '-1 or more': dict(warmup_iters=warmup_iters >= -1, window=window >= -1),
     'at least 0 and below 1': {name: 0 <= globals()[name] < 1 for name in 'dropout beta1 beta2'.split()},
-    'more than 0 and at most 1': dict(decay_fraction=0 < decay_fraction <= 1),
+    'from 0 to 1': dict(decay_fraction=0 <= decay_fraction <= 1),
     'from 0 to 2**31': dict(seed=0 <= seed < 2**31),
-    '0 or more': {name: globals()[name] >= 0 for name in '''vocab_size n_layer n_embd block_size n_head n_kv_head state_size max_iters
-        intermediate_size low_rank batch_size gradient_accumulation_steps tokens_per_step weight_decay grad_clip lr_decay_iters
-        min_lr eval_iters patience sample_interval'''.split()},
+    '0 or more': {name: globals()[name] >= 0 for name in '''vocab_size n_layer n_embd block_size n_head n_kv_head state_size
+        max_iters intermediate_size low_rank batch_size gradient_accumulation_steps tokens_per_step weight_decay grad_clip
+        lr_decay_iters min_lr eval_iters patience sample_interval'''.split()},
 }.items():
     for name, ok in values.items():
         if not ok:
             fail(f'{name}={globals()[name]} must be {what}')
 
 # --- data
-dataset = dataset or batches.newest_dataset()
-data = batches.open_dataset(dataset, vocab_size, data_dtype)
-tok = data.tokenizer
+data = batches.open_dataset(dataset or batches.newest_dataset(), vocab_size, data_dtype)
+dataset, tok = data.name if os.path.isdir(os.path.join('data', data.name)) else dataset, data.tokenizer
+if sample_interval and tok:
+    encode_prompt(tok, sample_start, 'sample_start')        # better now than hours into the run
 if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != (tok and tok.sha256()):
     fail(f'dataset {dataset} has another tokenizer than the run in {out_dir}: name the dataset that run was trained on '
          f'({ckpt["settings"]["dataset"]}), or choose another --out_dir')
@@ -174,7 +187,7 @@ if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != (t
 # --- what the zeros stand for
 gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind_of_device == 'cuda' else 0
 if kind_of_device == 'cpu':    # some minutes on a laptop
-    sizes = dict(n_layer=6, n_embd=256, block_size=256, batch_size=16, tokens_per_step=4096, max_iters=1000)
+    sizes = dict(n_layer=4, n_embd=256, block_size=256, batch_size=16, tokens_per_step=4096, max_iters=600)
 elif gigabytes < 20:           # 8 to 16 GB, or Apple's
     sizes = dict(n_layer=12, n_embd=512, block_size=512, batch_size=16, tokens_per_step=2**15, max_iters=5000)
 else:
@@ -189,7 +202,7 @@ if not tokens_per_step and gradient_accumulation_steps:
     tokens_per_step = (batch_size or sizes['batch_size']) * block_size * gradient_accumulation_steps
 elif not tokens_per_step:
     tokens_per_step = sizes['tokens_per_step']
-    whole = (batch_size or 1) * block_size * world
+    whole = math.lcm(batch_size or 1, world) * block_size
     tokens_per_step = -(-tokens_per_step // whole) * whole
 batch_size = batch_size or sizes['batch_size']
 if tokens_per_step % block_size:
@@ -205,6 +218,8 @@ if sequences % world:
          f'{block_size * world}')
 micro_batch = max(n for n in range(1, sequences // world + 1) if sequences // world % n == 0 and n <= max(batch_size, 1))
 micro_steps = sequences // world // micro_batch
+if micro_batch * 2 <= batch_size and micro_steps > 1:
+    say(f'note: {sequences} sequences a step can only be cut into micro-batches of {micro_batch}, not {batch_size}')
 warmup_iters = warmup_iters if warmup_iters >= 0 else min(100, max_iters // 10)
 dtype = checkpoint.choose_dtype(dtype, device)
 for split in data.tokens:
@@ -215,7 +230,8 @@ for split in data.tokens:
 # --- model
 fields = {kind: {field.name for field in dataclasses.fields(config)} for kind, (_, config) in MODELS.items()}
 for name in explicit:          # a config file may serve several models, a flag is meant
-    if name not in fields[model] and any(name in f for f in fields.values()) and any(f'--{name}=' in a for a in sys.argv):
+    if name not in fields[model] and any(name in f for f in fields.values()) and \
+            any(a.lstrip('-').partition('=')[0].replace('-', '_') == name for a in sys.argv if a.startswith('--')):
         fail(f'{name} means nothing to a {model} model; leave it out')
 if ckpt:
     config = ckpt['config'] | dict(dropout=dropout)
@@ -239,20 +255,21 @@ groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')
 optimizers = [torch.optim.AdamW([g for g in groups if g['kind'] == 'adamw'], lr=learning_rate, betas=(beta1, beta2),
                                 fused=kind_of_device in ('cpu', 'cuda'))]
 if optimizer == 'muon':
-    optimizers.append(torch.optim.Muon([g for g in groups if g['kind'] == 'muon'], lr=learning_rate,
-                                       adjust_lr_fn='match_rms_adamw'))
+    optimizers.append(Muon([g for g in groups if g['kind'] == 'muon'], lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
 scaler = torch.amp.GradScaler(kind_of_device, enabled=dtype == 'float16')  # fp16 gradients would vanish unscaled
 step, tokens_seen, best_loss, bad_evals, evaluated, seconds, history = 0, 0, math.inf, 0, -1, 0.0, []
 if ckpt:
-    for opt, state in zip(optimizers, ckpt['optimizers']):
-        opt.load_state_dict(state)
-        for group in opt.param_groups:  # what was changed for this part of the run holds, not what was saved
-            group.update({'betas': (beta1, beta2)} if 'betas' in group else {})
-            group['weight_decay'] = weight_decay if group['weight_decay'] else 0.0
+    for opt, saved in zip(optimizers, ckpt['optimizers']):
+        fresh = [{name: value for name, value in group.items() if name != 'params'} for group in opt.param_groups]
+        opt.load_state_dict(saved)
+        for group, now in zip(opt.param_groups, fresh):     # what is said now holds, not what was saved
+            group.update(now)
     scaler.load_state_dict(ckpt['scaler']) if ckpt['scaler'] else None
     step, tokens_seen, best_loss, bad_evals, evaluated, seconds, history = (ckpt['counters'][name] for name in (
         'step', 'tokens_seen', 'best_loss', 'bad_evals', 'evaluated', 'seconds', 'history'))
-del ckpt  # its tensors would stay in memory for the whole run
+ckpt = saved = None                                         # their tensors would stay in memory for the whole run
+if summed(step)[0] != step * world:
+    fail(f'the processes are at different steps: {out_dir} must be one folder that all machines see')
 
 
 def get_lr(step):
@@ -266,11 +283,10 @@ def get_lr(step):
     return min_lr + (learning_rate - min_lr) * fall
 
 
-def fetch(step, micro):
-    """This process's micro-batch `micro` of a step: x, y (micro_batch, T) on the device."""
-    first = step * sequences + rank * (sequences // world) + micro * micro_batch
-    numbers = batches.np.arange(first, first + micro_batch)
-    pair = data.batch(numbers, block_size, seed)
+def fetch(tokens_seen, micro):
+    """This process's micro-batch `micro` of the step after so many tokens: x, y (micro_batch, T) on the device."""
+    first = tokens_seen // block_size + rank * (sequences // world) + micro * micro_batch
+    pair = data.batch(np.arange(first, first + micro_batch), block_size, seed)
     if kind_of_device == 'cuda':  # pinned memory goes over while the GPU still works on the last batch
         return [t.pin_memory().to(device, non_blocking=True) for t in pair]
     return [t.to(device) for t in pair]
@@ -300,7 +316,7 @@ def show_sample():
     net.eval()
     writer = Writer(tok)
     generator = torch.Generator(device).manual_seed(seed)
-    for ids in generate(net, encode_prompt(tok, sample_start), 1, 200, tok.vocab_size, temperature=0.8, top_k=200,
+    for ids in generate(net, encode_prompt(tok, sample_start, 'sample_start'), 1, 200, tok.vocab_size, temperature=0.8, top_k=200,
                         generator=generator):
         writer.feed(int(ids))
     net.train()
@@ -347,7 +363,7 @@ if master:
         if step and os.path.exists(log_file):   # what a killed run logged after its last checkpoint comes again
             with open(log_file, encoding='utf-8') as f:
                 lines = [line for line in f if logged_step(line) <= step]
-        elif init_from == 'scratch':            # begun anew on purpose; the old run's files are kept aside
+        elif init_from == 'scratch' and os.path.exists(latest):  # begun anew on purpose; the old run's files are kept aside
             for path in (latest, best, log_file):
                 if os.path.exists(path) and not eval_only:
                     os.replace(path, path + '.old')
@@ -361,18 +377,21 @@ if master:
     try:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            tb = SummaryWriter(out_dir)
+            tb = SummaryWriter(out_dir, purge_step=step or None)
         if wandb_log:
             import wandb
             run = wandb.init(project=wandb_project, name=wandb_run_name or None, dir=out_dir,
                              config={name: globals()[name] for name in names})
     except ImportError as error:
         fail(f'{error.name} is not installed: pip install {error.name}, or leave out --tensorboard and --wandb_log')
+    except Exception as error:  # wandb has many: not logged in, no network
+        fail(f'wandb: {error}; set it up, or leave out --wandb_log')
 
 
 def log(**values):
     """One line of metrics.jsonl, and the same to whoever else listens."""
     if master:
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         try:
             log_lines.write((json.dumps(dict(step=step, **values)) + '\n').encode())
         except OSError as error:
@@ -390,23 +409,28 @@ say(f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x
     f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}')
 
 if eval_only:
+    if 'eval_iters' not in explicit:
+        eval_iters = 0
     result = evaluate()
-    say('step', step, *(f'{name} {value:.4f}' for name, value in result.items() if value is not None))
+    say(f'{out_dir}, step {step}, {"the whole val split" if not eval_iters else f"{eval_iters} batches"}:', *(f'{name} {value:.4f}' for name, value in result.items() if value is not None))
     sys.exit()
 if step:
     say(f'going on from {latest} at step {step}')
-if step >= max_iters:
-    say(f'this run has made its {max_iters} steps: raise --max_iters to go on, or begin anew with --init_from=scratch')
+if step >= max_iters or (patience and bad_evals >= patience):
+    say(f'this run has made its {step} steps: raise --{"max_iters" if step >= max_iters else "patience"} to go on, or begin anew '
+        'with --init_from=scratch')
     sys.exit()
 
 # --- the loop
 peak = peak_flops(device, dtype) * world
+if kind_of_device == 'cuda':
+    torch.cuda.reset_peak_memory_stats()
 flops = net.flops_per_token(block_size)
 fast = net                                                  # what computes the training steps
-x, y = fetch(step, 0)
+x, y = fetch(tokens_seen, 0)
 if compile:
     try:
-        fast = torch.compile(net)
+        fast = checkpoint.compiled(net)
         with checkpoint.autocast(device, dtype):
             fast(x, y)[1].backward()
         net.zero_grad(set_to_none=True)
@@ -416,10 +440,15 @@ if compile:
 if world > 1:
     fast = DistributedDataParallel(fast, device_ids=[local_rank] if kind_of_device == 'cuda' else None)
 
+def sound():
+    """Whether every loss and gradient so far was finite, in all processes."""
+    return math.isfinite(summed(watch.item())[0])
+
+
 stopped = []                                                # signals that asked us to stop
 for number in (signal.SIGINT, signal.SIGTERM):
-    # the first asks for a stop after this step, a second one stops at once
-    signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
+    # the first asks for a stop after this step, a second one stops at once; torchrun hands on more than one
+    signal.signal(number, lambda n, _: (stopped.append(n), world == 1 and signal.signal(n, signal.SIG_DFL)))
 columns = shutil.get_terminal_size((140, 24)).columns - 1 if sys.stdout.isatty() else 0  # one line that changes, or many
 net.train()
 begun = saved_step = step
@@ -428,7 +457,7 @@ clock, clock_step = time.perf_counter(), step
 while True:
     ended = step >= max_iters
     if (step % eval_interval == 0 or ended) and step and evaluated != step:
-        if not math.isfinite(watch.item()):
+        if not sound():
             break
         began = time.perf_counter()
         result = evaluate()
@@ -444,45 +473,55 @@ while True:
         say(('\n' if columns else '') + f'step {step}: ' + ', '.join(
             f'{name.replace("_", " ")} {value:.4f}' for name, value in result.items() if value is not None)
             + (' (best)' if better else ''))
-        if not save(latest, *([best] if better else [])) and ended:
+        if save(*([best] if better else []), latest):       # best first: a kill between the two comes back to this step
+            saved_step = step
+        elif ended:
             fail(f'{out_dir}: the finished model could not be saved; free some space and run the same command again')
-        saved_step = step
         clock, clock_step = time.perf_counter(), step
         if patience and bad_evals >= patience:
             say(f'stopping: {patience} evaluations without a better loss than {best_loss:.4f}')
             ended = True
     if sample_interval and step % sample_interval == 0 and step > begun and master and tok:
+        began = time.perf_counter()
         show_sample()
-        clock, clock_step = time.perf_counter(), step
+        clock += time.perf_counter() - began
     if ended:
         break
-    if summed(len(stopped))[0] if world > 1 and (kind_of_device == 'cpu' or step % log_interval == 0) else world == 1 and stopped:
+    if summed(len(stopped))[0]:
         seconds += time.perf_counter() - clock
-        if math.isfinite(watch.item()) and (step == saved_step or save(latest)):
-            say(('\n' if columns else '') + f'stopped at step {step}, saved {latest}; to go on: '
-                + ('python train.py' if world == 1 else f'torchrun --nproc_per_node={world} train.py')
-                + f' --init_from=resume --out_dir={out_dir}')
+        good = sound() and (step == saved_step or save(latest))
+        again = ''.join(f' --{name}={shlex.quote(str(explicit[name]))}' for name in LOCAL[3:] if name in explicit)
+        say(('\n' if columns else '') + (f'stopped at step {step}, saved {latest}' if good else f'stopped at step {step}, not saved')
+            + '; to go on: ' + ('python' if world == 1 else f'torchrun --nproc_per_node={world}')
+            + f' train.py --init_from=resume --out_dir={shlex.quote(out_dir)}{again}')
+        summed(0)                                           # nobody leaves before the master has saved
         sys.exit(128 + (stopped or [signal.SIGTERM])[0])
 
     lr = get_lr(step)
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = lr
-    torch.manual_seed((seed * 2**40 + step * 2**10 + rank) % 2**63)  # dropout, too, depends on the step alone
+    # dropout, too, depends on the step alone
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
     total = torch.zeros((), device=device)
     for micro in range(micro_steps):
         if world > 1:                                       # gradients travel once a step
             fast.require_backward_grad_sync = micro == micro_steps - 1
-        with checkpoint.autocast(device, dtype):
-            loss = fast(x, y)[1] / micro_steps
-        x, y = fetch(*((step, micro + 1) if micro + 1 < micro_steps else (step + 1, 0)))
+        try:
+            with checkpoint.autocast(device, dtype):
+                loss = fast(x, y)[1] / micro_steps
+        except torch.OutOfMemoryError:
+            fail(f'out of memory with {micro_batch} sequences at once; go on with --batch_size={max(1, micro_batch // 2)}: the steps '
+                 'stay the same')
+        x, y = fetch(*((tokens_seen, micro + 1) if micro + 1 < micro_steps else (tokens_seen + tokens_per_step, 0)))
         scaler.scale(loss).backward()
         total += loss.detach()
     for opt in optimizers:
         scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
-    for opt in optimizers:
-        scaler.step(opt)
+    if not scaler.is_enabled() or norm.isfinite():          # an fp16 overflow skips the step, for both optimizers
+        for opt in optimizers:
+            scaler.step(opt)
     scaler.update()
     net.zero_grad(set_to_none=True)
     step += 1
@@ -490,7 +529,9 @@ while True:
     watch += total if dtype == 'float16' else total + norm  # the scaler skips steps of infinite gradients itself
 
     if step % log_interval == 0 or step == 1 or step == max_iters:
-        if not math.isfinite(watch.item()):
+        if scaler.is_enabled() and scaler.get_scale() < 1e-3:
+            watch += math.nan                               # gradients that overflow at any scale
+        if not sound():
             break
         loss = summed(total.item())[0] / world
         now = time.perf_counter()
@@ -506,13 +547,11 @@ while True:
         log(loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=rate, mfu=rate * flops / peak, memory=used, epoch=epoch,
             tokens=tokens_seen, seconds=seconds)
 
-if not math.isfinite(watch.item()):
+if not sound():
     say(end='\n' if columns else '')
     good = f'the last good checkpoint is {latest}, of step {saved_step}' if os.path.exists(latest) else 'no checkpoint was made yet'
     fail(f'the loss or its gradient is not a finite number any more at step {step}; {good}. Try a lower --learning_rate, a longer '
          '--warmup_iters, or --dtype=float32')
 say(f'done: {step} steps, {tokens_seen:,} tokens, {datetime.timedelta(seconds=round(seconds))} of training; best val loss {best_loss:.4f} in {best}\n'
     f'to read what it writes: python sample.py --out_dir={out_dir}')
-if world > 1:
-    dist.barrier()
-    dist.destroy_process_group()
+summed(0)                                                   # the processes end together
