@@ -197,7 +197,9 @@ def train(name, autocast):
                  flops=matrix_flops(model) + like.flops_per_token(block_size) - matrix_flops(like))
     model.to(device).train()
     facts['before'] = memory(device)
-    loss = torch.compile(loss) if compile else loss
+    if compile:
+        from checkpoint import compiled
+        loss = compiled(loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     idx, targets = torch.randint(vocab_size, (2, batch_size, block_size), device=device).unbind()
 
@@ -222,7 +224,8 @@ def layers(name, autocast):
         from transformers.models.mamba.modeling_mamba import MambaMixer
         pair = [MambaMixer(hf_config(name), 0) for _ in range(2)]
     pair = torch.nn.ModuleList(pair).to(device).train()
-    facts = dict(parameters=sum(p.numel() for p in pair.parameters()), tokens=2 * layers_batch_size * block_size, before=memory(device))
+    facts = dict(parameters=sum(p.numel() for p in pair.parameters()), tokens=2 * layers_batch_size * block_size,
+                 before=memory(device))
     x = torch.randn(layers_batch_size, block_size, n_embd, device=device, requires_grad=True)
 
     def step():

@@ -92,7 +92,7 @@ def config_of(net):
 
 
 def compiled(net):
-    """torch.compile of a model. Mamba-1's scan stays out of it: unrolled, its steps would compile for hours."""
+    """torch.compile of a model or a function of one. Mamba-1's scan stays out of it: unrolled, its steps would compile for hours."""
     model_mamba.selective_scan = torch.compiler.disable(model_mamba.selective_scan)
     return torch.compile(net)
 

@@ -21,7 +21,7 @@ def at_least_one(config, names):
     """ValueError if one of these fields of a config is below 1."""
     for name in names.split():
         if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+            raise ValueError(f'{name}={getattr(config, name)} must be at least 1')
 
 
 @dataclass
@@ -43,18 +43,18 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        at_least_one(self, "vocab_size block_size n_layer n_embd n_head n_kv_head")
+        at_least_one(self, 'vocab_size block_size n_layer n_embd n_head n_kv_head')
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}')
         if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head} (or set head_dim)")
+            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head} (or set head_dim)')
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+            raise ValueError(f'head_dim={self.head_dim} must be even: RoPE turns pairs')
         self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 3 // 64) * 64
-        at_least_one(self, "head_dim intermediate_size")
+        at_least_one(self, 'head_dim intermediate_size')
         if self.window < 0:
-            raise ValueError(f"window={self.window} must be 0 (no window) or more")
+            raise ValueError(f'window={self.window} must be 0 (no window) or more')
 
 
 # --- parts the models share -------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if x.device.type == 'cpu' and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _RMSNorm.apply(x.float().contiguous(), self.weight, self.eps).to(x.dtype)
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
@@ -161,15 +161,15 @@ class KVStep:
 
     def attend_to(self, cache, k, v):
         """Write k, v (B, K, t, P) to the caches {'k', 'v'}; returns keys and values to attend to, of any length."""
-        if cache["k"] is None or (not self.window and self.n > cache["k"].shape[2]):
+        if cache['k'] is None or (not self.window and self.n > cache['k'].shape[2]):
             size = self.window or max(64, 1 << (self.n - 1).bit_length())
-            for name, like in (("k", k), ("v", v)):
+            for name, like in (('k', k), ('v', v)):
                 new = like.new_zeros(like.shape[0], like.shape[1], size, like.shape[3])
                 if cache[name] is not None:
                     new[:, :, :cache[name].shape[2]] = cache[name]
                 cache[name] = new
         out = []
-        for name, new in (("k", k), ("v", v)):
+        for name, new in (('k', k), ('v', v)):
             old, tail = cache[name], new[:, :, self.t - self.keep:].transpose(1, 2)
             if self.window and self.t > 1:  # writing would overwrite what the chunk's first tokens still see
                 out.append(torch.cat((old.to(new.dtype), new), 2))
@@ -285,11 +285,11 @@ def optim_groups(model, weight_decay, muon=False):
 
     Decay falls on matrices alone: never on norms, biases, A_log, D, dt_bias or learned scales. With `muon` the hidden
     matrices (the layers' *_proj weights) go to Muon (Jordan et al. 2024); embeddings, conv filters and the rest stay on AdamW."""
-    groups = {("adamw", True): [], ("adamw", False): [], ("muon", True): []}
+    groups = {('adamw', True): [], ('adamw', False): [], ('muon', True): []}
     for name, p in model.named_parameters():  # tied weights come once
         if p.requires_grad:
-            matrix = name.endswith(".weight") and p.ndim >= 2
-            groups["muon" if muon and matrix and "_proj." in name else "adamw", matrix].append(p)
+            matrix = name.endswith('.weight') and p.ndim >= 2
+            groups['muon' if muon and matrix and '_proj.' in name else 'adamw', matrix].append(p)
     return [dict(kind=kind, weight_decay=weight_decay if decay else 0.0, params=params)
             for (kind, decay), params in groups.items() if params]
 
@@ -314,9 +314,9 @@ class LanguageModel(nn.Module):
         index, repeat, concatenate, save each to do so with the sequences. 'pos' (B,) counts each row's tokens and stays on
         the CPU. A step writes into the state it is given: clone it first to go on from the same place twice."""
         if state is None:
-            state = {"pos": torch.zeros(len(idx), dtype=torch.long)}
+            state = {'pos': torch.zeros(len(idx), dtype=torch.long)}
         x, state = self.body(idx, dict(state))
-        state["pos"] = state["pos"] + idx.shape[1]
+        state['pos'] = state['pos'] + idx.shape[1]
         return self.lm_head(x), state
 
     def num_params(self):
@@ -326,7 +326,7 @@ class LanguageModel(nn.Module):
     def flops_per_token(self, T):
         """Floating-point operations a token of forward and backward, in sequences of T: 6 a weight of every matrix
         product, plus the mixing of tokens (attention counted causally, at the half it needs)."""
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and not n.endswith("A_log"))
+        matrices = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and not n.endswith('A_log'))
         if self.lm_head.weight is not self.embedding().weight:
             matrices -= self.embedding().weight.numel()                         # an untied input embedding is a look-up
         return 6 * matrices + 3 * self.mixing_flops(T)
@@ -368,7 +368,7 @@ class GPT(LanguageModel):
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():  # GPT-2's: what is added to the residual stream shrinks with depth
             if p.ndim == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                residual = name.endswith(('o_proj.weight', 'down_proj.weight'))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
     def embedding(self):
@@ -382,14 +382,14 @@ class GPT(LanguageModel):
     def body(self, idx, state=None):
         """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
         c, T = self.config, idx.shape[1]
-        plan = KVStep(state["pos"], T, c.window, idx.device) if state else None
+        plan = KVStep(state['pos'], T, c.window, idx.device) if state else None
         positions = plan.positions if plan else torch.arange(T, device=idx.device)
         rope = rope_tables(positions, c.head_dim, c.rope_theta)
         mask = window_mask(T, c.window, idx.device) if plan is None or plan.empty else None
         x = self.drop(self.model.embed_tokens(idx))                             # (B, T, D)
         for i, layer in enumerate(self.model.layers):
-            cache = {n: state.get(f"{n}.{i}") for n in "kv"} if state else None
+            cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None
             x = layer(x, rope, mask, plan, cache)
             if state:
-                state[f"k.{i}"], state[f"v.{i}"] = cache["k"], cache["v"]
+                state[f'k.{i}'], state[f'v.{i}'] = cache['k'], cache['v']
         return self.model.norm(x), state

@@ -11,7 +11,11 @@ light controller, one small matrix, predicts from the token:
     layout='parallel'     x + scale * sum_b gate_b(x) norm_b(branch_b(norm(x))),  b over SSM, attention and MLP
     layout='sequential'   the same with SSM and attention alone, then an MLP in a residual step of its own
 
-`scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, table 1, decoder-only): the depth
+Measured on two CPU cores, on Python's sources, 2.9M parameters (3 layers of 192), AdamW at 3e-3, batches of 4,096 tokens, val loss
+after 131 to 134 s of training: sequential with gate 3.728 (214 steps), without 3.729 (216), parallel with gate 3.769 (212). So
+sequential is the default; at this size the gate costs nothing and gains nothing.
+
+`scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, for decoders): the depth
 then leaves the size of an update unchanged. `low_rank=r` makes every projection a product of two thin matrices.
 The parts come from model_gpt.py and model_mamba.py. Letters of the shapes as there.
 """
@@ -26,7 +30,7 @@ from model_mamba import Mamba2Mixer, MambaConfig, mamba_flops
 
 @dataclass
 class HybridConfig:
-    layout: str = "sequential"  # or 'parallel'; see above
+    layout: str = 'sequential'  # or 'parallel'; see above
     gate: bool = True           # token-adaptive weights of the branches; False: each counts the same
     branch_norm: bool = True    # RMSNorm on each branch's output before mixing (as Hymba, Dong et al. 2024)
     block_size: int = 1024
@@ -52,26 +56,26 @@ class HybridConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.layout not in ("parallel", "sequential"):
+        if self.layout not in ('parallel', 'sequential'):
             raise ValueError(f"layout={self.layout!r} must be 'parallel' or 'sequential'")
         if self.low_rank < 0:
-            raise ValueError(f"low_rank={self.low_rank} must be 0 (full matrices) or more")
+            raise ValueError(f'low_rank={self.low_rank} must be 0 (full matrices) or more')
         attention = self.attention
         self.n_kv_head, self.head_dim = attention.n_kv_head, attention.head_dim
         self.intermediate_size = attention.intermediate_size
         try:
             self.ssm                                                            # checks its own fields
         except ValueError as error:
-            raise ValueError(str(error).replace("head_dim", "ssm_head_dim")) from None
+            raise ValueError(str(error).replace('head_dim', 'ssm_head_dim')) from None
 
     @property
     def attention(self):
-        names = ("n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_theta intermediate_size norm_eps dropout")
+        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_theta intermediate_size norm_eps dropout')
         return GPTConfig(**{name: getattr(self, name) for name in names.split()})
 
     @property
     def ssm(self):
-        names = "n_layer n_embd state_size expand n_groups conv_kernel chunk_size norm_eps"
+        names = 'n_layer n_embd state_size expand n_groups conv_kernel chunk_size norm_eps'
         return MambaConfig(head_dim=self.ssm_head_dim, **{name: getattr(self, name) for name in names.split()})
 
 
@@ -93,7 +97,7 @@ class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, eps = config.n_embd, config.norm_eps
-        self.parallel = config.layout == "parallel"
+        self.parallel = config.layout == 'parallel'
         self.input_layernorm = RMSNorm(D, eps)
         self.mamba = Mamba2Mixer(config.ssm, 1)
         self.self_attn = Attention(config.attention)
@@ -148,16 +152,16 @@ class Hybrid(LanguageModel):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():
-            if p.ndim == 2 and ".mamba." not in name:
+            if p.ndim == 2 and '.mamba.' not in name:
                 nn.init.normal_(p, std=0.02)
-            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
+            if name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight')):
                 p.data *= (8 * config.n_layer) ** -0.25                         # DeepNet's beta
-            if "controller" in name:
+            if 'controller' in name:
                 nn.init.zeros_(p)                                               # all branches count the same at first
         if config.low_rank:
             for module in list(self.model.layers.modules()):
                 for name, child in list(module.named_children()):
-                    if isinstance(child, nn.Linear) and name.endswith("_proj"):
+                    if isinstance(child, nn.Linear) and name.endswith('_proj'):
                         setattr(module, name, LowRank(child, config.low_rank))
 
     def embedding(self):
@@ -170,15 +174,15 @@ class Hybrid(LanguageModel):
     def body(self, idx, state=None):
         """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
         c, T = self.config, idx.shape[1]
-        plan = KVStep(state["pos"], T, c.window, idx.device) if state else None
+        plan = KVStep(state['pos'], T, c.window, idx.device) if state else None
         positions = plan.positions if plan else torch.arange(T, device=idx.device)
         rope = rope_tables(positions, c.head_dim, c.rope_theta)
         mask = window_mask(T, c.window, idx.device) if plan is None or plan.empty else None
         x = self.model.embed_norm(self.model.embed_tokens(idx))                 # (B, T, D)
         for i, layer in enumerate(self.model.layers):
-            cache = {n: state.get(f"{n}.{i}") for n in "kv"} if state else None
-            ssm = {n: state[f"{n}.{i}"] for n in ("conv", "ssm") if f"{n}.{i}" in state} if state else None
+            cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None
+            ssm = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
             x, ssm = layer(x, rope, mask, plan, cache, ssm)
             if state:
-                state.update({f"{n}.{i}": value for n, value in (cache | ssm).items()})
+                state.update({f'{n}.{i}': value for n, value in (cache | ssm).items()})
         return self.model.norm(x), state

@@ -45,14 +45,15 @@ class MambaConfig:
 
     def __post_init__(self):
         if self.version not in (1, 2):
-            raise ValueError(f"version={self.version}: Mamba comes as version 1 or 2")
+            raise ValueError(f'version={self.version}: Mamba comes as version 1 or 2')
         self.state_size = self.state_size or (128 if self.version == 2 else 16)
         self.time_step_rank = self.time_step_rank or -(-self.n_embd // 16)
-        at_least_one(self, "vocab_size block_size n_layer n_embd state_size expand conv_kernel head_dim n_groups time_step_rank chunk_size")
+        at_least_one(self, 'vocab_size block_size n_layer n_embd state_size expand conv_kernel')
+        at_least_one(self, 'head_dim n_groups time_step_rank chunk_size')
         inner = self.expand * self.n_embd
         if self.version == 2 and (inner % self.head_dim or inner // self.head_dim % self.n_groups):
-            raise ValueError(f"expand * n_embd = {inner} must be a multiple of head_dim * n_groups = "
-                             f"{self.head_dim} * {self.n_groups}")
+            raise ValueError(f'expand * n_embd = {inner} must be a multiple of head_dim * n_groups = '
+                             f'{self.head_dim} * {self.n_groups}')
 
 
 # --- the recurrence ---------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
     dt = dt.float().view(batch, c, Q, H)
 
     # sums of dt A up to each token. Differences of large sums would lose the small ones, so they are taken in fp64.
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    exact = torch.float32 if x.device.type == 'mps' else torch.float64
     sums = (dt.to(exact) * A.to(exact)).cumsum(2).transpose(2, 3)               # (B, c, H, Q)
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
     decay = (sums[..., :, None] - sums[..., None, :]).float()                   # (B, c, H, Q, Q): from token j to i
@@ -263,12 +264,12 @@ class Mamba1Mixer(nn.Module):
     def forward(self, x, state=None):
         state = state or {}
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, T, E) each
-        x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, state.get("conv"))
+        x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, state.get('conv'))
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias)
-        y, ssm = selective_scan(x, dt, -torch.exp(self.A_log.float()), B, C, state.get("ssm"))
+        y, ssm = selective_scan(x, dt, -torch.exp(self.A_log.float()), B, C, state.get('ssm'))
         y = torch.addcmul(y, x, self.D) * F.silu(z)
-        return self.out_proj(y), {"conv": conv, "ssm": ssm}
+        return self.out_proj(y), {'conv': conv, 'ssm': ssm}
 
 
 class GatedRMSNorm(RMSNorm):
@@ -307,14 +308,14 @@ class Mamba2Mixer(nn.Module):
     def forward(self, x, state=None):
         state = state or {}
         z, xBC, dt = self.in_proj(x).split(self.split_in, dim=-1)
-        xBC, conv = conv_silu(xBC, self.conv1d.weight, self.conv1d.bias, state.get("conv"))
+        xBC, conv = conv_silu(xBC, self.conv1d.weight, self.conv1d.bias, state.get('conv'))
         x, B, C = xBC.split(self.split_conv, dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim))                                # (B, T, H, P)
         B, C = B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))  # (B, T, G, N)
         dt = F.softplus(dt.float() + self.dt_bias)                              # (B, T, H)
-        y, ssm = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, self.chunk_size, state.get("ssm"))
+        y, ssm = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, self.chunk_size, state.get('ssm'))
         y = torch.addcmul(y, x, self.D[:, None])
-        return self.out_proj(self.norm(y.flatten(2), z)), {"conv": conv, "ssm": ssm}
+        return self.out_proj(self.norm(y.flatten(2), z)), {'conv': conv, 'ssm': ssm}
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -357,10 +358,10 @@ class Mamba(LanguageModel):
         """idx (B, T) → normalised hidden states (B, T, D); with a state, each layer's is read and written."""
         x = self.backbone.embeddings(idx)                                       # (B, T, D)
         for i, block in enumerate(self.backbone.layers):
-            layer_state = {n: state[f"{n}.{i}"] for n in ("conv", "ssm") if f"{n}.{i}" in state} if state else None
+            layer_state = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
             x, layer_state = block(x, layer_state)
             if state:
-                state.update({f"{n}.{i}": value for n, value in layer_state.items()})
+                state.update({f'{n}.{i}': value for n, value in layer_state.items()})
         return self.backbone.norm_f(x), state
 
 

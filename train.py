@@ -13,7 +13,6 @@ the very bits it would have had. Nothing but the step decides what happens in it
 import atexit
 import dataclasses
 import datetime
-import json
 import math
 import os
 import shlex
@@ -36,6 +35,7 @@ import checkpoint
 from bench import memory, peak_flops
 from checkpoint import MODELS
 from configurator import configure, fail, find_settings
+from metrics import open_log
 from muon import Muon
 from sample import Writer, encode_prompt, generate
 
@@ -121,7 +121,6 @@ if kind_of_device == 'cuda':
     torch.cuda.set_device(device)
 if world > 1:
     dist.init_process_group('cpu:gloo,cuda:nccl' if kind_of_device == 'cuda' else 'gloo')
-    atexit.register(dist.destroy_process_group)             # however the run ends
 
 
 def say(*words, **how):
@@ -137,10 +136,22 @@ def summed(*values):
     return total.tolist()
 
 
+def leave(status=0):
+    """Ends the program; several processes together. These skip the interpreter's own end, where gloo's threads now and then
+    abort a run that is complete."""
+    if world > 1:
+        summed(0)
+        atexit._run_exitfuncs()             # the loggers' last words
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 # --- go on with a run, or begin one
 if init_from not in ('auto', 'resume', 'scratch'):
     fail(f'init_from={init_from} must be auto, resume or scratch')
-latest, best, log_file = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'metrics.jsonl'))
+latest, best = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 ckpt = None
 if eval_only or init_from == 'resume' or (init_from == 'auto' and os.path.exists(latest)):
     ckpt = checkpoint.load(out_dir if eval_only else latest)
@@ -187,7 +198,7 @@ if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != (t
 # --- what the zeros stand for
 gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind_of_device == 'cuda' else 0
 if kind_of_device == 'cpu':    # some minutes on a laptop
-    sizes = dict(n_layer=4, n_embd=256, block_size=256, batch_size=16, tokens_per_step=4096, max_iters=600)
+    sizes = dict(n_layer=4, n_embd=256, block_size=256, batch_size=16, tokens_per_step=4096, max_iters=400)
 elif gigabytes < 20:           # 8 to 16 GB, or Apple's
     sizes = dict(n_layer=12, n_embd=512, block_size=512, batch_size=16, tokens_per_step=2**15, max_iters=5000)
 else:
@@ -346,63 +357,6 @@ def save(*paths):
         return False
 
 
-# --- the log
-def logged_step(line):
-    """The step of a line of metrics.jsonl; infinite if a kill or a full disk cut it short."""
-    try:
-        return json.loads(line)['step']
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-tb = run = None
-if master:
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        lines = []
-        if step and os.path.exists(log_file):   # what a killed run logged after its last checkpoint comes again
-            with open(log_file, encoding='utf-8') as f:
-                lines = [line for line in f if logged_step(line) <= step]
-        elif init_from == 'scratch' and os.path.exists(latest):  # begun anew on purpose; the old run's files are kept aside
-            for path in (latest, best, log_file):
-                if os.path.exists(path) and not eval_only:
-                    os.replace(path, path + '.old')
-        if not eval_only:
-            with open(log_file + '.tmp', 'w', encoding='utf-8') as f:
-                f.writelines(lines)
-            os.replace(log_file + '.tmp', log_file)
-            log_lines = open(log_file, 'ab', buffering=0)
-    except OSError as error:
-        fail(f'{out_dir}: cannot be written to: {error.strerror}; choose another --out_dir')
-    try:
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            tb = SummaryWriter(out_dir, purge_step=step or None)
-        if wandb_log:
-            import wandb
-            run = wandb.init(project=wandb_project, name=wandb_run_name or None, dir=out_dir,
-                             config={name: globals()[name] for name in names})
-    except ImportError as error:
-        fail(f'{error.name} is not installed: pip install {error.name}, or leave out --tensorboard and --wandb_log')
-    except Exception as error:  # wandb has many: not logged in, no network
-        fail(f'wandb: {error}; set it up, or leave out --wandb_log')
-
-
-def log(**values):
-    """One line of metrics.jsonl, and the same to whoever else listens."""
-    if master:
-        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        try:
-            log_lines.write((json.dumps(dict(step=step, **values)) + '\n').encode())
-        except OSError as error:
-            say(f'warning: {log_file} cannot be written to ({error.strerror}); training goes on')
-        for name, value in values.items():
-            if tb and isinstance(value, (int, float)):
-                tb.add_scalar(name, value, step)
-        if run:
-            run.log(values, step=step)
-
-
 say(f'{model}: {net.num_params() / 1e6:.2f}M parameters, {n_layer} layers of width {n_embd}, context {block_size}')
 say(f'{data.name}: {data.tokens["train"]:,} tokens to train on, {data.tokens["val"]:,} to evaluate, vocabulary {data.vocab_size}')
 say(f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x {micro_batch} x {block_size}), '
@@ -412,14 +366,28 @@ if eval_only:
     if 'eval_iters' not in explicit:
         eval_iters = 0
     result = evaluate()
-    say(f'{out_dir}, step {step}, {"the whole val split" if not eval_iters else f"{eval_iters} batches"}:', *(f'{name} {value:.4f}' for name, value in result.items() if value is not None))
-    sys.exit()
+    say(f'{out_dir}, step {step}:', *(f'{name} {value:.4f}' for name, value in result.items() if value is not None))
+    leave()
 if step:
     say(f'going on from {latest} at step {step}')
 if step >= max_iters or (patience and bad_evals >= patience):
     say(f'this run has made its {step} steps: raise --{"max_iters" if step >= max_iters else "patience"} to go on, or begin anew '
         'with --init_from=scratch')
-    sys.exit()
+    leave()
+
+# --- the log; a run begun anew on purpose keeps the old one's files aside
+log = lambda step, **values: None
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if init_from == 'scratch' and os.path.exists(latest):
+            for path in (latest, best, os.path.join(out_dir, 'metrics.jsonl')):
+                if os.path.exists(path):
+                    os.replace(path, path + '.old')
+        log = open_log(out_dir, step, tensorboard, wandb_log and dict(
+            project=wandb_project, name=wandb_run_name or None, dir=out_dir, config={name: globals()[name] for name in names}))
+    except OSError as error:
+        fail(f'{out_dir}: cannot be written to: {error.strerror}; choose another --out_dir')
 
 # --- the loop
 peak = peak_flops(device, dtype) * world
@@ -439,6 +407,7 @@ if compile:
         say(f'torch.compile does not work here ({type(error).__name__}); going on without')
 if world > 1:
     fast = DistributedDataParallel(fast, device_ids=[local_rank] if kind_of_device == 'cuda' else None)
+
 
 def sound():
     """Whether every loss and gradient so far was finite, in all processes."""
@@ -469,7 +438,7 @@ while True:
         best_loss, bad_evals = min(best_loss, result['val_loss']), 0 if better else bad_evals + 1
         seconds += began - clock
         history.append(dict(step=step, lr=get_lr(step), **result))
-        log(**result)
+        log(step, **result)
         say(('\n' if columns else '') + f'step {step}: ' + ', '.join(
             f'{name.replace("_", " ")} {value:.4f}' for name, value in result.items() if value is not None)
             + (' (best)' if better else ''))
@@ -494,8 +463,7 @@ while True:
         say(('\n' if columns else '') + (f'stopped at step {step}, saved {latest}' if good else f'stopped at step {step}, not saved')
             + '; to go on: ' + ('python' if world == 1 else f'torchrun --nproc_per_node={world}')
             + f' train.py --init_from=resume --out_dir={shlex.quote(out_dir)}{again}')
-        summed(0)                                           # nobody leaves before the master has saved
-        sys.exit(128 + (stopped or [signal.SIGTERM])[0])
+        leave(128 + (stopped or [signal.SIGTERM])[0])       # nobody leaves before the master has saved
 
     lr = get_lr(step)
     for opt in optimizers:
@@ -510,11 +478,11 @@ while True:
         try:
             with checkpoint.autocast(device, dtype):
                 loss = fast(x, y)[1] / micro_steps
+            x, y = fetch(*((tokens_seen, micro + 1) if micro + 1 < micro_steps else (tokens_seen + tokens_per_step, 0)))
+            scaler.scale(loss).backward()
         except torch.OutOfMemoryError:
             fail(f'out of memory with {micro_batch} sequences at once; go on with --batch_size={max(1, micro_batch // 2)}: the steps '
                  'stay the same')
-        x, y = fetch(*((tokens_seen, micro + 1) if micro + 1 < micro_steps else (tokens_seen + tokens_per_step, 0)))
-        scaler.scale(loss).backward()
         total += loss.detach()
     for opt in optimizers:
         scaler.unscale_(opt)
@@ -544,7 +512,7 @@ while True:
                 f'MFU {rate * flops / peak:4.0%} | ' + (f'{used / 2**30:.1f} GB | ' if used else '')
                 + f'epoch {epoch:.2f} | left {datetime.timedelta(seconds=round(left))}')
         say('\r' + line[:columns].ljust(columns) if columns else line, end='' if columns else '\n')
-        log(loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=rate, mfu=rate * flops / peak, memory=used, epoch=epoch,
+        log(step, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=rate, mfu=rate * flops / peak, memory=used, epoch=epoch,
             tokens=tokens_seen, seconds=seconds)
 
 if not sound():
@@ -552,6 +520,6 @@ if not sound():
     good = f'the last good checkpoint is {latest}, of step {saved_step}' if os.path.exists(latest) else 'no checkpoint was made yet'
     fail(f'the loss or its gradient is not a finite number any more at step {step}; {good}. Try a lower --learning_rate, a longer '
          '--warmup_iters, or --dtype=float32')
-say(f'done: {step} steps, {tokens_seen:,} tokens, {datetime.timedelta(seconds=round(seconds))} of training; best val loss {best_loss:.4f} in {best}\n'
-    f'to read what it writes: python sample.py --out_dir={out_dir}')
-summed(0)                                                   # the processes end together
+say(f'done: {step} steps, {tokens_seen:,} tokens, {datetime.timedelta(seconds=round(seconds))} of training; best val loss '
+    f'{best_loss:.4f} in {best}\nto read what it writes: python sample.py --out_dir={out_dir}')
+leave()

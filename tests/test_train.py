@@ -528,3 +528,54 @@ def test_schedule(here, flags, expected):
     train('--model=gpt', flags)
     rates = metrics(key='lr')
     assert {step: rates[step] for step in expected} == pytest.approx(expected, rel=1e-9)
+
+
+# --- recipes
+
+@pytest.mark.parametrize('recipe', sorted(os.listdir(os.path.join(ROOT, 'config'))))
+def test_every_recipe_runs(here, recipe):
+    """In a size for a test: what is left of the recipe are its other settings, which must exist and fit its model."""
+    if recipe.endswith('.py'):
+        train(os.path.join(ROOT, 'config', recipe), TINY, '--n_embd=192 --max_iters=2 --out_dir=out')
+        assert load()['counters']['step'] == 2
+
+
+def test_one_recipe_serves_all_models(here):
+    for model in ('gpt', 'mamba', 'hybrid'):  # in a file n_head does not disturb a mamba; as a flag it would mean nothing
+        train(os.path.join(ROOT, 'config', 'shakespeare_cpu.py'), TINY, f'--model={model} --max_iters=1 --out_dir={model}')
+
+
+def test_kill_between_best_and_latest_loses_neither(here):
+    train('--model=gpt --out_dir=unbroken')
+    process = launch('--model=gpt', before='import checkpoint, os, signal; save = checkpoint.save\n'
+                     'def once(path, contents):\n    save(path, contents); os.kill(os.getpid(), signal.SIGKILL)\n'
+                     'checkpoint.save = once')
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    train('--model=gpt')
+    same_run('unbroken', 'out')
+
+
+def test_weight_decay_can_change_on_the_way(here):
+    for optimizer in ('adamw', 'muon'):
+        train(f'--model=gpt --optimizer={optimizer} --out_dir={optimizer} --max_iters=5 --weight_decay=0')
+        train(f'--model=gpt --optimizer={optimizer} --out_dir={optimizer} --max_iters=10 --weight_decay=0.5')
+        decays = [{group['weight_decay'] for group in opt['param_groups']} for opt in load(f'{optimizer}/ckpt.pt')['optimizers']]
+        assert set().union(*decays) == {0.0, 0.5}
+
+
+def test_more_tokens_a_step_go_on_where_the_text_was(here, monkeypatch):
+    import batches
+    seen, batch = [], batches.Dataset.batch
+    monkeypatch.setattr(batches.Dataset, 'batch', lambda self, numbers, *rest: (seen.extend(numbers), batch(self, numbers, *rest))[1])
+    train('--model=gpt --max_iters=5')
+    train('--model=gpt --max_iters=10 --tokens_per_step=128')
+    used = list(dict.fromkeys(seen))          # each run fetches one step ahead
+    assert used[:5 * 4 + 5 * 8] == list(range(60))
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_fp16_with_a_scaler_trains(here, optimizer):
+    train(f'--model=gpt --dtype=float16 --optimizer={optimizer}')
+    losses = metrics(key='loss')
+    assert losses[20] < losses[1] and load()['scaler']['scale'] > 0

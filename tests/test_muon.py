@@ -1,0 +1,45 @@
+"""The batched Muon against torch.optim.Muon, and against what orthogonal means."""
+import copy
+
+import pytest
+import torch
+
+from muon import Muon, orthogonalize
+
+SHAPES = [(16, 16), (16, 48), (48, 16), (16, 16), (24, 40)]  # two batches of several, wide and tall together
+
+
+@pytest.mark.parametrize('how', [dict(adjust_lr_fn='match_rms_adamw'), dict(), dict(nesterov=False, momentum=0.8)])
+def test_makes_the_steps_of_torchs_muon(how):
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    torchs, start = copy.deepcopy(ours), copy.deepcopy(ours)
+    optimizers = [kind(params, lr=0.05, weight_decay=0.1, **how) for kind, params in ((Muon, ours), (torch.optim.Muon, torchs))]
+    for _ in range(4):
+        for p, q in zip(ours, torchs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, s in zip(ours, torchs, start):  # torch computes in bf16, three digits
+        assert (p - q).norm() < 0.02 * (q - s).norm()
+    for p, q in zip(ours, torchs):            # so that either goes on from the other's checkpoint
+        torch.testing.assert_close(optimizers[0].state[p]['momentum_buffer'], optimizers[1].state[q]['momentum_buffer'])
+
+
+def test_orthogonalize_keeps_the_directions_and_evens_the_sizes():
+    torch.manual_seed(0)
+    g = torch.randn(3, 16, 40)
+    x = orthogonalize(g, (3.4445, -4.7750, 2.0315), 5, 1e-7, torch.float32)
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    in_basis = u.mT @ x @ v.mT                # diagonal where the singular vectors are g's
+    sizes = in_basis.diagonal(dim1=-2, dim2=-1)
+    assert 0.5 < sizes.min() and sizes.max() < 1.5
+    assert (in_basis - torch.diag_embed(sizes)).abs().max() < 1e-3
+
+
+def test_a_parameter_without_gradient_stays():
+    a, b = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    a.grad = torch.eye(4)
+    Muon([a, b], lr=0.1).step()
+    assert (b == 1).all() and not (a == 1).all()
