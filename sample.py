@@ -10,8 +10,11 @@ new token costs one `step` of the model, whose state stands for all that came be
                     ▲ state                                                                   │
                     └─────────────────────────────────────────────────────────────────────────┘
 """
+import os
 import sys
 import time
+
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 
 import torch
 
