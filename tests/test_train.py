@@ -159,8 +159,8 @@ def finished(here, template):
 
 # --- a run that was killed goes on as if nothing had happened
 
-COMBOS = ['mamba adamw 1', 'mamba muon 3', 'gpt adamw 3', 'gpt muon 1', 'hybrid adamw 3', 'hybrid muon 1',
-          'mamba adamw 1 --version=1']
+COMBOS = [f'{model} {optimizer} {accumulation}' for model in ('mamba', 'gpt', 'hybrid') for optimizer in ('adamw', 'muon')
+          for accumulation in (1, 3)] + ['mamba adamw 1 --version=1']
 
 
 @pytest.mark.parametrize('combo', COMBOS)
