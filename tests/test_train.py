@@ -542,7 +542,7 @@ def test_every_recipe_runs(here, recipe):
 
 def test_one_recipe_serves_all_models(here):
     for model in ('gpt', 'mamba', 'hybrid'):  # in a file n_head does not disturb a mamba; as a flag it would mean nothing
-        train(os.path.join(ROOT, 'config', 'shakespeare_cpu.py'), TINY, f'--model={model} --max_iters=1 --out_dir={model}')
+        train(os.path.join(ROOT, 'config', 'shakespeare_cpu.py'), TINY, f'--model={model} --n_embd=96 --max_iters=1 --out_dir={model}')
 
 
 def test_kill_between_best_and_latest_loses_neither(here):
