@@ -223,6 +223,15 @@ def window_mask(T, window, device):
     return (i[:, None] >= i) & (i[:, None] - i < window)
 
 
+def plan_attention(config, idx, state=None):
+    """What the attention of every layer needs for idx (B, T), made once: rope tables, mask, and with a state a KVStep."""
+    T = idx.shape[1]
+    plan = KVStep(state['pos'], T, config.window, idx.device) if state else None
+    positions = plan.positions if plan else torch.arange(T, device=idx.device)
+    mask = window_mask(T, config.window, idx.device) if plan is None or plan.empty else None
+    return rope_tables(positions, config.head_dim, config.rope_theta), mask, plan
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020). (B, T, D) → (B, T, D)."""
 
@@ -381,11 +390,7 @@ class GPT(LanguageModel):
 
     def body(self, idx, state=None):
         """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
-        c, T = self.config, idx.shape[1]
-        plan = KVStep(state['pos'], T, c.window, idx.device) if state else None
-        positions = plan.positions if plan else torch.arange(T, device=idx.device)
-        rope = rope_tables(positions, c.head_dim, c.rope_theta)
-        mask = window_mask(T, c.window, idx.device) if plan is None or plan.empty else None
+        rope, mask, plan = plan_attention(self.config, idx, state)
         x = self.drop(self.model.embed_tokens(idx))                             # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None

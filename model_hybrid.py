@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from model_gpt import Attention, GPTConfig, KVStep, LanguageModel, RMSNorm, SwiGLU, rope_tables, window_mask
+from model_gpt import Attention, GPTConfig, LanguageModel, RMSNorm, SwiGLU, plan_attention
 from model_mamba import Mamba2Mixer, MambaConfig, mamba_flops
 
 
@@ -70,7 +70,7 @@ class HybridConfig:
 
     @property
     def attention(self):
-        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_theta intermediate_size norm_eps dropout')
+        names = 'n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_theta intermediate_size norm_eps dropout'
         return GPTConfig(**{name: getattr(self, name) for name in names.split()})
 
     @property
@@ -173,11 +173,7 @@ class Hybrid(LanguageModel):
 
     def body(self, idx, state=None):
         """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
-        c, T = self.config, idx.shape[1]
-        plan = KVStep(state['pos'], T, c.window, idx.device) if state else None
-        positions = plan.positions if plan else torch.arange(T, device=idx.device)
-        rope = rope_tables(positions, c.head_dim, c.rope_theta)
-        mask = window_mask(T, c.window, idx.device) if plan is None or plan.empty else None
+        rope, mask, plan = plan_attention(self.config, idx, state)
         x = self.model.embed_norm(self.model.embed_tokens(idx))                 # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None

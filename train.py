@@ -136,6 +136,11 @@ def summed(*values):
     return total.tolist()
 
 
+def unset(name, value):
+    """Whether this value of a setting leaves it to the machine or to the model's own default."""
+    return value == '' or (type(value) is int and value == (-1 if name == 'window' else 0))
+
+
 def leave(status=0):
     """Ends the program; several processes together. These skip the interpreter's own end, where gloo's threads now and then
     abort a run that is complete."""
@@ -164,8 +169,7 @@ if eval_only or init_from == 'resume' or (init_from == 'auto' and os.path.exists
         explicit = explicit | ({'dataset': os.path.basename(os.path.normpath(dataset))} if 'dataset' in explicit else {})
     for name in explicit:
         was = was_set.get(name, explicit[name])
-        filled_in = explicit[name] == '' or (type(explicit[name]) is int and explicit[name] == (-1 if name == 'window' else 0))
-        if was != explicit[name] and not filled_in and name not in ('dropout', 'vocab_size'):
+        if was != explicit[name] and not unset(name, explicit[name]) and name not in ('dropout', 'vocab_size'):
             fail(f'{latest} holds a run with {name}={was}, not {explicit[name]}: leave the setting out to go on with it, choose '
                  'another --out_dir, or begin anew with --init_from=scratch')
 
@@ -227,7 +231,7 @@ sequences = tokens_per_step // block_size                   # of a step, over al
 if sequences % world:
     fail(f'{sequences} sequences a step cannot be shared by {world} processes: set --tokens_per_step to a multiple of '
          f'{block_size * world}')
-micro_batch = max(n for n in range(1, sequences // world + 1) if sequences // world % n == 0 and n <= max(batch_size, 1))
+micro_batch = max(n for n in range(1, sequences // world + 1) if sequences // world % n == 0 and n <= batch_size)
 micro_steps = sequences // world // micro_batch
 if micro_batch * 2 <= batch_size and micro_steps > 1:
     say(f'note: {sequences} sequences a step can only be cut into micro-batches of {micro_batch}, not {batch_size}')
@@ -249,8 +253,7 @@ if ckpt:
     if data.vocab_size > config['vocab_size']:
         fail(f'dataset {dataset} has a vocabulary of {data.vocab_size}, the run in {out_dir} one of {config["vocab_size"]}')
 else:
-    config = {name: globals()[name] for name in names if name in fields[model] and globals()[name] != ''
-              and (type(globals()[name]) is not int or globals()[name] != (-1 if name == 'window' else 0))}
+    config = {name: globals()[name] for name in names if name in fields[model] and not unset(name, globals()[name])}
     config['vocab_size'] = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1000 else data.vocab_size  # a rounder matrix
 torch.manual_seed(seed)
 try:
