@@ -41,7 +41,7 @@ from sample import Writer, encode_prompt, generate
 
 # --- what and where
 out_dir = 'out'             # checkpoints and the log of this run
-dataset = ''                # a folder in data/; '' is the one prepared last
+dataset = ''                # a folder in data/, or several and their shares: code:0.6,docs:0.4; '' is the one prepared last
 vocab_size = 0              # only for a bare .bin without meta.json
 data_dtype = 'int32'        # only for a bare .bin: 'int32', or nanoGPT's 'uint16'
 init_from = 'auto'          # 'auto': go on with out_dir's run if it has one; 'resume': it must have one; 'scratch': begin anew
@@ -153,6 +153,13 @@ def leave(status=0):
     sys.exit(status)
 
 
+def unchanged(name, was, now):
+    """Refuses to go on with a run under another value of a setting that makes it what it is."""
+    if was != now:
+        fail(f'{latest} holds a run with {name}={was}, not {now}: leave the setting out to go on with it, choose '
+             'another --out_dir, or begin anew with --init_from=scratch')
+
+
 # --- go on with a run, or begin one
 if init_from not in ('auto', 'resume', 'scratch'):
     fail(f'init_from={init_from} must be auto, resume or scratch')
@@ -163,15 +170,9 @@ if eval_only or init_from == 'resume' or (init_from == 'auto' and os.path.exists
     for name, value in ckpt['settings'].items():
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value
-    was_set = ckpt['config'] | {name: ckpt['settings'][name] for name in ('model', 'optimizer')}
-    if init_from == 'auto' and not eval_only:  # whoever says 'resume' may go on with other text
-        was_set['dataset'] = ckpt['settings']['dataset']
-        explicit = explicit | ({'dataset': os.path.basename(os.path.normpath(dataset))} if 'dataset' in explicit else {})
-    for name in explicit:
-        was = was_set.get(name, explicit[name])
-        if was != explicit[name] and not unset(name, explicit[name]) and name not in ('dropout', 'vocab_size'):
-            fail(f'{latest} holds a run with {name}={was}, not {explicit[name]}: leave the setting out to go on with it, choose '
-                 'another --out_dir, or begin anew with --init_from=scratch')
+    for name, was in ({name: ckpt['settings'][name] for name in ('model', 'optimizer')} | ckpt['config']).items():
+        if name in explicit and not unset(name, explicit[name]) and name not in ('dropout', 'vocab_size'):
+            unchanged(name, was, explicit[name])
 
 for what, values in {
     'one of ' + ', '.join(MODELS): dict(model=model in MODELS),
@@ -192,7 +193,9 @@ for what, values in {
 
 # --- data
 data = batches.open_dataset(dataset or batches.newest_dataset(), vocab_size, data_dtype)
-dataset, tok = data.name if os.path.isdir(os.path.join('data', data.name)) else dataset, data.tokenizer
+dataset, tok = data.name, data.tokenizer                    # of a mixture one string, however its user wrote it
+if ckpt and init_from == 'auto' and not eval_only and 'dataset' in explicit:  # who says 'resume' may go on with other text
+    unchanged('dataset', ckpt['settings']['dataset'], dataset)
 if sample_interval and tok:
     encode_prompt(tok, sample_start, 'sample_start')        # better now than hours into the run
 if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != (tok and tok.sha256()):
@@ -208,7 +211,7 @@ elif gigabytes < 20:           # 8 to 16 GB, or Apple's
 else:
     sizes = dict(n_layer=12, n_embd=768, block_size=1024, batch_size=16, tokens_per_step=2**17, max_iters=10000)
 if not block_size:             # a small text need not fill a large window
-    shortest = min(data.tokens.values()) - 1
+    shortest = min(n for part in data.parts for n in part.tokens.values()) - 1
     block_size = min(sizes['block_size'], 1 << max(3, shortest.bit_length() - 1))
 n_layer, n_embd = n_layer or sizes['n_layer'], n_embd or sizes['n_embd']
 max_iters = max_iters or sizes['max_iters']
@@ -237,9 +240,9 @@ if micro_batch * 2 <= batch_size and micro_steps > 1:
     say(f'note: {sequences} sequences a step can only be cut into micro-batches of {micro_batch}, not {batch_size}')
 warmup_iters = warmup_iters if warmup_iters >= 0 else min(100, max_iters // 10)
 dtype = checkpoint.choose_dtype(dtype, device)
-for split in data.tokens:
-    if data.tokens[split] <= block_size:
-        fail(f'{data.paths[split]}: has {data.tokens[split]} tokens, and one window takes block_size + 1 = {block_size + 1}: lower '
+for part, split in [(part, split) for part in data.parts for split in part.tokens]:
+    if part.tokens[split] <= block_size:
+        fail(f'{part.paths[split]}: has {part.tokens[split]} tokens, and one window takes block_size + 1 = {block_size + 1}: lower '
              '--block_size, or prepare more text')
 
 # --- model
@@ -308,21 +311,21 @@ def fetch(tokens_seen, micro):
 
 @torch.no_grad()
 def evaluate():
-    """{'val_loss', 'perplexity', 'bits_per_byte'} on the val split, the same tokens each time."""
+    """{'val_loss', 'perplexity', 'bits_per_byte'} on the val split of each dataset, the same tokens each time."""
     net.eval()
-    nats, count, size = 0.0, 0, 0
-    for x, y in data.val_batches(batch_size, block_size, eval_iters, rank, world):
-        with checkpoint.autocast(device, dtype):
-            loss = net(x.to(device), y.to(device))[1]
-        n = int((y >= 0).sum())
-        nats, count = nats + loss.item() * n, count + n
-        if data.token_bytes is not None:
-            size += int(data.token_bytes[y[y >= 0].numpy()].sum())
+    sums = []
+    for part in data.parts:
+        nats, count, size = 0.0, 0, 0
+        for x, y in part.val_batches(batch_size, block_size, eval_iters, rank, world):
+            with checkpoint.autocast(device, dtype):
+                loss = net(x.to(device), y.to(device))[1]
+            n = int((y >= 0).sum())
+            nats, count = nats + loss.item() * n, count + n
+            if part.token_bytes is not None:
+                size += int(part.token_bytes[y[y >= 0].numpy()].sum())
+        sums.append(summed(nats, count, size))
     net.train()
-    nats, count, size = summed(nats, count, size)
-    loss = nats / count
-    return dict(val_loss=loss, perplexity=math.exp(min(loss, 700)),
-                bits_per_byte=nats / math.log(2) / size if size else None)
+    return batches.val_result(data, sums)
 
 
 def show_sample():
@@ -364,6 +367,8 @@ say(f'{model}: {net.num_params() / 1e6:.2f}M parameters, {n_layer} layers of wid
 say(f'{data.name}: {data.tokens["train"]:,} tokens to train on, {data.tokens["val"]:,} to evaluate, vocabulary {data.vocab_size}')
 say(f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x {micro_batch} x {block_size}), '
     f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}')
+for line in data.plan(tokens_seen // block_size + max(0, max_iters - step) * sequences, block_size, seed):
+    say(line)
 
 if eval_only:
     if 'eval_iters' not in explicit:
@@ -441,10 +446,12 @@ while True:
         best_loss, bad_evals = min(best_loss, result['val_loss']), 0 if better else bad_evals + 1
         seconds += began - clock
         history.append(dict(step=step, lr=get_lr(step), **result))
-        log(step, **result)
+        drawn = data.shares(tokens_seen // block_size, seed)
+        log(step, **result, **{f'drawn/{name}': share for name, share in drawn.items()})
         say(('\n' if columns else '') + f'step {step}: ' + ', '.join(
             f'{name.replace("_", " ")} {value:.4f}' for name, value in result.items() if value is not None)
-            + (' (best)' if better else ''))
+            + (' (best)' if better else '')
+            + ('\ndrawn: ' + '  '.join(f'{name} {share:.1%}' for name, share in drawn.items()) if drawn else ''))
         if save(*([best] if better else []), latest):       # best first: a kill between the two comes back to this step
             saved_step = step
         elif ended:

@@ -1,20 +1,26 @@
 """batches.py: which tokens make a step, and which an evaluation."""
+import math
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
-from batches import IGNORE, Dataset, shuffled
+from batches import IGNORE, ROUND, Dataset, Mixture, open_dataset, quotas_of, shuffled, val_result
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """make(train, val): a dataset whose tokens are their own positions, so that a batch tells where it was read."""
-    def make(train=1000, val=100):
+    """make(train, val): a dataset whose tokens are their own positions, so that a batch tells where it was read; with `first`
+    to count from, it also tells from which dataset."""
+    def make(train=1000, val=100, name='positions', first=0):
+        os.makedirs(tmp_path / name, exist_ok=True)
         paths = {}
         for split, n in (('train', train), ('val', val)):
-            paths[split] = str(tmp_path / f'{split}.bin')
-            np.arange(n, dtype='<i4').tofile(paths[split])
-        return Dataset('positions', paths, 'int32', dict(train=train, val=val), max(train, val))
+            paths[split] = str(tmp_path / name / f'{split}.bin')
+            np.arange(first, first + n, dtype='<i4').tofile(paths[split])
+        return Dataset(name, paths, 'int32', dict(train=train, val=val), first + max(train, val))
     return make
 
 
@@ -120,3 +126,130 @@ def test_a_shorter_evaluation_is_the_beginning_of_the_whole(dataset):
         assert all(torch.equal(a, b) for p, w in zip(part, whole) for a, b in zip(p, w))
     shared = [batch for rank in range(3) for batch in data.val_batches(4, 16, 5, rank, 3)]
     assert sorted(int(x[0, 0]) for x, _ in shared) == [int(x[0, 0]) for x, _ in whole[:5]]
+
+
+def test_a_dataset_alone_reads_what_it_always_read(dataset):
+    """Runs from before there were mixtures go on with the same text."""
+    starts = dataset().batch(np.arange(55, 67), 16, 1337)[0][:, 0]
+    assert starts.tolist() == [829, 813, 61, 925, 909, 477, 264, 488, 392, 680, 56, 120]
+
+
+# --- mixtures
+
+@pytest.fixture
+def mixture(dataset):
+    """Three datasets, 55 % 30 % 15 %, of 61, 30 and 11 windows of 16 tokens."""
+    return Mixture([dataset(1000, name='a'), dataset(500, name='c', first=1000), dataset(200, name='b', first=1500)], [11, 6, 3])
+
+
+def owner(x):
+    """Which part of `mixture`, sorted by name, these rows were read from."""
+    return (x[:, 0] >= 1500).long() + 2 * ((x[:, 0] >= 1000) & (x[:, 0] < 1500)).long()
+
+
+def test_quotas_are_the_weights_to_a_ten_thousandth():
+    rng = np.random.default_rng(1)
+    cases = [rng.random(n) + 1e-3 for n in (1, 2, 3, 7, 50) for _ in range(20)]
+    for weights in cases:
+        quotas = quotas_of(list(weights))
+        assert sum(quotas) == ROUND and np.abs(np.array(quotas) - ROUND * weights / weights.sum()).max() < 1
+        assert quotas_of([float(f'{quota / ROUND:g}') for quota in quotas]) == quotas  # what the name says is what was meant
+    assert quotas_of([0.6, 0.4]) == (6000, 4000) and quotas_of([1, 1, 1]) == (3334, 3333, 3333)
+    assert quotas_of([1e-9, 1, 1e-300]) == (1, 9998, 1) and quotas_of([1e308, 1e308, 1e308, 1e308]) == (2500,) * 4
+
+
+def test_shares_are_exact_in_a_round_and_near_at_any_moment(mixture):
+    weights, n = np.array([0.55, 0.15, 0.3]), 3 * ROUND
+    x, _ = mixture.batch(np.arange(n), 16, 7)
+    drawn = (owner(x)[:, None] == torch.arange(3)).numpy().cumsum(0)  # (n, parts) after each sequence
+    for i in range(n):
+        if (i + 1) % ROUND == 0:
+            assert (drawn[i] == (i + 1) * weights).all()
+    deviation = np.abs(drawn - np.arange(1, n + 1)[:, None] * weights)
+    assert (deviation < 4.5 * np.sqrt(np.minimum(np.arange(1, n + 1), ROUND / 4)[:, None] * weights * (1 - weights)) + 1).all()
+    for i in (1, 2, 77, ROUND - 1, ROUND, ROUND + 1, n - 5):  # the share that is told is the share that was drawn
+        assert mixture.shares(i, 7) == dict(zip('abc', drawn[i - 1] / i))
+    assert mixture.shares(0, 7) == dict(a=0, b=0, c=0) and mixture.shares(100, 7) != mixture.shares(100, 8)
+    assert mixture.shares(10**12, 7) == dict(zip('abc', weights))
+    rounds = drawn[ROUND - 1::ROUND] - drawn[ROUND // 2 - 1::ROUND]
+    assert len(set(rounds[:, 0])) > 1                          # no two rounds have one order
+
+
+def test_each_dataset_of_a_mixture_is_read_as_if_alone(mixture):
+    """In its own order, epoch by epoch, each window once in each; whatever comes between."""
+    x, y = mixture.batch(np.arange(ROUND - 700, ROUND + 700), 16, 7)
+    assert (y == x + 1).all() and x.is_contiguous() and y.is_contiguous()
+    before, whole = mixture.counts(ROUND - 700, 7), mixture.counts(ROUND + 700, 7)
+    for i, part in enumerate(mixture.parts):
+        alone = part.batch(np.arange(before[i], whole[i]), 16, 7)
+        assert torch.equal(x[owner(x) == i], alone[0]) and torch.equal(y[owner(x) == i], alone[1])
+
+
+def test_a_mixture_depends_on_seed_and_numbers_alone(mixture):
+    numbers = np.arange(ROUND - 24, ROUND + 24)
+    x, y = mixture.batch(numbers, 16, 1337)
+    a, b, c = mixture.parts
+    again = Mixture([c, b, a], [0.3, 0.15, 0.55])              # written in another order, to another sum
+    assert again.name == mixture.name == 'a:0.55,b:0.15,c:0.3'
+    assert all(torch.equal(*pair) for pair in zip((x, y), again.batch(numbers, 16, 1337)))
+    for share in (1, 8, 16):                                   # ranks and micro-batches
+        pieces = [mixture.batch(numbers[i:i + share], 16, 1337) for i in reversed(range(0, 48, share))]
+        assert torch.equal(torch.cat([piece[0] for piece in reversed(pieces)]), x)
+    assert not torch.equal(x, mixture.batch(numbers, 16, 1338)[0])
+    assert not torch.equal(owner(x), owner(mixture.batch(numbers, 16, 1338)[0]))
+    assert (numbers == np.arange(ROUND - 24, ROUND + 24)).all()
+
+
+def test_the_loss_of_a_mixture_is_the_one_on_what_it_draws(mixture, dataset):
+    sums = [(2.0 * 100, 100, 400), (1.0 * 900, 900, 900), (3.0 * 50, 50, 100)]  # nats, targets, bytes
+    result, loss = val_result(mixture, sums), 0.55 * 2 + 0.15 * 1 + 0.3 * 3
+    assert result.pop('bits_per_byte') == pytest.approx(loss / math.log(2) / (0.55 * 4 + 0.15 * 1 + 0.3 * 2))
+    assert result.pop('perplexity') == pytest.approx(math.exp(loss))
+    assert result == pytest.approx({'val_loss': loss, 'val_loss/a': 2, 'val_loss/b': 1, 'val_loss/c': 3})
+    assert val_result(mixture, [(nats, n, 0) for nats, n, _ in sums])['bits_per_byte'] is None
+    assert val_result(dataset(), [(0.7, 3, 11)]) == dict(  # alone: to the last bit what it always was
+        val_loss=0.7 / 3, perplexity=math.exp(0.7 / 3), bits_per_byte=0.7 / math.log(2) / 11)
+
+
+@pytest.fixture
+def bare(dataset, tmp_path, monkeypatch):
+    """data/a, data/b, elsewhere/c: bare .bin files of 1000, 3000 and 1000 tokens."""
+    for name, n in (('data/a', 1000), ('data/b', 3000), ('elsewhere/c', 1000)):
+        dataset(n, name=name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize('text, name', {
+    'a:1,b:3': 'a:0.25,b:0.75', 'b:.75,a:.25': 'a:0.25,b:0.75', ' b:3e0 , ./data/a/:1': 'a:0.25,b:0.75', 'b,a': 'a:0.25,b:0.75',
+    'a:1,b:2': 'a:0.3333,b:0.6667', 'b,elsewhere/c/,a': 'a:0.2,b:0.6,elsewhere/c:0.2', 'a:1e9,b:1': 'a:0.9999,b:0.0001',
+    'a': 'a', 'a:7': 'a', 'data/a': 'a', './elsewhere/c/': 'elsewhere/c'}.items())
+def test_a_mixture_has_one_name_however_it_is_written(bare, text, name):
+    data = open_dataset(text, 3000)
+    assert data.name == name and isinstance(data, Mixture if ',' in text else Dataset)
+    again = open_dataset(name, 3000)  # as a resumed run does
+    assert again.name == name
+    assert all(torch.equal(*pair) for pair in zip(data.batch(np.arange(40), 16, 1), again.batch(np.arange(40), 16, 1)))
+    assert sum(part.tokens['train'] for part in data.parts) == data.tokens['train']
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='names that Windows does not have')
+@pytest.mark.parametrize('name', ['x,y', 'x:1', 'x,y:0.5', 'C:\\data'])
+def test_a_folder_may_have_any_name(bare, name):
+    shutil.copytree('data/a', f'data/{name}')
+    assert isinstance(data := open_dataset(name, 1000), Dataset) and data.name == name
+    if ',' not in name and '1' not in name:
+        assert open_dataset(f'a,{name}', 1000).name == f'{name}:0.5,a:0.5'
+        assert open_dataset(f'a:1,{name}:3', 1000).name == f'{name}:0.75,a:0.25'
+
+
+@pytest.mark.parametrize('text, words', {
+    'a:1,b': 'all of them weight none', 'a,b:1': 'all of them weight none', 'a:0,b:1': 'weight of a above 0',
+    'a:1,b:-2': 'weight of b above 0', 'a:nan,b:1': 'weight of a', 'a:inf,b:1': 'weight of a', 'a,': 'name is missing',
+    ',': 'name is missing', 'a,b,a': 'a twice', 'a:1,./data/a:2': 'a twice', 'a,bb': 'data/bb no such dataset',
+    'a,b:x': 'data/b:x no such dataset', 'a:0': 'weight of a', 'a;b': 'data/a;b no such dataset'}.items())
+def test_a_mixture_that_cannot_be_is_one_line(bare, capsys, text, words):
+    with pytest.raises(SystemExit) as end:
+        open_dataset(text, 3000)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1
+    assert all(word in err for word in words.split()), err

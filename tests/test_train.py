@@ -126,15 +126,16 @@ def one_thread():
 
 @pytest.fixture(scope='module')
 def template(tmp_path_factory):
-    """A folder with two datasets and a finished run, to copy from."""
+    """A folder with three datasets, of which `more` has the tokenizer of `tiny`, and a finished run, to copy from."""
     folder = tmp_path_factory.mktemp('template')
     here = os.getcwd()
     os.chdir(folder)
     try:
         write_text('tiny.txt')
         write_text('other.txt', chars='xyz \n', seed=2)
-        for name in ('tiny', 'other'):
-            assert script('prepare.py', f'{name}.txt --tokenizer=char --out=data/{name}') == 0
+        write_text('more.txt', 2000, seed=3)
+        for name, tok in (('tiny', 'char'), ('other', 'char'), ('more', 'data/tiny')):
+            assert script('prepare.py', f'{name}.txt --tokenizer={tok} --out=data/{name}') == 0
         train('--model=gpt --max_iters=10')
         os.rename('out', 'done')
     finally:
@@ -160,7 +161,7 @@ def finished(here, template):
 # --- a run that was killed goes on as if nothing had happened
 
 COMBOS = [f'{model} {optimizer} {accumulation}' for model in ('mamba', 'gpt', 'hybrid') for optimizer in ('adamw', 'muon')
-          for accumulation in (1, 3)] + ['mamba adamw 1 --version=1']
+          for accumulation in (1, 3)] + ['mamba adamw 1 --version=1', 'gpt adamw 3 --dataset=tiny:3,more:1']
 
 
 @pytest.mark.parametrize('combo', COMBOS)
@@ -222,9 +223,10 @@ os.replace = patched'''}[moment]
 
 # --- two processes give the curve of one
 
-@pytest.mark.parametrize('model, batch_size', [('gpt', 4), ('mamba', 2)])  # one and two micro-batches of a process
-def test_ddp_equals_one_process(here, model, batch_size):
-    flags = f'--model={model} --tokens_per_step=128 --learning_rate=1e-2 --warmup_iters=2 --schedule=wsd --decay_fraction=0'
+@pytest.mark.parametrize('model, batch_size, more', [  # one and two micro-batches of a process
+    ('gpt', 4, ''), ('mamba', 2, ''), ('gpt', 2, '--dataset=tiny:3,more:1')])
+def test_ddp_equals_one_process(here, model, batch_size, more):
+    flags = f'--model={model} {more} --tokens_per_step=128 --learning_rate=1e-2 --warmup_iters=2 --schedule=wsd --decay_fraction=0'
     process = launch(flags, f'--batch_size={batch_size} --max_iters=10',
                      module='torch.distributed.run --standalone --nproc_per_node=2')
     out, err = process.communicate(timeout=120)
@@ -235,7 +237,7 @@ def test_ddp_equals_one_process(here, model, batch_size):
     for key in ('loss', 'val_loss', 'grad_norm'):
         a, b = metrics(key=key), metrics('one', key)
         assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), abs=1e-5 if 'l' in key else 1e-4)
-    assert metrics(key='loss')[20] < metrics(key='loss')[1] - 0.2  # there was a curve
+    assert metrics(key='loss')[20] < metrics(key='loss')[1] - 0.1  # there was a curve
 
 
 # --- signals
@@ -379,6 +381,86 @@ def test_scratch_keeps_the_old_run_aside(finished):
     assert load()['kind'] == 'mamba' and list(metrics(key='loss')) == [1, 2]
 
 
+def test_a_dataset_elsewhere_is_not_its_namesake_in_data(here, capsys):
+    shutil.copytree('data/other', 'elsewhere/tiny')
+    shutil.rmtree('data/other')
+    train('--model=gpt --dataset=elsewhere/tiny --max_iters=1')
+    train('--model=gpt --dataset=./elsewhere/tiny/ --max_iters=2')
+    train('--model=gpt --dataset=tiny --max_iters=3', status=2)
+    refused(capsys, 'dataset=elsewhere/tiny', 'not tiny:')
+    train('--model=gpt --dataset=tiny --max_iters=1 --out_dir=2')
+    train(f'--model=gpt --dataset={shlex.quote(str(here / "data" / "tiny"))} --max_iters=2 --out_dir=2')
+    assert load('2/ckpt.pt')['settings']['dataset'] == 'tiny' and load('2/ckpt.pt')['counters']['step'] == 2
+
+
+# --- several datasets
+
+def test_a_mixture_is_drawn_and_evaluated_by_its_weights(here, capsys, monkeypatch):
+    import batches
+    seen, batch = {'tiny': [], 'more': []}, batches.Dataset.batch
+
+    def watched(self, numbers, *rest):
+        seen[self.name].extend(numbers)
+        return batch(self, numbers, *rest)
+    monkeypatch.setattr(batches.Dataset, 'batch', watched)
+    train('--model=gpt --dataset=tiny:3,more:1')
+    said, lines = capsys.readouterr().out, metrics()
+    assert load()['settings']['dataset'] == 'more:0.25,tiny:0.75'
+    for name, numbers in seen.items():
+        assert numbers == list(range(len(numbers)))            # each its own text, from the beginning
+    last = lines[-1]
+    assert last['drawn/tiny'] == 1 - last['drawn/more'] and last['step'] == 20
+    assert sum(map(len, seen.values())) == 82 and all(          # the last micro-batch was fetched for a step that did not come
+        0 <= len(numbers) - 80 * last[f'drawn/{name}'] <= 2 for name, numbers in seen.items())
+    assert said.count('drawn: ') == 4 and f'drawn: more {last["drawn/more"]:.1%}  tiny {last["drawn/tiny"]:.1%}\n' in said
+    tokens = {name: json.load(open(f'data/{name}/meta.json'))['splits']['train']['tokens'] for name in seen}
+    for name, weight in (('more', '0.2500'), ('tiny', '0.7500')):
+        row = re.search(rf'\n  {name} +weight {weight} +([\d,]+) tokens +([\d.]+) epochs\n', said)
+        assert row and row.group(1) == f'{tokens[name]:,}'
+        assert float(row.group(2)) == pytest.approx(last[f'drawn/{name}'] * 80 * 16 / tokens[name], abs=0.051)
+
+    ckpt, loss, size = checkpoint.load('out/ckpt.pt'), 0, 0    # the val splits, told apart and together
+    net, tok = checkpoint.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
+    for name, weight in (('tiny', 0.75), ('more', 0.25)):
+        ids = np.fromfile(f'data/{name}/val.bin', '<i4')
+        with torch.no_grad():
+            sums = [(net(x, y)[1].item() * int((y >= 0).sum()), int((y >= 0).sum()))
+                    for x, y in batches.open_dataset(name).val_batches(8, 16)]
+        nats = sum(s for s, _ in sums) / sum(n for _, n in sums)
+        assert last[f'val_loss/{name}'] == pytest.approx(nats, abs=1e-5)
+        loss, size = loss + weight * nats, size + weight * len(tok.decode(ids[1:].tolist()).encode('utf-8')) / (len(ids) - 1)
+    assert last['val_loss/tiny'] != pytest.approx(last['val_loss/more'], abs=1e-3)
+    assert last['val_loss'] == pytest.approx(loss, abs=1e-5)
+    assert last['bits_per_byte'] == pytest.approx(loss / math.log(2) / size, rel=1e-4)
+
+    before = files('out')
+    assert script('train.py', '--eval_only --device=cpu') == 0
+    said = capsys.readouterr().out
+    assert all(f'{key} {last[key]:.4f}' in said for key in ('val_loss', 'val_loss/tiny', 'val_loss/more'))
+    assert files('out') == before
+    train('--eval_only --dataset=more')                        # one of them by itself
+    assert f'val_loss {last["val_loss/more"]:.4f}' in capsys.readouterr().out
+
+
+def test_a_mixture_goes_on_only_as_the_same(here, capsys):
+    train('--model=gpt --dataset=tiny:3,more:1 --max_iters=15 --eval_interval=3 --out_dir=unbroken')
+    for steps, dataset in ((3, 'tiny:3,more:1'), (6, 'more:.5,data/tiny:1.5')):
+        train(f'--model=gpt --max_iters={steps} --warmup_iters=1 --lr_decay_iters=15 --eval_interval=3 --dataset={dataset}')
+    for other in ('tiny:2,more:1', 'tiny', 'tiny,more', ''):   # the last is the one prepared last
+        train(f'--model=gpt --dataset={other} --max_iters=15', status=2)
+        refused(capsys, 'dataset=more:0.25,tiny:0.75', '--init_from=scratch')
+    argv = TINY.replace('--dataset=tiny', '')                  # left out altogether
+    assert script('train.py', argv, '--model=gpt --max_iters=15 --eval_interval=3') == 0
+    assert metrics() == metrics('unbroken')
+    train('--model=gpt --init_from=resume --dataset=tiny,more --max_iters=16')
+    assert load()['settings']['dataset'].startswith('more:0.2')
+
+
+def test_the_smallest_split_of_a_mixture_bounds_the_context(here):
+    train('--model=gpt --dataset=tiny,more --block_size=0 --tokens_per_step=0 --max_iters=1')
+    assert load()['settings']['block_size'] == 128             # more has some 200 tokens to evaluate, tiny some 600
+
+
 # --- bad input: one line, exit status 2, and nothing is harmed
 
 class Bomb:
@@ -409,6 +491,12 @@ BAD = {  # flags, words of the message, what breaks things beforehand
     'no tokenizer': ('', 'tokenizer.json', lambda: os.remove('data/tiny/tokenizer.json')),
     'other tokenizer': ('--init_from=resume --dataset=other', 'tokenizer tiny'),
     'other dataset': ('--dataset=other', 'dataset=tiny other'),
+    'other mixture': ('--dataset=tiny:3,more:1', 'dataset=tiny, not more:0.25,tiny:0.75'),
+    'mixed tokenizers': ('--dataset=tiny,other', 'other tokenizer tiny --tokenizer=data/tiny --out=data/other'),
+    'one tokenizer missing': ('--dataset=more,tiny --vocab_size=40', 'more tokenizer tiny --tokenizer=data/tiny --out=data/more',
+                              lambda: os.remove('data/more/meta.json')),
+    'mixture too short': ('--dataset=tiny,more --block_size=256 --tokens_per_step=256 --out_dir=new', 'data/more/val.bin block_size'),
+    'bad weight': ('--dataset=tiny:1,more:0', 'dataset=tiny:1,more:0 weight more'),
     'cut checkpoint': ('', 'out/ckpt.pt not a readable checkpoint', lambda: cut('out/ckpt.pt')),
     'empty checkpoint': ('', 'out/ckpt.pt not a readable checkpoint', lambda: open('out/ckpt.pt', 'w').close()),
     'state dict': ('', 'out/ckpt.pt not one of', lambda: torch.save({'w': torch.ones(2)}, 'out/ckpt.pt')),
