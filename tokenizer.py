@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tiktoken
@@ -32,15 +31,16 @@ from configurator import fail
 
 FILE = 'tokenizer.json'
 EOT = '<|endoftext|>'
+CHAT = ['<|im_start|>', '<|im_end|>']  # ChatML's marks around a message, kept free in a BPE trained here
 # what other people's tokenizers call the end of a text, in order of preference
 EOT_NAMES = [EOT, '<|end_of_text|>', '</s>', '<eos>', '<|eos|>', '<｜end▁of▁sentence｜>', '<|im_end|>', '[SEP]']
 # GPT-2's way to cut text into words: contractions, letters, digits, other signs, white space; ++ never gives back
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-PIECE = 1 << 18  # characters that are encoded at once: enough to keep threads busy, little enough to stay in cache
+PIECE = 1 << 18  # characters that are encoded at once: little enough to stay in cache
 RUN = 10_000     # a longer "word" is cut: a million spaces overflow the stack of tiktoken's regex
-LONG_RUN = re.compile(r'[^\W_]{%d,}|[\W_]{%d,}' % (RUN, RUN))  # a GPT-2 word is all in one of these two classes
-HALF_RUN = re.compile(r'[^\W_]{%d}|[\W_]{%d}' % (RUN // 2, RUN // 2))  # a long run fills the half from some k * RUN / 2
-SEAM = re.compile(r'\S(?=\s)')  # no GPT-2 word goes from non-space to space, so a cut here changes no id
+WORD = 256       # nothing longer is learnt: the time that a BPE takes to train grows with the square of a word's length
+# no GPT-2 word goes from non-space to space, so a cut here changes no id; only Python has U+001C to U+001F for spaces
+SEAM = re.compile(r'\S(?=[^\S\x1c-\x1f])')
 
 # GPT-2 writes a byte as a printable character: itself where it is one, else the next free one from 256 on
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -180,14 +180,8 @@ class BPETokenizer(Tokenizer):
         if self.fast is None:
             return [np.array(e.ids, dtype=np.int32) for e in self.hf.encode_batch(texts, add_special_tokens=False)]
         pieces = [cut(text) for text in texts]
-        flat = [piece for parts in pieces for piece in parts]
-        if sum(map(len, flat)) < PIECE // 4:
-            ids = list(map(self._encode_piece, flat))
-        else:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of the interpreter while it works
-                ids = list(pool.map(self._encode_piece, flat))
-        ids = iter(ids)
-        return [np.concatenate([next(ids) for _ in parts]) if parts else np.zeros(0, np.int32) for parts in pieces]
+        return [np.concatenate([self._encode_piece(piece) for piece in parts]) if parts else np.zeros(0, np.int32)
+                for parts in pieces]
 
     def _encode_piece(self, piece):
         return self.fast.encode_to_numpy(piece, disallowed_special=()).astype(np.int32)
@@ -218,9 +212,15 @@ class ForeignStream:
         whole = self.tok.decode(self.ids)
         return whole[len(self.said):] if whole.startswith(self.said) else ''
 
-def cut(text):
+def long_runs(n):
+    """A GPT-2 word is all in one of two classes: (n or more of one class, n // 2 of one, which are at a multiple of that)."""
+    return re.compile(r'[^\W_]{%d,}|[\W_]{%d,}' % (n, n)), re.compile(r'[^\W_]{%d}|[\W_]{%d}' % (n // 2, n // 2))
+
+LONG = {n: long_runs(n) for n in (RUN, WORD)}
+
+def cut(text, longest=RUN):
     """
-    Pieces of about PIECE characters whose ids, one after another, are the ids of the whole; only within a run of RUN
+    Pieces of about PIECE characters whose ids, one after another, are the ids of the whole; only within a run of `longest`
     characters of one class, which nobody would call a word, does a cut change the ids (never the text they stand for).
     """
     pieces, start = [], 0
@@ -230,12 +230,12 @@ def cut(text):
         pieces.append(text[start:end])
         start = end
     pieces.append(text[start:])
-    out = []
+    out, (long, half) = [], LONG[longest]
     for piece in filter(None, pieces):
         done = 0
-        suspect = any(HALF_RUN.match(piece, i) for i in range(0, len(piece), RUN // 2))
-        for run in LONG_RUN.finditer(piece) if suspect else ():
-            for end in range(run.start() + RUN, run.end(), RUN):
+        suspect = any(half.match(piece, i) for i in range(0, len(piece), longest // 2))
+        for run in long.finditer(piece) if suspect else ():
+            for end in range(run.start() + longest, run.end(), longest):
                 out.append(piece[done:end])
                 done = end
         out.append(piece[done:])
@@ -283,9 +283,9 @@ def byte_level(vocab, merges):
     hf.decoder = decoders.ByteLevel()
     return hf
 
-def finish(hf):
-    """Adds end-of-text as the last id and opens the result the way load() will."""
-    hf.add_special_tokens([EOT])
+def finish(hf, special=(EOT,)):
+    """Adds the special tokens as the last ids and opens the result the way load() will."""
+    hf.add_special_tokens(list(special))
     return from_text(hf.to_str(pretty=True))
 
 def from_text(text):
@@ -335,14 +335,15 @@ def build(kind, texts=(), vocab_size=4096):
     if kind == 'byte':
         return finish(byte_level({c: b for b, c in BYTE_TO_CHAR.items()}, []))
     if kind == 'bpe':
-        if vocab_size < 257:
-            fail(f'vocab_size={vocab_size}: a byte-level BPE needs at least 257 (256 bytes and end-of-text)')
+        special = [*CHAT, EOT]
+        if vocab_size < 256 + len(special):
+            fail(f'vocab_size={vocab_size}: a byte-level BPE needs at least {256 + len(special)}: 256 bytes, {", ".join(special)}')
         hf = byte_level({}, [])
         # a merge that was seen once is memory, not language; a small text gets a small vocabulary
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(special), min_frequency=2, show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        hf.train_from_iterator((piece for text in texts for piece in cut(text)), trainer)
-        return finish(hf)
+        hf.train_from_iterator((piece for text in texts for piece in cut(text, WORD)), trainer)
+        return finish(hf, special)
     if kind == 'gpt2':
         try:
             ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks

@@ -80,17 +80,46 @@ def test_same_texts_same_tokenizer(bpe):
     assert tokenizer.build('bpe', TRAIN, vocab_size=1499).sha256() != bpe.sha256()
 
 def test_vocab_size_is_an_upper_bound(capsys):
-    assert tokenizer.build('bpe', ['ab ab'], vocab_size=4096).vocab_size < 262
-    smallest = tokenizer.build('bpe', TRAIN, vocab_size=257)
-    assert smallest.vocab_size == 257 and smallest.kind == 'bpe' and smallest.decode(smallest.encode('né')) == 'né'
+    assert tokenizer.build('bpe', ['ab ab'], vocab_size=4096).vocab_size < 264
+    smallest = tokenizer.build('bpe', TRAIN, vocab_size=259)
+    assert smallest.vocab_size == 259 and smallest.kind == 'bpe' and smallest.decode(smallest.encode('né')) == 'né'
     with pytest.raises(SystemExit):
-        tokenizer.build('bpe', TRAIN, vocab_size=256)
-    assert '257' in capsys.readouterr().err
+        tokenizer.build('bpe', TRAIN, vocab_size=258)
+    err = capsys.readouterr().err
+    assert 'at least 259' in err and '<|im_start|>' in err and err.count('\n') == 1
+
+def test_chat_markers_are_kept_free(bpe):
+    """ChatML's marks are the last ids before end-of-text, and no text can forge one of the three."""
+    marks = ['<|im_start|>', '<|im_end|>', '<|endoftext|>']
+    assert [bpe.hf.token_to_id(mark) for mark in marks] == [1497, 1498, 1499] and bpe.eot == 1499
+    text = '<|im_start|>user\nHi<|im_end|>\n<|endoftext|>'
+    often = tokenizer.build('bpe', [text * 1000], vocab_size=1500)  # not even one that has learnt them
+    assert [often.hf.token_to_id(mark) for mark in marks] == list(range(often.vocab_size - 3, often.vocab_size))
+    for tok in bpe, often:
+        for some in (text, *marks, text.replace('\n', '')):
+            ids = tok.encode(some)
+            assert ids.max() < tok.vocab_size - 3 and tok.decode(ids) == some and ids.tolist() == hf_ids(tok, some)
+        assert [tok.token_bytes(tok.vocab_size - i) for i in (1, 2, 3)] == [b''] * 3
+        assert tok.decode([tok.vocab_size - 3, *ids, tok.vocab_size - 2, tok.eot]) == some
 
 def test_long_texts_are_cut_where_no_id_changes(bpe):
     text = ''.join(random.Random(3).choices(['word', ' ', '\n', '  ', '12', ' x', '...', '日本', "'s"], k=600_000))
     assert len(tokenizer.cut(text)) > 3
     assert np.array_equal(bpe.encode(text), bpe.fast.encode_ordinary(text))
+
+@pytest.mark.parametrize('space', ' \n\x1c\x1d\x1e\x1f\x85\xa0\u2028\u3000')
+def test_every_kind_of_space_is_cut_where_no_id_changes(space):
+    """Python takes some control characters for white space that GPT-2 does not."""
+    word = f'x,{space}y! '
+    tok = tokenizer.build('bpe', [word * 50 + f'.{space}' * 50], vocab_size=300)
+    for shift in range(len(word)):
+        text = 'z' * shift + word * 50_000
+        assert np.array_equal(tok.encode(text), tok.fast.encode_ordinary(text)), shift
+
+def test_learning_from_a_long_run():
+    run, began = ' ', time.time()
+    tok = tokenizer.build('bpe', [f'{run * 50_000} and {run * 9_000}b'], vocab_size=400)
+    assert time.time() - began < 3 and len(tok.encode(run * 64)) < 8
 
 @pytest.mark.parametrize('run', ['a', ' ', '\n', '日', '-_', '1a', '\x1c-'])
 def test_a_million_without_a_break(bpe, run):
