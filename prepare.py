@@ -1,387 +1,509 @@
 """
-Turns files and folders into a dataset: token ids for training and validation, and the tokenizer that made them.
+Turns whatever you have into a dataset: token ids for training and validation, and the tokenizer that made them.
 
     python prepare.py                                          # Python's own standard library -> data/stdlib
-    python prepare.py my_folder notes.txt --out=data/mine      # text and source code, found recursively
-    python prepare.py input.txt --tokenizer=char --out=data/shakespeare_char
+    python prepare.py my_folder notes.txt --out=data/mine      # text, code, PDF, parquet, ...: all that is found there
+    python prepare.py --inspect data/mine                      # what is in a dataset, and whether it is sound
 
-    find files ──► read, normalise, hash ──► documents (one temporary file) ──► build the tokenizer ──► encode
-                      │ what cannot be read is skipped, with its reason in meta.json        │
-                      ▼                                                                     ▼
-              hash < val_fraction ? val : train                             train.bin, val.bin, meta.json
+    find ──► extract ───────────────► decide ────────────► tokenizer ──► encode ──► <out>/
+    sources.py  readers.py, spool.py     copies are dropped,    trained on      spool.py   {train,val}.bin, .idx, .hash,
+                in many processes        val or train by hash   a sample                   meta.json, tokenizer.json
 
-A document goes to train or val by a hash of its content, so the split survives reordering and reruns, and duplicates
-stay on one side; each document is closed by the end-of-text id. A corpus of one document is split by position instead,
-its last val_fraction being val, and gets no end-of-text. Ids are flat little-endian int32.
-All of it is written to a temporary folder beside `out`, which takes its place at the very end: a run that is stopped,
-or fills the disk, leaves an older dataset as it was.
+A document goes to train or val by a hash of its content, so the split survives reordering and reruns, and copies
+stay on one side; one that alone is more than val_fraction of the whole goes to train. Each is closed by the end-of-text id.
+A corpus of one document is split by position instead, its last val_fraction being val, and gets no end-of-text.
+Ids are flat little-endian int32.
+    .idx   uint64: where the documents begin in the .bin, and at last where it ends
+    .hash  16 bytes a document: the hash of its text
+
+All of it happens in <out>.partial, which also is the journal: what a stopped or killed run has done there, the same command
+does not do again. The finished folder takes the place of `out` by a rename. What is in it depends on the files and the
+settings alone: not on the number of processes, the order of the arguments, or how often the run was interrupted.
 """
 import collections
-import datetime
-import difflib
 import glob
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
-import struct
 import sys
-import sysconfig
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
+import parallel
+import report
+import sources
+import spool
 from configurator import configure, fail
-from tokenizer import build
+from corpus import HASH, Corpus
+from readers import Unreachable, open_hf
+from spool import TRAIN, VAL
+from tokenizer import UnknownCharacter, build, load
 
-inputs = []  # files and folders; none: the Python standard library, some 12 MB of good code that everybody has
+inputs = []  # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 12 MB of good code
 # --- dataset ---
 out = ''              # where to write; '' is data/<name of the first input>
+append = False        # add the inputs to the dataset in `out`, with its tokenizer, instead of replacing it
+dry_run = False       # only list what would be taken and what not
+inspect = False       # the inputs are datasets: show and check them
+# --- what is taken ---
+exclude = '__pycache__/,node_modules/,site-packages/,*.min.js,*.min.css,*.map,*.lock,package-lock.json'  # as in a .gitignore
+gitignore = True      # leave out what .gitignore files in the folders name
+max_file_mb = 256.0   # larger files found in folders are skipped, most are dumps; tables and files you name are not
+text_column = ''      # of parquet, jsonl, csv, arrow and hf; '' is the only one, or one called text, content, body, ...
+dedupe = True         # drop documents that are exactly like an earlier one; near copies stay
+pdf = 'auto'          # pypdf; or pypdfium2, faster, a package of its own; auto is the latter when installed
+file_seconds = 60.0   # of computing that a PDF or an HTML page may take; for a PDF half a second more with each page
+file_memory_mb = 1024.0  # that it may need (Linux)
 # --- tokens ---
 tokenizer = 'bpe'     # char, byte, bpe (trained on these texts), gpt2, or the path of a tokenizer.json
 vocab_size = 4096     # of a bpe trained here, at most: small, for the embedding of a small model is most of its weights
-sample_mb = 100.0     # a bpe is trained on so much, taken evenly from the train documents; its memory grows with it
+sample_mb = 100.0     # a bpe is trained on about so much, taken evenly from the train documents; its memory grows with it
 # --- split ---
 val_fraction = 0.1    # share of documents (or of the one document) kept for validation, between 0 and 1
 split_seed = 1337     # another seed is another split
-# --- limits ---
-max_file_mb = 256.0   # larger files found in folders are skipped, most are dumps; name such a file to have it read
+# --- machine ---
+workers = 0           # processes; 0 is one for each core
+engine = 'local'      # or ray: the same work on a Ray cluster with a shared file system; without a cluster, on this machine
 # -----------------------------------------------------------------------------
-if __name__ == '__main__':
-    configure(globals(), positional='inputs')
+explicit = configure(globals(), positional='inputs') if __name__ == '__main__' else {}
 
-class Skip(Exception):
-    """This file cannot be used; the message is the reason, a few words that can be counted."""
+FORMAT = 2
+TASK_BYTES, TASK_FILES = 8_000_000, 200  # sources are read in tasks of about so much
+SIDES = {TRAIN: 'train', VAL: 'val'}
 
 # -----------------------------------------------------------------------------
-# Readers. A reader takes a path and yields the documents in it, as str, or raises Skip. READERS says which one is for
-# which extension: a new format is a function and a line there.
+# Extract: sources to documents
 
-def read_text(path):
-    """One document: the whole file. The encoding is UTF-8, UTF-16/32 with a BOM, or, as a guess, cp1252."""
-    with open(path, 'rb') as f:
-        data = f.read()
-    encoding = 'utf-8-sig'
-    if data.startswith((b'\xff\xfe\0\0', b'\0\0\xfe\xff')):
-        encoding = 'utf-32'
-    elif data.startswith((b'\xff\xfe', b'\xfe\xff')):
-        encoding = 'utf-16'
-    elif b'\0' in data:
-        raise Skip('binary')
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError:
-        # Western European text has few bytes above 127 and no control characters; all else would become noise
-        control = sum(data.count(b) for b in range(32) if b not in b'\t\n\f\r\x1b')
-        if control or len(data.translate(None, bytes(range(128)))) > 0.3 * len(data):
-            raise Skip('neither UTF-8 nor Western text') from None
+def plan(found, work):
+    """The tasks that turn the sources into documents; what a task is called says all that its result depends on."""
+    engine_of_pdf = pdf_engine()
+    options = dict(text_column=text_column, max_file_mb=max_file_mb, pdf=engine_of_pdf[0], file_seconds=file_seconds,
+                   file_memory_mb=file_memory_mb)
+    tasks, cost = [], 0
+    for source in found:
+        parts = shards_of(source.path) if source.kind == 'hf' else [None]
+        for shard in parts:
+            more = max(source.size * 20, 1_000_000) if source.kind == 'pdf' else source.size
+            if not tasks or cost + more > TASK_BYTES or len(tasks[-1]['sources']) >= TASK_FILES or source.kind == 'hf':
+                tasks.append(dict(folder=work, sources=[], seed=split_seed, chars=tokenizer == 'char',
+                                  options=options | ({'shard': shard} if shard else {})))
+                cost = 0
+            tasks[-1]['sources'].append(list(source))
+            cost += more
+    for task in tasks:
+        task['key'] = digest([FORMAT, engine_of_pdf, [task[name] for name in ('sources', 'seed', 'chars', 'options')]])[:32]
+    return tasks
+
+def pdf_engine():
+    """(name, version) of what reads PDFs."""
+    if pdf not in ('auto', 'pypdf', 'pypdfium2'):
+        fail(f'pdf={pdf}: it is auto, pypdf or pypdfium2')
+    for name in ['pypdfium2', 'pypdf'] if pdf == 'auto' else [pdf]:
         try:
-            text = data.decode('cp1252')
-        except UnicodeDecodeError:
-            raise Skip('neither UTF-8 nor Western text') from None
-        guessed.append({'file': path, 'encoding': 'cp1252'})
-    yield text
+            from importlib.metadata import PackageNotFoundError, version
+            return name, version(name)
+        except PackageNotFoundError:
+            pass
+    fail(f'pdf={pdf}: this package is not installed: pip install {name}')
 
-TEXT = '''
-    txt text md markdown mdx rst adoc asciidoc org tex bib ltx sty cls log srt vtt po pot diff patch
-    html htm xhtml css scss sass less xml xsl xsd svg json jsonl ndjson json5 yaml yml toml ini cfg conf properties env
-    csv tsv sql graphql proto thrift ipynb
-    py pyi pyx pxd js mjs cjs jsx ts tsx vue svelte java kt kts scala groovy clj cljs cljc c h cc cpp cxx hh hpp hxx inl
-    cu cuh cl m mm cs fs fsi fsx vb go rs swift zig nim d v sv vhd vhdl rb pl pm php lua r rmd jl hs lhs ml mli elm erl
-    hrl ex exs dart lisp lsp el scm rkt f f90 f95 f03 for pas pp ada adb ads cob asm s awk sed tcl sh bash zsh fish ps1
-    bat cmd cmake mk mak gradle bazel bzl nix tf hcl dockerfile vim glsl hlsl wgsl metal sol coq lean agda idr
-'''
-READERS = {'.' + extension: read_text for extension in TEXT.split()}
-READERS[''] = read_text  # Makefile, README, LICENSE; a binary is recognised by its content
+def shards_of(spec):
+    """[(number of shards, index)] of a streamed dataset, to be read side by side."""
+    try:
+        rows = open_hf(spec)
+    except ImportError:
+        fail(f'{spec}: needs the package datasets: pip install datasets')
+    except Exception as error:  # the hub, the net, the formats behind it: anything
+        fail(f'{spec}: {type(error).__name__}: {error}')
+    n = getattr(rows, 'num_shards', 1)
+    return [(n, i) for i in range(n)]
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+def extract_all(tasks, work):
+    """Does what the journal has not yet. Returns the reports, in the order of the tasks."""
+    done = {name[:-5] for name in os.listdir(work) if name.endswith('.json')}
+    todo = [task for task in tasks if task['key'] not in done]
+    if len(todo) < len(tasks):
+        print(f'going on: {len(tasks) - len(todo):,} of {len(tasks):,} parts were read before')
+    total = sum(source[2] for task in todo for source in task['sources'])
+    bar = report.Progress('reading', total)
+    for _, size in parallel.run(spool.extract, todo, 64):
+        bar.add(size)
+    bar.close()
+    reports = []
+    for task in tasks:
+        with open(os.path.join(work, task['key'] + '.json'), encoding='utf-8') as f:
+            reports.append(json.load(f))
+    return reports
 
 # -----------------------------------------------------------------------------
-# Find and read
+# Tokenizer
 
-skipped, guessed = [], []  # {'file', 'reason'} and {'file', 'encoding'}, for meta.json
-OURS = {'train.bin', 'val.bin', 'meta.json', 'tokenizer.json'}
-WORK = re.compile(r'\.tmp-\d+(-old)?$')  # how a temporary folder's name ends
-NOT_STDLIB = {'test', 'tests', 'idle_test', 'testing', 'site-packages', 'dist-packages', '__pycache__'}
+def make_tokenizer(given, corpus, reports, work):
+    """The tokenizer, in `work`/tokenizer: the given one, or one that is built, unless a run before this one did that."""
+    folder, began = os.path.join(work, 'tokenizer'), time.time()
+    stamp = os.path.join(folder, 'made_of')
+    made_of = given.sha256() if given else digest([tokenizer, vocab_size, sample_mb, split_seed, [key for key, _ in corpus.blocks],
+                                                   hashlib.sha256(corpus.use.tobytes()).hexdigest()])
+    if os.path.exists(stamp) and open(stamp, encoding='utf-8').read() == made_of:
+        return given or load(folder)
+    os.makedirs(folder, exist_ok=True)
+    if given:
+        given.save(folder)
+    elif tokenizer == 'char':
+        build('char', [done['chars'] for done in reports]).save(folder)
+    else:
+        task = dict(work=work, folder=folder, sample=list(corpus.sample(sample_mb)), vocab_size=vocab_size)
+        if parallel.processes() == 1 or len(task['sample']) < 20:
+            train_bpe(task)
+        else:
+            parallel.apart(train_bpe, task)
+    tok = given or load(folder)
+    with open(stamp, 'w', encoding='utf-8') as f:
+        f.write(made_of)
+    if not given:
+        print(f'tokenizer {tok.vocab_size:9,} ids{"":<26}in {time.time() - began:.1f} s')
+    return tok
 
-def is_dataset(folder):
-    return {'train.bin', 'val.bin', 'meta.json'} <= set(os.listdir(folder)) <= OURS
+def train_bpe(task):
+    """Trains it on the sample: {'work', 'folder', 'sample', 'vocab_size'}."""
+    def texts():
+        for key, block, rows, cut in task['sample']:
+            some = list(spool.pieces_of(spool.read_block(task['work'], key, block), rows))
+            yield from some[:-1]
+            yield some[-1][:cut]
 
-def skip(path, reason):
-    skipped.append({'file': path, 'reason': reason})
+    build('bpe', texts(), task['vocab_size']).save(task['folder'])
 
-def find_files(paths):
-    """Every usable-looking file under `paths`, once, as a sorted list of (path, reader); records the others."""
-    found, seen = {}, set()  # path -> reader; real paths, for links may lead in circles
+# -----------------------------------------------------------------------------
+# Encode: documents to ids
 
-    def add(path, named):
-        reader = READERS.get(os.path.splitext(path)[1].lower(), read_text if named else None)
-        real = os.path.realpath(path)
-        if reader is None:
-            skip(path, f'unknown type {os.path.splitext(path)[1].lower()}')
-        elif not os.path.isfile(path):
-            skip(path, 'no regular file')
-        elif not named and file_size(path) > max_file_mb * 1e6:
-            skip(path, f'larger than {max_file_mb:g} MB')
-        elif real not in seen:
-            seen.add(real)
-            found[path] = reader
+class Output:
+    """
+    The six files of the dataset, in <work>/dataset. commit() makes what was written last, and says so in the journal;
+    a run that goes on cuts off whatever is beyond.
+    """
 
-    for path in paths:
-        if not os.path.isdir(path):
-            add(path, named=True)
-            continue
-        unreadable = lambda error: skip(error.filename, error.strerror)
-        for folder, folders, files in os.walk(path, onerror=unreadable, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:
-                folders[:] = []
-                continue
-            seen.add(real)
-            for name in sorted(folders + files):
-                full = os.path.join(folder, name)
-                if name.startswith('.'):
-                    skip(full, 'hidden')
-                elif name in files:
-                    add(full, named=False)
-                elif WORK.search(name) or (os.access(full, os.R_OK) and is_dataset(full)):
-                    skip(full, 'a prepared dataset')
+    def __init__(self, work, made_of, base):
+        self.folder, self.journal = os.path.join(work, 'dataset'), os.path.join(work, 'written')
+        self.state = {}
+        if os.path.exists(self.journal):
+            with open(self.journal, encoding='utf-8') as f:
+                self.state = json.load(f)
+        if self.state.get('made_of') != made_of or not os.path.isdir(self.folder):
+            self.begin(made_of, base)
+        self.files = {}
+        for name, size in self.state['sizes'].items():
+            self.files[name] = open(os.path.join(self.folder, name), 'rb+')
+            self.files[name].truncate(size)
+            self.files[name].seek(size)
+        self.time = time.time()
+
+    def begin(self, made_of, base):
+        if os.path.exists(self.journal):
+            os.remove(self.journal)  # it spoke of files that are about to go
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.makedirs(self.folder)
+        self.state = {'made_of': made_of, 'block': 0, 'sizes': {}, 'kinds': [0] * len(spool.KINDS),
+                      'bytes': {side: base['splits'][side]['bytes'] if base else 0 for side in SIDES.values()}}
+        for side in SIDES.values():
+            for ending in ('.bin', '.idx', '.hash'):
+                path = os.path.join(self.folder, side + ending)
+                if base:
+                    shutil.copyfile(os.path.join(base['folder'], side + ending), path)
                 else:
-                    continue
-                if name in folders:
-                    folders.remove(name)
-            folders.sort()
-    return sorted(found.items())
+                    with open(path, 'wb') as f:
+                        f.write(bytes(8) if ending == '.idx' else b'')  # the first document begins at 0
+            if base and base['split_limit'] is None:  # it was one document: now its halves are closed, as any other
+                self.state['kinds'][spool.KINDS.index(next(iter(base['kinds'])))] += 1
+                with open(os.path.join(self.folder, side + '.bin'), 'ab') as f:
+                    f.write(np.array([base['eot']], '<i4').tobytes())
+                    end = f.tell() // 4
+                with open(os.path.join(self.folder, side + '.idx'), 'rb+') as f:
+                    f.seek(8)
+                    f.write(np.array([end], '<u8').tobytes())
+        self.state['sizes'] = {name: os.path.getsize(os.path.join(self.folder, name)) for name in sorted(os.listdir(self.folder))}
 
-def find_stdlib():
-    """The standard library's own .py files, without its tests."""
-    found = []
-    for folder, folders, files in os.walk(sysconfig.get_path('stdlib')):
-        folders[:] = sorted(set(folders) - NOT_STDLIB)
-        found += [(os.path.join(folder, name), read_text) for name in files if name.endswith('.py')]
-    return sorted(found)
+    def add(self, block, result, hashes):
+        """The result of a block; hashes: side → those of the documents that end there."""
+        for side, name in SIDES.items():
+            ids, ends = result[side]
+            before = self.files[name + '.bin'].tell() // 4
+            self.files[name + '.bin'].write(ids.tobytes())
+            self.files[name + '.idx'].write((ends + np.uint64(before)).astype('<u8').tobytes())
+            self.files[name + '.hash'].write(hashes[side].tobytes())
+            self.state['bytes'][name] += result['bytes'][side]
+        self.state['kinds'] = [a + int(b) for a, b in zip(self.state['kinds'], result['kinds'])]
+        self.state['block'] = block + 1
+        if time.time() - self.time > 3:
+            self.commit()
 
-def collect(files, spool):
-    """
-    Reads every file once and writes its documents into `spool`, each as (hash, length, UTF-8). Returns the number of
-    documents and of bytes, and the smallest and largest hash.
-    """
-    total, done, began = sum(file_size(path) for path, _ in files), 0, time.time()
-    count, size, low, high = 0, 0, 2 ** 64, -1
-    with open(spool, 'wb') as f:
-        for path, reader in files:
-            before = count
-            try:
-                for data in reading(reader, path):
-                    digest = hashlib.blake2b(data, digest_size=8, key=str(split_seed).encode()).digest()
-                    number = int.from_bytes(digest, 'big')
-                    f.write(struct.pack('<QQ', number, len(data)) + data)
-                    count, size, low, high = count + 1, size + len(data), min(low, number), max(high, number)
-                if count == before:
-                    raise Skip('empty')
-            except Skip as reason:
-                skip(path, str(reason))
-            done += file_size(path)
-            progress('reading', done, total, began)
-    progress('reading', total, total, began, last=True)
-    return count, size, low, high
+    def commit(self):
+        for name, f in self.files.items():
+            f.flush()
+            os.fsync(f.fileno())
+            self.state['sizes'][name] = f.tell()
+        with open(self.journal + '.tmp', 'w', encoding='utf-8') as f:
+            json.dump(self.state, f)
+        os.replace(self.journal + '.tmp', self.journal)
+        self.time = time.time()
 
-def reading(reader, path):
-    """The documents of one file, as UTF-8; whatever goes wrong in there is a reason to skip the file, and no more."""
-    try:
-        for text in reader(path):
-            if text.strip():
-                yield text.replace('\r\n', '\n').encode('utf-8')
-    except OSError as error:
-        raise Skip(error.strerror or 'unreadable') from None
-    except (ValueError, MemoryError) as error:
-        raise Skip(f'unreadable ({type(error).__name__})') from None
+    def close(self):
+        """Returns {split: {'tokens', 'documents', 'bytes'}} and {name: sha256}."""
+        self.commit()
+        for f in self.files.values():
+            f.close()
+        sizes = self.state['sizes']
+        splits = {name: {'tokens': sizes[name + '.bin'] // 4, 'documents': sizes[name + '.idx'] // 8 - 1,
+                         'bytes': self.state['bytes'][name]} for name in SIDES.values()}
+        return splits, {name: report.sha256(os.path.join(self.folder, name)) for name in sizes}
 
-def file_size(path):
-    """Bytes; 0 for a file that has vanished meanwhile, which is found out when it is read."""
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return 0
+def encode_all(corpus, tok, work, base, closing, made_of):
+    """Encodes what the journal has not yet; returns what Output.close does, and tokens by kind."""
+    output = Output(work, made_of, base)
+    first, blocks = output.state['block'], len(corpus.blocks)
+    if first:
+        print(f'going on: {first:,} of {blocks:,} blocks were encoded before')
+    use, rows = corpus.use, corpus.rows
+    where = list(zip(corpus.starts.tolist(), corpus.starts[1:].tolist()))
+    wanted = [i for i in range(first, blocks) if use[where[i][0]:where[i][1]].any()]
+
+    def rows_of(i):
+        """The rows of a block that are used, what becomes of them, and which of them is cut in two."""
+        begin, end = where[i]
+        used = np.flatnonzero(use[begin:end])
+        cut = corpus.cut and begin <= corpus.cut[0] < end
+        return rows[begin:end][used], use[begin:end][used], int(np.searchsorted(used, corpus.cut[0] - begin)) if cut else None
+
+    def tasks():
+        for i in wanted:
+            key, block = corpus.blocks[i]
+            some, sides, cut = rows_of(i)
+            yield dict(folder=work, key=key, block=block, rows=some, use=sides, cut=None if cut is None else (cut, corpus.cut[1]),
+                       closing=closing, tokenizer=(os.path.join(work, 'tokenizer', 'tokenizer.json'), tok.sha256()))
+
+    bar = report.Progress('encoding', sum(corpus.blocks[i][1][2] for i in wanted))
+    for i, result in zip(wanted, parallel.run(spool.encode, tasks(), 4 * parallel.processes())):
+        some, sides, cut = rows_of(i)
+        ended = {name: (sides == name) & (some['last'] == 1) for name in SIDES}
+        if cut is not None:
+            ended[TRAIN][cut] = True  # its first part ends there
+        output.add(i, result, {name: np.stack([some['hi'][which], some['lo'][which]], 1) for name, which in ended.items()})
+        bar.add(corpus.blocks[i][1][2])
+    bar.close()
+    return *output.close(), output.state['kinds']
 
 # -----------------------------------------------------------------------------
-# Split, tokenize, write
+# The folder
 
-def documents(spool, low, high):
-    """Yields ('train' or 'val', text) in the order of the files."""
-    # val is every hash below the limit, moved where needed so that neither side is empty
-    limit = min(max(int(val_fraction * 2 ** 64), low + 1), high)
-    with open(spool, 'rb') as f:
-        while head := f.read(16):
-            number, length = struct.unpack('<QQ', head)
-            text = f.read(length).decode('utf-8')
-            if low == high:  # one document
-                n = int(len(text) * (1 - val_fraction))
-                if not 0 < n < len(text):
-                    fail(f'{len(text)} characters are too few to split at val_fraction={val_fraction}')
-                yield 'train', text[:n]
-                yield 'val', text[n:]
-                return
-            yield 'val' if number < limit else 'train', text
+def restore(place):
+    """Puts right what a kill in the middle of publish() left: the old dataset is set aside, the new one not yet there."""
+    old = os.path.join(place + sources.PARTIAL, 'old')
+    if os.path.isdir(old) and not os.path.lexists(place):
+        os.rename(old, place)
 
-def sample(texts, total_bytes):
-    """All of the texts, or where they are more than sample_mb every k-th stretch of them."""
-    every = max(1, -int(-total_bytes // (sample_mb * 1e6)))
-    stretch = 1 << 16
-    number = 0
-    for text in texts:
-        if every == 1:
-            yield text
-            continue
-        for start in range(0, len(text), stretch):
-            if number % every == 0:
-                yield text[start:start + stretch]
-            number += 1
-
-def write_splits(tok, docs, closing, total_bytes, folder):
-    """Encodes `docs` into train.bin and val.bin; returns the counts of each split."""
-    splits = {name: {'tokens': 0, 'documents': 0, 'bytes': 0} for name in ('train', 'val')}
-    files = {name: open(os.path.join(folder, name + '.bin'), 'wb') for name in splits}
-    began, batch, waiting = time.time(), [], 0
-
-    def flush():
-        try:
-            encoded = tok.encode_batch([text for _, text in batch])
-        except ValueError as error:  # a char vocabulary from elsewhere
-            fail(f'tokenizer={tokenizer}: {error}')
-        for (name, text), ids in zip(batch, encoded):
-            ids = np.concatenate([ids, np.array(closing, dtype=np.int32)])
-            files[name].write(ids.astype('<i4').tobytes())
-            for key, n in (('tokens', len(ids)), ('documents', 1), ('bytes', len(text.encode('utf-8')))):
-                splits[name][key] += n
-        batch.clear()
-        progress('encoding', sum(split['bytes'] for split in splits.values()), total_bytes, began)
-
+def open_work(place):
+    """<out>.partial, for this process alone: its lock."""
+    work = place + sources.PARTIAL
+    if os.path.isdir(work) and os.listdir(work) and not os.path.exists(os.path.join(work, 'prepare.lock')):
+        fail(f'{work}: is in the way, and not of prepare.py\'s making; move it, or choose another --out')
+    os.makedirs(work, exist_ok=True)
+    lock = open(os.path.join(work, 'prepare.lock'), 'a')
     try:
-        for name, text in docs:
-            batch.append((name, text))
-            waiting += len(text)
-            if waiting > 4e6:  # characters: enough for all threads, and memory stays bounded
-                flush()
-                waiting = 0
-        flush()
-        progress('encoding', total_bytes, total_bytes, began, last=True)
-    finally:
-        for f in files.values():
-            f.close()
-    return splits
+        if os.name == 'nt':
+            import msvcrt
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f'{work}: another prepare.py is at work there; wait for it, or choose another --out')
+    except OSError:
+        pass  # some network file systems have no locks
+    shutil.rmtree(os.path.join(work, 'old'), ignore_errors=True)
+    for path in glob.glob(os.path.join(glob.escape(work), '*.tmp*')):
+        os.remove(path)
+    return lock
 
-def replace_folder(new, old):
-    """Puts the finished folder `new` in the place of `old`, after making sure that it is on the disk."""
+def publish(work, place):
+    """Puts the finished dataset in its place, after making sure that it is on the disk."""
+    new, old = os.path.join(work, 'dataset'), os.path.join(work, 'old')
     for name in os.listdir(new):
         with open(os.path.join(new, name), 'rb+') as f:
             os.fsync(f.fileno())
-    aside = new + '-old'
-    if os.path.isdir(old):
-        os.rename(old, aside)
+    if os.path.isdir(place):
+        os.rename(place, old)
     try:
-        os.rename(new, old)
+        os.rename(new, place)
     except BaseException:
-        if os.path.isdir(aside):
-            os.rename(aside, old)
+        if os.path.isdir(old):
+            os.rename(old, place)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
-# -----------------------------------------------------------------------------
-# Talk
+def open_base(place, target):
+    """The meta.json of the dataset that is added to, with its folder; its settings hold."""
+    global split_seed, val_fraction
+    try:
+        with open(os.path.join(place, 'meta.json'), encoding='utf-8') as f:
+            base = json.load(f)
+        if base['format'] != FORMAT:
+            fail(f'{target}: made by an older prepare.py; prepare it anew, with everything that is to be in it')
+        tok = load(place)
+        if tok.sha256() != base['tokenizer']['sha256']:
+            fail(f'{target}: its tokenizer.json is not the one it was made with')
+        for name, value in (('split_seed', base['split_seed']), ('val_fraction', base['val_fraction'])):
+            if name in explicit and explicit[name] != value:
+                fail(f'{target} was made with {name}={value}, and --append keeps to it: leave --{name} out')
+        kind = base['tokenizer']['kind']
+        other = 'tokenizer' in explicit and tokenizer != kind and (tokenizer in ('char', 'byte', 'bpe')
+                                                                  or build(tokenizer).sha256() != tok.sha256())
+        if other or 'vocab_size' in explicit and vocab_size < tok.vocab_size:
+            fail(f'{target} has a tokenizer of kind {kind} with {tok.vocab_size} ids, and --append keeps it: leave --tokenizer and '
+                 '--vocab_size out, or make another dataset with --out')
+        split_seed, val_fraction = base['split_seed'], base['val_fraction']
+        return base | {'folder': place}, tok
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        fail(f'{target}: no dataset to append to ({type(error).__name__}: {error}); prepare it without --append first')
 
-_shown = 0.0  # when progress() last printed
+def describe(base, tok, corpus, reports, skipped, splits, hashes, kinds, limit, copies):
+    """meta.json: nothing in it says when, where or by how many it was made."""
+    table = {name: {'files': 0, 'documents': 0, 'characters': 0, 'tokens': 0} for name in spool.KINDS}
+    files = collections.Counter()
+    for done in reports:
+        files.update(done['files'])
+    for part in (base['kinds'] if base else {}), corpus.totals(), {name: {'tokens': n} for name, n in zip(spool.KINDS, kinds)}, \
+            {name: {'files': n} for name, n in files.items()}:
+        for name, counts in part.items():
+            for what, n in counts.items():
+                table[name][what] += n
+    gather = lambda name: [entry for done in reports for entry in done[name]]
+    suspects = sorted(gather('suspects') + (base['suspects'] if base else []), key=lambda s: (-s[0], s[1]))[:10]
+    before = lambda name: base[name] if base else []
+    return {
+        'format': FORMAT, 'dtype': 'int32', 'vocab_size': tok.vocab_size, 'eot': tok.eot,
+        'tokenizer': {'kind': tok.kind, 'file': 'tokenizer.json', 'sha256': tok.sha256()},
+        'splits': splits, 'split_seed': split_seed, 'val_fraction': val_fraction,
+        'split_limit': f'{limit:016x}' if limit else None,  # a document whose hash is below is val; null: split by position
+        'halves': not limit or bool(base and base['halves']),  # the first document of each split is half of one
+        'sources': before('sources') + (sorted(set(inputs)) or [f'Python {platform.python_version()} standard library']),
+        'kinds': {name: counts for name, counts in table.items() if any(counts.values())},
+        'copies': (base['copies'] if base else 0) + copies, 'suspects': suspects, 'sha256': hashes,
+        'notes': before('notes') + gather('notes'), 'skipped': before('skipped') + skipped,
+    }
 
-def progress(what, done, total, began, last=False):
-    """One line that is rewritten on a terminal; elsewhere a line every half minute, and one at the end."""
-    global _shown
-    terminal, now = sys.stdout.isatty(), time.time()
-    if not last and (now - _shown < (0.2 if terminal else 30) or now - began < (0.5 if terminal else 30)):
-        return  # too soon to say something new, or to know the rate
-    _shown, seconds = now, max(now - began, 1e-3)
-    rate = done / seconds
-    left = f'{(total - done) / max(rate, 1):5.0f} s left' if not last else f'in {seconds:.1f} s'
-    line = f'{what:<9} {done / 1e6:9.1f} of {total / 1e6:.1f} MB {rate / 1e6:7.1f} MB/s  {left}'
-    print(f'\r{line:<72}' if terminal else line, end='' if terminal and not last else '\n', flush=True)
+def name_of(path):
+    """What a dataset made of this input is called, where nobody says."""
+    if path.startswith('hf:'):
+        return path[3:].split(':')[0].rstrip('/').split('/')[-1]
+    parts = os.path.abspath(path).split(os.sep)
+    plain = [part for part in parts if not any(c in part for c in '*?[')] if not os.path.exists(path) else parts
+    return plain[-1] if os.path.isdir(path) or len(plain) < len(parts) else plain[-1].split('.')[0] or plain[-1]
 
-def show_result(splits, name):
-    print(f'\n{"":<6}{"documents":>12}{"bytes":>16}{"tokens":>16}{"bytes/token":>14}')
-    for split, n in splits.items():
-        print(f'{split:<6}{n["documents"]:>12,}{n["bytes"]:>16,}{n["tokens"]:>16,}{n["bytes"] / n["tokens"]:>14.2f}')
-    if skipped:
-        print(f'skipped {len(skipped):,}: {reasons()}; meta.json names them')
-    if guessed:
-        print(f'guessed the encoding of {len(guessed):,}: cp1252')
-    print(f'\nnow: python train.py --dataset={name}')
-
-def reasons():
-    counts = collections.Counter(entry['reason'] for entry in skipped).most_common()
-    return ', '.join(f'{n:,} {reason}' for reason, n in counts[:8]) + (', ...' if len(counts) > 8 else '')
-
-def check_input(path):
-    if not os.path.lexists(path):
-        parent = os.path.dirname(path)
-        names = os.listdir(parent or '.') if os.path.isdir(parent or '.') else []
-        near = difflib.get_close_matches(os.path.basename(path), names, n=1, cutoff=0.5)
-        fail(f'{path}: no such file or folder' + (f', did you mean {os.path.join(parent, near[0])}?' if near else ''))
+def check_settings():
+    for name, ok, want in (('val_fraction', 0 < val_fraction < 1, 'must lie between 0 and 1'), ('sample_mb', sample_mb > 0, 'must be above 0'),
+                           ('workers', 0 <= workers < 1000, 'must be 0, or the number of processes'),
+                           ('file_seconds', file_seconds > 0, 'must be above 0'), ('file_memory_mb', file_memory_mb > 0, 'must be above 0'),
+                           ('engine', engine in ('local', 'ray'), 'must be local or ray'),
+                           ('max_file_mb', max_file_mb >= 0, 'must be 0 or more')):
+        if not ok:
+            fail(f'{name}={globals()[name]}: {want}')
+    if engine == 'ray':
+        try:
+            import ray  # noqa: F401
+        except ImportError:
+            fail('engine=ray: needs the package ray: pip install ray')
 
 def main():
-    if not 0 < val_fraction < 1:
-        fail(f'val_fraction={val_fraction}: must lie between 0 and 1')
-    if not sample_mb > 0:
-        fail(f'sample_mb={sample_mb}: must be above 0')
-    for path in inputs:
-        check_input(path)
-    first = os.path.basename(os.path.abspath(inputs[0])) if inputs else 'stdlib'
-    if inputs and os.path.isfile(inputs[0]):
-        first = os.path.splitext(first)[0]
-    target = out or os.path.join('data', first)
+    check_settings()
+    if inspect:
+        for path in inputs or fail('--inspect: name a dataset: python prepare.py --inspect data/mine'):
+            report.inspect(path)
+        return
+    target = out or os.path.join('data', name_of(inputs[0]) if inputs else 'stdlib')
     place = os.path.realpath(target)
-    if os.path.lexists(place) and not (os.path.isdir(place) and (not os.listdir(place) or is_dataset(place))):
+    found, skipped = sources.find(inputs, exclude, gitignore, max_file_mb) if inputs else sources.find_stdlib()
+    if dry_run:
+        report.show_plan(found, skipped)
+        return
+    skipped = [entry for entry in skipped if os.path.realpath(entry['file']) not in (place, place + sources.PARTIAL)]
+    restore(place)
+    if os.path.lexists(place) and not (os.path.isdir(place) and (not os.listdir(place) or sources.is_dataset(place))):
         fail(f'{target}: exists and is not just a dataset; it will not be overwritten, choose another --out')
-    for path in glob.glob(glob.escape(place) + '.tmp-*'):
-        print(f'note: {path} is from a run that was killed; unless it still runs, delete it')
-    tok = build(tokenizer) if tokenizer not in ('char', 'bpe') else None  # first, for it may not exist
+    base, given = open_base(place, target) if append else (None, None)
+    given = given or (build(tokenizer) if tokenizer not in ('char', 'bpe') else None)  # now, for it may not exist
+    if tokenizer == 'bpe' and not given:
+        build('bpe', [], vocab_size)
+    parallel.begin(engine, workers)
+    os.environ['RAYON_NUM_THREADS'] = str(parallel.processes())  # what trains the BPE
 
-    files = find_files(inputs) if inputs else find_stdlib()
-    work = f'{place}.tmp-{os.getpid()}'
-    spool = os.path.join(work, 'documents.tmp')
+    work, lock, keep = place + sources.PARTIAL, None, True
+    tasks = plan(found, work)
     try:
-        os.makedirs(work)
-        count, size, low, high = collect(files, spool)
-        if not count:
-            fail(f'{", ".join(inputs) or "standard library"}: nothing readable' + (f' ({reasons()})' if skipped else ''))
-        if tok is None:
-            began = time.time()
-            docs = documents(spool, low, high)
-            texts = (text for split, text in docs if split == 'train' or tokenizer == 'char')
-            tok = build(tokenizer, texts if tokenizer == 'char' else sample(texts, size), vocab_size)
-            print(f'tokenizer {tok.vocab_size:9,} ids{"":<26}in {time.time() - began:.1f} s')
-        closing = [] if low == high else [tok.eot]
-        splits = write_splits(tok, documents(spool, low, high), closing, size, work)
-        os.remove(spool)
-        meta = {
-            'format': 1, 'dtype': 'int32', 'vocab_size': tok.vocab_size, 'eot': tok.eot,
-            'tokenizer': {'kind': tok.kind, 'file': tok.save(work), 'sha256': tok.sha256()},
-            'splits': splits, 'split_seed': split_seed, 'val_fraction': val_fraction,
-            'sources': inputs or [f'Python {platform.python_version()} standard library'],
-            'skipped': skipped, 'guessed': guessed,
-            'created': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        }
-        with open(os.path.join(work, 'meta.json'), 'w', encoding='utf-8') as f:
+        lock = open_work(place)
+        reports = extract_all(tasks, work)
+        skipped = sorted(skipped + [entry for done in reports for entry in done['skipped']], key=lambda e: (os.fsencode(e['file']), e['reason']))
+        corpus = Corpus(tasks, reports, work)
+        known = np.concatenate([np.fromfile(os.path.join(place, side + '.hash'), HASH) for side in SIDES.values()]) if base \
+            else np.zeros(0, HASH)
+        limit = None
+        if base:
+            limit = int(base['split_limit'], 16) if base['split_limit'] else int(val_fraction * 2 ** 64)
+        if not len(corpus.rows):
+            fail(f'{", ".join(inputs) or "standard library"}: nothing readable' + (f' ({report.reasons(skipped)})' if skipped else ''))
+        before = sum(split['bytes'] for split in base['splits'].values()) if base else 0
+        limit, copies = corpus.decide(val_fraction, dedupe, known, limit, before)
+        if base and not corpus.use.any():
+            keep = False
+            print(f'nothing new: all {copies:,} documents are in {target} already')
+            return
+        tok = make_tokenizer(given, corpus, reports, work)
+        made_of = digest([tok.sha256(), [key for key, _ in corpus.blocks], hashlib.sha256(corpus.use.tobytes()).hexdigest(), corpus.cut,
+                          base and base['sha256']])
+        splits, hashes, kinds = encode_all(corpus, tok, work, base, [tok.eot] if limit else [], made_of)
+        meta = describe(base, tok, corpus, reports, skipped, splits, hashes, kinds, limit, copies)
+        folder = os.path.join(work, 'dataset')
+        tok.save(folder)
+        with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
-        replace_folder(work, place)
+        del corpus  # its rows are a file in there
+        publish(work, place)
+        keep = False
+    except SystemExit as end:
+        keep = end.code != 2  # after an error that a person made, there is nothing to go on with
+        raise
+    except UnknownCharacter as error:
+        keep = False
+        fail(f'tokenizer={tokenizer}: {error}')
     except KeyboardInterrupt:
-        print('\nstopped; nothing was changed', file=sys.stderr)
+        print(f'\nstopped; the same command goes on from here (what is done lies in {work})', file=sys.stderr)
         raise SystemExit(130) from None
+    except Unreachable as error:
+        fail(f'{error}; the same command goes on from here')
+    except BrokenProcessPool:
+        fail('a process died, perhaps for want of memory: the same command goes on from here; --workers=1 needs the least')
     except OSError as error:
-        fail(f'{target}: {error.strerror or error}; nothing was changed')
+        fail(f'{target}: {error.strerror or error}; nothing was changed' + (', and the same command goes on from here' if keep else ''))
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        parallel.stop()
+        if lock:
+            lock.close()
+            if not keep:
+                shutil.rmtree(work, ignore_errors=True)
     inside = os.path.relpath(place, os.path.realpath('data'))
-    show_result(splits, target if inside.startswith('..') else inside)
+    report.show(place, meta, tok)
+    print(f'\nnow: python train.py --dataset={target if inside.startswith("..") else inside}')
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that main's `finally` is reached
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
