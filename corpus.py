@@ -11,10 +11,12 @@ import os
 
 import numpy as np
 
-from configurator import fail
 from spool import DROP, KINDS, ROW, TRAIN, VAL
 
 HASH = np.dtype([('hi', '<u8'), ('lo', '<u8')])
+
+class TooLittle(Exception):
+    """These documents make no dataset."""
 
 class Corpus:
     """All pieces of all documents, as rows on disk in the order of the sources, and what becomes of each."""
@@ -73,7 +75,7 @@ class Corpus:
         chars = int(self.rows['chars'][kept].sum())
         n = int(chars * (1 - val_fraction))
         if not 0 < n < chars:
-            fail(f'{chars} characters are too few to split at val_fraction={val_fraction}')
+            raise TooLittle(f'{chars} characters are too few to split at val_fraction={val_fraction}')
         before = np.cumsum(np.where(kept, self.rows['chars'], 0), dtype=np.int64)
         row = int(np.searchsorted(before, n, 'right'))
         self.cut = row, n - int(before[row] - self.rows['chars'][row])

@@ -39,7 +39,7 @@ import report
 import sources
 import spool
 from configurator import configure, fail
-from corpus import HASH, Corpus
+from corpus import HASH, Corpus, TooLittle
 from readers import Unreachable, open_hf
 from spool import TRAIN, VAL
 from tokenizer import UnknownCharacter, build, load
@@ -302,14 +302,8 @@ def encode_all(corpus, tok, work, base, closing, made_of):
 # -----------------------------------------------------------------------------
 # The folder
 
-def restore(place):
-    """Puts right what a kill in the middle of publish() left: the old dataset is set aside, the new one not yet there."""
-    old = os.path.join(place + sources.PARTIAL, 'old')
-    if os.path.isdir(old) and not os.path.lexists(place):
-        os.rename(old, place)
-
 def open_work(place):
-    """<out>.partial, for this process alone: its lock."""
+    """<out>.partial, for this process alone: returns its lock, a file that is to stay open."""
     work = place + sources.PARTIAL
     if os.path.isdir(work) and os.listdir(work) and not os.path.exists(os.path.join(work, 'prepare.lock')):
         fail(f'{work}: is in the way, and not of prepare.py\'s making; move it, or choose another --out')
@@ -326,7 +320,10 @@ def open_work(place):
         fail(f'{work}: another prepare.py is at work there; wait for it, or choose another --out')
     except OSError:
         pass  # some network file systems have no locks
-    shutil.rmtree(os.path.join(work, 'old'), ignore_errors=True)
+    old = os.path.join(work, 'old')
+    if os.path.isdir(old) and not os.path.lexists(place):
+        os.rename(old, place)  # a kill in the middle of publish(): the new one was not there yet
+    shutil.rmtree(old, ignore_errors=True)
     for path in glob.glob(os.path.join(glob.escape(work), '*.tmp*')):
         os.remove(path)
     return lock
@@ -345,7 +342,6 @@ def publish(work, place):
         if os.path.isdir(old):
             os.rename(old, place)
         raise
-    shutil.rmtree(work, ignore_errors=True)
 
 def open_base(place, target):
     """The meta.json of the dataset that is added to, with its folder; its settings hold."""
@@ -420,6 +416,41 @@ def check_settings():
         except ImportError:
             fail('engine=ray: needs the package ray: pip install ray')
 
+def make(target, place, work, found, skipped):
+    """From sources to the finished dataset in `place`, all of it in `work`. Returns (meta, tokenizer); None if nothing is new."""
+    base, given = open_base(place, target) if append else (None, None)
+    if tokenizer not in ('char', 'bpe'):
+        given = given or build(tokenizer)  # now, for it may not exist
+    elif not given:
+        build(tokenizer, [], vocab_size)
+    tasks = plan(found, work)
+    reports = extract_all(tasks, work)
+    skipped = sorted(skipped + [entry for done in reports for entry in done['skipped']],
+                     key=lambda entry: (os.fsencode(entry['file']), entry['reason']))
+    corpus = Corpus(tasks, reports, work)
+    if not len(corpus.rows):
+        raise TooLittle(f'{", ".join(inputs) or "standard library"}: nothing readable'
+                        + (f' ({report.reasons(skipped)})' if skipped else ''))
+    known, limit, before = np.zeros(0, HASH), None, 0
+    if base:
+        known = np.concatenate([np.fromfile(os.path.join(place, side + '.hash'), HASH) for side in SIDES.values()])
+        limit = int(base['split_limit'], 16) if base['split_limit'] else int(val_fraction * 2 ** 64)
+        before = sum(split['bytes'] for split in base['splits'].values())
+    limit, copies = corpus.decide(val_fraction, dedupe, known, limit, before)
+    if not corpus.use.any():
+        print(f'nothing new: all {copies:,} documents are in {target} already')
+        return None
+    tok = make_tokenizer(given, corpus, reports, work)
+    made_of = digest([tok.sha256(), [key for key, _ in corpus.blocks], hashlib.sha256(corpus.use.tobytes()).hexdigest(), corpus.cut,
+                      base and base['sha256']])
+    splits, hashes, kinds = encode_all(corpus, tok, work, base, [tok.eot] if limit else [], made_of)
+    meta = describe(base, tok, corpus, reports, skipped, splits, hashes, kinds, limit, copies)
+    tok.save(os.path.join(work, 'dataset'))
+    with open(os.path.join(work, 'dataset', 'meta.json'), 'w', encoding='utf-8') as f:
+        json.dump(meta, f, indent=1)
+    publish(work, place)
+    return meta, tok
+
 def main():
     check_settings()
     if inspect:
@@ -428,82 +459,54 @@ def main():
         return
     target = out or os.path.join('data', name_of(inputs[0]) if inputs else 'stdlib')
     place = os.path.realpath(target)
+    work = place + sources.PARTIAL
     found, skipped = sources.find(inputs, exclude, gitignore, max_file_mb) if inputs else sources.find_stdlib()
+    skipped = [entry for entry in skipped if os.path.realpath(entry['file']) not in (place, work)]
     if dry_run:
         report.show_plan(found, skipped)
         return
-    skipped = [entry for entry in skipped if os.path.realpath(entry['file']) not in (place, place + sources.PARTIAL)]
-    restore(place)
     if os.path.lexists(place) and not (os.path.isdir(place) and (not os.listdir(place) or sources.is_dataset(place))):
         fail(f'{target}: exists and is not just a dataset; it will not be overwritten, choose another --out')
-    base, given = open_base(place, target) if append else (None, None)
-    given = given or (build(tokenizer) if tokenizer not in ('char', 'bpe') else None)  # now, for it may not exist
-    if tokenizer == 'bpe' and not given:
-        build('bpe', [], vocab_size)
     parallel.begin(engine, workers)
     os.environ['RAYON_NUM_THREADS'] = str(parallel.processes())  # what trains the BPE
 
-    work, lock, keep = place + sources.PARTIAL, None, True
-    tasks = plan(found, work)
+    lock, ended, goes_on = None, False, '; the same command goes on from here'
     try:
         lock = open_work(place)
-        reports = extract_all(tasks, work)
-        skipped = sorted(skipped + [entry for done in reports for entry in done['skipped']], key=lambda e: (os.fsencode(e['file']), e['reason']))
-        corpus = Corpus(tasks, reports, work)
-        known = np.concatenate([np.fromfile(os.path.join(place, side + '.hash'), HASH) for side in SIDES.values()]) if base \
-            else np.zeros(0, HASH)
-        limit = None
-        if base:
-            limit = int(base['split_limit'], 16) if base['split_limit'] else int(val_fraction * 2 ** 64)
-        if not len(corpus.rows):
-            fail(f'{", ".join(inputs) or "standard library"}: nothing readable' + (f' ({report.reasons(skipped)})' if skipped else ''))
-        before = sum(split['bytes'] for split in base['splits'].values()) if base else 0
-        limit, copies = corpus.decide(val_fraction, dedupe, known, limit, before)
-        if base and not corpus.use.any():
-            keep = False
-            print(f'nothing new: all {copies:,} documents are in {target} already')
-            return
-        tok = make_tokenizer(given, corpus, reports, work)
-        made_of = digest([tok.sha256(), [key for key, _ in corpus.blocks], hashlib.sha256(corpus.use.tobytes()).hexdigest(), corpus.cut,
-                          base and base['sha256']])
-        splits, hashes, kinds = encode_all(corpus, tok, work, base, [tok.eot] if limit else [], made_of)
-        meta = describe(base, tok, corpus, reports, skipped, splits, hashes, kinds, limit, copies)
-        folder = os.path.join(work, 'dataset')
-        tok.save(folder)
-        with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
-            json.dump(meta, f, indent=1)
-        del corpus  # its rows are a file in there
-        publish(work, place)
-        keep = False
-    except SystemExit as end:
-        keep = end.code != 2  # after an error that a person made, there is nothing to go on with
-        raise
-    except UnknownCharacter as error:
-        keep = False
-        fail(f'tokenizer={tokenizer}: {error}')
-    except KeyboardInterrupt:
-        print(f'\nstopped; the same command goes on from here (what is done lies in {work})', file=sys.stderr)
-        raise SystemExit(130) from None
+        result = make(target, place, work, found, skipped)
+        ended = True
+    except (TooLittle, UnknownCharacter) as error:  # there is nothing to go on with
+        ended = True
+        fail(f'tokenizer={tokenizer}: {error}' if isinstance(error, UnknownCharacter) else error)
     except Unreachable as error:
-        fail(f'{error}; the same command goes on from here')
+        fail(f'{error}{goes_on}')
     except BrokenProcessPool:
-        fail('a process died, perhaps for want of memory: the same command goes on from here; --workers=1 needs the least')
+        fail(f'a process died, perhaps for want of memory{goes_on}; --workers=1 needs the least')
+    except KeyboardInterrupt:
+        print(f'\nstopped{goes_on}', file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:
-        fail(f'{target}: {error.strerror or error}; nothing was changed' + (', and the same command goes on from here' if keep else ''))
+        fail(f'{target}: {error.strerror or error}; nothing was changed' + (goes_on if lock else ''))
     finally:
         parallel.stop()
         if lock:
-            lock.close()
-            if not keep:
+            if ended or not any(name.endswith('.json') for name in os.listdir(work)):
                 shutil.rmtree(work, ignore_errors=True)
-    inside = os.path.relpath(place, os.path.realpath('data'))
-    report.show(place, meta, tok)
-    print(f'\nnow: python train.py --dataset={target if inside.startswith("..") else inside}')
+            lock.close()
+            if ended and os.name == 'nt':  # there, a file that is open cannot be deleted
+                shutil.rmtree(work, ignore_errors=True)
+    if result:
+        report.show(place, *result)
+        inside = os.path.relpath(place, os.path.realpath('data'))
+        print(f'\nnow: python train.py --dataset={target if inside.startswith("..") else inside}')
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that main's `finally` is reached
     try:
         main()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print('\nstopped', file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -138,18 +138,19 @@ def extract(task):
     try:
         for source in map(Source._make, task['sources']):
             spool.start(KINDS.index(source.kind))
-            notes = []
+            notes, mine = [], set()
             try:
                 for text, last in isolate.read(source, task['options'], notes):
                     spool.add(text, last)
                     if task['chars']:
-                        chars.update(text)
+                        mine.update(text)
                 if not spool.documents:
                     raise Skip('empty')
             except Skip as reason:
                 spool.forget()
                 report['skipped'].append({'file': source.path, 'reason': str(reason)})
                 continue
+            chars |= mine
             report['files'][source.kind] = report['files'].get(source.kind, 0) + 1
             report['notes'] += [{'file': source.path, 'note': note} for note in notes]
             score, why = suspicion(spool.head)
