@@ -119,6 +119,8 @@ def measure_speed(work):
         many, _ = prepare(corpus, *arguments, f'--workers={workers}', f'--out={work}/many')
         done = subprocess.run([sys.executable, '-c', TIKTOKEN, HERE, f'{work}/tokenizer', str(speed_mb), str(workers)],
                               capture_output=True, text=True)
+        if done.returncode:
+            fail(f'tiktoken failed: {done.stderr.strip().splitlines()[-1]}')
         mb, bare = map(float, done.stdout.split())
         table.append((mb / one, mb / many, mb / bare, one / many, bare / many))
     print(f'{"":<34}{"MB/s":>8}{"lowest":>9}{"highest":>9}')

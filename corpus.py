@@ -5,7 +5,7 @@ Which documents are used, and which are val: what is decided when all are known 
     limit, copies = corpus.decide(val_fraction=0.1, dedupe=True, known=hashes)
     corpus.use                                                  # DROP, TRAIN or VAL for each row
 
-It takes some forty bytes of memory a document, whatever its length.
+It takes some hundred bytes of memory a document, whatever its length.
 """
 import os
 

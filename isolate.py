@@ -230,7 +230,7 @@ def limit(name, value):
         import resource
         which = getattr(resource, name)
         hard = resource.getrlimit(which)[1]
-        if value is None or hard != resource.RLIM_INFINITY and value > hard:
+        if value is None or value > 2 ** 62 or hard != resource.RLIM_INFINITY and value > hard:
             value = hard
         resource.setrlimit(which, (int(value), hard))
     except (ImportError, AttributeError, OSError, ValueError):

@@ -12,20 +12,23 @@ import collections
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import isolate
+from configurator import fail
 
 _kind, _processes, _pool = 'local', 1, None
+stuck = False  # a pool did not end (seen in Python 3.10): leave by os._exit, for sys.exit would wait for it
 
 def begin(kind, processes):
     """kind: 'local' or 'ray'; processes: on this machine, 0 is one for each core."""
     global _kind, _processes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    _kind, _processes = kind, processes or cores
+    _kind, _processes = kind, processes or min(cores, 61)  # more Windows cannot wait for
 
 def processes():
     return _processes
@@ -55,9 +58,15 @@ def run_ray(function, tasks, window):
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
         here = os.path.dirname(os.path.abspath(__file__))
         settings = dict(runtime_env={'env_vars': {'PYTHONPATH': here}}, log_to_driver=False, logging_level='ERROR')
+        named = os.environ.get('RAY_ADDRESS', '')
+        host, _, port = named.removeprefix('ray://').rpartition(':')
         try:
+            if host and port.isdigit():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address='auto', **settings)
-        except ConnectionError:
+        except (ConnectionError, OSError) as error:
+            if named:
+                fail(f'engine=ray: no cluster at RAY_ADDRESS={named} ({str(error).splitlines()[0]})')
             ray.init(address='local', num_cpus=_processes, include_dashboard=False, **settings)
         print(f'ray: {ray.cluster_resources().get("CPU", 0):g} processors on {len(ray.nodes())} machines')
     remote = ray.remote(num_cpus=1, max_retries=2)(function)
@@ -117,12 +126,15 @@ def begin_worker():
 
 def stop():
     """Ends all processes, whatever they are doing: unfinished work leaves nothing but temporary files."""
-    global _pool
+    global _pool, stuck
     for process in multiprocessing.active_children():
         process.kill()
+        process.join(5)
     if _pool is not None:
-        _pool.shutdown(wait=True, cancel_futures=True)
-        _pool = None
+        end = threading.Thread(target=_pool.shutdown, kwargs=dict(cancel_futures=True), daemon=True)
+        end.start()
+        end.join(3)
+        _pool, stuck = None, end.is_alive()
     if _kind == 'ray' and 'ray' in sys.modules:
         sys.modules['ray'].shutdown()
     isolate.stop_reader()

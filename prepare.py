@@ -51,9 +51,10 @@ append = False        # add the inputs to the dataset in `out`, with its tokeniz
 dry_run = False       # only list what would be taken and what not
 inspect = False       # the inputs are datasets: show and check them
 # --- what is taken ---
-exclude = '__pycache__/,node_modules/,site-packages/,*.min.js,*.min.css,*.map,*.lock,package-lock.json'  # as in a .gitignore
+exclude = ''          # what else to leave out of folders, as in a .gitignore: 'build/,*.log'; see JUNK for what always is
 gitignore = True      # leave out what .gitignore files in the folders name
-max_file_mb = 256.0   # larger files found in folders are skipped, most are dumps; tables and files you name are not
+max_file_mb = 256.0   # larger files found in folders are skipped, most are dumps; tables and files you name are not (packed
+                      # ones are, if they hold more)
 text_column = ''      # of parquet, jsonl, csv, arrow and hf; '' is the only one, or one called text, content, body, ...
 dedupe = True         # drop documents that are exactly like an earlier one; near copies stay
 pdf = 'auto'          # pypdf; or pypdfium2, faster, a package of its own; auto is the latter when installed
@@ -73,6 +74,7 @@ engine = 'local'      # or ray: the same work on a Ray cluster with a shared fil
 explicit = configure(globals(), positional='inputs') if __name__ == '__main__' else {}
 
 FORMAT = 2
+JUNK = '__pycache__/,node_modules/,site-packages/,*.min.js,*.min.css,*.map,*.lock,package-lock.json'  # --exclude='!*.lock' has them
 TASK_BYTES, TASK_FILES = 8_000_000, 200  # sources are read in tasks of about so much
 SIDES = {TRAIN: 'train', VAL: 'val'}
 
@@ -90,7 +92,7 @@ def plan(found, work):
         for shard in parts:
             more = max(source.size * 20, 1_000_000) if source.kind == 'pdf' else source.size
             if not tasks or cost + more > TASK_BYTES or len(tasks[-1]['sources']) >= TASK_FILES or source.kind == 'hf':
-                tasks.append(dict(folder=work, sources=[], seed=split_seed, chars=tokenizer == 'char',
+                tasks.append(dict(folder=work, cwd=os.getcwd(), sources=[], seed=split_seed, chars=tokenizer == 'char',
                                   options=options | ({'shard': shard} if shard else {})))
                 cost = 0
             tasks[-1]['sources'].append(list(source))
@@ -127,8 +129,8 @@ def digest(value):
 
 def extract_all(tasks, work):
     """Does what the journal has not yet. Returns the reports, in the order of the tasks."""
-    done = {name[:-5] for name in os.listdir(work) if name.endswith('.json')}
-    todo = [task for task in tasks if task['key'] not in done]
+    done = {task['key']: spool.report_of(work, task['key']) for task in tasks}
+    todo = [task for task in tasks if not done[task['key']] or done[task['key']]['again']]
     if len(todo) < len(tasks):
         print(f'going on: {len(tasks) - len(todo):,} of {len(tasks):,} parts were read before')
     total = sum(source[2] for task in todo for source in task['sources'])
@@ -136,11 +138,8 @@ def extract_all(tasks, work):
     for _, size in parallel.run(spool.extract, todo, 64):
         bar.add(size)
     bar.close()
-    reports = []
-    for task in tasks:
-        with open(os.path.join(work, task['key'] + '.json'), encoding='utf-8') as f:
-            reports.append(json.load(f))
-    return reports
+    done.update({task['key']: spool.report_of(work, task['key']) for task in todo})
+    return [done[task['key']] for task in tasks]
 
 # -----------------------------------------------------------------------------
 # Tokenizer
@@ -154,6 +153,8 @@ def make_tokenizer(given, corpus, reports, work):
     if os.path.exists(stamp) and open(stamp, encoding='utf-8').read() == made_of:
         return given or load(folder)
     os.makedirs(folder, exist_ok=True)
+    if os.path.exists(stamp):
+        os.remove(stamp)
     if given:
         given.save(folder)
     elif tokenizer == 'char':
@@ -328,6 +329,15 @@ def open_work(place):
         os.remove(path)
     return lock
 
+def close_work(work, lock):
+    """Deletes it, the lock last: it tells whose the folder is."""
+    for name in set(os.listdir(work)) - {'prepare.lock'}:
+        path = os.path.join(work, name)
+        shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else os.remove(path)
+    if os.name == 'nt':
+        lock.close()  # there, a file that is open cannot be deleted
+    shutil.rmtree(work, ignore_errors=True)
+
 def publish(work, place):
     """Puts the finished dataset in its place, after making sure that it is on the disk."""
     new, old = os.path.join(work, 'dataset'), os.path.join(work, 'old')
@@ -403,7 +413,8 @@ def name_of(path):
     return plain[-1] if os.path.isdir(path) or len(plain) < len(parts) else plain[-1].split('.')[0] or plain[-1]
 
 def check_settings():
-    for name, ok, want in (('val_fraction', 0 < val_fraction < 1, 'must lie between 0 and 1'), ('sample_mb', sample_mb > 0, 'must be above 0'),
+    for name, ok, want in (('val_fraction', 0 < val_fraction < 1, 'must lie between 0 and 1'),
+                           ('split_seed', abs(split_seed) < 2 ** 63, 'must be below 2**63'), ('sample_mb', sample_mb > 0, 'must be above 0'),
                            ('workers', 0 <= workers < 1000, 'must be 0, or the number of processes'),
                            ('file_seconds', file_seconds > 0, 'must be above 0'), ('file_memory_mb', file_memory_mb > 0, 'must be above 0'),
                            ('engine', engine in ('local', 'ray'), 'must be local or ray'),
@@ -437,6 +448,10 @@ def make(target, place, work, found, skipped):
         limit = int(base['split_limit'], 16) if base['split_limit'] else int(val_fraction * 2 ** 64)
         before = sum(split['bytes'] for split in base['splits'].values())
     limit, copies = corpus.decide(val_fraction, dedupe, known, limit, before)
+    if base and not dedupe:  # a copy of what is there goes to its side
+        for side in SIDES:
+            there = np.fromfile(os.path.join(place, SIDES[side] + '.hash'), HASH)
+            corpus.use[np.isin(corpus.rows['hi'], there['hi'])] = side
     if not corpus.use.any():
         print(f'nothing new: all {copies:,} documents are in {target} already')
         return None
@@ -460,12 +475,12 @@ def main():
     target = out or os.path.join('data', name_of(inputs[0]) if inputs else 'stdlib')
     place = os.path.realpath(target)
     work = place + sources.PARTIAL
-    found, skipped = sources.find(inputs, exclude, gitignore, max_file_mb) if inputs else sources.find_stdlib()
+    found, skipped = sources.find(inputs, f'{JUNK},{exclude}', gitignore, max_file_mb) if inputs else sources.find_stdlib()
     skipped = [entry for entry in skipped if os.path.realpath(entry['file']) not in (place, work)]
     if dry_run:
         report.show_plan(found, skipped)
         return
-    if os.path.lexists(place) and not (os.path.isdir(place) and (not os.listdir(place) or sources.is_dataset(place))):
+    if os.path.lexists(place) and not (os.path.isdir(place) and set(os.listdir(place)) <= sources.OURS | {'.DS_Store'}):
         fail(f'{target}: exists and is not just a dataset; it will not be overwritten, choose another --out')
     parallel.begin(engine, workers)
     os.environ['RAYON_NUM_THREADS'] = str(parallel.processes())  # what trains the BPE
@@ -491,10 +506,8 @@ def main():
         parallel.stop()
         if lock:
             if ended or not any(name.endswith('.json') for name in os.listdir(work)):
-                shutil.rmtree(work, ignore_errors=True)
+                close_work(work, lock)
             lock.close()
-            if ended and os.name == 'nt':  # there, a file that is open cannot be deleted
-                shutil.rmtree(work, ignore_errors=True)
     if result:
         report.show(place, *result)
         inside = os.path.relpath(place, os.path.realpath('data'))
@@ -504,9 +517,14 @@ if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that main's `finally` is reached
     try:
         main()
-        sys.stdout.flush()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    (os._exit if parallel.stuck else sys.exit)(status)

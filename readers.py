@@ -26,7 +26,7 @@ import re
 CHUNK = 1 << 20        # bytes or characters that a reader takes at once
 LONGEST_ROW = 1 << 26  # characters of a line of JSON, which is parsed as a whole
 ROWS = 32              # of a table, that are in memory at once: each may be a book
-COLUMNS = 'text content body document article story passage code completion output'.split()  # what people call it
+COLUMNS = 'text content body document article story passage code'.split()  # what people call it
 
 class Skip(Exception):
     """This file cannot be used; the message is the reason, a few words that can be counted."""
@@ -255,6 +255,11 @@ def choose_column(names, texts, wanted):
     lower = {name.lower(): name for name in reversed(texts)}
     return next((lower[name] for name in COLUMNS if name in lower), texts[0] if len(texts) == 1 else None)
 
+def holds_text(rows, name):
+    """Whether a column of the first rows has text; one with a usual name may also be empty there."""
+    values = [row.get(name) for row in rows]
+    return any(map(text_of, values)) or name.lower() in COLUMNS and all(value in (None, '') for value in values)
+
 def no_column(names, wanted):
     return Skip(f'no {"column " + wanted if wanted else "clear text column"} among: '
                 + ', '.join(names[:8]) + (', ...' if len(names) > 8 else ''))
@@ -281,7 +286,7 @@ def table_of(read_rows, options, notes, named=False):
     if not dicts:
         return rows_of(read_rows(), 'a line', notes) if first and all(isinstance(row, str) for row in first) and not named else None
     names = list(dict.fromkeys(name for row in dicts for name in row))
-    texts = [name for name in names if any(text_of(row.get(name)) for row in dicts) and (not named or name.lower() in COLUMNS)]
+    texts = [name for name in names if holds_text(dicts, name) and (not named or name.lower() in COLUMNS)]
     column = choose_column(names, texts, options['text_column'])
     if column is None and options['text_column'] and not named:
         raise no_column(names, options['text_column'])
@@ -344,8 +349,11 @@ def read_csv(path, options, notes):
     with open_text(path, encoding_of(path, notes, whole=False), newline='') as f:
         head = f.readline(CHUNK)
         delimiter = max('\t,;|', key=head.count)
+        delimiter = delimiter if delimiter in head else '\x1f'  # one column: a row is a line, whatever is in it
         names = next(csv.reader([head], delimiter=delimiter), [])
         column = choose_column(names, [name for name in names if name.lower() in COLUMNS], options['text_column'])
+        if column is None and options['text_column']:
+            raise no_column(names, options['text_column'])
         if column is not None and (len(names) > 1 or options['text_column'] or column.lower() == 'text'):
             i = names.index(column)
             rows = (row[i] if i < len(row) else None for row in csv.reader(f, delimiter=delimiter) if row)
@@ -461,11 +469,11 @@ def read_hf(path, options, notes):
         rows = open_hf(path)
         if 'shard' in options:
             rows = rows.shard(*options['shard'])
-        first = next(iter(rows), {})
-        texts = [name for name, value in first.items() if text_of(value) is not None]
-        column = choose_column(list(first), texts, options['text_column'])
+        first = list(itertools.islice(rows, 20))
+        names = list(dict.fromkeys(name for row in first for name in row))
+        column = choose_column(names, [name for name in names if holds_text(first, name)], options['text_column'])
         if first and column is None:
-            raise no_column(list(first), options['text_column'])
+            raise no_column(names, options['text_column'])
         yield from rows_of((row.get(column) for row in rows), column, notes)
     except Skip:
         raise

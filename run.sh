@@ -38,7 +38,7 @@ case "${1:-}" in
     test)
         shift
         setup requirements-test.txt
-        exec "$python" -m pytest -q tests "$@"
+        exec "$python" -m pytest -q -o testpaths=tests "$@"
         ;;
     '')
         setup requirements.txt

@@ -207,7 +207,7 @@ def find_stdlib():
     for folder, folders, files in os.walk(sysconfig.get_path('stdlib')):
         folders[:] = set(folders) - NOT_STDLIB
         paths += [os.path.join(folder, name) for name in files if name.endswith('.py')]
-    stats = [(path, os.stat(path)) for path in sorted(paths, key=os.fsencode)]
+    stats = [(path, os.stat(path)) for path in sorted(paths, key=os.fsencode) if os.path.isfile(path)]
     return [Source(path, 'code', status.st_size, status.st_mtime_ns) for path, status in stats], []
 
 # -----------------------------------------------------------------------------

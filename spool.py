@@ -123,17 +123,22 @@ class Spool:
         self.write_rows()
         if self.waiting:
             self.flush()
-        self.file.close()
-        self.rows_file.close()
+        for f in (self.file, self.rows_file):
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+        self.sizes = [os.path.getsize(self.file.name), os.path.getsize(self.rows_file.name)]
 
 def extract(task):
     """
     Reads the sources of a task and leaves their documents in `folder`. Returns [key, bytes of the sources].
-    task: folder, key, sources, seed, chars (whether to collect the characters), options (of isolate.read).
+    task: folder, key, cwd, sources, seed, chars (whether to collect the characters), options (of isolate.read).
     """
     path = os.path.join(task['folder'], task['key'])
     work = f'{path}.{os.getpid()}.tmp'
-    report = {'files': {}, 'skipped': [], 'notes': [], 'suspects': []}
+    report = {'files': {}, 'skipped': [], 'notes': [], 'suspects': [], 'again': False}
+    if os.getcwd() != task['cwd']:
+        os.chdir(task['cwd'])  # on another machine of a cluster
     spool, chars = Spool(work, task['seed']), set()
     try:
         for source in map(Source._make, task['sources']):
@@ -149,6 +154,7 @@ def extract(task):
             except Skip as reason:
                 spool.forget()
                 report['skipped'].append({'file': source.path, 'reason': str(reason)})
+                report['again'] |= bool(getattr(reason.__context__, 'errno', None))  # the disk's fault: it may be better next time
                 continue
             chars |= mine
             report['files'][source.kind] = report['files'].get(source.kind, 0) + 1
@@ -157,7 +163,7 @@ def extract(task):
             if why:
                 report['suspects'].append([round(score, 3), source.path, why])
         spool.close()
-        report.update(blocks=spool.blocks, chars=''.join(sorted(chars)))
+        report.update(blocks=spool.blocks, chars=''.join(sorted(chars)), sizes=spool.sizes)
         report['suspects'] = sorted(report['suspects'], key=lambda s: (-s[0], s[1]))[:10]
         with open(work + '.json', 'w', encoding='utf-8') as f:
             json.dump(report, f)
@@ -171,6 +177,17 @@ def extract(task):
                 os.remove(work + ending)
         raise
     return task['key'], sum(source[2] for source in task['sources'])
+
+def report_of(folder, key):
+    """The report of a task that is done; None if it is not, or not wholly on the disk (a power cut), or should be done again."""
+    path = os.path.join(folder, key)
+    try:
+        with open(path + '.json', encoding='utf-8') as f:
+            report = json.load(f)
+        whole = report['sizes'] == [os.path.getsize(path + '.text'), os.path.getsize(path + '.rows')]
+        return report if whole else None
+    except (OSError, ValueError):
+        return None
 
 def suspicion(head):
     """(score, why) a source may be no text worth learning, judged by its beginning; why is '' where nothing is odd."""

@@ -893,3 +893,80 @@ def test_a_mistake_costs_no_journal(corpus):
     for wrong in ('--pdf=word', '--vocab_size=3', '--tokenizer=bpee', '--engine=rai'):
         prepare(corpus, 'mine', '--vocab_size=300', wrong, code=2)
     assert 'going on: ' in prepare(corpus, 'mine', '--vocab_size=300')
+
+# -----------------------------------------------------------------------------
+# What went wrong once
+
+def test_hidden_files_in_a_dataset_are_not_deleted(corpus):
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a')
+    write(corpus / 'data' / 'a' / '.dvc', 'mine')
+    assert 'will not be overwritten' in prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a', code=2)
+    assert (corpus / 'data' / 'a' / '.dvc').read_text() == 'mine'
+
+@pytest.mark.parametrize('ending', ['.text', '.rows', '.json'])
+def test_a_power_cut_emptied_a_file_of_the_journal(corpus, ending):
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a')
+    driven(corpus, 'prepare.make_tokenizer = lambda *args: os._exit(9)', 'mine', '--tokenizer=byte', '--out=data/b', code=9)
+    part = next(path for path in (corpus / 'data' / 'b.partial').iterdir() if path.suffix == ending and path.stem != 'all')
+    part.write_bytes(b'')
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/b')
+    assert files(corpus / 'data' / 'a') == files(corpus / 'data' / 'b')
+
+def test_what_the_disk_refused_is_asked_again(corpus):
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a')
+    path = corpus / 'mine' / '1' / '1.txt'
+    fails = f'''
+import builtins, readers
+real = builtins.open
+def refuse(path, *args, **more):
+    if str(path) == {os.path.join('mine', '1', '1.txt')!r}:
+        raise OSError(5, 'Input/output error')
+    return real(path, *args, **more)
+readers.open = refuse
+prepare.make_tokenizer = lambda *args: os._exit(9)
+'''
+    driven(corpus, fails, 'mine', '--tokenizer=byte', '--out=data/b', code=9)
+    reports = [json.loads(p.read_text()) for p in (corpus / 'data' / 'b.partial').glob('*.json')]
+    assert [os.path.basename(e['file']) for r in reports for e in r['skipped']] == [path.name] and any(r['again'] for r in reports)
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/b')
+    assert files(corpus / 'data' / 'a') == files(corpus / 'data' / 'b')
+
+def test_junk_is_left_out_beside_what_exclude_names(corpus):
+    for name in ('node_modules/a.js', 'build/b.js', 'c.js'):
+        write(corpus / 'web' / name, f'let {name[0]} = 1')
+    said = prepare(corpus, 'web', '--exclude=build/', '--dry_run')
+    assert 'c.js' in said and not re.search(r'^code.*[ab]\.js', said, re.M) and '2 excluded' in said
+    assert re.search(r'^code.*a\.js', prepare(corpus, 'web', '--exclude=!node_modules/', '--dry_run'), re.M)
+
+def test_append_with_copies_keeps_them_on_one_side(corpus):
+    text = 'a document that is large at first. ' * 30
+    write(corpus / 'first' / 'large.txt', text)
+    for i in range(4):
+        write(corpus / 'first' / f'{i}.txt', f'small {i}')
+    for i in range(60):
+        write(corpus / 'more' / f'{i}.txt', f'{i} others that make it small. ' * 30)
+    write(corpus / 'more' / 'copy.txt', text)
+    for seed in range(8):
+        shutil.rmtree(corpus / 'data', ignore_errors=True)
+        prepare(corpus, 'first', '--tokenizer=byte', f'--split_seed={seed}', '--out=data/appended')
+        prepare(corpus, 'more', '--append', '--dedupe=False', '--out=data/appended')
+        assert [text in dataset(corpus / 'data' / 'appended').docs[side] for side in ('train', 'val')] == [True, False], seed
+
+def test_limits_may_be_infinite_and_seeds_may_not(corpus):
+    write(corpus / 'page.html', '<p>hello there</p>' * 20)
+    prepare(corpus, 'page.html', '--tokenizer=byte', '--file_seconds=inf', '--file_memory_mb=inf')
+    assert 'hello there' in dataset(corpus / 'data' / 'page').docs['train'][0]
+    assert 'split_seed' in prepare(corpus, 'mine', f'--split_seed={2 ** 64}', code=2)
+
+def test_ray_does_not_fall_back_from_a_cluster_that_was_named(corpus):
+    pytest.importorskip('ray')
+    assert 'RAY_ADDRESS' in prepare(corpus, 'mine', '--engine=ray', code=2, env=environment(RAY_ADDRESS='127.0.0.1:1'))
+
+def test_few_documents_are_split_by_their_size(tmp_path):
+    """However the hashes fall, val is not most of the text, and is not next to nothing."""
+    for i, size in enumerate([14_000, 7_000, 600, 600, 40]):
+        write(tmp_path / 'few' / f'{i}.txt', (f'document {i} of {size} ' * size)[:size])
+    for seed in range(10):
+        prepare(tmp_path, 'few', '--tokenizer=byte', f'--split_seed={seed}')
+        it = dataset(tmp_path / 'data' / 'few')
+        assert 300 <= it.meta['splits']['val']['bytes'] <= 1300, seed

@@ -668,3 +668,10 @@ def test_a_hostile_folder(tmp_path):
     for name in ('line.txt', 'long.jsonl', 'nested.json', os.fsdecode(b'not utf-8 \xff\xfe.txt')):
         assert name not in why, why[name]
     assert meta['kinds']['pdf']['files'] > 20 and meta['kinds']['parquet']['files'] > 20
+
+def test_a_column_of_a_usual_name_may_begin_empty(tmp_path):
+    rows = [{'url': f'http://{i}', 'text': None if i < 25 else f'text {i}'} for i in range(40)]
+    path = write(tmp_path / 'a.jsonl', '\n'.join(map(json.dumps, rows)))
+    assert read(path) == ([f'text {i}' for i in range(25, 40)], ['25 rows without text in text'])
+    path = write(tmp_path / 'one.csv', 'text\nhello\tworld, foo\n')
+    assert read(path)[0] == ['hello\tworld, foo']
