@@ -5,9 +5,12 @@ Turns whatever you have into a dataset: token ids for training and validation, a
     python prepare.py my_folder notes.txt --out=data/mine      # text, code, PDF, parquet, ...: all that is found there
     python prepare.py --inspect data/mine                      # what is in a dataset, and whether it is sound
 
-    find ──► extract ───────────────► decide ────────────► tokenizer ──► encode ──► <out>/
-    sources.py  readers.py, spool.py     copies are dropped,    trained on      spool.py   {train,val}.bin, .idx, .hash,
-                in many processes        val or train by hash   a sample                   meta.json, tokenizer.json
+    find         sources.py     files, folders and patterns ──► sources, in an order of their own
+    extract      readers.py     sources ──► documents: clean text, on disk; in many processes (isolate.py, spool.py, parallel.py)
+    decide       corpus.py      copies are dropped; train or val
+    tokenizer    tokenizer.py   given, or trained on a sample
+    encode       spool.py       documents ──► ids; in many processes
+    publish      here           <out>/{train,val}.bin, .idx, .hash, meta.json, tokenizer.json
 
 A document goes to train or val by a hash of its content, so the split survives reordering and reruns, and copies
 stay on one side; one that alone is more than val_fraction of the whole goes to train. Each is closed by the end-of-text id.

@@ -79,11 +79,14 @@ def driven(folder, patch, *argv, code=0, **how):
     finally:
         driver.unlink()
 
+# what a shell starts in the background, it starts with Ctrl-C ignored; and so would be whatever that starts
+heed = None if os.name == 'nt' else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 @contextlib.contextmanager
 def running(folder, *argv):
     """prepare.py at work, in a process group of its own, as from a shell; what is left of it at the end is killed."""
     process = subprocess.Popen(command(*argv), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               encoding='utf-8', env=environment(), start_new_session=True)
+                               encoding='utf-8', env=environment(), start_new_session=True, preexec_fn=heed)
     try:
         yield process
     finally:
