@@ -33,6 +33,13 @@ def fail(message):
     print('error: ' + ' '.join(str(message).split('\n')), file=sys.stderr)
     raise SystemExit(2)
 
+def require(namespace, wanted):
+    """Ends the program at the first setting in `namespace` that is not as it must be. wanted: {what: {name: whether it is}}."""
+    for what, settings in wanted.items():
+        for name, ok in settings.items():
+            if not ok:
+                fail(f'{name}={namespace[name]} must be {what}')
+
 def configure(namespace, positional='config', argv=None):
     """
     Overrides the settings in `namespace`, the globals() of the calling script, in place. positional='config': arguments

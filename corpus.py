@@ -2,7 +2,7 @@
 Which documents are used, and which are val: what is decided when all are known and before one is encoded.
 
     corpus = Corpus(tasks, reports, work)                       # of all tasks of spool.extract
-    limit, copies = corpus.decide(val_fraction=0.1, dedupe=True, known=hashes)
+    limit, copies = corpus.decide(val_fraction=0.1, dedupe=True, known={TRAIN: hashes, VAL: hashes})
     corpus.use                                                  # DROP, TRAIN or VAL for each row
 
 It takes some hundred bytes of memory a document, whatever its length.
@@ -39,12 +39,12 @@ class Corpus:
 
     def decide(self, val_fraction, dedupe, known, limit=None, before=0):
         """
-        Fills `use`; returns (limit: documents with a hash below are val; number of copies that were dropped). known, limit:
-        hashes and limit of the dataset that is added to, `before` its bytes. A document that alone is more than val_fraction of
-        all is for training, where there are others: it would be all of val, and nobody would learn from it.
+        Fills `use`; returns (limit: documents with a hash below are val; number of copies that were dropped). known, limit, before:
+        {side: hashes}, limit and bytes of the dataset that is added to. A document that alone is more than val_fraction of all is
+        for training, where there are others: it would be all of val, and nobody would learn from it.
         """
         rows = self.rows
-        copy = copies_in(rows, known) if dedupe else np.zeros(len(rows), bool)
+        copy = copies_in(rows, np.concatenate([np.zeros(0, HASH), *known.values()])) if dedupe else np.zeros(len(rows), bool)
         copies = int(np.sum(copy & (rows['part'] == 0)))
         kept = ~copy
         if not kept.any():
@@ -67,6 +67,8 @@ class Corpus:
             if small.sum() == kept.sum():
                 limit = min(limit, int(hashes.max()))
         self.use[:] = np.where(copy, DROP, np.where(small & (rows['hi'] < np.uint64(limit)), VAL, TRAIN))
+        for side, there in known.items() if not dedupe else ():
+            self.use[np.isin(rows['hi'], there['hi'])] = side  # a copy of what is there goes to its side
         return limit, copies
 
     def split_one(self, kept, val_fraction):

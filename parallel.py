@@ -9,13 +9,14 @@ Results come in the order of the tasks, and no more tasks than the window holds 
 that memory is bounded however many there are. A function is one of a module, and what it takes and gives can be pickled.
 """
 import collections
+import functools
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import isolate
@@ -35,24 +36,27 @@ def processes():
 
 def run(function, tasks, window):
     """Yields function(task) for each task, in order; at most `window` of them are under way or waiting to be taken."""
-    global _pool
-    if _kind == 'ray':
-        yield from run_ray(function, tasks, window)
-    elif _processes == 1:
+    if _kind == 'local' and _processes == 1:
         yield from map(function, tasks)
-    else:
-        if _pool is None:
-            _pool = ProcessPoolExecutor(_processes, multiprocessing.get_context('spawn'), initializer=begin_worker)
-        waiting = collections.deque()
-        for task in tasks:
-            waiting.append(submit(_pool, function, task))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        return
+    start, result = on_ray(function) if _kind == 'ray' else on_pool(function)
+    waiting = collections.deque()
+    for task in tasks:
+        waiting.append(start(task))
+        if len(waiting) >= window * (4 if _kind == 'ray' else 1):  # a cluster is wider than this machine
+            yield result(waiting.popleft())
+    while waiting:
+        yield result(waiting.popleft())
 
-def run_ray(function, tasks, window):
-    """The same on Ray."""
+def on_pool(function):
+    """(function that starts a task in one of the processes; function that waits for what the former gave, and returns the result)"""
+    global _pool
+    if _pool is None:
+        _pool = ProcessPoolExecutor(_processes, multiprocessing.get_context('spawn'), initializer=begin_worker)
+    return functools.partial(submit, _pool, function), Future.result
+
+def on_ray(function):
+    """The same two on Ray."""
     import ray
     if not ray.is_initialized():
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
@@ -69,23 +73,16 @@ def run_ray(function, tasks, window):
                 fail(f'engine=ray: no cluster at RAY_ADDRESS={named} ({str(error).splitlines()[0]})')
             ray.init(address='local', num_cpus=_processes, include_dashboard=False, **settings)
         print(f'ray: {ray.cluster_resources().get("CPU", 0):g} processors on {len(ray.nodes())} machines')
-    remote = ray.remote(num_cpus=1, max_retries=2)(function)
-    waiting = collections.deque()
 
-    def result():
+    def result(reference):
         try:
-            return ray.get(waiting.popleft())
+            return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayError as error:
             raise BrokenProcessPool(str(error)) from None
 
-    for task in tasks:
-        waiting.append(remote.remote(task))
-        if len(waiting) >= window * 4:  # a cluster is wider than this machine
-            yield result()
-    while waiting:
-        yield result()
+    return ray.remote(num_cpus=1, max_retries=2)(function).remote, result
 
 def apart(function, task):
     """function(task) in a process of its own, with which the memory goes that it takes."""
@@ -93,8 +90,7 @@ def apart(function, task):
     try:
         return submit(pool, function, task).result()
     except BaseException:
-        for process in multiprocessing.active_children():
-            process.kill()
+        kill_processes()
         raise
     finally:
         pool.shutdown()
@@ -124,12 +120,15 @@ def begin_worker():
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-def stop():
-    """Ends all processes, whatever they are doing: unfinished work leaves nothing but temporary files."""
-    global _pool, stuck
+def kill_processes():
     for process in multiprocessing.active_children():
         process.kill()
         process.join(5)
+
+def stop():
+    """Ends all processes, whatever they are doing: unfinished work leaves nothing but temporary files."""
+    global _pool, stuck
+    kill_processes()
     if _pool is not None:
         end = threading.Thread(target=_pool.shutdown, kwargs=dict(cancel_futures=True), daemon=True)
         end.start()

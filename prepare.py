@@ -23,7 +23,6 @@ All of it happens in <out>.partial, which also is the journal: what a stopped or
 does not do again. The finished folder takes the place of `out` by a rename. What is in it depends on the files and the
 settings alone: not on the number of processes, the order of the arguments, or how often the run was interrupted.
 """
-import collections
 import glob
 import hashlib
 import json
@@ -41,10 +40,10 @@ import parallel
 import report
 import sources
 import spool
-from configurator import configure, fail
+from configurator import configure, fail, require
 from corpus import HASH, Corpus, TooLittle
-from readers import Unreachable, open_hf
-from spool import TRAIN, VAL
+from readers import Unreachable, open_hf, unreachable
+from spool import FORMAT, TRAIN, VAL
 from tokenizer import UnknownCharacter, build, load
 
 inputs = []  # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 12 MB of good code
@@ -76,7 +75,6 @@ engine = 'local'      # or ray: the same work on a Ray cluster with a shared fil
 # -----------------------------------------------------------------------------
 explicit = configure(globals(), positional='inputs') if __name__ == '__main__' else {}
 
-FORMAT = 2
 JUNK = '__pycache__/,node_modules/,site-packages/,*.min.js,*.min.css,*.map,*.lock,package-lock.json'  # --exclude='!*.lock' has them
 TASK_BYTES, TASK_FILES = 8_000_000, 200  # sources are read in tasks of about so much
 SIDES = {TRAIN: 'train', VAL: 'val'}
@@ -123,7 +121,7 @@ def shards_of(spec):
     except ImportError:
         fail(f'{spec}: needs the package datasets: pip install datasets')
     except Exception as error:  # the hub, the net, the formats behind it: anything
-        fail(f'{spec}: {type(error).__name__}: {error}')
+        fail(unreachable(spec, error))
     n = getattr(rows, 'num_shards', 1)
     return [(n, i) for i in range(n)]
 
@@ -138,7 +136,7 @@ def extract_all(tasks, work):
         print(f'going on: {len(tasks) - len(todo):,} of {len(tasks):,} parts were read before')
     total = sum(source[2] for task in todo for source in task['sources'])
     bar = report.Progress('reading', total)
-    for _, size in parallel.run(spool.extract, todo, 64):
+    for size in parallel.run(spool.extract, todo, 64):
         bar.add(size)
     bar.close()
     done.update({task['key']: spool.report_of(work, task['key']) for task in todo})
@@ -147,12 +145,11 @@ def extract_all(tasks, work):
 # -----------------------------------------------------------------------------
 # Tokenizer
 
-def make_tokenizer(given, corpus, reports, work):
+def make_tokenizer(given, corpus, reports, work, decided):
     """The tokenizer, in `work`/tokenizer: the given one, or one that is built, unless a run before this one did that."""
     folder, began = os.path.join(work, 'tokenizer'), time.time()
     stamp = os.path.join(folder, 'made_of')
-    made_of = given.sha256() if given else digest([tokenizer, vocab_size, sample_mb, split_seed, [key for key, _ in corpus.blocks],
-                                                   hashlib.sha256(corpus.use.tobytes()).hexdigest()])
+    made_of = given.sha256() if given else digest([tokenizer, vocab_size, sample_mb, split_seed, decided])
     if os.path.exists(stamp) and open(stamp, encoding='utf-8').read() == made_of:
         return given or load(folder)
     os.makedirs(folder, exist_ok=True)
@@ -234,14 +231,14 @@ class Output:
                     f.write(np.array([end], '<u8').tobytes())
         self.state['sizes'] = {name: os.path.getsize(os.path.join(self.folder, name)) for name in sorted(os.listdir(self.folder))}
 
-    def add(self, block, result, hashes):
-        """The result of a block; hashes: side → those of the documents that end there."""
+    def add(self, block, result):
+        """What spool.encode made of a block."""
         for side, name in SIDES.items():
-            ids, ends = result[side]
+            ids, ends, hashes = result[side]
             before = self.files[name + '.bin'].tell() // 4
             self.files[name + '.bin'].write(ids.tobytes())
             self.files[name + '.idx'].write((ends + np.uint64(before)).astype('<u8').tobytes())
-            self.files[name + '.hash'].write(hashes[side].tobytes())
+            self.files[name + '.hash'].write(hashes.tobytes())
             self.state['bytes'][name] += result['bytes'][side]
         self.state['kinds'] = [a + int(b) for a, b in zip(self.state['kinds'], result['kinds'])]
         self.state['block'] = block + 1
@@ -274,31 +271,21 @@ def encode_all(corpus, tok, work, base, closing, made_of):
     first, blocks = output.state['block'], len(corpus.blocks)
     if first:
         print(f'going on: {first:,} of {blocks:,} blocks were encoded before')
-    use, rows = corpus.use, corpus.rows
-    where = list(zip(corpus.starts.tolist(), corpus.starts[1:].tolist()))
-    wanted = [i for i in range(first, blocks) if use[where[i][0]:where[i][1]].any()]
-
-    def rows_of(i):
-        """The rows of a block that are used, what becomes of them, and which of them is cut in two."""
-        begin, end = where[i]
-        used = np.flatnonzero(use[begin:end])
-        cut = corpus.cut and begin <= corpus.cut[0] < end
-        return rows[begin:end][used], use[begin:end][used], int(np.searchsorted(used, corpus.cut[0] - begin)) if cut else None
+    where = [slice(*ends) for ends in zip(corpus.starts.tolist(), corpus.starts[1:].tolist())]
+    wanted = [i for i in range(first, blocks) if corpus.use[where[i]].any()]
 
     def tasks():
         for i in wanted:
             key, block = corpus.blocks[i]
-            some, sides, cut = rows_of(i)
-            yield dict(folder=work, key=key, block=block, rows=some, use=sides, cut=None if cut is None else (cut, corpus.cut[1]),
-                       closing=closing, tokenizer=(os.path.join(work, 'tokenizer', 'tokenizer.json'), tok.sha256()))
+            used = where[i].start + np.flatnonzero(corpus.use[where[i]])
+            row, chars = corpus.cut or (-1, 0)
+            yield dict(folder=work, key=key, block=block, rows=corpus.rows[used], use=corpus.use[used], closing=closing,
+                       cut=(int(np.searchsorted(used, row)), chars) if row in used else None,
+                       tokenizer=(os.path.join(work, 'tokenizer', 'tokenizer.json'), tok.sha256()))
 
     bar = report.Progress('encoding', sum(corpus.blocks[i][1][2] for i in wanted))
     for i, result in zip(wanted, parallel.run(spool.encode, tasks(), 4 * parallel.processes())):
-        some, sides, cut = rows_of(i)
-        ended = {name: (sides == name) & (some['last'] == 1) for name in SIDES}
-        if cut is not None:
-            ended[TRAIN][cut] = True  # its first part ends there
-        output.add(i, result, {name: np.stack([some['hi'][which], some['lo'][which]], 1) for name, which in ended.items()})
+        output.add(i, result)
         bar.add(corpus.blocks[i][1][2])
     bar.close()
     return *output.close(), output.state['kinds']
@@ -384,27 +371,23 @@ def open_base(place, target):
 def describe(base, tok, corpus, reports, skipped, splits, hashes, kinds, limit, copies):
     """meta.json: nothing in it says when, where or by how many it was made."""
     table = {name: {'files': 0, 'documents': 0, 'characters': 0, 'tokens': 0} for name in spool.KINDS}
-    files = collections.Counter()
-    for done in reports:
-        files.update(done['files'])
-    for part in (base['kinds'] if base else {}), corpus.totals(), {name: {'tokens': n} for name, n in zip(spool.KINDS, kinds)}, \
-            {name: {'files': n} for name, n in files.items()}:
+    for part in base.get('kinds', {}), corpus.totals(), {name: {'tokens': n} for name, n in zip(spool.KINDS, kinds)}, \
+            *({name: {'files': n} for name, n in done['files'].items()} for done in reports):
         for name, counts in part.items():
             for what, n in counts.items():
                 table[name][what] += n
     gather = lambda name: [entry for done in reports for entry in done[name]]
-    suspects = sorted(gather('suspects') + (base['suspects'] if base else []), key=lambda s: (-s[0], s[1]))[:10]
-    before = lambda name: base[name] if base else []
+    suspects = sorted(gather('suspects') + base.get('suspects', []), key=lambda s: (-s[0], s[1]))[:10]
     return {
         'format': FORMAT, 'dtype': 'int32', 'vocab_size': tok.vocab_size, 'eot': tok.eot,
         'tokenizer': {'kind': tok.kind, 'file': 'tokenizer.json', 'sha256': tok.sha256()},
         'splits': splits, 'split_seed': split_seed, 'val_fraction': val_fraction,
         'split_limit': f'{limit:016x}' if limit else None,  # a document whose hash is below is val; null: split by position
-        'halves': not limit or bool(base and base['halves']),  # the first document of each split is half of one
-        'sources': before('sources') + (sorted(set(inputs)) or [f'Python {platform.python_version()} standard library']),
+        'halves': not limit or base.get('halves', False),  # the first document of each split is half of one
+        'sources': base.get('sources', []) + (sorted(set(inputs)) or [f'Python {platform.python_version()} standard library']),
         'kinds': {name: counts for name, counts in table.items() if any(counts.values())},
-        'copies': (base['copies'] if base else 0) + copies, 'suspects': suspects, 'sha256': hashes,
-        'notes': before('notes') + gather('notes'), 'skipped': before('skipped') + skipped,
+        'copies': base.get('copies', 0) + copies, 'suspects': suspects, 'sha256': hashes,
+        'notes': base.get('notes', []) + gather('notes'), 'skipped': base.get('skipped', []) + skipped,
     }
 
 def name_of(path):
@@ -412,18 +395,20 @@ def name_of(path):
     if path.startswith('hf:'):
         return path[3:].split(':')[0].rstrip('/').split('/')[-1]
     parts = os.path.abspath(path).split(os.sep)
-    plain = [part for part in parts if not any(c in part for c in '*?[')] if not os.path.exists(path) else parts
-    return plain[-1] if os.path.isdir(path) or len(plain) < len(parts) else plain[-1].split('.')[0] or plain[-1]
+    if os.path.isdir(path):
+        return parts[-1]
+    if os.path.lexists(path):
+        return parts[-1].split('.')[0] or parts[-1]
+    return [part for part in parts if not any(c in part for c in '*?[')][-1]  # the last plain name in a pattern
 
 def check_settings():
-    for name, ok, want in (('val_fraction', 0 < val_fraction < 1, 'must lie between 0 and 1'),
-                           ('split_seed', abs(split_seed) < 2 ** 63, 'must be below 2**63'), ('sample_mb', sample_mb > 0, 'must be above 0'),
-                           ('workers', 0 <= workers < 1000, 'must be 0, or the number of processes'),
-                           ('file_seconds', file_seconds > 0, 'must be above 0'), ('file_memory_mb', file_memory_mb > 0, 'must be above 0'),
-                           ('engine', engine in ('local', 'ray'), 'must be local or ray'),
-                           ('max_file_mb', max_file_mb >= 0, 'must be 0 or more')):
-        if not ok:
-            fail(f'{name}={globals()[name]}: {want}')
+    require(globals(), {
+        'between 0 and 1': dict(val_fraction=0 < val_fraction < 1),
+        'between -2**63 and 2**63': dict(split_seed=abs(split_seed) < 2 ** 63),
+        'above 0': dict(sample_mb=sample_mb > 0, file_seconds=file_seconds > 0, file_memory_mb=file_memory_mb > 0),
+        '0 or more': dict(max_file_mb=max_file_mb >= 0),
+        '0, or the number of processes': dict(workers=0 <= workers < 1000),
+        'local or ray': dict(engine=engine in ('local', 'ray'))})
     if engine == 'ray':
         try:
             import ray  # noqa: F401
@@ -432,7 +417,7 @@ def check_settings():
 
 def make(target, place, work, found, skipped):
     """From sources to the finished dataset in `place`, all of it in `work`. Returns (meta, tokenizer); None if nothing is new."""
-    base, given = open_base(place, target) if append else (None, None)
+    base, given = open_base(place, target) if append else ({}, None)
     if tokenizer not in ('char', 'bpe'):
         given = given or build(tokenizer)  # now, for it may not exist
     elif not given:
@@ -445,22 +430,18 @@ def make(target, place, work, found, skipped):
     if not len(corpus.rows):
         raise TooLittle(f'{", ".join(inputs) or "standard library"}: nothing readable'
                         + (f' ({report.reasons(skipped)})' if skipped else ''))
-    known, limit, before = np.zeros(0, HASH), None, 0
+    known, limit, before = {}, None, 0
     if base:
-        known = np.concatenate([np.fromfile(os.path.join(place, side + '.hash'), HASH) for side in SIDES.values()])
+        known = {side: np.fromfile(os.path.join(place, name + '.hash'), HASH) for side, name in SIDES.items()}
         limit = int(base['split_limit'], 16) if base['split_limit'] else int(val_fraction * 2 ** 64)
         before = sum(split['bytes'] for split in base['splits'].values())
     limit, copies = corpus.decide(val_fraction, dedupe, known, limit, before)
-    if base and not dedupe:  # a copy of what is there goes to its side
-        for side in SIDES:
-            there = np.fromfile(os.path.join(place, SIDES[side] + '.hash'), HASH)
-            corpus.use[np.isin(corpus.rows['hi'], there['hi'])] = side
     if not corpus.use.any():
         print(f'nothing new: all {copies:,} documents are in {target} already')
         return None
-    tok = make_tokenizer(given, corpus, reports, work)
-    made_of = digest([tok.sha256(), [key for key, _ in corpus.blocks], hashlib.sha256(corpus.use.tobytes()).hexdigest(), corpus.cut,
-                      base and base['sha256']])
+    decided = digest([[key for key, _ in corpus.blocks], hashlib.sha256(corpus.use.tobytes()).hexdigest(), corpus.cut])
+    tok = make_tokenizer(given, corpus, reports, work, decided)
+    made_of = digest([tok.sha256(), decided, base.get('sha256')])
     splits, hashes, kinds = encode_all(corpus, tok, work, base, [tok.eot] if limit else [], made_of)
     meta = describe(base, tok, corpus, reports, skipped, splits, hashes, kinds, limit, copies)
     tok.save(os.path.join(work, 'dataset'))

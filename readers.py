@@ -63,8 +63,7 @@ def chunks(path, most=0):
 CONTROL = bytes(b for b in range(32) if b not in b'\t\n\f\r\b\x1b')
 HIGH = bytes(range(128, 256))
 # what cp1252 has for Western Europe; other languages' bytes, read as cp1252, also hit superscripts, eth and thorn
-WESTERN = '€‚„…‘’“”•–—™œŒ¡£§©«®°´·»¿' + 'àáâãäåæçèéêëìíîïñòóôõöøùúûüÿßÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜ\xa0'
-WESTERN = WESTERN.encode('cp1252')
+WESTERN = '€‚„…‘’“”•–—™œŒ¡£§©«®°´·»¿àáâãäåæçèéêëìíîïñòóôõöøùúûüÿßÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜ\xa0'.encode('cp1252')
 
 def encoding_of(path, notes, whole=True, most=0):
     """
@@ -414,8 +413,12 @@ def read_pdf(path, options, notes):
             raise Skip('not a PDF')
     pages, bad, found = (pages_pdfium if options['pdf'] == 'pypdfium2' else pages_pypdf)(path), 0, False
     for page in pages:
-        bad += page is None
-        text = tidy_page(page or '')
+        try:
+            text = tidy_page(page())
+        except MemoryError:
+            raise
+        except Exception:  # pypdf says that whatever comes is the caller's to catch
+            bad, text = bad + 1, ''
         if text.strip():
             yield ('\n\n' if found else '') + text, False
             found = True
@@ -426,7 +429,7 @@ def read_pdf(path, options, notes):
     yield '\n', True
 
 def pages_pypdf(path):
-    """str, or None where that fails, for each page."""
+    """For each page a function that returns its text, or fails."""
     import logging
     import pypdf
     logging.disable(logging.CRITICAL)
@@ -438,16 +441,16 @@ def pages_pypdf(path):
         except pypdf.errors.DependencyError:  # AES needs the package cryptography
             raise Skip('encrypted') from None
         for i in range(len(reader.pages)):
-            try:
-                yield reader.pages[i].extract_text()
-            except MemoryError:
-                raise
-            except Exception:  # pypdf says that whatever comes is the caller's to catch
-                yield None
+            yield lambda: reader.pages[i].extract_text()
 
 def pages_pdfium(path):
     """The same by pypdfium2."""
     import pypdfium2
+
+    def text_of_page():
+        with contextlib.closing(document[i]) as page, contextlib.closing(page.get_textpage()) as text:
+            return text.get_text_bounded()
+
     with open(path, 'rb') as f:  # not by name, which it wants in UTF-8
         try:
             document = pypdfium2.PdfDocument(f)
@@ -455,13 +458,7 @@ def pages_pdfium(path):
             raise Skip('encrypted' if 'password' in str(error).lower() else 'damaged PDF') from None
         with contextlib.closing(document):
             for i in range(len(document)):
-                try:
-                    with contextlib.closing(document[i]) as page, contextlib.closing(page.get_textpage()) as text:
-                        yield text.get_text_bounded()
-                except MemoryError:
-                    raise
-                except Exception:
-                    yield None
+                yield text_of_page
 
 def read_hf(path, options, notes):
     """A dataset of the Hugging Face hub, streamed: hf:name, hf:name:config or hf:name:config:split."""
@@ -478,7 +475,12 @@ def read_hf(path, options, notes):
     except Skip:
         raise
     except Exception as error:  # the hub, the net, the file formats behind it: anything
-        raise Unreachable(f'{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}') from None
+        raise unreachable(path, error) from None
+
+def unreachable(spec, error):
+    """Unreachable with what went wrong, on one line."""
+    said = str(error).partition('\n')[0]
+    return Unreachable(f'{spec}: {type(error).__name__}: {said}')
 
 def open_hf(spec):
     """hf:name[:config[:split]] → a streamed datasets.IterableDataset."""
@@ -490,13 +492,11 @@ def open_hf(spec):
 KINDS = {'text': read_text, 'code': read_text, 'data': read_text, 'html': read_html, 'notebook': read_notebook, 'jsonl': read_jsonl,
          'csv': read_csv, 'pdf': read_pdf, 'parquet': read_table, 'arrow': read_table, 'hf': read_hf}
 
-def reader_of(kind, path):
-    return read_json if kind == 'data' and re.search(r'\.json(\.\w+)?$', path.lower()) else KINDS[kind]
-
 def guarded(kind, path, options, notes):
     """The documents of a file; whatever goes wrong in there becomes Skip."""
+    read = read_json if kind == 'data' and re.search(r'\.json(\.\w+)?$', path.lower()) else KINDS[kind]
     try:
-        yield from reader_of(kind, path)(path, options, notes)
+        yield from read(path, options, notes)
     except (Skip, Unreachable):
         raise
     except Exception as error:  # readers stand on libraries that raise anything

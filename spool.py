@@ -17,30 +17,40 @@ import hashlib
 import json
 import os
 import string
+import struct
 import zlib
 
 import numpy as np
 import pyarrow
 
 import isolate
-from readers import Skip
+import readers
 from sources import Source
-from tokenizer import SEAM, from_text
+from tokenizer import SEAM, load
 
+FORMAT = 2         # of a dataset, and of the journal on the way there
 PIECE = 1 << 18    # characters: where the text goes on, a piece ends at the first seam beyond
 LONGEST = 1 << 20  # characters: without a seam it ends here
 BLOCK = 1 << 21    # bytes of text that are packed, and later encoded, together
 JUDGED = 1 << 13   # characters: so much of a source's beginning tells whether it looks odd
 LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))
-KINDS = ['text', 'code', 'data', 'html', 'notebook', 'jsonl', 'csv', 'pdf', 'parquet', 'arrow', 'hf']
+KINDS = list(readers.KINDS)
 ROW = np.dtype([
-    ('hi', '<u8'), ('lo', '<u8'),        # the document's hash, BLAKE2b of its UTF-8 keyed with the split seed
+    ('hi', '<u8'), ('lo', '<u8'),        # the document's hash
     ('block', '<u4'), ('size', '<u4'),   # of the piece: its block, bytes,
     ('at', '<u4'), ('chars', '<u4'),     # where in the block it begins, characters
     ('part', '<u4'),                     # 0 for the first piece of a document, then 1, 2, ...
     ('last', 'u1'), ('kind', 'u1'),      # the document ends with this piece; index in KINDS
 ])
 DROP, TRAIN, VAL = 0, 1, 2               # what becomes of a row
+
+def new_hash(seed, data=b''):
+    """The hash of a document, to be updated with its UTF-8: BLAKE2b, keyed with the split seed."""
+    return hashlib.blake2b(data, digest_size=16, key=str(seed).encode())
+
+def numbers_of(document_hash):
+    """(hi, lo)"""
+    return struct.unpack('>QQ', document_hash.digest())
 
 # -----------------------------------------------------------------------------
 # Extract
@@ -50,7 +60,7 @@ class Spool:
 
     def __init__(self, path, seed):
         self.file, self.rows_file = open(path + '.text', 'wb'), open(path + '.rows', 'wb')
-        self.key = str(seed).encode()
+        self.seed = seed
         self.blocks, self.rows = [], []           # (offset, packed, unpacked); tuples in the order of ROW, still to write
         self.waiting, self.size = [], 0           # pieces of the block to come
         self.codec = pyarrow.Codec('zstd', compression_level=1)
@@ -72,25 +82,21 @@ class Spool:
 
     def fresh(self):
         self.text, self.pieces, self.blank = '', [], True
-        self.hash = hashlib.blake2b(digest_size=16, key=self.key)
+        self.hash = new_hash(self.seed)
 
     def add(self, text, last):
         """Takes more of the current document."""
         if len(self.head) < JUDGED:
             self.head += text[:JUDGED - len(self.head)]
         self.text += text
-        while len(self.text) >= PIECE + LONGEST:  # what is cut depends on the text, not on how it came
+        while len(self.text) > LONGEST:  # no more than LONGEST is looked at: what is cut depends on the text, not on how it came
             seam = SEAM.search(self.text, PIECE, LONGEST)
             self.cut(seam.end() if seam else LONGEST)
         if last:
-            while len(self.text) > LONGEST:
-                seam = SEAM.search(self.text, PIECE, LONGEST)
-                self.cut(seam.end() if seam else LONGEST)
             self.cut(len(self.text))
             if not self.blank:
                 self.documents += 1
-                digest = self.hash.digest()
-                number = int.from_bytes(digest[:8], 'big'), int.from_bytes(digest[8:], 'big')
+                number = numbers_of(self.hash)
                 for i, piece in enumerate(self.pieces):
                     self.rows.append((*number, *piece, i, i == len(self.pieces) - 1, self.kind))
                 if len(self.rows) > 50_000:
@@ -131,7 +137,7 @@ class Spool:
 
 def extract(task):
     """
-    Reads the sources of a task and leaves their documents in `folder`. Returns [key, bytes of the sources].
+    Reads the sources of a task and leaves their documents in `folder`. Returns the bytes of the sources.
     task: folder, key, cwd, sources, seed, chars (whether to collect the characters), options (of isolate.read).
     """
     path = os.path.join(task['folder'], task['key'])
@@ -150,8 +156,8 @@ def extract(task):
                     if task['chars']:
                         mine.update(text)
                 if not spool.documents:
-                    raise Skip('empty')
-            except Skip as reason:
+                    raise readers.Skip('empty')
+            except readers.Skip as reason:
                 spool.forget()
                 report['skipped'].append({'file': source.path, 'reason': str(reason)})
                 report['again'] |= bool(getattr(reason.__context__, 'errno', None))  # the disk's fault: it may be better next time
@@ -176,7 +182,7 @@ def extract(task):
             if os.path.exists(work + ending):
                 os.remove(work + ending)
         raise
-    return task['key'], sum(source[2] for source in task['sources'])
+    return sum(source[2] for source in task['sources'])
 
 def report_of(folder, key):
     """The report of a task that is done; None if it is not, or not wholly on the disk (a power cut), or should be done again."""
@@ -230,37 +236,39 @@ def encode(task):
     """
     The ids of a block. task: folder, key, block; rows: those that are used, and `use`, TRAIN or VAL for each; tokenizer (path,
     sha256); closing: list of ids after each document; cut: None or (number of a row, characters): where val begins.
-    Returns {TRAIN: (ids int32, ends: where documents end among them), VAL: ..., 'kinds': tokens by kind, 'bytes': by side}.
+    Returns {TRAIN: (ids int32, ends: where documents end among them, their hashes (n, 2)), VAL: ..., 'kinds': tokens by kind,
+    'bytes': by side}.
     """
     path, sha = task['tokenizer']
     if sha not in _tokenizers:
-        with open(path, encoding='utf-8', newline='') as f:
-            _tokenizers[sha] = from_text(f.read())
+        _tokenizers[sha] = load(path)
     tok, closing = _tokenizers[sha], np.array(task['closing'], np.int32)
     data = read_block(task['folder'], task['key'], task['block'])
-    out = {side: ([], []) for side in (TRAIN, VAL)}
+    out = {side: ([], [], []) for side in (TRAIN, VAL)}
     tokens, size = {TRAIN: 0, VAL: 0}, {TRAIN: 0, VAL: 0}
     kinds = np.zeros(len(KINDS), np.int64)
 
-    def add(side, text, last, kind):
-        arrays, ends = out[side]
+    def add(side, i, text, last):
+        arrays, ends, ended = out[side]
         ids = tok.encode(text)
         if last:
             ids = np.concatenate([ids, closing])
             ends.append(tokens[side] + len(ids))
+            ended.append(i)
         arrays.append(ids)
-        kinds[kind] += len(ids)
+        kinds[rows['kind'][i]] += len(ids)
         tokens[side] += len(ids)
         size[side] += len(text.encode('utf-8'))
 
     rows = task['rows']
-    for i, (text, use, last, kind) in enumerate(zip(pieces_of(data, rows), task['use'].tolist(), rows['last'], rows['kind'])):
+    for i, (text, side, last) in enumerate(zip(pieces_of(data, rows), task['use'].tolist(), rows['last'])):
         if task['cut'] and i == task['cut'][0]:
             n = task['cut'][1]
-            add(TRAIN, text[:n], True, kind)
-            add(VAL, text[n:], last, kind)
+            add(TRAIN, i, text[:n], True)
+            add(VAL, i, text[n:], last)
         else:
-            add(use, text, last, kind)
+            add(side, i, text, last)
     none = np.zeros(0, np.int32)
-    result = {side: (np.concatenate([none, *arrays]).astype('<i4'), np.array(ends, '<u8')) for side, (arrays, ends) in out.items()}
+    result = {side: (np.concatenate([none, *arrays]).astype('<i4'), np.array(ends, '<u8'),
+                     np.stack([rows['hi'][ended], rows['lo'][ended]], 1)) for side, (arrays, ends, ended) in out.items()}
     return result | {'kinds': kinds, 'bytes': size}

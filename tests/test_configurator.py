@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from configurator import configure, fail
+from configurator import configure, fail, require
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -168,6 +168,15 @@ def test_fail_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         fail('first\nsecond')
     assert stop.value.code == 2 and capsys.readouterr().err == 'error: first second\n'
+
+def test_require_names_the_first_setting_that_is_wrong(capsys):
+    settings = dict(batch_size=0, seed=-1, dataset='mine')
+    require(settings, {'any': dict(batch_size=True, dataset=True), 'none': {}})
+    assert capsys.readouterr() == ('', '')
+    with pytest.raises(SystemExit) as stop:
+        require(settings, {'a name': dict(dataset=True), '0 or more': dict(batch_size=True, seed=False),
+                           '1 or more': dict(batch_size=False)})
+    assert stop.value.code == 2 and capsys.readouterr().err == 'error: seed=-1 must be 0 or more\n'
 
 def test_as_a_program(tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT.replace('if False', 'if True') + 'print(batch_size)\n', encoding='utf-8')
