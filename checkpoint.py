@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import torch
 
-import model_mamba
+import kernels
 import tokenizer
 from configurator import fail
 from model_gpt import GPT, GPTConfig
@@ -93,7 +93,7 @@ def config_of(net):
 
 def compiled(net):
     """torch.compile of a model or a function of one. Mamba-1's scan stays out of it: unrolled, its steps would compile for hours."""
-    model_mamba.selective_scan = torch.compiler.disable(model_mamba.selective_scan)
+    kernels.selective_scan = torch.compiler.disable(kernels.selective_scan)
     return torch.compile(net)
 
 

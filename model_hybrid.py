@@ -122,10 +122,10 @@ class Layer(nn.Module):
         weights = self.controller(x).float().softmax(-1)                        # (B, T, branches)
         return sum(weights[..., i, None] * y for i, y in enumerate(outputs))
 
-    def forward(self, x, rope, mask, plan=None, cache=None, ssm_state=None):
+    def forward(self, x, rope, plan=None, cache=None, ssm_state=None):
         h = self.input_layernorm(x)
         ssm, ssm_state = self.mamba(h, ssm_state)
-        outputs = [ssm, self.self_attn(h, rope, mask, plan, cache)]
+        outputs = [ssm, self.self_attn(h, rope, plan, cache)]
         if self.parallel:
             outputs.append(self.mlp(h))
         x = x + self.residual_scale * self.drop(self.mix(h, outputs))
@@ -173,12 +173,12 @@ class Hybrid(LanguageModel):
 
     def body(self, idx, state=None):
         """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
-        rope, mask, plan = plan_attention(self.config, idx, state)
+        rope, plan = plan_attention(self.config, idx, state)
         x = self.model.embed_norm(self.model.embed_tokens(idx))                 # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None
             ssm = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
-            x, ssm = layer(x, rope, mask, plan, cache, ssm)
+            x, ssm = layer(x, rope, plan, cache, ssm)
             if state:
                 state.update({f'{n}.{i}': value for n, value in (cache | ssm).items()})
         return self.model.norm(x), state

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model_gpt import GPT, GPTConfig, RMSNorm, linear_cross_entropy
+from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
-from model_mamba import Mamba, MambaConfig, conv_silu, selective_scan, ssd
+from model_mamba import Mamba, MambaConfig
 
 V, WINDOW = 97, 20
 GPT_SIZE = dict(n_layer=2, n_embd=32, n_head=4)
@@ -142,12 +142,6 @@ def recurrence(x, dt, A, B, C, h=0):
     return torch.stack(ys, 1), h
 
 
-def scan(x, dt, A, B, C, *state):
-    """selective_scan in the letters of `recurrence`: P = 1, G = 1."""
-    y, state = selective_scan(x[..., 0], dt, A, B[:, :, 0], C[:, :, 0], *(h[:, :, 0].transpose(1, 2) for h in state))
-    return y[..., None], state.transpose(1, 2)[:, :, None]
-
-
 def random_dt(kind, shape):
     if kind == "usual":
         return torch.empty(shape).uniform_(1e-3, 0.1)
@@ -155,61 +149,6 @@ def random_dt(kind, shape):
         return torch.exp(torch.empty(shape).uniform_(math.log(1e-7), math.log(500))).clamp(1e-6, 50)  # often the ends
     t = torch.arange(shape[1])[:, None]                                         # 'cliff': great steps among tiny ones, but
     return torch.where(t % 40 == 5, 50.0, 1e-6).expand(shape).clone()           # not at the end: only zeros would be left
-
-
-@pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])  # what the loss reads
-@pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
-@pytest.mark.parametrize("T", [1, 2, 16, 37, 131])
-@pytest.mark.parametrize("form", ["scan", "ssd-1", "ssd-2", "ssd-4"])
-def test_recurrence(form, T, kind, through):
-    rand = random.Random(f"{form}, {T}, {kind}, {through}")  # fixed: grad A, a sum over all tokens, may cancel to less than
-    torch.manual_seed(rand.randrange(1 << 30))               # its rounding in some 1 of 500 draws, in any fp32 code
-    batch, N, P, H, Q = (rand.choice(sizes) for sizes in ([1, 2, 3], [1, 4, 7], [1, 2, 5], [4, 8], [16, 64]))
-    groups, P, A = (1, 1, torch.empty(H, N)) if form == "scan" else (int(form[-1]), P, torch.empty(H, 1))
-    A.uniform_(-16, -0.01)[0] = -16.0
-    inputs = [torch.randn(batch, T, H, P), random_dt(kind, (batch, T, H)), A, torch.randn(batch, T, groups, N),
-              torch.randn(batch, T, groups, N), torch.randn(batch, H, P, N)]
-    run = scan if form == "scan" else lambda x, dt, A, B, C, h=None: ssd(x, dt, A[:, 0], B, C, chunk_size=Q, state=h)
-    assert_same(run, recurrence, inputs[:5] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
-
-
-@pytest.mark.parametrize("K", [2, 4])
-@pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("cuts", [[1], [2, 1, 1], [50], [17, 1, 2, 30]])        # lengths of the parts
-def test_conv_silu(cuts, given, K):
-    T, E = sum(cuts), 6
-
-    def run(x, weight, bias, state=None):
-        ys = [None] * len(cuts)
-        for i, part in enumerate(x.split(cuts, 1)):
-            ys[i], state = conv_silu(part, weight, bias, state)
-        return torch.cat(ys, 1), state
-
-    def reference(x, weight, bias, state=None):
-        x = F.pad(x, (0, 0, K - 1, 0)) if state is None else torch.cat((state, x), 1)
-        return F.silu(F.conv1d(x.transpose(1, 2), weight, bias, groups=E)).transpose(1, 2), x[:, T:]
-
-    inputs = [torch.randn(2, T, E), torch.randn(E, 1, K), torch.randn(E), torch.randn(2, K - 1, E)]
-    assert_same(run, reference, inputs if given else inputs[:3])
-
-
-@pytest.mark.parametrize("scale, mean", [(1, 0), (1, 3), (1e-3, 0), (100, -50)])
-def test_rms_norm(scale, mean):
-    norm, x = perturb(RMSNorm(48, eps=1e-5), 0.5), torch.randn(48, 5, 3).transpose(0, 2) * scale + mean  # not contiguous
-    assert_same(lambda x, w: [torch.func.functional_call(norm, {"weight": w}, (x,))],
-                lambda x, w: [x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w], [x, norm.weight.detach()])
-    assert_close(torch.no_grad()(norm)(x), norm(x), 1e-5)
-    assert norm(x.bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("chunk", [64, 75, 149, 1000])                          # of 150 tokens; only 75 divides them
-def test_linear_cross_entropy(chunk):
-    x, weight, targets = torch.randn(3, 50, 24), torch.randn(V, 24), tokens(3, 50)
-    targets[0, :7] = targets[2, 40:] = -1
-    assert_same(lambda x, w: [linear_cross_entropy(x, w, targets, chunk_elements=chunk * V)],
-                lambda x, w: [F.cross_entropy((x @ w.T).flatten(0, 1), targets.flatten(), ignore_index=-1)], [x, weight])
-    nothing = linear_cross_entropy(x.requires_grad_(), weight, torch.full_like(targets, -1), chunk_elements=chunk * V)
-    assert nothing == 0 and torch.autograd.grad(nothing, x)[0].count_nonzero() == 0
 
 
 # --- step and its state -----------------------------------------------------------------------------------------------

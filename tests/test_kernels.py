@@ -1,0 +1,251 @@
+"""Each operation of kernels.py, compiled and in plain PyTorch, against its definition in float64: results and all gradients."""
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import conv_silu, linear_cross_entropy, selective_scan, ssd
+from model_gpt import RMSNorm
+from test_models import V, assert_close, assert_same, perturb, quiet_and_seeded, random_dt, recurrence, tokens  # noqa: F401
+
+
+both_halves = pytest.mark.usefixtures("half")
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def half(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "native", lambda: None)
+    elif kernels.native() is None:
+        pytest.skip("no C++ compiler here: kernels.cpp is not tested")
+    return request.param
+
+
+def raw_dt(kind, shape):
+    """What softplus turns into random_dt's steps."""
+    dt = random_dt(kind, shape).double()
+    return (dt + torch.log(-torch.expm1(-dt))).float()
+
+
+@both_halves
+@pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])
+@pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
+@pytest.mark.parametrize("threads, batch, T, E, N", [(1, 2, 1, 24, 16), (2, 1, 37, 40, 8), (3, 3, 131, 70, 16), (1, 1, 16, 5, 32)])
+def test_mamba1_scan(threads, batch, T, E, N, kind, through):
+    torch.set_num_threads(threads)
+    A = torch.empty(E, N).uniform_(-16, -0.01)
+    A[0] = -16.0
+    inputs = [torch.randn(batch, T, E), raw_dt(kind, (batch, T, E)), torch.randn(E) * 0.1, A, torch.randn(batch, T, N),
+              torch.randn(batch, T, N), torch.randn(E), torch.randn(batch, T, E), torch.randn(batch, N, E)]
+
+    def reference(x, raw, bias, A, B, C, D, z, h=None):
+        h = 0 if h is None else h.transpose(1, 2)[:, :, None]
+        y, h = recurrence(x[..., None], F.softplus(raw + bias), A, B[:, :, None], C[:, :, None], h)
+        return (y[..., 0] + D * x) * F.silu(z), h[:, :, 0].transpose(1, 2)
+
+    assert_same(kernels.mamba1_scan, reference, inputs[:8] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
+
+
+@both_halves
+@pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])
+@pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
+@pytest.mark.parametrize("threads, batch, T, H, G, P, N, Q", [
+    (1, 2, 1, 4, 1, 16, 16, 64), (2, 1, 37, 4, 2, 32, 16, 16), (3, 3, 131, 6, 1, 16, 48, 32), (1, 1, 130, 2, 2, 64, 64, 64)])
+def test_mamba2_scan(threads, batch, T, H, G, P, N, Q, kind, through):
+    torch.set_num_threads(threads)
+    A = torch.empty(H).uniform_(-16, -0.01)
+    A[0] = -16.0
+    inputs = [torch.randn(batch, T, H * P + 2 * G * N), raw_dt(kind, (batch, T, H)), torch.randn(H) * 0.1, A, torch.randn(H),
+              torch.randn(batch, H, P, N)]
+
+    def reference(xBC, raw, bias, A, D, h=0):
+        x, B, C = xBC.split((H * P, G * N, G * N), -1)
+        x = x.unflatten(-1, (H, P))
+        y, h = recurrence(x, F.softplus(raw + bias), A[:, None], B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N)), h)
+        return y + D[:, None] * x, h
+
+    assert_same(lambda xBC, raw, bias, A, D, h=None: kernels.mamba2_scan(xBC, raw, bias, A, D, G, P, Q, h), reference,
+                inputs[:5] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
+
+
+def scan(x, dt, A, B, C, *state):
+    """selective_scan in the letters of `recurrence`: P = 1, G = 1."""
+    y, state = selective_scan(x[..., 0], dt, A, B[:, :, 0], C[:, :, 0], *(h[:, :, 0].transpose(1, 2) for h in state))
+    return y[..., None], state.transpose(1, 2)[:, :, None]
+
+
+@pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])  # what the loss reads
+@pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
+@pytest.mark.parametrize("T", [1, 2, 16, 37, 131])
+@pytest.mark.parametrize("form", ["scan", "ssd-1", "ssd-2", "ssd-4"])
+def test_recurrence(form, T, kind, through):
+    rand = random.Random(f"{form}, {T}, {kind}, {through}")  # fixed: grad A, a sum over all tokens, may cancel to less than
+    torch.manual_seed(rand.randrange(1 << 30))               # its rounding in some 1 of 500 draws, in any fp32 code
+    batch, N, P, H, Q = (rand.choice(sizes) for sizes in ([1, 2, 3], [1, 4, 7], [1, 2, 5], [4, 8], [16, 64]))
+    groups, P, A = (1, 1, torch.empty(H, N)) if form == "scan" else (int(form[-1]), P, torch.empty(H, 1))
+    A.uniform_(-16, -0.01)[0] = -16.0
+    inputs = [torch.randn(batch, T, H, P), random_dt(kind, (batch, T, H)), A, torch.randn(batch, T, groups, N),
+              torch.randn(batch, T, groups, N), torch.randn(batch, H, P, N)]
+    run = scan if form == "scan" else lambda x, dt, A, B, C, h=None: ssd(x, dt, A[:, 0], B, C, chunk_size=Q, state=h)
+    assert_same(run, recurrence, inputs[:5] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
+
+
+@both_halves
+@pytest.mark.parametrize("K", [2, 4])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("cuts", [[1], [2, 1, 1], [50], [17, 1, 2, 30]])        # lengths of the parts
+def test_conv_silu(cuts, given, K):
+    T, E = sum(cuts), 6
+
+    def run(x, weight, bias, state=None):
+        ys = [None] * len(cuts)
+        for i, part in enumerate(x.split(cuts, 1)):
+            ys[i], state = conv_silu(part, weight, bias, state)
+        return torch.cat(ys, 1), state
+
+    def reference(x, weight, bias, state=None):
+        x = F.pad(x, (0, 0, K - 1, 0)) if state is None else torch.cat((state, x), 1)
+        return F.silu(F.conv1d(x.transpose(1, 2), weight, bias, groups=E)).transpose(1, 2), x[:, T:]
+
+    inputs = [torch.randn(2, T, E), torch.randn(E, 1, K), torch.randn(E), torch.randn(2, K - 1, E)]
+    assert_same(run, reference, inputs if given else inputs[:3])
+
+
+@both_halves
+@pytest.mark.parametrize("scale, mean", [(1, 0), (1, 3), (1e-3, 0), (100, -50)])
+def test_rms_norm(scale, mean):
+    norm, x = perturb(RMSNorm(48, eps=1e-5), 0.5), torch.randn(48, 5, 3).transpose(0, 2) * scale + mean  # not contiguous
+    assert_same(lambda x, w: [torch.func.functional_call(norm, {"weight": w}, (x,))],
+                lambda x, w: [x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w], [x, norm.weight.detach()])
+    assert_close(torch.no_grad()(norm)(x), norm(x), 1e-5)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+@both_halves
+@pytest.mark.parametrize("chunk", [64, 75, 149, 1000])                          # of 150 tokens; only 75 divides them
+def test_linear_cross_entropy(chunk):
+    x, weight, targets = torch.randn(3, 50, 24), torch.randn(V, 24), tokens(3, 50)
+    targets[0, :7] = targets[2, 40:] = -1
+    assert_same(lambda x, w: [linear_cross_entropy(x, w, targets, chunk_elements=chunk * V)],
+                lambda x, w: [F.cross_entropy((x @ w.T).flatten(0, 1), targets.flatten(), ignore_index=-1)], [x, weight])
+    nothing = linear_cross_entropy(x.requires_grad_(), weight, torch.full_like(targets, -1), chunk_elements=chunk * V)
+    assert nothing == 0 and torch.autograd.grad(nothing, x)[0].count_nonzero() == 0
+
+
+def visible(T, window):
+    i = torch.arange(T)
+    return (i[:, None] >= i) & (i[:, None] - i < (window or T))
+
+
+@both_halves
+@pytest.mark.parametrize("size", [1, 4])                                        # of the scores
+@pytest.mark.parametrize("window", [0, 1, 7, 64, 100, 1000])
+@pytest.mark.parametrize("threads, B, T, H, G, P", [(1, 2, 1, 2, 1, 16), (2, 1, 63, 3, 3, 32), (3, 2, 129, 4, 2, 16), (1, 1, 330, 2, 1, 64)])
+def test_attention(threads, B, T, H, G, P, window, size):
+    torch.set_num_threads(threads)
+    inputs = [torch.randn(B, T, H, P) * size, torch.randn(B, T, G, P), torch.randn(B, T, G, P)]
+
+    def reference(q, k, v):
+        k, v = (u.repeat_interleave(H // G, 2) for u in (k, v))
+        scores = torch.einsum("bihp,bjhp->bhij", q, k) / math.sqrt(P)
+        weights = scores.masked_fill(~visible(T, window), -math.inf).softmax(-1)
+        return [torch.einsum("bhij,bjhp->bihp", weights, v).flatten(2)]
+
+    if T == 1 or window == 1:                                                   # one key each: q and k do not matter
+        q, k, v = inputs
+        got = kernels.attention(q.requires_grad_(), k.requires_grad_(), v, window)
+        assert all(g.abs().max() < 1e-4 for g in torch.autograd.grad(got.sum(), (q, k)))
+        assert_same(lambda v: [kernels.attention(q.detach(), k.detach(), v, window)],
+                    lambda v: reference(q.detach().double(), k.detach().double(), v), [v])
+    else:
+        assert_same(lambda q, k, v: [kernels.attention(q, k, v, window)], reference, inputs)
+
+
+@both_halves
+def test_attention_of_very_low_scores():
+    q, k, v = torch.full((1, 70, 1, 16), -60.0), torch.full((1, 70, 1, 16), 60.0), torch.randn(1, 70, 1, 16)  # scores of -14,400
+    means = v.cumsum(1) / torch.arange(1, 71)[:, None, None]
+    torch.testing.assert_close(kernels.attention(q, k, v), means.flatten(2))
+
+
+@both_halves
+def test_attention_dropout():
+    """The weights that stay are those that stay in the backward pass too, and a share of `dropout` goes."""
+    T, P = 130, 16
+    q, k = torch.randn(2, 1, T, 2, P).unbind()
+    weights = torch.empty(1, T, 2, T)
+    for start in range(0, T, P):                                                # v as unit vectors shows the weights
+        v = torch.zeros(1, T, 2, P)
+        v[0, range(start, min(T, start + P)), :, range(min(P, T - start))] = 1
+        torch.manual_seed(5)
+        weights[..., start:start + P] = kernels.attention(q, k, v, dropout=0.3).view(1, T, 2, P)[..., :min(P, T - start)]
+    whole = torch.stack([(q[0, :, h] @ k[0, :, h].T / P ** 0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1) for h in range(2)], 1)
+    kept = (weights[0] > 0).float()
+    seen = visible(T, 0)[:, None].expand(T, 2, T)
+    assert abs(1 - kept[seen].mean() - 0.3) < 0.02
+    torch.testing.assert_close(weights[0], whole * kept / 0.7, atol=1e-6, rtol=1e-4)
+
+    def run(q, k, v):
+        torch.manual_seed(5)
+        return [kernels.attention(q.float(), k.float(), v.float(), dropout=0.3)]
+
+    def reference(q, k, v):
+        w = torch.stack([(q[0, :, h] @ k[0, :, h].T / P ** 0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1) for h in range(2)])
+        w = w * kept.transpose(0, 1) / 0.7
+        return [torch.stack([w[h] @ v[0, :, h] for h in range(2)], 1)[None].flatten(2)]
+
+    assert_same(run, reference, [q, k, torch.randn(1, T, 2, P)])
+    torch.manual_seed(6)
+    assert (kernels.attention(q, k, v, dropout=0.3) > 0).ne(weights[..., -v.shape[-1]:].flatten(2) > 0).any()
+
+
+@both_halves
+def test_norms():
+    for groups, gated in ((1, False), (1, True), (4, True)):
+        x, z, w = torch.randn(3, 5, 40), torch.randn(3, 5, 80), torch.randn(40)
+
+        def reference(x, z, w):
+            x = x * F.silu(z[..., 40:]) if gated else x
+            x = x.unflatten(-1, (groups, -1))
+            return [(x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()).flatten(-2) * w]
+
+        assert_same(lambda x, z, w: [kernels.rms_norm(x, w, 1e-3, z[..., 40:] if gated else None, groups)], reference, [x, z, w])
+
+
+@both_halves
+@pytest.mark.parametrize("shape", [(2, 3, 32), (1, 5)])
+def test_swiglu(shape):
+    assert_same(lambda g, u: [kernels.swiglu(g, u)], lambda g, u: [g * torch.sigmoid(g) * u], [torch.randn(shape) * 5, torch.randn(shape)])
+
+
+@both_halves
+@pytest.mark.parametrize("P", [4, 24, 64])
+def test_rope(P):
+    tables = kernels.rope_tables(torch.arange(7), P, 100.0)
+    angles = torch.arange(7).double()[:, None] * 100.0 ** (-torch.arange(0, P, 2).double() / P)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+    def reference(x):
+        y = torch.complex(x[..., :P // 2], x[..., P // 2:]) * turn
+        return [torch.cat((y.real, y.imag), -1)]
+
+    assert_same(lambda x: [kernels.apply_rope(x, tables)], reference, [torch.randn(2, 7, 3, P)])
+
+
+@both_halves
+def test_extreme_numbers():
+    x = torch.tensor([0.0, -1e-30, 1e-7, 3.0, -20.0, 50.0, -88.0, 88.0, -300.0, 300.0, 1e30, -1e4, 5.0, 6.0, 7.0, 8.0])
+    got = kernels.swiglu(x, torch.ones(16))
+    torch.testing.assert_close(got, F.silu(x.double()).float(), rtol=2e-6, atol=1e-33)
+    bad = kernels.swiglu(torch.full((16,), math.nan), torch.ones(16))
+    assert bad.isnan().all()
+
+
+@both_halves
+def test_infinite_logits_show_in_the_loss():
+    x, weight = torch.full((1, 64, 16), 1e30, requires_grad=True), torch.full((20, 16), 1e30)
+    loss = kernels.linear_cross_entropy(x, weight, torch.zeros(1, 64, dtype=torch.long))
+    assert not loss.isfinite()
