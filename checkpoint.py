@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 import torch
 
+import hf
 import kernels
 import tokenizer
 from configurator import fail
@@ -69,6 +70,19 @@ def load(path):
     if ckpt['format'] != FORMAT or ckpt['kind'] not in MODELS:
         fail(f'{path}: checkpoint format {ckpt["format"]} of a {ckpt["kind"]}; this version reads format {FORMAT}')
     return ckpt
+
+
+def load_model(source):
+    """A model to begin with: of the checkpoint in an out_dir, or in hf:folder as transformers saved it → {'kind', 'config', 'weights',
+    'tokenizer', 'tokenizer_path', 'block_size'}."""
+    if source.startswith('hf:'):
+        folder = source.removeprefix('hf:')
+        kind, config, weights, tok = hf.load(folder)
+        return dict(kind=kind, config=config, weights=weights, tokenizer=tok, tokenizer_path=os.path.join(folder, 'tokenizer.json'),
+                    block_size=0)
+    ckpt = load(source)
+    return dict(kind=ckpt['kind'], config=ckpt['config'], weights=ckpt['weights'], tokenizer=tokenizer_of(ckpt),
+                tokenizer_path=os.path.join('data', ckpt['settings']['dataset']), block_size=ckpt['config']['block_size'])
 
 
 def model_of(ckpt):

@@ -92,13 +92,13 @@ def use_native(*tensors):
     return all(t.device.type == 'cpu' for t in tensors) and not torch.compiler.is_compiling() and native() is not None
 
 
-def shares(n):
-    """How many threads share n items."""
-    return max(1, min(torch.get_num_threads(), n))
+def shares(n, work):
+    """How many threads share n items that take about so many nanoseconds: to wake one costs some 50,000."""
+    return max(1, min(torch.get_num_threads(), n, work >> 16))
 
 
-def launch(name, n, *args):
-    """Calls a function of kernels.cpp on items 0 to n, shared by shares(n) threads. Tensors go as pointers, ints as 64 bits, floats
+def launch(name, n, work, *args):
+    """Calls a function of kernels.cpp on items 0 to n, shared by shares(n, work) threads. Tensors go as pointers, ints as 64 bits, floats
     as 32. Tensors without data, with which a run's memory is estimated, are left as they are."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
@@ -108,7 +108,7 @@ def launch(name, n, *args):
     convert = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), torch.nn.Parameter: lambda t: ctypes.c_void_p(t.data_ptr()),
                int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
     args = [convert[type(a)](a) for a in args]
-    function, pieces = getattr(native(), name), shares(n)
+    function, pieces = getattr(native(), name), shares(n, work)
     parts = [[ctypes.c_int64(i) for i in (n * p // pieces, n * (p + 1) // pieces, p)] for p in range(pieces)]
     others = [pool().submit(function, *part, *args) for part in parts[1:]]      # ctypes lets go of Python's lock
     function(*parts[0], *args)
@@ -137,7 +137,7 @@ class _Norm(Function):
         x, gate = rows(x).contiguous(), None if gate is None else rows(gate)
         n, D = x.numel() // x.shape[-1], x.shape[-1] // groups
         y, rstd = torch.empty_like(x), x.new_empty(n * groups)
-        launch('norm_forward', n, groups, D, eps, x, gate, 0 if gate is None else gate.stride(-2), weight, y, rstd)
+        launch('norm_forward', n, 2 * x.numel(), groups, D, eps, x, gate, 0 if gate is None else gate.stride(-2), weight, y, rstd)
         ctx.save_for_backward(x, gate, weight, rstd)
         ctx.groups = groups
         return y
@@ -147,9 +147,9 @@ class _Norm(Function):
     def backward(ctx, gy):
         x, gate, weight, rstd = ctx.saved_tensors
         n, D = x.numel() // x.shape[-1], x.shape[-1] // ctx.groups
-        gx, gz, gw = torch.empty_like(x), None if gate is None else torch.empty_like(x), x.new_zeros(shares(n), len(weight))
-        launch('norm_backward', n, ctx.groups, D, x, gate, 0 if gate is None else gate.stride(-2), weight, rstd, rows(gy).contiguous(),
-               gx, gz, gw)
+        gx, gz, gw = torch.empty_like(x), None if gate is None else torch.empty_like(x), x.new_zeros(shares(n, 2 * x.numel()), len(weight))
+        launch('norm_backward', n, 2 * x.numel(), ctx.groups, D, x, gate, 0 if gate is None else gate.stride(-2), weight, rstd,
+               rows(gy).contiguous(), gx, gz, gw)
         return gx, gz, gw.sum(0), None, None
 
 
@@ -159,6 +159,8 @@ def rms_norm(x, weight, eps, gate=None, groups=1):
     if use_native(x, weight):
         return _Norm.apply(x, gate, weight, eps, groups)
     x = x.float() if gate is None else x.float() * F.silu(gate.float())
+    if x.device.type != 'cpu' and groups == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
     x = x.unflatten(-1, (groups, -1))
     if x.device.type == 'cpu':                                                  # F.rms_norm takes three times as long there
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
@@ -172,7 +174,7 @@ class _SwiGLU(Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        launch('swiglu_forward', gate.numel() // 16, gate, up, y)
+        launch('swiglu_forward', gate.numel() // 16, gate.numel(), gate, up, y)
         return y
 
     @staticmethod
@@ -180,7 +182,7 @@ class _SwiGLU(Function):
     def backward(ctx, gy):
         gate, up = ctx.saved_tensors
         ggate, gup = torch.empty_like(gate), torch.empty_like(up)
-        launch('swiglu_backward', gate.numel() // 16, gate, up, gy.contiguous(), ggate, gup)
+        launch('swiglu_backward', gate.numel() // 16, 2 * gate.numel(), gate, up, gy.contiguous(), ggate, gup)
         return ggate, gup
 
 
@@ -198,7 +200,7 @@ class _Rope(Function):
         ctx.save_for_backward(cos, sin)
         ctx.sign, x, y = sign, x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         half, heads = cos.shape[-1], x.shape[-2]
-        launch('rope', x.numel() // (2 * half * heads), cos.numel() // half, heads, 2 * half, x, cos, sin, sign, y)
+        launch('rope', x.numel() // (2 * half * heads), x.numel(), cos.numel() // half, heads, 2 * half, x, cos, sin, sign, y)
         return y
 
     @staticmethod
@@ -234,7 +236,8 @@ class _Attention(Function):
         (B, T, H, P), G = q.shape, k.shape[2]
         ctx.how = (T, H, G, P, window, q, k, v, H * P, G * P, P ** -0.5, dropout, seed)
         y, lse = q.new_empty(B, T, H * P), q.new_empty(B, H, T)
-        launch('attention_forward', B * G, *ctx.how, y, lse)
+        ctx.work = q.numel() * min(T, window or T) // 30
+        launch('attention_forward', B * G, ctx.work, *ctx.how, y, lse)
         ctx.save_for_backward(q, k, v, y, lse)
         ctx.how = ctx.how[:5] + ctx.how[8:]
         return y
@@ -244,7 +247,8 @@ class _Attention(Function):
     def backward(ctx, gy):
         q, k, v, y, lse = ctx.saved_tensors
         grads = zeros_like_all(q, k, v)
-        launch('attention_backward', len(q) * k.shape[2], *ctx.how[:5], q, k, v, *ctx.how[5:], y, lse, gy.float().contiguous(), *grads)
+        launch('attention_backward', len(q) * k.shape[2], 2 * ctx.work, *ctx.how[:5], q, k, v, *ctx.how[5:], y, lse,
+               gy.float().contiguous(), *grads)
         return *grads, None, None, None
 
 
@@ -388,7 +392,7 @@ class _Mamba1(Function):
             B, C = B.contiguous(), C.contiguous()
         (batch, T, E), N, At, last = x.shape, A.shape[1], A.t().contiguous(), state.clone()
         y, starts = torch.empty_like(x), x.new_empty(-(-T // 8), batch, N, E) if any(ctx.needs_input_grad) else None
-        launch('mamba1_forward', -(-E // 16), N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2), D, z, z.stride(-2),
+        launch('mamba1_forward', -(-E // 16), x.numel() * N // 2, N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2), D, z, z.stride(-2),
                last, starts, y)
         ctx.save_for_backward(x, raw, bias, At, B, C, D, z, starts)
         return y, last
@@ -400,8 +404,8 @@ class _Mamba1(Function):
         (batch, T, E), N, gstate, tiles = x.shape, len(At), gstate.clone(), -(-x.shape[2] // 16)
         gx, graw, gz = (torch.empty_like(x) for _ in range(3))
         gbias, gA, gD = zeros_like_all(bias, At, D)
-        gB, gC = x.new_empty(2, shares(tiles), batch, T, N)
-        launch('mamba1_backward', tiles, N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2), D, z, z.stride(-2),
+        gB, gC = x.new_empty(2, shares(tiles, x.numel() * N), batch, T, N)
+        launch('mamba1_backward', tiles, x.numel() * N, N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2), D, z, z.stride(-2),
                starts, gy.contiguous(), gstate, gx, graw, gbias, gA, gB, gC, gD, gz)
         return gx, graw, gbias, gA.t(), gB.sum(0), gC.sum(0), gD, gz, gstate
 
@@ -475,7 +479,8 @@ class _Mamba2(Function):
         starts, y = xBC.new_empty(batch, H, chunks + 1, N, P), xBC.new_empty(batch, T, H, P)
         starts[:, :, 0] = state.transpose(2, 3)
         ctx.how = T, H, groups, P, N, chunk
-        launch('ssd_forward', batch * H, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, y)
+        ctx.work = y.numel() * N // 8
+        launch('ssd_forward', batch * H, ctx.work, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, y)
         ctx.save_for_backward(xBC, raw, bias, A, D, starts)
         return y, starts[:, :, -1].transpose(2, 3).contiguous()
 
@@ -484,10 +489,10 @@ class _Mamba2(Function):
     def backward(ctx, gy, gstate):
         xBC, raw, bias, A, D, starts = ctx.saved_tensors
         (batch, T, width), (_, H, G, P, N, _) = xBC.shape, ctx.how
-        gx, gBC = torch.empty_like(xBC), xBC.new_zeros(shares(batch * H), batch, T, 2 * G * N)
+        gx, gBC = torch.empty_like(xBC), xBC.new_zeros(shares(batch * H, 2 * ctx.work), batch, T, 2 * G * N)
         graw, gA, gD = xBC.new_empty(batch, T, H), A.new_zeros(batch, H), D.new_zeros(batch, H)
         gstate = gstate.transpose(2, 3).contiguous()
-        launch('ssd_backward', batch * H, batch, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, gy.contiguous(), gstate,
+        launch('ssd_backward', batch * H, 2 * ctx.work, batch, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, gy.contiguous(), gstate,
                gx, gBC, graw, gA, gD)
         gx[..., H * P:] = gBC.sum(0) if len(gBC) > 1 else gBC[0]
         return gx, graw, graw.sum((0, 1)), gA.sum(0), gD.sum(0), None, None, gstate.transpose(2, 3)
@@ -518,7 +523,7 @@ class _NativeConvSilu(Function):
     def forward(ctx, x, weight, bias):                                          # x (B, T, E), weight (4, E), bias (E)
         x, weight = rows(x), weight.contiguous()
         (B, T, E), y = x.shape, x.new_empty(x.shape)
-        launch('conv_forward', B * -(-E // 64), T, E, x, x.stride(-2), weight, bias, y)
+        launch('conv_forward', B * -(-E // 64), 2 * x.numel(), T, E, x, x.stride(-2), weight, bias, y)
         ctx.save_for_backward(x, weight, bias)
         return y
 
@@ -528,8 +533,8 @@ class _NativeConvSilu(Function):
         x, weight, bias = ctx.saved_tensors
         T, E = x.shape[1:]
         n = x.shape[0] * -(-E // 64)
-        gx, gw, gb = x.new_empty(x.shape), x.new_zeros(shares(n), 4, E), x.new_zeros(shares(n), E)
-        launch('conv_backward', n, T, E, x, x.stride(-2), weight, bias, gy.contiguous(), gx, gw, gb)
+        gx, gw, gb = x.new_empty(x.shape), *(x.new_zeros(shares(n, 3 * x.numel()), *size) for size in ((4, E), (E,)))
+        launch('conv_backward', n, 3 * x.numel(), T, E, x, x.stride(-2), weight, bias, gy.contiguous(), gx, gw, gb)
         return gx, gw.sum(0), gb.sum(0)
 
 
@@ -581,6 +586,20 @@ def conv_silu(x, weight, bias, state=None):
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
+def cross_entropy_(logits, targets):
+    """The sum of the cross-entropies of logits (n, V), in nats; the logits become its gradient, softmax less one-hot. A target below 0
+    does not count."""
+    if use_native(logits):
+        losses = logits.new_empty(len(targets))
+        launch('cross_entropy', len(targets), 2 * logits.numel(), logits.shape[1], logits, targets.contiguous(), losses)
+        return losses.sum()
+    valid, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
+    p = torch.log_softmax(logits, -1)
+    total = -torch.where(valid, p.gather(1, index), 0).sum()
+    torch.mul(p.exp_().scatter_add_(1, index, torch.full_like(p[:, :1], -1)), valid, out=logits)
+    return total
+
+
 class _LinearCrossEntropy(Function):
     """Cross-entropy of x @ weight.T in chunks of tokens, each chunk's gradient made with its loss.
 
@@ -597,39 +616,32 @@ class _LinearCrossEntropy(Function):
             dx = torch.empty(x.shape, dtype=dtype, device=x.device) if need else None
             dw = torch.zeros_like(weight) if need else None
             for i in range(0, len(targets), chunk):
-                xc, tc = x[i:i + chunk].to(dtype), targets[i:i + chunk]
-                valid, index = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
+                xc = x[i:i + chunk].to(dtype)
                 logits = (xc @ w.t()).float()                                   # (chunk, V)
-                if use_native(x):                                               # the loss, and the gradient in the logits' place
-                    losses = logits.new_empty(len(tc))
-                    launch('cross_entropy', len(tc), logits.shape[1], logits, tc.contiguous(), losses)
-                    total += losses.sum()
-                    if need:
-                        p = logits.to(dtype)
-                        torch.mm(p, w, out=dx[i:i + chunk])
-                        dw += p.t() @ xc
-                    continue
-                p = torch.log_softmax(logits, -1)
-                total -= torch.where(valid, p.gather(1, index), 0).sum()
-                if need:                                                        # d loss / d logits = softmax - onehot
-                    p.exp_().scatter_add_(1, index, torch.full_like(p[:, :1], -1))
-                    p = p.mul_(valid).to(dtype)
-                    torch.mm(p, w, out=dx[i:i + chunk])
-                    dw += p.t() @ xc
+                total += cross_entropy_(logits, targets[i:i + chunk])
+                if need:
+                    grad = logits.to(dtype)
+                    torch.mm(grad, w, out=dx[i:i + chunk])
+                    dw.addmm_(grad.t(), xc) if dtype == dw.dtype else dw.add_(grad.t() @ xc)
         if need:
             ctx.save_for_backward(dx, dw, count)
             ctx.dtype = x.dtype
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         return dx.to(ctx.dtype) * (grad / count), dw * (grad / count), None, None
 
 
-def linear_cross_entropy(x, weight, targets, chunk_elements=1 << 22):
+def chunk_of(V):
+    """Tokens whose logits are alive at once: a thousand; fewer where V is huge (256 MB of logits), more where it is small."""
+    return max(256, min(1024, (1 << 26) // V), (1 << 22) // V)
+
+
+def linear_cross_entropy(x, weight, targets, chunk=0):
     """Mean cross-entropy in nats of predicting targets (B, T) from x (B, T, D) by weight (V, D); targets of -1 do not count.
 
-    chunk_elements: logits alive at once, 4 M being 16 MB in fp32."""
-    chunk = max(64, chunk_elements // weight.shape[0])
-    return _LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk)
+    chunk: tokens whose logits are alive at once; 0: as chunk_of says."""
+    return _LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk or chunk_of(len(weight)))

@@ -8,6 +8,8 @@ import json
 import math
 import os
 
+import torch
+
 from configurator import fail
 
 
@@ -57,3 +59,56 @@ def open_log(folder, step=0, tensorboard=False, wandb=None):
             run.log(values, step=step)
 
     return log
+
+
+def parts_of(net):
+    """Lines that say where a model's parameters are: a row for each part of a layer, all layers together, and for what stands alone."""
+    sizes = {}
+    for name, p in net.named_parameters():                  # tied weights come once
+        words = name.split('.')
+        at = words.index('layers') if 'layers' in words else None
+        part = words[-2] if at is None else f'{words[at + 2]}, {len(net.get_submodule(".".join(words[:at + 1])))} layers'
+        sizes[part] = sizes.get(part, 0) + p.numel()
+    width, total = max(map(len, sizes)), sum(sizes.values())
+    for part, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        if size >= 0.001 * total:                           # norms and the like
+            yield f'  {part:<{width}}  {size / 1e6:8.3f}M  {size / total:6.1%}'
+
+
+class Trace:
+    """Where the time of some steps goes: `step()` after each step gives lines to print once they are over, and none before."""
+    WARM = 3                                                # steps that are not like the rest: allocations, first calls
+
+    def __init__(self, path, steps, device):
+        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == 'cuda')
+        self.path, self.steps, self.device, self.done = path, steps, device, 0
+        self.profiler = torch.profiler.profile(activities=activities, record_shapes=False)
+
+    def step(self):
+        self.done += 1
+        if self.done == self.WARM:
+            self.profiler.start()
+        if self.done != self.WARM + self.steps:
+            return []
+        if self.device == 'cuda':
+            torch.cuda.synchronize()
+        self.profiler.stop()
+        return self.report()
+
+    def report(self):
+        """The shares of a step's parts, and the ten operations that take longest; the trace goes to a file."""
+        own = 'self_cpu_time_total' if self.device != 'cuda' else 'self_device_time_total'
+        rows = {row.key: row for row in self.profiler.key_averages()}
+        parts = {name: rows[name].cpu_time_total for name in ('data', 'forward', 'backward', 'optimizer') if name in rows}
+        yield f'{self.steps} steps: ' + ', '.join(f'{name} {time / sum(parts.values()):.1%}' for name, time in parts.items())
+        rows = [row for name, row in rows.items() if name not in parts]
+        total = sum(getattr(row, own) for row in rows)
+        yield f'  {"operation":<50}  share  ms a step  calls a step'
+        for row in sorted(rows, key=lambda row: -getattr(row, own))[:10]:
+            yield (f'  {row.key[:50]:<50}  {getattr(row, own) / total:5.1%}  {getattr(row, own) / 1e3 / self.steps:9.2f}  '
+                   f'{row.count / self.steps:12.1f}')
+        try:
+            self.profiler.export_chrome_trace(self.path)
+            yield f'the whole trace: {self.path} (open it in https://ui.perfetto.dev)'
+        except (OSError, RuntimeError) as error:
+            yield f'warning: {self.path} could not be written: {error}'

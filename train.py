@@ -10,16 +10,17 @@
 A run that was stopped, by Ctrl-C or by kill -9, goes on where it was: say the same command again. On a CPU it then ends with
 the very bits it would have had. Nothing but the step decides what happens in it: its data, its dropout, its learning rate.
 """
-import atexit
 import dataclasses
 import datetime
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 # libgomp's threads wait for each other by spinning, which on a busy machine keeps the core from the thread they wait for.
 # Letting go after some microseconds costs nothing on an idle machine; beside one busy process steps are 2 to 10 times faster.
@@ -27,16 +28,19 @@ os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 import batches
 import checkpoint
+import fit
+import kernels
+import processes
 from bench import memory, peak_flops
 from checkpoint import MODELS
-from configurator import configure, fail, find_settings
-from metrics import open_log
+from configurator import configure, fail, find_settings, require
+from metrics import Trace, open_log, parts_of
 from muon import Muon
+from processes import leave, say, summed
 from sample import Writer, encode_prompt, generate
 
 # --- what and where
@@ -44,10 +48,12 @@ out_dir = 'out'             # checkpoints and the log of this run
 dataset = ''                # a folder in data/, or several and their shares: code:0.6,docs:0.4; '' is the one prepared last
 vocab_size = 0              # only for a bare .bin without meta.json
 data_dtype = 'int32'        # only for a bare .bin: 'int32', or nanoGPT's 'uint16'
-init_from = 'auto'          # 'auto': go on with out_dir's run if it has one; 'resume': it must have one; 'scratch': begin anew
+init_from = 'auto'          # 'auto': go on with out_dir's run if it has one; 'resume': it must have one; 'scratch': begin anew;
+                            # another out_dir, or hf:folder (of transformers): begin with the weights there, to fine-tune them
 eval_only = False           # evaluate out_dir's checkpoint, and end
 # --- model (a 0 is filled in: sizes by the machine, the rest as the model's own file says)
 model = 'mamba'             # 'mamba', 'gpt' or 'hybrid'
+size = ''                   # '50m', '150m' or '400m' parameters: layers and width that suit; '' is by the machine
 n_layer = 0
 n_embd = 0                  # width
 block_size = 0              # tokens of context in training
@@ -58,6 +64,11 @@ n_kv_head = 0               # fewer key/value heads than heads make the cache sm
 intermediate_size = 0       # inner width of the MLP
 window = -1                 # attend to so many last tokens; 0: all; -1: the model's default
 rope_theta = 10000.0        # base of the rotary positions: smaller tells near positions apart more sharply
+n_expert = 0                # gpt: experts in the place of each MLP (sparse MoE); 0: one MLP for all tokens
+n_expert_active = 2         # of them each token takes so many
+capacity_factor = 1.25      # in training an expert takes at most so many times its even share of the tokens; 0: no limit
+aux_loss = 0.01             # weight of the loss that evens out the experts' load
+z_loss = 0.001              # weight of the loss that keeps the router's logits small
 qk_norm = False             # normalise queries and keys: steadier at high learning rates
 version = 2                 # Mamba-2, or 1
 state_size = 0              # size of the SSM's state per channel
@@ -67,7 +78,9 @@ gate = True                 # hybrid: token-adaptive branch weights
 branch_norm = True          # hybrid: normalise each branch
 low_rank = 0                # hybrid: rank of the projections, 0 is full
 # --- batch
-batch_size = 0              # sequences computed at once: as many as memory holds; 0: as the machine allows
+batch_size = 0              # sequences computed at once; 0: what the memory found, or `vram`, allows
+gradient_checkpointing = None  # compute each layer again in the backward pass: a third slower, far less memory; None: as memory asks
+vram = 'auto'               # GB of memory to plan for; auto: what is free on the device
 gradient_accumulation_steps = 0  # such micro-batches in one step, over all processes; 0: from tokens_per_step
 tokens_per_step = 0         # batch_size * block_size * gradient_accumulation_steps, if those are not given
 # --- optimizer
@@ -98,6 +111,7 @@ wandb_run_name = ''
 # --- machine
 device = 'auto'             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto: the fastest that is safe here
+profile = 0                 # trace so many steps: where their time goes, and a file for chrome://tracing or Perfetto
 compile = False             # torch.compile: a minute of waiting for faster steps; falls back where it does not work
 seed = 1337
 
@@ -105,35 +119,12 @@ seed = 1337
 explicit = configure(globals())
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))      # until the loop begins there is nothing to save
 names = list(find_settings(globals()))
-LOCAL = 'out_dir init_from eval_only device compile tensorboard wandb_log wandb_project wandb_run_name'.split()  # not of the run
+LOCAL = 'out_dir init_from eval_only device compile profile vram tensorboard wandb_log wandb_project wandb_run_name'.split()  # not of the run
 
 # --- processes: one, or those that torchrun starts
-rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                           (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-master = rank == 0
-if world > 1 and device == 'auto' and not torch.cuda.is_available():
-    device = 'cpu'                                          # Apple's GPU has no collectives
-device = checkpoint.choose_device(device)
-if device == 'cuda':
-    device = checkpoint.choose_device(f'cuda:{local_rank}')
+rank, world, master = processes.RANK, processes.WORLD, processes.RANK == 0
+device = processes.start(device)
 kind_of_device = device.partition(':')[0]
-if kind_of_device == 'cuda':
-    torch.cuda.set_device(device)
-if world > 1:
-    dist.init_process_group('cpu:gloo,cuda:nccl' if kind_of_device == 'cuda' else 'gloo')
-
-
-def say(*words, **how):
-    if master:
-        print(*words, flush=True, **how)
-
-
-def summed(*values):
-    """The sums over all processes of some numbers, by way of the CPU: waits for no GPU."""
-    total = torch.tensor(values, dtype=torch.float64)
-    if world > 1:
-        dist.all_reduce(total)
-    return total.tolist()
 
 
 def unset(name, value):
@@ -141,66 +132,65 @@ def unset(name, value):
     return value == '' or (type(value) is int and value == (-1 if name == 'window' else 0))
 
 
-def leave(status=0):
-    """Ends the program; several processes together. These skip the interpreter's own end, where gloo's threads now and then
-    abort a run that is complete."""
-    if world > 1:
-        summed(0)
-        atexit._run_exitfuncs()             # the loggers' last words
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def unchanged(name, was, now):
-    """Refuses to go on with a run under another value of a setting that makes it what it is."""
+def unchanged(where, name, was, now):
+    """Refuses to go on with a run, or a model, under another value of a setting that makes it what it is."""
     if was != now:
-        fail(f'{latest} holds a run with {name}={was}, not {now}: leave the setting out to go on with it, choose '
-             'another --out_dir, or begin anew with --init_from=scratch')
+        fail(f'{where} holds a {"run" if where == latest else "model"} with {name}={was}, not {now}: leave the setting out to go on with '
+             'it, choose another --out_dir, or begin anew with --init_from=scratch')
 
 
 # --- go on with a run, or begin one
-if init_from not in ('auto', 'resume', 'scratch'):
-    fail(f'init_from={init_from} must be auto, resume or scratch')
 latest, best = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
-ckpt = None
-if eval_only or init_from == 'resume' or (init_from == 'auto' and os.path.exists(latest)):
+given = {name: value for name, value in explicit.items() if not unset(name, value) and name not in ('dropout', 'vocab_size', 'block_size')}
+ckpt = base = None                                          # a run to go on with; or a model to begin with
+if eval_only or init_from == 'resume' or (init_from != 'scratch' and os.path.exists(latest)):
     ckpt = checkpoint.load(out_dir if eval_only else latest)
     for name, value in ckpt['settings'].items():
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value
     for name, was in ({name: ckpt['settings'][name] for name in ('model', 'optimizer')} | ckpt['config']).items():
-        if name in explicit and not unset(name, explicit[name]) and name not in ('dropout', 'vocab_size'):
-            unchanged(name, was, explicit[name])
+        if name in given or (name == 'block_size' and explicit.get(name)):
+            unchanged(latest, name, was, explicit[name])
+elif init_from not in ('auto', 'resume', 'scratch'):
+    if not os.path.exists(init_from.removeprefix('hf:')):
+        fail(f'init_from={init_from} must be auto, resume or scratch, or the out_dir of another run, or hf: and a folder of transformers')
+    base = checkpoint.load_model(init_from)
+    model = base['kind']
+    block_size = block_size or base['block_size']
+    for name, was in {'model': model, **base['config']}.items():
+        if name in given:
+            unchanged(init_from, name, was, given[name])
 
-for what, values in {
+require(globals(), {
     'one of ' + ', '.join(MODELS): dict(model=model in MODELS),
+    'empty, or one of ' + ', '.join(sorted({size for _, size in fit.SIZES}, key=lambda size: int(size[:-1]))):
+        dict(size=not size or (model, size) in fit.SIZES),
     'adamw or muon': dict(optimizer=optimizer in ('adamw', 'muon')),
     'cosine or wsd': dict(schedule=schedule in ('cosine', 'wsd')),
+    "auto, or a number of GB": dict(vram=vram == 'auto' or re.fullmatch(r'\d+\.?\d*', vram) and float(vram) > 0),
+    'true, false or left out': dict(gradient_checkpointing=gradient_checkpointing in (None, True, False)),
     'more than 0': {name: globals()[name] > 0 for name in 'learning_rate eval_interval log_interval n_groups rope_theta'.split()},
     '-1 or more': dict(warmup_iters=warmup_iters >= -1, window=window >= -1),
     'at least 0 and below 1': {name: 0 <= globals()[name] < 1 for name in 'dropout beta1 beta2'.split()},
     'from 0 to 1': dict(decay_fraction=0 <= decay_fraction <= 1),
     'from 0 to 2**31': dict(seed=0 <= seed < 2**31),
-    '0 or more': {name: globals()[name] >= 0 for name in '''vocab_size n_layer n_embd block_size n_head n_kv_head state_size
+    '0 or more': {name: globals()[name] >= 0 for name in '''vocab_size n_layer n_embd block_size n_head n_kv_head state_size n_expert
         max_iters intermediate_size low_rank batch_size gradient_accumulation_steps tokens_per_step weight_decay grad_clip
-        lr_decay_iters min_lr eval_iters patience sample_interval'''.split()},
-}.items():
-    for name, ok in values.items():
-        if not ok:
-            fail(f'{name}={globals()[name]} must be {what}')
+        lr_decay_iters min_lr eval_iters patience sample_interval profile'''.split()},
+})
 
 # --- data
 data = batches.open_dataset(dataset or batches.newest_dataset(), vocab_size, data_dtype)
 dataset, tok = data.name, data.tokenizer                    # of a mixture one string, however its user wrote it
 if ckpt and init_from == 'auto' and not eval_only and 'dataset' in explicit:  # who says 'resume' may go on with other text
-    unchanged('dataset', ckpt['settings']['dataset'], dataset)
+    unchanged(latest, 'dataset', ckpt['settings']['dataset'], dataset)
 if sample_interval and tok:
     encode_prompt(tok, sample_start, 'sample_start')        # better now than hours into the run
 if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != (tok and tok.sha256()):
     fail(f'dataset {dataset} has another tokenizer than the run in {out_dir}: name the dataset that run was trained on '
          f'({ckpt["settings"]["dataset"]}), or choose another --out_dir')
+if base and base['tokenizer'] and base['tokenizer'].sha256() != (tok and tok.sha256()):
+    fail(f'dataset {dataset} has another tokenizer than {init_from}: prepare the text anew with --tokenizer={base["tokenizer_path"]}')
 
 # --- what the zeros stand for
 gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind_of_device == 'cuda' else 0
@@ -213,6 +203,8 @@ else:
 if not block_size:             # a small text need not fill a large window
     shortest = min(n for part in data.parts for n in part.tokens.values()) - 1
     block_size = min(sizes['block_size'], 1 << max(3, shortest.bit_length() - 1))
+if size:
+    sizes.update(fit.SIZES[model, size])
 n_layer, n_embd = n_layer or sizes['n_layer'], n_embd or sizes['n_embd']
 max_iters = max_iters or sizes['max_iters']
 n_head = n_head or max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
@@ -222,7 +214,6 @@ elif not tokens_per_step:
     tokens_per_step = sizes['tokens_per_step']
     whole = math.lcm(batch_size or 1, world) * block_size
     tokens_per_step = -(-tokens_per_step // whole) * whole
-batch_size = batch_size or sizes['batch_size']
 if tokens_per_step % block_size:
     fail(f'tokens_per_step={tokens_per_step} must be a multiple of block_size={block_size}, such as '
          f'{max(1, round(tokens_per_step / block_size)) * block_size}')
@@ -234,10 +225,6 @@ sequences = tokens_per_step // block_size                   # of a step, over al
 if sequences % world:
     fail(f'{sequences} sequences a step cannot be shared by {world} processes: set --tokens_per_step to a multiple of '
          f'{block_size * world}')
-micro_batch = max(n for n in range(1, sequences // world + 1) if sequences // world % n == 0 and n <= batch_size)
-micro_steps = sequences // world // micro_batch
-if micro_batch * 2 <= batch_size and micro_steps > 1:
-    say(f'note: {sequences} sequences a step can only be cut into micro-batches of {micro_batch}, not {batch_size}')
 warmup_iters = warmup_iters if warmup_iters >= 0 else min(100, max_iters // 10)
 dtype = checkpoint.choose_dtype(dtype, device)
 for part, split in [(part, split) for part in data.parts for split in part.tokens]:
@@ -258,13 +245,42 @@ if ckpt:
 else:
     config = {name: globals()[name] for name in names if name in fields[model] and not unset(name, globals()[name])}
     config['vocab_size'] = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1000 else data.vocab_size  # a rounder matrix
+if base:
+    config = base['config'] | dict(dropout=dropout, block_size=block_size)
+    if data.vocab_size > config['vocab_size']:
+        fail(f'dataset {dataset} has a vocabulary of {data.vocab_size}, {init_from} one of {config["vocab_size"]}')
 torch.manual_seed(seed)
 try:
     net = checkpoint.build(model, config)
 except ValueError as error:
     fail(error)
-if ckpt:
-    net.load_state_dict(ckpt['weights'])
+if ckpt or base:
+    net.load_state_dict((ckpt or base)['weights'])
+
+# --- memory: how much of a step is computed at once
+mine = sequences // world                                   # of a step, this process's
+free = float(vram) * 2**30 if vram != 'auto' else fit.available(device)
+free = free and processes.least(free)                       # all cut their steps alike
+micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and n <= (batch_size or sizes['batch_size']))
+rough = 20 * net.num_params() + 500 * micro_batch * block_size * net.config.n_layer * net.config.n_embd
+planned = ''
+if free and rough < 0.1 * free and (kind_of_device == 'cpu' or batch_size):
+    planned = f'memory: less than {rough / 2**30 + 0.1:.1f} GB, of {free / 2**30:.1f} GB free'
+elif free and not eval_only:
+    how = dict(T=block_size, device=kind_of_device, dtype=dtype, optimizer=optimizer, processes=world)
+    about, share = (model, checkpoint.config_of(net)), 0.6 if kind_of_device == 'cpu' else fit.SHARE
+    try:
+        needed = fit.estimate(*about, micro_batch, checkpointing=bool(gradient_checkpointing), accumulate=micro_batch < mine, **how)
+        if not batch_size and (kind_of_device != 'cpu' or needed['total'] > share * free):
+            micro_batch, gradient_checkpointing, needed = fit.choose(*about, mine, budget=free, share=share,
+                                                                     checkpointing=gradient_checkpointing, **how)
+        planned = fit.describe(needed, free, micro_batch, gradient_checkpointing, kind_of_device)
+    except Exception as error:                              # an estimate must not stop a run that may well fit
+        planned = f'memory: no estimate ({type(error).__name__}: {error})'
+if batch_size >= 2 * micro_batch and micro_batch < mine:
+    say(f'note: {mine} sequences a step can only be cut into micro-batches of {micro_batch}, not {batch_size}')
+batch_size, micro_steps = batch_size or micro_batch, mine // micro_batch
+net.gradient_checkpointing = gradient_checkpointing = bool(gradient_checkpointing)
 net.to(device)
 
 # --- optimizers
@@ -284,7 +300,7 @@ if ckpt:
     scaler.load_state_dict(ckpt['scaler']) if ckpt['scaler'] else None
     step, tokens_seen, best_loss, bad_evals, evaluated, seconds, history = (ckpt['counters'][name] for name in (
         'step', 'tokens_seen', 'best_loss', 'bad_evals', 'evaluated', 'seconds', 'history'))
-ckpt = saved = None                                         # their tensors would stay in memory for the whole run
+ckpt = base = saved = None                                  # their tensors would stay in memory for the whole run
 if summed(step)[0] != step * world:
     fail(f'the processes are at different steps: {out_dir} must be one folder that all machines see')
 
@@ -302,7 +318,7 @@ def get_lr(step):
 
 def fetch(tokens_seen, micro):
     """This process's micro-batch `micro` of the step after so many tokens: x, y (micro_batch, T) on the device."""
-    first = tokens_seen // block_size + rank * (sequences // world) + micro * micro_batch
+    first = tokens_seen // block_size + rank * mine + micro * micro_batch
     pair = data.batch(np.arange(first, first + micro_batch), block_size, seed)
     if kind_of_device == 'cuda':  # pinned memory goes over while the GPU still works on the last batch
         return [t.pin_memory().to(device, non_blocking=True) for t in pair]
@@ -363,10 +379,14 @@ def save(*paths):
         return False
 
 
-say(f'{model}: {net.num_params() / 1e6:.2f}M parameters, {n_layer} layers of width {n_embd}, context {block_size}')
+say(f'{model}: {net.num_params() / 1e6:.2f}M parameters, {net.config.n_layer} layers of width {net.config.n_embd}, context {block_size}')
+for line in parts_of(net):
+    say(line)
 say(f'{data.name}: {data.tokens["train"]:,} tokens to train on, {data.tokens["val"]:,} to evaluate, vocabulary {data.vocab_size}')
 say(f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x {micro_batch} x {block_size}), '
-    f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}')
+    f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}, {kernels.describe(kind_of_device)}')
+if planned:
+    say(planned)
 for line in data.plan(tokens_seen // block_size + max(0, max_iters - step) * sequences, block_size, seed):
     say(line)
 
@@ -403,6 +423,7 @@ if kind_of_device == 'cuda':
     torch.cuda.reset_peak_memory_stats()
 flops = net.flops_per_token(block_size)
 fast = net                                                  # what computes the training steps
+loader = ThreadPoolExecutor(1)                              # fetches the next batch while this one is computed
 x, y = fetch(tokens_seen, 0)
 if compile:
     try:
@@ -413,8 +434,8 @@ if compile:
     except Exception as error:
         fast = net
         say(f'torch.compile does not work here ({type(error).__name__}); going on without')
-if world > 1:
-    fast = DistributedDataParallel(fast, device_ids=[local_rank] if kind_of_device == 'cuda' else None)
+fast = processes.shared(fast, device)
+trace = Trace(os.path.join(out_dir, 'trace.json'), profile, kind_of_device) if profile and master else None
 
 
 def sound():
@@ -479,21 +500,39 @@ while True:
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = lr
-    # dropout, too, depends on the step alone
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
-    total = torch.zeros((), device=device)
-    for micro in range(micro_steps):
-        if world > 1:                                       # gradients travel once a step
-            fast.require_backward_grad_sync = micro == micro_steps - 1
+    total = None
+    while total is None:                                    # once; again in smaller pieces if memory does not suffice
+        # dropout, too, depends on the step alone
+        torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
         try:
-            with checkpoint.autocast(device, dtype):
-                loss = fast(x, y)[1] / micro_steps
-            x, y = fetch(*((tokens_seen, micro + 1) if micro + 1 < micro_steps else (tokens_seen + tokens_per_step, 0)))
-            scaler.scale(loss).backward()
-        except torch.OutOfMemoryError:
-            fail(f'out of memory with {micro_batch} sequences at once; go on with --batch_size={max(1, micro_batch // 2)}: the steps '
-                 'stay the same')
-        total += loss.detach()
+            total = torch.zeros((), device=device)
+            for micro in range(micro_steps):
+                if world > 1:                               # gradients travel once a step
+                    fast.require_backward_grad_sync = micro == micro_steps - 1
+                coming = loader.submit(fetch, *((tokens_seen, micro + 1) if micro + 1 < micro_steps else (tokens_seen + tokens_per_step, 0)))
+                with record_function('forward'), checkpoint.autocast(device, dtype):
+                    loss = fast(x, y)[1] / micro_steps
+                with record_function('backward'):
+                    scaler.scale(loss).backward()
+                total += loss.detach()
+                with record_function('data'):
+                    x, y = coming.result()
+        except RuntimeError as error:                       # of a CPU it is no OutOfMemoryError
+            if not isinstance(error, torch.OutOfMemoryError) and 'allocate memory' not in str(error):
+                raise
+            if micro_batch == 1 or world > 1:               # several processes cannot agree on it in the middle of a step
+                fail(f'out of memory with {micro_batch} sequences at once; ' + (
+                     f'go on with --batch_size={micro_batch // 2}: the steps stay the same' if micro_batch > 1 else
+                     'go on with --gradient_checkpointing=True' if not gradient_checkpointing else 'halve --block_size, --n_layer or --n_embd'))
+            total = loss = x = y = None
+            net.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            batch_size = micro_batch = max(n for n in range(1, micro_batch) if mine % n == 0)
+            micro_steps = mine // micro_batch
+            say(f'\nout of memory: going on with micro-batches of {micro_batch}, {micro_steps} a step')
+            x, y = fetch(tokens_seen, 0)
+    section = record_function('optimizer')
+    section.__enter__()
     for opt in optimizers:
         scaler.unscale_(opt)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
@@ -502,10 +541,14 @@ while True:
             scaler.step(opt)
     scaler.update()
     net.zero_grad(set_to_none=True)
+    section.__exit__(None, None, None)
     step += 1
     tokens_seen += tokens_per_step
     watch += total if dtype == 'float16' else total + norm  # the scaler skips steps of infinite gradients itself
 
+    if trace:
+        for line in trace.step():
+            say(line)
     if step % log_interval == 0 or step == 1 or step == max_iters:
         if scaler.is_enabled() and scaler.get_scale() < 1e-3:
             watch += math.nan                               # gradients that overflow at any scale
@@ -522,8 +565,9 @@ while True:
                 f'MFU {rate * flops / peak:4.0%} | ' + (f'{used / 2**30:.1f} GB | ' if used else '')
                 + f'epoch {epoch:.2f} | left {datetime.timedelta(seconds=round(left))}')
         say('\r' + line[:columns].ljust(columns) if columns else line, end='' if columns else '\n')
+        load = net.expert_load() or {}
         log(step, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=rate, mfu=rate * flops / peak, memory=used, epoch=epoch,
-            tokens=tokens_seen, seconds=seconds)
+            tokens=tokens_seen, seconds=seconds, **load)
 
 if not sound():
     say(end='\n' if columns else '')

@@ -1,14 +1,18 @@
-"""bench.py at a tiny size: a table, its JSON, and a refusal."""
+"""bench.py at a tiny size: tables, their JSON, a picture, whole runs, and refusals."""
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--vocab_size=64', '--batch_size=2', '--block_size=32', '--rounds=1',
-        '--seconds=0.01', '--threads=1', '--device=cpu', '--prefill=16', '--positions=4,24', '--dtypes=float32']
+        '--seconds=0.01', '--threads=1', '--device=cpu', '--prefill=16', '--positions=4,24', '--dtypes=float32',
+        '--lengths=32,128', '--length_n_layer=1', '--length_n_embd=32', '--window=16']
 
 
 def bench(*arguments):
@@ -54,10 +58,100 @@ class GPT(torch.nn.Module):
     assert 'gpt float32' in ratios and 'nanoGPT' in ratios and '×' in ratios
 
 
-def test_unknown_model_is_refused():
-    run = bench('--models=gpt,mambo2')
-    assert run.returncode == 2 and run.stderr.count('\n') == 1
-    assert "unknown 'mambo2'" in run.stderr and 'mamba2' in run.stderr
+@pytest.mark.slow
+def test_lengths_are_compared_and_drawn(tmp_path):
+    if not importlib.util.find_spec('matplotlib'):
+        pytest.skip('the picture needs matplotlib: pip install -r requirements-test.txt')
+    file, picture = tmp_path / 'bench.json', tmp_path / 'bench.png'
+    run = bench(*TINY, '--models=gpt', '--sections=train,length', '--peers=', f'--json={file}', f'--plot={picture}')
+    assert run.returncode == 0, run.stderr
+    data = json.loads(file.read_text(encoding='utf-8'))
+    whole, = [row for row in data['rows'] if row['section'] == 'train']
+    rows = {(row['name'], row['sizes']['block_size']): row for row in data['rows'] if row['section'] == 'length'}
+    assert set(rows) == {(name, T) for name in ('gpt', 'gpt_window') for T in (32, 128)}
+    assert {row['tokens'] for row in rows.values()} == {128}                    # the same tokens a step at each length
+    assert rows['gpt', 128]['parameters'] < whole['parameters']                 # length_n_embd
+    if os.path.exists('/proc/self/status'):
+        assert all(row['memory'] > 0 for row in rows.values())
+    assert {(r['section'], r['ours'], r['peer']) for r in data['ratios']} == {
+        ('length', f'{name} at 128', f'{name} at 32') for name in ('gpt', 'gpt_window')}
+    assert picture.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n' and picture.stat().st_size > 10_000
+
+
+def test_loss_needs_less_memory_than_pytorchs(tmp_path):
+    file = tmp_path / 'bench.json'
+    run = bench(*TINY, '--sections=loss', '--loss_vocab_size=50257', '--loss_batch_size=1', '--loss_block_size=512', f'--json={file}')
+    assert run.returncode == 0, run.stderr
+    data = json.loads(file.read_text(encoding='utf-8'))
+    assert [(r['ours'], r['peer']) for r in data['ratios']] == [('linear_cross_entropy', 'F.cross_entropy')]
+    if os.path.exists('/proc/self/status'):
+        assert data['ratios'][0]['memory'] < 0.7                                # at its default size, less than 0.25
+        plain = [row for row in data['rows'] if row['name'] == 'cross_entropy'][0]['memory']
+        assert plain > 2 * 512 * 50257 * 4 - 50257 * 64 * 4                     # the logits and their gradient, all at once
+
+
+def test_whole_runs_to_a_loss(tmp_path, capsys):
+    data, file = tmp_path / 'abc', tmp_path / 'bench.json'
+    data.mkdir()
+    for split in ('train', 'val'):
+        (torch.arange(2000, dtype=torch.int32) % 7).numpy().tofile(data / f'{split}.bin')
+    flags = (f'--dataset={data} --vocab_size=7 --n_layer=1 --n_embd=64 --n_head=1 --block_size=16 --batch_size=4 --tokens_per_step=64 '
+             '--max_iters=4 --eval_interval=2')
+    run = bench(*TINY, '--models=gpt', '--sections=', f'--time_to_loss_run={flags}', '--time_to_loss=99', f'--json={file}')
+    assert run.returncode == 0, run.stderr
+    row, = json.loads(file.read_text(encoding='utf-8'))['rows']
+    assert 0 < row['seconds_to_loss'] < row['times'][0]['whole'][0] and len(row['losses']) == 2
+
+    import bench as script
+    row['times'] = [dict(whole=[3.0], loss=[2.0]), dict(whole=[4.0])]           # one run of two never got there
+    script.show_runs([row])
+    assert re.search(r'gpt +not reached +3.5 +3.0–4.0', capsys.readouterr().out) and row['seconds_to_loss'] is None
+
+
+def test_mamba_is_compared_with_gpt_at_their_sizes():
+    import bench
+    def row(name, parameters, *seconds):
+        return dict(section='train', name=name, label=name, dtype='float32', parameters=parameters, times=[{'step': [s]} for s in seconds])
+    found, = bench.compare([row('mamba2', 7e6, 1.0, 2.0, 1.0), row('gpt', 10e6, 1.0, 1.0, 3.0), row('mamba1', 1, 1.0)])
+    assert (found['ours'], found['peer'], found['speed'], found['low'], found['high']) == ('mamba2', 'gpt', 1.0, 0.5, 3.0)
+    assert found['size'] == 0.7 and found['memory'] is None
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(models='gpt,mambo2'), "--models: unknown 'mambo2' (did you mean mamba2?)"),
+    (dict(sections=''), "--sections: unknown ''"),
+    (dict(lengths='1024,many'), '--lengths=1024,many: expected whole numbers'),
+    (dict(lengths='1000,1024'), 'must be a multiple'),
+    (dict(window=0), '--window=0: at least 1'),
+    (dict(time_to_loss=-1.0), '--time_to_loss=-1.0: expected'),
+    (dict(plot='bench.jpg'), 'ends in .png'),
+    (dict(plot='bench.png', sections='loss'), 'of the sections train, length'),
+    (dict(plot='no/such/folder/bench.png'), 'No such file'),
+    (dict(json='no/such/folder/bench.json'), 'No such file'),
+    (dict(plot='bench.png', missing='matplotlib'), 'pip install matplotlib'),
+])
+def test_bad_values_are_refused_before_measuring(settings, message, monkeypatch, capsys):
+    import bench
+    missing = settings.get('missing')                                           # else matplotlib is there, and never imported
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == missing else 'there')
+    monkeypatch.setattr(bench, 'peak_flops', lambda *_: pytest.fail('it measures already'))
+    for name in settings.keys() - {'missing'}:
+        monkeypatch.setattr(bench, name, settings[name])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count('\n') == 1 and message in error, error
+
+
+def test_a_run_that_cannot_be_is_refused():
+    run = bench(*TINY, '--sections=', '--time_to_loss=1', '--time_to_loss_run=config/shakespeare_cpu.py --dataset=never_made')
+    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'data/never_made: no such dataset' in run.stderr, run.stderr
+
+
+def test_a_run_needs_nanogpts_data(tmp_path):
+    (tmp_path / 'model.py').touch()
+    run = bench('--time_to_loss=1.88', f'--nanogpt={tmp_path}')
+    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'data/shakespeare_char/prepare.py' in run.stderr
 
 
 def test_importing_it_is_cheap_and_peak_is_measured():
