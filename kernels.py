@@ -2,7 +2,7 @@
 
     attention, selective_scan, ssd, conv_silu, rms_norm, swiglu, apply_rope, linear_cross_entropy
 
-On a CPU with a C++ compiler kernels.cpp is compiled once, in some seconds, and kept in __pycache__: then an operation reads its
+On a CPU with a C++ compiler native.cpp is compiled once, in some seconds, and kept in __pycache__: then an operation reads its
 inputs once and writes its result once, on all of torch's threads, forward and backward. Elsewhere, under torch.compile, and where no
 compiler is found, the PyTorch beside it computes the same; MAMBINO_NATIVE=0 asks for that. On CUDA the kernels of the package
 mamba-ssm take over the recurrences if it can be imported. `describe()` says in a line what is in use.
@@ -10,154 +10,100 @@ mamba-ssm take over the recurrences if it can be imported. `describe()` says in 
 Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G groups or key heads, P head size, N state size, Q chunk,
 V vocabulary. All of it is differentiable once, and computes in fp32 what must be: softmax, norms, recurrences, the loss.
 """
-import ctypes
 import functools
-import hashlib
+import importlib.util
 import math
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import types
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'kernels.cpp')
-
-
-# --- the compiled half ------------------------------------------------------------------------------------------------
-
-def processor():
-    """What the compiled file depends on: the kind of processor and what it can do. A home folder may serve several machines."""
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as f:
-            return next(line for line in f if line.startswith(('flags', 'Features')))
-    except (OSError, StopIteration):
-        return platform.platform() + platform.processor()
-
-
-@functools.cache
-def native():
-    """kernels.cpp as a library, compiled now if it has not been; None where there is no compiler, or MAMBINO_NATIVE=0."""
-    if os.environ.get('MAMBINO_NATIVE') == '0':
-        return None
-    compiler = os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'clang++', 'c++')), None)
-    if not compiler:
-        return None
-    with open(SOURCE, 'rb') as f:
-        name = hashlib.sha256(f.read() + (compiler + processor()).encode()).hexdigest()[:16]
-    folder = os.path.join(os.path.dirname(SOURCE), '__pycache__')
-    path = os.path.join(folder, f'kernels-{name}.so')
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if not os.path.exists(path) and not os.access(folder, os.W_OK):
-            path = os.path.join(tempfile.mkdtemp(prefix='mambino-'), 'kernels.so')  # nobody else's folder: what lies there is run
-        if not os.path.exists(path):
-            compile_to(path, compiler)
-        return ctypes.CDLL(path)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def compile_to(path, compiler):
-    """kernels.cpp → a library at `path`, whole or not at all: several processes may compile at once."""
-    fresh = f'{path}.{os.getpid()}'
-    for flags in (['-march=native'], ['-mcpu=native'], []):
-        command = [compiler, '-std=c++17', '-O3', '-fno-math-errno', '-fPIC', '-shared', '-w', *flags, SOURCE, '-o', fresh]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if done.returncode == 0:
-            return os.replace(fresh, path)
-    done.check_returncode()
+import native
 
 
 def describe(device='cpu'):
     """What computes on this kind of device, in some words."""
+    if device == 'cpu' and native.library():
+        return 'operations compiled for this CPU'
     if device == 'cpu':
-        return 'kernels compiled for this CPU' if native() else \
-            'kernels in plain PyTorch (slower: ' + ('MAMBINO_NATIVE=0' if os.environ.get('MAMBINO_NATIVE') == '0' else 'no working C++ compiler') + ')'
-    return 'kernels in plain PyTorch'
-
-
-@functools.cache
-def pool():
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1)))
+        why = 'MAMBINO_NATIVE=0' if os.environ.get('MAMBINO_NATIVE') == '0' else 'no working C++ compiler was found'
+        return f'operations in plain PyTorch, since {why}'
+    found, notes = fused(device)
+    return (f'mamba-ssm\'s kernels ({", ".join(found)})' if found else 'operations in plain PyTorch') + ''.join(f'; {note}' for note in notes)
 
 
 def use_native(*tensors):
-    """Whether these go to kernels.cpp."""
-    return all(t.device.type == 'cpu' for t in tensors) and not torch.compiler.is_compiling() and native() is not None
+    """Whether these go to native.cpp."""
+    return all(t.device.type == 'cpu' for t in tensors) and not torch.compiler.is_compiling() and native.library() is not None
 
 
-def shares(n, work):
-    """How many threads share n items that take about so many nanoseconds: to wake one costs some 50,000."""
-    return max(1, min(torch.get_num_threads(), n, work >> 16))
+def import_past_init(package, module):
+    """A module of a package whose own __init__ fails: mamba-ssm's imports a CUDA extension that may not have been built."""
+    try:
+        return importlib.import_module(module)
+    except Exception:                                                           # not only ImportError: a library of another version, …
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise
+        sys.modules[package] = stub = types.ModuleType(package)
+        stub.__path__ = list(spec.submodule_search_locations)
+        try:
+            return importlib.import_module(module)
+        finally:
+            del sys.modules[package]
 
 
-def launch(name, n, work, *args):
-    """Calls a function of kernels.cpp on items 0 to n, shared by shares(n, work) threads. Tensors go as pointers, ints as 64 bits, floats
-    as 32. Tensors without data, with which a run's memory is estimated, are left as they are."""
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
-        return
-    for t in tensors:
-        assert t.dtype in (torch.float32, torch.int64) and t.stride(-1) == 1 and t.device.type == 'cpu', name
-    convert = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), torch.nn.Parameter: lambda t: ctypes.c_void_p(t.data_ptr()),
-               int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
-    args = [convert[type(a)](a) for a in args]
-    function, pieces = getattr(native(), name), shares(n, work)
-    parts = [[ctypes.c_int64(i) for i in (n * p // pieces, n * (p + 1) // pieces, p)] for p in range(pieces)]
-    others = [pool().submit(function, *part, *args) for part in parts[1:]]      # ctypes lets go of Python's lock
-    function(*parts[0], *args)
-    for other in others:
-        other.result()
+@functools.cache
+def fused(device='cuda'):
+    """({name: function}, notes) of mamba-ssm's kernels that can be imported and, on a small example on this device, give what plain
+    PyTorch gives, gradients too. One that is there and does not work is left out, with a note."""
+    found, notes = {}, []
+    for name, module, function in (('ssd', 'mamba_ssm.ops.triton.ssd_combined', 'mamba_chunk_scan_combined'),
+                                   ('scan', 'mamba_ssm.ops.selective_scan_interface', 'selective_scan_fn')):
+        try:
+            function = getattr(import_past_init('mamba_ssm', module), function)
+        except Exception:
+            continue
+        try:
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                check_fused(name, function, device)
+            found[name] = function
+        except Exception as error:
+            notes.append(f'mamba-ssm\'s {name} does not work here ({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ""})')
+    return found, notes
 
 
-def rows(x):
-    """x (..., n) as fp32 whose rows are at one distance, which kernels.cpp is told; a copy only if it must be."""
-    x = x.float()
-    if x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1 for i in range(x.ndim - 2)):
-        return x
-    return x.contiguous()
-
-
-def zeros_like_all(*tensors):
-    return [torch.zeros_like(t) for t in tensors]
+def check_fused(name, function, device):
+    """Raises if a fused kernel fails, or differs from the plain operation by more than 1% of the largest value."""
+    B, T, H, P, N = 2, 96, 4, 32, 16
+    plain, kernel = (plain_mamba2, fused_mamba2) if name == 'ssd' else (plain_mamba1, fused_mamba1)
+    shapes = [(B, T, H * P + 2 * N), (B, T, H), (H,), (H,), (H,)] if name == 'ssd' else \
+        [(B, T, P), (B, T, P), (P,), (P, N), (B, T, N), (B, T, N), (P,), (B, T, P)]
+    inputs = [torch.randn(shape).to(device) for shape in shapes]
+    inputs[3] = -inputs[3].abs() - 0.1                                          # A
+    results = []
+    for run in (plain, partial(kernel, function)):
+        leaves = [u.clone().requires_grad_() for u in inputs]
+        y = run(*leaves, 1, P, 32)[0] if name == 'ssd' else run(*leaves)[0]
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for want, got in zip(*results):
+        if not (got.float() - want).abs().max() <= 0.01 * want.abs().max():     # also where it is NaN
+            raise ValueError('gives other numbers than plain PyTorch')
 
 
 # --- norms, gates, rotary positions -----------------------------------------------------------------------------------
-
-class _Norm(Function):
-
-    @staticmethod
-    def forward(ctx, x, gate, weight, eps, groups):
-        x, gate = rows(x).contiguous(), None if gate is None else rows(gate)
-        n, D = x.numel() // x.shape[-1], x.shape[-1] // groups
-        y, rstd = torch.empty_like(x), x.new_empty(n * groups)
-        launch('norm_forward', n, 2 * x.numel(), groups, D, eps, x, gate, 0 if gate is None else gate.stride(-2), weight, y, rstd)
-        ctx.save_for_backward(x, gate, weight, rstd)
-        ctx.groups = groups
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):
-        x, gate, weight, rstd = ctx.saved_tensors
-        n, D = x.numel() // x.shape[-1], x.shape[-1] // ctx.groups
-        gx, gz, gw = torch.empty_like(x), None if gate is None else torch.empty_like(x), x.new_zeros(shares(n, 2 * x.numel()), len(weight))
-        launch('norm_backward', n, 2 * x.numel(), ctx.groups, D, x, gate, 0 if gate is None else gate.stride(-2), weight, rstd,
-               rows(gy).contiguous(), gx, gz, gw)
-        return gx, gz, gw.sum(0), None, None
-
 
 def rms_norm(x, weight, eps, gate=None, groups=1):
     """x / rms(x) * weight over the last dimension, or over each of so many groups of it (Zhang & Sennrich 2019), in fp32. gate, of x's
     shape: x * silu(gate) is normalised instead (Mamba-2's)."""
     if use_native(x, weight):
-        return _Norm.apply(x, gate, weight, eps, groups)
+        return native.Norm.apply(x, gate, weight, eps, groups)
     x = x.float() if gate is None else x.float() * F.silu(gate.float())
     if x.device.type != 'cpu' and groups == 1:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -167,46 +113,11 @@ def rms_norm(x, weight, eps, gate=None, groups=1):
     return F.rms_norm(x, x.shape[-1:], None, eps).flatten(-2) * weight
 
 
-class _SwiGLU(Function):
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        launch('swiglu_forward', gate.numel() // 16, gate.numel(), gate, up, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):
-        gate, up = ctx.saved_tensors
-        ggate, gup = torch.empty_like(gate), torch.empty_like(up)
-        launch('swiglu_backward', gate.numel() // 16, 2 * gate.numel(), gate, up, gy.contiguous(), ggate, gup)
-        return ggate, gup
-
-
 def swiglu(gate, up):
     """silu(gate) * up (Shazeer 2020)."""
     if gate.dtype == torch.float32 and gate.numel() % 16 == 0 and use_native(gate):
-        return _SwiGLU.apply(gate, up)
+        return native.SwiGLU.apply(gate, up)
     return F.silu(gate) * up
-
-
-class _Rope(Function):
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, sign):
-        ctx.save_for_backward(cos, sin)
-        ctx.sign, x, y = sign, x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        half, heads = cos.shape[-1], x.shape[-2]
-        launch('rope', x.numel() // (2 * half * heads), x.numel(), cos.numel() // half, heads, 2 * half, x, cos, sin, sign, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):                                                      # a rotation's gradient is the rotation back
-        return _Rope.apply(gy, *ctx.saved_tensors, -ctx.sign), None, None, None
 
 
 def rope_tables(positions, dim, theta):
@@ -220,37 +131,13 @@ def apply_rope(x, rope):
     """Rotate (..., T, heads, P) by position; pairs are (i, i + P/2), as in Llama."""
     cos, sin = rope
     if x.dtype == torch.float32 and use_native(x):
-        return _Rope.apply(x, cos, sin, 1.0)
+        return native.Rope.apply(x, cos, sin, 1.0)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
-
-class _Attention(Function):
-
-    @staticmethod
-    def forward(ctx, q, k, v, window, dropout, seed):
-        q, k, v = (u.float().contiguous() for u in (q, k, v))                   # (B, T, H, P), (B, T, G, P) twice
-        (B, T, H, P), G = q.shape, k.shape[2]
-        ctx.how = (T, H, G, P, window, q, k, v, H * P, G * P, P ** -0.5, dropout, seed)
-        y, lse = q.new_empty(B, T, H * P), q.new_empty(B, H, T)
-        ctx.work = q.numel() * min(T, window or T) // 30
-        launch('attention_forward', B * G, ctx.work, *ctx.how, y, lse)
-        ctx.save_for_backward(q, k, v, y, lse)
-        ctx.how = ctx.how[:5] + ctx.how[8:]
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):
-        q, k, v, y, lse = ctx.saved_tensors
-        grads = zeros_like_all(q, k, v)
-        launch('attention_backward', len(q) * k.shape[2], 2 * ctx.work, *ctx.how[:5], q, k, v, *ctx.how[5:], y, lse,
-               gy.float().contiguous(), *grads)
-        return *grads, None, None, None
-
 
 def attention(q, k, v, window=0, dropout=0.0):
     """Causal attention of T tokens to themselves. q (B, T, H, P), k, v (B, T, G, P), each key head for H/G query heads → (B, T, H P).
@@ -260,7 +147,7 @@ def attention(q, k, v, window=0, dropout=0.0):
     window = 0 if window >= T else window
     if P % 16 == 0 and use_native(q):
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        return _Attention.apply(q, k, v, window, float(dropout), seed).to(q.dtype)
+        return native.Attention.apply(q, k, v, window, float(dropout), seed).to(q.dtype)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))                            # (B, H, T, P)
     if k.shape[1] != H:
         k, v = (u.repeat_interleave(H // u.shape[1], dim=1) for u in (k, v))
@@ -372,6 +259,70 @@ class _SelectiveScan(Function):
         return gx, gdt, gA.t(), gB, gC, g
 
 
+def scan_chunk(x, dt, A, B, C, h):
+    """k steps of the recurrence, unrolled for a compiler. x, dt (B, k, E), A (N, E), B, C (B, k, N), h (B, N, E) → y (B, k, E), h."""
+    ys = []
+    for i in range(x.shape[1]):
+        d = dt[:, i, None]
+        h = torch.exp(d * A) * h + (d * x[:, i, None]) * B[:, i, :, None]
+        ys.append((h * C[:, i, :, None]).sum(1))
+    return torch.stack(ys, 1), h
+
+
+def scan_chunk_backward(x, dt, A, B, C, h, gy, g):
+    """The gradients of x, dt, B, C, A and h, from those of y and of the last h."""
+    states, decays = [h], []
+    for i in range(x.shape[1]):
+        d = dt[:, i, None]
+        decays.append(torch.exp(d * A))
+        states.append(decays[i] * states[i] + (d * x[:, i, None]) * B[:, i, :, None])
+    gx, gdt, gB, gC, gA = [], [], [], [], torch.zeros_like(A)
+    for i in reversed(range(x.shape[1])):
+        d = dt[:, i, None]
+        gh = g + gy[:, i, None] * C[:, i, :, None]                              # (B, N, E)
+        gC.append((states[i + 1] * gy[:, i, None]).sum(2))
+        gB.append((gh * (d * x[:, i, None])).sum(2))
+        gu = (gh * B[:, i, :, None]).sum(1)                                     # (B, E)
+        g = gh * decays[i]
+        gdecay = g * states[i]                                                  # of dt A
+        gA = gA + (gdecay * d).sum(0)
+        gdt.append((gdecay * A).sum(1) + gu * x[:, i])
+        gx.append(gu * dt[:, i])
+    return *(torch.stack(grads[::-1], 1) for grads in (gx, gdt, gB, gC)), gA, g
+
+
+@functools.cache
+def chunk_functions():
+    """The two, compiled: on a GPU each is a few kernels where PyTorch would start a hundred."""
+    return torch.compile(scan_chunk, dynamic=False), torch.compile(scan_chunk_backward, dynamic=False)
+
+
+class _ScanByChunks(Function):
+    """selective_scan by chunks of 8 steps, each one call of chunk_functions; T is a multiple of 8."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, h):
+        At, ys, starts = A.t().contiguous(), [], []
+        for part in zip(*(u.split(8, 1) for u in (x, dt, B, C))):
+            starts.append(h)
+            y, h = chunk_functions()[0](*part[:2], At, *part[2:], h)
+            ys.append(y)
+        ctx.save_for_backward(x, dt, At, B, C, torch.stack(starts))
+        return torch.cat(ys, 1), h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, g):
+        x, dt, At, B, C, starts = ctx.saved_tensors
+        grads, gA = [], torch.zeros_like(At)
+        for *part, h in reversed(list(zip(*(u.split(8, 1) for u in (x, dt, B, C, gy)), starts))):
+            *some, more, g = chunk_functions()[1](*part[:2], At, *part[2:4], h, part[4], g)
+            grads.append(some)
+            gA += more
+        gx, gdt, gB, gC = (torch.cat(parts[::-1], 1) for parts in zip(*grads))
+        return gx, gdt, gA.t(), gB, gC, g
+
+
 def selective_scan(x, dt, A, B, C, state=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t (Mamba, Gu & Dao 2023, eq. 2 and algorithm 2), in fp32.
 
@@ -380,34 +331,11 @@ def selective_scan(x, dt, A, B, C, state=None):
     x, dt, A, B, C = (u.float().contiguous() for u in (x, dt, A, B, C))
     if state is None:
         state = x.new_zeros(x.shape[0], A.shape[1], A.shape[0])
+    if x.device.type == 'cuda' and x.shape[1] >= 8:
+        pad = -x.shape[1] % 8                                                   # dt = 0 leaves the state as it is
+        y, state = _ScanByChunks.apply(*(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)), A, *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)), state)
+        return y[:, :y.shape[1] - pad], state
     return _SelectiveScan.apply(x, dt, A, B, C, state)
-
-
-class _Mamba1(Function):
-
-    @staticmethod
-    def forward(ctx, x, raw, bias, A, B, C, D, z, state):
-        x, (raw, B, C, z) = x.float().contiguous(), (rows(u) for u in (raw, B, C, z))
-        if B.stride(-2) != C.stride(-2):
-            B, C = B.contiguous(), C.contiguous()
-        (batch, T, E), N, At, last = x.shape, A.shape[1], A.t().contiguous(), state.clone()
-        y, starts = torch.empty_like(x), x.new_empty(-(-T // 8), batch, N, E) if any(ctx.needs_input_grad) else None
-        launch('mamba1_forward', -(-E // 16), x.numel() * N // 2, N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2), D, z, z.stride(-2),
-               last, starts, y)
-        ctx.save_for_backward(x, raw, bias, At, B, C, D, z, starts)
-        return y, last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy, gstate):
-        x, raw, bias, At, B, C, D, z, starts = ctx.saved_tensors
-        (batch, T, E), N, gstate, tiles = x.shape, len(At), gstate.clone(), -(-x.shape[2] // 16)
-        gx, graw, gz = (torch.empty_like(x) for _ in range(3))
-        gbias, gA, gD = zeros_like_all(bias, At, D)
-        gB, gC = x.new_empty(2, shares(tiles, x.numel() * N), batch, T, N)
-        launch('mamba1_backward', tiles, x.numel() * N, N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2), D, z, z.stride(-2),
-               starts, gy.contiguous(), gstate, gx, graw, gbias, gA, gB, gC, gD, gz)
-        return gx, graw, gbias, gA.t(), gB.sum(0), gC.sum(0), gD, gz, gstate
 
 
 def mamba1_scan(x, raw, bias, A, B, C, D, z, state=None):
@@ -416,9 +344,21 @@ def mamba1_scan(x, raw, bias, A, B, C, D, z, state=None):
     x, raw, z (B, T, E), bias, D (E), A (E, N), B, C (B, T, N), state (B, N, E) or None → y (B, T, E), last state."""
     if use_native(x) and A.shape[1] in (8, 16, 32, 64):
         state = x.new_zeros(len(x), A.shape[1], A.shape[0], dtype=torch.float32) if state is None else state
-        return _Mamba1.apply(x, raw, bias, A, B, C, D, z, state)
+        return native.Mamba1.apply(x, raw, bias, A, B, C, D, z, state)
+    if x.device.type == 'cuda' and state is None and not torch.compiler.is_compiling() and 'scan' in fused()[0]:
+        return fused_mamba1(fused()[0]['scan'], x, raw, bias, A, B, C, D, z)
+    return plain_mamba1(x, raw, bias, A, B, C, D, z, state)
+
+
+def plain_mamba1(x, raw, bias, A, B, C, D, z, state=None):
     y, state = selective_scan(x, F.softplus(raw.float() + bias), A, B, C, state)
     return torch.addcmul(y, x, D) * F.silu(z), state
+
+
+def fused_mamba1(function, x, raw, bias, A, B, C, D, z):
+    x, raw, B, C, z = (u.transpose(1, 2).contiguous().to(x.dtype) for u in (x, raw, B, C, z))  # channels before time
+    y, state = function(x, raw, A, B, C, D.float(), z, bias.float(), delta_softplus=True, return_last_state=True)
+    return y.transpose(1, 2), state.transpose(1, 2)
 
 
 def ssd(x, dt, A, B, C, chunk_size=64, state=None):
@@ -468,36 +408,6 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
     return y.reshape(batch, T + pad, H, P)[:, :T], h.permute(0, 1, 3, 4, 2).reshape(batch, H, P, N)
 
 
-class _Mamba2(Function):
-
-    @staticmethod
-    def forward(ctx, xBC, raw, bias, A, D, groups, chunk, state):
-        xBC, raw = xBC.float().contiguous(), rows(raw)
-        batch, T, width = xBC.shape
-        H, P, N = state.shape[1:]
-        chunks = -(-T // chunk)
-        starts, y = xBC.new_empty(batch, H, chunks + 1, N, P), xBC.new_empty(batch, T, H, P)
-        starts[:, :, 0] = state.transpose(2, 3)
-        ctx.how = T, H, groups, P, N, chunk
-        ctx.work = y.numel() * N // 8
-        launch('ssd_forward', batch * H, ctx.work, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, y)
-        ctx.save_for_backward(xBC, raw, bias, A, D, starts)
-        return y, starts[:, :, -1].transpose(2, 3).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy, gstate):
-        xBC, raw, bias, A, D, starts = ctx.saved_tensors
-        (batch, T, width), (_, H, G, P, N, _) = xBC.shape, ctx.how
-        gx, gBC = torch.empty_like(xBC), xBC.new_zeros(shares(batch * H, 2 * ctx.work), batch, T, 2 * G * N)
-        graw, gA, gD = xBC.new_empty(batch, T, H), A.new_zeros(batch, H), D.new_zeros(batch, H)
-        gstate = gstate.transpose(2, 3).contiguous()
-        launch('ssd_backward', batch * H, 2 * ctx.work, batch, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, gy.contiguous(), gstate,
-               gx, gBC, graw, gA, gD)
-        gx[..., H * P:] = gBC.sum(0) if len(gBC) > 1 else gBC[0]
-        return gx, graw, graw.sum((0, 1)), gA.sum(0), gD.sum(0), None, None, gstate.transpose(2, 3)
-
-
 def mamba2_scan(xBC, raw, bias, A, D, groups, head_dim, chunk_size=64, state=None):
     """Mamba-2's recurrence, by ssd, and its skip: y = C h + D x, dt = softplus(raw + bias).
 
@@ -507,36 +417,32 @@ def mamba2_scan(xBC, raw, bias, A, D, groups, head_dim, chunk_size=64, state=Non
     if use_native(xBC) and P % 16 == 0 and N % 16 == 0 and chunk_size % 16 == 0:
         state = xBC.new_zeros(batch, H, P, N, dtype=torch.float32) if state is None else state
         chunk = min(chunk_size, -(-T // 16) * 16)
-        return _Mamba2.apply(xBC, raw, bias, A, D, groups, chunk, state)
-    x, B, C = xBC.split((H * P, groups * N, groups * N), dim=-1)
-    x = x.unflatten(-1, (H, P))                                                 # (B, T, H, P)
-    B, C = (u.unflatten(-1, (groups, N)) for u in (B, C))                       # (B, T, G, N)
+        return native.Mamba2.apply(xBC, raw, bias, A, D, groups, chunk, state)
+    if xBC.device.type == 'cuda' and not torch.compiler.is_compiling() and 'ssd' in fused()[0]:
+        return fused_mamba2(fused()[0]['ssd'], xBC, raw, bias, A, D, groups, head_dim, chunk_size, state)
+    return plain_mamba2(xBC, raw, bias, A, D, groups, head_dim, chunk_size, state)
+
+
+def plain_mamba2(xBC, raw, bias, A, D, groups, head_dim, chunk_size=64, state=None):
+    x, B, C = heads_of(xBC, raw, groups, head_dim)
     y, state = ssd(x, F.softplus(raw.float() + bias), A, B, C, chunk_size, state)
     return torch.addcmul(y, x, D[:, None]), state
 
 
+def fused_mamba2(function, xBC, raw, bias, A, D, groups, head_dim, chunk_size=64, state=None):
+    x, B, C = heads_of(xBC, raw, groups, head_dim)
+    return function(x, raw, A, B, C, chunk_size, D=D, dt_bias=bias, dt_softplus=True, initial_states=state, return_final_states=True)
+
+
+def heads_of(xBC, raw, groups, P):
+    """xBC (B, T, E + 2GN) → x (B, T, H, P), B and C (B, T, G, N)."""
+    E = raw.shape[-1] * P
+    N = (xBC.shape[-1] - E) // (2 * groups)
+    x, B, C = xBC.split((E, groups * N, groups * N), dim=-1)
+    return x.unflatten(-1, (-1, P)), B.unflatten(-1, (groups, N)), C.unflatten(-1, (groups, N))
+
+
 # --- the short convolution of a Mamba ---------------------------------------------------------------------------------
-
-class _NativeConvSilu(Function):
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):                                          # x (B, T, E), weight (4, E), bias (E)
-        x, weight = rows(x), weight.contiguous()
-        (B, T, E), y = x.shape, x.new_empty(x.shape)
-        launch('conv_forward', B * -(-E // 64), 2 * x.numel(), T, E, x, x.stride(-2), weight, bias, y)
-        ctx.save_for_backward(x, weight, bias)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):
-        x, weight, bias = ctx.saved_tensors
-        T, E = x.shape[1:]
-        n = x.shape[0] * -(-E // 64)
-        gx, gw, gb = x.new_empty(x.shape), *(x.new_zeros(shares(n, 3 * x.numel()), *size) for size in ((4, E), (E,)))
-        launch('conv_backward', n, 3 * x.numel(), T, E, x, x.stride(-2), weight, bias, gy.contiguous(), gx, gw, gb)
-        return gx, gw.sum(0), gb.sum(0)
-
 
 class _ConvSilu(Function):
     """silu of the causal depthwise convolution as K shifted multiply-adds, which beats a grouped convolution on a CPU."""
@@ -573,7 +479,7 @@ def conv_silu(x, weight, bias, state=None):
     if state is not None:
         x = torch.cat((state.to(x.dtype), x), 1)
     if K == 4 and use_native(x):
-        y = _NativeConvSilu.apply(x, weight[:, 0].t(), bias)
+        y = native.ConvSilu.apply(x, weight[:, 0].t(), bias)
         return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()
     weight, bias = weight[:, 0].t().to(x.dtype).contiguous(), bias.to(x.dtype)
     if torch.compiler.is_compiling():                                           # the compiler fuses the steps by itself
@@ -590,9 +496,7 @@ def cross_entropy_(logits, targets):
     """The sum of the cross-entropies of logits (n, V), in nats; the logits become its gradient, softmax less one-hot. A target below 0
     does not count."""
     if use_native(logits):
-        losses = logits.new_empty(len(targets))
-        launch('cross_entropy', len(targets), 2 * logits.numel(), logits.shape[1], logits, targets.contiguous(), losses)
-        return losses.sum()
+        return native.cross_entropy_(logits, targets)
     valid, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
     p = torch.log_softmax(logits, -1)
     total = -torch.where(valid, p.gather(1, index), 0).sum()

@@ -1,12 +1,14 @@
 """Each operation of kernels.py, compiled and in plain PyTorch, against its definition in float64: results and all gradients."""
 import math
 import random
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
+import native
 from kernels import conv_silu, linear_cross_entropy, selective_scan, ssd
 from model_gpt import RMSNorm
 from test_models import V, assert_close, assert_same, perturb, quiet_and_seeded, random_dt, recurrence, tokens  # noqa: F401
@@ -18,10 +20,10 @@ both_halves = pytest.mark.usefixtures("half")
 @pytest.fixture(params=["compiled", "plain"])
 def half(request, monkeypatch):
     if request.param == "plain":
-        monkeypatch.setattr(kernels, "native", lambda: None)
-    monkeypatch.setattr(kernels, "shares", lambda n, work: max(1, min(torch.get_num_threads(), n)))  # however small the work
-    if request.param == "compiled" and kernels.native() is None:
-        pytest.skip("no C++ compiler here: kernels.cpp is not tested")
+        monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "shares", lambda n, work: max(1, min(torch.get_num_threads(), n)))  # however small the work
+    if request.param == "compiled" and native.library() is None:
+        pytest.skip("no C++ compiler here: native.cpp is not tested")
     return request.param
 
 
@@ -250,3 +252,102 @@ def test_infinite_logits_show_in_the_loss():
     x, weight = torch.full((1, 64, 16), 1e30, requires_grad=True), torch.full((20, 16), 1e30)
     loss = kernels.linear_cross_entropy(x, weight, torch.zeros(1, 64, dtype=torch.long))
     assert not loss.isfinite()
+
+
+# --- what a GPU runs, as far as a CPU can tell
+
+@pytest.mark.parametrize("T", [8, 61])
+def test_scan_by_chunks(monkeypatch, T):
+    """The form that a GPU compiles, uncompiled."""
+    monkeypatch.setattr(kernels, "chunk_functions", lambda: (kernels.scan_chunk, kernels.scan_chunk_backward))
+
+    def run(x, dt, A, B, C, h):
+        pad = -T % 8
+        y, h = kernels._ScanByChunks.apply(*(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)), A, *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)), h)
+        return y[:, :T], h
+
+    def reference(x, dt, A, B, C, h):
+        y, h = recurrence(x[..., None], dt, A, B[:, :, None], C[:, :, None], h.transpose(1, 2)[:, :, None])
+        return y[..., 0], h[:, :, 0].transpose(1, 2)
+
+    assert_same(run, reference, [torch.randn(2, T, 6), random_dt("usual", (2, T, 6)), -torch.rand(6, 3) * 16, torch.randn(2, T, 3),
+                                 torch.randn(2, T, 3), torch.randn(2, 3, 6)])
+
+
+def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", init="raise OSError('selective_scan_cuda.so')"):
+    """mamba-ssm as pip leaves it without its CUDA extension: its __init__ fails, its Triton files would work."""
+    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+    folder.mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(init + "\n")
+    (tmp_path / "mamba_ssm" / "ops" / "__init__.py").write_text("")
+    (folder / "__init__.py").write_text("")
+    (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text("import selective_scan_cuda_that_is_not_there\n")
+    (folder / "ssd_combined.py").write_text(
+        "import torch, kernels\nfrom torch.nn.functional import softplus\n\n"
+        "def plain_ssd(x, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus, initial_states, return_final_states):\n"
+        "    y, h = kernels.ssd(x, softplus(dt + dt_bias), A, B, C, chunk_size, initial_states)\n"
+        "    return y + D[:, None] * x, h\n\n"
+        f"def mamba_chunk_scan_combined(*args, **how):\n    {ssd}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
+        monkeypatch.delitem(sys.modules, name)
+    kernels.fused.cache_clear()
+
+
+@pytest.mark.parametrize("ssd, says", [
+    ("return plain_ssd(*args, **how)", "mamba-ssm's kernels (ssd)"),
+    ("raise RuntimeError('no kernel image')", "does not work here (RuntimeError: no kernel image)"),
+    ("y, h = plain_ssd(*args, **how); return y * 1.1, h", "gives other numbers"),
+    ("y, h = plain_ssd(*args, **how); return y.detach() + 0 * y, h", "gives other numbers"),
+    ("y, h = plain_ssd(*args, **how); return y * float('nan'), h", "gives other numbers"),
+])
+def test_fused_kernels_are_used_only_if_they_work(tmp_path, monkeypatch, ssd, says):
+    fake_package(tmp_path, monkeypatch, ssd)
+    try:
+        found, notes = kernels.fused("cpu")
+        assert list(found) == (["ssd"] if "kernels (" in says else [])
+        monkeypatch.setattr(kernels, "fused", lambda device: (found, notes))
+        assert says in kernels.describe("cuda")
+        assert "mamba_ssm" not in sys.modules                                   # whoever else imports it gets its own error
+    finally:
+        for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
+            del sys.modules[name]
+
+
+def test_fused_mamba1_hands_over_the_right_arguments():
+    """Against a stand-in with selective_scan_fn's signature, computed as its reference is written."""
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+        assert delta_softplus and return_last_state
+        dt, h, ys = F.softplus(delta + delta_bias[:, None]), torch.zeros(len(u), *A.shape), []
+        for t in range(u.shape[2]):
+            h = torch.exp(dt[:, :, t, None] * A) * h + (dt[:, :, t] * u[:, :, t])[..., None] * B[:, None, :, t]
+            ys.append((h * C[:, None, :, t]).sum(-1))
+        return (torch.stack(ys, 2) + D[:, None] * u) * F.silu(z), h
+    kernels.check_fused("scan", selective_scan_fn, "cpu")
+    x, raw, z = torch.randn(3, 2, 20, 6).unbind()
+    args = x, raw, torch.randn(6), -torch.rand(6, 4), torch.randn(2, 20, 4), torch.randn(2, 20, 4), torch.randn(6), z
+    for got, want in zip(kernels.fused_mamba1(selective_scan_fn, *args), kernels.plain_mamba1(*args)):
+        assert_close(got, want, 1e-5)
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch):
+    native.library.cache_clear()
+    try:
+        monkeypatch.setattr(native, "compiler", lambda: None)
+        assert native.library() is None and "no working C++ compiler" in kernels.describe("cpu")
+        native.library.cache_clear()
+        monkeypatch.setenv("MAMBINO_NATIVE", "0")
+        assert native.library() is None and "MAMBINO_NATIVE=0" in kernels.describe("cpu")
+    finally:
+        native.library.cache_clear()
+
+
+def test_compiles_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
+    source = tmp_path / "native.cpp"
+    source.write_text('extern "C" int seven() { return 7; }\n')
+    (tmp_path / "__pycache__").write_text("a file in the folder's place")
+    monkeypatch.setattr(native, "SOURCE", str(source))
+    library = native.library.__wrapped__()
+    if library is None and native.compiler() is None:
+        pytest.skip("no C++ compiler here")
+    assert library.seven() == 7

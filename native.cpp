@@ -80,6 +80,11 @@ static inline vec log1pv(vec u) {                           // of 0 to 1
     return d == 0.f ? u : y * u / d;                        // what 1 + u has lost of u (Kahan)
 }
 static inline vec softplus(vec x) { return (x > 0.f ? x : all(0.f)) + log1pv(expv(x > 0.f ? -x : x)); }
+static inline vec softplus(vec x, vec &slope) {             // and its derivative, sigmoid(x)
+    vec e = expv(x > 0.f ? -x : x);
+    slope = (x > 0.f ? all(1.f) : e) / (1.f + e);
+    return (x > 0.f ? x : all(0.f)) + log1pv(e);
+}
 
 // --- matrix products on what lies in the cache
 
@@ -325,7 +330,7 @@ template <int N> static void scan_backward(I lo, I hi, I batch, Scan m, const fl
         memset(sumB, 0, sizeof sumB), memset(sumC, 0, sizeof sumC);
         for (I e = lo * L; e < hi * L && e < E; e += L) {
             int n = E - e < L ? E - e : L;
-            vec s[K + 1][N], decay[K][N], A[N], g[N], dA[N], dt[K], x[K], grad[K], raw[K];
+            vec s[K + 1][N], decay[K][N], A[N], g[N], dA[N], dt[K], x[K], grad[K], slope[K];
             vec bias = load(m.bias + e, n), skip = load(m.D + e, n), dskip{}, dbias{};
             for (int j = 0; j < N; j++) {
                 A[j] = load(m.A + j * E + e, n) * LOG2E, dA[j] = vec{};
@@ -335,7 +340,7 @@ template <int N> static void scan_backward(I lo, I hi, I batch, Scan m, const fl
             for (int i = 0; i < k; i++) {                   // the states once more
                 I r = b * m.T + t0 + i;
                 const float *B = m.B + r * m.sbc, *C = m.C + r * m.sbc;
-                x[i] = load(m.x + r * E + e, n), raw[i] = load(m.raw + r * m.sraw + e, n) + bias, dt[i] = softplus(raw[i]);
+                x[i] = load(m.x + r * E + e, n), dt[i] = softplus(load(m.raw + r * m.sraw + e, n) + bias, slope[i]);
                 vec u = dt[i] * x[i], out = skip * x[i];
                 for (int j = 0; j < N; j++) {
                     decay[i][j] = exp2v(dt[i] * A[j]);
@@ -362,7 +367,7 @@ template <int N> static void scan_backward(I lo, I hi, I batch, Scan m, const fl
                     ddt += w * A[j];
                 }
                 store(gx + r * E + e, du * dt[i] + grad[i] * skip, n);
-                vec draw = (ddt * LN2 + du * x[i]) * sigmoid(raw[i]);
+                vec draw = (ddt * LN2 + du * x[i]) * slope[i];
                 store(graw + r * E + e, draw, n);
                 dbias += draw;
             }
