@@ -6,10 +6,16 @@
     net, tok = model_of(ckpt), tokenizer_of(ckpt)
 
 A checkpoint is read with weights_only=True: tensors and plain values, never code. It is written to a temporary name,
-flushed to the disk and renamed, so a kill at any moment leaves the old one or the new one, whole.
+flushed to the disk and renamed, so a kill at any moment leaves the old one or the new one, whole. While several processes share the
+weights, they save in shards: each writes its own part, and last, in the place of the whole, the first what they have in common:
+
+    ckpt.shards/250/rank-0-of-2.pt, rank-1-of-2.pt      weights, optimizers
+    ckpt.pt                                             the rest, and shards: {'step': 250, 'world': 2}
 """
 import dataclasses
 import os
+import shlex
+import shutil
 from contextlib import nullcontext
 
 import torch
@@ -34,7 +40,8 @@ def build(kind, config):
 
 
 def save(path, contents):
-    """Writes a checkpoint whole or not at all. OSError or RuntimeError (torch's word for a full disk) if it cannot."""
+    """Writes a checkpoint whole or not at all; then the shards of those before it go. OSError or RuntimeError (torch's word for a full
+    disk) if it cannot."""
     temporary = path + '.tmp'
     try:
         with open(temporary, 'wb') as f:
@@ -46,14 +53,65 @@ def save(path, contents):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
-    if os.name == 'posix':  # the rename itself must reach the disk too
-        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    flush(os.path.dirname(path))
+    shards, keep = shards_of(path), contents.get('shards')
+    for name in os.listdir(shards) if os.path.isdir(shards) else []:
+        if not keep or name != str(keep['step']):
+            shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
+    if not keep:
+        shutil.rmtree(shards, ignore_errors=True)
 
 
-def load(path):
-    """The contents of a checkpoint, tensors on the CPU. A folder stands for its best.pt, or else its ckpt.pt."""
+def flush(folder):
+    """What was made and renamed in a folder must reach the disk too."""
+    if os.name == 'posix':
+        number = os.open(folder or '.', os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
+
+
+def shards_of(path, *which):
+    """The folder of a checkpoint's shards; or of its shard of this step, rank and number of processes, the file."""
+    folder = os.path.splitext(path)[0] + '.shards'
+    return os.path.join(folder, '{}/rank-{}-of-{}.pt'.format(*which)) if which else folder
+
+
+def save_shard(path, contents, step, rank, world):
+    """Writes the part of one of so many processes, for the checkpoint that will be at `path`."""
+    shard = shards_of(path, step, rank, world)
+    os.makedirs(os.path.dirname(shard), exist_ok=True)
+    try:
+        save(shard, contents)
+    except BaseException:
+        if os.path.exists(shard):
+            os.remove(shard)
+        raise
+    flush(shards_of(path))
+    flush(os.path.dirname(path))
+
+
+def set_aside(*paths):
+    """Renames what is there of these files and folders to ….old, in the place of an older one."""
+    for path in paths:
+        if os.path.isdir(path):
+            shutil.rmtree(path + '.old', ignore_errors=True)
+        if os.path.exists(path):
+            os.replace(path, path + '.old')
+
+
+def read(path):
+    """The contents of a file of torch.save, on the CPU."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # zip, pickle and torch errors: all mean that this is no checkpoint of ours
+        fail(f'{path}: not a readable checkpoint (cut short, damaged, or not made by train.py): {type(error).__name__}')
+
+
+def load(path, rank=0, world=1):
+    """The contents of a checkpoint, tensors on the CPU. A folder stands for its best.pt, or else its ckpt.pt.
+
+    rank, world: which process this is of those that share the weights. Of a checkpoint in shards it gets its own part, and `shards`
+    among the contents; other numbers of processes, above all one, cannot load it."""
     if os.path.isdir(path):
         found = [file for file in ('best.pt', 'ckpt.pt') if os.path.exists(os.path.join(path, file))]
         if not found:
@@ -61,14 +119,22 @@ def load(path):
         path = os.path.join(path, found[0])
     if not os.path.exists(path):
         fail(f'{path}: no such checkpoint; train one with: python train.py, or name another --out_dir')
-    try:
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # zip, pickle and torch errors: all mean that this is no checkpoint of ours
-        fail(f'{path}: not a readable checkpoint (cut short, damaged, or not made by train.py): {type(error).__name__}')
+    ckpt = read(path)
     if not isinstance(ckpt, dict) or not CONTENTS <= ckpt.keys():
         fail(f'{path}: a PyTorch file, but not one of train.py\'s checkpoints')
     if ckpt['format'] != FORMAT or ckpt['kind'] not in MODELS:
         fail(f'{path}: checkpoint format {ckpt["format"]} of a {ckpt["kind"]}; this version reads format {FORMAT}')
+    if ckpt.get('shards'):
+        step, saved_by = ckpt['shards']['step'], ckpt['shards']['world']
+        folder = os.path.dirname(path) or '.'
+        if world != saved_by:
+            fail(f'{path}: was saved by {saved_by} processes in shards; go on with: torchrun --nproc_per_node={saved_by} train.py '
+                 f'--parallel=fsdp --out_dir={shlex.quote(folder)}, or use {os.path.join(folder, "best.pt")}')
+        for shard in (shards_of(path, step, r, world) for r in range(world)):
+            if not os.path.exists(shard):
+                fail(f'{shard}: is missing, and {path} is nothing without it; begin with {os.path.join(folder, "best.pt")}: '
+                     f'--init_from={shlex.quote(folder)} --out_dir=another')
+        ckpt |= {name: value for name, value in read(shards_of(path, step, rank, world)).items() if name in ('weights', 'optimizers')}
     return ckpt
 
 

@@ -103,7 +103,7 @@ def rms_norm(x, weight, eps, gate=None, groups=1):
     """x / rms(x) * weight over the last dimension, or over each of so many groups of it (Zhang & Sennrich 2019), in fp32. gate, of x's
     shape: x * silu(gate) is normalised instead (Mamba-2's)."""
     if use_native(x, weight):
-        return native.Norm.apply(x, gate, weight, eps, groups)
+        return native.run(native.Norm, x, gate, weight, eps, groups)
     x = x.float() if gate is None else x.float() * F.silu(gate.float())
     if x.device.type != 'cpu' and groups == 1:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -116,7 +116,7 @@ def rms_norm(x, weight, eps, gate=None, groups=1):
 def swiglu(gate, up):
     """silu(gate) * up (Shazeer 2020)."""
     if gate.dtype == torch.float32 and gate.numel() % 16 == 0 and use_native(gate):
-        return native.SwiGLU.apply(gate, up)
+        return native.run(native.SwiGLU, gate, up)
     return F.silu(gate) * up
 
 
@@ -131,7 +131,7 @@ def apply_rope(x, rope):
     """Rotate (..., T, heads, P) by position; pairs are (i, i + P/2), as in Llama."""
     cos, sin = rope
     if x.dtype == torch.float32 and use_native(x):
-        return native.Rope.apply(x, cos, sin, 1.0)
+        return native.run(native.Rope, x, cos, sin, 1.0)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -147,7 +147,7 @@ def attention(q, k, v, window=0, dropout=0.0):
     window = 0 if window >= T else window
     if P % 16 == 0 and use_native(q):
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        return native.Attention.apply(q, k, v, window, float(dropout), seed).to(q.dtype)
+        return native.run(native.Attention, q, k, v, window, float(dropout), seed).to(q.dtype)
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))                            # (B, H, T, P)
     if k.shape[1] != H:
         k, v = (u.repeat_interleave(H // u.shape[1], dim=1) for u in (k, v))
@@ -344,7 +344,7 @@ def mamba1_scan(x, raw, bias, A, B, C, D, z, state=None):
     x, raw, z (B, T, E), bias, D (E), A (E, N), B, C (B, T, N), state (B, N, E) or None → y (B, T, E), last state."""
     if use_native(x) and A.shape[1] in (8, 16, 32, 64):
         state = x.new_zeros(len(x), A.shape[1], A.shape[0], dtype=torch.float32) if state is None else state
-        return native.Mamba1.apply(x, raw, bias, A, B, C, D, z, state)
+        return native.run(native.Mamba1, x, raw, bias, A, B, C, D, z, state)
     if x.device.type == 'cuda' and state is None and not torch.compiler.is_compiling() and 'scan' in fused()[0]:
         return fused_mamba1(fused()[0]['scan'], x, raw, bias, A, B, C, D, z)
     return plain_mamba1(x, raw, bias, A, B, C, D, z, state)
@@ -417,7 +417,7 @@ def mamba2_scan(xBC, raw, bias, A, D, groups, head_dim, chunk_size=64, state=Non
     if use_native(xBC) and P % 16 == 0 and N % 16 == 0 and chunk_size % 16 == 0:
         state = xBC.new_zeros(batch, H, P, N, dtype=torch.float32) if state is None else state
         chunk = min(chunk_size, -(-T // 16) * 16)
-        return native.Mamba2.apply(xBC, raw, bias, A, D, groups, chunk, state)
+        return native.run(native.Mamba2, xBC, raw, bias, A, D, groups, chunk, state)
     if xBC.device.type == 'cuda' and not torch.compiler.is_compiling() and 'ssd' in fused()[0]:
         return fused_mamba2(fused()[0]['ssd'], xBC, raw, bias, A, D, groups, head_dim, chunk_size, state)
     return plain_mamba2(xBC, raw, bias, A, D, groups, head_dim, chunk_size, state)
@@ -479,7 +479,7 @@ def conv_silu(x, weight, bias, state=None):
     if state is not None:
         x = torch.cat((state.to(x.dtype), x), 1)
     if K == 4 and use_native(x):
-        y = native.ConvSilu.apply(x, weight[:, 0].t(), bias)
+        y = native.run(native.ConvSilu, x, weight[:, 0].t(), bias)
         return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()
     weight, bias = weight[:, 0].t().to(x.dtype).contiguous(), bias.to(x.dtype)
     if torch.compiler.is_compiling():                                           # the compiler fuses the steps by itself

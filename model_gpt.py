@@ -1,21 +1,25 @@
-"""A modern decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention, optional QK-norm and sliding window.
+"""A modern decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention; optional QK-norm, sliding window, experts.
 
     config = GPTConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=384)
     logits, loss = GPT(config)(idx, targets)      # training
     logits, state = GPT(config).step(idx, state)  # generation: a prompt at once, in chunks, or token by token
 
-Letters of the shapes: B batch, T time, D model width, H heads, K key/value heads, P head size, S cache slots, V vocabulary.
+Letters of the shapes: B batch, T time, D model width, H heads, K key/value heads, P head size, S cache slots, V vocabulary; of
+experts: E experts, k of them for a token, I inner width, n tokens, C tokens an expert takes at most.
 Parameters have the names and shapes of transformers' LlamaForCausalLM (with `window`: MistralForCausalLM, with `qk_norm`:
-Qwen3ForCausalLM), so `load_state_dict` works in both directions. What the other models share — RMSNorm, rotary positions,
-attention with its cache, SwiGLU, the loss, the optimizer groups — is defined here, once.
+Qwen3ForCausalLM, with `n_expert`: MixtralForCausalLM), so `load_state_dict` works in both directions. What the other models share —
+RMSNorm, rotary positions, attention with its cache, SwiGLU, the loss, the optimizer groups — is defined here, once.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+import kernels
 from kernels import apply_rope, attention, linear_cross_entropy, rms_norm, rope_tables, swiglu
 
 
@@ -40,6 +44,11 @@ class GPTConfig:
     norm_eps: float = 1e-5
     qk_norm: bool = False       # RMSNorm on each head's queries and keys (Dehghani et al. 2023): steadier at high learning rates
     window: int = 0             # each token sees this many last tokens, itself included; 0: all
+    n_expert: int = 0           # SwiGLUs a layer, of which a router chooses for each token (Mixtral, Jiang et al. 2024); 0: one, no router
+    n_expert_active: int = 2    # experts a token goes to; with 1 its weight is always 1, and only aux_loss teaches the router
+    capacity_factor: float = 1.25  # tokens an expert takes in training, in even shares; more it drops. 0: no limit, as always in inference
+    aux_loss: float = 0.01      # weight, in each layer, of the loss that balances the experts (Fedus et al. 2021, eq. 4)
+    z_loss: float = 0.001       # weight, in each layer, of the loss that keeps the router's logits small (Zoph et al. 2022, eq. 5)
     tie_embeddings: bool = True
     dropout: float = 0.0
 
@@ -57,6 +66,11 @@ class GPTConfig:
         at_least_one(self, 'head_dim intermediate_size')
         if self.window < 0:
             raise ValueError(f'window={self.window} must be 0 (no window) or more')
+        for name in ('n_expert', 'capacity_factor', 'aux_loss', 'z_loss'):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f'{name}={getattr(self, name)} must be 0 (none) or more')
+        if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
+            raise ValueError(f'n_expert_active={self.n_expert_active} must be from 1 to n_expert={self.n_expert}')
 
 
 # --- parts the models share -------------------------------------------------------------------------------------------
@@ -176,15 +190,82 @@ class SwiGLU(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class Experts(nn.Module):
+    """E SwiGLUs, their matrices stacked. x (E, C, D), or (rows, D) sorted by expert, of each so many as `counts` says → x's shape."""
+
+    def __init__(self, E, D, inner):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, D))          # rows [gate; up]
+        self.down_proj = nn.Parameter(torch.empty(E, D, inner))
+
+    def forward(self, x, counts=None):
+        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
+        if counts is None:
+            product = torch.bmm
+        elif x.is_cuda and x.dtype == torch.bfloat16 and x.shape[1] % 8 == down.shape[2] % 8 == 0:
+            product = partial(torch._grouped_mm, offs=counts.cumsum(0, dtype=torch.int32))
+        else:                                                                   # a GPU is waited for
+            each = zip(x.split(counts.tolist()), gate_up.unbind(), down.unbind())
+            return torch.cat([F.linear(swiglu(*F.linear(rows, a).chunk(2, -1)), b) for rows, a, b in each if len(rows)])
+        return product(swiglu(*product(x, gate_up.mT).chunk(2, -1)), down.mT)
+
+
+class MoE(nn.Module):
+    """A router sends each token to k of E experts; the result is their sum by its weights. In training an expert takes C tokens at most.
+
+    x (B, T, D) → (B, T, D), None or in training (loss, statistics): of balance and of large logits, scaled; (E + 1) int64, the
+    token-expert pairs of each expert and, last, those of all that were dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = Experts(config.n_expert, config.n_embd, config.intermediate_size)
+
+    def forward(self, x):
+        c, (B, T, D) = self.config, x.shape
+        n, E, k, device = B * T, c.n_expert, c.n_expert_active, x.device.type
+        x = x.reshape(n, D)
+        with torch.autocast(device, enabled=False):                             # rounding must not choose the expert
+            logits = F.linear(x.float(), self.gate.weight.float())              # (n, E)
+        probs = logits.softmax(-1)
+        weights, chosen = probs.topk(k)                                         # (n, k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+        # the n k pairs, sorted by expert, an expert's by token: so the first tokens are sure of their places
+        expert, order = chosen.flatten().sort(stable=True)
+        token, weights = order // k, weights.flatten()[order]
+        counts = expert.new_zeros(E).index_add(0, expert, torch.ones_like(expert))
+        place = torch.arange(n * k, device=x.device) - (counts.cumsum(0) - counts)[expert]
+        limit = self.training and c.capacity_factor > 0
+        C = min(n, math.ceil(c.capacity_factor * n * k / E)) if limit else n
+        kept = place < C
+        if limit and not kernels.use_native(x):                                 # fixed shapes: no GPU is waited for, and it compiles
+            slot = torch.where(kept, expert * C + place, E * C)                 # one more, for all that is dropped
+            source = (torch.arange(E * C + 1, device=x.device) % n).scatter(0, slot, token)[:-1]  # an empty slot works for nobody
+            y = self.experts(x.index_select(0, source).view(E, C, D)).view(E * C, D)
+            y, weights = y.index_select(0, slot.clamp(max=E * C - 1)), weights * kept
+        else:
+            token, weights = (token[kept], weights[kept]) if limit else (token, weights)
+            y = self.experts(x.index_select(0, token), counts.clamp(max=C))
+        y = torch.zeros_like(x).index_add(0, token, (y * weights[:, None]).to(x.dtype)).view(B, T, D)
+        if not self.training:
+            return y, None
+        loss = c.aux_loss * E * (counts / (n * k) * probs.mean(0)).sum() + c.z_loss * logits.logsumexp(-1).square().mean()
+        return y, (loss, torch.cat((counts, (counts - C).clamp(min=0).sum(0, keepdim=True))))
+
+
 def optim_groups(model, weight_decay, muon=False):
     """Parameter groups for the optimizers: [{'kind', 'params', 'weight_decay'}], kind 'adamw' or 'muon'.
 
     Decay falls on matrices alone: never on norms, biases, A_log, D, dt_bias or learned scales. With `muon` the hidden
-    matrices (the layers' *_proj weights) go to Muon (Jordan et al. 2024); embeddings, conv filters and the rest stay on AdamW."""
+    matrices (the layers' *_proj weights) go to Muon (Jordan et al. 2024); embeddings, conv filters, routers and the rest stay on
+    AdamW, and so do experts: torch's Muon takes no stacks of matrices."""
     groups = {('adamw', True): [], ('adamw', False): [], ('muon', True): []}
     for name, p in model.named_parameters():  # tied weights come once
         if p.requires_grad:
-            matrix = name.endswith('.weight') and p.ndim >= 2
+            matrix = name.endswith(('.weight', '_proj')) and p.ndim >= 2        # experts are stacks without '.weight'
             groups['muon' if muon and matrix and '_proj.' in name else 'adamw', matrix].append(p)
     return [dict(kind=kind, weight_decay=weight_decay if decay else 0.0, params=params)
             for (kind, decay), params in groups.items() if params]
@@ -192,15 +273,22 @@ def optim_groups(model, weight_decay, muon=False):
 
 class LanguageModel(nn.Module):
     """The face all models share. A subclass provides `body`, `embedding`, `mixing_flops` and its parameters' names."""
+    gradient_checkpointing = False  # True: training keeps only what goes into each layer, and computes the rest again for the gradient
+
+    def run(self, layer, state, *args):
+        """layer(*args) for `body`, which has this state; by gradient checkpointing (Chen et al. 2016) if it is wanted."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not state:  # caches are written only once
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+        return layer(*args)
 
     def forward(self, idx, targets=None):
         """Training: idx (B, T) int64 → (logits (B, T, V), None), or with targets (B, T) → (None, mean loss in nats).
 
-        Targets of -1 do not count. With targets the logits are never all in memory."""
-        x, _ = self.body(idx)
+        Targets of -1 do not count. With targets the logits are never all in memory. In training the losses of routers are added."""
+        x, _, *losses = self.body(idx)
         if targets is None:
             return self.lm_head(x), None
-        return None, linear_cross_entropy(x, self.lm_head.weight, targets)
+        return None, sum(losses, linear_cross_entropy(x, self.lm_head.weight, targets))
 
     @torch.no_grad()
     def step(self, idx, state=None):
@@ -211,7 +299,7 @@ class LanguageModel(nn.Module):
         the CPU. A step writes into the state it is given: clone it first to go on from the same place twice."""
         if state is None:
             state = {'pos': torch.zeros(len(idx), dtype=torch.long)}
-        x, state = self.body(idx, dict(state))
+        x, state, *_ = self.body(idx, dict(state))
         state['pos'] = state['pos'] + idx.shape[1]
         return self.lm_head(x), state
 
@@ -230,6 +318,9 @@ class LanguageModel(nn.Module):
     def optim_groups(self, weight_decay, muon=False):
         return optim_groups(self, weight_decay, muon)
 
+    def expert_load(self):
+        """What the log says of the experts; None if there are none."""
+
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
@@ -239,12 +330,15 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = SwiGLU(config.n_embd, config.intermediate_size)
+        self.sparse = config.n_expert > 0
+        self.mlp = MoE(config) if self.sparse else SwiGLU(config.n_embd, config.intermediate_size)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, plan=None, cache=None):
         x = x + self.drop(self.self_attn(self.input_layernorm(x), rope, plan, cache))
-        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, routing = y if self.sparse else (y, None)
+        return x + self.drop(y), routing
 
 
 class GPT(LanguageModel):
@@ -263,9 +357,11 @@ class GPT(LanguageModel):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():  # GPT-2's: what is added to the residual stream shrinks with depth
-            if p.ndim == 2:
-                residual = name.endswith(('o_proj.weight', 'down_proj.weight'))
+            if p.ndim >= 2:
+                residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'down_proj'))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+        if config.n_expert:                                                     # the sums of MoE's statistics, for expert_load
+            self.register_buffer('routed', torch.zeros(config.n_layer, config.n_expert + 1, dtype=torch.long), persistent=False)
 
     def embedding(self):
         return self.model.embed_tokens
@@ -273,15 +369,32 @@ class GPT(LanguageModel):
     def mixing_flops(self, T):
         c = self.config
         seen = min(T / 2, c.window or T)
-        return c.n_layer * 4 * c.n_head * c.head_dim * seen
+        experts = 6 * c.n_embd * c.intermediate_size * c.n_expert_active if c.n_expert else 0  # only those a token goes to
+        return c.n_layer * (4 * c.n_head * c.head_dim * seen + experts)
+
+    def expert_load(self):
+        """Over the training steps since the last call, in this process: {'expert_load_max', 'expert_load_min': token-expert pairs of the
+        most and the least loaded expert of any layer, in even shares; 'dropped': the share of all pairs}. None without experts or steps."""
+        routed = self.routed.cpu().double() if self.config.n_expert else torch.zeros(1)
+        if not routed.any():
+            return None
+        self.routed.zero_()
+        pairs = routed[:, :-1]
+        load = pairs / pairs.mean(1, keepdim=True)                              # (n_layer, E)
+        return dict(expert_load_max=load.max().item(), expert_load_min=load.min().item(),
+                    dropped=(routed[:, -1].sum() / pairs.sum()).item())
 
     def body(self, idx, state=None):
-        """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
+        """idx (B, T) → normalised hidden states (B, T, D), and the state, whose caches are read and written; from routers in
+        training also their losses."""
         rope, plan = plan_attention(self.config, idx, state)
-        x = self.drop(self.model.embed_tokens(idx))                             # (B, T, D)
+        x, losses = self.drop(self.model.embed_tokens(idx)), []               # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None
-            x = layer(x, rope, plan, cache)
+            x, routing = self.run(layer, state, x, rope, plan, cache)
+            if routing:
+                losses.append(routing[0])
+                self.routed[i] += routing[1]                                    # not in the layer, which may be computed twice
             if state:
                 state[f'k.{i}'], state[f'v.{i}'] = cache['k'], cache['v']
-        return self.model.norm(x), state
+        return self.model.norm(x), state, *losses

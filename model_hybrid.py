@@ -178,7 +178,7 @@ class Hybrid(LanguageModel):
         for i, layer in enumerate(self.model.layers):
             cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None
             ssm = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
-            x, ssm = layer(x, rope, plan, cache, ssm)
+            x, ssm = self.run(layer, state, x, rope, plan, cache, ssm)
             if state:
                 state.update({f'{n}.{i}': value for n, value in (cache | ssm).items()})
         return self.model.norm(x), state

@@ -190,7 +190,7 @@ class Mamba(LanguageModel):
         x = self.backbone.embeddings(idx)                                       # (B, T, D)
         for i, block in enumerate(self.backbone.layers):
             layer_state = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
-            x, layer_state = block(x, layer_state)
+            x, layer_state = self.run(block, state, x, layer_state)
             if state:
                 state.update({f'{n}.{i}': value for n, value in layer_state.items()})
         return self.backbone.norm_f(x), state

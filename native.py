@@ -85,18 +85,22 @@ def shares(n, work):
 def launch(name, n, work, *args):
     """Calls a function of native.cpp on items 0 to n, shared by shares(n, work) threads. Tensors go as pointers, ints as 64 bits, floats
     as 32. Tensors without data, with which a run's memory is estimated, are left as they are."""
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if any(type(t).__name__ == 'FakeTensor' for t in tensors):
-        return
-    for t in tensors:
-        assert t.dtype in (torch.float32, torch.int64) and t.stride(-1) == 1 and t.device.type == 'cpu', name
-    pointer = lambda t: ctypes.c_void_p(t.data_ptr())
-    convert = {torch.Tensor: pointer, torch.nn.Parameter: pointer, int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
-    args = [convert[type(a)](a) for a in args]
+    converted = []
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            if type(a).__name__ == 'FakeTensor':
+                return
+            assert a.dtype in (torch.float32, torch.int64) and a.stride(-1) == 1 and a.device.type == 'cpu', name
+            assert type(a) in (torch.Tensor, torch.nn.Parameter), type(a)       # a tensor of tensors has no data to point to
+            converted.append(ctypes.c_void_p(a.data_ptr()))
+        else:
+            converted.append((ctypes.c_float if type(a) is float else ctypes.c_void_p if a is None else ctypes.c_int64)(a))
     function, pieces = getattr(library(), name), shares(n, work)
+    if pieces == 1:
+        return function(ctypes.c_int64(0), ctypes.c_int64(n), ctypes.c_int64(0), *converted)
     parts = [[ctypes.c_int64(i) for i in (n * p // pieces, n * (p + 1) // pieces, p)] for p in range(pieces)]
-    others = [pool().submit(function, *part, *args) for part in parts[1:]]      # ctypes lets go of Python's lock
-    function(*parts[0], *args)
+    others = [pool().submit(function, *part, *converted) for part in parts[1:]]      # ctypes lets go of Python's lock
+    function(*parts[0], *converted)
     for other in others:
         other.result()
 
@@ -111,6 +115,19 @@ def rows(x):
 
 def zeros_like_all(*tensors):
     return [torch.zeros_like(t) for t in tensors]
+
+
+class Nothing:
+    """What an operation's forward pass keeps things for, where there will be no backward pass."""
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors):
+        pass
+
+
+def run(operation, *args):
+    """An operation, below, with these arguments; past autograd, which costs more than one token's numbers, where no gradient is wanted."""
+    return operation.apply(*args) if torch.is_grad_enabled() else operation.forward(Nothing(), *args)
 
 
 # --- the operations --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ MODELS = {
     "gpt": (GPT, GPT_SIZE),
     "gpt-gqa-window": (GPT, dict(GPT_SIZE, n_kv_head=2, window=WINDOW)),
     "gpt-qknorm-untied": (GPT, dict(GPT_SIZE, n_kv_head=1, head_dim=16, qk_norm=True, tie_embeddings=False)),
+    "gpt-experts": (GPT, dict(GPT_SIZE, n_expert=8, n_expert_active=4, intermediate_size=16)),  # with fewer active, rounding to bf16 moves tokens
     "mamba1": (Mamba, dict(SSM_SIZE, version=1)),
     "mamba2": (Mamba, dict(SSM_SIZE, head_dim=16)),
     "mamba2-groups-untied": (Mamba, dict(SSM_SIZE, head_dim=8, n_groups=2, tie_embeddings=False)),
@@ -90,6 +91,7 @@ def assert_same(run, reference, inputs, through=None):
 LLAMA = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, rms_norm_eps=1e-3,
              tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=500.0))
 OURS = dict(n_embd=64, n_head=4, n_kv_head=2, intermediate_size=96, norm_eps=1e-3, rope_theta=500.0)
+EXPERTS = dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
 SSM = dict(hidden_size=72, state_size=16, layer_norm_epsilon=1e-3, tie_word_embeddings=True)
 SSM2 = dict(SSM, head_dim=12, num_heads=12, chunk_size=16)
 OURS2 = dict(n_embd=72, head_dim=12, state_size=16, norm_eps=1e-3)
@@ -99,6 +101,8 @@ PEERS = {
     "qwen3-untied": ("Qwen3", dict(LLAMA, head_dim=16, tie_word_embeddings=False),
                      GPT, dict(OURS, qk_norm=True, tie_embeddings=False)),
     "mistral": ("Mistral", dict(LLAMA, sliding_window=WINDOW, attn_implementation="eager"), GPT, dict(OURS, window=WINDOW)),
+    "mixtral": ("Mixtral", dict(EXPERTS, num_key_value_heads=4), GPT, dict(OURS, n_kv_head=4, n_expert=4)),
+    "mixtral-gqa": ("Mixtral", dict(EXPERTS, num_experts_per_tok=3), GPT, dict(OURS, n_expert=4, n_expert_active=3)),
     "mamba1": ("Mamba", SSM, Mamba, dict(OURS2, version=1)),
     "mamba1-untied": ("Mamba", dict(SSM, conv_kernel=3, expand=3, tie_word_embeddings=False),
                       Mamba, dict(OURS2, version=1, conv_kernel=3, expand=3, tie_embeddings=False)),
