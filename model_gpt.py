@@ -388,7 +388,7 @@ class GPT(LanguageModel):
         """idx (B, T) → normalised hidden states (B, T, D), and the state, whose caches are read and written; from routers in
         training also their losses."""
         rope, plan = plan_attention(self.config, idx, state)
-        x, losses = self.drop(self.model.embed_tokens(idx)), []               # (B, T, D)
+        x, losses = self.drop(self.model.embed_tokens(idx)), []                 # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None
             x, routing = self.run(layer, state, x, rope, plan, cache)

@@ -25,7 +25,7 @@ MODELS = {
     "gpt": (GPT, GPT_SIZE),
     "gpt-gqa-window": (GPT, dict(GPT_SIZE, n_kv_head=2, window=WINDOW)),
     "gpt-qknorm-untied": (GPT, dict(GPT_SIZE, n_kv_head=1, head_dim=16, qk_norm=True, tie_embeddings=False)),
-    "gpt-experts": (GPT, dict(GPT_SIZE, n_expert=8, n_expert_active=4, intermediate_size=16)),  # with fewer active, rounding to bf16 moves tokens
+    "gpt-experts": (GPT, dict(GPT_SIZE, n_expert=8, n_expert_active=4, intermediate_size=16)),  # fewer: bf16 would choose others
     "mamba1": (Mamba, dict(SSM_SIZE, version=1)),
     "mamba2": (Mamba, dict(SSM_SIZE, head_dim=16)),
     "mamba2-groups-untied": (Mamba, dict(SSM_SIZE, head_dim=8, n_groups=2, tie_embeddings=False)),
