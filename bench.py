@@ -291,7 +291,7 @@ def layers(name, autocast):
 def loss(name, autocast):
     """Forward and backward of the loss alone, from the last hidden states. Inputs and gradients, which any way needs, count apart."""
     try:
-        from kernels import linear_cross_entropy as chunked
+        from ops import linear_cross_entropy as chunked
     except ImportError:
         from model_gpt import linear_cross_entropy as chunked
     x = torch.randn(loss_batch_size, loss_block_size, n_embd, device=device, requires_grad=True)             # (B, T, D)

@@ -14,6 +14,7 @@ weights, they save in shards: each writes its own part, and last, in the place o
 """
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from contextlib import nullcontext
 import torch
 
 import hf
-import kernels
+import ops
 import tokenizer
 from configurator import fail
 from model_gpt import GPT, GPTConfig
@@ -80,12 +81,7 @@ def save_shard(path, contents, step, rank, world):
     """Writes the part of one of so many processes, for the checkpoint that will be at `path`."""
     shard = shards_of(path, step, rank, world)
     os.makedirs(os.path.dirname(shard), exist_ok=True)
-    try:
-        save(shard, contents)
-    except BaseException:
-        if os.path.exists(shard):
-            os.remove(shard)
-        raise
+    save(shard, contents)
     flush(shards_of(path))
     flush(os.path.dirname(path))
 
@@ -147,8 +143,10 @@ def load_model(source):
         return dict(kind=kind, config=config, weights=weights, tokenizer=tok, tokenizer_path=os.path.join(folder, 'tokenizer.json'),
                     block_size=0)
     ckpt = load(source)
+    name = ckpt['settings']['dataset']                      # in data/, or a path; or a mixture, all of one tokenizer
+    folders = [os.path.join(root, name) for name in (name, re.sub(r':[^:,]*$', '', name.split(',')[0])) for root in ('data', '')]
     return dict(kind=ckpt['kind'], config=ckpt['config'], weights=ckpt['weights'], tokenizer=tokenizer_of(ckpt),
-                tokenizer_path=os.path.join('data', ckpt['settings']['dataset']), block_size=ckpt['config']['block_size'])
+                tokenizer_path=next(filter(os.path.isdir, folders), folders[0]), block_size=ckpt['config']['block_size'])
 
 
 def model_of(ckpt):
@@ -173,7 +171,7 @@ def config_of(net):
 
 def compiled(net):
     """torch.compile of a model or a function of one. Mamba-1's scan stays out of it: unrolled, its steps would compile for hours."""
-    kernels.selective_scan = torch.compiler.disable(kernels.selective_scan)
+    ops.selective_scan = torch.compiler.disable(ops.selective_scan)
     return torch.compile(net)
 
 
@@ -200,8 +198,8 @@ def choose_dtype(dtype, device):
     return dtype
 
 
-def autocast(device, dtype):
-    """The context in which a model computes in `dtype` while its parameters stay fp32."""
+def autocast(device, dtype, cache=True):
+    """The context in which a model computes in `dtype` while its parameters stay fp32. cache: keep the rounded weights until it ends."""
     if dtype == 'float32':
         return nullcontext()
-    return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype))
+    return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype), cache_enabled=cache)

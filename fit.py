@@ -26,7 +26,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
-import kernels
+import ops
 from configurator import fail
 from muon import Muon
 
@@ -84,11 +84,11 @@ def simulate(fake, kind, config, batch, T, device, dtype, optimizer, checkpointi
 
     fake: on tensors without data. config: a tuple of (field, value). device: 'cpu', or another kind: then without the kernels that
     are compiled for a CPU."""
-    plain, kernels.use_native = kernels.use_native, kernels.use_native if device == 'cpu' else lambda *tensors: False
+    plain, ops.use_native = ops.use_native, ops.use_native if device == 'cpu' else lambda *tensors: False
     try:
         return steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate)
     finally:
-        kernels.use_native = plain
+        ops.use_native = plain
 
 
 def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate):
@@ -167,16 +167,18 @@ def extend(axes, measure, *at):
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer='adamw', checkpointing=False, accumulate=True,
-             processes=1):
+             processes=1, shards=1):
     """The peak of training and what it is made of, in bytes: {'weights', 'gradients', 'optimizer', 'activations', 'temporary',
     'total'}. Activations are what the backward pass needs; temporary is all else that is alive at the peak.
 
     config: the model's, a dict. batch: sequences of T tokens at once. device: 'cpu', 'cuda' or 'mps'. accumulate: gradients stay from
-    micro-step to micro-step. processes: with more than one, DistributedDataParallel keeps the gradients a second time.
+    micro-step to micro-step. processes: with more than one, DistributedDataParallel keeps the gradients a second time. shards: with FSDP each of so many has its share
+    of weights, gradients and optimizer, and two layers and the embedding whole.
     A second or two the first time."""
+    processes = 1 if shards > 1 else processes
     full = dataclasses.asdict(checkpoint.MODELS[kind][1](**config))
     n_layer = full.pop('n_layer')
-    some = -(-2 * kernels.chunk_of(full['vocab_size']) // T)    # sequences that make the loss of two chunks: fewer, and it is not linear
+    some = -(-2 * ops.chunk_of(full['vocab_size']) // T)    # sequences that make the loss of two chunks: fewer, and it is not linear
     axis, times = (some, 2 * some, batch) if batch >= some else (batch, batch, batch), lambda n: T
     if full.get('version') == 1 and T > 4 * SHORT:          # the same tokens in shorter and more sequences: nearly the same memory
         axis, times = (batch * T // (2 * SHORT), batch * T // SHORT, batch), lambda n: batch * T // n
@@ -187,7 +189,11 @@ def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer=
                  gradients=found['gradients'] * ((accumulate or where in ('step', 'bottom', 'embedding')) + (processes > 1)),
                  activations=found['activations'] * (where in ('forward', 'loss', 'head', 'top')))
     total = found[where] + found['gradients'] * (processes > 1)
-    return {name: int(size) for name, size in (parts | dict(temporary=total - sum(parts.values()), total=total)).items()}
+    parts['temporary'] = total - sum(parts.values())
+    if shards > 1:
+        whole = 2 * parts['weights'] / n_layer + 4 * full['vocab_size'] * full['n_embd']
+        parts.update({name: parts[name] / shards for name in ('weights', 'gradients', 'optimizer')}, temporary=parts['temporary'] + whole)
+    return {name: int(size) for name, size in (parts | dict(total=sum(parts.values()))).items()}
 
 
 def choose(kind, config, sequences, T, budget, checkpointing=None, share=SHARE, needed=ENOUGH, **how):
@@ -211,12 +217,29 @@ def choose(kind, config, sequences, T, budget, checkpointing=None, share=SHARE, 
         least = found(1)
         at_rest = least['total'] - least['activations'] - least['temporary']
         what = '--n_layer or --n_embd' if at_rest > limit else '--block_size, or --n_layer or --n_embd'
-        fail(f'one sequence of {T} tokens takes {least["total"] / 2**30:.2f} GB, {"even with" if checkpointing else "without"} gradient checkpointing; that is '
+        fail(f'one sequence of {T} tokens takes {least["total"] / 2**30:.2f} GB, {"even with" if options[-1] else "without"} gradient '
+             f'checkpointing; that is '
              f'{(least["total"] - limit) / 2**30:.2f} GB more than the {share:.0%} of {budget / 2**30:.2f} GB that may be '
              f'used: halve {what}')
     if True in fits and (False not in fits or fits[True][0] >= 2 * fits[False][0]):
         return fits[True]
     return fits[False]
+
+
+def plan(kind, config, parameters, batch, sequences, free, checkpointing, fixed, device, T, **how):
+    """(micro-batch, checkpointing, line for the reader) of a run with so many bytes free, that would take `batch` sequences at once, and
+    must if `fixed`. parameters: how many the model has. checkpointing: None leaves it to the memory. how: the other arguments of `estimate`."""
+    rough = 20 * parameters + 500 * batch * T * config['n_layer'] * config['n_embd']
+    if rough < 0.1 * free and (fixed or device == 'cpu'):   # an estimate takes a second or two
+        return batch, bool(checkpointing), f'memory: less than {rough / 2**30 + 0.1:.1f} GB, of {free / 2**30:.1f} GB free'
+    how, share = how | dict(T=T, device=device), 0.6 if device == 'cpu' else SHARE
+    try:
+        found = estimate(kind, config, batch, checkpointing=bool(checkpointing), accumulate=batch < sequences, **how)
+        if not fixed and (device != 'cpu' or found['total'] > share * free):
+            batch, checkpointing, found = choose(kind, config, sequences, budget=free, checkpointing=checkpointing, share=share, **how)
+    except Exception as error:                              # must not stop a run that may well fit
+        return batch, bool(checkpointing), f'memory: no estimate ({type(error).__name__}: {error})'
+    return batch, bool(checkpointing), describe(found, free, batch, checkpointing, device)
 
 
 def available(device, root='/'):

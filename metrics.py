@@ -69,10 +69,11 @@ def parts_of(net):
         at = words.index('layers') if 'layers' in words else None
         part = words[-2] if at is None else f'{words[at + 2]}, {len(net.get_submodule(".".join(words[:at + 1])))} layers'
         sizes[part] = sizes.get(part, 0) + p.numel()
-    width, total = max(map(len, sizes)), sum(sizes.values())
-    for part, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        if size >= 0.001 * total:                           # norms and the like
-            yield f'  {part:<{width}}  {size / 1e6:8.3f}M  {size / total:6.1%}'
+    width, total = max(8, *map(len, sizes)), sum(sizes.values())
+    rest = sum(size for size in sizes.values() if size < 0.001 * total)         # norms and the like
+    large = sorted(((part, size) for part, size in sizes.items() if size >= 0.001 * total), key=lambda item: -item[1])
+    for part, size in large + [('the rest', rest)] * bool(rest):
+        yield f'  {part:<{width}}  {size / 1e6:8.3f}M  {size / total:6.1%}'
 
 
 class Trace:
@@ -88,17 +89,22 @@ class Trace:
         self.done += 1
         if self.done == self.WARM:
             self.profiler.start()
-        if self.done != self.WARM + self.steps:
+        return self.end() if self.done == self.WARM + self.steps else []
+
+    def end(self):
+        """The lines, also where the run ends before its time; none if they were given, or there is nothing to tell."""
+        if self.done < self.WARM or self.profiler is None:
             return []
         if self.device == 'cuda':
             torch.cuda.synchronize()
         self.profiler.stop()
-        return self.report()
+        profiler, self.profiler, self.steps = self.profiler, None, min(self.steps, self.done - self.WARM)
+        return self.report(profiler) if self.steps else []
 
-    def report(self):
+    def report(self, profiler):
         """The shares of a step's parts, and the ten operations that take longest; the trace goes to a file."""
         own = 'self_cpu_time_total' if self.device != 'cuda' else 'self_device_time_total'
-        rows = {row.key: row for row in self.profiler.key_averages()}
+        rows = {row.key: row for row in profiler.key_averages()}
         parts = {name: rows[name].cpu_time_total for name in ('data', 'forward', 'backward', 'optimizer') if name in rows}
         yield f'{self.steps} steps: ' + ', '.join(f'{name} {time / sum(parts.values()):.1%}' for name, time in parts.items())
         rows = [row for name, row in rows.items() if name not in parts]
@@ -108,7 +114,9 @@ class Trace:
             yield (f'  {row.key[:50]:<50}  {getattr(row, own) / total:5.1%}  {getattr(row, own) / 1e3 / self.steps:9.2f}  '
                    f'{row.count / self.steps:12.1f}')
         try:
-            self.profiler.export_chrome_trace(self.path)
+            if os.path.exists(self.path):
+                os.remove(self.path)                        # no error of export_chrome_trace tells that it could not replace it
+            profiler.export_chrome_trace(self.path)
             yield f'the whole trace: {self.path} (open it in https://ui.perfetto.dev)'
         except (OSError, RuntimeError) as error:
             yield f'warning: {self.path} could not be written: {error}'

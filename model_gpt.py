@@ -8,7 +8,7 @@ Letters of the shapes: B batch, T time, D model width, H heads, K key/value head
 experts: E experts, k of them for a token, I inner width, n tokens, C tokens an expert takes at most.
 Parameters have the names and shapes of transformers' LlamaForCausalLM (with `window`: MistralForCausalLM, with `qk_norm`:
 Qwen3ForCausalLM, with `n_expert`: MixtralForCausalLM), so `load_state_dict` works in both directions. What the other models share —
-RMSNorm, rotary positions, attention with its cache, SwiGLU, the loss, the optimizer groups — is defined here, once.
+attention with its cache, SwiGLU, the face of a model, the optimizer groups — is defined here, once; the operations are ops.py's.
 """
 import math
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-from kernels import apply_rope, attention, linear_cross_entropy, rms_norm, rope_tables, swiglu
+import ops
+from ops import apply_rope, attention, linear_cross_entropy, rms_norm, rope_tables, swiglu
 
 
 def at_least_one(config, names):
@@ -241,7 +241,7 @@ class MoE(nn.Module):
         limit = self.training and c.capacity_factor > 0
         C = min(n, math.ceil(c.capacity_factor * n * k / E)) if limit else n
         kept = place < C
-        if limit and not kernels.use_native(x):                                 # fixed shapes: no GPU is waited for, and it compiles
+        if limit and not ops.use_native(x):                                 # fixed shapes: no GPU is waited for, and it compiles
             slot = torch.where(kept, expert * C + place, E * C)                 # one more, for all that is dropped
             source = (torch.arange(E * C + 1, device=x.device) % n).scatter(0, slot, token)[:-1]  # an empty slot works for nobody
             y = self.experts(x.index_select(0, source).view(E, C, D)).view(E * C, D)
@@ -263,11 +263,15 @@ def optim_groups(model, weight_decay, muon=False):
     matrices (the layers' *_proj weights) go to Muon (Jordan et al. 2024); embeddings, conv filters, routers and the rest stay on
     AdamW, and so do experts: torch's Muon takes no stacks of matrices."""
     groups = {('adamw', True): [], ('adamw', False): [], ('muon', True): []}
+    rows = []                                                                   # of Muon's: a Mamba-2's in_proj is five matrices in one
     for name, p in model.named_parameters():  # tied weights come once
         if p.requires_grad:
             matrix = name.endswith(('.weight', '_proj')) and p.ndim >= 2        # experts are stacks without '.weight'
-            groups['muon' if muon and matrix and '_proj.' in name else 'adamw', matrix].append(p)
-    return [dict(kind=kind, weight_decay=weight_decay if decay else 0.0, params=params)
+            kind = 'muon' if muon and matrix and '_proj.' in name else 'adamw'
+            groups[kind, matrix].append(p)
+            if kind == 'muon':
+                rows.append(getattr(model.get_submodule(name.rpartition('.')[0]), 'rows', None))
+    return [dict(kind=kind, weight_decay=weight_decay if decay else 0.0, params=params, **(dict(rows=rows) if kind == 'muon' else {}))
             for (kind, decay), params in groups.items() if params]
 
 

@@ -6,11 +6,11 @@
 
 Letters of the shapes: B batch, T time, D model width, E inner width, H heads, P head size, G groups, N state size, Q chunk.
 Both are a linear recurrence h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t, whose dt, B and C depend on
-the token. A loop over time under autograd would be some 100 times slower than what stands here:
+the token. A loop over time under autograd would be some 200 times slower than what stands in ops.py:
 
-    selective_scan (Mamba-1, A differs per channel and state): exact steps through buffers that stay in cache; the backward
-                   pass keeps only the states at chunk starts and makes the rest again. No division, so no underflow.
-    ssd            (Mamba-2, one A a head): within chunks of Q tokens a masked matrix product, between chunks a short loop.
+    mamba1_scan (A differs per channel and state): exact steps; the backward pass keeps only the states at chunk starts and makes the
+                rest again. No division, so no underflow.
+    mamba2_scan (one A a head): within chunks of Q tokens masked matrix products, between chunks a short loop.
 
 Parameters have the names and shapes of transformers' MambaForCausalLM / Mamba2ForCausalLM; initialisation is that of the
 reference implementation (state-spaces/mamba), on which quality depends more than on most things here.
@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import conv_silu, mamba1_scan, mamba2_scan, rms_norm
 from model_gpt import LanguageModel, RMSNorm, at_least_one
+from ops import conv_silu, mamba1_scan, mamba2_scan, rms_norm
 
 
 @dataclass
@@ -132,6 +132,7 @@ class Mamba2Mixer(nn.Module):
         H = E // config.head_dim
         self.split = [E, E + 2 * G * N, H]
         self.in_proj = nn.Linear(D, 2 * E + 2 * G * N + H, bias=False)          # rows [z; x, B, C; dt]
+        self.in_proj.rows = [E, E, G * N, G * N, H]                             # each kind is a matrix of its own to Muon
         self.conv1d = Conv1d(E + 2 * G * N, config.conv_kernel)
         self.dt_bias = nn.Parameter(dt_bias_init(H))
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log_())

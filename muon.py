@@ -5,6 +5,7 @@
 Muon replaces the update of a matrix by the nearest orthogonal one: U V^T instead of U S V^T, by five Newton-Schulz steps.
 torch does so one matrix after another, in bf16. A small model has dozens of small matrices of few shapes; all of one shape in one
 batched product, in fp32 where bf16 is slow, take a fifth of the time on a CPU. State and settings are torch's.
+With FSDP a process has some rows of each matrix; it gets the others for as long as it takes.
 """
 import torch
 
@@ -21,29 +22,44 @@ def orthogonalize(g, coefficients, steps, eps, dtype):
 
 
 class Muon(torch.optim.Muon):
+    """torch's settings and state. A group may have 'rows': for each of its parameters None, or the numbers of rows of the kinds of things
+    that it stacks, which are orthogonalised by themselves."""
+    AT_ONCE = 8     # matrices that are whole at the same time with FSDP, whose point is that they are not
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            shapes = {}                                                         # (rows, columns), rows <= columns → parameters
-            for p in group['params']:
-                if p.grad is not None:
-                    shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
-            for params in shapes.values():
-                updates = []
-                for p in params:
-                    state = self.state[p]
-                    if not state:
-                        state['momentum_buffer'] = torch.zeros_like(p)
-                    buffer = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-                    update = p.grad.lerp(buffer, group['momentum']) if group['nesterov'] else buffer
-                    updates.append(update.mT if p.shape[0] > p.shape[1] else update)
-                updates = orthogonalize(torch.stack(updates), group['ns_coefficients'], group['ns_steps'], group['eps'],
-                                        torch.float32 if updates[0].device.type == 'cpu' else torch.bfloat16)
-                for p, update in zip(params, updates):
-                    rows, columns = p.shape
-                    scale = max(1, rows / columns) ** 0.5                       # the original's, for learning rates near 0.02
-                    if group['adjust_lr_fn'] == 'match_rms_adamw':              # as large as AdamW's (Liu et al. 2025)
-                        scale = 0.2 * max(rows, columns) ** 0.5
-                    p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(update.mT if rows > columns else update, alpha=-group['lr'] * scale)
+            pairs = [(p, rows) for p, rows in zip(group['params'], group.get('rows') or [None] * len(group['params']))
+                     if p.grad is not None]
+            at_once = self.AT_ONCE if pairs and hasattr(pairs[0][0], 'full_tensor') else len(pairs)
+            for i in range(0, len(pairs), at_once):
+                self.update(group, pairs[i:i + at_once])
+
+    def update(self, group, pairs):
+        """One step of some parameters."""
+        updates, shapes = [], {}                                                # (rows, columns), rows <= columns → matrices
+        for p, rows in pairs:
+            state = self.state[p]
+            if not state:
+                state['momentum_buffer'] = torch.zeros_like(p)
+            buffer = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+            update = p.grad.lerp(buffer, group['momentum']) if group['nesterov'] else buffer.clone()
+            updates.append(update.full_tensor() if hasattr(p, 'full_tensor') else update)
+            for part in updates[-1].split(rows or len(updates[-1])):
+                shapes.setdefault(tuple(sorted(part.shape)), []).append(part)
+        for parts in shapes.values():                                           # in the place of the updates
+            even = orthogonalize(torch.stack([part.mT if part.shape[0] > part.shape[1] else part for part in parts]),
+                                 group['ns_coefficients'], group['ns_steps'], group['eps'],
+                                 torch.float32 if parts[0].device.type == 'cpu' else torch.bfloat16)
+            for part, x in zip(parts, even):
+                rows, columns = part.shape
+                scale = max(1, rows / columns) ** 0.5                           # the original's, for learning rates near 0.02
+                if group['adjust_lr_fn'] == 'match_rms_adamw':                  # as large as AdamW's (Liu et al. 2025)
+                    scale = 0.2 * max(rows, columns) ** 0.5
+                torch.mul(x.mT if rows > columns else x, scale, out=part)
+        for (p, _), update in zip(pairs, updates):
+            if hasattr(p, 'full_tensor'):                                       # this process's rows of it
+                from torch.distributed.tensor import distribute_tensor          # a second to import
+                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+            p.mul_(1 - group['lr'] * group['weight_decay'])
+            p.add_(update, alpha=-group['lr'])

@@ -1,9 +1,9 @@
 // The parts of the models that are no plain matrix products, for a CPU: each in one pass over memory, its sums in registers.
 //
-// kernels.py compiles this file when a compiler is there, and has each function a second time in PyTorch. What they compute, and
-// the papers, stand there. Conventions: all numbers are fp32 and a row's elements lie side by side; `s...` is the distance from one
-// row to the next. Every function does items lo to hi of its task, so that threads share it, each with a number of its own; what
-// several threads would add to the same place, each adds to a copy of its own, and the caller sums the copies.
+// native.py compiles this file when a compiler is there; ops.py has each function a second time in PyTorch, says what it computes, and names
+// the papers. Conventions: all numbers are fp32 and a row's elements lie side by side; `s...` is the distance from one row to the next.
+// Every function does items lo to hi of its task, so that threads share it, each with a number of its own; what several threads would
+// add to the same place, each adds to a copy of its own, and the caller sums the copies.
 // B batch, T time, H heads, P head size, N state size, E inner width, Q chunk.
 #include <algorithm>
 #include <cmath>
@@ -581,12 +581,13 @@ static void weights(const Heads &m, I i0, I j0, I rows, I keys, float *s, const 
         store(s + i * Q + j, w);
     }
 }
-API attention_forward(I lo, I hi, I, I T, I H, I G, I P, I window, const float *q, const float *k, const float *v, I sq, I sk, float scale,
-                      float drop, I seed, float *y, float *lse) {
+API attention_forward(I lo, I hi, I thread, I T, I H, I G, I P, I window, const float *q, const float *k, const float *v, I sq, I sk,
+                      float scale, float drop, I seed, float *kT, float *y, float *lse) {
     Flush flush;
     Heads m{T, H, G, P, window, q, k, v, sq, sk, scale, drop, (uint32_t)seed};
     I R = H / G, blocks = up(T, Q) / Q;
-    std::vector<float> kT(blocks * P * Q), s(Q * Q), out(Q * P), top(Q), less(Q), total(Q);
+    kT += thread * blocks * P * Q;
+    std::vector<float> s(Q * Q), out(Q * P), top(Q), less(Q), total(Q);
     for (I item = lo; item < hi; item++) {
         I b = item / G, g = item % G;
         const float *keys = k + b * T * sk + g * P, *values = v + b * T * sk + g * P;

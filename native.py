@@ -1,7 +1,7 @@
-"""The compiled half of kernels.py: calls the functions of native.cpp, which is compiled once, in some seconds, and kept in __pycache__.
+"""The compiled half of ops.py: calls the functions of native.cpp, which is compiled once, in some seconds, and kept in __pycache__.
 
 Each class is one operation for autograd. It makes the room for what is computed, and hands both passes to native.cpp, whose items torch's
-threads share. What the operations are stands in kernels.py, which uses these where `library()` is not None. Letters of the shapes as there.
+threads share. What the operations are stands in ops.py, which uses these where `library()` is not None. Letters of the shapes as there.
 """
 import ctypes
 import functools
@@ -37,49 +37,63 @@ def compiler():
 @functools.cache
 def library():
     """native.cpp as a library, compiled now if it has not been; None where there is no compiler, or MAMBINO_NATIVE=0."""
-    if os.environ.get('MAMBINO_NATIVE') == '0' or not compiler():
+    if os.environ.get('MAMBINO_NATIVE') == '0' or os.name == 'nt' or not compiler():     # MinGW does not align its stack for vectors
         return None
     with open(SOURCE, 'rb') as f:
         name = hashlib.sha256(f.read() + (compiler() + processor()).encode()).hexdigest()[:16]
     path = os.path.join(os.path.dirname(SOURCE), '__pycache__', f'native-{name}.so')
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         if not os.path.exists(path):
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                compile_to(path)
-            except OSError:                                                     # then for this process alone, in nobody else's folder
-                path = os.path.join(tempfile.mkdtemp(prefix='mambino-'), 'native.so')
-                compile_to(path)
-        found = ctypes.CDLL(path)
-        if os.path.basename(path) == 'native.so':
-            shutil.rmtree(os.path.dirname(path), ignore_errors=True)            # what is loaded stays
-        return found
+            compile_to(path)
+        return ctypes.CDLL(path)
+    except OSError:                                                             # cannot be written, or was written by another system
+        pass
+    except subprocess.CalledProcessError:
+        return None
+    folder = tempfile.mkdtemp(prefix='mambino-')                                # for this process alone
+    try:
+        compile_to(os.path.join(folder, 'native.so'))
+        return ctypes.CDLL(os.path.join(folder, 'native.so'))
     except (OSError, subprocess.CalledProcessError):
         return None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)                               # what is loaded stays
 
 
 def compile_to(path):
     """native.cpp → a library at `path`, whole or not at all: several processes may compile at once."""
-    fresh = f'{path}.{os.getpid()}'
-    with open(fresh, 'wb'):                                                     # may we write there?
-        pass
-    for flags in (['-march=native'], ['-mcpu=native'], []):
-        command = [compiler(), '-std=c++17', '-O3', '-fno-math-errno', '-fPIC', '-shared', '-w', *flags, SOURCE, '-o', fresh]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if done.returncode == 0:
-            return os.replace(fresh, path)
-    os.remove(fresh)
-    done.check_returncode()
+    handle, fresh = tempfile.mkstemp(dir=os.path.dirname(path), suffix='.so')
+    try:
+        for flags in (['-march=native'], ['-mcpu=native'], []):
+            command = [compiler(), '-std=c++17', '-O3', '-fno-math-errno', '-fPIC', '-shared', '-w', *flags, SOURCE, '-o', fresh]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            if done.returncode == 0:
+                os.fsync(handle)
+                return os.replace(fresh, path)
+        done.check_returncode()
+    finally:
+        os.close(handle)
+        if os.path.exists(fresh):
+            os.remove(fresh)
 
 
 @functools.cache
 def pool():
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1)))
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=pool.cache_clear)                        # threads do not come along
 
 
 def shares(n, work):
     """How many threads share n items that take about so many nanoseconds: to wake one costs some 50,000."""
     return max(1, min(torch.get_num_threads(), n, work >> 16))
+
+
+def has_data(t):
+    return type(t).__name__ != 'FakeTensor'                                     # of fit.py's simulation; to import the class takes a second
 
 
 def launch(name, n, work, *args):
@@ -88,9 +102,10 @@ def launch(name, n, work, *args):
     converted = []
     for a in args:
         if isinstance(a, torch.Tensor):
-            if type(a).__name__ == 'FakeTensor':
+            if not has_data(a):
                 return
-            assert a.dtype in (torch.float32, torch.int64) and a.stride(-1) == 1 and a.device.type == 'cpu', name
+            assert a.dtype in (torch.float32, torch.int64) and a.device.type == 'cpu', name
+            assert a.stride(-1) == 1 or a.shape[-1] == 1 or not a.numel(), name
             assert type(a) in (torch.Tensor, torch.nn.Parameter), type(a)       # a tensor of tensors has no data to point to
             converted.append(ctypes.c_void_p(a.data_ptr()))
         else:
@@ -99,7 +114,8 @@ def launch(name, n, work, *args):
     if pieces == 1:
         return function(ctypes.c_int64(0), ctypes.c_int64(n), ctypes.c_int64(0), *converted)
     parts = [[ctypes.c_int64(i) for i in (n * p // pieces, n * (p + 1) // pieces, p)] for p in range(pieces)]
-    others = [pool().submit(function, *part, *converted) for part in parts[1:]]      # ctypes lets go of Python's lock
+    work = lambda part, tensors: function(*part, *converted)                    # which live as long as the work does
+    others = [pool().submit(work, part, args) for part in parts[1:]]            # ctypes lets go of Python's lock
     function(*parts[0], *converted)
     for other in others:
         other.result()
@@ -139,7 +155,7 @@ class Norm(Function):
         x, gate = rows(x).contiguous(), None if gate is None else rows(gate)
         n, D = x.numel() // x.shape[-1], x.shape[-1] // groups
         y, rstd = torch.empty_like(x), x.new_empty(n * groups)
-        launch('norm_forward', n, 2 * x.numel(), groups, D, eps, x, gate, 0 if gate is None else gate.stride(-2), weight, y, rstd)
+        launch('norm_forward', n, 2 * x.numel(), groups, D, float(eps), x, gate, 0 if gate is None else gate.stride(-2), weight, y, rstd)
         ctx.save_for_backward(x, gate, weight, rstd)
         ctx.groups = groups
         return y
@@ -199,7 +215,8 @@ class Attention(Function):
         ctx.how = (T, H, G, P, window, q, k, v, H * P, G * P, P ** -0.5, dropout, seed)
         y, lse = q.new_empty(B, T, H * P), q.new_empty(B, H, T)
         ctx.work = q.numel() * min(T, window or T) // 30
-        launch('attention_forward', B * G, ctx.work, *ctx.how, y, lse)
+        keys = q.new_empty(shares(B * G, ctx.work), -(-T // 64) * 64 * P)       # transposed
+        launch('attention_forward', B * G, ctx.work, *ctx.how, keys, y, lse)
         ctx.save_for_backward(q, k, v, y, lse)
         ctx.how = ctx.how[:5] + ctx.how[8:]
         return y
@@ -221,7 +238,7 @@ class Mamba1(Function):
         x, (raw, B, C, z) = x.float().contiguous(), (rows(u) for u in (raw, B, C, z))
         if B.stride(-2) != C.stride(-2):
             B, C = B.contiguous(), C.contiguous()
-        (batch, T, E), N, At, last = x.shape, A.shape[1], A.t().contiguous(), state.clone()
+        (batch, T, E), N, At, last = x.shape, A.shape[1], A.t().contiguous(), state.clone(memory_format=torch.contiguous_format)
         y, starts = torch.empty_like(x), x.new_empty(-(-T // 8), batch, N, E) if any(ctx.needs_input_grad) else None
         launch('mamba1_forward', -(-E // 16), x.numel() * N // 2, N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2),
                D, z, z.stride(-2), last, starts, y)
@@ -232,7 +249,7 @@ class Mamba1(Function):
     @once_differentiable
     def backward(ctx, gy, gstate):
         x, raw, bias, At, B, C, D, z, starts = ctx.saved_tensors
-        (batch, T, E), N, gstate, tiles = x.shape, len(At), gstate.clone(), -(-x.shape[2] // 16)
+        (batch, T, E), N, gstate, tiles = x.shape, len(At), gstate.clone(memory_format=torch.contiguous_format), -(-x.shape[2] // 16)
         gx, graw, gz = (torch.empty_like(x) for _ in range(3))
         gbias, gA, gD = zeros_like_all(bias, At, D)
         gB, gC = x.new_empty(2, shares(tiles, x.numel() * N), batch, T, N)
@@ -252,7 +269,7 @@ class Mamba2(Function):
         starts, y = xBC.new_empty(batch, H, chunks + 1, N, P), xBC.new_empty(batch, T, H, P)
         starts[:, :, 0] = state.transpose(2, 3)
         ctx.how = T, H, groups, P, N, chunk
-        ctx.work = y.numel() * N // 8
+        ctx.work = min(8 << 16, y.numel() * N // 8)                             # 16 threads at most: each has its own gBC
         launch('ssd_forward', batch * H, ctx.work, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, y)
         ctx.save_for_backward(xBC, raw, bias, A, D, starts)
         return y, starts[:, :, -1].transpose(2, 3).contiguous()
@@ -294,6 +311,8 @@ class ConvSilu(Function):
 
 def cross_entropy_(logits, targets):
     """Sum of the cross-entropies of fp32 logits (n, V), which become its gradient."""
-    losses = logits.new_empty(len(targets))
-    launch('cross_entropy', len(targets), 2 * logits.numel(), logits.shape[1], logits, targets.contiguous(), losses)
+    targets, losses = targets.long().contiguous(), logits.new_empty(len(targets))
+    if has_data(targets) and len(targets) and int(targets.max()) >= logits.shape[1]:
+        raise IndexError(f'target {int(targets.max())} is outside the vocabulary of {logits.shape[1]}')
+    launch('cross_entropy', len(targets), 2 * logits.numel(), logits.shape[1], logits, targets, losses)
     return losses.sum()

@@ -33,7 +33,7 @@ from torch.profiler import record_function
 import batches
 import checkpoint
 import fit
-import kernels
+import ops
 import processes
 from bench import memory, peak_flops
 from checkpoint import MODELS
@@ -110,20 +110,23 @@ wandb_project = 'mambino'
 wandb_run_name = ''
 # --- machine
 device = 'auto'             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
+parallel = 'ddp'            # with several processes: 'ddp', or 'fsdp': each keeps a share of the weights, gradients and optimizer
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16' (with a loss scaler); auto: the fastest that is safe here
 profile = 0                 # trace so many steps: where their time goes, and a file for chrome://tracing or Perfetto
 compile = False             # torch.compile: a minute of waiting for faster steps; falls back where it does not work
 seed = 1337
 
 
+FREE = 'dropout', 'capacity_factor', 'aux_loss', 'z_loss'    # of the model's settings those that only training reads
 explicit = configure(globals())
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))      # until the loop begins there is nothing to save
 names = list(find_settings(globals()))
-LOCAL = 'out_dir init_from eval_only device compile profile vram tensorboard wandb_log wandb_project wandb_run_name'.split()  # not of the run
+# not of the run:
+LOCAL = 'out_dir init_from eval_only device compile profile vram tensorboard wandb_log wandb_project wandb_run_name parallel'.split()
 
 # --- processes: one, or those that torchrun starts
 rank, world, master = processes.RANK, processes.WORLD, processes.RANK == 0
-device = processes.start(device)
+device = processes.start(device, parallel)
 kind_of_device = device.partition(':')[0]
 
 
@@ -141,22 +144,27 @@ def unchanged(where, name, was, now):
 
 # --- go on with a run, or begin one
 latest, best = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
-given = {name: value for name, value in explicit.items() if not unset(name, value) and name not in ('dropout', 'vocab_size', 'block_size')}
+given = {name: value for name, value in explicit.items() if not unset(name, value) and name not in (*FREE, 'vocab_size', 'block_size')}
 ckpt = base = None                                          # a run to go on with; or a model to begin with
+if init_from not in ('auto', 'resume', 'scratch') and os.path.realpath(init_from) in map(os.path.realpath, (out_dir, latest, best)):
+    fail(f'init_from={init_from} is out_dir itself: name another --out_dir for what is made of that model, or leave out --init_from to '
+         'go on')
 if eval_only or init_from == 'resume' or (init_from != 'scratch' and os.path.exists(latest)):
-    ckpt = checkpoint.load(out_dir if eval_only else latest)
+    ckpt = checkpoint.load(out_dir if eval_only else latest, *((rank, world) if parallel == 'fsdp' else ()))
     for name, value in ckpt['settings'].items():
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value
+    given = fit.SIZES.get((model, explicit.get('size')), {}) | given
     for name, was in ({name: ckpt['settings'][name] for name in ('model', 'optimizer')} | ckpt['config']).items():
         if name in given or (name == 'block_size' and explicit.get(name)):
-            unchanged(latest, name, was, explicit[name])
+            unchanged(latest, name, was, given.get(name, block_size))
 elif init_from not in ('auto', 'resume', 'scratch'):
     if not os.path.exists(init_from.removeprefix('hf:')):
         fail(f'init_from={init_from} must be auto, resume or scratch, or the out_dir of another run, or hf: and a folder of transformers')
     base = checkpoint.load_model(init_from)
     model = base['kind']
     block_size = block_size or base['block_size']
+    given = fit.SIZES.get((model, size), {}) | given
     for name, was in {'model': model, **base['config']}.items():
         if name in given:
             unchanged(init_from, name, was, given[name])
@@ -165,6 +173,7 @@ require(globals(), {
     'one of ' + ', '.join(MODELS): dict(model=model in MODELS),
     'empty, or one of ' + ', '.join(sorted({size for _, size in fit.SIZES}, key=lambda size: int(size[:-1]))):
         dict(size=not size or (model, size) in fit.SIZES),
+    'ddp or fsdp': dict(parallel=parallel in ('ddp', 'fsdp')),
     'adamw or muon': dict(optimizer=optimizer in ('adamw', 'muon')),
     'cosine or wsd': dict(schedule=schedule in ('cosine', 'wsd')),
     "auto, or a number of GB": dict(vram=vram == 'auto' or re.fullmatch(r'\d+\.?\d*', vram) and float(vram) > 0),
@@ -182,7 +191,7 @@ require(globals(), {
 # --- data
 data = batches.open_dataset(dataset or batches.newest_dataset(), vocab_size, data_dtype)
 dataset, tok = data.name, data.tokenizer                    # of a mixture one string, however its user wrote it
-if ckpt and init_from == 'auto' and not eval_only and 'dataset' in explicit:  # who says 'resume' may go on with other text
+if ckpt and init_from != 'resume' and not eval_only and 'dataset' in explicit:  # who says 'resume' may go on with other text
     unchanged(latest, 'dataset', ckpt['settings']['dataset'], dataset)
 if sample_interval and tok:
     encode_prompt(tok, sample_start, 'sample_start')        # better now than hours into the run
@@ -208,8 +217,9 @@ if size:
 n_layer, n_embd = n_layer or sizes['n_layer'], n_embd or sizes['n_embd']
 max_iters = max_iters or sizes['max_iters']
 n_head = n_head or max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
+asked = (explicit.get('batch_size') or sizes['batch_size']) * block_size * gradient_accumulation_steps  # whatever memory made of it
 if not tokens_per_step and gradient_accumulation_steps:
-    tokens_per_step = (batch_size or sizes['batch_size']) * block_size * gradient_accumulation_steps
+    tokens_per_step = asked
 elif not tokens_per_step:
     tokens_per_step = sizes['tokens_per_step']
     whole = math.lcm(batch_size or 1, world) * block_size
@@ -217,9 +227,9 @@ elif not tokens_per_step:
 if tokens_per_step % block_size:
     fail(f'tokens_per_step={tokens_per_step} must be a multiple of block_size={block_size}, such as '
          f'{max(1, round(tokens_per_step / block_size)) * block_size}')
-if gradient_accumulation_steps and tokens_per_step != batch_size * block_size * gradient_accumulation_steps:
+if gradient_accumulation_steps and tokens_per_step != asked:
     fail(f'tokens_per_step={tokens_per_step} is not batch_size * block_size * gradient_accumulation_steps = '
-         f'{batch_size * block_size * gradient_accumulation_steps}: leave out one of them')
+         f'{asked}: leave out one of them')
 gradient_accumulation_steps = 0  # tokens_per_step says it; a later run may cut the same step otherwise
 sequences = tokens_per_step // block_size                   # of a step, over all processes
 if sequences % world:
@@ -239,14 +249,14 @@ for name in explicit:          # a config file may serve several models, a flag 
             any(a.lstrip('-').partition('=')[0].replace('-', '_') == name for a in sys.argv if a.startswith('--')):
         fail(f'{name} means nothing to a {model} model; leave it out')
 if ckpt:
-    config = ckpt['config'] | dict(dropout=dropout)
+    config = ckpt['config'] | {name: globals()[name] for name in FREE if name in fields[model]}
     if data.vocab_size > config['vocab_size']:
         fail(f'dataset {dataset} has a vocabulary of {data.vocab_size}, the run in {out_dir} one of {config["vocab_size"]}')
 else:
     config = {name: globals()[name] for name in names if name in fields[model] and not unset(name, globals()[name])}
     config['vocab_size'] = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1000 else data.vocab_size  # a rounder matrix
 if base:
-    config = base['config'] | dict(dropout=dropout, block_size=block_size)
+    config = base['config'] | {name: globals()[name] for name in FREE if name in fields[model]} | dict(block_size=block_size)
     if data.vocab_size > config['vocab_size']:
         fail(f'dataset {dataset} has a vocabulary of {data.vocab_size}, {init_from} one of {config["vocab_size"]}')
 torch.manual_seed(seed)
@@ -254,7 +264,8 @@ try:
     net = checkpoint.build(model, config)
 except ValueError as error:
     fail(error)
-if ckpt or base:
+in_shards = bool(ckpt and ckpt.get('shards'))               # what was loaded is this process's share
+if (ckpt or base) and not in_shards:
     net.load_state_dict((ckpt or base)['weights'])
 
 # --- memory: how much of a step is computed at once
@@ -262,26 +273,18 @@ mine = sequences // world                                   # of a step, this pr
 free = float(vram) * 2**30 if vram != 'auto' else fit.available(device)
 free = free and processes.least(free)                       # all cut their steps alike
 micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and n <= (batch_size or sizes['batch_size']))
-rough = 20 * net.num_params() + 500 * micro_batch * block_size * net.config.n_layer * net.config.n_embd
 planned = ''
-if free and rough < 0.1 * free and (kind_of_device == 'cpu' or batch_size):
-    planned = f'memory: less than {rough / 2**30 + 0.1:.1f} GB, of {free / 2**30:.1f} GB free'
-elif free and not eval_only:
-    how = dict(T=block_size, device=kind_of_device, dtype=dtype, optimizer=optimizer, processes=world)
-    about, share = (model, checkpoint.config_of(net)), 0.6 if kind_of_device == 'cpu' else fit.SHARE
-    try:
-        needed = fit.estimate(*about, micro_batch, checkpointing=bool(gradient_checkpointing), accumulate=micro_batch < mine, **how)
-        if not batch_size and (kind_of_device != 'cpu' or needed['total'] > share * free):
-            micro_batch, gradient_checkpointing, needed = fit.choose(*about, mine, budget=free, share=share,
-                                                                     checkpointing=gradient_checkpointing, **how)
-        planned = fit.describe(needed, free, micro_batch, gradient_checkpointing, kind_of_device)
-    except Exception as error:                              # an estimate must not stop a run that may well fit
-        planned = f'memory: no estimate ({type(error).__name__}: {error})'
+if free and not eval_only:
+    micro_batch, gradient_checkpointing, planned = fit.plan(
+        model, checkpoint.config_of(net), net.num_params(), micro_batch, mine, free, gradient_checkpointing, fixed=bool(batch_size), T=block_size,
+        device=kind_of_device, dtype=dtype, optimizer=optimizer, processes=world, shards=world if processes.SHARDED else 1)
 if batch_size >= 2 * micro_batch and micro_batch < mine:
     say(f'note: {mine} sequences a step can only be cut into micro-batches of {micro_batch}, not {batch_size}')
 batch_size, micro_steps = batch_size or micro_batch, mine // micro_batch
 net.gradient_checkpointing = gradient_checkpointing = bool(gradient_checkpointing)
-net.to(device)
+processes.place(net, device)
+if in_shards:
+    processes.load_share(net, ckpt['weights'])
 
 # --- optimizers
 groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')
@@ -294,7 +297,7 @@ step, tokens_seen, best_loss, bad_evals, evaluated, seconds, history = 0, 0, mat
 if ckpt:
     for opt, saved in zip(optimizers, ckpt['optimizers']):
         fresh = [{name: value for name, value in group.items() if name != 'params'} for group in opt.param_groups]
-        opt.load_state_dict(saved)
+        opt.load_state_dict(processes.shares(opt, saved, in_shards))
         for group, now in zip(opt.param_groups, fresh):     # what is said now holds, not what was saved
             group.update(now)
     scaler.load_state_dict(ckpt['scaler']) if ckpt['scaler'] else None
@@ -332,7 +335,7 @@ def evaluate():
     sums = []
     for part in data.parts:
         nats, count, size = 0.0, 0, 0
-        for x, y in part.val_batches(batch_size, block_size, eval_iters, rank, world):
+        for x, y in processes.in_step(part.val_batches(batch_size, block_size, eval_iters, rank, world)):
             with checkpoint.autocast(device, dtype):
                 loss = net(x.to(device), y.to(device))[1]
             n = int((y >= 0).sum())
@@ -356,13 +359,11 @@ def show_sample():
     say(f'--- sample at step {step}\n{sample_start}{writer.text}\n---')
 
 
-def save(*paths):
-    """Writes the run as it is to each path. A disk that is full does not stop the training; returns whether all was saved."""
-    if not master:
-        return True
+def save(*paths, shards=False):
+    """Writes the run as it is to each path, to `latest` in shards if that is wanted and the weights are shared. A disk that is full does
+    not stop the training; returns whether all was saved."""
     contents = dict(
-        kind=model, config=checkpoint.config_of(net), weights=net.state_dict(),
-        optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(), rng=torch.get_rng_state(),
+        kind=model, config=checkpoint.config_of(net), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
         counters=dict(step=step, tokens_seen=tokens_seen, best_loss=best_loss, bad_evals=bad_evals, evaluated=evaluated,
                       seconds=seconds, history=history),
         settings={name: globals()[name] for name in names if name not in LOCAL},
@@ -372,7 +373,7 @@ def save(*paths):
                       torch=str(torch.__version__), seconds=seconds, time=time.strftime('%Y-%m-%d %H:%M:%S')))
     try:
         for path in paths:
-            checkpoint.save(path, contents)
+            processes.save(path, contents, net, optimizers, shards and path == latest)
         return True
     except (OSError, RuntimeError) as error:
         say(f'warning: {path} could not be saved ({str(error).splitlines()[0]}); the one before it is untouched')
@@ -384,7 +385,7 @@ for line in parts_of(net):
     say(line)
 say(f'{data.name}: {data.tokens["train"]:,} tokens to train on, {data.tokens["val"]:,} to evaluate, vocabulary {data.vocab_size}')
 say(f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x {micro_batch} x {block_size}), '
-    f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}, {kernels.describe(kind_of_device)}')
+    f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}, {ops.describe(kind_of_device)}')
 if planned:
     say(planned)
 for line in data.plan(tokens_seen // block_size + max(0, max_iters - step) * sequences, block_size, seed):
@@ -409,9 +410,7 @@ if master:
     try:
         os.makedirs(out_dir, exist_ok=True)
         if init_from == 'scratch' and os.path.exists(latest):
-            for path in (latest, best, os.path.join(out_dir, 'metrics.jsonl')):
-                if os.path.exists(path):
-                    os.replace(path, path + '.old')
+            checkpoint.set_aside(latest, checkpoint.shards_of(latest), best, os.path.join(out_dir, 'metrics.jsonl'))
         log = open_log(out_dir, step, tensorboard, wandb_log and dict(
             project=wandb_project, name=wandb_run_name or None, dir=out_dir, config={name: globals()[name] for name in names}))
     except OSError as error:
@@ -425,7 +424,9 @@ flops = net.flops_per_token(block_size)
 fast = net                                                  # what computes the training steps
 loader = ThreadPoolExecutor(1)                              # fetches the next batch while this one is computed
 x, y = fetch(tokens_seen, 0)
-if compile:
+if compile and processes.SHARDED:
+    say('note: torch.compile is left out with --parallel=fsdp')
+elif compile:
     try:
         fast = checkpoint.compiled(net)
         with checkpoint.autocast(device, dtype):
@@ -473,15 +474,16 @@ while True:
             f'{name.replace("_", " ")} {value:.4f}' for name, value in result.items() if value is not None)
             + (' (best)' if better else '')
             + ('\ndrawn: ' + '  '.join(f'{name} {share:.1%}' for name, share in drawn.items()) if drawn else ''))
-        if save(*([best] if better else []), latest):       # best first: a kill between the two comes back to this step
+        given_up = 0 < patience <= bad_evals
+        if save(*([best] if better else []), latest, shards=not ended and not given_up):  # best first: a kill between the two comes back to this step
             saved_step = step
         elif ended:
             fail(f'{out_dir}: the finished model could not be saved; free some space and run the same command again')
         clock, clock_step = time.perf_counter(), step
-        if patience and bad_evals >= patience:
+        if given_up:
             say(f'stopping: {patience} evaluations without a better loss than {best_loss:.4f}')
             ended = True
-    if sample_interval and step % sample_interval == 0 and step > begun and master and tok:
+    if sample_interval and step % sample_interval == 0 and step > begun and (master or processes.SHARDED) and tok:
         began = time.perf_counter()
         show_sample()
         clock += time.perf_counter() - began
@@ -489,7 +491,7 @@ while True:
         break
     if summed(len(stopped))[0]:
         seconds += time.perf_counter() - clock
-        good = sound() and (step == saved_step or save(latest))
+        good = sound() and (step == saved_step and not processes.SHARDED or save(latest))
         again = ''.join(f' --{name}={shlex.quote(str(explicit[name]))}' for name in LOCAL[3:] if name in explicit)
         say(('\n' if columns else '') + (f'stopped at step {step}, saved {latest}' if good else f'stopped at step {step}, not saved')
             + '; to go on: ' + ('python' if world == 1 else f'torchrun --nproc_per_node={world}')
@@ -500,30 +502,35 @@ while True:
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = lr
+    logged = (step + 1) % log_interval == 0 or step + 1 in (1, max_iters)
     total = None
     while total is None:                                    # once; again in smaller pieces if memory does not suffice
         # dropout, too, depends on the step alone
         torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
         try:
+            if logged:
+                net.expert_load()                           # what is counted from here is of this step, as its loss is
             total = torch.zeros((), device=device)
             for micro in range(micro_steps):
-                if world > 1:                               # gradients travel once a step
+                if world > 1:                               # gradients travel once a step; with fsdp each time, not to be kept whole
                     fast.require_backward_grad_sync = micro == micro_steps - 1
-                coming = loader.submit(fetch, *((tokens_seen, micro + 1) if micro + 1 < micro_steps else (tokens_seen + tokens_per_step, 0)))
-                with record_function('forward'), checkpoint.autocast(device, dtype):
+                more = micro + 1 < micro_steps
+                coming = loader.submit(fetch, *((tokens_seen, micro + 1) if more else (tokens_seen + tokens_per_step, 0)))
+                with record_function('forward'), checkpoint.autocast(device, dtype, cache=not processes.SHARDED):
                     loss = fast(x, y)[1] / micro_steps
                 with record_function('backward'):
                     scaler.scale(loss).backward()
                 total += loss.detach()
                 with record_function('data'):
                     x, y = coming.result()
-        except RuntimeError as error:                       # of a CPU it is no OutOfMemoryError
-            if not isinstance(error, torch.OutOfMemoryError) and 'allocate memory' not in str(error):
+        except RuntimeError as error:                       # only CUDA's is an OutOfMemoryError
+            if not re.search('out of memory|allocate memory|ALLOC_FAILED', str(error)):
                 raise
             if micro_batch == 1 or world > 1:               # several processes cannot agree on it in the middle of a step
                 fail(f'out of memory with {micro_batch} sequences at once; ' + (
                      f'go on with --batch_size={micro_batch // 2}: the steps stay the same' if micro_batch > 1 else
-                     'go on with --gradient_checkpointing=True' if not gradient_checkpointing else 'halve --block_size, --n_layer or --n_embd'))
+                     'go on with --gradient_checkpointing=True' if not gradient_checkpointing else
+                     'halve --block_size, --n_layer or --n_embd'))
             total = loss = x = y = None
             net.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -535,7 +542,7 @@ while True:
     section.__enter__()
     for opt in optimizers:
         scaler.unscale_(opt)
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
+    norm = processes.clip(net, grad_clip or math.inf)
     if not scaler.is_enabled() or norm.isfinite():          # an fp16 overflow skips the step, for both optimizers
         for opt in optimizers:
             scaler.step(opt)
@@ -549,7 +556,7 @@ while True:
     if trace:
         for line in trace.step():
             say(line)
-    if step % log_interval == 0 or step == 1 or step == max_iters:
+    if logged:
         if scaler.is_enabled() and scaler.get_scale() < 1e-3:
             watch += math.nan                               # gradients that overflow at any scale
         if not sound():
@@ -574,6 +581,8 @@ if not sound():
     good = f'the last good checkpoint is {latest}, of step {saved_step}' if os.path.exists(latest) else 'no checkpoint was made yet'
     fail(f'the loss or its gradient is not a finite number any more at step {step}; {good}. Try a lower --learning_rate, a longer '
          '--warmup_iters, or --dtype=float32')
+for line in trace.end() if trace else ():
+    say(line)
 say(f'done: {step} steps, {tokens_seen:,} tokens, {datetime.timedelta(seconds=round(seconds))} of training; best val loss '
     f'{best_loss:.4f} in {best}\nto read what it writes: python sample.py --out_dir={out_dir}')
 leave()

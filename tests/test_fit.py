@@ -76,7 +76,6 @@ def measured(kind, config, batch, T, dtype='float32', optimizer='adamw', checkpo
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc and glibc\'s settings')
 @pytest.mark.parametrize('name, how', [
-    ('gpt', dict(batch=8, T=256)),
     ('gpt', dict(batch=1, T=64, optimizer='muon', dtype='bfloat16')),  # the peak is in Muon's step
     ('mamba2', dict(batch=4, T=256, accumulate=False)),
     ('mamba1', dict(batch=16, T=256)),
@@ -158,15 +157,15 @@ def test_dropout_and_low_rank_need_no_real_run(monkeypatch, device):
 
 def test_choose_is_monotone_and_divides():
     config = dict(MODELS['gpt'][1], n_layer=8)
-    last = 0
+    last = False, 0                                                 # more memory is first for doing without checkpointing
     for budget in (0.35, 0.5, 1, 2, 4, 100):
         n, checkpointing, found = fit.choose('gpt', config, 24, 512, budget * GB)
-        assert 24 % n == 0 and n >= last and found['total'] <= fit.SHARE * budget * GB
+        assert 24 % n == 0 and (not checkpointing, n) >= last and found['total'] <= fit.SHARE * budget * GB
         if not checkpointing and n < 24:                            # the next larger one would not have fitted
             larger = min(m for m in range(n + 1, 25) if 24 % m == 0)
             assert fit.estimate('gpt', config, larger, 512, accumulate=larger < 24)['total'] > fit.SHARE * budget * GB
-        last = n
-    assert last == 24 and not checkpointing
+        last = not checkpointing, n
+    assert last == (True, 24)
 
 
 @pytest.mark.parametrize('budget, words', [(0.01, 'halve --n_layer or --n_embd'), (0.2, 'halve --block_size, or')])
@@ -223,7 +222,7 @@ def test_recipes_are_all_there():
 def test_recipe_is_of_its_size(name):
     settings, config = recipe(name)
     kind, gigabytes = re.fullmatch(r'(\w+)_(\d+)gb\.py', name).groups()
-    assert (settings['model'], settings['vram']) == (kind, int(gigabytes))
+    assert (settings['model'], settings['vram']) == (kind, gigabytes)
     with torch.device('meta'):
         parameters = checkpoint.build(kind, config).num_params()
     assert parameters == pytest.approx(int(settings['size'].removesuffix('m')) * 1e6, rel=0.1)
@@ -237,4 +236,4 @@ def test_largest_recipes_fit_and_are_counted_soon(name):
     begin = time.process_time()
     found = fit.estimate(settings['model'], config, 1, settings['block_size'])
     assert time.process_time() - begin < 5
-    assert found['total'] < 0.94 * fit.SHARE * settings['vram'] * GB
+    assert found['total'] < 0.94 * fit.SHARE * float(settings['vram']) * GB

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import kernels
+import ops
 from model_gpt import GPT, GPTConfig, MoE
 from test_models import MODELS, V, assert_close, assert_same, build, every_model, perturb, quiet_and_seeded, tokens  # noqa: F401
 
@@ -21,9 +21,9 @@ OFTEN = [1.5, 1.0, 0.0, -9.0]  # how much more the experts' logits are: the firs
 
 @pytest.fixture(params=['by hand', 'in slots'])
 def both_ways(request, monkeypatch):
-    """Experts with a limit are computed in two ways: where kernels.cpp is used, and elsewhere."""
+    """Experts with a limit are computed in two ways: where native.cpp is used, and elsewhere."""
     if request.param == 'in slots':
-        monkeypatch.setattr(kernels, 'use_native', lambda *tensors: False)
+        monkeypatch.setattr(ops, 'use_native', lambda *tensors: False)
 
 
 def moe(**settings):
@@ -192,7 +192,7 @@ def test_config_errors_name_the_setting(settings, says):
 # --- gradient checkpointing -------------------------------------------------------------------------------------------
 
 def large(name, **changes):
-    """A model of which every operation is large enough for kernels.cpp, if it is there."""
+    """A model of which every operation is large enough for native.cpp, if it is there."""
     return build(name, n_embd=64, **({} if MODELS[name][0] is GPT else dict(state_size=16)), **changes).train()
 
 

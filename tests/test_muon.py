@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 
+from model_mamba import Mamba, MambaConfig
 from muon import Muon, orthogonalize
 
 SHAPES = [(16, 16), (16, 48), (48, 16), (16, 16), (24, 40)]  # two batches of several, wide and tall together
@@ -43,3 +44,27 @@ def test_a_parameter_without_gradient_stays():
     a.grad = torch.eye(4)
     Muon([a, b], lr=0.1).step()
     assert (b == 1).all() and not (a == 1).all()
+
+
+@pytest.mark.parametrize('rows', [[5, 3, 12], [20]])
+def test_rows_are_matrices_of_their_own(rows):
+    stacked = torch.nn.Parameter(torch.randn(20, 8))
+    alone = [torch.nn.Parameter(part.clone()) for part in stacked.detach().split(rows)]
+    how = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn='match_rms_adamw')
+    optimizers = Muon([dict(params=[stacked], rows=[rows])], **how), Muon(alone, **how)
+    for _ in range(3):
+        gradient = torch.randn(20, 8)
+        stacked.grad = gradient
+        for p, part in zip(alone, gradient.split(rows)):
+            p.grad = part
+        for opt in optimizers:
+            opt.step()
+    torch.testing.assert_close(stacked.detach(), torch.cat([p.detach() for p in alone]))
+    assert optimizers[0].state_dict()['param_groups'][0]['rows'] == [rows]
+
+
+def test_the_kinds_in_a_mamba_2_are_told_apart():
+    net = Mamba(MambaConfig(n_layer=2, n_embd=32, state_size=8, head_dim=16, vocab_size=20))
+    group = next(g for g in net.optim_groups(0.1, muon=True) if g['kind'] == 'muon')
+    assert len(group['rows']) == len(group['params'])
+    assert [sum(rows) for rows in group['rows'] if rows] == [2 * 64 + 2 * 8 + 4] * 2

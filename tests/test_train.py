@@ -161,7 +161,8 @@ def finished(here, template):
 # --- a run that was killed goes on as if nothing had happened
 
 COMBOS = [f'{model} {optimizer} {accumulation}' for model in ('mamba', 'gpt', 'hybrid') for optimizer in ('adamw', 'muon')
-          for accumulation in (1, 3)] + ['mamba adamw 1 --version=1', 'gpt adamw 3 --dataset=tiny:3,more:1']
+          for accumulation in (1, 3)] + ['mamba adamw 1 --version=1', 'gpt adamw 3 --dataset=tiny:3,more:1',
+                                                             'gpt adamw 3 --n_expert=4', 'gpt muon 1 --n_expert=4 --gradient_checkpointing=True']
 
 
 @pytest.mark.parametrize('combo', COMBOS)
@@ -224,7 +225,9 @@ os.replace = patched'''}[moment]
 # --- two processes give the curve of one
 
 @pytest.mark.parametrize('model, batch_size, more', [  # one and two micro-batches of a process
-    ('gpt', 4, ''), ('mamba', 2, ''), ('gpt', 2, '--dataset=tiny:3,more:1')])
+    ('gpt', 4, ''), ('mamba', 2, ''), ('gpt', 2, '--dataset=tiny:3,more:1'),
+    # limits and the loss of balance are a micro-batch's own
+    ('gpt', 4, '--n_expert=4 --capacity_factor=0 --aux_loss=0')])
 def test_ddp_equals_one_process(here, model, batch_size, more):
     flags = f'--model={model} {more} --tokens_per_step=128 --learning_rate=1e-2 --warmup_iters=2 --schedule=wsd --decay_fraction=0'
     process = launch(flags, f'--batch_size={batch_size} --max_iters=10',
@@ -237,7 +240,7 @@ def test_ddp_equals_one_process(here, model, batch_size, more):
     for key in ('loss', 'val_loss', 'grad_norm'):
         a, b = metrics(key=key), metrics('one', key)
         assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), abs=1e-5 if 'l' in key else 1e-4)
-    assert metrics(key='loss')[20] < metrics(key='loss')[1] - 0.1  # there was a curve
+    assert metrics(key='loss')[20] < metrics(key='loss')[1] - (0.1 if 'dataset' in more else 0.2)  # there was a curve; a mixture's is flatter
 
 
 # --- signals
@@ -620,7 +623,8 @@ def test_schedule(here, flags, expected):
 
 # --- recipes
 
-@pytest.mark.parametrize('recipe', sorted(os.listdir(os.path.join(ROOT, 'config'))))
+@pytest.mark.parametrize('recipe', [name for name in sorted(os.listdir(os.path.join(ROOT, 'config')))
+                                    if not re.search(r'[1-4].gb', name)])  # of the profiles those for 8 GB: the others differ in numbers
 def test_every_recipe_runs(here, recipe):
     """In a size for a test: what is left of the recipe are its other settings, which must exist and fit its model."""
     if recipe.endswith('.py'):

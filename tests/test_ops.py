@@ -1,15 +1,17 @@
-"""Each operation of kernels.py, compiled and in plain PyTorch, against its definition in float64: results and all gradients."""
+"""Each operation of ops.py, compiled and in plain PyTorch, against its definition in float64: results and all gradients."""
 import math
+import os
 import random
+import signal
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
+import ops
 import native
-from kernels import conv_silu, linear_cross_entropy, selective_scan, ssd
+from ops import conv_silu, linear_cross_entropy, selective_scan, ssd
 from model_gpt import RMSNorm
 from test_models import V, assert_close, assert_same, perturb, quiet_and_seeded, random_dt, recurrence, tokens  # noqa: F401
 
@@ -49,7 +51,7 @@ def test_mamba1_scan(threads, batch, T, E, N, kind, through):
         y, h = recurrence(x[..., None], F.softplus(raw + bias), A, B[:, :, None], C[:, :, None], h)
         return (y[..., 0] + D * x) * F.silu(z), h[:, :, 0].transpose(1, 2)
 
-    assert_same(kernels.mamba1_scan, reference, inputs[:8] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
+    assert_same(ops.mamba1_scan, reference, inputs[:8] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
 
 
 @both_halves
@@ -70,7 +72,7 @@ def test_mamba2_scan(threads, batch, T, H, G, P, N, Q, kind, through):
         y, h = recurrence(x, F.softplus(raw + bias), A[:, None], B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N)), h)
         return y + D[:, None] * x, h
 
-    assert_same(lambda xBC, raw, bias, A, D, h=None: kernels.mamba2_scan(xBC, raw, bias, A, D, G, P, Q, h), reference,
+    assert_same(lambda xBC, raw, bias, A, D, h=None: ops.mamba2_scan(xBC, raw, bias, A, D, G, P, Q, h), reference,
                 inputs[:5] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
 
 
@@ -159,19 +161,19 @@ def test_attention(threads, B, T, H, G, P, window, size):
 
     if T == 1 or window == 1:                                                   # one key each: q and k do not matter
         q, k, v = inputs
-        got = kernels.attention(q.requires_grad_(), k.requires_grad_(), v, window)
+        got = ops.attention(q.requires_grad_(), k.requires_grad_(), v, window)
         assert all(g.abs().max() < 1e-4 for g in torch.autograd.grad(got.sum(), (q, k)))
-        assert_same(lambda v: [kernels.attention(q.detach(), k.detach(), v, window)],
+        assert_same(lambda v: [ops.attention(q.detach(), k.detach(), v, window)],
                     lambda v: reference(q.detach().double(), k.detach().double(), v), [v])
     else:
-        assert_same(lambda q, k, v: [kernels.attention(q, k, v, window)], reference, inputs)
+        assert_same(lambda q, k, v: [ops.attention(q, k, v, window)], reference, inputs)
 
 
 @both_halves
 def test_attention_of_very_low_scores():
     q, k, v = torch.full((1, 70, 1, 16), -60.0), torch.full((1, 70, 1, 16), 60.0), torch.randn(1, 70, 1, 16)  # scores of -14,400
     means = v.cumsum(1) / torch.arange(1, 71)[:, None, None]
-    torch.testing.assert_close(kernels.attention(q, k, v), means.flatten(2))
+    torch.testing.assert_close(ops.attention(q, k, v), means.flatten(2))
 
 
 @both_halves
@@ -184,7 +186,7 @@ def test_attention_dropout():
         v = torch.zeros(1, T, 2, P)
         v[0, range(start, min(T, start + P)), :, range(min(P, T - start))] = 1
         torch.manual_seed(5)
-        weights[..., start:start + P] = kernels.attention(q, k, v, dropout=0.3).view(1, T, 2, P)[..., :min(P, T - start)]
+        weights[..., start:start + P] = ops.attention(q, k, v, dropout=0.3).view(1, T, 2, P)[..., :min(P, T - start)]
     whole = torch.stack([(q[0, :, h] @ k[0, :, h].T / P ** 0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1) for h in range(2)], 1)
     kept = (weights[0] > 0).float()
     seen = visible(T, 0)[:, None].expand(T, 2, T)
@@ -193,7 +195,7 @@ def test_attention_dropout():
 
     def run(q, k, v):
         torch.manual_seed(5)
-        return [kernels.attention(q.float(), k.float(), v.float(), dropout=0.3)]
+        return [ops.attention(q.float(), k.float(), v.float(), dropout=0.3)]
 
     def reference(q, k, v):
         w = torch.stack([(q[0, :, h] @ k[0, :, h].T / P ** 0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1) for h in range(2)])
@@ -202,7 +204,7 @@ def test_attention_dropout():
 
     assert_same(run, reference, [q, k, torch.randn(1, T, 2, P)])
     torch.manual_seed(6)
-    assert (kernels.attention(q, k, v, dropout=0.3) > 0).ne(weights[..., -v.shape[-1]:].flatten(2) > 0).any()
+    assert (ops.attention(q, k, v, dropout=0.3) > 0).ne(weights[..., -v.shape[-1]:].flatten(2) > 0).any()
 
 
 @both_halves
@@ -215,19 +217,19 @@ def test_norms():
             x = x.unflatten(-1, (groups, -1))
             return [(x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()).flatten(-2) * w]
 
-        assert_same(lambda x, z, w: [kernels.rms_norm(x, w, 1e-3, z[..., 40:] if gated else None, groups)], reference, [x, z, w])
+        assert_same(lambda x, z, w: [ops.rms_norm(x, w, 1e-3, z[..., 40:] if gated else None, groups)], reference, [x, z, w])
 
 
 @both_halves
 @pytest.mark.parametrize("shape", [(2, 3, 32), (1, 5)])
 def test_swiglu(shape):
-    assert_same(lambda g, u: [kernels.swiglu(g, u)], lambda g, u: [g * torch.sigmoid(g) * u], [torch.randn(shape) * 5, torch.randn(shape)])
+    assert_same(lambda g, u: [ops.swiglu(g, u)], lambda g, u: [g * torch.sigmoid(g) * u], [torch.randn(shape) * 5, torch.randn(shape)])
 
 
 @both_halves
 @pytest.mark.parametrize("P", [4, 24, 64])
 def test_rope(P):
-    tables = kernels.rope_tables(torch.arange(7), P, 100.0)
+    tables = ops.rope_tables(torch.arange(7), P, 100.0)
     angles = torch.arange(7).double()[:, None] * 100.0 ** (-torch.arange(0, P, 2).double() / P)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
 
@@ -235,22 +237,22 @@ def test_rope(P):
         y = torch.complex(x[..., :P // 2], x[..., P // 2:]) * turn
         return [torch.cat((y.real, y.imag), -1)]
 
-    assert_same(lambda x: [kernels.apply_rope(x, tables)], reference, [torch.randn(2, 7, 3, P)])
+    assert_same(lambda x: [ops.apply_rope(x, tables)], reference, [torch.randn(2, 7, 3, P)])
 
 
 @both_halves
 def test_extreme_numbers():
     x = torch.tensor([0.0, -1e-30, 1e-7, 3.0, -20.0, 50.0, -88.0, 88.0, -300.0, 300.0, 1e30, -1e4, 5.0, 6.0, 7.0, 8.0])
-    got = kernels.swiglu(x, torch.ones(16))
+    got = ops.swiglu(x, torch.ones(16))
     torch.testing.assert_close(got, F.silu(x.double()).float(), rtol=2e-6, atol=1e-33)
-    bad = kernels.swiglu(torch.full((16,), math.nan), torch.ones(16))
+    bad = ops.swiglu(torch.full((16,), math.nan), torch.ones(16))
     assert bad.isnan().all()
 
 
 @both_halves
 def test_infinite_logits_show_in_the_loss():
     x, weight = torch.full((1, 64, 16), 1e30, requires_grad=True), torch.full((20, 16), 1e30)
-    loss = kernels.linear_cross_entropy(x, weight, torch.zeros(1, 64, dtype=torch.long))
+    loss = ops.linear_cross_entropy(x, weight, torch.zeros(1, 64, dtype=torch.long))
     assert not loss.isfinite()
 
 
@@ -259,11 +261,11 @@ def test_infinite_logits_show_in_the_loss():
 @pytest.mark.parametrize("T", [8, 61])
 def test_scan_by_chunks(monkeypatch, T):
     """The form that a GPU compiles, uncompiled."""
-    monkeypatch.setattr(kernels, "chunk_functions", lambda: (kernels.scan_chunk, kernels.scan_chunk_backward))
+    monkeypatch.setattr(ops, "chunk_functions", lambda: (ops.scan_chunk, ops.scan_chunk_backward))
 
     def run(x, dt, A, B, C, h):
         pad = -T % 8
-        y, h = kernels._ScanByChunks.apply(*(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)), A, *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)), h)
+        y, h = ops._ScanByChunks.apply(*(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)), A, *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)), h)
         return y[:, :T], h
 
     def reference(x, dt, A, B, C, h):
@@ -283,15 +285,15 @@ def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", in
     (folder / "__init__.py").write_text("")
     (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text("import selective_scan_cuda_that_is_not_there\n")
     (folder / "ssd_combined.py").write_text(
-        "import torch, kernels\nfrom torch.nn.functional import softplus\n\n"
+        "import torch, ops\nfrom torch.nn.functional import softplus\n\n"
         "def plain_ssd(x, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus, initial_states, return_final_states):\n"
-        "    y, h = kernels.ssd(x, softplus(dt + dt_bias), A, B, C, chunk_size, initial_states)\n"
+        "    y, h = ops.ssd(x, softplus(dt + dt_bias), A, B, C, chunk_size, initial_states)\n"
         "    return y + D[:, None] * x, h\n\n"
         f"def mamba_chunk_scan_combined(*args, **how):\n    {ssd}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
         monkeypatch.delitem(sys.modules, name)
-    kernels.fused.cache_clear()
+    ops.fused.cache_clear()
 
 
 @pytest.mark.parametrize("ssd, says", [
@@ -304,10 +306,10 @@ def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", in
 def test_fused_kernels_are_used_only_if_they_work(tmp_path, monkeypatch, ssd, says):
     fake_package(tmp_path, monkeypatch, ssd)
     try:
-        found, notes = kernels.fused("cpu")
+        found, notes = ops.fused("cpu")
         assert list(found) == (["ssd"] if "kernels (" in says else [])
-        monkeypatch.setattr(kernels, "fused", lambda device: (found, notes))
-        assert says in kernels.describe("cuda")
+        monkeypatch.setattr(ops, "fused", lambda device: (found, notes))
+        assert says in ops.describe("cuda")
         assert "mamba_ssm" not in sys.modules                                   # whoever else imports it gets its own error
     finally:
         for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
@@ -323,10 +325,10 @@ def test_fused_mamba1_hands_over_the_right_arguments():
             h = torch.exp(dt[:, :, t, None] * A) * h + (dt[:, :, t] * u[:, :, t])[..., None] * B[:, None, :, t]
             ys.append((h * C[:, None, :, t]).sum(-1))
         return (torch.stack(ys, 2) + D[:, None] * u) * F.silu(z), h
-    kernels.check_fused("scan", selective_scan_fn, "cpu")
+    ops.check_fused("scan", selective_scan_fn, "cpu")
     x, raw, z = torch.randn(3, 2, 20, 6).unbind()
     args = x, raw, torch.randn(6), -torch.rand(6, 4), torch.randn(2, 20, 4), torch.randn(2, 20, 4), torch.randn(6), z
-    for got, want in zip(kernels.fused_mamba1(selective_scan_fn, *args), kernels.plain_mamba1(*args)):
+    for got, want in zip(ops.fused_mamba1(selective_scan_fn, *args), ops.plain_mamba1(*args)):
         assert_close(got, want, 1e-5)
 
 
@@ -334,10 +336,10 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch):
     native.library.cache_clear()
     try:
         monkeypatch.setattr(native, "compiler", lambda: None)
-        assert native.library() is None and "no working C++ compiler" in kernels.describe("cpu")
+        assert native.library() is None and "no working C++ compiler" in ops.describe("cpu")
         native.library.cache_clear()
         monkeypatch.setenv("MAMBINO_NATIVE", "0")
-        assert native.library() is None and "MAMBINO_NATIVE=0" in kernels.describe("cpu")
+        assert native.library() is None and "MAMBINO_NATIVE=0" in ops.describe("cpu")
     finally:
         native.library.cache_clear()
 
@@ -351,3 +353,68 @@ def test_compiles_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
     if library is None and native.compiler() is None:
         pytest.skip("no C++ compiler here")
     assert library.seven() == 7
+
+
+# --- what a library must not do
+
+def test_a_target_outside_the_vocabulary_is_refused():
+    if native.library() is None:
+        pytest.skip("no C++ compiler here")
+    logits = torch.zeros(4, 64)
+    with pytest.raises(IndexError, match="64"):
+        ops.cross_entropy_(logits[:2], torch.tensor([3, 64]))
+    assert logits[2:].count_nonzero() == 0
+    assert ops.cross_entropy_(torch.zeros(2, 64), torch.tensor([3, 63], dtype=torch.int32)).item() == pytest.approx(2 * math.log(64))
+
+
+@both_halves
+def test_a_state_in_any_layout():
+    B, T, E, N = 3, 12, 32, 16
+    args = (torch.randn(B, T, E), torch.randn(B, T, E), torch.randn(E), -torch.rand(E, N), torch.randn(B, T, N), torch.randn(B, T, N),
+            torch.randn(E), torch.randn(B, T, E))
+    h = torch.randn(N, B, E).transpose(0, 1)
+    for got, want in zip(ops.mamba1_scan(*args, h), ops.mamba1_scan(*args, h.contiguous())):
+        assert_close(got, want, 0)
+    x = args[0].requires_grad_()
+    w = torch.randn(B, E, N)
+    grads = []
+    for change in (lambda u: u, torch.clone):
+        last = ops.mamba1_scan(*args, h)[1]
+        grads.append(torch.autograd.grad((change(last.transpose(1, 2)) * w).sum(), x)[0])
+    assert_close(grads[0], grads[1], 1e-6)
+
+
+@both_halves
+def test_an_eps_that_is_a_whole_number():
+    assert ops.rms_norm(torch.ones(2, 32), torch.ones(32), 3).unique().item() == pytest.approx(0.5)
+
+
+@both_halves
+def test_parameters_in_other_precisions():
+    x = torch.randn(2, 5, 32)
+    for dtype in (torch.bfloat16, torch.float64):
+        got = ops.rms_norm(x.to(dtype), torch.ones(32, dtype=dtype), 1e-5)
+        assert_close(got.float(), F.rms_norm(x, (32,), eps=1e-5), 0.05 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_process_has_threads_of_its_own():
+    torch.set_num_threads(1)
+    native.pool().submit(int).result()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(native.pool().submit(lambda: 7).result())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch):
+    if native.compiler() is None:
+        pytest.skip("no C++ compiler here")
+    (tmp_path / "native.cpp").write_text('extern "C" int seven() { return 7; }\n')
+    monkeypatch.setattr(native, "SOURCE", str(tmp_path / "native.cpp"))
+    assert native.library.__wrapped__().seven() == 7
+    file, = (tmp_path / "__pycache__").iterdir()
+    file.unlink()
+    file.write_bytes(b"")
+    assert native.library.__wrapped__().seven() == 7

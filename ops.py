@@ -37,9 +37,10 @@ def describe(device='cpu'):
     return (f'mamba-ssm\'s kernels ({", ".join(found)})' if found else 'operations in plain PyTorch') + ''.join(f'; {note}' for note in notes)
 
 
-def use_native(*tensors):
-    """Whether these go to native.cpp."""
-    return all(t.device.type == 'cpu' for t in tensors) and not torch.compiler.is_compiling() and native.library() is not None
+def use_native(x, *others):
+    """Whether an operation on x goes to native.cpp; the others, its parameters, must be fp32."""
+    return (x.device.type == 'cpu' and x.dtype != torch.float64 and all(t.dtype == torch.float32 for t in others)
+            and not torch.compiler.is_compiling() and native.library() is not None)
 
 
 def import_past_init(package, module):
@@ -342,7 +343,7 @@ def mamba1_scan(x, raw, bias, A, B, C, D, z, state=None):
     """Mamba-1's recurrence with what stands around it: (C h + D x) silu(z), h by selective_scan, dt = softplus(raw + bias).
 
     x, raw, z (B, T, E), bias, D (E), A (E, N), B, C (B, T, N), state (B, N, E) or None → y (B, T, E), last state."""
-    if use_native(x) and A.shape[1] in (8, 16, 32, 64):
+    if use_native(x, bias, D) and A.shape[1] in (8, 16, 32, 64):
         state = x.new_zeros(len(x), A.shape[1], A.shape[0], dtype=torch.float32) if state is None else state
         return native.run(native.Mamba1, x, raw, bias, A, B, C, D, z, state)
     if x.device.type == 'cuda' and state is None and not torch.compiler.is_compiling() and 'scan' in fused()[0]:
@@ -414,7 +415,7 @@ def mamba2_scan(xBC, raw, bias, A, D, groups, head_dim, chunk_size=64, state=Non
     xBC (B, T, E + 2GN), raw (B, T, H), bias, A, D (H), state (B, H, P, N) or None → y (B, T, H, P), last state."""
     batch, T, H, P = *raw.shape, head_dim
     N = (xBC.shape[-1] - H * P) // (2 * groups)
-    if use_native(xBC) and P % 16 == 0 and N % 16 == 0 and chunk_size % 16 == 0:
+    if use_native(xBC, bias, D) and P % 16 == 0 and N % 16 == 0 and chunk_size % 16 == 0:
         state = xBC.new_zeros(batch, H, P, N, dtype=torch.float32) if state is None else state
         chunk = min(chunk_size, -(-T // 16) * 16)
         return native.run(native.Mamba2, xBC, raw, bias, A, D, groups, chunk, state)
@@ -478,7 +479,7 @@ def conv_silu(x, weight, bias, state=None):
         state = x.new_zeros(B, K - 1, E)
     if state is not None:
         x = torch.cat((state.to(x.dtype), x), 1)
-    if K == 4 and use_native(x):
+    if K == 4 and use_native(x, bias):
         y = native.run(native.ConvSilu, x, weight[:, 0].t(), bias)
         return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()
     weight, bias = weight[:, 0].t().to(x.dtype).contiguous(), bias.to(x.dtype)
