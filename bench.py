@@ -290,10 +290,7 @@ def layers(name, autocast):
 
 def loss(name, autocast):
     """Forward and backward of the loss alone, from the last hidden states. Inputs and gradients, which any way needs, count apart."""
-    try:
-        from ops import linear_cross_entropy as chunked
-    except ImportError:
-        from model_gpt import linear_cross_entropy as chunked
+    from ops import linear_cross_entropy as chunked
     x = torch.randn(loss_batch_size, loss_block_size, n_embd, device=device, requires_grad=True)             # (B, T, D)
     weight = torch.nn.Parameter(0.02 * torch.randn(loss_vocab_size, n_embd, device=device))                  # (V, D)
     targets = torch.randint(loss_vocab_size, x.shape[:2], device=device)                                     # (B, T)

@@ -1,7 +1,7 @@
 # A GPT of 396M parameters for a card of 24 GB; its layers and width are in fit.py's SIZES.
 #   at rest      396M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 5.9 GB
 #   activations  79 KB a token and layer in bf16: 4 x 1024 tokens x 30 layers = 9.2 GB
-#   at the peak  15.5 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
+#   at the peak  15.4 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       512 sequences x 1024 tokens = 524,288 tokens
 out_dir = 'out-gpt-24gb'
 model = 'gpt'

@@ -1,7 +1,7 @@
 # A GPT of 50M parameters for a card of 8 GB; its layers and width are in fit.py's SIZES.
 #   at rest      50M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 0.7 GB
 #   activations  38 KB a token and layer in bf16: 8 x 1024 tokens x 13 layers = 3.8 GB
-#   at the peak  5.2 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
+#   at the peak  4.8 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       128 sequences x 1024 tokens = 131,072 tokens
 out_dir = 'out-gpt-8gb'
 model = 'gpt'

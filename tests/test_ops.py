@@ -84,7 +84,7 @@ def scan(x, dt, A, B, C, *state):
 
 @pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])  # what the loss reads
 @pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
-@pytest.mark.parametrize("T", [1, 2, 16, 37, 131])
+@pytest.mark.parametrize("T", [1, 37, 131])
 @pytest.mark.parametrize("form", ["scan", "ssd-1", "ssd-2", "ssd-4"])
 def test_recurrence(form, T, kind, through):
     rand = random.Random(f"{form}, {T}, {kind}, {through}")  # fixed: grad A, a sum over all tokens, may cancel to less than
