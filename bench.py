@@ -18,14 +18,13 @@ is measured each round too. A peer that is not installed is left out, and the la
 import difflib
 import importlib.util
 import os
-import platform
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from functools import lru_cache, partial
+from functools import partial
 from json import dumps, loads
 from statistics import median
 
@@ -35,6 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, fail, find_settings
+from machine import copy_bandwidth, machine_name, memory, peak_flops, timed
 
 # what to measure
 sections = 'train,layers,length,loss,sample'  # '': none of them, for --time_to_loss alone
@@ -94,76 +94,6 @@ PEERS = {  # what to print, the model of ours it resembles, the sections it take
 RUNS = {'gpt': 'gpt', 'mamba2': 'mamba', 'hybrid': 'hybrid'}  # --time_to_loss: train.py's names of our models
 NANOGPT_RUN = ('config/train_shakespeare_char.py --compile=False --eval_iters=20 --log_interval=100 --block_size=64 --batch_size=12 '
                '--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0')
-# Dense FLOP/s of bf16 or fp16 matrix products that accumulate in fp32, from the makers' data sheets (which like to print
-# the sparse figure, twice that). T4 and V100 know only fp16.
-PEAKS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
-         'A100': 312e12, 'A40': 150e12, 'A30': 165e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12,
-         'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX 6000 Ada': 364e12, 'RTX A6000': 155e12, 'RTX 5090': 210e12,
-         'RTX 5080': 113e12, 'RTX 4090': 165e12, 'RTX 4080': 97e12, 'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12}
-
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-def timed(device, work):
-    """Seconds that work() takes."""
-    wait = (lambda: None) if torch.device(device).type == 'cpu' else torch.accelerator.synchronize
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
-
-def matmul_peak(device, dtype):
-    """Measured FLOP/s of square matrix products, the best of some: about 0.2 s. dtype: torch's or its name."""
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    n = 2048 if torch.device(device).type == 'cpu' else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
-    out = torch.empty_like(a)
-    timed(device, lambda: torch.mm(a[:256], b, out=out[:256]))  # wakes threads and libraries
-    best, end = float('inf'), time.perf_counter() + 0.2
-    while time.perf_counter() < end:
-        best = min(best, timed(device, lambda: torch.mm(a, b, out=out)))
-    return 2 * n ** 3 / best
-
-@lru_cache(None)
-def peak_flops(device, dtype):
-    """FLOP/s to count MFU against: the data sheet's for a known GPU, else what matmul_peak measures (once)."""
-    half = str(dtype).removeprefix('torch.')
-    if torch.device(device).type == 'cuda' and half in ('bfloat16', 'float16'):
-        name = torch.cuda.get_device_name(device)
-        whole = not re.search('laptop|max-q|mig', name, re.I)  # these share a name with something faster
-        native = half == 'float16' or torch.cuda.get_device_capability(device) >= (8, 0)
-        for known, peak in PEAKS.items():
-            if whole and native and re.search(rf'\b{known}\b', name, re.I):
-                return peak
-    return matmul_peak(device, dtype)
-
-def copy_bandwidth(device):
-    """Bytes a second of copying 256 MB, counting what is read and what is written."""
-    a = torch.ones(64 << 20, device=device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / min(timed(device, lambda: b.copy_(a)) for _ in range(4))
-
-def machine_name(device):
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo', encoding='utf-8') as f:
-            name = re.search('model name.*: (.*)|$', f.read())[1] or name
-    return f'{name}, {torch.get_num_threads()} threads'
-
-def memory(device, peak=False):
-    """Bytes of this process on the device, now or at most so far; None where the system does not say."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if os.path.exists('/proc/self/status'):  # not getrusage: on Linux its peak begins with that of the parent process
-        with open('/proc/self/status', encoding='utf-8') as f:
-            return int(re.search(('VmHWM' if peak else 'VmRSS') + r':\s*(\d+)', f.read())[1]) * 1024
-    try:
-        from resource import RUSAGE_SELF, getrusage
-        return getrusage(RUSAGE_SELF).ru_maxrss  # macOS: in bytes
-    except ImportError:
-        return None
 
 # --- the contenders: all of this runs in their processes --------------------------------------------------------------
 
@@ -588,14 +518,13 @@ def main():
                 open(globals()[name], 'ab').close()  # better now than after minutes of work
         except OSError as error:
             fail(f'--{name}={globals()[name]}: {error.strerror}')
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    from checkpoint import choose_device
+    device = choose_device(device)
     try:
-        torch.empty(1, device=device)
         for name in models.split(','):
             ours(name)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        fail(str(error).split('\n')[0])
+    except ValueError as error:
+        fail(error)
     torch.set_num_threads(threads or torch.get_num_threads())
 
     peaks = {dtype: [peak_flops(device, dtype)] for dtype in dtypes.split(',')}

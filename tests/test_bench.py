@@ -162,12 +162,12 @@ def test_importing_it_is_cheap_and_peak_is_measured():
 
 
 def test_known_gpus(monkeypatch):
-    import bench
-    monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1.0)
+    import machine
+    monkeypatch.setattr(machine, 'matmul_peak', lambda device, dtype: 1.0)
     for name, capability, expected in (('NVIDIA A100-SXM4-80GB', (8, 0), 312e12), ('NVIDIA A10', (8, 6), 125e12),
                                        ('NVIDIA H100 PCIe', (9, 0), 756e12), ('NVIDIA H100 80GB HBM3', (9, 0), 989e12),
                                        ('NVIDIA GeForce RTX 4090 Laptop GPU', (8, 9), 1.0), ('Tesla T4', (7, 5), 1.0),
                                        ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', (8, 0), 1.0), ('NVIDIA Unheard-of', (9, 0), 1.0)):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-        assert bench.peak_flops.__wrapped__('cuda', torch.bfloat16) == expected, name
+        assert machine.peak_flops.__wrapped__('cuda', torch.bfloat16) == expected, name

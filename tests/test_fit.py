@@ -34,7 +34,7 @@ MEASURE = '''
 import json, sys
 import torch
 import checkpoint
-from bench import memory
+from machine import memory
 from muon import Muon
 
 def train(config, batch, T, steps):
