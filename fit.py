@@ -41,6 +41,12 @@ SIZES = {           # of about so many parameters, with a vocabulary of 16,384
     ('hybrid', '150m'): dict(n_layer=13, n_embd=768),
     ('hybrid', '400m'): dict(n_layer=20, n_embd=1024),
 }
+OFTEN = dict(warmup_iters=200, eval_interval=500, eval_iters=100)
+TRAINING = {        # 20 tokens a parameter (Hoffmann et al. 2022): 1.0, 3.0 and 7.9 billion
+    '50m': dict(tokens_per_step=2**17, learning_rate=1e-3, max_iters=8000, **OFTEN),
+    '150m': dict(tokens_per_step=2**18, learning_rate=6e-4, max_iters=11500, **OFTEN),
+    '400m': dict(tokens_per_step=2**19, learning_rate=3e-4, max_iters=15000, **OFTEN),
+}
 SHARE = 0.92        # of the memory found is used: the rest is for what libraries take and for holes between blocks
 ENOUGH = 4096       # tokens at once that keep a GPU busy; fewer are worth the third more work that checkpointing costs
 SHORT = 32          # tokens of a Mamba-1's sequences in its simulation, and 64: its loop over time is slow on fake tensors, too
