@@ -114,8 +114,8 @@ def launch(name, n, work, *args):
     if pieces == 1:
         return function(ctypes.c_int64(0), ctypes.c_int64(n), ctypes.c_int64(0), *converted)
     parts = [[ctypes.c_int64(i) for i in (n * p // pieces, n * (p + 1) // pieces, p)] for p in range(pieces)]
-    work = lambda part, tensors: function(*part, *converted)                    # which live as long as the work does
-    others = [pool().submit(work, part, args) for part in parts[1:]]            # ctypes lets go of Python's lock
+    call = lambda part, tensors: function(*part, *converted)                    # the tensors live as long as the call does
+    others = [pool().submit(call, part, args) for part in parts[1:]]            # ctypes lets go of Python's lock
     function(*parts[0], *converted)
     for other in others:
         other.result()

@@ -161,22 +161,22 @@ def attention(q, k, v, window=0, dropout=0.0):
     return y.transpose(1, 2).reshape(B, T, H * P)
 
 
-def window_mask(T, window, device):
-    """(T, T) mask of a sliding window, True where visible."""
-    i = torch.arange(T, device=device)
-    return (i[:, None] >= i) & (i[:, None] - i < window)
+def visible(i, j, window):
+    """Whether query i sees key j, one of the last `window`."""
+    return (j <= i) & (j > i - window)
 
 
 def banded(q, k, v, window, dropout):
     """Attention in a window by blocks of `window` queries that see their own block of keys and the one before. (B, H, T, P) all."""
     B, H, T, P = q.shape
     if 2 * window >= T:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(T, window, q.device), dropout_p=dropout)
+        i = torch.arange(T, device=q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(i[:, None], i, window), dropout_p=dropout)
     n = -(-T // window)
     q, k, v = (F.pad(u, (0, 0, 0, n * window - T)).view(B, H, n, window, P) for u in (q, k, v))
     k, v = (torch.cat((F.pad(u, (0, 0, 0, 0, 1, 0))[:, :, :-1], u), 3) for u in (k, v))  # (B, H, n, 2 window, P)
     i, j = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device) - window
-    mask = (j <= i) & (j > i - window)                                          # (window, 2 window)
+    mask = visible(i, j, window)                                                # (window, 2 window)
     mask = mask & ((j >= 0) | (torch.arange(n, device=q.device)[:, None, None] > 0))     # before the first block is nothing
     y = F.scaled_dot_product_attention(*(u.transpose(1, 2).flatten(0, 1) for u in (q, k, v)),
                                        attn_mask=mask.repeat(B, 1, 1)[:, None], dropout_p=dropout)
@@ -186,7 +186,7 @@ def banded(q, k, v, window, dropout):
 @functools.cache
 def block_mask(T, window, device):
     from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, T, T, device=device)
+    return create_block_mask(lambda b, h, i, j: visible(i, j, window), None, None, T, T, device=device)
 
 
 def flex(q, k, v, window):
