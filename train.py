@@ -35,9 +35,9 @@ import checkpoint
 import fit
 import ops
 import processes
-from bench import memory, peak_flops
 from checkpoint import MODELS
 from configurator import configure, fail, find_settings, require
+from machine import memory, peak_flops
 from metrics import Trace, open_log, parts_of
 from muon import Muon
 from processes import leave, say, summed
@@ -248,25 +248,23 @@ for name in explicit:          # a config file may serve several models, a flag 
     if name not in fields[model] and any(name in f for f in fields.values()) and \
             any(a.lstrip('-').partition('=')[0].replace('-', '_') == name for a in sys.argv if a.startswith('--')):
         fail(f'{name} means nothing to a {model} model; leave it out')
-if ckpt:
-    config = ckpt['config'] | {name: globals()[name] for name in FREE if name in fields[model]}
+held = ckpt or base
+if held:
+    config = held['config'] | {name: globals()[name] for name in FREE if name in fields[model]} | dict(block_size=block_size)
     if data.vocab_size > config['vocab_size']:
-        fail(f'dataset {dataset} has a vocabulary of {data.vocab_size}, the run in {out_dir} one of {config["vocab_size"]}')
+        fail(f'dataset {dataset} has a vocabulary of {data.vocab_size}, {f"the run in {out_dir}" if ckpt else init_from} one of '
+             f'{config["vocab_size"]}')
 else:
     config = {name: globals()[name] for name in names if name in fields[model] and not unset(name, globals()[name])}
     config['vocab_size'] = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1000 else data.vocab_size  # a rounder matrix
-if base:
-    config = base['config'] | {name: globals()[name] for name in FREE if name in fields[model]} | dict(block_size=block_size)
-    if data.vocab_size > config['vocab_size']:
-        fail(f'dataset {dataset} has a vocabulary of {data.vocab_size}, {init_from} one of {config["vocab_size"]}')
 torch.manual_seed(seed)
 try:
     net = checkpoint.build(model, config)
 except ValueError as error:
     fail(error)
 in_shards = bool(ckpt and ckpt.get('shards'))               # what was loaded is this process's share
-if (ckpt or base) and not in_shards:
-    net.load_state_dict((ckpt or base)['weights'])
+if held and not in_shards:
+    net.load_state_dict(held['weights'])
 
 # --- memory: how much of a step is computed at once
 mine = sequences // world                                   # of a step, this process's
@@ -276,8 +274,8 @@ micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and n <= (batch
 planned = ''
 if free and not eval_only:
     micro_batch, gradient_checkpointing, planned = fit.plan(
-        model, checkpoint.config_of(net), net.num_params(), micro_batch, mine, free, gradient_checkpointing, fixed=bool(batch_size), T=block_size,
-        device=kind_of_device, dtype=dtype, optimizer=optimizer, processes=world, shards=world if processes.SHARDED else 1)
+        model, checkpoint.config_of(net), net.num_params(), micro_batch, mine, free, gradient_checkpointing, fixed=bool(batch_size),
+        T=block_size, device=kind_of_device, dtype=dtype, optimizer=optimizer, processes=world, shards=world if processes.SHARDED else 1)
 if batch_size >= 2 * micro_batch and micro_batch < mine:
     say(f'note: {mine} sequences a step can only be cut into micro-batches of {micro_batch}, not {batch_size}')
 batch_size, micro_steps = batch_size or micro_batch, mine // micro_batch
@@ -303,7 +301,7 @@ if ckpt:
     scaler.load_state_dict(ckpt['scaler']) if ckpt['scaler'] else None
     step, tokens_seen, best_loss, bad_evals, evaluated, seconds, history = (ckpt['counters'][name] for name in (
         'step', 'tokens_seen', 'best_loss', 'bad_evals', 'evaluated', 'seconds', 'history'))
-ckpt = base = saved = None                                  # their tensors would stay in memory for the whole run
+ckpt = base = held = saved = None                           # their tensors would stay in memory for the whole run
 if summed(step)[0] != step * world:
     fail(f'the processes are at different steps: {out_dir} must be one folder that all machines see')
 
@@ -538,17 +536,15 @@ while True:
             micro_steps = mine // micro_batch
             say(f'\nout of memory: going on with micro-batches of {micro_batch}, {micro_steps} a step')
             x, y = fetch(tokens_seen, 0)
-    section = record_function('optimizer')
-    section.__enter__()
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    norm = processes.clip(net, grad_clip or math.inf)
-    if not scaler.is_enabled() or norm.isfinite():          # an fp16 overflow skips the step, for both optimizers
+    with record_function('optimizer'):
         for opt in optimizers:
-            scaler.step(opt)
-    scaler.update()
-    net.zero_grad(set_to_none=True)
-    section.__exit__(None, None, None)
+            scaler.unscale_(opt)
+        norm = processes.clip(net, grad_clip or math.inf)
+        if not scaler.is_enabled() or norm.isfinite():      # an fp16 overflow skips the step, for both optimizers
+            for opt in optimizers:
+                scaler.step(opt)
+        scaler.update()
+        net.zero_grad(set_to_none=True)
     step += 1
     tokens_seen += tokens_per_step
     watch += total if dtype == 'float16' else total + norm  # the scaler skips steps of infinite gradients itself
