@@ -13,6 +13,7 @@ weights, they save in shards: each writes its own part, and last, in the place o
     ckpt.pt                                             the rest, and shards: {'step': 250, 'world': 2}
 """
 import dataclasses
+import hashlib
 import os
 import re
 import shlex
@@ -162,6 +163,15 @@ def model_of(ckpt):
 def tokenizer_of(ckpt):
     """The tokenizer in a checkpoint; None if the model was trained on a bare .bin."""
     return tokenizer.from_state(ckpt['tokenizer']) if ckpt.get('tokenizer') else None
+
+
+def fingerprint(weights):
+    """What tells the weights of two models apart, as a hex string: a hash of names, shapes and 256 numbers of each tensor."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        some = tensor.detach().flatten()[::max(1, tensor.numel() // 256)].cpu()
+        found.update(f'{name} {tuple(tensor.shape)} {some.tolist()}'.encode())
+    return found.hexdigest()[:16]
 
 
 def config_of(net):

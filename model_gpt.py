@@ -278,6 +278,7 @@ def optim_groups(model, weight_decay, muon=False):
 class LanguageModel(nn.Module):
     """The face all models share. A subclass provides `body`, `embedding`, `mixing_flops` and its parameters' names."""
     gradient_checkpointing = False  # True: training keeps only what goes into each layer, and computes the rest again for the gradient
+    initial = None                  # a function of B: the state before the first token of so many sequences, where it is learned (adapters.py)
 
     def run(self, layer, state, *args):
         """layer(*args) for `body`, which has this state; by gradient checkpointing (Chen et al. 2016) if it is wanted."""
@@ -289,7 +290,7 @@ class LanguageModel(nn.Module):
         """Training: idx (B, T) int64 → (logits (B, T, V), None), or with targets (B, T) → (None, mean loss in nats).
 
         Targets of -1 do not count. With targets the logits are never all in memory. In training the losses of routers are added."""
-        x, _, *losses = self.body(idx)
+        x, _, *losses = self.body(idx, self.initial and self.initial(len(idx)))
         if targets is None:
             return self.lm_head(x), None
         return None, sum(losses, linear_cross_entropy(x, self.lm_head.weight, targets))
@@ -302,7 +303,7 @@ class LanguageModel(nn.Module):
         index, repeat, concatenate, save each to do so with the sequences. 'pos' (B,) counts each row's tokens and stays on
         the CPU. A step writes into the state it is given: clone it first to go on from the same place twice."""
         if state is None:
-            state = {'pos': torch.zeros(len(idx), dtype=torch.long)}
+            state = self.initial(len(idx)) if self.initial else {'pos': torch.zeros(len(idx), dtype=torch.long)}
         x, state, *_ = self.body(idx, dict(state))
         state['pos'] = state['pos'] + idx.shape[1]
         return self.lm_head(x), state

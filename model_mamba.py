@@ -82,6 +82,13 @@ def out_proj_init(linear, n_residual):
         linear.weight /= math.sqrt(n_residual)
 
 
+class TimeStep(nn.Linear):
+    """The projection of dt without its bias, which the scan adds in fp32. A module to call, so that what is hung on it counts."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
 class Mamba1Mixer(nn.Module):
     """x (B, T, D) → (B, T, D), state. The state is {'conv': (B, K-1, E), 'ssm': (B, N, E)}."""
 
@@ -92,7 +99,7 @@ class Mamba1Mixer(nn.Module):
         self.in_proj = nn.Linear(D, 2 * E, bias=False)                          # rows [x; z]
         self.conv1d = Conv1d(E, config.conv_kernel)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)                       # rows [dt; B; C]
-        self.dt_proj = nn.Linear(R, E)
+        self.dt_proj = TimeStep(R, E)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, N + 1)).repeat(E, 1))
         self.D = nn.Parameter(torch.ones(E))
         self.out_proj = nn.Linear(E, D, bias=False)
@@ -106,7 +113,7 @@ class Mamba1Mixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, T, E) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, state.get('conv'))
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        y, ssm = mamba1_scan(x, F.linear(dt, self.dt_proj.weight), self.dt_proj.bias, -torch.exp(self.A_log.float()), B, C, self.D, z,
+        y, ssm = mamba1_scan(x, self.dt_proj(dt), self.dt_proj.bias, -torch.exp(self.A_log.float()), B, C, self.D, z,
                              state.get('ssm'))
         return self.out_proj(y), {'conv': conv, 'ssm': ssm}
 
