@@ -10,6 +10,7 @@ Parameters have the names and shapes of transformers' LlamaForCausalLM (with `wi
 Qwen3ForCausalLM, with `n_expert`: MixtralForCausalLM), so `load_state_dict` works in both directions. What the other models share —
 attention with its cache, SwiGLU, the face of a model, the optimizer groups — is defined here, once; the operations are ops.py's.
 """
+import functools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import native
 import ops
 from ops import apply_rope, attention, linear_cross_entropy, rms_norm, rope_tables, swiglu
 
@@ -96,14 +98,23 @@ class KVStep:
     """
 
     def __init__(self, pos, t, window, device):
-        self.t, self.window, self.n = t, window, int(pos.max()) + t
-        self.empty = int(pos.max()) == 0
-        query = pos[:, None] + torch.arange(t)                                  # (B, t) positions of the new tokens
-        self.positions = query.to(device)
+        self.pos, self.t, self.window, self.n, self.device = pos, t, window, int(pos.max()) + t, device
+        self.empty = self.n == t
+        self.query = pos[:, None] + torch.arange(t)                             # (B, t) positions of the new tokens
+        self.positions = self.query.to(device)
         self.keep = min(t, window) if window else t                             # of a ring only the last tokens stay
-        self.slots = (query[:, t - self.keep:] % window if window else query).to(device)
-        self.rows = torch.arange(len(pos), device=device)[:, None]              # (B, 1), with slots: where to write
-        if window and (t > 1 or self.empty):
+
+    @functools.cached_property
+    def places(self):
+        """Where to write: rows (B, 1) and slots (B, keep)."""
+        query = self.query[:, self.t - self.keep:]
+        return torch.arange(len(query), device=self.device)[:, None], (query % self.window if self.window else query).to(self.device)
+
+    @functools.cached_property
+    def mask(self):
+        """(B, 1, t, keys): which keys of `attend_to` each query sees; None: all."""
+        pos, query, window = self.pos, self.query, self.window
+        if window and (self.t > 1 or self.empty):
             last = pos[:, None] - 1                                             # ring before writing, then the new tokens
             key = torch.cat((last - (last - torch.arange(window)) % window, query), 1)
         elif window:
@@ -113,10 +124,10 @@ class KVStep:
         mask = (key[:, None] >= 0) & (key[:, None] <= query[:, :, None])        # (B, t, keys)
         if window:
             mask &= key[:, None] > query[:, :, None] - window
-        self.mask = None if bool(mask.all()) else mask[:, None].to(device)      # (B, 1, t, keys)
+        return None if bool(mask.all()) else mask[:, None].to(self.device)
 
-    def attend_to(self, cache, k, v):
-        """Write k, v (B, K, t, P) to the caches {'k', 'v'}; returns keys and values to attend to, of any length."""
+    def make_room(self, cache, k, v):
+        """Makes the caches {'k', 'v'} hold n tokens; k, v (B, K, t, P) are like what will be written."""
         if cache['k'] is None or (not self.window and self.n > cache['k'].shape[2]):
             size = self.window or max(64, 1 << (self.n - 1).bit_length())
             for name, like in (('k', k), ('v', v)):
@@ -124,12 +135,25 @@ class KVStep:
                 if cache[name] is not None:
                     new[:, :, :cache[name].shape[2]] = cache[name]
                 cache[name] = new
+
+    def attend(self, layer, x, rope, cache):
+        """An Attention of one token of each sequence by native.cpp, which reads and writes the caches in place; None if it cannot."""
+        if layer.head_dim % 16 or not ops.one_token(x, cache['k'], cache['v']):
+            return None
+        self.make_room(cache, cache['k'], cache['v'])
+        cache.update({name: cache[name].contiguous() for name in 'kv'})
+        return native.attention_step(x, rope, self.pos, layer, cache['k'], cache['v'])
+
+    def attend_to(self, cache, k, v):
+        """Write k, v (B, K, t, P) to the caches {'k', 'v'}; returns keys and values to attend to, of any length."""
+        self.make_room(cache, k, v)
         out = []
         for name, new in (('k', k), ('v', v)):
             old, tail = cache[name], new[:, :, self.t - self.keep:].transpose(1, 2)
             if self.window and self.t > 1:  # writing would overwrite what the chunk's first tokens still see
                 out.append(torch.cat((old.to(new.dtype), new), 2))
-            old[self.rows, :, self.slots] = tail.to(old.dtype)                  # indexed dims first: (B, t, K, P)
+            rows, slots = self.places
+            old[rows, :, slots] = tail.to(old.dtype)                            # indexed dims first: (B, t, K, P)
             if not (self.window and self.t > 1):
                 out.append((old if self.window else old[:, :, :self.n]).to(new.dtype))
         return out
@@ -141,7 +165,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, P = config.n_embd, config.head_dim
-        self.head_dim, self.window, self.dropout = P, config.window, config.dropout
+        self.heads, self.head_dim, self.window, self.dropout = config.n_head, P, config.window, config.dropout
         self.q_proj = nn.Linear(D, config.n_head * P, bias=False)
         self.k_proj = nn.Linear(D, config.n_kv_head * P, bias=False)
         self.v_proj = nn.Linear(D, config.n_kv_head * P, bias=False)
@@ -153,6 +177,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, plan=None, cache=None):
         """rope: of x's positions. plan, cache: a KVStep and {'k', 'v'}; without them x is a whole sequence."""
         B, T, _ = x.shape
+        if plan is not None and (y := plan.attend(self, x, rope, cache)) is not None:
+            return y
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                        # (B, T, H, P)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)                        # (B, T, K, P)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
@@ -187,6 +213,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x):
+        if ops.one_token(x) and (y := native.mlp_step(x, self)) is not None:
+            return y
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -303,7 +331,8 @@ class LanguageModel(nn.Module):
         index, repeat, concatenate, save each to do so with the sequences. 'pos' (B,) counts each row's tokens and stays on
         the CPU. A step writes into the state it is given: clone it first to go on from the same place twice."""
         if state is None:
-            state = self.initial(len(idx)) if self.initial else {'pos': torch.zeros(len(idx), dtype=torch.long)}
+            state = {name: value.clone() for name, value in self.initial(len(idx)).items()} if self.initial else \
+                {'pos': torch.zeros(len(idx), dtype=torch.long)}
         x, state, *_ = self.body(idx, dict(state))
         state['pos'] = state['pos'] + idx.shape[1]
         return self.lm_head(x), state

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+import native
+import ops
 from model_gpt import Attention, GPTConfig, LanguageModel, RMSNorm, SwiGLU, plan_attention
 from model_mamba import Mamba2Mixer, MambaConfig, mamba_flops
 
@@ -128,9 +130,13 @@ class Layer(nn.Module):
         outputs = [ssm, self.self_attn(h, rope, plan, cache)]
         if self.parallel:
             outputs.append(self.mlp(h))
-        x = x + self.residual_scale * self.drop(self.mix(h, outputs))
+        one = not self.training and ops.one_token(x, *outputs)
+        x = native.mix_step(x, h, outputs, self.branch_norms, self.controller, self.residual_scale) if one else \
+            x + self.residual_scale * self.drop(self.mix(h, outputs))
         if not self.parallel:
             y = self.mlp(self.pre_mlp_layernorm(x))
+            if one:
+                return native.mix_step(x, x, [y], self.mlp_norm and [self.mlp_norm], None, self.mlp_residual_scale), ssm_state
             y = y if self.mlp_norm is None else self.mlp_norm(y.float())
             x = x + self.mlp_residual_scale * self.drop(y)
         return x, ssm_state

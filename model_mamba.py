@@ -22,6 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import native
+import ops
 from model_gpt import LanguageModel, RMSNorm, at_least_one
 from ops import conv_silu, mamba1_scan, mamba2_scan, rms_norm
 
@@ -110,6 +112,10 @@ class Mamba1Mixer(nn.Module):
 
     def forward(self, x, state=None):
         state = state or {}
+        if ops.one_token(x, state.get('conv'), state.get('ssm')):
+            state = {name: value.contiguous() for name, value in state.items()}
+            if (y := native.mamba1_step(x, self, state)) is not None:
+                return y, state
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, T, E) each
         x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, state.get('conv'))
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
@@ -136,6 +142,7 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         D, E, N, G = config.n_embd, config.expand * config.n_embd, config.state_size, config.n_groups
         self.head_dim, self.groups, self.chunk_size = config.head_dim, G, config.chunk_size
+        self.sizes_fit = config.head_dim % 16 == N % 16 == 0                    # what native.cpp wants of a single token
         H = E // config.head_dim
         self.split = [E, E + 2 * G * N, H]
         self.in_proj = nn.Linear(D, 2 * E + 2 * G * N + H, bias=False)          # rows [z; x, B, C; dt]
@@ -150,6 +157,10 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, x, state=None):
         state = state or {}
+        if self.sizes_fit and ops.one_token(x, state.get('conv'), state.get('ssm')):
+            state = {name: value.contiguous() for name, value in state.items()}
+            if (y := native.mamba2_step(x, self, state)) is not None:
+                return y, state
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
         xBC, conv = conv_silu(xBC, self.conv1d.weight, self.conv1d.bias, state.get('conv'))
         y, ssm = mamba2_scan(xBC, dt, self.dt_bias, -torch.exp(self.A_log.float()), self.D, self.groups, self.head_dim, self.chunk_size,

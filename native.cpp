@@ -4,13 +4,23 @@
 // the papers. Conventions: all numbers are fp32 and a row's elements lie side by side; `s...` is the distance from one row to the next.
 // Every function does items lo to hi of its task, so that threads share it, each with a number of its own; what several threads would
 // add to the same place, each adds to a copy of its own, and the caller sums the copies.
-// B batch, T time, H heads, P head size, N state size, E inner width, Q chunk.
+// Those of the last part, which generation calls for every token, do all of their task and share it among threads themselves.
+// B batch, T time, H heads, G key heads or groups, P head size, N state size, E inner width, Q chunk, S cache slots.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
+#include <unistd.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 typedef int64_t I;
 constexpr int L = 16;                                       // a register of AVX-512, or two of AVX, or four of NEON
@@ -672,6 +682,351 @@ API attention_backward(I lo, I hi, I, I T, I H, I G, I P, I window, const float 
                 gemm(n, P, rows, gv + ((b * T + j0) * G + g) * P, G * P, s.data(), 1, Q, grad, H * P, true);
                 gemm(n, P, rows, gk + ((b * T + j0) * G + g) * P, G * P, d.data(), 1, Q, queries, sq, true);
                 gemm(rows, P, n, gq + ((b * T + i0) * H + h) * P, H * P, d.data(), Q, 1, keys, sk, true);
+            }
+        }
+    }
+}
+
+// --- one token of each of a few sequences: what generation computes again and again. Each function does all of its task, on `threads`
+// threads. Its pieces take microseconds, so threads wait for them awake, and sleep when for 20 us there have been none. To wait longer slows
+// what Python does between: on 2 cores of a virtual machine a step of 50M parameters in int8 took 5.9 ms, with 100 us 6.4, with 1,000 us 12
+
+struct Pool {                                               // parallel(n, f): f(lo, hi) on parts of 0 to n, whoever is free takes the next
+    std::atomic<I> posted{0}, next{0};
+    std::atomic<int> inside{0}, sleepers{0};
+    std::atomic<bool> open{false};
+    std::mutex busy, door;
+    std::condition_variable wake;
+    int workers = 0, wanted = 0, pid = getpid();
+    I n = 0, part = 1;
+    void (*run)(void *, I, I) = nullptr;
+    void *what = nullptr;
+
+    void share() { for (I lo; (lo = next.fetch_add(part)) < n;) run(what, lo, std::min(n, lo + part)); }
+    static void pause() {
+#ifdef __SSE__
+        __builtin_ia32_pause();
+#else
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+    }
+    void work(int number) {
+        for (I seen = 0;;) {
+            auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(20);
+            for (int i = 1; posted.load() == seen; i++) {
+                pause();
+                if (i % 64 || std::chrono::steady_clock::now() < until) continue;
+                std::unique_lock<std::mutex> lock(door);
+                sleepers++;
+                wake.wait(lock, [&] { return posted.load() != seen; });
+                sleepers--;
+            }
+            seen = posted.load();
+            inside++;                                       // before looking: whoever closes the door waits for those inside
+            if (open.load() && number < wanted) share();
+            inside--;
+        }
+    }
+    void start(int threads) {
+        for (; workers < threads - 1; workers++) std::thread(&Pool::work, this, workers).detach();
+    }
+};
+template <class F> static void parallel(I threads, I n, F f) {
+    static Pool *pool = new Pool;                           // never deleted: threads may wait in it to the end
+    if (threads > n) threads = n;
+    if (threads < 2 || !pool->busy.try_lock()) return f((I)0, n);
+    if (pool->pid != getpid()) pool = new Pool, pool->busy.lock();              // threads do not come along into a child
+    Pool &p = *pool;
+    p.start(threads);
+    p.run = [](void *g, I lo, I hi) { (*(F *)g)(lo, hi); }, p.what = &f, p.n = n, p.part = std::max<I>(1, n / (4 * threads));
+    p.wanted = threads - 1, p.next = 0, p.open = true, p.posted++;
+    if (p.sleepers.load()) { std::lock_guard<std::mutex> lock(p.door); p.wake.notify_all(); }
+    p.share();
+    p.open = false;
+    for (int i = 0; p.inside.load(); i++) if (i < 1000) Pool::pause(); else std::this_thread::yield();     // its core may be this one
+    p.busy.unlock();
+}
+
+// matrices (rows, columns) by a few vectors, read once, as they are stored; products and sums are fp32
+// BF16; INT8: scales, fp32, one a row; INT4: two bf16 a row and 64 columns, scale and zero; there byte i is column i and, times 16, column i + 32
+enum Format { FP32, BF16, INT8, INT4 };
+struct Matrix { I format, rows, columns; const char *data; const void *scales; };      // as native.py's `matrix` fills it
+constexpr I GROUP = 64;
+constexpr I BYTES[] = {4 * GROUP, 2 * GROUP, GROUP, GROUP / 2};                 // of GROUP columns
+template <class V> static inline V as(const void *p) { V v; memcpy(&v, p, sizeof v); return v; }
+#ifdef __AVX512F__                                          // L integers; gcc would take them apart one by one
+static inline ivec whole(const int8_t *p) { return (ivec)_mm512_cvtepi8_epi32(as<__m128i>(p)); }
+static inline ivec whole(const uint8_t *p) { return (ivec)_mm512_cvtepu8_epi32(as<__m128i>(p)); }
+static inline ivec whole(const uint16_t *p) { return (ivec)_mm512_cvtepu16_epi32(as<__m256i>(p)); }
+#else
+template <class T> static inline ivec whole(const T *p) {
+    typedef T narrow __attribute__((vector_size(sizeof(T) * L)));
+    typedef int16_t between __attribute__((vector_size(2 * L)));
+    typedef uint16_t ubetween __attribute__((vector_size(2 * L)));
+    if (sizeof(T) == 2) return __builtin_convertvector(as<ubetween>(p), ivec);
+    return __builtin_convertvector(__builtin_convertvector(as<narrow>(p), between), ivec);
+}
+#endif
+
+struct Levels { vec table; float scale, zero; };            // what the 16 nibbles stand for in a group
+static inline Levels levels(const void *scales, I group) {
+    uint32_t both = ((const uint32_t *)scales)[group], low = both << 16, high = both & 0xffff0000u;
+    float scale = as<float>(&low), zero = as<float>(&high);
+    return {__builtin_convertvector(LANE, vec) * scale + zero, scale, zero};
+}
+static inline float scale_of(const Matrix &a, int format, I row) { return format == INT8 ? ((const float *)a.scales)[row] : 1.f; }
+static inline vec pick(const Levels &l, ivec bits) {        // by the low 4 bits
+#ifdef __AVX512F__
+    return (vec)_mm512_permutexvar_ps((__m512i)bits, (__m512)l.table);
+#else
+    return __builtin_convertvector(bits & 15, vec) * l.scale + l.zero;
+#endif
+}
+template <int F> static inline vec columns(const char *group, int j, const Levels &l) {  // 16 of a group's columns, of INT8 without its scale
+    if (F == FP32) return as<vec>(group + 4 * L * j);
+    if (F == BF16) return (vec)(whole((const uint16_t *)group + L * j) << 16);
+    if (F == INT8) return __builtin_convertvector(whole((const int8_t *)group + L * j), vec);
+    return pick(l, whole((const uint8_t *)group + L * (j % 2)) >> (j / 2 * 4));
+}
+static inline vec sums(vec *r) {                            // lane i: the sum of r[i]
+    swap_all<8>(r), swap_all<4>(r), swap_all<2>(r), swap_all<1>(r);
+    for (int n = L / 2; n; n /= 2) for (int i = 0; i < n; i++) r[i] += r[i + n];
+    return r[0];
+}
+// out[m * so + r] = row r + first times x[m], r < R, m < M. x (M, columns up to GROUP, the rest 0)
+template <int F, int R, int M> static inline void products(const Matrix &a, I first, const float *x, I sx, float *out, I so) {
+    I groups = (a.columns + GROUP - 1) / GROUP, step = F == INT4 ? groups * BYTES[F] : a.columns * BYTES[F] / GROUP;
+    const char *row = a.data + first * step;
+    vec s[R][M]{};
+    for (I g = 0; g < groups; g++) {
+        bool cut = F != INT4 && (g + 1) * GROUP > a.columns;
+        char rest[R][BYTES[F]];
+        const char *p[R];
+        Levels l[R];
+        for (int r = 0; r < R; r++) {
+            p[r] = row + r * step + g * BYTES[F];
+            if (cut) memset(rest[r], 0, BYTES[F]), memcpy(rest[r], p[r], step - g * BYTES[F]), p[r] = rest[r];
+            else if (F != FP32 || M == 1) for (I i = 0; i < BYTES[F]; i += 64) __builtin_prefetch(p[r] + R * step + i);   // the next rows
+            if (F == INT4) l[r] = levels(a.scales, (first + r) * groups + g);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            vec w[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) w[r] = columns<F>(p[r], j, l[r]);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) {
+                vec v = load(x + m * sx + g * GROUP + j * L);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) s[r][m] += w[r] * v;
+            }
+        }
+    }
+    if (R * M == L) {
+        vec all = sums(s[0]);
+        for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) out[m * so + r] = all[r * M + m] * scale_of(a, F, first + r);
+    } else for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) out[m * so + r] = sum(s[r][m]) * scale_of(a, F, first + r);
+}
+template <int F, int R> static inline void products(const Matrix &a, I first, I tokens, const float *x, I sx, float *out, I so, float *room) {
+    if (tokens > 4 && F != FP32) {                          // unpacked once, for all tokens
+        I wide = up(a.columns, GROUP), step = F == INT4 ? wide / 2 : a.columns * BYTES[F] / GROUP;
+        for (int r = 0; r < R; r++) for (I k = 0; k < wide; k += GROUP) {
+            const char *p = a.data + (first + r) * step + k * BYTES[F] / GROUP;
+            char rest[BYTES[F]]{};
+            if (F != INT4 && k + GROUP > a.columns) memcpy(rest, p, step - k * BYTES[F] / GROUP), p = rest;
+            Levels l{};
+            if (F == INT4) l = levels(a.scales, ((first + r) * wide + k) / GROUP);
+                for (int j = 0; j < 4; j++) store(room + r * wide + k + j * L, columns<F>(p, j, l) * scale_of(a, F, first + r));
+        }
+        return products<FP32, R>({FP32, R, wide, (const char *)room, nullptr}, 0, tokens, x, sx, out, so, nullptr);
+    }
+    for (; tokens >= 4; tokens -= 4, x += 4 * sx, out += 4 * so) products<F, R, 4>(a, first, x, sx, out, so);
+    if (tokens == 3) products<F, R, 3>(a, first, x, sx, out, so);
+    if (tokens == 2) products<F, R, 2>(a, first, x, sx, out, so);
+    if (tokens == 1) products<F, R, 1>(a, first, x, sx, out, so);
+}
+template <int F> static void rows(const Matrix &a, I lo, I hi, I tokens, const float *x, I sx, float *y, float *room) {
+    I r = lo;
+    for (; r + 4 <= hi; r += 4) products<F, 4>(a, r, tokens, x, sx, y + r, a.rows, room);
+    for (; r < hi; r++) products<F, 1>(a, r, tokens, x, sx, y + r, a.rows, room);
+}
+// y[i] (tokens, rows of matrix i) = x (tokens, columns) @ matrix i, transposed; all of the same columns
+template <int n> static void linear(I threads, const Matrix *const (&a)[n], I tokens, const float *x, float *const (&y)[n]) {
+    I K = a[0]->columns, sx = up(K, GROUP), parts = 0;
+    std::vector<float> padded(sx > K ? tokens * sx : 0);
+    for (I i = 0; i < tokens && sx > K; i++) memcpy(&padded[i * sx], x + i * K, 4 * K);
+    if (sx > K) x = padded.data();
+    for (auto m : a) parts += up(m->rows, 4) / 4;
+    parallel(4 * parts * K * tokens < 32768 ? 1 : threads, parts, [&](I lo, I hi) {
+        Flush flush;
+        std::vector<float> room(tokens > 4 ? 4 * sx : 0);
+        for (int i = 0; i < n; i++) {
+            I mine = up(a[i]->rows, 4) / 4, from = 4 * std::max<I>(lo, 0), to = std::min(4 * hi, a[i]->rows);
+            if (from < to) (a[i]->format == FP32 ? rows<FP32> : a[i]->format == BF16 ? rows<BF16> : a[i]->format == INT8 ? rows<INT8> : rows<INT4>)(
+                *a[i], from, to, tokens, x, sx, y[i], room.data());
+            lo -= mine, hi -= mine;
+        }
+    });
+}
+API linear_step(I threads, I tokens, const Matrix *a, const float *x, float *y) { linear<1>(threads, {a}, tokens, x, {y}); }
+
+API mlp_step(I threads, I tokens, const Matrix *gate, const Matrix *up_, const Matrix *down, const float *x, float *y) {
+    I inner = gate->rows;
+    std::vector<float> room(2 * tokens * inner);
+    float *g = room.data(), *u = g + tokens * inner;
+    linear<2>(threads, {gate, up_}, tokens, x, {g, u});
+    for (I i = 0; i < tokens * inner; i += L) { int n = std::min<I>(L, tokens * inner - i); vec v = load(g + i, n); store(g + i, v * sigmoid(v) * load(u + i, n), n); }
+    linear<1>(threads, {down}, tokens, g, {y});
+}
+
+// attention of one token of each sequence, x and y (B, D): the caches (B, G, S, P) get its key and value, and slots 0 to pos, or all of a
+// ring, are attended to. P a multiple of L, tables (B, P / 2), norms of heads or null
+API attention_step(I threads, I B, I H, I G, I P, I S, const Matrix *qm, const Matrix *km, const Matrix *vm, const Matrix *om, const float *q_norm,
+                   const float *k_norm, float eps, const I *pos, const float *cosine, const float *sine, float *keys, float *values, const float *x,
+                   float *out) {
+    std::vector<float> room(B * (2 * H + 2 * G) * P + B * H);
+    float *q = room.data(), *k = q + B * H * P, *v = k + B * G * P, *y = v + B * G * P, *rstd = y + B * H * P;
+    linear<3>(threads, {qm, km, vm}, B, x, {q, k, v});
+    if (q_norm) norm_forward(0, B * H, 0, 1, P, eps, q, nullptr, 0, q_norm, q, rstd), norm_forward(0, B * G, 0, 1, P, eps, k, nullptr, 0, k_norm, k, rstd);
+    rope(0, B, 0, B, H, P, q, cosine, sine, 1, q);
+    rope(0, B, 0, B, G, P, k, cosine, sine, 1, k);
+    I longest = *std::max_element(pos, pos + B) + 1, R = H / G;
+    float scale = 1 / std::sqrt((float)P);
+    parallel(B * H * std::min(longest, S) * P < 200000 ? 1 : threads, B * G, [&](I lo, I hi) {
+        Flush flush;
+        std::vector<float> s(up(std::min(longest, S), L));
+        for (I i = lo; i < hi; i++) {
+            I b = i / G, slot = pos[b] % S, n = std::min(pos[b] + 1, S);
+            float *K = keys + i * S * P, *V = values + i * S * P;
+            memcpy(K + slot * P, k + i * P, 4 * P), memcpy(V + slot * P, v + i * P, 4 * P);
+            for (I h = i * R; h < (i + 1) * R; h++) {       // i = b G + g, h = b H + its head
+                float most = -INFINITY, total = 0;
+                for (I j = 0; j < n; j++) {
+                    vec dot{};
+                    for (I p = 0; p < P; p += L) dot += load(q + h * P + p) * load(K + j * P + p);
+                    s[j] = sum(dot) * scale, most = std::max(most, s[j]);
+                }
+                for (I j = n; j < up(n, L); j++) s[j] = -INFINITY;
+                for (I j = 0; j < n; j += L) { vec w = expv(load(&s[j]) - most); store(&s[j], w); }
+                for (I j = 0; j < n; j++) total += s[j];
+                for (I p = 0; p < P; p += L) {
+                    vec sum{};
+                    for (I j = 0; j < n; j++) sum += s[j] * load(V + j * P + p);
+                    store(y + h * P + p, sum * (1 / total));
+                }
+            }
+        }
+    });
+    linear<1>(threads, {om}, B, y, {out});
+}
+
+// silu of the convolution of one token of so many channels, whose input moves into the state (K - 1, E). weight (E, K)
+static void conv_step(I E, I K, const float *x, const float *weight, const float *bias, float *state, float *y) {
+    for (I e = 0; e < E; e++) {
+        float out = bias[e] + weight[e * K + K - 1] * x[e];
+        for (I j = 0; j < K - 1; j++) out += weight[e * K + j] * state[j * E + e];
+        y[e] = out;
+    }
+    if (K > 1) memmove(state, state + E, 4 * (K - 2) * E), memcpy(state + (K - 2) * E, x, 4 * E);
+    for (I e = 0; e < E; e += L) { int n = E - e < L ? E - e : L; vec v = load(y + e, n); store(y + e, v * sigmoid(v), n); }
+}
+static void conv_steps(I threads, I B, I E, I K, const float *x, I sx, const float *weight, const float *bias, float *state, float *y) {
+    parallel(B * E < 8192 ? 1 : threads, B, [&](I lo, I hi) {
+        Flush flush;
+        for (I b = lo; b < hi; b++) conv_step(E, K, x + b * sx, weight, bias, state + b * (K - 1) * E, y + b * E);
+    });
+}
+// a Mamba-2's mixer, v and out (B, D): conv (B, K - 1, H P + 2 G N) and h (B, H, P, N) are updated. P and N are multiples of L
+API mamba2_step(I threads, I B, I H, I G, I P, I N, I K, const Matrix *in_proj, const Matrix *out_proj, const float *weight, const float *bias,
+                const float *dt_bias, const float *A_log, const float *D, const float *norm, float eps, float *conv, float *h, const float *v, float *out) {
+    I E = H * P, W = E + 2 * G * N, sx = E + W + H;
+    std::vector<float> mixed(B * W), rstd(B * G), room(B * (sx + E));
+    float *x = room.data(), *y = x + B * sx;                // x: rows of [z; x, B, C; dt]
+    linear<1>(threads, {in_proj}, B, v, {x});
+    conv_steps(threads, B, W, K, x + E, sx, weight, bias, conv, mixed.data());
+    parallel(B * H * P * N < 32768 ? 1 : threads, B * H, [&](I lo, I hi) {
+        Flush flush;
+        for (I i = lo; i < hi; i++) {
+            I b = i / H, head = i % H, g = head / (H / G);
+            const float *u = &mixed[b * W + head * P], *Bs = &mixed[b * W + E + g * N], *Cs = Bs + G * N;
+            float dt = softplus(all(x[b * sx + E + W + head] + dt_bias[head]))[0], decay = std::exp(-dt * std::exp(A_log[head]));
+            for (I p = 0; p < P; p += L) {
+                float *state = h + (i * P + p) * N;
+                vec s[L]{}, in = load(u + p), scaled = in * dt;
+                for (I n = 0; n < N; n += L) {
+                    vec c = load(Cs + n), add = load(Bs + n);
+#pragma GCC unroll 16
+                    for (int l = 0; l < L; l++) {
+                        vec now = load(state + l * N + n) * decay + add * scaled[l];
+                        store(state + l * N + n, now), s[l] += now * c;
+                    }
+                }
+                store(y + i * P + p, sums(s) + in * D[head]);
+            }
+        }
+    });
+    parallel(B * E < 8192 ? 1 : threads, B, [&](I lo, I hi) { norm_forward(lo, hi, 0, G, E / G, eps, y, x, sx, norm, y, rstd.data()); });
+    linear<1>(threads, {out_proj}, B, y, {out});
+}
+// a Mamba-1's mixer, v and out (B, D): conv (B, K - 1, E) and h (B, N, E) are updated
+API mamba1_step(I threads, I B, I E, I N, I K, I R, const Matrix *in_proj, const Matrix *x_proj, const Matrix *dt_proj, const Matrix *out_proj,
+                const float *weight, const float *conv_bias, const float *bias, const float *A_log, const float *D, float *conv, float *h, const float *v,
+                float *out) {
+    I sbc = R + 2 * N, sz = 2 * E;
+    std::vector<float> room(B * (5 * E + sbc + R));
+    float *both = room.data(), *x = both + B * 2 * E, *raw = x + B * E, *y = raw + B * E, *parts = y + B * E, *low = parts + B * sbc;
+    const float *z = both + E, *Bs = parts + R, *Cs = Bs + N;
+    linear<1>(threads, {in_proj}, B, v, {both});            // rows of [x; z]
+    conv_steps(threads, B, E, K, both, 2 * E, weight, conv_bias, conv, x);
+    linear<1>(threads, {x_proj}, B, x, {parts});            // rows of [dt; B; C]
+    for (I b = 0; b < B; b++) memcpy(low + b * R, parts + b * sbc, 4 * R);
+    linear<1>(threads, {dt_proj}, B, low, {raw});
+    parallel(B * E * N < 8192 ? 1 : threads, up(E, L) / L, [&](I lo, I hi) {
+        Flush flush;
+        std::vector<vec> A(N);
+        for (I e = lo * L; e < std::min(hi * L, E); e += L) {
+            int n = E - e < L ? E - e : L;
+            for (I j = 0; j < N; j++) {
+                for (int l = 0; l < n; l++) A[j][l] = A_log[(e + l) * N + j];
+                A[j] = -expv(A[j]) * LOG2E;
+            }
+            for (I b = 0; b < B; b++) {
+                vec in = load(x + b * E + e, n), dt = softplus(load(raw + b * E + e, n) + load(bias + e, n)), sum = in * load(D + e, n);
+                for (I j = 0; j < N; j++) {
+                    float *state = h + (b * N + j) * E + e;
+                    vec now = exp2v(dt * A[j]) * load(state, n) + dt * in * Bs[b * sbc + j];
+                    store(state, now, n), sum += now * Cs[b * sbc + j];
+                }
+                vec gate = load(z + b * sz + e, n);
+                store(y + b * E + e, sum * gate * sigmoid(gate), n);
+            }
+        }
+    });
+    linear<1>(threads, {out_proj}, B, y, {out});
+}
+
+// y = x + scale * the sum of a hybrid's branches (B, D), at most 3, each normed if `norms` has weights, by the controller's softmax of h or
+// all the same
+API mix_step(I B, I D, I n, const float *a, const float *b, const float *c, const float *norm_a, const float *norm_b, const float *norm_c, float eps,
+             const float *controller, const float *bias, const float *scale, const float *h, const float *x, float *y) {
+    Flush flush;
+    const float *branches[] = {a, b, c}, *norms[] = {norm_a, norm_b, norm_c};
+    std::vector<float> normed(D);
+    for (I r = 0; r < B * D; r += D) {
+        float share[3], most = -INFINITY, total = 0, rstd;
+        for (I i = 0; i < n; i++) {
+            vec dot{};
+            for (I j = 0; controller && j < D; j += L) { int m = D - j < L ? D - j : L; dot += load(controller + i * D + j, m) * load(h + r + j, m); }
+            share[i] = controller ? sum(dot) + bias[i] : 0, most = std::max(most, share[i]);
+        }
+        for (I i = 0; i < n; i++) total += share[i] = std::exp(share[i] - most);
+        for (I i = 0; i < n; i++) {
+            const float *from = branches[i] + r;
+            if (norms[i]) norm_forward(0, 1, 0, 1, D, eps, from, nullptr, 0, norms[i], normed.data(), &rstd), from = normed.data();
+            for (I j = 0; j < D; j += L) {
+                int m = D - j < L ? D - j : L;
+                vec before = load((i ? y : x) + r + j, m);
+                store(y + r + j, before + load(from + j, m) * load(scale + j, m) * (share[i] / total), m);
             }
         }
     }

@@ -316,3 +316,115 @@ def cross_entropy_(logits, targets):
         raise IndexError(f'target {int(targets.max())} is outside the vocabulary of {logits.shape[1]}')
     launch('cross_entropy', len(targets), 2 * logits.numel(), logits.shape[1], logits, targets, losses)
     return losses.sum()
+
+
+# --- one token of each of a few sequences: past autograd and `launch`, which would take longer than the numbers ----------
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # of native.cpp
+
+
+@functools.cache
+def step_function(name, kinds):
+    function = library()[name]                                                  # an object of its own: `launch` declares no types
+    function.argtypes, function.restype = [ctypes.c_float if kind is float else ctypes.c_int64 for kind in kinds], None
+    return function
+
+
+def call(name, *args):
+    """Calls a function of native.cpp that shares its task among threads itself. Tensors must be contiguous; 0 stands for none."""
+    numbers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+    step_function(name, tuple(map(type, numbers)))(*numbers)
+
+
+def few(x):
+    """Whether rows x (..., K) are so few that a matrix is best read as it is stored."""
+    return x.numel() <= 32 * x.shape[-1]
+
+
+def described(codes, scales, columns):
+    """What native.cpp needs of a matrix (its struct Matrix); the tensors must live as long."""
+    return (ctypes.c_int64 * 5)(FORMATS[codes.dtype], len(codes), columns, codes.data_ptr(), 0 if scales is None else scales.data_ptr())
+
+
+def matrices(*modules):
+    """Where the descriptions of these modules' matrices are, which each keeps; None if one is no plain matrix, or has something hung on it."""
+    found = []
+    for module in modules:
+        codes = module._buffers.get('codes', module._parameters.get('weight'))
+        if codes is None or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        kept = module.__dict__.get('described')
+        if kept is None or kept[0] != codes.data_ptr():                         # it has been moved, or copied
+            if codes.dtype not in FORMATS or not codes.is_contiguous():
+                return None
+            module.described = kept = codes.data_ptr(), described(codes, module._buffers.get('scales'), getattr(module, 'columns', codes.shape[1]))
+        found.append(ctypes.addressof(kept[1]))
+    return found
+
+
+def linear(x, codes, scales):
+    """x (..., K) fp32 times a quantized matrix (rows, K), transposed, as quantize.py keeps it."""
+    y, x = x.new_empty(*x.shape[:-1], len(codes)), x.contiguous()
+    matrix = described(codes, scales, x.shape[-1])
+    call('linear_step', torch.get_num_threads(), x.numel() // x.shape[-1], ctypes.addressof(matrix), x, y)
+    return y
+
+
+def norm_step(x, weight, eps):
+    x = x.contiguous()
+    y, rstd = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
+    call('norm_forward', 0, len(rstd), 0, 1, x.shape[-1], float(eps), x, 0, 0, weight, y, rstd)
+    return y
+
+
+def mlp_step(x, mlp):
+    """A SwiGLU of x (B, 1, D); None if its matrices are not plain."""
+    found = matrices(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if not found:
+        return None
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    call('mlp_step', torch.get_num_threads(), len(x), *found, x.contiguous(), y)
+    return y
+
+
+def attention_step(x, rope, pos, layer, keys, values):
+    """An Attention of x (B, 1, D) at positions pos (B,), caches (B, K, S, P); None if its matrices are not plain."""
+    found = matrices(layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
+    if not found:
+        return None
+    (B, K, S, P), y, norms = keys.shape, torch.empty_like(x, memory_format=torch.contiguous_format), (0, 0, 0.0)
+    if layer.qk_norm:
+        norms = layer.q_norm.weight, layer.k_norm.weight, float(layer.q_norm.eps)
+    call('attention_step', torch.get_num_threads(), B, layer.heads, K, P, S, *found, *norms, pos.contiguous(), *rope, keys, values, x.contiguous(), y)
+    return y
+
+
+def mamba1_step(x, mixer, state):
+    """A Mamba1Mixer of x (B, 1, D), whose states are written to; None if its matrices are not plain."""
+    found = matrices(mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    if not found:
+        return None
+    (B, N, E), conv, y = state['ssm'].shape, mixer.conv1d, torch.empty_like(x, memory_format=torch.contiguous_format)
+    call('mamba1_step', torch.get_num_threads(), B, E, N, conv.weight.shape[-1], mixer.split[0], *found, conv.weight, conv.bias, mixer.dt_proj.bias,
+         mixer.A_log, mixer.D, state['conv'], state['ssm'], x.contiguous(), y)
+    return y
+
+
+def mamba2_step(x, mixer, state):
+    """A Mamba2Mixer of x (B, 1, D), whose states are written to; None if its matrices are not plain."""
+    found = matrices(mixer.in_proj, mixer.out_proj)
+    if not found:
+        return None
+    (B, H, P, N), conv, y = state['ssm'].shape, mixer.conv1d, torch.empty_like(x, memory_format=torch.contiguous_format)
+    call('mamba2_step', torch.get_num_threads(), B, H, mixer.groups, P, N, conv.weight.shape[-1], *found, conv.weight, conv.bias, mixer.dt_bias,
+         mixer.A_log, mixer.D, mixer.norm.weight, float(mixer.norm.eps), state['conv'], state['ssm'], x.contiguous(), y)
+    return y
+
+
+def mix_step(x, h, branches, norms, controller, scale):
+    """x + scale * the mixture of a hybrid's branches, all (B, 1, D); norms: one a branch, or None; the controller reads h, or is None."""
+    pad, y = [0] * (3 - len(branches)), torch.empty_like(x, memory_format=torch.contiguous_format)
+    weights = [norm.weight for norm in norms] + pad if norms else [0] * 3
+    call('mix_step', len(x), x.shape[-1], len(branches), *(b.contiguous() for b in branches), *pad, *weights, float(norms[0].eps) if norms else 0.0,
+         controller.weight if controller else 0, controller.bias if controller else 0, scale, h.contiguous(), x.contiguous(), y)
+    return y

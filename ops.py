@@ -43,6 +43,12 @@ def use_native(x, *others):
             and not torch.compiler.is_compiling() and native.library() is not None)
 
 
+def one_token(x, *state):
+    """Whether one token of each of a few sequences, x (B, 1, D), goes to native.cpp's last part: in fp32, without gradients, with a state."""
+    return (x.shape[1] == 1 and not torch.is_grad_enabled() and all(t is not None and t.dtype == torch.float32 for t in (x, *state))
+            and native.few(x) and use_native(x) and not torch.is_autocast_enabled('cpu'))
+
+
 def import_past_init(package, module):
     """A module of a package whose own __init__ fails: mamba-ssm's imports a CUDA extension that may not have been built."""
     try:
@@ -104,6 +110,8 @@ def rms_norm(x, weight, eps, gate=None, groups=1):
     """x / rms(x) * weight over the last dimension, or over each of so many groups of it (Zhang & Sennrich 2019), in fp32. gate, of x's
     shape: x * silu(gate) is normalised instead (Mamba-2's)."""
     if use_native(x, weight):
+        if gate is None and groups == 1 and x.dtype == torch.float32 and native.few(x) and not torch.is_grad_enabled():
+            return native.norm_step(x, weight, eps)
         return native.run(native.Norm, x, gate, weight, eps, groups)
     x = x.float() if gate is None else x.float() * F.silu(gate.float())
     if x.device.type != 'cpu' and groups == 1:
@@ -513,13 +521,13 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        need = any(ctx.needs_input_grad)
+        need, tune = any(ctx.needs_input_grad), ctx.needs_input_grad[1]         # under an adapter the weight is frozen
         count = (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)
             dx = torch.empty(x.shape, dtype=dtype, device=x.device) if need else None
-            dw = torch.zeros_like(weight) if need else None
+            dw = torch.zeros_like(weight) if tune else None
             for i in range(0, len(targets), chunk):
                 xc = x[i:i + chunk].to(dtype)
                 logits = (xc @ w.t()).float()                                   # (chunk, V)
@@ -527,6 +535,7 @@ class _LinearCrossEntropy(Function):
                 if need:
                     grad = logits.to(dtype)
                     torch.mm(grad, w, out=dx[i:i + chunk])
+                if tune:
                     dw.addmm_(grad.t(), xc) if dtype == dw.dtype else dw.add_(grad.t() @ xc)
         if need:
             ctx.save_for_backward(dx, dw, count)
@@ -537,7 +546,7 @@ class _LinearCrossEntropy(Function):
     @once_differentiable
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
-        return dx.to(ctx.dtype) * (grad / count), dw * (grad / count), None, None
+        return dx.to(ctx.dtype) * (grad / count), None if dw is None else dw * (grad / count), None, None
 
 
 def chunk_of(V):

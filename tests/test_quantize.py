@@ -1,0 +1,243 @@
+"""quantize.py: what rounding loses, that every path computes with the same rounded weights, what is written and what is refused.
+
+And the one-token kernels of native.cpp, which generation on a CPU goes through, against forward and the plain operations.
+"""
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import fit
+import native
+import ops
+import quantize
+from test_models import perturb, tokens
+
+SIZE = dict(vocab_size=97, n_layer=2, n_embd=48)            # 48 columns are no whole group, 3 heads share one key head
+MODELS = {
+    "gpt": ("gpt", dict(SIZE, n_head=3, n_kv_head=1, intermediate_size=80)),
+    "gpt-untied-window": ("gpt", dict(SIZE, n_head=3, qk_norm=True, window=5, tie_embeddings=False)),
+    "gpt-experts": ("gpt", dict(SIZE, n_head=3, n_expert=4, n_expert_active=2, intermediate_size=80)),
+    "mamba1": ("mamba", dict(SIZE, version=1)),
+    "mamba2": ("mamba", dict(SIZE, n_embd=64, head_dim=16, state_size=16, n_groups=2, conv_kernel=3)),
+    "hybrid": ("hybrid", dict(SIZE, n_head=3, ssm_head_dim=16, state_size=32, window=5)),
+    "hybrid-parallel": ("hybrid", dict(SIZE, n_head=3, ssm_head_dim=16, state_size=16, layout="parallel", low_rank=24, tie_embeddings=False)),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+every_way = pytest.mark.parametrize("how", quantize.WAYS)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(name):
+    kind, config = MODELS[name]
+    return perturb(checkpoint.build(kind, config)).eval()
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """plain(): from here on without native.cpp."""
+    return lambda: monkeypatch.setattr(ops, "use_native", lambda *tensors: False)
+
+
+def near(got, want, tolerance=1e-5):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    assert error <= tolerance, f"differs by {error:.2g} of the largest value"
+
+
+# --- numbers
+
+def test_int8_is_within_half_a_step_a_row():
+    weight = torch.randn(40, 100) * torch.logspace(-6, 3, 40)[:, None]
+    weight[3] = 0
+    kept = quantize.Linear(weight.shape, "int8").fill(weight)
+    assert kept.codes.dtype == torch.int8 and kept.codes.numel() == weight.numel()
+    assert ((kept.weight - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+
+
+def test_int4_has_the_least_error_of_the_known_ways():
+    """Against rounding to the range of each group, and against gguf's Q4_0, if it is there, with half our group."""
+    weight = torch.randn(64, 256) * torch.logspace(-6, 3, 64)[:, None]
+    kept = quantize.Linear(weight.shape, "int4").fill(weight)
+    assert kept.codes.numel() + 2 * kept.scales.numel() == weight.numel() * 4.5 / 8
+    error = (kept.weight - weight).square().mean(1)
+    groups = weight.unflatten(1, (-1, 64))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    ranged = ((groups - low) / (high - low) * 15).round() / 15 * (high - low) + low
+    gain = error / (ranged.flatten(1) - weight).square().mean(1)
+    assert gain.max() < 1 and gain.mean() < 0.9
+    gguf = pytest.importorskip("gguf")
+    q4 = gguf.GGMLQuantizationType.Q4_0
+    theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), q4), q4).copy())
+    assert (error / weight.square().mean(1)).mean() < ((theirs - weight).square().mean(1) / weight.square().mean(1)).mean()
+
+
+def test_int4_keeps_what_16_numbers_can_say():
+    codes = torch.randint(16, (8, 130))
+    codes[:, ::64], codes[:, 1::64] = 0, 15
+    weight = codes * 0.25 - 1.5
+    near(quantize.Linear(weight.shape, "int4").fill(weight).weight, weight, 0)
+    constant = torch.full((4, 70), 0.75)
+    near(quantize.Linear(constant.shape, "int4").fill(constant).weight, constant, 0)
+    assert not quantize.Linear(constant.shape, "int4").fill(0 * constant).weight.any()
+
+
+@every_way
+@pytest.mark.parametrize("rows, columns", [(7, 64), (64, 130), (33, 48), (4, 200), (1, 1)])
+def test_products_are_those_of_the_rounded_matrix(how, rows, columns, plain):
+    kept = quantize.Linear((rows, columns), how).fill(torch.randn(rows, columns))
+    inputs = [torch.randn(n, columns) for n in (1, 2, 3, 4, 7, 16, 32, 33)] + [torch.randn(2, 3, columns), torch.randn(columns, 5).t()]
+    fast = [kept(x) for x in inputs]
+    plain()
+    for x, y in zip(inputs, fast):
+        near(y, kept(x))
+        near(y, F.linear(x.double(), kept.weight.double()).float())
+
+
+def test_many_rows_go_over_all_threads():
+    torch.set_num_threads(3)
+    kept = quantize.Linear((2000, 512), "int8").fill(torch.randn(2000, 512))
+    x = torch.randn(1, 512)
+    want = F.linear(x, kept.weight)
+    for _ in range(50):                                     # threads that find nothing to do, and that come late
+        near(kept(x), want)
+
+
+# --- models
+
+@every_model
+@every_way
+def test_a_quantized_model_generates_as_it_reads(name, how, plain):
+    """Its logits token by token are those of one that has the rounded weights in fp32, however it computes."""
+    net, idx = build(name), tokens(3, 24)
+    rounded, before = quantize.quantize(copy.deepcopy(net), how), net(idx)[0]
+    want = rounded(idx)[0]
+    assert 0 < (want - before).abs().max() < (1 if how == "int4" else 0.1) * before.abs().max()
+    dense = copy.deepcopy(net)
+    for path, module in rounded.named_modules():
+        if isinstance(module, quantize.Matrix):
+            target = dense.get_submodule(path) if not path.endswith(("experts.gate_up_proj", "experts.down_proj")) else None
+            (target.weight if target is not None else dense.get_parameter(path)).data.copy_(module.weight)
+    near(want, dense(idx)[0])
+    for n in (1, 20):
+        state, got = None, []
+        for chunk in (idx[:, :n], *idx[:, n:].split(1, 1)):
+            logits, state = rounded.step(chunk, state)
+            got.append(logits)
+        near(torch.cat(got, 1), want, 1e-4)
+    near(rounded.step(idx[:, :1], copy.deepcopy(state))[0], dense.step(idx[:, :1], copy.deepcopy(state))[0], 1e-4)
+    _, loss = rounded(idx, idx)
+    near(loss, F.cross_entropy(want.flatten(0, 1), idx.flatten()))
+    plain()
+    near(rounded(idx)[0], want)
+
+
+@every_model
+def test_rows_at_different_positions_step_as_alone(name, plain):
+    """States of prompts of different lengths, put together; and the kernels against the plain operations."""
+    net, idx = build(name), tokens(2, 30)
+    states = [net.step(idx[i:i + 1, :n])[1] for i, n in enumerate((4, 11))]
+    size = max(state["k.0"].shape[2] for state in states) if "k.0" in states[0] else 0
+    wide = [{k: F.pad(v, (0, 0, 0, size - v.shape[2])) if k[:2] in ("k.", "v.") else v for k, v in state.items()} for state in states]
+    state = {k: torch.cat([w[k] for w in wide]) for k in wide[0]}
+    again = copy.deepcopy(state)
+    got = []
+    for t in range(8):
+        logits, state = net.step(torch.stack([idx[0, 4 + t], idx[1, 11 + t]])[:, None], state)
+        got.append(logits)
+    got = torch.cat(got, 1)
+    for i, n in enumerate((4, 11)):
+        near(got[i], net(idx[i:i + 1, :n + 8])[0][0, n:], 1e-4)
+    plain()
+    for t in range(8):
+        logits, again = net.step(torch.stack([idx[0, 4 + t], idx[1, 11 + t]])[:, None], again)
+        near(logits[:, 0], got[:, t], 1e-4)
+    assert state.keys() == again.keys()
+    for key in state:
+        assert torch.allclose(state[key].float(), again[key].float(), atol=1e-4, rtol=1e-4), key
+
+
+def test_a_step_leaves_a_learned_beginning_alone():
+    net = build("mamba2")
+    _, state = net.step(tokens(1, 4))
+    learned = {name: value.clone() for name, value in state.items()}
+    net.initial = lambda B: learned
+    first, _ = net.step(torch.tensor([[5]]))
+    second, _ = net.step(torch.tensor([[5]]))
+    assert torch.equal(first, second)
+
+
+@every_model
+@every_way
+def test_state_dict_round_trip(name, how, capsys):
+    net = build(name)
+    ckpt = dict(kind=MODELS[name][0], config=checkpoint.config_of(net), quantized=how)
+    quantize.quantize(net, how)
+    file = io.BytesIO()
+    torch.save(ckpt | dict(weights=net.state_dict()), file)
+    file.seek(0)
+    idx = tokens(1, 5)
+    again = checkpoint.model_of(torch.load(file, weights_only=True))
+    assert torch.equal(again(idx)[0], net(idx)[0])
+    tied = net.config.tie_embeddings
+    assert (again.lm_head.codes is again.embedding().codes) == tied
+    with pytest.raises(SystemExit):                         # codes of another kind are not taken for these
+        checkpoint.model_of(ckpt | dict(weights=net.state_dict(), quantized="int8" if how == "int4" else "int4"))
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("how, limit", [("int8", 0.30), ("int4", 0.18)])
+@pytest.mark.parametrize("kind", ["gpt", "mamba", "hybrid"])
+def test_size(kind, how, limit):
+    """Of 50 million parameters, without computing any."""
+    config = dict(fit.SIZES[kind, "50m"], vocab_size=16384, **(dict(n_head=8) if kind != "mamba" else {}))
+    with torch.device("meta"):
+        net = checkpoint.build(kind, config)
+    size = lambda: sum({id(t): t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())}.values())
+    before = size()
+    with torch.device("meta"):
+        quantize.prepare(net, how)
+    assert size() < limit * before
+
+
+@every_model
+def test_what_stays_exact(name):
+    net = build(name)
+    before = dict(net.state_dict())
+    quantize.quantize(net, "int4")
+    kept = {n for n in net.state_dict() if n in before}
+    lost = {n for n in before if n not in kept}
+    assert all(n.endswith("_proj.weight") or "experts." in n or "embed" in n or n.startswith("lm_head") or ".down." in n or ".up." in n
+               for n in lost), lost
+    assert not any("dt_proj" in n or "norm" in n or n.endswith(("mlp.gate.weight", "controller.weight")) for n in lost)
+    assert all(torch.equal(net.state_dict()[n], before[n]) for n in kept)
+
+
+def test_refusals():
+    net = quantize.quantize(build("gpt"), "int8")
+    with pytest.raises(ValueError, match="cannot be trained"):
+        net.train()
+    with pytest.raises(ValueError, match="rounded before"):
+        quantize.quantize(net, "int4")
+    with pytest.raises(ValueError, match="int3"):
+        quantize.quantize(build("gpt"), "int3")
+
+
+def test_without_a_compiler_nothing_else_comes_out(monkeypatch):
+    net, idx = quantize.quantize(build("hybrid"), "int4"), tokens(2, 6)
+    _, state = net.step(idx)
+    fast, _ = net.step(idx[:, :1], copy.deepcopy(state))
+    assert native.library() is None or ops.one_token(torch.zeros(1, 1, 4)) is False      # gradients are wanted here
+    monkeypatch.setattr(native, "library", lambda: None)
+    near(net.step(idx[:, :1], state)[0], fast, 1e-4)
