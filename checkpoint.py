@@ -22,8 +22,10 @@ from contextlib import nullcontext
 
 import torch
 
+import adapters
 import hf
 import ops
+import quantize
 import tokenizer
 from configurator import fail
 from model_gpt import GPT, GPTConfig
@@ -136,14 +138,18 @@ def load(path, rank=0, world=1):
 
 
 def load_model(source):
-    """A model to begin with: of the checkpoint in an out_dir, or in hf:folder as transformers saved it → {'kind', 'config', 'weights',
-    'tokenizer', 'tokenizer_path', 'block_size'}."""
+    """A model to begin with: of the checkpoint in an out_dir, an adapter merged into its base, or in hf:folder as transformers saved it →
+    {'kind', 'config', 'weights', 'tokenizer', 'tokenizer_path', 'block_size'}."""
     if source.startswith('hf:'):
         folder = source.removeprefix('hf:')
         kind, config, weights, tok = hf.load(folder)
         return dict(kind=kind, config=config, weights=weights, tokenizer=tok, tokenizer_path=os.path.join(folder, 'tokenizer.json'),
                     block_size=0)
     ckpt = load(source)
+    if ckpt.get('quantized'):
+        fail(f'{source}: its weights are {ckpt["quantized"]}, which cannot be trained; begin with the model they were made from')
+    if ckpt.get('adapter'):
+        ckpt['weights'] = adapters.merged_weights(ckpt, source)
     name = ckpt['settings']['dataset']                      # in data/, or a path; or a mixture, all of one tokenizer
     folders = [os.path.join(root, name) for name in (name, re.sub(r':[^:,]*$', '', name.split(',')[0])) for root in ('data', '')]
     return dict(kind=ckpt['kind'], config=ckpt['config'], weights=ckpt['weights'], tokenizer=tokenizer_of(ckpt),
@@ -151,9 +157,13 @@ def load_model(source):
 
 
 def model_of(ckpt):
-    """The model in a checkpoint, in eval mode on the CPU."""
+    """The model in a checkpoint, in eval mode on the CPU; an adapter's with its base."""
     try:
+        if ckpt.get('adapter'):
+            return adapters.model_of(ckpt).eval()
         net = build(ckpt['kind'], ckpt['config'])
+        if ckpt.get('quantized'):
+            quantize.prepare(net, ckpt['quantized'])
         net.load_state_dict(ckpt['weights'])
     except (TypeError, ValueError, RuntimeError) as error:
         fail(f'the checkpoint\'s weights and settings do not fit together: {str(error).splitlines()[0]}')

@@ -25,6 +25,7 @@ import torch
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import adapters
 import checkpoint
 import ops
 from configurator import fail
@@ -85,21 +86,23 @@ class Live(TorchDispatchMode):
         return out
 
 
-def simulate(fake, kind, config, batch, T, device, dtype, optimizer, checkpointing, accumulate):
+def simulate(fake, kind, config, batch, T, device, dtype, optimizer, checkpointing, accumulate, adapter=()):
     """One step of training → {name: bytes}: what stands (weights, gradients, optimizer, activations), and a peak a stretch.
 
-    fake: on tensors without data. config: a tuple of (field, value). device: 'cpu', or another kind: then without the kernels that
+    fake: on tensors without data. config, adapter: tuples of (field, value). device: 'cpu', or another kind: then without the kernels that
     are compiled for a CPU."""
     plain, ops.use_native = ops.use_native, ops.use_native if device == 'cpu' else lambda *tensors: False
     try:
-        return steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate)
+        return steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate, adapter)
     finally:
         ops.use_native = plain
 
 
-def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate):
+def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate, adapter):
     with torch.random.fork_rng(devices=[]), fake_tensor.FakeTensorMode() if fake else nullcontext(), Live() as live:
         net = checkpoint.build(kind, dict(config))
+        if adapter:
+            adapters.add(net, dict(adapter))
         net.gradient_checkpointing = checkpointing
         for module in net.modules():                        # attention keeps a seed of its dropout, no mask; but here it would ask
             if isinstance(getattr(module, 'dropout', None), float):  # for that number, or take the (T, T) path of a CPU
@@ -113,7 +116,7 @@ def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumul
 
         before = live.now
         for p in net.parameters():
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         found['gradients'] = live.now - before
         before = live.now
         live.enter('step')
@@ -131,7 +134,7 @@ def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumul
             out = out[0] if isinstance(out, tuple) else out
             if out.requires_grad and live.stretch in ('forward', 'loss'):
                 out.register_hook(partial(live.enter, f'backward {i}'))
-                if i == 0:
+                if i == 0 and args[0].requires_grad:        # not under an adapter
                     args[0].register_hook(partial(live.enter, 'embedding'))
                 if i == len(layers) - 1:
                     live.enter('loss')
@@ -144,9 +147,10 @@ def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumul
         found['activations'] = live.now - before
         live.enter('head')
         loss.backward()
+        live.enter('embedding')
     peaks = live.peaks
-    return found | {name: peaks[name] for name in ('step', 'forward', 'loss', 'head', 'embedding')} | dict(
-        top=peaks[f'backward {len(layers) - 1}'], bottom=peaks['backward 0'])
+    return found | {name: peaks.get(name, 0) for name in ('step', 'forward', 'loss', 'head', 'embedding')} | dict(
+        top=peaks.get(f'backward {len(layers) - 1}', 0), bottom=peaks.get('backward 0', 0))
 
 
 @lru_cache(None)
@@ -173,13 +177,14 @@ def extend(axes, measure, *at):
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer='adamw', checkpointing=False, accumulate=True,
-             processes=1, shards=1):
+             processes=1, shards=1, adapter=None):
     """The peak of training and what it is made of, in bytes: {'weights', 'gradients', 'optimizer', 'activations', 'temporary',
     'total'}. Activations are what the backward pass needs; temporary is all else that is alive at the peak.
 
     config: the model's, a dict. batch: sequences of T tokens at once. device: 'cpu', 'cuda' or 'mps'. accumulate: gradients stay from
     micro-step to micro-step. processes: with more than one, DistributedDataParallel keeps the gradients a second time. shards: with FSDP each of so many has its share
-    of weights, gradients and optimizer, and two layers and the embedding whole.
+    of weights, gradients and optimizer, and two layers and the embedding whole. adapter: what a checkpoint says of one, which alone has
+    gradients then.
     A second or two the first time."""
     processes = 1 if shards > 1 else processes
     full = dataclasses.asdict(checkpoint.MODELS[kind][1](**config))
@@ -189,7 +194,8 @@ def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer=
     if full.get('version') == 1 and T > 4 * SHORT:          # the same tokens in shorter and more sequences: nearly the same memory
         axis, times = (batch * T // (2 * SHORT), batch * T // SHORT, batch), lambda n: batch * T // n
     found = extend([(1, 2, n_layer), axis], lambda layers, n: corner(
-        kind, tuple(full.items()), layers, n, times(n), device, dtype, optimizer, checkpointing, accumulate))
+        kind, tuple(full.items()), layers, n, times(n), device, dtype, optimizer, checkpointing, accumulate,
+        tuple((adapter or {}).items())))
     where = max(STRETCHES, key=found.get)
     parts = dict(weights=found['weights'], optimizer=found['optimizer'],
                  gradients=found['gradients'] * ((accumulate or where in ('step', 'bottom', 'embedding')) + (processes > 1)),

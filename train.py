@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
+import adapters
 import batches
 import checkpoint
 import fit
@@ -41,7 +42,7 @@ from machine import memory, peak_flops
 from metrics import Trace, open_log, parts_of
 from muon import Muon
 from processes import leave, say, summed
-from sample import Writer, encode_prompt, generate
+from generation import Writer, encode_prompt, generate
 
 # --- what and where
 out_dir = 'out'             # checkpoints and the log of this run
@@ -77,6 +78,13 @@ layout = ''                 # hybrid: 'sequential' or 'parallel', see model_hybr
 gate = True                 # hybrid: token-adaptive branch weights
 branch_norm = True          # hybrid: normalise each branch
 low_rank = 0                # hybrid: rank of the projections, 0 is full
+# --- adapter: a small part that is trained beside a model that stays as it is, that of --init_from
+adapter = ''                # 'lora', or 'prefix': a learned beginning; '' trains all weights
+lora_rank = 8
+lora_alpha = 16.0           # the change counts lora_alpha / lora_rank times
+lora_dropout = 0.0
+lora_targets = ''           # the matrices that get one: q_proj,v_proj; '': all projections but keys', and of a Mamba those that go in
+prefix_length = 16          # tokens that the beginning stands for
 # --- batch
 batch_size = 0              # sequences computed at once; 0: what the memory found, or `vram`, allows
 gradient_checkpointing = None  # compute each layer again in the backward pass: a third slower, far less memory; None: as memory asks
@@ -155,9 +163,11 @@ if eval_only or init_from == 'resume' or (init_from != 'scratch' and os.path.exi
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value
     given = fit.SIZES.get((model, explicit.get('size')), {}) | given
-    for name, was in ({name: ckpt['settings'][name] for name in ('model', 'optimizer')} | ckpt['config']).items():
+    for name, was in ({name: ckpt['settings'].get(name) for name in ('model', 'optimizer', *adapters.SETTINGS)} | ckpt['config']).items():
         if name in given or (name == 'block_size' and explicit.get(name)):
             unchanged(latest, name, was, given.get(name, block_size))
+    if ckpt.get('adapter'):
+        base = adapters.base_of(ckpt, '' if init_from in ('auto', 'resume', 'scratch') else init_from)
 elif init_from not in ('auto', 'resume', 'scratch'):
     if not os.path.exists(init_from.removeprefix('hf:')):
         fail(f'init_from={init_from} must be auto, resume or scratch, or the out_dir of another run, or hf: and a folder of transformers')
@@ -174,19 +184,24 @@ require(globals(), {
     'empty, or one of ' + ', '.join(sorted({size for _, size in fit.SIZES}, key=lambda size: int(size[:-1]))):
         dict(size=not size or (model, size) in fit.SIZES),
     'ddp or fsdp': dict(parallel=parallel in ('ddp', 'fsdp')),
+    'empty, lora or prefix': dict(adapter=adapter in ('', 'lora', 'prefix')),
     'adamw or muon': dict(optimizer=optimizer in ('adamw', 'muon')),
     'cosine or wsd': dict(schedule=schedule in ('cosine', 'wsd')),
     "auto, or a number of GB": dict(vram=vram == 'auto' or re.fullmatch(r'\d+\.?\d*', vram) and float(vram) > 0),
     'true, false or left out': dict(gradient_checkpointing=gradient_checkpointing in (None, True, False)),
-    'more than 0': {name: globals()[name] > 0 for name in 'learning_rate eval_interval log_interval n_groups rope_theta'.split()},
+    'more than 0': {name: globals()[name] > 0 for name in '''learning_rate eval_interval log_interval n_groups rope_theta lora_rank lora_alpha
+        prefix_length'''.split()},
     '-1 or more': dict(warmup_iters=warmup_iters >= -1, window=window >= -1),
-    'at least 0 and below 1': {name: 0 <= globals()[name] < 1 for name in 'dropout beta1 beta2'.split()},
+    'at least 0 and below 1': {name: 0 <= globals()[name] < 1 for name in 'dropout beta1 beta2 lora_dropout'.split()},
     'from 0 to 1': dict(decay_fraction=0 <= decay_fraction <= 1),
     'from 0 to 2**31': dict(seed=0 <= seed < 2**31),
     '0 or more': {name: globals()[name] >= 0 for name in '''vocab_size n_layer n_embd block_size n_head n_kv_head state_size n_expert
         max_iters intermediate_size low_rank batch_size gradient_accumulation_steps tokens_per_step weight_decay grad_clip
         lr_decay_iters min_lr eval_iters patience sample_interval profile'''.split()},
 })
+if adapter:
+    adapters.require(globals(), base)
+    gradient_checkpointing = False if adapter == 'prefix' else gradient_checkpointing
 
 # --- data
 data = batches.open_dataset(dataset or batches.newest_dataset(), vocab_size, data_dtype)
@@ -264,7 +279,8 @@ except ValueError as error:
     fail(error)
 in_shards = bool(ckpt and ckpt.get('shards'))               # what was loaded is this process's share
 if held and not in_shards:
-    net.load_state_dict(held['weights'])
+    net.load_state_dict((base or held)['weights'])          # of an adapter's run, what it adapts
+how = adapter and adapters.begin(net, globals(), init_from, ckpt, base, data.batch(np.arange(1), prefix_length, seed)[0][0])
 
 # --- memory: how much of a step is computed at once
 mine = sequences // world                                   # of a step, this process's
@@ -275,7 +291,8 @@ planned = ''
 if free and not eval_only:
     micro_batch, gradient_checkpointing, planned = fit.plan(
         model, checkpoint.config_of(net), net.num_params(), micro_batch, mine, free, gradient_checkpointing, fixed=bool(batch_size),
-        T=block_size, device=kind_of_device, dtype=dtype, optimizer=optimizer, processes=world, shards=world if processes.SHARDED else 1)
+        T=block_size, device=kind_of_device, dtype=dtype, optimizer=optimizer, processes=world, shards=world if processes.SHARDED else 1,
+        adapter=how)
 if batch_size >= 2 * micro_batch and micro_batch < mine:
     say(f'note: {mine} sequences a step can only be cut into micro-batches of {micro_batch}, not {batch_size}')
 batch_size, micro_steps = batch_size or micro_batch, mine // micro_batch
@@ -365,13 +382,13 @@ def save(*paths, shards=False):
         counters=dict(step=step, tokens_seen=tokens_seen, best_loss=best_loss, bad_evals=bad_evals, evaluated=evaluated,
                       seconds=seconds, history=history),
         settings={name: globals()[name] for name in names if name not in LOCAL},
-        tokenizer=tok.state() if tok else None,
+        tokenizer=tok.state() if tok else None, **(dict(adapter=how) if how else {}),
         metadata=dict(parameters=net.num_params(), parameter_bytes=sum(p.numel() * p.element_size() for p in net.parameters()),
                       step=step, tokens_seen=tokens_seen, best_loss=best_loss, recent=history[-20:], device=device,
                       torch=str(torch.__version__), seconds=seconds, time=time.strftime('%Y-%m-%d %H:%M:%S')))
     try:
         for path in paths:
-            processes.save(path, contents, net, optimizers, shards and path == latest)
+            processes.save(path, contents, adapters.Part(net, how) if how else net, optimizers, shards and path == latest)
         return True
     except (OSError, RuntimeError) as error:
         say(f'warning: {path} could not be saved ({str(error).splitlines()[0]}); the one before it is untouched')
@@ -379,7 +396,7 @@ def save(*paths, shards=False):
 
 
 say(f'{model}: {net.num_params() / 1e6:.2f}M parameters, {net.config.n_layer} layers of width {net.config.n_embd}, context {block_size}')
-for line in parts_of(net):
+for line in [adapters.describe(net, how)] if how else parts_of(net):
     say(line)
 say(f'{data.name}: {data.tokens["train"]:,} tokens to train on, {data.tokens["val"]:,} to evaluate, vocabulary {data.vocab_size}')
 say(f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x {micro_batch} x {block_size}), '
@@ -418,12 +435,12 @@ if master:
 peak = peak_flops(device, dtype) * world
 if kind_of_device == 'cuda':
     torch.cuda.reset_peak_memory_stats()
-flops = net.flops_per_token(block_size)
+flops = net.flops_per_token(block_size) - adapters.flops_saved(net)
 fast = net                                                  # what computes the training steps
 loader = ThreadPoolExecutor(1)                              # fetches the next batch while this one is computed
 x, y = fetch(tokens_seen, 0)
-if compile and processes.SHARDED:
-    say('note: torch.compile is left out with --parallel=fsdp')
+if compile and (processes.SHARDED or adapter == 'prefix'):
+    say(f'note: torch.compile is left out with --{"parallel=fsdp" if processes.SHARDED else "adapter=prefix"}')
 elif compile:
     try:
         fast = checkpoint.compiled(net)
