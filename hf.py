@@ -3,16 +3,18 @@
     python train.py --init_from=hf:folder              # folder: what save_pretrained wrote, or a downloaded repository
     kind, config, weights, tok = hf.load('folder')     # checkpoint.build(kind, config).load_state_dict(weights)
 
-Taken are llama, qwen3, mistral, mixtral, mamba and mamba2, and the original checkpoints of state-spaces/mamba:
+Taken are llama, qwen3, mistral, mixtral, qwen3_moe, mamba and mamba2, the original checkpoints of state-spaces/mamba, and the hybrids that
+export.py wrote with a modelling file of their own, which is not needed here:
 
-    config.json        ──► the fields of GPTConfig or MambaConfig. What our models would compute otherwise is refused
+    config.json        ──► the fields of our config. What our models would compute otherwise is refused
     *.safetensors      ──► {name: fp32 tensor}: one file or many with an index, fp64, fp32, fp16 or bf16, or pytorch_model.bin;
                            no code in a file is ever run. Names and shapes must be those of our model, all of them
     tokenizer.json     ──► tokenizer.py's Tokenizer, or None
 
-Our parameters have transformers' names, so little is mapped: Mixtral's experts are stacked, a tied head gets its weight.
+Our parameters have transformers' names, so little is mapped: experts are stacked, a tied head gets its weight.
 Whatever does not fit ends the program in a line that names it.
 """
+import dataclasses
 import json
 import math
 import os
@@ -30,8 +32,14 @@ FAMILIES = {  # what a missing key of config.json stands for
     'qwen3': dict(rms_norm_eps=1e-6, head_dim=128),
     'mistral': dict(rms_norm_eps=1e-6, sliding_window=4096),
     'mixtral': dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
+    'qwen3_moe': dict(rms_norm_eps=1e-6, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False),
+    'mambino_hybrid': {},
     'mamba': dict(state_size=16, tie_word_embeddings=True),
     'mamba2': dict(state_size=128, head_dim=64, n_groups=8),
+}
+EXPERTS = {  # where a layer's experts are on the disk, and what the gate, up and down matrix of one is called
+    'mixtral': ('block_sparse_moe', 'w1', 'w3', 'w2'),
+    'qwen3_moe': ('mlp', 'gate_proj', 'up_proj', 'down_proj'),
 }
 ONLY = {  # the values our models can represent, and why no other; a key may be missing or null
     'quantization_config': ([None], 'quantized weights cannot be read; save the model in fp32, fp16 or bf16'),
@@ -40,6 +48,9 @@ ONLY = {  # the values our models can represent, and why no other; a key may be 
     'attention_bias': ([False], 'our attention has no biases'),
     'mlp_bias': ([False], 'our MLP has no biases'),
     'partial_rotary_factor': ([1], 'our rotary positions turn whole heads'),
+    'norm_topk_prob': ([True], 'the weights of the experts of a token sum to 1 in our models'),
+    'decoder_sparse_step': ([1], 'our models have experts in every layer'),
+    'mlp_only_layers': ([[]], 'our models have experts in every layer'),
     'use_bias': ([False], 'the projections of our Mamba have no biases'),
     'use_conv_bias': ([True], 'the convolution of our Mamba has a bias'),
     'time_step_limit': ([[0, math.inf]], 'our Mamba-2 does not limit its time steps'),
@@ -88,12 +99,17 @@ def to_ours(theirs):
     if 'model_type' not in theirs and 'd_model' in theirs:
         theirs = from_original(theirs)
     family = theirs.get('model_type')
+    if family == 'falcon_h1':
+        refuse('model_type', family, 'its embeddings are not normed, those of our hybrid are; a model that export.py wrote in this form '
+               'goes on from its out_dir')
     if family not in list(FAMILIES):
         refuse('model_type', family, f'supported are {", ".join(FAMILIES)}')
     theirs = {**FAMILIES[family], **theirs}
     for key, (allowed, why) in ONLY.items():
         if theirs.get(key) is not None and theirs[key] not in allowed:
             refuse(key, theirs[key], why)
+    if family == 'mambino_hybrid':
+        return 'hybrid', hybrid_fields(theirs)
     ours = dict(vocab_size=number(theirs, 'vocab_size'), n_layer=number(theirs, 'num_hidden_layers'),
                 n_embd=number(theirs, 'hidden_size'), tie_embeddings=bool(theirs.get('tie_word_embeddings')))
     if family.startswith('mamba'):                    # chunk_size is left at ours: it decides the speed, not the result
@@ -105,12 +121,28 @@ def to_ours(theirs):
             ours.update(time_step_rank=number(theirs, 'time_step_rank', 0))
         return 'mamba', ours
     ours.update(n_head=number(theirs, 'num_attention_heads'), n_kv_head=number(theirs, 'num_key_value_heads', 0),
-                head_dim=number(theirs, 'head_dim', 0), intermediate_size=number(theirs, 'intermediate_size'),
+                head_dim=number(theirs, 'head_dim', 0),
+                intermediate_size=number(theirs, 'moe_intermediate_size' if family == 'qwen3_moe' else 'intermediate_size'),
                 block_size=number(theirs, 'max_position_embeddings'), norm_eps=number(theirs, 'rms_norm_eps', kind=float),
-                qk_norm=family == 'qwen3', window=window_of(theirs), rope_theta=rope_theta_of(theirs))
-    if family == 'mixtral':
-        ours.update(n_expert=number(theirs, 'num_local_experts'), n_expert_active=number(theirs, 'num_experts_per_tok'))
+                qk_norm=family.startswith('qwen3'), window=window_of(theirs), rope_theta=rope_theta_of(theirs))
+    if family in EXPERTS:
+        key = 'num_local_experts' if theirs.get('num_local_experts') is not None else 'num_experts'
+        ours.update(n_expert=number(theirs, key), n_expert_active=number(theirs, 'num_experts_per_tok'))
     return 'gpt', ours
+
+
+def hybrid_fields(theirs):
+    """The fields of our HybridConfig, which such a config.json has under their own names."""
+    theirs, ours = {'tie_embeddings': theirs.get('tie_word_embeddings'), **theirs}, {}
+    for field in dataclasses.fields(checkpoint.HybridConfig):
+        value = theirs.get(field.name)
+        if value is not None and field.type in (int, float):
+            ours[field.name] = number(theirs, field.name, kind=field.type)
+        elif value is not None:
+            if type(value) is not field.type:
+                refuse(field.name, value, 'must be true or false' if field.type is bool else 'must be a string')
+            ours[field.name] = value
+    return ours
 
 
 def rope_theta_of(theirs):
@@ -129,7 +161,7 @@ def rope_theta_of(theirs):
 def window_of(theirs):
     """The attention window of all layers, 0 for none. Three keys may say which layers have one; our layers are all alike."""
     family, window, kinds = theirs['model_type'], number(theirs, 'sliding_window', 0), theirs.get('layer_types') or []
-    if family == 'llama' or (family == 'qwen3' and not theirs.get('use_sliding_window')):
+    if family == 'llama' or (family.startswith('qwen3') and not theirs.get('use_sliding_window')):
         window = 0
     if family == 'qwen3' and window:                  # the only family where layer_types decides
         full = number(theirs, 'max_window_layers', 28)
@@ -222,13 +254,17 @@ def to_our_names(weights):
         del weights[name]
     if 'backbone.embedding.weight' in weights:
         weights['backbone.embeddings.weight'] = weights.pop('backbone.embedding.weight')
-    for gate in [name for name in weights if name.endswith('.block_sparse_moe.gate.weight')]:
-        old = gate.removesuffix('gate.weight')
-        new = old.replace('block_sparse_moe', 'mlp')
-        weights[new + 'gate.weight'] = router = weights.pop(gate)
-        w1, w2, w3 = ([weights.pop(f'{old}experts.{e}.{w}.weight') for e in range(len(router))] for w in ('w1', 'w2', 'w3'))
-        weights[new + 'experts.gate_up_proj'] = torch.cat((torch.stack(w1), torch.stack(w3)), 1)  # (experts, 2 I, D)
-        weights[new + 'experts.down_proj'] = torch.stack(w2)                                      # (experts, D, I)
+    for block, gate, up, down in EXPERTS.values():
+        for router in [name for name in weights if name.endswith(f'.{block}.gate.weight')]:
+            old = router.removesuffix('gate.weight')
+            new = old.replace(block, 'mlp')
+            if new + 'experts.gate_up_proj' in weights:                         # transformers 5 can write stacks too
+                continue
+            n = len(weights[router])
+            weights[new + 'gate.weight'] = weights.pop(router)
+            gates, ups, downs = ([weights.pop(f'{old}experts.{e}.{matrix}.weight') for e in range(n)] for matrix in (gate, up, down))
+            weights[new + 'experts.gate_up_proj'] = torch.cat((torch.stack(gates), torch.stack(ups)), 1)  # (experts, 2 I, D)
+            weights[new + 'experts.down_proj'] = torch.stack(downs)                                       # (experts, D, I)
 
 
 def load(folder):
@@ -238,7 +274,7 @@ def load(folder):
         fail(f'{path}: no such file; hf: takes a folder that save_pretrained of transformers wrote')
     try:
         kind, config = to_ours(read_json(path))
-        with torch.device('meta'):  # names and shapes, no memory
+        with torch.device('cpu' if config.get('low_rank') else 'meta'):  # meta: names and shapes, no memory. A low rank starts from values
             net = checkpoint.build(kind, config)
     except (ValueError, ArithmeticError) as error:
         fail(f'{path}: {error}')
@@ -250,7 +286,7 @@ def load(folder):
         fail(f'{folder}: the experts are not complete or not of one shape: {str(error).splitlines()[0]}')
 
     if net.config.tie_embeddings:
-        embedding = weights.get({'gpt': 'model.embed_tokens.weight', 'mamba': 'backbone.embeddings.weight'}[kind])
+        embedding = weights.get('backbone.embeddings.weight' if kind == 'mamba' else 'model.embed_tokens.weight')
         if embedding is not None and not torch.equal(weights.setdefault('lm_head.weight', embedding), embedding):
             fail(f'{path}: tie_word_embeddings=true, but lm_head.weight is not the embedding; if it should not be, set it to false')
     for what, names in (('is missing', wanted.keys() - weights), ('is not part of the model', weights.keys() - wanted)):

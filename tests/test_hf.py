@@ -16,6 +16,8 @@ from model_gpt import GPTConfig
 from test_models import LLAMA, PEERS, V, assert_close, perturb, quiet_and_seeded, tokens  # noqa: F401
 
 MIXTRAL = 'Mixtral', dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=20, attn_implementation='eager')
+QWEN3_MOE = 'Qwen3Moe', dict(LLAMA, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True,
+                             use_sliding_window=True, sliding_window=20, attn_implementation='eager')
 SOURCES = {name: peer[:2] for name, peer in PEERS.items() if 'mixtral' not in name}
 SOURCES['qwen3-window'] = 'Qwen3', dict(LLAMA, head_dim=16, use_sliding_window=True, sliding_window=20, max_window_layers=0,
                                         attn_implementation='eager')
@@ -110,17 +112,18 @@ def test_forms_on_disk(form, name, tmp_path):
 
 @pytest.mark.parametrize('original_names', [True, False])
 @pytest.mark.parametrize('shard', ['20KB', '1GB'])
-def test_experts_are_stacked(shard, original_names, tmp_path):
-    model = theirs(*MIXTRAL)
+@pytest.mark.parametrize('source', [MIXTRAL, QWEN3_MOE], ids=['mixtral', 'qwen3_moe'])
+def test_experts_are_stacked(source, shard, original_names, tmp_path):
+    model = theirs(*source)
     model.save_pretrained(tmp_path, max_shard_size=shard, save_original_format=original_names)
     weights = hf.read_weights(tmp_path)
-    assert original_names == any('experts.3.w2' in name for name in weights)
+    assert original_names == any('experts.3.' in name for name in weights)
     hf.to_our_names(weights)
     for name, tensor in model.state_dict().items():
         assert torch.equal(weights.pop(name, model.lm_head.weight), tensor), name
     assert not weights
     kind, config = hf.to_ours(json.loads((tmp_path / 'config.json').read_text()))
-    assert (kind, config['n_expert'], config['n_expert_active'], config['window']) == ('gpt', 4, 2, 20)
+    assert (kind, config['n_expert'], config['n_expert_active'], config['window']) == ('gpt', 4, 2 if source is MIXTRAL else 3, 20)
     if HAS_EXPERTS:
         assert_same_logits(tmp_path, model)
 
@@ -151,7 +154,7 @@ def saved(tmp_path_factory):
     def save(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            theirs(*(MIXTRAL if name == 'mixtral' else SOURCES[name])).save_pretrained(folders[name])
+            theirs(*{'mixtral': MIXTRAL, 'qwen3_moe': QWEN3_MOE, **SOURCES}[name]).save_pretrained(folders[name])
         return folders[name]
     return save
 
@@ -239,6 +242,8 @@ FULL, SLIDING = ['full_attention'] * 2, ['sliding_attention'] * 2
     ('mistral', dict(sliding_window=20, layer_types=SLIDING), 20),
     ('mixtral', {}, 0),
     ('mixtral', dict(sliding_window=20), 20),
+    ('qwen3_moe', dict(sliding_window=20, norm_topk_prob=True), 0),
+    ('qwen3_moe', dict(sliding_window=20, norm_topk_prob=True, use_sliding_window=True, max_window_layers=28), 20),  # of every layer
     ('qwen3', dict(sliding_window=20, max_window_layers=0), 0),
     ('qwen3', dict(sliding_window=20, use_sliding_window=False, layer_types=FULL), 0),
     ('qwen3', dict(sliding_window=20, use_sliding_window=True), 0),  # from layer 28 on
@@ -257,7 +262,13 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
 
 
 @pytest.mark.parametrize('name, changes, says', [
-    ('llama', dict(model_type='gpt_neox'), 'model_type="gpt_neox": supported are llama, qwen3, mistral, mixtral, mamba, mamba2'),
+    ('llama', dict(model_type='gpt_neox'), 'model_type="gpt_neox": supported are llama, qwen3, mistral, mixtral, qwen3_moe, '
+     'mambino_hybrid, mamba, mamba2'),
+    ('llama', dict(model_type='falcon_h1'), 'model_type="falcon_h1": its embeddings are not normed'),
+    ('llama', dict(model_type='mambino_hybrid', gate='yes'), 'gate="yes": must be true or false'),
+    ('llama', dict(model_type='mambino_hybrid', layout=3), 'layout=3: must be a string'),
+    ('llama', dict(model_type='mambino_hybrid', layout='serial'), "layout='serial' must be"),
+    ('llama', dict(model_type='mambino_hybrid', window=1.5), 'window=1.5: must be a whole number'),
     ('llama', dict(model_type=None), 'model_type=null'),
     ('llama', dict(rope_parameters=SCALED), 'rope_parameters={"rope_type": "yarn"'),
     ('llama', dict(rope_scaling={'type': 'linear', 'factor': 2.0}), 'rope_scaling={"type": "linear"'),
@@ -278,6 +289,9 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
     ('qwen3', dict(layer_types=['sliding_attention'] * 2), 'layer_types.*sliding_window is not used'),
     ('qwen3', dict(layer_types=None, use_sliding_window=True, sliding_window=20, max_window_layers=1), 'max_window_layers=1'),
     ('mixtral', dict(num_local_experts='four'), 'num_local_experts="four"'),
+    ('qwen3_moe', dict(norm_topk_prob=False), 'norm_topk_prob=false'),
+    ('qwen3_moe', dict(decoder_sparse_step=2), 'decoder_sparse_step=2'),
+    ('qwen3_moe', dict(mlp_only_layers=[0]), r'mlp_only_layers=\[0\]'),
     ('mamba1', dict(use_bias=True), 'use_bias=true'),
     ('mamba1', dict(use_conv_bias=False), 'use_conv_bias=false'),
     ('mamba1', dict(hidden_act='relu'), 'hidden_act="relu"'),
@@ -295,6 +309,16 @@ def test_what_our_models_cannot_be(name, changes, says, copy, refusal):
     line = refusal(folder)
     assert 'config.json: ' in line
     assert re.search(says, line), line
+
+
+def test_what_a_missing_key_stands_for():
+    """transformers' Qwen3Moe does not make the weights of a token's experts sum to 1 unless it is told to."""
+    config = dict(model_type='qwen3_moe', vocab_size=V, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  max_position_embeddings=50)
+    with pytest.raises(ValueError, match='norm_topk_prob=false'):
+        hf.to_ours(config)
+    kind, ours = hf.to_ours({**config, 'norm_topk_prob': True})
+    assert (kind, ours['n_expert'], ours['n_expert_active'], ours['intermediate_size'], ours['norm_eps']) == ('gpt', 128, 8, 768, 1e-6)
 
 
 DAMAGES = {

@@ -1,0 +1,191 @@
+"""export.py: what it writes opens elsewhere with the same numbers, what cannot be written is refused, and nothing is lost."""
+import json
+import os
+import re
+
+import pytest
+import torch
+
+import checkpoint
+import to_hf
+from test_train import refused, script, write_text
+
+MODELS = dict(gpt='--model=gpt --n_head=2 --n_kv_head=1 --qk_norm=True', mamba='--model=mamba --state_size=16',
+              hybrid='--model=hybrid --n_head=2 --window=16 --state_size=16')
+TINY = '--n_layer=1 --n_embd=64 --block_size=64 --batch_size=8 --tokens_per_step=512 --max_iters=10 --learning_rate=1e-2 --device=cpu'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def runs(tmp_path_factory):
+    """A folder with three trained models and a LoRA; the working directory of these tests."""
+    folder, before = tmp_path_factory.mktemp('runs'), os.getcwd()
+    os.chdir(folder)
+    write_text('text.txt')
+    assert script('prepare.py', 'text.txt --tokenizer=bpe --vocab_size=400 --out=data/text') == 0
+    for name, flags in MODELS.items():
+        assert script('train.py', f'--dataset=text --out_dir={name}', flags, TINY) == 0
+    assert script('train.py', '--adapter=lora --init_from=gpt --dataset=text --out_dir=lora', TINY) == 0
+    yield folder
+    os.chdir(before)
+
+
+def export(*flags, status=0):
+    assert script('export.py', *flags) == status
+
+
+def files(folder):
+    return sorted(os.listdir(folder))
+
+
+def opened(folder, **how):
+    """A folder's logits of some ids, by transformers."""
+    transformers = pytest.importorskip('transformers')
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def ours(out_dir):
+    with torch.no_grad():
+        return checkpoint.model_of(checkpoint.load(out_dir))(IDS)[0]
+
+
+IDS = torch.arange(60).view(2, 30) * 7 % 300
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_transformers_opens_what_was_trained(name, capsys):
+    export(f'--out_dir={name} --format=hf')
+    own = dict(trust_remote_code=True) if name == 'hybrid' else {}
+    assert (opened(f'{name}-hf', **own) - ours(name)).abs().max() < 1e-4
+    said = capsys.readouterr().out
+    assert 'greedy tokens 64 of 64' in said and '1000 of 1000' in said and 'model.safetensors' in said
+    with open(f'{name}-hf/README.md', encoding='utf-8') as f:
+        card = f.read()
+    assert '| data | text |' in card and 'AutoModelForCausalLM' in card and ('trust_remote_code' in card) == (name == 'hybrid')
+    facts = checkpoint.load(name)['metadata']
+    assert f'{facts["recent"][-1]["val_loss"]:.4f}' in card and os.getcwd() not in card
+    assert not os.path.exists(f'{name}-hf.partial')
+
+
+def test_several_formats_share_a_folder(capsys):
+    for package in ('gguf', 'onnx', 'onnxruntime', 'onnxscript', 'safetensors'):
+        pytest.importorskip(package)
+    export('--out_dir=gpt --format=hf,gguf,onnx,safetensors,native --to=all')
+    found = set(files('all'))
+    assert {'README.md', 'config.json', 'model.safetensors', 'tokenizer.json', 'model-f32.gguf', 'model.onnx', 'step.onnx', 'weights.safetensors',
+            'best.pt'} <= found
+    said = capsys.readouterr().out
+    assert 'FAILED' not in said and len(re.findall('^\\w+: written', said, re.M)) == 5
+    assert torch.equal(ours('all'), ours('gpt'))
+
+
+def test_safetensors_say_what_they_are():
+    library = pytest.importorskip('safetensors')
+    export('--out_dir=gpt --format=safetensors')
+    with library.safe_open('gpt-safetensors/weights.safetensors', 'pt') as f:
+        facts, weights = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
+    net = checkpoint.build(facts['kind'], json.loads(facts['config']))
+    assert net.load_state_dict(weights, strict=False).missing_keys == ['lm_head.weight']        # tied
+    with torch.no_grad():
+        assert torch.equal(net.eval()(IDS)[0], ours('gpt'))
+    assert json.loads(facts['tokenizer']) == json.loads(checkpoint.load('gpt')['tokenizer']['json'])
+
+
+@pytest.mark.parametrize('how', ['int8', 'int4'])
+def test_native_quantised_generates(how, capsys):
+    export(f'--out_dir=hybrid --format=native --quantize={how}')
+    folder = f'hybrid-native-{how}'
+    whole, part = ours('hybrid'), ours(folder)
+    assert 0 < (whole - part).abs().max() < (0.2 if how == 'int8' else 3) and part.isfinite().all()
+    assert os.path.getsize(f'{folder}/best.pt') < 0.5 * os.path.getsize('hybrid/best.pt')
+    capsys.readouterr()
+    assert script('sample.py', f'--out_dir={folder} --device=cpu --start=e --max_new_tokens=5') == 0
+    capsys.readouterr()
+    assert script('export.py', f'--out_dir={folder} --format=hf') == 2
+    refused(capsys, folder, 'quantised')
+    assert script('train.py', f'--init_from={folder} --dataset=text --out_dir=more') == 2
+    refused(capsys, folder, how)
+
+
+def test_an_adapter_is_merged_or_stays_one(capsys):
+    export('--out_dir=lora --format=hf,native --to=merged')
+    assert (ours('lora') - ours('gpt')).abs().max() > 1e-3
+    assert (opened('merged') - ours('lora')).abs().max() < 1e-4
+    assert (ours('merged') - ours('lora')).abs().max() < 1e-5
+    peft = pytest.importorskip('peft')
+    export('--out_dir=gpt --format=hf --to=base')
+    export('--out_dir=lora --format=peft --base=base')
+    said = capsys.readouterr().out
+    assert 'peft: peft' in said and 'FAILED' not in said
+    import transformers
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained('base', dtype=torch.float32), 'lora-peft').eval()
+    with torch.no_grad():
+        assert (model(IDS).logits - ours('lora')).abs().max() < 1e-4
+    with open('lora-peft/adapter_config.json') as f:
+        assert json.load(f)['base_model_name_or_path'] == 'base'
+
+
+# --- nothing is overwritten, nothing half is left
+
+def test_force_writes_over_its_own_files_only(capsys):
+    os.makedirs('taken')
+    for name in ('mine.txt', 'config.json'):
+        with open(f'taken/{name}', 'w') as f:
+            f.write('mine')
+    export('--out_dir=gpt --format=hf --to=taken', status=2)
+    refused(capsys, 'taken', 'not empty', '--force')
+    assert files('taken') == ['config.json', 'mine.txt'] and open('taken/config.json').read() == 'mine'
+    export('--out_dir=gpt --format=hf --to=taken --force --verify=False')
+    assert open('taken/mine.txt').read() == 'mine' and json.load(open('taken/config.json'))['model_type'] == 'qwen3'
+
+
+def test_a_failed_check_is_seen(capsys, monkeypatch):
+    write = to_hf.save_safetensors
+    monkeypatch.setattr(to_hf, 'save_safetensors', lambda path, weights, *more: write(path, {
+        name: tensor * (1.01 if 'down_proj' in name else 1) for name, tensor in weights.items()}, *more))
+    export('--out_dir=gpt --format=hf --to=wrong', status=1)
+    found = capsys.readouterr()
+    assert 'FAILED' in found.out and found.err.count('\n') == 1 and 'wrong.partial' in found.err
+    assert os.path.exists('wrong.partial/config.json') and not os.path.exists('wrong')
+    monkeypatch.undo()
+    export('--out_dir=gpt --format=hf --to=wrong')
+    assert not os.path.exists('wrong.partial')
+
+
+def test_a_full_disk_leaves_nothing(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(to_hf, 'save_safetensors', full)
+    export('--out_dir=gpt --format=hf --to=full', status=2)
+    refused(capsys, 'full', 'No space left')
+    assert not os.path.exists('full') and not os.path.exists('full.partial')
+
+
+def test_a_missing_package_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'gguf', None)
+    export('--out_dir=gpt --format=gguf', status=2)
+    refused(capsys, 'gguf', 'pip install gguf')
+    assert not os.path.exists('gpt-gguf')
+    monkeypatch.setitem(__import__('sys').modules, 'transformers', None)
+    export('--out_dir=gpt --format=hf --to=unchecked')
+    assert 'pip install transformers' in capsys.readouterr().out and os.path.exists('unchecked/config.json')
+
+
+@pytest.mark.parametrize('flags, words', [
+    ('--format=hff', 'hff gguf'),
+    ('--format=', 'format empty'),
+    ('--format=hf --quantize=int8', 'hf int8 gguf'),
+    ('--format=torchscript --quantize=int4', 'torchscript'),
+    ('--format=safetensors --quantize=int4', 'safetensors native'),
+    ('--quantize=int3', 'int3 int8'),
+    ('--format=peft', 'peft whole model finetune_lora'),
+    ('--to=text.txt', 'text.txt is a file'),
+    ('--out_dir=nowhere', 'nowhere no such checkpoint'),
+    ('--forma=hf', 'forma did you mean format'),
+])
+def test_unusable_input_is_one_line(capsys, flags, words):
+    before = files('.')
+    assert script('export.py', '--out_dir=gpt', flags) == 2
+    refused(capsys, *words.split())
+    assert files('.') == before

@@ -1,0 +1,198 @@
+"""to_gguf.py: what llama.cpp, gguf's reader and transformers find in our files is our model; what cannot be exact is refused."""
+import ctypes
+import json
+import sys
+
+import pytest
+import torch
+
+import compare
+import to_gguf
+import tokenizer
+from model_gpt import GPT, GPTConfig
+from model_hybrid import Hybrid, HybridConfig
+from model_mamba import Mamba, MambaConfig
+from test_models import perturb, quiet_and_seeded  # noqa: F401
+
+gguf = pytest.importorskip('gguf')
+SIZES = dict(vocab_size=288, n_layer=2, n_embd=64, block_size=128)
+PLAIN = dict(gate=False, branch_norm=False, window=0, n_head=4)
+NETS = {
+    'gpt': lambda: GPT(GPTConfig(**SIZES, n_head=4, n_kv_head=2, head_dim=32, intermediate_size=96)),
+    'gpt-untied': lambda: GPT(GPTConfig(**SIZES, n_head=4, tie_embeddings=False, rope_theta=500.0)),
+    'qk-norm': lambda: GPT(GPTConfig(**SIZES, n_head=2, n_kv_head=1, head_dim=128, qk_norm=True, norm_eps=1e-3)),
+    'experts': lambda: GPT(GPTConfig(**SIZES, n_head=4, n_expert=4, intermediate_size=96)),
+    'experts-qk-norm': lambda: GPT(GPTConfig(**SIZES, n_head=2, head_dim=128, n_expert=4, n_expert_active=3, qk_norm=True,
+                                             intermediate_size=768)),
+    'window': lambda: GPT(GPTConfig(**SIZES, n_head=4, n_kv_head=2, window=24, rope_theta=500.0)),
+    'window-qk-norm': lambda: GPT(GPTConfig(**SIZES, n_head=4, window=24, qk_norm=True)),
+    'mamba1': lambda: Mamba(MambaConfig(**SIZES, version=1)),
+    'mamba2': lambda: Mamba(MambaConfig(**SIZES)),
+    'mamba2-groups': lambda: Mamba(MambaConfig(**SIZES, expand=3, head_dim=32, n_groups=2, state_size=20, tie_embeddings=False)),
+    'hybrid': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, n_kv_head=2)),
+    'hybrid-thin': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, low_rank=16, ssm_head_dim=32, n_groups=2, tie_embeddings=False)),
+}
+ARCHITECTURES = {'gpt': 'llama', 'qk-norm': 'qwen3', 'experts': 'llama', 'experts-qk-norm': 'qwen3moe', 'window': 'mimo2',
+                 'window-qk-norm': 'qwen3', 'mamba1': 'mamba', 'mamba2': 'mamba2', 'hybrid': 'falcon-h1'}
+TEXT = "The quick brown fox isn't naïve; it jumps over 1234 lazy dogs, we'll see: Ελλάδα, 日本語 🙂 ½ e\u0301 ...  \n\n\tfoo(bar) == {baz}\n"
+
+
+@pytest.fixture(scope='module', params=NETS)
+def named(request):
+    """(name, a model no weight of which is 0 or 1)."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return request.param, perturb(NETS[request.param]().eval())
+
+
+@pytest.fixture(scope='module')
+def bpe():
+    return tokenizer.build('bpe', [TEXT * 5], 280)
+
+
+@pytest.fixture
+def without_llama_cpp(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'llama_cpp', None)
+
+
+def build(name):
+    return perturb(NETS[name]().eval())
+
+
+def setting(reader, key):
+    field = reader.fields.get(key)
+    return field and field.contents()
+
+
+@pytest.mark.parametrize('quantize', to_gguf.FILES)
+def test_every_tensor_is_in_the_file(named, quantize, bpe, tmp_path, without_llama_cpp):
+    name, net = named
+    to_gguf.write(net, bpe, tmp_path, quantize)
+    assert [path.name for path in tmp_path.iterdir()] == [to_gguf.FILES[quantize]]
+    found = to_gguf.verify(net, bpe, tmp_path, quantize)
+    assert found['ok'] and to_gguf.all_of(found['tensors']) and 'not there' in found['note'] and found['logits'] is None
+    reader = gguf.GGUFReader(tmp_path / to_gguf.FILES[quantize])
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert len(kinds) == int(found['tensors'].split()[0])
+    if name in ARCHITECTURES:
+        assert setting(reader, 'general.architecture') == ARCHITECTURES[name]
+    if name == 'window-qk-norm':
+        assert 'ends at the window of 24' in found['note'] and setting(reader, 'qwen3.context_length') == 24
+    matrices = {'': 'F32', 'int8': 'Q8_0', 'int4': 'Q4_0'}[quantize]
+    for tensor, kind in kinds.items():
+        if any(part in tensor for part in ('norm', 'conv', 'ssm_dt', 'ssm_a', 'ssm_d', 'bias', 'gate_inp')):
+            assert kind == 'F32', tensor
+        elif tensor in ('token_embd.weight', 'output.weight') and quantize:
+            assert kind == 'Q8_0', tensor
+        else:
+            assert kind == matrices, tensor
+    before = net.embedding().weight[5, 7].item()
+    net.embedding().weight.data[5, 7] += 1
+    try:
+        assert not to_gguf.verify(net, bpe, tmp_path, quantize)['ok']  # a proof that could not fail would be none
+    finally:
+        net.embedding().weight.data[5, 7] = before
+
+
+def test_odd_rows_are_f16(tmp_path):
+    net = perturb(GPT(GPTConfig(vocab_size=50, n_layer=1, n_embd=40, n_head=2, block_size=1)).eval())
+    to_gguf.write(net, None, tmp_path, 'int4')
+    assert to_gguf.verify(net, None, tmp_path, 'int4')['ok']
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / 'model-q4_0.gguf').tensors}
+    assert kinds['blk.0.attn_q.weight'] == kinds['token_embd.weight'] == 'F16' and kinds['blk.0.ffn_down.weight'] == 'Q4_0'
+
+
+@pytest.mark.parametrize('name, quantize', [('gpt', ''), ('gpt-untied', ''), ('gpt-untied', 'int8'), ('qk-norm', ''),
+                                            ('experts-qk-norm', ''), ('mamba1', ''), ('mamba1', 'int8')])
+def test_transformers_reads_it(name, quantize, bpe, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    net, idx = build(name), torch.randint(280, (2, 60))
+    to_gguf.write(net, bpe, tmp_path, quantize)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=to_gguf.FILES[quantize], dtype=torch.float32).eval()
+    with torch.no_grad():
+        want, got = net(idx)[0], theirs(idx).logits
+    error = ((got - want).abs().max() / want.std()).item()
+    assert error < (0.2 if quantize else 1e-4), error
+    assert want.std() > 0.3 and (1e-4 < error < 0.2 if quantize else error < 1e-4), error
+
+
+def test_settings_of_the_tokenizer(bpe, tmp_path):
+    net = build('gpt')
+    to_gguf.write(net, bpe, tmp_path, '')
+    reader = gguf.GGUFReader(tmp_path / 'model-f32.gguf')
+    tokens, types = (setting(reader, f'tokenizer.ggml.{key}') for key in ('tokens', 'token_type'))
+    assert len(tokens) == len(types) == 288 and len(set(tokens)) == 288
+    for i, (token, kind) in enumerate(zip(tokens, types)):
+        said = b'' if kind != to_gguf.NORMAL else bytes(tokenizer.CHAR_TO_BYTE[c] for c in token)
+        assert said == (bpe.token_bytes(i) if i < bpe.vocab_size else b'')
+    assert tokens[bpe.eot] == '<|endoftext|>' and types.count(to_gguf.CONTROL) == 3 and types.count(to_gguf.UNUSED) == 288 - bpe.vocab_size
+    assert setting(reader, 'tokenizer.ggml.eos_token_id') == bpe.eot and setting(reader, 'tokenizer.ggml.add_bos_token') is False
+    assert setting(reader, 'tokenizer.ggml.pre') == 'gpt-2' and '<|im_start|>' in setting(reader, 'tokenizer.chat_template')
+    merges = json.loads(bpe.text)['model']['merges']
+    assert setting(reader, 'tokenizer.ggml.merges') == [m if isinstance(m, str) else ' '.join(m) for m in merges]
+
+
+def test_chat_template_is_chatml():
+    jinja2 = pytest.importorskip('jinja2')
+    messages = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
+    said = jinja2.Template(to_gguf.CHATML).render(messages=messages, add_generation_prompt=True)
+    assert said == '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n'
+
+
+@pytest.mark.parametrize('net, says', [
+    (lambda: Mamba(MambaConfig(**SIZES, expand=3, version=1)), 'expand=2, not 3'),
+    (lambda: Hybrid(HybridConfig(**SIZES, n_head=4)), 'gate=True, branch_norm=True;.*--format=hf'),
+    (lambda: Hybrid(HybridConfig(**SIZES, **{**PLAIN, 'window': 32}, layout='parallel')), 'layout=parallel, window=32'),
+    (lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, qk_norm=True)), 'qk_norm=True'),
+])
+def test_models_that_llama_cpp_does_not_compute(net, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        to_gguf.write(net(), None, tmp_path, '')
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_tokenizers_are_refused(bpe, tmp_path):
+    spec = json.loads(bpe.text)
+    spec['pre_tokenizer']['add_prefix_space'] = True
+    with pytest.raises(ValueError, match='otherwise than GPT-2.*--format=hf'):
+        to_gguf.write(build('gpt'), tokenizer.from_text(json.dumps(spec)), tmp_path, '')
+    assert not list(tmp_path.iterdir())
+
+
+# --- against llama.cpp, where it is installed
+
+@pytest.mark.parametrize('quantize', ['', 'int8'])
+def test_llama_cpp_computes_the_same(named, quantize, bpe, tmp_path):
+    pytest.importorskip('llama_cpp')
+    net = named[1]
+    to_gguf.write(net, bpe, tmp_path, quantize)
+    found = to_gguf.verify(net, bpe, tmp_path, quantize)
+    assert found['tool'].startswith('llama-cpp-python') and found['ids'] == '200 of 200', found
+    assert found['ok'] and 'greedy' in found, found
+    if not quantize:
+        assert 0 < found['logits'] <= found['limit'] < 1e-3
+        weight = next(p for n, p in net.named_parameters() if 'layers.1.' in n and p.ndim == 1)
+        before = weight.data.clone()
+        weight.data += 0.1
+        wrong = to_gguf.verify(net, bpe, tmp_path, '')
+        assert wrong['logits'] > found['limit'] and not wrong['ok']
+        weight.data = before
+
+
+@pytest.mark.parametrize('kind', ['byte', 'char', 'gpt2-like', None])
+def test_llama_cpp_gives_the_same_ids(kind, tmp_path):
+    llama_cpp = pytest.importorskip('llama_cpp')
+    texts = [TEXT + ''.join(compare.PIECES)]
+    tok = kind and (tokenizer.build('bpe', texts * 3, 1200) if kind == 'gpt2-like' else tokenizer.build(kind, texts))
+    net = perturb(GPT(GPTConfig(vocab_size=tok.vocab_size if tok else 100, n_layer=1, n_embd=32, n_head=1, block_size=64)).eval())
+    to_gguf.write(net, tok, tmp_path, '')
+    found = to_gguf.verify(net, tok, tmp_path, '')
+    assert found['ok'] and found.get('ids') == (tok and '200 of 200'), found
+    llm = llama_cpp.Llama(str(tmp_path / 'model-f32.gguf'), verbose=False)
+    said = ctypes.create_string_buffer(1000)
+    for i in range(tok.vocab_size if tok else 0):  # and what an id stands for; llm.detokenize cuts tokens of more than 32 bytes
+        n = llama_cpp.llama_token_to_piece(llm._model.vocab, i, said, 1000, 0, False)
+        assert said.raw[:n] == tok.token_bytes(i)
+    llm.close()

@@ -1,0 +1,167 @@
+"""graphs.py, to_onnx.py, to_torchscript.py: onnxruntime, and PyTorch without these scripts, compute what the models do."""
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import graphs
+import ops
+import to_onnx
+import to_torchscript
+import tokenizer
+from test_models import V, assert_close, build, every_model, perturb, quiet_and_seeded, tokens  # noqa: F401
+
+KINDS = {'gpt-gqa-window': dict(n_layer=1, qk_norm=True, n_expert=4, intermediate_size=16), 'mamba1': dict(n_layer=1),
+         'mamba2-groups-untied': dict(n_layer=1), 'hybrid-parallel': dict(n_layer=1)}
+CUTS = 1, 30, 1, 1, 17, 33          # more in all than the window and than several chunks
+
+
+def model(name, **changes):
+    return perturb(build(name, **changes))
+
+
+@every_model
+def test_a_graph_computes_what_the_model_does(name):
+    net, idx = model(name), tokens(3, sum(CUTS))
+    want = net.step(idx)[0]
+    assert want.std() > 0.3                                                     # else closeness would mean little
+    with graphs.plain():
+        for graph in (graphs.Graph(net), graphs.Graph(net, scripted=True)):
+            past, parts = graph.empty(3), []
+            for piece in idx.split(CUTS, 1):
+                logits, past = graph(piece, past)
+                parts.append(logits)
+            assert_close(torch.cat(parts, 1), want, 1e-5)
+            if graph.window:
+                assert past[0].tolist() == [sum(CUTS)] and past[1].shape[2] == graph.window
+        names = graph.names()
+        assert len(names[0]) == len(names[1]) == len(past)
+        assert names[0][-1].endswith('.1' if graph.recurs else '.1.value') and names[1][-1].startswith('present')
+        assert_close(graphs.Whole(net)(idx), want, 1e-5)
+
+
+def test_a_long_step_of_mamba2_is_cut_in_chunks():
+    x, dt, B, C = torch.randn(2, 70, 4, 8), torch.rand(2, 70, 4), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
+    A, h = -torch.rand(4) * 16, torch.randn(2, 4, 8, 16)
+    with graphs.silent():
+        scripted = torch.jit.script(graphs.ssd)
+    for got in (graphs.ssd(x, dt, A, B, C, h, 16), graphs.ssd_chunk(x, dt, A, B, C, h), scripted(x, dt, A, B, C, h, 16)):
+        for one, other in zip(got, ops.ssd(x, dt, A, B, C, 16, h)):
+            assert_close(one, other)
+
+
+@pytest.fixture(scope='module')
+def tok():
+    return tokenizer.build('char', [''.join(chr(97 + i) for i in range(20))])   # fewer ids than the model
+
+
+# --- ONNX
+
+@pytest.fixture
+def needs_onnx():
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_onnx(name, tok, tmp_path, capfd, needs_onnx):
+    import onnx
+    net = model(name, **KINDS[name])
+    to_onnx.write(net, tok, tmp_path, '')
+    assert capfd.readouterr() == ('', '')
+    assert sorted(os.listdir(tmp_path)) == ['model.onnx', 'step.onnx', 'tokenizer.json']
+    check = to_onnx.verify(net, tok, tmp_path, '')
+    assert check['ok'] and check['logits'] <= 1e-4 == check['limit'] and check['greedy'] == '64 of 64', check
+    assert 'onnxruntime' in check['tool'] and 'ms' in check['note']
+    for file in to_onnx.FILES:
+        graph = onnx.load(tmp_path / file)
+        onnx.checker.check_model(graph)
+        facts = {p.key: p.value for p in graph.metadata_props}
+        assert facts['kind'] == name.split('-')[0].rstrip('12') and facts['vocab_size'] == str(V) and facts['eot'] == str(tok.eot)
+        assert facts['window'] == str(getattr(net.config, 'window', 0))
+    graph = onnx.load(tmp_path / 'step.onnx').graph
+    given, made = [value.name for value in graph.input], [value.name for value in graph.output]
+    if name == 'gpt-gqa-window':
+        assert given == ['input_ids', 'past_position', 'past_key_values.0.key', 'past_key_values.0.value']
+        assert made == ['logits', 'present_position', 'present.0.key', 'present.0.value']
+    if name == 'mamba1':
+        assert given == ['input_ids', 'past_conv.0', 'past_ssm.0'] and made == ['logits', 'present_conv.0', 'present_ssm.0']
+        perturb(net, 0.01)
+        assert not to_onnx.verify(net, tok, tmp_path, '')['ok']                 # the check is one
+
+
+def test_onnx_int8_and_weights_beside_the_file(tmp_path, capfd, monkeypatch, needs_onnx):
+    monkeypatch.setattr(to_onnx, 'INSIDE', 0)
+    net = model('mamba1', n_embd=128, n_layer=1)
+    to_onnx.write(net, None, tmp_path, 'int8')
+    assert capfd.readouterr() == ('', '')
+    assert sorted(os.listdir(tmp_path)) == ['model.onnx', 'model.onnx.data', 'step.onnx', 'step.onnx.data']
+    assert sum(os.path.getsize(tmp_path / name) for name in ('step.onnx', 'step.onnx.data')) < 0.6 * 4 * net.num_params()
+    check = to_onnx.verify(net, None, tmp_path, 'int8')
+    assert check['ok'] and 1e-4 < check['logits'] <= check['limit'], check
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    net = model('gpt')
+    with pytest.raises(ValueError, match='int8'):
+        to_onnx.write(net, None, tmp_path, 'int4')
+    with pytest.raises(ValueError, match='ONNX for int8'):
+        to_torchscript.write(net, None, tmp_path, 'int8')
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(ImportError):
+        to_onnx.write(net, None, tmp_path, '')
+    net.initial = lambda B: {}
+    with pytest.raises(ValueError, match='learned prefix'):
+        to_torchscript.write(net, None, tmp_path, '')
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_stays_swapped():
+    before = ops.use_native, logging.root.manager.disable, torch.is_grad_enabled()
+    with pytest.raises(ZeroDivisionError), graphs.plain():
+        assert not ops.use_native(torch.zeros(16)) and not torch.is_grad_enabled()
+        1 / 0
+    assert before == (ops.use_native, logging.root.manager.disable, torch.is_grad_enabled())
+
+
+# --- TorchScript
+
+ALONE = """
+import json, sys, torch
+for name in json.loads(sys.argv[1]):
+    about = {'model.json': ''}
+    step, whole = torch.jit.load(name + '/step.ts', _extra_files=about), torch.export.load(name + '/model.pt2').module()
+    given = torch.load(name + '/ids.pt')
+    past, parts = step.empty(len(given)), []
+    for piece in given.split([1, 30, 1, 1, 17, 33], 1):
+        logits, past = step(piece, past)
+        parts.append(logits)
+    assert len(json.loads(about['model.json'])['past']) == len(past)
+    torch.save([torch.cat(parts, 1), whole(given)], name + '/logits.pt')
+print([name for name in sys.modules if name.startswith(('model_', 'graphs', 'ops', 'native'))])
+"""
+
+
+def test_torchscript_needs_nothing_of_ours(tok, tmp_path):
+    nets = {name: model(name, **KINDS[name]) for name in ('mamba1', 'hybrid-parallel')}
+    given = tokens(3, sum(CUTS))
+    for name, net in nets.items():
+        os.mkdir(tmp_path / name)
+        to_torchscript.write(net, tok, tmp_path / name, '')
+        assert sorted(os.listdir(tmp_path / name)) == ['model.pt2', 'step.ts', 'tokenizer.json']
+        assert all(p.requires_grad for p in net.parameters())
+        torch.save(given, tmp_path / name / 'ids.pt')
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    run = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', ALONE, json.dumps(list(nets))], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == '[]', run.stderr
+    for name, net in nets.items():
+        want = net.step(given)[0]
+        for got in torch.load(tmp_path / name / 'logits.pt'):
+            assert_close(got, want, 1e-5)
+    check = to_torchscript.verify(net, tok, tmp_path / name, '')
+    assert check['ok'] and check['logits'] <= 1e-5 == check['limit'] and check['greedy'] == '64 of 64', check
