@@ -181,10 +181,13 @@ class Hybrid(LanguageModel):
         """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
         rope, plan = plan_attention(self.config, idx, state)
         x = self.model.embed_norm(self.model.embed_tokens(idx))                 # (B, T, D)
+        return self.model.norm(self.through(self.layers, x, state, rope, plan)), state
+
+    def layers(self, x, state, rope, plan):
         for i, layer in enumerate(self.model.layers):
             cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None
             ssm = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
             x, ssm = self.run(layer, state, x, rope, plan, cache, ssm)
             if state:
                 state.update({f'{n}.{i}': value for n, value in (cache | ssm).items()})
-        return self.model.norm(x), state
+        return x

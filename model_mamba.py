@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import native
 import ops
-from model_gpt import LanguageModel, RMSNorm, at_least_one
+from model_gpt import LanguageModel, RMSNorm, added, at_least_one
 from ops import conv_silu, mamba1_scan, mamba2_scan, rms_norm
 
 
@@ -179,7 +179,7 @@ class Block(nn.Module):
 
     def forward(self, x, state=None):
         y, state = self.mixer(self.norm(x), state)
-        return x + self.drop(y), state
+        return added(x, self.drop, y), state
 
 
 class Mamba(LanguageModel):
@@ -207,12 +207,15 @@ class Mamba(LanguageModel):
     def body(self, idx, state=None):
         """idx (B, T) → normalised hidden states (B, T, D); with a state, each layer's is read and written."""
         x = self.backbone.embeddings(idx)                                       # (B, T, D)
+        return self.backbone.norm_f(self.through(self.layers, x, state)), state
+
+    def layers(self, x, state, *_):
         for i, block in enumerate(self.backbone.layers):
             layer_state = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
             x, layer_state = self.run(block, state, x, layer_state)
             if state:
                 state.update({f'{n}.{i}': value for n, value in layer_state.items()})
-        return self.backbone.norm_f(x), state
+        return x
 
 
 def mamba_flops(config, T):

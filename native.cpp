@@ -1031,3 +1031,21 @@ API mix_step(I B, I D, I n, const float *a, const float *b, const float *c, cons
         }
     }
 }
+
+API add_step(I n, const float *x, const float *y, float *out) { for (I i = 0; i < n; i++) out[i] = x[i] + y[i]; }
+
+// n calls of the functions above, as native.py's Tape notes them: a number of REPLAYED and the arguments, floats by their bits
+template <class T> static T from(I a) { if constexpr (std::is_same_v<T, float>) return as<float>(&a); else return (T)a; }
+template <class... A, size_t... i> static I invoke(void (*f)(A...), const I *a, std::index_sequence<i...>) { f(from<A>(a[i])...); return sizeof...(A); }
+template <class... A> static I invoke(void (*f)(A...), const I *a) { return invoke(f, a, std::index_sequence_for<A...>{}); }
+API replay(I n, const I *a) {
+    while (n--) switch (*a++) {
+        case 0: a += invoke(norm_forward, a); break;
+        case 1: a += invoke(add_step, a); break;
+        case 2: a += invoke(mlp_step, a); break;
+        case 3: a += invoke(attention_step, a); break;
+        case 4: a += invoke(mamba1_step, a); break;
+        case 5: a += invoke(mamba2_step, a); break;
+        case 6: a += invoke(mix_step, a); break;
+    }
+}
