@@ -34,19 +34,19 @@ def resized(cache, size):
     return F.pad(cache, (0, 0, 0, size - cache.shape[2]))                       # a negative pad cuts
 
 
-def step(net, idx, state=None):
-    """net.step(idx (B, t), state), beyond block_size with a window of that length for a model that has none.
+def step(net, idx, state=None, last=False):
+    """net.step(idx (B, t), state, last), beyond block_size with a window of that length for a model that has none.
 
     Rotary positions are relative, so this is what it was trained on; and its state stops growing. An empty state takes t ≤ block_size."""
     if state is None and net.initial:
         state = net.initial(len(idx))
     size = net.config.block_size
     if state is None or getattr(net.config, 'window', 1) or int(state['pos'].max()) + idx.shape[1] <= size:
-        return net.step(idx, state)
+        return net.step(idx, state, last)
     net.config.window = size
     try:
         return net.step(idx, {name: resized(value, size) if is_cache(name) and value.shape[2] != size else value
-                              for name, value in state.items()})
+                              for name, value in state.items()}, last)
     finally:
         net.config.window = 0
 
@@ -58,12 +58,20 @@ def chunks(net, ids):
     return ids[None].split(min(PREFILL, net.config.block_size) if grows else PREFILL, 1)
 
 
+def numbers(x):
+    """x, or the end of the program where not all of it are numbers."""
+    if not x.isfinite().all():
+        fail('the model computes no numbers (nan or inf): its training diverged, or --dtype is too small for it; try --dtype=float32, '
+             'or another checkpoint')
+    return x
+
+
 @torch.no_grad()
 def read(net, ids, state=None):
     """Reads ids, one or more, after what `state` stands for → (logits (1, V) of the next token, state, ids)."""
     for chunk in chunks(net, ids):
-        logits, state = step(net, chunk, state)
-    return logits[:, -1], state, ids
+        logits, state = step(net, chunk, state, last=True)
+    return numbers(logits[:, -1]), state, ids
 
 
 def join(states):
@@ -245,11 +253,11 @@ def beam_search(net, prompt, beams, max_new_tokens, vocab_size, ends, length_pen
 
 @torch.no_grad()
 def surprise(net, ids, first):
-    """Yields the nats (t,) of ids, a list or tensor, chunk after chunk; the first one's after the token `first`."""
+    """Yields the nats (t,) of ids, an array or tensor, chunk after chunk; the first one's after the token `first`."""
     ids, state = torch.as_tensor(ids, dtype=torch.long), None
     for inputs, targets in zip(chunks(net, torch.cat((torch.tensor([first]), ids[:-1]))), chunks(net, ids)):
         logits, state = step(net, inputs, state)
-        yield F.cross_entropy(logits[0].float(), targets[0], reduction='none')
+        yield numbers(F.cross_entropy(logits[0].float(), targets[0], reduction='none'))
 
 
 # --- text ⇄ ids -------------------------------------------------------------------------------------------------------

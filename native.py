@@ -453,6 +453,10 @@ class Watch(TorchDispatchMode):
     """Notes whether PyTorch computed anything, beside making room and looking at it otherwise."""
     seen = None
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False                                                            # else the compiler is imported, which takes two seconds
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if not re.match(r'aten::(empty|new_empty|view|_unsafe_view|reshape|select|slice|unsqueeze|squeeze|expand|alias|detach|transpose|t$)',
                         function.name()):
@@ -517,7 +521,7 @@ def layered(net, layers, x, state, rope=(), plan=None):
         if last.good and last.holds():
             return last.replay((x, *rope, *((plan.pos,) if plan else ())))
         Tape.of[net] = last if not last.good else place
-    elif last == place:
+    elif last == place and all(t.is_contiguous() for t in state.values()):      # a layer would copy one that is not
         if plan:
             plan.pos = plan.pos.clone()                                         # the state's own is its owner's
         Tape.of[net] = Tape(net, place, (x, *rope, *((plan.pos,) if plan else ())))

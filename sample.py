@@ -29,6 +29,7 @@ os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 import torch
 
 import sessions
+from adapters import attach, load as load_adapter
 from checkpoint import autocast, choose_device, choose_dtype, fingerprint, load, model_of, tokenizer_of
 from configurator import configure, fail, require
 from generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, logprobs_of, read, surprise, token_text
@@ -63,7 +64,7 @@ score = ''              # instead of generating: the perplexity of this file (-:
 device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU, bfloat16 where a GPU has it
 quantize = ''           # 'int8', 'int4', 'bfloat16': smaller weights; on a CPU also faster ones
-adapters = ''           # out_dirs of adapters of this model, each with its weight: out-a,out-b:0.5
+adapters = ''           # out_dirs of adapters of this model, or folders of peft, each with its weight: out-a,out-b:0.5
 stream = True           # show the (first) sample while it is generated
 
 RULE = '---------------'
@@ -229,27 +230,33 @@ def answer(net, tok, text, ids, stops, how, ends=()):
                 table.append((i, logprobs_of(logits, torch.tensor([i], device=logits.device), logprobs, tok.vocab_size)[0]))
             if writer.done or interrupted or n == max_new_tokens:
                 break
-    rest = writer.close()
+    seconds, rest = time.perf_counter() - first, writer.close()
     say((rest if stream else writer.text) + '\n')
     if logprobs:
         show_table(tok, table)
-    if not interactive:
-        show_rate(n, time.perf_counter() - first, first - began, len(ids))
+    if not interactive and n > 1:                                               # what the first took, the prompt took
+        show_rate(n, seconds * n / (n - 1), first - began, len(ids))
     if interrupted:
         print('interrupted', file=sys.stderr)
 
 
 def typed():
     """What the user types next, lines that end in \\ taken together; None at the end of the input."""
-    lines = []
-    try:
-        while not lines or lines[-1].endswith('\\'):
-            lines.append(input('> ' if sys.stdin.isatty() else ''))
-    except (EOFError, KeyboardInterrupt):
-        if not lines:
-            return None
-    except UnicodeDecodeError as error:
-        fail(f'standard input is not UTF-8: {error}')
+    lines, person = [], sys.stdin.isatty()
+    while not lines or lines[-1].endswith('\\'):
+        try:
+            lines.append(input('> ' if person else ''))
+        except EOFError:
+            if not lines:
+                return None
+            break
+        except KeyboardInterrupt:                                               # meant for an answer that had just ended, or for the line
+            if not person:
+                raise
+            lines = []
+            print()
+        except UnicodeDecodeError as error:
+            fail(f'standard input is not UTF-8: {error}')
     return '\n'.join([line.removesuffix('\\') for line in lines[:-1]] + lines[-1:])
 
 
@@ -271,15 +278,18 @@ def converse(net, tok, text, opening, stops, how, save):
         ids, system = [], []
         answer(net, tok, text, more, stops, how, chat_marks(tok)[1:] if chat else ())
         save()
+    if sys.stdin.isatty():
+        print()
 
 
 def show_score(net, tok, path):
     """Prints how well the model predicts a text, as a document of its own, and the tokens that it expected least."""
     text = read_text(path, f'score={path}')
     try:
-        ids = tok.encode(text).tolist() or fail(f'score={path}: is empty, there is nothing to score')
+        ids = tok.encode(text)
     except ValueError as error:
         fail(f'score={path}: {error}; score another text, or with another model')
+    len(ids) or fail(f'score={path}: is empty, there is nothing to score')
     total, seen, worst, began = 0.0, 0, [], time.perf_counter()
     for nats in surprise(net, ids, tok.eot):
         nats = nats.cpu()
@@ -292,7 +302,7 @@ def show_score(net, tok, path):
             print(f'\r{seen:,} of {len(ids):,} tokens, {rate:,.0f} tokens/s, {(len(ids) - seen) / rate:,.0f} s left   ',
                   end='\n' if seen == len(ids) else '', file=sys.stderr, flush=True)
     loss = total / len(ids)
-    print(f'tokens      {len(ids):,}\nloss        {loss:.4f} nats/token\nperplexity  {math.exp(loss):,.2f}\n'
+    print(f'tokens      {len(ids):,}\nloss        {loss:.4f} nats/token\nperplexity  {math.exp(loss) if loss < 99 else math.inf:,.2f}\n'
           f'bits/byte   {total / math.log(2) / len(text.encode()):.4f}\n\nleast expected, in nats:')
     for value, at in worst:
         before, after = (repr(tok.decode(part))[1:-1] for part in (ids[max(0, at - 12):at], ids[at + 1:at + 6]))
@@ -327,13 +337,14 @@ def check_settings(explicit):
     for one, needs in (('chat', 'interactive'), ('fork', 'session')):
         if globals()[one] and not globals()[needs]:
             fail(f'{one}={globals()[one]} needs --{needs} too')
+    if (interactive or score == '-') and sys.stdin is None:
+        fail('there is no standard input to read from: it was closed')
 
 
 def prepared(ckpt, extra, where):
     """The model of a checkpoint with adapters [(checkpoint, weight), …], on its device in its precision; the context it computes in."""
     net = model_of(ckpt)
     if extra:
-        from adapters import attach
         try:
             for other, weight in extra:
                 attach(net, other, weight)
@@ -360,7 +371,7 @@ def adapters_of(text):
         if not path or os.path.exists(part):
             path, weight = part, '1'
         try:
-            found.append((load(path), float(weight)))
+            found.append((load_adapter(path), float(weight)))
         except ValueError:
             fail(f'adapters={text}: {weight} is not a weight; write it as --adapters=out-a,out-b:0.5')
         if not found[-1][0].get('adapter'):
@@ -368,24 +379,18 @@ def adapters_of(text):
     return found
 
 
-def open_session(tok, print_of_model, where):
+def open_session(print_of_model, where):
     """→ the session that is asked for, whether it was there before, and the function that saves it."""
     text, old, path = sessions.Session(seed), False, sessions.path_of(out_dir, session)
-
-    def save():
-        try:
-            text.save(path, print_of_model)
-        except (OSError, RuntimeError) as error:
-            fail(f'{path}: cannot be written: {error}')
-
     if fork:
         if os.path.exists(path):
             fail(f'session={session}: is there already, and would be lost; delete {path}, or name another --session')
         text, old = sessions.load(sessions.path_of(out_dir, fork, 'fork'), print_of_model, where), True
-        save()
+        text.save(path, print_of_model)
     elif os.path.exists(path):
         text, old = sessions.load(path, print_of_model, where), True
-    return text, old, save
+    sessions.make_room(path)
+    return text, old, lambda: text.save(path, print_of_model)
 
 
 def main(explicit):
@@ -399,7 +404,7 @@ def main(explicit):
     if session:
         weights = {f'{n}.{name}.{weight}': tensor for n, (other, weight) in enumerate([(ckpt, 1.0), *extra])
                    for name, tensor in other['weights'].items()}
-        text, old, save = open_session(tok, fingerprint(weights), where)
+        text, old, save = open_session(fingerprint(weights), where)
     if old and 'seed' in explicit:
         text.generator.manual_seed(seed)
     given = start if 'start' in explicit or not (old or interactive) else ''

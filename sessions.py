@@ -50,10 +50,13 @@ class Session:
             rows.advance(drawn)
 
     def save(self, path, fingerprint):
-        """Writes the file whole or not at all. OSError or RuntimeError if it cannot."""
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        checkpoint.save(path, dict(fingerprint=fingerprint, tokens=torch.tensor(self.tokens, dtype=torch.int32), unread=self.unread,
-                                   state={name: value.cpu() for name, value in self.state.items()}, generator=self.generator.get_state()))
+        """Writes the file whole or not at all, which ends the program in a line."""
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            checkpoint.save(path, dict(fingerprint=fingerprint, tokens=torch.tensor(self.tokens, dtype=torch.int32), unread=self.unread,
+                                       state={name: value.cpu() for name, value in self.state.items()}, generator=self.generator.get_state()))
+        except (OSError, RuntimeError) as error:
+            fail(f'{path}: cannot be written: {error}')
 
 
 def path_of(out_dir, name, setting='session'):
@@ -61,6 +64,16 @@ def path_of(out_dir, name, setting='session'):
     if not re.fullmatch(r'\w[\w. -]{0,99}', name):
         fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100, that begins with a letter or digit')
     return os.path.join(out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir), 'sessions', name + '.pt')
+
+
+def make_room(path):
+    """The folder of a session that is to be written. If it cannot be, that is said here, and not when the text is there."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path + '.try', 'wb').close()
+        os.remove(path + '.try')
+    except OSError as error:
+        fail(f'{path}: cannot be written: {error}')
 
 
 def load(path, fingerprint, device):
@@ -77,6 +90,8 @@ def load(path, fingerprint, device):
         others = sorted(name[:-3] for name in os.listdir(os.path.dirname(path)) if name.endswith('.pt')) \
             if os.path.isdir(os.path.dirname(path)) else []
         fail(f'{path}: no such session; there {"are " + ", ".join(others) if others else "is none yet"}')
+    except (PermissionError, IsADirectoryError) as error:
+        fail(f'{path}: cannot be read: {error}')
     except Exception as error:  # zip, pickle and torch errors: all mean that this is no session
         fail(f'{path}: not a readable session (cut short, damaged, or not made by sample.py): {type(error).__name__}; delete it, or name '
              'another --session')

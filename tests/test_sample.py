@@ -250,6 +250,13 @@ def damaged(name):
     cut(f'{name}/ckpt.pt')
 
 
+def diverged(name):
+    os.makedirs(name, exist_ok=True)
+    ckpt = checkpoint.load('char')
+    ckpt['weights'] = {name: torch.full_like(value, math.nan) for name, value in ckpt['weights'].items()}
+    checkpoint.save(f'{name}/ckpt.pt', ckpt)
+
+
 @pytest.mark.parametrize('flags, words, before', [
     ('--start=', 'start empty', None),
     ('--start=e~e', "start '~' --start", None),
@@ -261,6 +268,9 @@ def damaged(name):
     ('--out_dir=nowhere', 'nowhere no such checkpoint', None),
     ('--out_dir=damaged', 'damaged/ckpt.pt not a readable checkpoint', lambda: damaged('damaged')),
     ('--out_dir=text.txt', 'text.txt not a readable checkpoint', None),
+    ('--out_dir=diverged', 'no numbers diverged', lambda: diverged('diverged')),
+    ('--out_dir=diverged --start=LINES:text.txt --beams=2', 'no numbers diverged', None),
+    ('--out_dir=diverged --score=text.txt', 'no numbers diverged', None),
     ('--num_samples=0', 'num_samples', None),
     ('--max_new_tokens=-1', 'max_new_tokens without end', None),
     ('--temperature=-1', 'temperature', None),
@@ -322,6 +332,20 @@ def test_a_row_is_what_it_is_alone(net, how):
         if active:
             rows.advance(ids[stay])
     assert got == alone and len(set(sum(alone, []))) > 5 and max(sum(alone, [])) < 50
+
+
+@torch.no_grad()
+def test_of_a_prompt_only_the_last_logits_are_computed(net):
+    """They are most of the work where the vocabulary is large."""
+    idx, heads = torch.randint(60, (3, 16)), []
+    want = net(idx)[0][:, -1:]
+    net.lm_head.register_forward_hook(lambda module, x, out: heads.append(out.shape[1]))
+    got, state = net.step(idx, last=True)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    after = idx.new_tensor([[1], [2], [3]])
+    torch.testing.assert_close(net.step(after, state)[0], net(torch.cat((idx, after), 1))[0][:, -1:], atol=1e-4, rtol=0)
+    read(net, list(range(50)))
+    assert heads == [1, 1, 17] + [1] * (len(heads) - 3) and len(heads) > 3
 
 
 @torch.no_grad()
@@ -461,6 +485,8 @@ def test_score_in_the_script(run, capsys, monkeypatch):
     monkeypatch.setattr('sys.stdin', open('score.txt', encoding='utf-8'))
     assert run('bpe', '--score=-') == out
     assert 'loss' in run('char', '--score=score.txt')
+    monkeypatch.setattr(generation.F, 'cross_entropy', lambda logits, targets, reduction: torch.full((len(targets),), 800.0))
+    assert re.search('perplexity +inf', run('char', '--score=score.txt'))      # which no float can hold
 
 
 # --- sessions and conversations
@@ -472,11 +498,11 @@ def steps(monkeypatch):
         at = ()
     seen, step = Steps(), model_gpt.LanguageModel.step
 
-    def counted(net, idx, state=None):
+    def counted(net, idx, state=None, last=False):
         seen.append(idx[0].tolist())
         if len(seen) in seen.at:
             signal.raise_signal(signal.SIGINT)
-        return step(net, idx, state)
+        return step(net, idx, state, last)
     monkeypatch.setattr(model_gpt.LanguageModel, 'step', counted)
     return seen
 
@@ -538,13 +564,34 @@ def test_ctrl_c_ends_an_answer_and_the_text_goes_on(run, capsys, steps, monkeypa
         assert first[:-1] + second[:-1] == whole[:-1] and len(second) == 21
 
 
+def test_ctrl_c_at_the_prompt_loses_no_conversation(run, monkeypatch):
+    """Meant for an answer, it may come a moment late."""
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    def typed(prompt, lines=iter(['e et', 'a\\', KeyboardInterrupt, 't', EOFError])):
+        line = next(lines)
+        if not isinstance(line, str):
+            raise line
+        return line
+    monkeypatch.setattr('sys.stdin', Terminal())
+    monkeypatch.setattr('builtins.input', typed)
+    run('char', '--interactive=True --session=late --max_new_tokens=2 --start=')
+    text = open_run('char')[1].decode(torch.load('char/sessions/late.pt', weights_only=True)['tokens'].tolist())
+    assert text[:4] == 'e et' and text[6] == 't' and len(text) == 9
+    monkeypatch.setattr('sys.stdin', None)
+    assert script('sample.py', '--out_dir=char --device=cpu --interactive=True') == 2
+
+
 def test_sessions_in_the_script(run, kind):
     whole = run(kind, '--session=one --max_new_tokens=40 --start="e et"')
     parts = [run(kind, '--session=two --max_new_tokens=15 --start="e et"')]
     parts += [run(kind, '--session=two --max_new_tokens=25 --start=')]
     assert ''.join(part[:-1] for part in parts) == whole[:-1]
     other = run(kind, '--session=three --fork=two --start=" B" --max_new_tokens=5')
+    another = run(kind, '--session=four --fork=two --seed=2 --start=" B" --max_new_tokens=30')
     assert other.startswith(' B') and other == run(kind, '--session=two --start=" B" --max_new_tokens=5')
+    assert not another.startswith(other[:-1]) and another.startswith(' B')
 
 
 def test_chat(run, steps, monkeypatch):
@@ -669,6 +716,8 @@ def test_adapters_change_the_model_by_their_weight(run):
     ('--session=b --fork=../b', 'fork=../b name'),
     ('--session=whole --fork=whole', 'session=whole already'),
     ('--session=broken', 'broken.pt not a readable session'),
+    ('--session=folder', 'folder.pt cannot be read'),
+    ('--session=' + '語' * 99, 'cannot be written name'),
     ('--session=model', 'model.pt not a readable session'),
     ('--session=foreign', 'foreign.pt another model'),
     ('--chat=True', 'chat interactive'),
@@ -688,6 +737,7 @@ def test_what_cannot_be_done_is_one_line(capsys, monkeypatch, flags, words):
         for name in ('broken', 'whole'):
             shutil.copy('char/sessions/whole.pt', f'char/sessions/{name}.pt') if name != 'whole' else None
         cut('char/sessions/broken.pt')
+        os.makedirs('char/sessions/folder.pt')
         shutil.copy('char/best.pt', 'char/sessions/model.pt')
         shutil.copy('bpe/sessions/whole.pt', 'char/sessions/foreign.pt')
     monkeypatch.setattr('sys.stdin', io.StringIO('e\n'))

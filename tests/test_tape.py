@@ -132,6 +132,16 @@ def test_a_changed_model_is_not_replayed(kind, change, plainly):
     assert torch.equal(got, want)
 
 
+def test_a_state_in_another_order_of_memory(plainly):
+    """Layers copy such a state and go on with the copy: it may be given twice."""
+    net = model('mamba2')
+    state = walk(net, 3)[1]
+    odd = {name: value.transpose(0, 1).contiguous().transpose(0, 1) if value.ndim > 1 else value for name, value in state.items()}
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    same = [net.step(ids, odd)[0] for _ in range(5)]
+    assert all(torch.equal(one, same[0]) for one in same)
+
+
 def test_what_pytorch_computes_is_never_left_out(monkeypatch):
     """Experts are PyTorch's work: no tape; nor one of odd sizes that native.cpp does not take."""
     seen = replays(monkeypatch)
