@@ -31,6 +31,11 @@ SETTINGS = 'adapter', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets',
 # Without a LoRA if no targets are named: keys gain the least (Hu et al., table 5); peft refuses out_proj in a Mamba; and transformers
 # multiplies by dt_proj's matrix itself, so that it would not see one there.
 LEFT_OUT = {'k_proj', 'out_proj', 'dt_proj'}
+PLAIN = {           # what peft says of a LoRA, and has here its meaning, or none
+    'task_type', 'peft_type', 'auto_mapping', 'peft_version', 'base_model_name_or_path', 'revision', 'inference_mode', 'r', 'target_modules',
+    'exclude_modules', 'lora_alpha', 'lora_dropout', 'fan_in_fan_out', 'bias', 'use_rslora', 'init_lora_weights', 'layers_to_transform',
+    'layers_pattern', 'megatron_core', 'qalora_group_size', 'eva_config', 'ensure_weight_tying'}
+UNCHANGED = (True, False, None, 'gaussian', 'orthogonal', 'eva')    # ways to begin a LoRA that leave the base as it is
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -104,7 +109,10 @@ def short(path):
 
 
 def lora(net, targets='', rank=8, alpha=16.0, dropout=0.0, name='default'):
-    """Hangs a LoRA on each target; from then on they alone are trained. ValueError as `chosen`, or if there is one of this name."""
+    """Hangs a LoRA on each target; from then on they alone are trained. ValueError as `chosen`, or if there is one of this name, or the
+    rank is none that a change of these matrices can have."""
+    if rank > net.config.n_embd:
+        raise ValueError(f'lora_rank={rank} is more than the width of the model, {net.config.n_embd}: lower it')
     for path, linear in chosen(net, targets).items():
         if not hasattr(linear, 'lora'):
             linear.lora = nn.ModuleDict()
@@ -225,15 +233,16 @@ def add(net, how, name='default', ids=None):
 def base_of(ckpt, source=''):
     """The base of an adapter's checkpoint, as checkpoint.load_model gives it: at `source`, else where it was in training."""
     how = ckpt['adapter']
-    places = [source] if source else [how['base'], how['base_at']]
-    found = next((place for place in places if os.path.exists(place.removeprefix('hf:'))), None)
-    if found is None:
-        fail(f'{places[-1]}: the base model of this adapter is not there any more; put it back, or say where it is: in training by '
-             '--init_from=its out_dir, else by --out_dir=its out_dir --adapters=the adapter\'s')
-    base = checkpoint.load_model(found)
-    if checkpoint.fingerprint(base['weights']) != how['base_fingerprint']:
-        fail(f'{found}: has other weights than the base of this adapter had, which was made for them; put those back, or train it anew')
-    return base
+    places = [source] if source else list(dict.fromkeys((how['base'], how['base_at'])))
+    found = [place for place in places if os.path.exists(place.removeprefix('hf:'))]
+    for place in found:
+        base = checkpoint.load_model(place)
+        if checkpoint.fingerprint(base['weights']) == how['base_fingerprint']:
+            return base
+    if found:
+        fail(f'{found[-1]}: has other weights than the base of this adapter had, which was made for them; put those back, or train it anew')
+    fail(f'{places[-1]}: the base model of this adapter is not there any more; put it back, or say where it is: in training by '
+         '--init_from=its out_dir, else by --out_dir=its out_dir --adapters=the adapter\'s')
 
 
 def model_of(ckpt, base=None):
@@ -251,6 +260,8 @@ def attach(net, ckpt, weight=1.0, name=''):
     made_for, is_now = how['base_fingerprint'], fingerprint(net)
     if made_for and is_now and made_for != is_now:
         raise ValueError(f'this adapter was made for another base model, that of {how["base"]}')
+    if not math.isfinite(weight):
+        raise ValueError(f'{weight} is no weight of an adapter')
     if how['type'] == 'prefix' and weight != 1:
         raise ValueError('a prefix is there or not; it has no weight')
     count = len({name for linear in with_lora(net).values() for name in linear.lora})
@@ -307,7 +318,8 @@ def merge(net):
         if not isinstance(linear, nn.Linear):
             raise ValueError(f'{path} is quantised: merge first, then quantise')
         for part in linear.lora.values():
-            linear.weight += part.scale * (part.B @ part.A).to(linear.weight.dtype)
+            change = part.scale * (part.B.double() @ part.A.double())           # rounded alike on all machines: a base has a fingerprint
+            linear.weight += change.to(linear.weight.dtype)
         linear.lora_hook.remove()
         del linear.lora, linear.lora_hook
     for p in net.parameters():
@@ -394,6 +406,20 @@ def verify_peft(ckpt, net, folder):
     return dict(tool=f'peft {peft.__version__}', logits=found, limit=1e-4, ok=found <= 1e-4, note='')
 
 
+def load(path):
+    """What `attach` takes: an adapter's checkpoint, or what peft saved in a folder. Ends the program in a line if that cannot be read."""
+    if not os.path.exists(os.path.join(path, 'adapter_config.json')):
+        return checkpoint.load(path)
+    try:
+        return read_peft(path)
+    except OSError as error:
+        fail(f'{error.filename}: {error.strerror}; an adapter of peft is adapter_config.json and adapter_model.safetensors')
+    except ValueError as error:
+        fail(f'{path}: {error}')
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        fail(f'{path}: not a sound adapter of peft ({type(error).__name__}: {error})')
+
+
 def read_peft(folder):
     """An adapter that peft saved, as `attach` takes it: {'adapter', 'weights'}. ValueError if it is of another kind than those here."""
     with open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8') as f:
@@ -406,11 +432,10 @@ def read_peft(folder):
         parts = tensors['prompt_embeddings'].view(n, theirs['num_layers'], 2, K, theirs['token_dim'] // K).permute(1, 2, 3, 0, 4)
         weights = {f'prefix.{name}.{i}': part[None].clone() for i, pair in enumerate(parts) for name, part in zip('kv', pair)}
         return dict(adapter=dict(type='prefix', length=n) | base, weights=weights)
-    odd = [name for name in ('use_dora', 'rank_pattern', 'alpha_pattern', 'modules_to_save', 'layer_replication', 'lora_bias',
-                             'use_qalora', 'trainable_token_indices', 'layers_to_transform') if theirs.get(name)]
-    if kind != 'LORA' or odd or theirs.get('bias', 'none') != 'none':
-        raise ValueError(f'{folder}: a {kind} of peft with {", ".join(odd) or "what"} is not known here; read are plain LoRA and '
-                         'PREFIX_TUNING without projection')
+    odd = [name for name, value in theirs.items() if value and name not in PLAIN]
+    if kind != 'LORA' or odd or theirs.get('bias', 'none') != 'none' or theirs.get('init_lora_weights', True) not in UNCHANGED:
+        raise ValueError(f'a {kind} of peft with {", ".join(odd) or "its settings"} is not known here; read are plain LoRA, begun beside '
+                         'the base as it is, and PREFIX_TUNING without projection')
     weights = {key.removeprefix('base_model.model.'): value for key, value in tensors.items()}
     scale = math.sqrt(theirs['r']) if theirs.get('use_rslora') else 1.0
     how = dict(type='lora', rank=theirs['r'], alpha=theirs['lora_alpha'] * scale, dropout=theirs.get('lora_dropout', 0.0),

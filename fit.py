@@ -1,4 +1,4 @@
-"""How much memory a training run takes, before it takes it; and the micro-batch that fits.
+"""How much memory a training run takes, before it takes it; the micro-batch that fits; and sizes that suit a machine.
 
     found = estimate('gpt', dict(n_layer=12, n_head=8, n_embd=512, vocab_size=16384), batch=8, T=1024)
     batch, checkpointing = choose('gpt', config, sequences=128, T=1024, budget=available('cuda'))
@@ -14,8 +14,10 @@ on a CPU, the peak of the process is 1 to 2% above the estimate with MALLOC_MMAP
 above it without, because glibc keeps what is freed. No GPU was measured.
 """
 import dataclasses
+import math
 import os
 import re
+import types
 import weakref
 from bisect import bisect_right
 from contextlib import nullcontext
@@ -48,6 +50,7 @@ TRAINING = {        # 20 tokens a parameter (Hoffmann et al. 2022): 1.0, 3.0 and
     '150m': dict(tokens_per_step=2**18, learning_rate=6e-4, max_iters=11500, **OFTEN),
     '400m': dict(tokens_per_step=2**19, learning_rate=3e-4, max_iters=15000, **OFTEN),
 }
+BATCH = 16          # sequences at once where memory has them
 SHARE = 0.92        # of the memory found is used: the rest is for what libraries take and for holes between blocks
 ENOUGH = 4096       # tokens at once that keep a GPU busy; fewer are worth the third more work that checkpointing costs
 SHORT = 32          # tokens of a Mamba-1's sequences in its simulation, and 64: its loop over time is slow on fake tensors, too
@@ -172,6 +175,40 @@ def extend(axes, measure, *at):
         return extend(axes[1:], measure, *at, x)
     a, b = extend(axes[1:], measure, *at, low), extend(axes[1:], measure, *at, high)
     return {name: a[name] + (b[name] - a[name]) * (x - low) / (high - low) for name in a}
+
+
+# --- what the zeros stand for -----------------------------------------------------------------------------------------
+
+def fill(settings, explicit, device, world, shortest):
+    """{name: value} of train.py's settings that are left to the machine, or follow from others: sizes and steps. explicit: those that were
+    said. device: 'cpu', 'cuda' or 'mps'. shortest: tokens of the smallest split. Ends the program in a line where they contradict."""
+    s = types.SimpleNamespace(**settings)
+    gigabytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30 if device == 'cuda' else 0
+    if device == 'cpu':         # some minutes on a laptop
+        sizes = dict(n_layer=4, n_embd=256, block_size=256, tokens_per_step=4096, max_iters=400)
+    elif gigabytes < 20:        # 8 to 16 GB, or Apple's
+        sizes = dict(n_layer=12, n_embd=512, block_size=512, tokens_per_step=2**15, max_iters=5000)
+    else:
+        sizes = dict(n_layer=12, n_embd=768, block_size=1024, tokens_per_step=2**17, max_iters=10000)
+    sizes |= SIZES.get((s.model, s.size), {})
+    n_embd = s.n_embd or sizes['n_embd']
+    n_head = s.n_head or max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
+    max_iters, T = s.max_iters or sizes['max_iters'], s.block_size
+    if not T:                   # a small text need not fill a large window
+        T = min(sizes['block_size'], 1 << max(3, (shortest - 1).bit_length() - 1))
+
+    asked = (explicit.get('batch_size') or BATCH) * T * s.gradient_accumulation_steps   # whatever memory made of it
+    whole = math.lcm(s.batch_size or 1, world) * T
+    tokens = s.tokens_per_step or asked or -(-sizes['tokens_per_step'] // whole) * whole
+    if tokens % T:
+        fail(f'tokens_per_step={tokens} must be a multiple of block_size={T}, such as {max(1, round(tokens / T)) * T}')
+    if asked not in (0, tokens):
+        fail(f'tokens_per_step={tokens} is not batch_size * block_size * gradient_accumulation_steps = {asked}: leave out one of them')
+    if tokens // T % world:
+        fail(f'{tokens // T} sequences a step cannot be shared by {world} processes: set --tokens_per_step to a multiple of {T * world}')
+    return dict(n_layer=s.n_layer or sizes['n_layer'], n_embd=n_embd, n_head=n_head, block_size=T, max_iters=max_iters,
+                warmup_iters=s.warmup_iters if s.warmup_iters >= 0 else min(100, max_iters // 10), tokens_per_step=tokens,
+                gradient_accumulation_steps=0)              # tokens_per_step says it; a later run may cut the same step otherwise
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------

@@ -147,12 +147,13 @@ def unchanged(where, name, was, now):
     """Refuses to go on with a run, or a model, under another value of a setting that makes it what it is."""
     if was != now:
         fail(f'{where} holds a {"run" if where == latest else "model"} with {name}={was}, not {now}: leave the setting out to go on with '
-             'it, choose another --out_dir, or begin anew with --init_from=scratch')
+             'it, ' + ('or choose another --out_dir' if adapter else 'choose another --out_dir, or begin anew with --init_from=scratch'))
 
 
 # --- go on with a run, or begin one
 latest, best = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
-given = {name: value for name, value in explicit.items() if not unset(name, value) and name not in (*FREE, 'vocab_size', 'block_size')}
+given = {name: value for name, value in explicit.items()    # an empty one of an adapter's settings has a meaning
+         if name in adapters.SETTINGS or not unset(name, value) and name not in (*FREE, 'vocab_size', 'block_size')}
 ckpt = base = None                                          # a run to go on with; or a model to begin with
 if init_from not in ('auto', 'resume', 'scratch') and os.path.realpath(init_from) in map(os.path.realpath, (out_dir, latest, best)):
     fail(f'init_from={init_from} is out_dir itself: name another --out_dir for what is made of that model, or leave out --init_from to '
@@ -217,40 +218,9 @@ if base and base['tokenizer'] and base['tokenizer'].sha256() != (tok and tok.sha
     fail(f'dataset {dataset} has another tokenizer than {init_from}: prepare the text anew with --tokenizer={base["tokenizer_path"]}')
 
 # --- what the zeros stand for
-gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind_of_device == 'cuda' else 0
-if kind_of_device == 'cpu':    # some minutes on a laptop
-    sizes = dict(n_layer=4, n_embd=256, block_size=256, batch_size=16, tokens_per_step=4096, max_iters=400)
-elif gigabytes < 20:           # 8 to 16 GB, or Apple's
-    sizes = dict(n_layer=12, n_embd=512, block_size=512, batch_size=16, tokens_per_step=2**15, max_iters=5000)
-else:
-    sizes = dict(n_layer=12, n_embd=768, block_size=1024, batch_size=16, tokens_per_step=2**17, max_iters=10000)
-if not block_size:             # a small text need not fill a large window
-    shortest = min(n for part in data.parts for n in part.tokens.values()) - 1
-    block_size = min(sizes['block_size'], 1 << max(3, shortest.bit_length() - 1))
-if size:
-    sizes.update(fit.SIZES[model, size])
-n_layer, n_embd = n_layer or sizes['n_layer'], n_embd or sizes['n_embd']
-max_iters = max_iters or sizes['max_iters']
-n_head = n_head or max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
-asked = (explicit.get('batch_size') or sizes['batch_size']) * block_size * gradient_accumulation_steps  # whatever memory made of it
-if not tokens_per_step and gradient_accumulation_steps:
-    tokens_per_step = asked
-elif not tokens_per_step:
-    tokens_per_step = sizes['tokens_per_step']
-    whole = math.lcm(batch_size or 1, world) * block_size
-    tokens_per_step = -(-tokens_per_step // whole) * whole
-if tokens_per_step % block_size:
-    fail(f'tokens_per_step={tokens_per_step} must be a multiple of block_size={block_size}, such as '
-         f'{max(1, round(tokens_per_step / block_size)) * block_size}')
-if gradient_accumulation_steps and tokens_per_step != asked:
-    fail(f'tokens_per_step={tokens_per_step} is not batch_size * block_size * gradient_accumulation_steps = '
-         f'{asked}: leave out one of them')
-gradient_accumulation_steps = 0  # tokens_per_step says it; a later run may cut the same step otherwise
+globals().update(fit.fill({name: globals()[name] for name in names}, explicit, kind_of_device, world,
+                          shortest=min(n for part in data.parts for n in part.tokens.values())))
 sequences = tokens_per_step // block_size                   # of a step, over all processes
-if sequences % world:
-    fail(f'{sequences} sequences a step cannot be shared by {world} processes: set --tokens_per_step to a multiple of '
-         f'{block_size * world}')
-warmup_iters = warmup_iters if warmup_iters >= 0 else min(100, max_iters // 10)
 dtype = checkpoint.choose_dtype(dtype, device)
 for part, split in [(part, split) for part in data.parts for split in part.tokens]:
     if part.tokens[split] <= block_size:
@@ -280,13 +250,13 @@ except ValueError as error:
 in_shards = bool(ckpt and ckpt.get('shards'))               # what was loaded is this process's share
 if held and not in_shards:
     net.load_state_dict((base or held)['weights'])          # of an adapter's run, what it adapts
-how = adapter and adapters.begin(net, globals(), init_from, ckpt, base, data.batch(np.arange(1), prefix_length, seed)[0][0])
+how = adapter and adapters.begin(net, globals(), init_from, ckpt, base, data.batch(np.arange(1), min(prefix_length, block_size), seed)[0][0])
 
 # --- memory: how much of a step is computed at once
 mine = sequences // world                                   # of a step, this process's
 free = float(vram) * 2**30 if vram != 'auto' else fit.available(device)
 free = free and processes.least(free)                       # all cut their steps alike
-micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and n <= (batch_size or sizes['batch_size']))
+micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and n <= (batch_size or fit.BATCH))
 planned = ''
 if free and not eval_only:
     micro_batch, gradient_checkpointing, planned = fit.plan(

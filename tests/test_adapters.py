@@ -13,7 +13,7 @@ import checkpoint
 import fit
 import ops
 from test_models import CONFIG, MODELS, PEERS, V, assert_close, build, perturb, quiet_and_seeded, tokens  # noqa: F401
-from test_train import files, here, launch, metrics, one_thread, refused, same_run, script, template, train, wait_for_lines  # noqa: F401
+from test_train import files, here, launch, metrics, one_thread, refused, same_run, script, template, train  # noqa: F401
 
 NETS = list(MODELS)
 every_net = pytest.mark.parametrize('name', NETS)
@@ -224,8 +224,20 @@ def test_loras_of_one_base_add_up(monkeypatch):
             want[name] += weight * (w - base.state_dict()[name])
     for name, w in adapters.merge(net).state_dict().items():
         assert_close(w, want[name], 1e-6)
-    with pytest.raises(ValueError, match='another base'):
-        adapters.attach(perturb(build('gpt')), a)
+    for text, action in (('another base', lambda: adapters.attach(perturb(build('gpt')), a)),
+                         ('no weight', lambda: adapters.attach(copy.deepcopy(base), a, float('nan')))):
+        with pytest.raises(ValueError, match=text):
+            action()
+
+
+def test_merged_weights_are_the_same_bits_on_every_machine():
+    """In whatever order its sums are made, for a merged model has a fingerprint when it is a base."""
+    base, net = adapted('gpt')
+    want = {f'{path}.weight': (linear.lora['default'].B.double()[:, :, None] * linear.lora['default'].A.double()).sum(1) * 2
+            for path, linear in adapters.with_lora(net).items()}
+    found = adapters.merge(net).state_dict()
+    for name, change in want.items():
+        assert torch.equal(found[name], base.state_dict()[name] + change.float())
 
 
 def test_lora_and_prefix_stand_on_one_base():
@@ -307,9 +319,32 @@ def test_an_adapter_of_another_make_is_refused(tmp_path, peft):
     base, net, ckpt = peers('llama', tmp_path, 'lora')
     adapters.write_peft(ckpt, tmp_path, 'base')
     config = json.loads((tmp_path / 'adapter_config.json').read_text())
-    (tmp_path / 'adapter_config.json').write_text(json.dumps(config | dict(use_dora=True)))
-    with pytest.raises(ValueError, match='use_dora'):
-        adapters.read_peft(tmp_path)
+    for odd, word in (dict(use_dora=True), 'use_dora'), (dict(init_lora_weights='pissa'), 'beside the base'), (dict(unheard_of=1), 'unheard_of'):
+        (tmp_path / 'adapter_config.json').write_text(json.dumps(config | odd))
+        with pytest.raises(ValueError, match=word):
+            adapters.read_peft(tmp_path)
+
+
+def test_what_peft_saved_is_sampled_with_our_base(based, capsys):
+    pytest.importorskip('safetensors')
+    train('--adapter=lora --init_from=base-gpt --max_iters=5 --learning_rate=0.1')
+    os.mkdir('theirs')
+    adapters.write_peft(checkpoint.load('out'), 'theirs', 'base')
+    said = []
+    for flags in ('--out_dir=out', '--out_dir=base-gpt --adapters=theirs', '--out_dir=base-gpt'):
+        capsys.readouterr()
+        assert script('sample.py', flags, '--device=cpu --max_new_tokens=20 --start=e') == 0
+        said.append(capsys.readouterr().out.rpartition("'e'\n")[2])
+    assert said[0] == said[1] != said[2]
+    for file, content, word in (('adapter_config.json', b'{"peft_type": "LORA"}', 'KeyError'), ('adapter_config.json', b'[]', 'AttributeError'),
+                                ('adapter_config.json', b'{"peft', 'theirs'), ('adapter_model.safetensors', b'7', 'cut short'),
+                                ('adapter_model.safetensors', None, 'adapter_model.safetensors')):
+        kept = files('theirs')
+        open(f'theirs/{file}', 'wb').write(content) if content else os.remove(f'theirs/{file}')
+        assert script('sample.py', '--out_dir=base-gpt --adapters=theirs --device=cpu') == 2
+        refused(capsys, 'theirs', word)
+        for path, content in kept.items():
+            open(path, 'wb').write(content)
 
 
 # --- train.py
@@ -343,22 +378,16 @@ def test_run_trains_the_adapter_alone_and_goes_on_bit_by_bit(based, capsys, monk
     flags = f'--adapter={adapter} --init_from=base-{kind} --prefix_length=4 --learning_rate=1e-2 --lora_dropout=0.1'
     train(flags, '--out_dir=unbroken')
     assert 'parameters are trained' in capsys.readouterr().out
-    if how == 'lora gpt':
-        process = launch(flags)
-        wait_for_lines(process, 8)
-        process.kill()
-        process.communicate()
-    else:
-        update, steps = torch.optim.AdamW.step, []
+    update, steps = torch.optim.AdamW.step, []
 
-        def dies(*args):
-            steps.append(1)
-            if len(steps) == 13:
-                raise Killed
-            return update(*args)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(torch.optim.AdamW, 'step', dies)
-            train(flags)
+    def dies(*args):
+        steps.append(1)
+        if len(steps) == 13:
+            raise Killed
+        return update(*args)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.AdamW, 'step', dies)
+        train(flags)
     assert 6 <= len(metrics()) < 24
     train('--init_from=resume' if kind == 'gpt' else flags)
     same_run('unbroken', 'out')
@@ -393,6 +422,7 @@ def test_run_trains_the_adapter_alone_and_goes_on_bit_by_bit(based, capsys, monk
     ('--adapter=loar --init_from=base-gpt', 'adapter=loar lora or prefix'),
     ('--adapter=lora --init_from=base-gpt --lora_targets=q_porj', 'q_porj is no matrix q_proj'),
     ('--adapter=lora --init_from=base-gpt --lora_rank=0', 'lora_rank'),
+    ('--adapter=lora --init_from=base-gpt --lora_rank=33', 'lora_rank=33 width 32'),
     ('--adapter=lora --init_from=base-gpt --lora_dropout=1', 'lora_dropout'),
     ('--adapter=lora --init_from=base-gpt --optimizer=muon', 'muon adapter'),
     ('--adapter=prefix --init_from=base-gpt --prefix_length=99', 'prefix_length=99 from 1 to 16'),
@@ -405,6 +435,10 @@ def test_settings_that_cannot_be_are_one_line(based, capsys, flags, words):
 
 def test_base_that_moved_or_changed_is_named(based, capsys):
     train('--adapter=lora --init_from=base-gpt --max_iters=5')
+    shutil.copytree('base-mamba', 'elsewhere/base-gpt')     # another model of that name is not taken for it
+    os.chdir('elsewhere')
+    assert script('sample.py', '--out_dir=../out --device=cpu --max_new_tokens=5 --start=e') == 0
+    os.chdir('..')
     os.rename('base-gpt', 'moved')
     capsys.readouterr()
     assert script('sample.py', '--out_dir=out --device=cpu --max_new_tokens=5 --start=e') == 2
@@ -422,10 +456,10 @@ def test_base_that_moved_or_changed_is_named(based, capsys):
 
 def test_run_stays_what_it_is(based, capsys):
     train('--adapter=lora --init_from=base-gpt --max_iters=5')
-    for flags in ('--lora_rank=4', '--adapter=prefix', '--lora_targets=q_proj'):
+    for flags in ('--lora_rank=4', '--adapter=prefix', '--lora_targets=q_proj', '--adapter='):
         capsys.readouterr()
         train(flags, status=2)
-        refused(capsys, flags[2:].split('=')[0])
+        refused(capsys, flags[2:].split('=')[0], 'scratch' if flags == '--adapter=' else 'or choose')  # an adapter needs its base
     capsys.readouterr()
     train('--adapter=lora --out_dir=base-gpt', status=2)    # a whole model's run
     refused(capsys, 'adapter')

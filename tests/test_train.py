@@ -628,7 +628,10 @@ def test_schedule(here, flags, expected):
 def test_every_recipe_runs(here, recipe):
     """In a size for a test: what is left of the recipe are its other settings, which must exist and fit its model."""
     if recipe.endswith('.py'):
-        train(os.path.join(ROOT, 'config', recipe), TINY, '--n_embd=192 --max_iters=2 --out_dir=out')
+        base = recipe.startswith('finetune')
+        if base:
+            train('--n_embd=192 --max_iters=1 --out_dir=base')
+        train(os.path.join(ROOT, 'config', recipe), TINY, '--n_embd=192 --max_iters=2 --out_dir=out', '--init_from=base' if base else '')
         assert load()['counters']['step'] == 2
 
 
