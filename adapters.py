@@ -379,9 +379,8 @@ def write_peft(ckpt, folder, base_folder):
         common |= dict(peft_type='LORA', r=how['rank'], lora_alpha=how['alpha'], lora_dropout=how['dropout'], target_modules=targets,
                        bias='none', fan_in_fan_out=False)
         tensors = {'base_model.model.' + key: value for key, value in ckpt['weights'].items()}
-    from safetensors.torch import save_file
-    save_file({key: value.contiguous() for key, value in tensors.items()}, os.path.join(folder, 'adapter_model.safetensors'),
-              metadata={'format': 'pt'})
+    from to_hf import save_safetensors                                          # which by others imports this file
+    save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors, {'format': 'pt'})
     with open(os.path.join(folder, 'adapter_config.json'), 'w', encoding='utf-8') as f:
         json.dump(common, f, indent=2, sort_keys=True)
 

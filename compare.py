@@ -3,7 +3,10 @@
     off = difference(theirs, net(some_ids(net, 2, 64))[0])
     ours = greedy(net, [1, 2, 3], 64)
 """
+import logging
 import random
+import warnings
+from contextlib import contextmanager
 
 import torch
 
@@ -19,17 +22,39 @@ def some_ids(net, B, T):
 
 
 def some_texts(tok, n):
-    """n texts of words, code, scripts, emoji and white space, always the same, as far as this tokenizer has their characters."""
-    draw, pieces = random.Random(0), PIECES
-    if tok.kind == 'char':
-        pieces = [token.decode() for token in tok.table if token]
-    return ['', *(''.join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(n - 1))]
+    """n texts, always the same: of words, code, scripts, emoji and white space, as far as this tokenizer has their characters; up to half
+    of them have all its tokens, so that none can be another one unseen."""
+    draw, own = random.Random(0), [text for text in map(tok.decode, ([i] for i in range(tok.vocab_size))) if text and '\ufffd' not in text]
+    pieces = own if tok.kind == 'char' else PIECES
+    rest = min(n // 2, len(own))
+    mixed = [''.join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(n - 1 - rest)]
+    apart = '' if tok.kind == 'char' else '\n'                                  # so that each stands alone, and is one token again
+    return ['', *mixed, *(apart.join(own[i::rest]) for i in range(rest))]
 
 
 def difference(theirs, ours):
     """The largest absolute difference of two tensors; infinite if one of them is not finite or the shapes differ."""
     off = (theirs.float() - ours.float()).abs().max() if theirs.shape == ours.shape else torch.tensor(torch.inf)
     return float(off) if off.isfinite() else float('inf')
+
+
+def agree(ours, theirs):
+    """'64 of 64': up to the first that differs."""
+    n = len(ours)
+    return f'{next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), n)} of {n}'
+
+
+@contextmanager
+def silent():
+    """Within, what other libraries have to tell their own users and developers is not said."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(level)
 
 
 @torch.no_grad()

@@ -15,16 +15,15 @@
     peft          adapter_config.json, adapter_model.safetensors          peft; for what `train.py --adapter=` made
 
 What a tool cannot compute exactly as this model does is refused, and the nearest thing that works is named. A check that fails leaves the
-files in to.partial, and the exit status is 1.
+files in to.partial, and the exit status is 1. (Of a folder that is there already it is to/partial, which surely lies on the same disk.)
 """
-import contextlib
 import copy
 import importlib
 import json
 import os
+import shlex
 import shutil
 import sys
-import warnings
 
 import torch
 
@@ -32,7 +31,7 @@ import adapters
 import checkpoint
 import quantize as quantizer
 import to_hf
-from compare import difference, greedy, some_ids
+from compare import agree, difference, greedy, silent, some_ids
 from configurator import configure, fail
 
 out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
@@ -43,7 +42,7 @@ base = ''               # for peft: the name its users have for the base model, 
 verify = True           # open what was written with the tool it is for, where that is installed, and compare
 force = False           # write into a folder that is not empty, over files of the same names
 
-PACKAGES = dict(hf='transformers', gguf='gguf', onnx='onnx onnxscript onnxruntime', peft='peft safetensors', safetensors='safetensors')
+PACKAGES = dict(hf='transformers', gguf='gguf', onnx='onnx onnxscript onnxruntime', peft='peft', safetensors='safetensors')
 LOADS = dict(
     hf='from transformers import AutoModelForCausalLM, AutoTokenizer\n'
        'model, tok = AutoModelForCausalLM.from_pretrained({folder}{trust}), AutoTokenizer.from_pretrained({folder}{trust})',
@@ -74,8 +73,9 @@ class safetensors:
         import safetensors as library
         from safetensors.torch import load_file
         found, wanted = load_file(os.path.join(folder, 'weights.safetensors')), net.state_dict()
-        same = all(torch.equal(found[name], wanted[name]) for name in found)
-        return dict(tool=f'safetensors {library.__version__}', ok=same and len(found) >= len(wanted) - 1,
+        tied = {'lm_head.weight'} if net.config.tie_embeddings else set()
+        same = found.keys() | tied == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+        return dict(tool=f'safetensors {library.__version__}', ok=same,
                     note=f'{len(found)} tensors, equal bit for bit' if same else 'tensors differ')
 
 
@@ -91,11 +91,14 @@ class native:
         checkpoint.save(os.path.join(folder, 'best.pt'), contents | dict(quantized=quantize or None))
 
     def verify(net, tok, folder, quantize):
-        again = checkpoint.model_of(checkpoint.load(folder))
-        ids = some_ids(net, 2, 64)
-        off = difference(again(ids)[0], net(ids)[0])
-        return dict(tool='sample.py', logits=off, limit=None if quantize else 0.0, ok=bool(quantize) or off == 0.0,
-                    greedy=greedy_match(net, again), note=f'{quantize} rounds: its own logits differ' if quantize else '')
+        again, rounded, ids = checkpoint.model_of(checkpoint.load(folder)), net, some_ids(net, 2, 64)
+        if quantize:
+            rounded = copy.deepcopy(net)
+            quantizer.quantize(rounded, quantize)
+        off, same = (difference(again(ids)[0], model(ids)[0]) for model in (net, rounded))
+        return dict(tool='sample.py', logits=off, limit=None if quantize else 0.0, ok=same == 0.0,
+                    greedy=agree(*(greedy(model, ids[0, :3].tolist(), 64) for model in (net, again))),
+                    note=f'{quantize} rounds: its own logits differ' if quantize else '')
 
 
 class peft:
@@ -104,16 +107,11 @@ class peft:
     def write(net, tok, folder, quantize):
         if quantize:
             raise ValueError('an adapter is small as it is; leave out --quantize')
-        adapters.write_peft(ckpt, folder, base or name_of(ckpt['adapter']['base']) + '-hf')
+        made_of = ckpt['adapter']['base']
+        adapters.write_peft(ckpt, folder, base or (made_of[3:] if made_of.startswith('hf:') else name_of(made_of) + '-hf'))
 
     def verify(net, tok, folder, quantize):
         return adapters.verify_peft(ckpt, net, folder)
-
-
-def greedy_match(net, other, n=64):
-    """'64 of 64': the tokens on which two of our models agree, each going on by itself from the same beginning."""
-    ours, theirs = (greedy(model, [1, 2, 3], n) for model in (net, other))
-    return f'{next((i for i in range(n) if ours[i] != theirs[i]), n)} of {n}'
 
 
 def module_of(name):
@@ -127,20 +125,22 @@ def card(files, checks):
     """The README.md of the folder: what the model is, how it was made, how good it is, how to open it."""
     settings, facts, name = ckpt['settings'], ckpt['metadata'], os.path.basename(os.path.abspath(to))
     c = ckpt['config']
-    data = ', '.join(os.path.basename(part) for part in settings['dataset'].split(','))
+    data = ', '.join(os.path.basename(os.path.normpath(part)) for part in settings['dataset'].split(','))
     lines = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---'] if 'hf' in checks else []
     lines += [f'# {name}', '', f'A {ckpt["kind"]} language model of {net_parameters / 1e6:.1f}M parameters: {c["n_layer"]} layers of width '
               f'{c["n_embd"]}, a vocabulary of {c["vocab_size"]}, trained on windows of {c["block_size"]} tokens with Mambino.', '']
     if ckpt.get('adapter'):
-        lines += [f'It is a {ckpt["adapter"]["type"]} adapter on `{os.path.basename(ckpt["adapter"]["base"])}`'
+        lines += [f'It is a {ckpt["adapter"]["type"]} adapter on `{os.path.basename(name_of(ckpt["adapter"]["base"]))}`'
                   + ('' if 'peft' in checks else ', merged into its weights') + '.', '']
     lines += ['## How to open it', '']
     for kind in checks:
         file = next((f for f in files if f.endswith(dict(gguf='.gguf', onnx='model.onnx', torchscript='.ts', safetensors='.safetensors')
                                                     .get(kind, '\0'))), '')
         trust = ', trust_remote_code=True' if 'modeling_mambino.py' in files else ''
-        lines += [f'{kind}:', '', '```' + ('sh' if kind == 'native' else 'python'),
-                  LOADS[kind].format(folder=repr(name), file=repr(file), name=name, trust=trust), '```', '']
+        how = LOADS[kind].format(folder=repr(name), file=repr(file), name=shlex.quote(name), trust=trust)
+        if kind == 'hf' and not ckpt['tokenizer']:
+            how = 'from transformers import AutoModelForCausalLM\n' + f'model = AutoModelForCausalLM.from_pretrained({name!r}{trust})'
+        lines += [f'{kind}:', '', '```' + ('sh' if kind == 'native' else 'python'), how, '```', '']
     lines += ['## Training', '', '| what | value |', '| --- | --- |', f'| data | {data} |', f'| steps | {facts["step"]:,} |',
               f'| tokens | {facts["tokens_seen"]:,} |', f'| time | {facts["seconds"] / 60:,.1f} minutes on {facts["device"]} |']
     lines += [f'| {key} | {settings[key]} |' for key in 'optimizer learning_rate schedule tokens_per_step block_size dropout dtype seed'.split()]
@@ -168,9 +168,9 @@ def say(check):
 # --- the story --------------------------------------------------------------------------------------------------------
 
 def name_of(path):
-    """out_dir as a name for what is made of it: without the file in it."""
-    path = os.path.dirname(path) if os.path.isfile(path) else path
-    return path.rstrip(os.sep + '/') or 'out'
+    """out_dir as a name for what is made of it, to which more can be added: without the file in it."""
+    path = os.path.normpath(os.path.dirname(path) if os.path.isfile(path) else path)
+    return os.path.abspath(path) if os.path.basename(path) in ('', '.', '..') else path
 
 
 def missing(kind, error):
@@ -182,31 +182,42 @@ def size_of(path):
     return f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size / 1e3:,.1f} kB'
 
 
-@contextlib.contextmanager
-def quiet():
-    """Other libraries' warnings are for their own users."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
+def look_at_settings():
+    for kind in wanted:
+        if kind not in LOADS:
+            fail(f'format={kind} must be one or several of {", ".join(LOADS)}')
+    if not wanted:
+        fail(f'format is empty: one or several of {", ".join(LOADS)}')
+    if quantize not in ('', 'int8', 'int4'):
+        fail(f'quantize={quantize} must be int8, int4 or empty')
+    if {'hf', 'peft'} <= {*wanted}:
+        fail('format=hf,peft: transformers would add the adapter to weights that have it already; export them into two folders')
+
+
+def look_at_folder():
+    """Nobody else's files may be lost."""
+    source = os.path.dirname(out_dir) if os.path.isfile(out_dir) else out_dir
+    if os.path.lexists(to) and not os.path.isdir(to):
+        fail(f'{to}: is a file; name a folder with --to')
+    if 'native' in wanted and os.path.realpath(to) == os.path.realpath(source):
+        fail(f'{to}: is where the model itself lies, whose best.pt would be lost; name another folder with --to')
+    try:
+        if os.path.isdir(to) and os.listdir(to) and not force:
+            fail(f'{to}: is not empty; name another folder with --to, or write over the files there with --force')
+    except OSError as error:
+        fail(f'{to}: cannot be read: {error.strerror}')
+    if os.path.lexists(partial):
+        fail(f'{partial}: is in the way. If an export left it that failed or was killed, remove it; else name another folder with --to')
 
 
 def main():
-    global to, ckpt, net_parameters
-    wanted, known = list(dict.fromkeys(f.strip() for f in format.split(',') if f.strip())), list(LOADS)
-    for kind in wanted:
-        if kind not in known:
-            fail(f'format={kind} must be one or several of {", ".join(known)}')
-    if not wanted:
-        fail(f'format is empty: one or several of {", ".join(known)}')
-    if quantize not in ('', 'int8', 'int4'):
-        fail(f'quantize={quantize} must be int8, int4 or empty')
+    global to, partial, wanted, ckpt, net_parameters
+    wanted = list(dict.fromkeys(f.strip() for f in format.split(',') if f.strip()))
+    look_at_settings()
     ckpt = checkpoint.load(out_dir)
     to = to or '-'.join([name_of(out_dir), *wanted, *([quantize] if quantize else [])])
-    partial = to.rstrip(os.sep + '/') + '.partial'
-    if os.path.exists(to) and not os.path.isdir(to):
-        fail(f'{to}: is a file; name a folder with --to')
-    if os.path.isdir(to) and os.listdir(to) and not force:
-        fail(f'{to}: is not empty; name another folder with --to, or write over the files there with --force')
+    partial = os.path.join(to, 'partial') if os.path.isdir(to) else to.rstrip(os.sep + '/') + '.partial'
+    look_at_folder()
     if ckpt.get('quantized'):
         fail(f'{out_dir}: its weights are quantised already; export the run it was made from')
     if 'peft' in wanted and not ckpt.get('adapter'):
@@ -214,67 +225,87 @@ def main():
              f'python train.py config/finetune_lora.py --init_from={out_dir}')
 
     net, tok = checkpoint.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
-    net_parameters = net.num_params()
     if ckpt.get('adapter') and wanted != ['peft']:
         try:
             adapters.merge(net)
         except ValueError as error:
             fail(f'{out_dir}: {error}')
+    net_parameters = net.num_params()
     net.requires_grad_(False)
-    shutil.rmtree(partial, ignore_errors=True)
-    checks, ok = {}, True
     try:
         os.makedirs(partial)
-        for kind in wanted:
-            try:
-                with quiet():
-                    module = module_of(kind)
-                    module.write(net, tok, partial, quantize)
-            except ImportError as error:
-                raise ValueError(missing(kind, error)) from None
-            except ValueError as error:
-                raise ValueError(f'format={kind}: {error}') from None
-            print(f'{kind}: written', flush=True)
-        if verify:
-            for kind in wanted:
-                checks[kind] = check(kind, net, tok, partial)
-                ok = ok and (not checks[kind] or checks[kind]['ok'])
-                print(f'{kind}: {"" if not checks[kind] or checks[kind]["ok"] else "FAILED: "}{say(checks[kind])}', flush=True)
-        checks = {kind: checks.get(kind) for kind in wanted}
-        files = sorted(os.listdir(partial))
-        with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(card(files, checks))
-        if not ok:
-            print(f'error: what was written does not compute what {out_dir} does; it stays in {partial} for a look', file=sys.stderr)
-            sys.exit(1)
-        os.makedirs(to, exist_ok=True)
-        for file in os.listdir(partial):
-            os.replace(os.path.join(partial, file), os.path.join(to, file))
-        os.rmdir(partial)
-    except ValueError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        fail(error)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        fail(f'{to}: cannot be written: {error.strerror or error}')
-    except KeyboardInterrupt:
-        shutil.rmtree(partial, ignore_errors=True)
-        sys.exit(130)
-    for file in sorted(os.listdir(to)):
-        print(f'{os.path.join(to, file)}  {size_of(os.path.join(to, file))}')
-
-
-def check(kind, net, tok, folder):
-    """What a format's own tool says of the files; None where it is not installed."""
+        fail(f'{to}: cannot be written: {error.strerror}')
     try:
-        with quiet(), torch.no_grad():
-            return module_of(kind).verify(net, tok, folder, quantize)
-    except ImportError as error:
-        print(f'{kind}: not checked: {missing(kind, error)}')
+        checks = write_and_check(net, tok)
+        if all(check is None or check['ok'] for check in checks.values()):
+            files = put_in_place()
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, ValueError):
+            fail(error)
+        if isinstance(error, (OSError, RuntimeError)):                          # torch says RuntimeError of a full disk
+            why = getattr(error, 'strerror', None) or 'is the disk full? ' + ''.join(str(error).splitlines()[:1])
+            fail(f'{to}: cannot be written: {why}')
+        raise
+    if os.path.exists(partial):
+        print(f'error: what was written does not compute what {out_dir} does; it stays in {partial} for a look', file=sys.stderr)
+        sys.exit(1)
+    for path in files:
+        print(f'{path}  {size_of(path)}')
+
+
+def write_and_check(net, tok):
+    """Fills `partial` → {format: what its check found, or None}."""
+    checks = dict.fromkeys(wanted)
+    for kind in wanted:
+        try:
+            with silent():
+                module_of(kind).write(net, tok, partial, quantize)
+        except ImportError as error:
+            raise ValueError(missing(kind, error)) from None
+        except ValueError as error:
+            raise ValueError(f'format={kind}: {error}') from None
+        print(f'{kind}: written', flush=True)
+    for kind in wanted if verify else []:
+        try:
+            checks[kind] = check(kind, net, tok)
+            print(f'{kind}: {"" if checks[kind]["ok"] else "FAILED: "}{say(checks[kind])}', flush=True)
+        except ImportError as error:
+            print(f'{kind}: not checked: {missing(kind, error)}', flush=True)
+    files = sorted(os.listdir(partial))
+    with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8', errors='backslashreplace') as f:
+        f.write(card(files, checks))
+    return checks
+
+
+def check(kind, net, tok):
+    """What a format's own tool says of the files. ImportError if it is not installed."""
+    try:
+        with silent(), torch.no_grad():
+            return module_of(kind).verify(net, tok, partial, quantize)
+    except ImportError:
+        raise
     except Exception as error:                              # the other tool's own: it cannot open the file
         return dict(tool=f'its own tool raised {type(error).__name__}', ok=False, note=str(error).split('\n')[0][:200])
 
 
+def put_in_place():
+    """Renames `partial`, or the files in it, to what they should be → their paths."""
+    files = sorted(os.listdir(partial))
+    if os.path.isdir(to):
+        for file in files:
+            os.replace(os.path.join(partial, file), os.path.join(to, file))
+        os.rmdir(partial)
+    else:
+        os.replace(partial, to)
+    return [os.path.join(to, file) for file in files]
+
+
 if __name__ == '__main__':
     configure(globals())
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(130)

@@ -18,11 +18,9 @@ Letters of the shapes as in the models' files. Experts are all computed for all 
 `beside` runs what came of a graph and the model.
 """
 import itertools
-import logging
 import statistics
 import time
 import types
-import warnings
 from contextlib import contextmanager
 
 import torch
@@ -31,20 +29,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import ops
-from compare import difference, greedy
-
-
-@contextmanager
-def silent():
-    """Within, what torch and its exporters have to tell their own developers is not said."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(level)
+from compare import agree, difference, greedy, silent
 
 
 @contextmanager
@@ -309,9 +294,8 @@ def beside(net, tok, start, step, whole, n=64):
     for begin, run in ((lambda B: None, net.step), (start, step)):
         times.append([])
         texts.append(greedy(types.SimpleNamespace(step=timed(run, begin, times[-1])), prompt, n, tok.vocab_size if tok else V))
-    equal = next((i for i, (a, b) in enumerate(zip(*texts)) if a != b), n)
     ours, theirs = (1000 * statistics.median(some[1:]) for some in times)
-    return dict(logits=max(off), greedy=f'{equal} of {n}', same=equal == n,
+    return dict(logits=max(off), greedy=agree(*texts), same=texts[0] == texts[1],
                 note=f'a token takes {theirs:.2f} ms there, {ours:.2f} ms here; logits are compared in shares of the largest')
 
 

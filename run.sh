@@ -38,6 +38,7 @@ case "${1:-}" in
     test)
         shift
         setup requirements-test.txt
+        [ $# -gt 0 ] || set -- -n auto --maxprocesses=4 --dist=loadfile    # all of them: a file a process at a time
         exec "$python" -m pytest -q -o testpaths=tests "$@"
         ;;
     '')

@@ -226,6 +226,7 @@ def vocabulary(tok, size):
     """The settings that tell llama.cpp of a tokenizer, or that there is none; the model has `size` ids."""
     if tok is None:
         return {'model': 'no_vocab'}
+    merges = merges_of(tok) or [NEVER]
     special = {token['id']: token['content'] for token in json.loads(tok.text)['added_tokens']}
     ids = {name: i for i, name in special.items()}
     tokens, types = [f'[PAD{i}]' for i in range(size)], [UNUSED] * size         # ids beyond the tokenizer's, to pad the matrix
@@ -234,7 +235,7 @@ def vocabulary(tok, size):
             tokens[i], types[i] = ''.join(BYTE_TO_CHAR[b] for b in token), NORMAL
         elif i in special:
             tokens[i], types[i] = special[i], CONTROL
-    keys = {'model': 'gpt2', 'pre': 'gpt-2', 'tokens': tokens, 'token_type': types, 'merges': merges_of(tok) or [NEVER],
+    keys = {'model': 'gpt2', 'pre': 'gpt-2', 'tokens': tokens, 'token_type': types, 'merges': merges,
             'bos_token_id': tok.eot, 'eos_token_id': tok.eot, 'add_bos_token': False}
     if all(name in ids for name in CHAT):
         keys |= {'eot_token_id': ids[CHAT[1]]}

@@ -24,7 +24,7 @@ import shutil
 
 import torch
 
-from compare import difference, greedy, some_ids, some_texts
+from compare import difference, greedy, silent, some_ids, some_texts
 from hf import EXPERTS, FLOATS
 
 MODELING = 'modeling_mambino.py'
@@ -225,30 +225,25 @@ def verify(net, tok, folder, quantize=''):
     """Opens the folder with transformers: the same logits on random ids, the same greedy tokens, the same ids of varied texts."""
     import transformers
     from transformers import AutoModelForCausalLM
-    c, log = net.config, transformers.utils.logging
-    before = log.get_verbosity()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    c = net.config
+    own = os.path.exists(os.path.join(folder, MODELING))
+    transformers.utils.logging.disable_progress_bar()
     try:
-        own = os.path.exists(os.path.join(folder, MODELING))
-        theirs, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own, dtype=torch.float32, output_loading_info=True)
-        theirs.eval()
-        wrong = sorted(map(str, {*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']}))
-        n, vocab_size = 64, tok.vocab_size if tok else c.vocab_size
-        idx = some_ids(net, 2, 64 + min(getattr(c, 'window', 0), 1024))         # a window must be seen to end
-        ours = net(idx)[0]
-        limit = 1e-4 * max(1.0, ours.std().item())                              # of logits that spread by 1
-        off = difference(theirs(idx).logits, ours)
-        equal = same_tokens(net, theirs, idx[0, :8], n, vocab_size, limit)
-        result = dict(tool=f'transformers {transformers.__version__}', logits=off, limit=limit, greedy=f'{equal} of {n}',
-                      note=f'opened as {type(theirs).__name__}')
-        ok = not wrong and off <= limit and equal == n
-        if wrong:
-            result['note'] = f'tensors that do not fit {type(theirs).__name__}: {", ".join(wrong)}'
-        if tok:
-            same, texts = same_ids(tok, folder, own)
-            result['ids'], ok = f'{same} of {texts}', ok and same == texts
-        return dict(result, ok=ok)
+        with silent():
+            theirs, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own, dtype=torch.float32, output_loading_info=True)
+            theirs.eval()
+            wrong = sorted(map(str, {*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']}))
+            n, vocab_size = 64, tok.vocab_size if tok else c.vocab_size
+            idx = some_ids(net, 2, 64 + min(getattr(c, 'window', 0), 1024))     # a window must be seen to end
+            ours = net(idx)[0]
+            limit = 1e-4 * max(1.0, ours.std().item())                          # of logits that spread by 1
+            off = difference(theirs(idx).logits, ours)
+            equal = same_tokens(net, theirs, idx[0, :8], n, vocab_size, limit)
+            same, texts = same_ids(tok, folder, own) if tok else (0, 0)
     finally:
-        log.set_verbosity(before)
-        log.enable_progress_bar()
+        transformers.utils.logging.enable_progress_bar()
+    result = dict(tool=f'transformers {transformers.__version__}', logits=off, limit=limit, greedy=f'{equal} of {n}',
+                  note=f'opened as {type(theirs).__name__}', ok=not wrong and off <= limit and equal == n and same == texts)
+    if wrong:
+        result['note'] = f'tensors that do not fit {type(theirs).__name__}: {", ".join(wrong)}'
+    return result | (dict(ids=f'{same} of {texts}') if tok else {})

@@ -11,6 +11,7 @@ and t. Its functions with a state are compiled from their source, so no size and
 model.pt2 is the whole-sequence graph, ids (B, T) → logits (B, T, V). PyTorch means torch.export to follow TorchScript.
 """
 import copy
+import io
 import json
 import os
 
@@ -44,6 +45,14 @@ class Step(torch.nn.Module):
         return past
 
 
+def save(path, how, *what, **more):
+    """By way of memory: where torch writes to the disk itself, a full one ends the process."""
+    buffer = io.BytesIO()
+    how(*what, buffer, **more)
+    with open(path, 'wb') as f:
+        f.write(buffer.getbuffer())
+
+
 def write(net, tok, folder, quantize=''):
     """step.ts, model.pt2, tokenizer.json. ValueError for what TorchScript cannot be given."""
     if quantize:
@@ -54,11 +63,11 @@ def write(net, tok, folder, quantize=''):
         step = torch.jit.script(Step(torch.jit.trace(graph, graphs.example(graph), strict=False, check_trace=False), graph.empty(1)))
         past, present = graph.names()
         about = json.dumps(dict(graphs.metadata(net, tok), past=past, present=present))
-        torch.jit.save(step, os.path.join(folder, FILES[0]), _extra_files={'model.json': about})
+        save(os.path.join(folder, FILES[0]), torch.jit.save, step, _extra_files={'model.json': about})
         ids = graphs.example(graph)[0]
         program = torch.export.export(graphs.Whole(net).eval(), (ids,), dynamic_shapes=(
             {0: torch.export.Dim('batch'), 1: torch.export.Dim('tokens')},))
-        torch.export.save(program, os.path.join(folder, FILES[1]))
+        save(os.path.join(folder, FILES[1]), torch.export.save, program)
     if tok:
         tok.save(folder)
 

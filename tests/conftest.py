@@ -2,6 +2,8 @@
 import os
 import sys
 
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py: two processes share the cores
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -149,8 +150,69 @@ def test_a_failed_check_is_seen(capsys, monkeypatch):
     assert 'FAILED' in found.out and found.err.count('\n') == 1 and 'wrong.partial' in found.err
     assert os.path.exists('wrong.partial/config.json') and not os.path.exists('wrong')
     monkeypatch.undo()
+    export('--out_dir=gpt --format=hf --to=wrong', status=2)
+    refused(capsys, 'wrong.partial', 'in the way', 'remove')
+    shutil.rmtree('wrong.partial')
     export('--out_dir=gpt --format=hf --to=wrong')
     assert not os.path.exists('wrong.partial')
+
+
+def test_one_entry_of_the_vocabulary_is_seen(monkeypatch):
+    write = to_hf.write_tokenizer
+
+    def exchanged(tok, folder, *more):
+        write(tok, folder, *more)
+        with open(f'{folder}/tokenizer.json', encoding='utf-8') as f:
+            spec = json.load(f)
+        vocab = spec['model']['vocab']
+        first, second = (next(token for token, i in vocab.items() if i == which) for which in (370, 371))
+        vocab[first], vocab[second] = 371, 370
+        to_hf.write_json(folder, 'tokenizer.json', spec)
+    monkeypatch.setattr(to_hf, 'write_tokenizer', exchanged)
+    export('--out_dir=gpt --format=hf --to=exchanged', status=1)
+
+
+def test_a_quantised_weight_that_is_another_is_seen(monkeypatch):
+    save = checkpoint.save
+
+    def other(path, contents):
+        name = next(name for name, u in contents['weights'].items() if u.dtype == torch.int8 and 'down_proj' in name)
+        contents['weights'][name] = contents['weights'][name].flip(0)
+        save(path, contents)
+    monkeypatch.setattr(checkpoint, 'save', other)
+    export('--out_dir=gpt --format=native --quantize=int8 --to=other', status=1)
+
+
+def test_what_others_have_there_stays(capsys):
+    os.makedirs('book.partial')
+    with open('book.partial/chapter.txt', 'w') as f:
+        f.write('mine')
+    export('--out_dir=gpt --format=hf --to=book', status=2)
+    refused(capsys, 'book.partial', 'in the way')
+    assert files('book.partial') == ['chapter.txt'] and not os.path.exists('book')
+    os.makedirs('empty')
+    export('--out_dir=gpt --format=safetensors --to=empty')
+    assert files('empty') == ['README.md', 'weights.safetensors']
+    before = os.path.getsize('gpt/best.pt')
+    export('--out_dir=gpt --format=native --quantize=int4 --to=gpt/ --force', status=2)
+    refused(capsys, 'gpt', 'model itself')
+    assert os.path.getsize('gpt/best.pt') == before
+
+
+def test_a_folder_by_no_name_of_its_own(monkeypatch, runs):
+    monkeypatch.chdir('mamba')
+    export('--out_dir=. --format=safetensors')
+    assert files(runs / 'mamba-safetensors') == ['README.md', 'weights.safetensors']
+    assert not [name for name in files('.') if 'safetensors' in name]
+
+
+def test_without_a_tokenizer_the_card_names_none():
+    os.makedirs('bare')
+    checkpoint.save('bare/best.pt', checkpoint.load('gpt') | dict(tokenizer=None))
+    export('--out_dir=bare --format=hf')
+    with open('bare-hf/README.md', encoding='utf-8') as f:
+        card = f.read()
+    assert "AutoModelForCausalLM.from_pretrained('bare-hf')" in card and 'AutoTokenizer' not in card
 
 
 def test_a_full_disk_leaves_nothing(capsys, monkeypatch):
@@ -160,6 +222,13 @@ def test_a_full_disk_leaves_nothing(capsys, monkeypatch):
     export('--out_dir=gpt --format=hf --to=full', status=2)
     refused(capsys, 'full', 'No space left')
     assert not os.path.exists('full') and not os.path.exists('full.partial')
+
+    def torchs_full(*_):
+        raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos\nframe #0')
+    monkeypatch.setattr(checkpoint, 'save', torchs_full)
+    export('--out_dir=gpt --format=native --to=full', status=2)
+    refused(capsys, 'full', 'disk full')
+    assert not os.path.exists('full.partial')
 
 
 def test_a_missing_package_is_named(capsys, monkeypatch):
@@ -179,6 +248,7 @@ def test_a_missing_package_is_named(capsys, monkeypatch):
     ('--format=torchscript --quantize=int4', 'torchscript'),
     ('--format=safetensors --quantize=int4', 'safetensors native'),
     ('--quantize=int3', 'int3 int8'),
+    ('--format=hf,peft', 'hf,peft two folders'),
     ('--format=peft', 'peft whole model finetune_lora'),
     ('--to=text.txt', 'text.txt is a file'),
     ('--out_dir=nowhere', 'nowhere no such checkpoint'),

@@ -153,6 +153,16 @@ def test_models_that_llama_cpp_does_not_compute(net, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_of_no_bytes_is_refused(tmp_path):
+    """Llama 2's kind, whose ids are pieces of text with ▁ for a space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    tok = Tokenizer(models.BPE({'▁': 0, 'a': 1, '▁a': 2, '</s>': 3}, [('▁', 'a')]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tok.add_special_tokens(['</s>'])
+    with pytest.raises(ValueError, match='otherwise than GPT-2'):
+        to_gguf.write(build('gpt'), tokenizer.from_text(tok.to_str()), tmp_path, '')
+
+
 def test_foreign_tokenizers_are_refused(bpe, tmp_path):
     spec = json.loads(bpe.text)
     spec['pre_tokenizer']['add_prefix_space'] = True
