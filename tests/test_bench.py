@@ -16,7 +16,7 @@ TINY = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--vocab_size=64', '--batch_
 
 
 def bench(*arguments):
-    return subprocess.run([sys.executable, os.path.join(HERE, 'bench.py'), *arguments], capture_output=True, text=True,
+    return subprocess.run([sys.executable, os.path.join(HERE, 'bench.py'), *arguments], capture_output=True, text=True, cwd=HERE,
                           encoding='utf-8', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
 
 

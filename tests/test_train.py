@@ -580,12 +580,11 @@ def test_small_text_end_to_end(here, capsys, kind, n):
 def test_compile_that_does_not_work_is_left_out(here, capsys, monkeypatch, broken):
     def fails(*_, **__):
         raise RuntimeError('no compiler\nmany lines')
-    monkeypatch.setattr(torch, 'compile', fails if broken == 'call' else lambda net: fails)
-    train('--model=gpt --dropout=0.1 --compile --max_iters=3')
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'compile', fails if broken == 'call' else lambda net: fails)
+        train('--model=gpt --dropout=0.1 --compile --max_iters=3')
     said = capsys.readouterr()
     assert said.out.count('torch.compile does not work here') == 1 and 'many lines' not in said.out + said.err
-    monkeypatch.undo()
-    os.chdir(here)
     train('--model=gpt --dropout=0.1 --max_iters=3 --out_dir=plain')
     assert metrics() == metrics('plain')
 
