@@ -524,8 +524,10 @@ def layered(net, layers, x, state, rope=(), plan=None):
     elif last == place and all(t.is_contiguous() for t in state.values()):      # a layer would copy one that is not
         if plan:
             plan.pos = plan.pos.clone()                                         # the state's own is its owner's
-        Tape.of[net] = Tape(net, place, (x, *rope, *((plan.pos,) if plan else ())))
-        return Tape.of[net].record(layers, x, state, rope, plan)
+        tape = Tape(net, place, (x, *rope, *((plan.pos,) if plan else ())))
+        out = tape.record(layers, x, state, rope, plan)
+        Tape.of[net] = tape                                                     # now that it is whole
+        return out
     else:
         Tape.of[net] = place
     return layers(x, state, rope, plan)

@@ -132,6 +132,18 @@ def test_a_changed_model_is_not_replayed(kind, change, plainly):
     assert torch.equal(got, want)
 
 
+def test_an_interrupted_record_is_none(monkeypatch, plainly):
+    net, ids = model('gpt'), torch.zeros(2, 1, dtype=torch.long)
+    state = net.step(torch.zeros(2, 5, dtype=torch.long))[1]
+    state = net.step(ids, state)[1]                         # its place is known: the next step is noted
+    with monkeypatch.context() as patch:
+        patch.setattr(native, 'mlp_step', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            net.step(ids, {name: value.clone() if name == 'pos' else value for name, value in state.items()})
+    assert not native.Tape.recording and not isinstance(native.Tape.of.get(net), native.Tape)
+    assert walk(net, 8, state)[0].isfinite().all()
+
+
 def test_a_state_in_another_order_of_memory(plainly):
     """Layers copy such a state and go on with the copy: it may be given twice."""
     net = model('mamba2')
