@@ -449,6 +449,9 @@ def mix_step(x, h, branches, norms, controller, scale):
 REPLAYED = 'norm_forward', 'add_step', 'mlp_step', 'attention_step', 'mamba1_step', 'mamba2_step', 'mix_step'  # by native.cpp's numbers
 
 
+TAPES = 4                                                                        # of a model: conversations by turns
+
+
 class Watch(TorchDispatchMode):
     """Notes whether PyTorch computed anything, beside making room and looking at it otherwise."""
     seen = None
@@ -470,10 +473,11 @@ class Tape:
     A token of 50M parameters is 5 ms of reading weights, and was 2 ms of Python; this is a tenth of those. A tape is good as long as the
     states and the weights lie where they lay; what it reads that is new, x, the rotary tables and positions, is copied to where it was."""
     recording = None
-    of = weakref.WeakKeyDictionary()                                            # a model's latest; or a place seen once
+    of = weakref.WeakKeyDictionary()                                            # {model: {place: tape}}, the latest few
 
     def __init__(self, net, place, inputs):
-        self.place, self.inputs, self.calls, self.numbers, self.kept, self.good = place, inputs, 0, [], [], True
+        self.inputs, self.calls, self.numbers, self.kept, self.good = inputs, 0, [], [], True
+        self.theirs = {pointer for _, pointer, _ in place[1:]}                  # of the states, which are not ours to keep
         self.thread = threading.get_ident()
         modules = list(net.modules())
         self.hooks = [m._forward_hooks for m in modules]
@@ -490,7 +494,7 @@ class Tape:
         if self.good:
             self.numbers += [REPLAYED.index(name), *(int.from_bytes(struct.pack('=f', n), sys.byteorder) if type(n) is float else n for n in numbers)]
             self.calls += 1
-            self.kept.append(args)                                              # their memory must stay
+            self.kept += [a for a in args if isinstance(a, torch.Tensor) and a.data_ptr() not in self.theirs]  # their memory must stay
 
     def record(self, layers, *args):
         Tape.recording = self
@@ -513,21 +517,21 @@ class Tape:
 def layered(net, layers, x, state, rope=(), plan=None):
     """layers(x, state, rope, plan) of one token of each sequence, x (B, 1, D) → (B, 1, D). From the third token of the same sequences on
     without Python in between, where nothing but this file computes."""
-    last, cache = Tape.of.get(net), state.get('k.0')
-    place = [torch.get_num_threads(), *((name, t.data_ptr(), t.shape) for name, t in state.items() if name != 'pos')]
+    cache, known = state.get('k.0'), Tape.of.setdefault(net, {})
     if plan and (cache is None or not plan.window and plan.n > cache.shape[2]):            # a cache is made, or must grow
         return layers(x, state, rope, plan)
-    if isinstance(last, Tape) and last.place == place:
-        if last.good and last.holds():
-            return last.replay((x, *rope, *((plan.pos,) if plan else ())))
-        Tape.of[net] = last if not last.good else place
-    elif last == place and all(t.is_contiguous() for t in state.values()):      # a layer would copy one that is not
+    place = torch.get_num_threads(), *((name, t.data_ptr(), t.shape) for name, t in state.items() if name != 'pos')
+    tape = known.get(place)                                                     # None: never here; False: once, or something has changed
+    if tape and tape.good and tape.holds():
+        return tape.replay((x, *rope, *((plan.pos,) if plan else ())))
+    if tape is False and all(t.is_contiguous() for t in state.values()):        # a layer would copy one that is not
         if plan:
             plan.pos = plan.pos.clone()                                         # the state's own is its owner's
         tape = Tape(net, place, (x, *rope, *((plan.pos,) if plan else ())))
         out = tape.record(layers, x, state, rope, plan)
-        Tape.of[net] = tape                                                     # now that it is whole
+        known[place] = tape                                                     # now that it is whole
         return out
-    else:
-        Tape.of[net] = place
+    if not tape or tape.good:
+        known.pop(next(iter(known))) if len(known) == TAPES else None
+        known[place] = False
     return layers(x, state, rope, plan)

@@ -48,6 +48,11 @@ def plainly(monkeypatch):
     return plainly
 
 
+def tapes(net):
+    """The good tapes of a model."""
+    return [tape for tape in native.Tape.of.get(net, {}).values() if tape and tape.good]
+
+
 def replays(monkeypatch):
     """A list that grows with every replay."""
     seen, replay = [], native.Tape.replay
@@ -71,17 +76,18 @@ def test_a_tape_gives_the_very_numbers(kind, how, plainly, monkeypatch):
 
 
 @pytest.mark.parametrize('kind', ['gpt', 'mamba2', 'hybrid'])
-def test_sequences_in_turns_keep_apart(kind, plainly):
+def test_sequences_in_turns_keep_apart(kind, plainly, monkeypatch):
     """Two conversations of one model, by turns, of different numbers of rows; an older state is not written to."""
     net = model(kind)
     a, b = walk(net, 9)[1], walk(net, 9, B=3, seed=1)[1]
     old = {name: value.clone() for name, value in a.items()}, dict(a)
-    mine, yours = [], []
+    mine, yours, seen = [], [], replays(monkeypatch)
     for turn in range(4):
         out, a = walk(net, 7, a, seed=turn)
         mine.append(out)
         out, b = walk(net, 7, b, B=3, seed=10 + turn)
         yours.append(out)
+    assert len(seen) > 48 and len(tapes(net)) == 2          # of 56 steps
     assert torch.equal(old[0]['pos'], old[1]['pos'])
 
     def again():
@@ -101,7 +107,7 @@ def test_sequences_in_turns_keep_apart(kind, plainly):
 def test_a_changed_model_is_not_replayed(kind, change, plainly):
     net = model(kind)
     state = walk(net, 8)[1]                                 # now there is a tape
-    assert isinstance(native.Tape.of.get(net), native.Tape) and native.Tape.of[net].good
+    assert tapes(net)
     start = lambda: {name: value.clone() for name, value in state.items()}
     target = 'q_proj' if kind == 'gpt' else 'in_proj'
     if change == 'data':
@@ -140,7 +146,7 @@ def test_an_interrupted_record_is_none(monkeypatch, plainly):
         patch.setattr(native, 'mlp_step', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             net.step(ids, {name: value.clone() if name == 'pos' else value for name, value in state.items()})
-    assert not native.Tape.recording and not isinstance(native.Tape.of.get(net), native.Tape)
+    assert not native.Tape.recording and not tapes(net)
     assert walk(net, 8, state)[0].isfinite().all()
 
 
@@ -164,7 +170,7 @@ def test_what_pytorch_computes_is_never_left_out(monkeypatch):
         ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             assert (net(torch.cat((ids[:, :5], ids), 1))[0][:, 5:] - got).abs().max() < 1e-4
-        assert not isinstance(native.Tape.of.get(net), native.Tape) or not native.Tape.of[net].good
+        assert not tapes(net)
     assert not seen
 
 
