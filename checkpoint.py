@@ -137,6 +137,14 @@ def load(path, rank=0, world=1):
     return ckpt
 
 
+def whole(ckpt, source):
+    """The contents of a checkpoint, if its weights have all their bits; else the program ends in a line."""
+    if ckpt.get('quantized'):
+        fail(f'{source}: its weights are quantised, {ckpt["quantized"]}: sample.py writes and scores text with them, all else takes the run '
+             'they were made from')
+    return ckpt
+
+
 def load_model(source):
     """A model to begin with: of the checkpoint in an out_dir, an adapter merged into its base, or in hf:folder as transformers saved it →
     {'kind', 'config', 'weights', 'tokenizer', 'tokenizer_path', 'block_size'}."""
@@ -145,9 +153,7 @@ def load_model(source):
         kind, config, weights, tok = hf.load(folder)
         return dict(kind=kind, config=config, weights=weights, tokenizer=tok, tokenizer_path=os.path.join(folder, 'tokenizer.json'),
                     block_size=0)
-    ckpt = load(source)
-    if ckpt.get('quantized'):
-        fail(f'{source}: its weights are {ckpt["quantized"]}, which cannot be trained; begin with the model they were made from')
+    ckpt = whole(load(source), source)
     if ckpt.get('adapter'):
         ckpt['weights'] = adapters.merged_weights(ckpt, source)
     name = ckpt['settings']['dataset']                      # in data/, or a path; or a mixture, all of one tokenizer

@@ -87,7 +87,8 @@ class native:
             net = copy.deepcopy(net)
             quantizer.quantize(net, quantize)
         contents = {name: ckpt[name] for name in checkpoint.CONTENTS - {'format', 'weights'}} | dict(
-            weights=net.state_dict(), optimizers=[], scaler=None, rng=None, config=checkpoint.config_of(net))
+            weights=net.state_dict(), optimizers=[], scaler=None, rng=None, config=checkpoint.config_of(net),
+            settings=ckpt['settings'] | dict(adapter=''))                       # which is in the weights now
         checkpoint.save(os.path.join(folder, 'best.pt'), contents | dict(quantized=quantize or None))
 
     def verify(net, tok, folder, quantize):
@@ -214,12 +215,10 @@ def main():
     global to, partial, wanted, ckpt, net_parameters
     wanted = list(dict.fromkeys(f.strip() for f in format.split(',') if f.strip()))
     look_at_settings()
-    ckpt = checkpoint.load(out_dir)
+    ckpt = checkpoint.whole(checkpoint.load(out_dir), out_dir)
     to = to or '-'.join([name_of(out_dir), *wanted, *([quantize] if quantize else [])])
     partial = os.path.join(to, 'partial') if os.path.isdir(to) else to.rstrip(os.sep + '/') + '.partial'
     look_at_folder()
-    if ckpt.get('quantized'):
-        fail(f'{out_dir}: its weights are quantised already; export the run it was made from')
     if 'peft' in wanted and not ckpt.get('adapter'):
         fail(f'format=peft is for adapters, and {out_dir} holds a whole model: --format=hf, or train one with: '
              f'python train.py config/finetune_lora.py --init_from={out_dir}')

@@ -447,9 +447,7 @@ def mix_step(x, h, branches, norms, controller, scale):
 # --- the layers of a model as one call --------------------------------------------------------------------------------
 
 REPLAYED = 'norm_forward', 'add_step', 'mlp_step', 'attention_step', 'mamba1_step', 'mamba2_step', 'mix_step'  # by native.cpp's numbers
-
-
-TAPES = 4                                                                        # of a model: conversations by turns
+TAPES = 4                                                                       # of a model: conversations by turns
 
 
 class Watch(TorchDispatchMode):

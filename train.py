@@ -159,7 +159,7 @@ if init_from not in ('auto', 'resume', 'scratch') and os.path.realpath(init_from
     fail(f'init_from={init_from} is out_dir itself: name another --out_dir for what is made of that model, or leave out --init_from to '
          'go on')
 if eval_only or init_from == 'resume' or (init_from != 'scratch' and os.path.exists(latest)):
-    ckpt = checkpoint.load(out_dir if eval_only else latest, *((rank, world) if parallel == 'fsdp' else ()))
+    ckpt = checkpoint.whole(checkpoint.load(out_dir if eval_only else latest, *((rank, world) if parallel == 'fsdp' else ())), out_dir)
     for name, value in ckpt['settings'].items():
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value

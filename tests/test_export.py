@@ -105,8 +105,9 @@ def test_native_quantised_generates(how, capsys):
     capsys.readouterr()
     assert script('export.py', f'--out_dir={folder} --format=hf') == 2
     refused(capsys, folder, 'quantised')
-    assert script('train.py', f'--init_from={folder} --dataset=text --out_dir=more') == 2
-    refused(capsys, folder, how)
+    for flags in (f'--init_from={folder} --out_dir=more', f'--eval_only --out_dir={folder}'):
+        assert script('train.py', '--dataset=text', flags) == 2
+        refused(capsys, folder, how)
 
 
 def test_an_adapter_is_merged_or_stays_one(capsys):
@@ -114,6 +115,11 @@ def test_an_adapter_is_merged_or_stays_one(capsys):
     assert (ours('lora') - ours('gpt')).abs().max() > 1e-3
     assert (opened('merged') - ours('lora')).abs().max() < 1e-4
     assert (ours('merged') - ours('lora')).abs().max() < 1e-5
+    capsys.readouterr()
+    for out_dir in ('lora', 'merged'):
+        assert script('train.py', f'--eval_only --dataset=text --out_dir={out_dir} --device=cpu') == 0
+    first, second = re.findall(r'val_loss ([\d.]+)', capsys.readouterr().out)
+    assert abs(float(first) - float(second)) < 1e-3
     peft = pytest.importorskip('peft')
     export('--out_dir=gpt --format=hf --to=base')
     export('--out_dir=lora --format=peft --base=base')
