@@ -111,16 +111,11 @@ def ours(name):
 
 def hf_config(name):
     """transformers' config of the same size."""
+    import to_hf
     import transformers
-    like = ours(PEERS[name][1])[1]
-    sizes = dict(vocab_size=vocab_size, hidden_size=n_embd, num_hidden_layers=n_layer, tie_word_embeddings=True)
-    if name == 'llama':
-        return transformers.LlamaConfig(intermediate_size=like.intermediate_size, num_attention_heads=n_head, **sizes)
-    sizes.update(state_size=like.state_size, expand=like.expand, conv_kernel=like.conv_kernel)
-    if name == 'hf_mamba':
-        return transformers.MambaConfig(time_step_rank=like.time_step_rank, **sizes)
-    return transformers.Mamba2Config(num_heads=like.expand * n_embd // like.head_dim, head_dim=like.head_dim,
-                                     n_groups=like.n_groups, chunk_size=like.chunk_size, **sizes)  # a little faster than its 256
+    Model, config = ours(PEERS[name][1])
+    with torch.device('meta'):  # no memory
+        return transformers.AutoConfig.for_model(**to_hf.describe(Model(config))[0])
 
 def library_model(name):
     """litgpt's Llama-like GPT, or mamba-ssm's Mamba-2 with its fused kernels, which run on CUDA alone."""

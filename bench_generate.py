@@ -7,8 +7,8 @@ Measures generation on a CPU: our models in each of their precisions, beside tra
 Weights are random; models of a kind have equal sizes: GPT beside LlamaForCausalLM, Mamba beside MambaForCausalLM and Mamba2ForCausalLM,
 the hybrid beside FalconH1ForCausalLM. Every contender continues the same prompt greedily. What counts is the time of a new token once
 the prompt has been read. Contenders take turns in one process, and ratios are medians of those within a round, so that what slows the
-machine for a while slows all. GB/s is what a token must read at least, its weights, over the time it took; beside it stands what this
-machine reads from memory.
+machine for a while slows all. GB/s is what a token must read at least, its weights, over the time it took; the first line has what this
+machine reads and writes when it copies.
 """
 import importlib.util
 import os
@@ -24,6 +24,7 @@ import checkpoint
 import fit
 import quantize
 from configurator import configure, fail
+from machine import copy_bandwidth
 
 kinds = 'gpt,mamba,hybrid,mamba1'
 ways = 'float32,bfloat16,int8,int4'     # ours
@@ -56,25 +57,15 @@ def ours(kind, how):
 
 def theirs(kind, dtype):
     """transformers' model of the same shape."""
+    import to_hf
     import transformers
     transformers.logging.set_verbosity_error()
-    c = checkpoint.build(*config_of(kind)).config
-    common = dict(vocab_size=vocab_size, num_hidden_layers=c.n_layer, hidden_size=c.n_embd, tie_word_embeddings=True)
-    if kind in ('gpt', 'hybrid'):
-        common |= dict(num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, intermediate_size=c.intermediate_size)
-    if kind == 'gpt':
-        name, more = 'Llama', {}
-    elif kind == 'mamba1':
-        name, more = 'Mamba', dict(state_size=c.state_size)
-    elif kind == 'mamba':
-        name, more = 'Mamba2', dict(num_heads=c.expand * c.n_embd // c.head_dim, head_dim=c.head_dim, state_size=c.state_size,
-                                    n_groups=c.n_groups, expand=c.expand, chunk_size=c.chunk_size)
-    else:
-        E = c.expand * c.n_embd
-        name, more = 'FalconH1', dict(mamba_d_ssm=E, mamba_n_heads=E // c.ssm_head_dim, mamba_d_head=c.ssm_head_dim, mamba_n_groups=c.n_groups,
-                                      mamba_d_state=c.state_size, mamba_expand=c.expand, mamba_chunk_size=c.chunk_size)
-    model = getattr(transformers, name + 'ForCausalLM')(getattr(transformers, name + 'Config')(**common, **more))
-    return model.to(getattr(torch, dtype)).eval()
+    family, fields = config_of(kind)
+    if kind == 'hybrid':                                    # of those the one that transformers has
+        fields |= dict(gate=False, branch_norm=False, window=0)
+    with torch.device('meta'):
+        keys = to_hf.describe(checkpoint.build(family, fields))[0] | dict(tie_word_embeddings=True)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**keys)).to(getattr(torch, dtype)).eval()
 
 
 def weights_read(net):
@@ -183,22 +174,12 @@ def ratio(a, b):
     return statistics.median(x / y for x, y in zip(a, b))
 
 
-def bandwidth():
-    """GB/s of reading 400 MB, the best of five times."""
-    numbers, best = torch.ones(100_000_000), 0
-    for _ in range(5):
-        began = time.perf_counter()
-        numbers.sum()
-        best = max(best, 0.4 / (time.perf_counter() - began))
-    return best
-
-
 def main():
     if not (new_tokens >= 1 and rounds >= 1 and prompt >= 1 and set(ways.split(',')) <= {'float32', *quantize.WAYS}):
         fail(f'new_tokens={new_tokens}, rounds={rounds} and prompt={prompt} must be at least 1, ways={ways} some of float32, '
              + ', '.join(quantize.WAYS))
     torch.set_num_threads(threads or torch.get_num_threads())
-    print(f'{torch.get_num_threads()} threads, memory read at {bandwidth():.1f} GB/s; prompts of {prompt} tokens, {new_tokens} new ones, {rounds} rounds')
+    print(f'{torch.get_num_threads()} threads, memory copied at {copy_bandwidth("cpu") / 1e9:.1f} GB/s; prompts of {prompt} tokens, {new_tokens} new ones, {rounds} rounds')
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds.split(','):
             found = {batch: measure(kind, batch, folder) for batch in map(int, batches.split(','))}

@@ -171,3 +171,15 @@ def test_known_gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         assert machine.peak_flops.__wrapped__('cuda', torch.bfloat16) == expected, name
+
+
+@pytest.mark.parametrize('kind', ['gpt', 'hybrid'])
+def test_generation_beside_transformers(kind):
+    pytest.importorskip('transformers')
+    run = subprocess.run([sys.executable, os.path.join(HERE, 'bench_generate.py'), f'--kinds={kind}', '--ways=float32,int8', '--their_dtypes=float32',
+                          '--batches=1,2', '--rounds=1', '--new_tokens=2', '--prompt=4', '--vocab_size=64'], capture_output=True, text=True,
+                         cwd=HERE, encoding='utf-8', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
+    assert run.returncode == 0, run.stderr
+    for name in ('ours float32', 'ours int8', 'transformers float32'):
+        assert len(re.findall(rf'^{name} +\d', run.stdout, re.M)) == 2, run.stdout  # in both tables
+    assert f'{kind}, 2 sequences' in run.stdout and '2 sequences against 1' in run.stdout
