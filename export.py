@@ -27,12 +27,14 @@ import sys
 
 import torch
 
-import adapters
-import checkpoint
-import quantize as quantizer
-import to_hf
-from compare import agree, difference, greedy, silent, some_ids
-from configurator import configure, fail
+from mambino.weights import loading
+from mambino.export import to_peft
+from mambino.weights import adapters
+from mambino.weights import checkpoint
+from mambino.weights import quantize as quantizer
+from mambino.export import to_hf
+from mambino.export.compare import agree, difference, greedy, silent, some_ids
+from mambino.configurator import configure, fail
 
 out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
 format = 'hf'           # hf, gguf, onnx, torchscript, safetensors, native, peft; several: hf,gguf
@@ -89,10 +91,10 @@ class native:
         contents = {name: ckpt[name] for name in checkpoint.CONTENTS - {'format', 'weights'}} | dict(
             weights=net.state_dict(), optimizers=[], scaler=None, rng=None, config=checkpoint.config_of(net),
             settings=ckpt['settings'] | dict(adapter=''))                       # which is in the weights now
-        checkpoint.save(os.path.join(folder, 'best.pt'), contents | dict(quantized=quantize or None))
+        checkpoint.save_checkpoint(os.path.join(folder, 'best.pt'), contents | dict(quantized=quantize or None))
 
     def verify(net, tok, folder, quantize):
-        again, rounded, ids = checkpoint.model_of(checkpoint.load(folder)), net, some_ids(net, 2, 64)
+        again, rounded, ids = loading.model_of(checkpoint.load_checkpoint(folder)), net, some_ids(net, 2, 64)
         if quantize:
             rounded = copy.deepcopy(net)
             quantizer.quantize(rounded, quantize)
@@ -109,15 +111,15 @@ class peft:
         if quantize:
             raise ValueError('an adapter is small as it is; leave out --quantize')
         made_of = ckpt['adapter']['base']
-        adapters.write_peft(ckpt, folder, base or (made_of[3:] if made_of.startswith('hf:') else name_of(made_of) + '-hf'))
+        to_peft.write_peft(ckpt, folder, base or (made_of[3:] if made_of.startswith('hf:') else name_of(made_of) + '-hf'))
 
     def verify(net, tok, folder, quantize):
-        return adapters.verify_peft(ckpt, net, folder)
+        return to_peft.verify_peft(ckpt, net, folder)
 
 
 def module_of(name):
     """What writes a format: two functions, write and verify."""
-    return dict(safetensors=safetensors, native=native, peft=peft).get(name) or importlib.import_module(f'to_{name}')
+    return dict(safetensors=safetensors, native=native, peft=peft).get(name) or importlib.import_module(f'mambino.export.to_{name}')
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def main():
     global to, partial, wanted, ckpt, net_parameters
     wanted = list(dict.fromkeys(f.strip() for f in format.split(',') if f.strip()))
     look_at_settings()
-    ckpt = checkpoint.whole(checkpoint.load(out_dir), out_dir)
+    ckpt = checkpoint.refuse_quantized(checkpoint.load_checkpoint(out_dir), out_dir)
     to = to or '-'.join([name_of(out_dir), *wanted, *([quantize] if quantize else [])])
     partial = os.path.join(to, 'partial') if os.path.isdir(to) else to.rstrip(os.sep + '/') + '.partial'
     look_at_folder()
@@ -223,7 +225,7 @@ def main():
         fail(f'format=peft is for adapters, and {out_dir} holds a whole model: --format=hf, or train one with: '
              f'python train.py config/finetune_lora.py --init_from={out_dir}')
 
-    net, tok = checkpoint.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
+    net, tok = loading.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
     if ckpt.get('adapter') and wanted != ['peft']:
         try:
             adapters.merge(net)

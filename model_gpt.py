@@ -20,9 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import native
-import ops
-from ops import apply_rope, attention, linear_cross_entropy, rms_norm, rope_tables, swiglu
+from mambino.kernels import native
+from mambino.kernels import ops
+from mambino.kernels.ops import apply_rope, attention, linear_cross_entropy, rms_norm, rope_tables, swiglu
 
 
 def at_least_one(config, names):

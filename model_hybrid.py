@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-import native
-import ops
+from mambino.kernels import native
+from mambino.kernels import ops
 from model_gpt import Attention, GPTConfig, LanguageModel, RMSNorm, SwiGLU, plan_attention
 from model_mamba import Mamba2Mixer, MambaConfig, mamba_flops
 

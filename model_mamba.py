@@ -22,10 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import native
-import ops
+from mambino.kernels import native
+from mambino.kernels import ops
 from model_gpt import LanguageModel, RMSNorm, added, at_least_one
-from ops import conv_silu, mamba1_scan, mamba2_scan, rms_norm
+from mambino.kernels.ops import conv_silu, mamba1_scan, mamba2_scan, rms_norm
 
 
 @dataclass

@@ -36,15 +36,15 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-import parallel
-import report
-import sources
-import spool
-from configurator import configure, fail, require
-from corpus import HASH, Corpus, TooLittle
-from readers import Unreachable, open_hf, unreachable
-from spool import FORMAT, TRAIN, VAL
-from tokenizer import UnknownCharacter, build, load
+from mambino.prepare import parallel
+from mambino.prepare import report
+from mambino.prepare import sources
+from mambino.prepare import spool
+from mambino.configurator import configure, fail, require
+from mambino.prepare.corpus import HASH, Corpus, TooLittle
+from mambino.prepare.readers import Unreachable, open_hf, unreachable
+from mambino.prepare.spool import FORMAT, TRAIN, VAL
+from mambino.tokenizer import UnknownCharacter, build_tokenizer, load_tokenizer
 
 inputs = []  # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 12 MB of good code
 # --- dataset ---
@@ -151,21 +151,21 @@ def make_tokenizer(given, corpus, reports, work, decided):
     stamp = os.path.join(folder, 'made_of')
     made_of = given.sha256() if given else digest([tokenizer, vocab_size, sample_mb, split_seed, decided])
     if os.path.exists(stamp) and open(stamp, encoding='utf-8').read() == made_of:
-        return given or load(folder)
+        return given or load_tokenizer(folder)
     os.makedirs(folder, exist_ok=True)
     if os.path.exists(stamp):
         os.remove(stamp)
     if given:
         given.save(folder)
     elif tokenizer == 'char':
-        build('char', [done['chars'] for done in reports]).save(folder)
+        build_tokenizer('char', [done['chars'] for done in reports]).save(folder)
     else:
         task = dict(work=work, folder=folder, sample=list(corpus.sample(sample_mb)), vocab_size=vocab_size)
         if parallel.processes() == 1 or len(task['sample']) < 20:
             train_bpe(task)
         else:
             parallel.apart(train_bpe, task)
-    tok = given or load(folder)
+    tok = given or load_tokenizer(folder)
     with open(stamp, 'w', encoding='utf-8') as f:
         f.write(made_of)
     if not given:
@@ -180,7 +180,7 @@ def train_bpe(task):
             yield from some[:-1]
             yield some[-1][:cut]
 
-    build('bpe', texts(), task['vocab_size']).save(task['folder'])
+    build_tokenizer('bpe', texts(), task['vocab_size']).save(task['folder'])
 
 # -----------------------------------------------------------------------------
 # Encode: documents to ids
@@ -351,7 +351,7 @@ def open_base(place, target):
             base = json.load(f)
         if base['format'] != FORMAT:
             fail(f'{target}: made by an older prepare.py; prepare it anew, with everything that is to be in it')
-        tok = load(place)
+        tok = load_tokenizer(place)
         if tok.sha256() != base['tokenizer']['sha256']:
             fail(f'{target}: its tokenizer.json is not the one it was made with')
         for name, value in (('split_seed', base['split_seed']), ('val_fraction', base['val_fraction'])):
@@ -359,7 +359,7 @@ def open_base(place, target):
                 fail(f'{target} was made with {name}={value}, and --append keeps to it: leave --{name} out')
         kind = base['tokenizer']['kind']
         other = 'tokenizer' in explicit and tokenizer != kind and (tokenizer in ('char', 'byte', 'bpe')
-                                                                  or build(tokenizer).sha256() != tok.sha256())
+                                                                  or build_tokenizer(tokenizer).sha256() != tok.sha256())
         if other or 'vocab_size' in explicit and vocab_size < tok.vocab_size:
             fail(f'{target} has a tokenizer of kind {kind} with {tok.vocab_size} ids, and --append keeps it: leave --tokenizer and '
                  '--vocab_size out, or make another dataset with --out')
@@ -419,9 +419,9 @@ def make(target, place, work, found, skipped):
     """From sources to the finished dataset in `place`, all of it in `work`. Returns (meta, tokenizer); None if nothing is new."""
     base, given = open_base(place, target) if append else ({}, None)
     if tokenizer not in ('char', 'bpe'):
-        given = given or build(tokenizer)  # now, for it may not exist
+        given = given or build_tokenizer(tokenizer)  # now, for it may not exist
     elif not given:
-        build(tokenizer, [], vocab_size)
+        build_tokenizer(tokenizer, [], vocab_size)
     tasks = plan(found, work)
     reports = extract_all(tasks, work)
     skipped = sorted(skipped + [entry for done in reports for entry in done['skipped']],

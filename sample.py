@@ -28,11 +28,14 @@ os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 
 import torch
 
-import sessions
-from adapters import attach, load as load_adapter
-from checkpoint import autocast, choose_device, choose_dtype, fingerprint, load, model_of, tokenizer_of
-from configurator import configure, fail, require
-from generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, logprobs_of, read, surprise, token_text
+from mambino.sample import sessions
+from mambino.machine import autocast, choose_device, choose_dtype
+from mambino.weights.adapters import attach
+from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
+from mambino.weights.from_peft import load_adapter
+from mambino.weights.loading import model_of
+from mambino.configurator import configure, fail, require
+from mambino.sample.generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, logprobs_of, read, surprise, token_text
 
 # --- what to generate
 out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
@@ -354,7 +357,7 @@ def prepared(ckpt, extra, where):
     precision = 'float32' if dtype == 'auto' and where == 'cpu' else choose_dtype(dtype, where)
     how = quantize or ('bfloat16' if precision == 'bfloat16' and where == 'cpu' else '')  # there faster than autocast
     if how:
-        import quantize as weights                                              # the setting has the module's name
+        from mambino.weights import quantize as weights                                              # the setting has the module's name
         try:
             weights.quantize(net, how)
         except ValueError as error:
@@ -385,17 +388,17 @@ def open_session(print_of_model, where):
     if fork:
         if os.path.exists(path):
             fail(f'session={session}: is there already, and would be lost; delete {path}, or name another --session')
-        text, old = sessions.load(sessions.path_of(out_dir, fork, 'fork'), print_of_model, where), True
+        text, old = sessions.load_session(sessions.path_of(out_dir, fork, 'fork'), print_of_model, where), True
         text.save(path, print_of_model)
     elif os.path.exists(path):
-        text, old = sessions.load(path, print_of_model, where), True
+        text, old = sessions.load_session(path, print_of_model, where), True
     sessions.make_room(path)
     return text, old, lambda: text.save(path, print_of_model)
 
 
 def main(explicit):
     check_settings(explicit)
-    ckpt, extra = load(out_dir), adapters_of(adapters)
+    ckpt, extra = load_checkpoint(out_dir), adapters_of(adapters)
     tok = tokenizer_of(ckpt)
     if tok is None:
         fail(f'{out_dir}: trained on a bare .bin without a tokenizer, so there is nothing to read or write text with')

@@ -30,19 +30,21 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-import adapters
-import batches
-import checkpoint
-import fit
-import ops
-import processes
-from checkpoint import MODELS
-from configurator import configure, fail, find_settings, require
-from machine import memory, peak_flops
-from metrics import Trace, open_log, parts_of
-from muon import Muon
-from processes import leave, say, summed
-from generation import Writer, encode_prompt, generate
+from mambino.weights import loading
+from mambino import machine
+from mambino.weights import adapters
+from mambino.train import batches
+from mambino.weights import checkpoint
+from mambino.train import memory as fit
+from mambino.kernels import ops
+from mambino.train import processes
+from mambino.weights.checkpoint import MODELS
+from mambino.configurator import configure, fail, find_settings, require
+from mambino.machine import memory, peak_flops
+from mambino.train.metrics import Trace, open_log, parts_of
+from mambino.train.muon import Muon
+from mambino.train.processes import leave, say, summed
+from mambino.sample.generation import Writer, encode_prompt, generate
 
 # --- what and where
 out_dir = 'out'             # checkpoints and the log of this run
@@ -159,7 +161,7 @@ if init_from not in ('auto', 'resume', 'scratch') and os.path.realpath(init_from
     fail(f'init_from={init_from} is out_dir itself: name another --out_dir for what is made of that model, or leave out --init_from to '
          'go on')
 if eval_only or init_from == 'resume' or (init_from != 'scratch' and os.path.exists(latest)):
-    ckpt = checkpoint.whole(checkpoint.load(out_dir if eval_only else latest, *((rank, world) if parallel == 'fsdp' else ())), out_dir)
+    ckpt = checkpoint.refuse_quantized(checkpoint.load_checkpoint(out_dir if eval_only else latest, *((rank, world) if parallel == 'fsdp' else ())), out_dir)
     for name, value in ckpt['settings'].items():
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value
@@ -168,11 +170,11 @@ if eval_only or init_from == 'resume' or (init_from != 'scratch' and os.path.exi
         if name in given or (name == 'block_size' and explicit.get(name)):
             unchanged(latest, name, was, given.get(name, block_size))
     if ckpt.get('adapter'):
-        base = adapters.base_of(ckpt, '' if init_from in ('auto', 'resume', 'scratch') else init_from)
+        base = loading.base_of(ckpt, '' if init_from in ('auto', 'resume', 'scratch') else init_from)
 elif init_from not in ('auto', 'resume', 'scratch'):
     if not os.path.exists(init_from.removeprefix('hf:')):
         fail(f'init_from={init_from} must be auto, resume or scratch, or the out_dir of another run, or hf: and a folder of transformers')
-    base = checkpoint.load_model(init_from)
+    base = loading.load_base(init_from)
     model = base['kind']
     block_size = block_size or base['block_size']
     given = fit.SIZES.get((model, size), {}) | given
@@ -221,7 +223,7 @@ if base and base['tokenizer'] and base['tokenizer'].sha256() != (tok and tok.sha
 globals().update(fit.fill({name: globals()[name] for name in names}, explicit, kind_of_device, world,
                           shortest=min(n for part in data.parts for n in part.tokens.values())))
 sequences = tokens_per_step // block_size                   # of a step, over all processes
-dtype = checkpoint.choose_dtype(dtype, device)
+dtype = machine.choose_dtype(dtype, device)
 for part, split in [(part, split) for part in data.parts for split in part.tokens]:
     if part.tokens[split] <= block_size:
         fail(f'{part.paths[split]}: has {part.tokens[split]} tokens, and one window takes block_size + 1 = {block_size + 1}: lower '
@@ -254,7 +256,7 @@ how = adapter and adapters.begin(net, globals(), init_from, ckpt, base, data.bat
 
 # --- memory: how much of a step is computed at once
 mine = sequences // world                                   # of a step, this process's
-free = float(vram) * 2**30 if vram != 'auto' else fit.available(device)
+free = float(vram) * 2**30 if vram != 'auto' else machine.available(device)
 free = free and processes.least(free)                       # all cut their steps alike
 micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and n <= (batch_size or fit.BATCH))
 planned = ''
@@ -321,7 +323,7 @@ def evaluate():
     for part in data.parts:
         nats, count, size = 0.0, 0, 0
         for x, y in processes.in_step(part.val_batches(batch_size, block_size, eval_iters, rank, world)):
-            with checkpoint.autocast(device, dtype):
+            with machine.autocast(device, dtype):
                 loss = net(x.to(device), y.to(device))[1]
             n = int((y >= 0).sum())
             nats, count = nats + loss.item() * n, count + n
@@ -366,11 +368,11 @@ def save(*paths, shards=False):
 
 
 say(f'{model}: {net.num_params() / 1e6:.2f}M parameters, {net.config.n_layer} layers of width {net.config.n_embd}, context {block_size}')
-for line in [adapters.describe(net, how)] if how else parts_of(net):
+for line in [adapters.describe_adapter(net, how)] if how else parts_of(net):
     say(line)
 say(f'{data.name}: {data.tokens["train"]:,} tokens to train on, {data.tokens["val"]:,} to evaluate, vocabulary {data.vocab_size}')
 say(f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x {micro_batch} x {block_size}), '
-    f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}, {ops.describe(kind_of_device)}')
+    f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}, {ops.describe_kernels(kind_of_device)}')
 if planned:
     say(planned)
 for line in data.plan(tokens_seen // block_size + max(0, max_iters - step) * sequences, block_size, seed):
@@ -413,8 +415,8 @@ if compile and (processes.SHARDED or adapter == 'prefix'):
     say(f'note: torch.compile is left out with --{"parallel=fsdp" if processes.SHARDED else "adapter=prefix"}')
 elif compile:
     try:
-        fast = checkpoint.compiled(net)
-        with checkpoint.autocast(device, dtype):
+        fast = ops.compiled(net)
+        with machine.autocast(device, dtype):
             fast(x, y)[1].backward()
         net.zero_grad(set_to_none=True)
     except Exception as error:
@@ -501,7 +503,7 @@ while True:
                     fast.require_backward_grad_sync = micro == micro_steps - 1
                 more = micro + 1 < micro_steps
                 coming = loader.submit(fetch, *((tokens_seen, micro + 1) if more else (tokens_seen + tokens_per_step, 0)))
-                with record_function('forward'), checkpoint.autocast(device, dtype, cache=not processes.SHARDED):
+                with record_function('forward'), machine.autocast(device, dtype, cache=not processes.SHARDED):
                     loss = fast(x, y)[1] / micro_steps
                 with record_function('backward'):
                     scaler.scale(loss).backward()

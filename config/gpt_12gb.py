@@ -3,7 +3,7 @@
 #   activations  58 KB a token and layer in bf16: 4 x 1024 tokens x 20 layers = 4.5 GB
 #   at the peak  7.1 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       256 sequences x 1024 tokens = 262,144 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-gpt-12gb'
 model = 'gpt'

@@ -3,7 +3,7 @@
 #   activations  79 KB a token and layer in bf16: 4 x 1024 tokens x 30 layers = 9.2 GB
 #   at the peak  15.4 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       512 sequences x 1024 tokens = 524,288 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-gpt-24gb'
 model = 'gpt'

@@ -3,7 +3,7 @@
 #   activations  75 KB a token and layer in bf16: 4 x 2048 tokens x 30 layers = 17.7 GB
 #   at the peak  23.8 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       256 sequences x 2048 tokens = 524,288 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-gpt-32gb'
 model = 'gpt'

@@ -3,7 +3,7 @@
 #   activations  4 KB a token and layer in bf16: 32 x 1024 tokens x 13 layers = 1.7 GB
 #   at the peak  9.0 GB with gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       256 sequences x 1024 tokens = 262,144 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-hybrid-12gb'
 model = 'hybrid'

@@ -3,7 +3,7 @@
 #   activations  168 KB a token and layer in bf16: 2 x 2048 tokens x 13 layers = 8.5 GB
 #   at the peak  11.0 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       128 sequences x 2048 tokens = 262,144 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-hybrid-16gb'
 model = 'hybrid'

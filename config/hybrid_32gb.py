@@ -3,7 +3,7 @@
 #   activations  225 KB a token and layer in bf16: 2 x 2048 tokens x 20 layers = 17.6 GB
 #   at the peak  23.8 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       256 sequences x 2048 tokens = 524,288 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-hybrid-32gb'
 model = 'hybrid'

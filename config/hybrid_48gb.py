@@ -3,7 +3,7 @@
 #   activations  220 KB a token and layer in bf16: 2 x 4096 tokens x 20 layers = 34.4 GB
 #   at the peak  40.6 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       128 sequences x 4096 tokens = 524,288 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-hybrid-48gb'
 model = 'hybrid'

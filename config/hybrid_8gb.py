@@ -3,7 +3,7 @@
 #   activations  112 KB a token and layer in bf16: 4 x 1024 tokens x 9 layers = 4.0 GB
 #   at the peak  4.9 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       128 sequences x 1024 tokens = 131,072 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-hybrid-8gb'
 model = 'hybrid'

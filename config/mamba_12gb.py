@@ -3,7 +3,7 @@
 #   activations  3 KB a token and layer in bf16: 32 x 1024 tokens x 36 layers = 3.7 GB
 #   at the peak  9.4 GB with gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       256 sequences x 1024 tokens = 262,144 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-mamba-12gb'
 model = 'mamba'

@@ -3,7 +3,7 @@
 #   activations  5 KB a token and layer in bf16: 32 x 1024 tokens x 36 layers = 6.1 GB
 #   at the peak  17.7 GB with gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       512 sequences x 1024 tokens = 524,288 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-mamba-24gb'
 model = 'mamba'

@@ -3,7 +3,7 @@
 #   activations  5 KB a token and layer in bf16: 16 x 2048 tokens x 36 layers = 6.1 GB
 #   at the peak  17.8 GB with gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       256 sequences x 2048 tokens = 524,288 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-mamba-32gb'
 model = 'mamba'

@@ -3,7 +3,7 @@
 #   activations  171 KB a token and layer in bf16: 1 x 4096 tokens x 36 layers = 24.0 GB
 #   at the peak  30.0 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       128 sequences x 4096 tokens = 524,288 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-mamba-48gb'
 model = 'mamba'

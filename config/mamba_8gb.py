@@ -3,7 +3,7 @@
 #   activations  2 KB a token and layer in bf16: 32 x 1024 tokens x 24 layers = 1.7 GB
 #   at the peak  4.8 GB with gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
 #   a step       128 sequences x 1024 tokens = 131,072 tokens
-import fit
+from mambino.train import memory as fit
 
 out_dir = 'out-mamba-8gb'
 model = 'mamba'

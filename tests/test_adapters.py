@@ -8,10 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import adapters
-import checkpoint
-import fit
-import ops
+from mambino.weights import from_peft
+from mambino.weights import loading
+from mambino.export import to_peft
+from mambino.weights import adapters
+from mambino.weights import checkpoint
+from mambino.train import memory as fit
+from mambino.kernels import ops
 from test_models import CONFIG, MODELS, PEERS, V, assert_close, build, perturb, quiet_and_seeded, tokens  # noqa: F401
 from test_train import files, here, launch, metrics, one_thread, refused, same_run, script, template, train  # noqa: F401
 
@@ -288,7 +291,7 @@ def peers(peer, folder, kind, **how):
 def test_peft_reads_what_is_written(peft, tmp_path, monkeypatch, peer, kind, targets):
     from transformers import AutoModelForCausalLM
     base, net, ckpt = peers(peer, tmp_path, kind, targets=targets) if kind == 'lora' else peers(peer, tmp_path, kind)
-    adapters.write_peft(ckpt, tmp_path, tmp_path / 'base')
+    to_peft.write_peft(ckpt, tmp_path, tmp_path / 'base')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'base', dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
     own = sum(p.numel() for name, p in theirs.named_parameters() if 'lora_' in name or 'prompt_encoder' in name)
@@ -299,10 +302,10 @@ def test_peft_reads_what_is_written(peft, tmp_path, monkeypatch, peer, kind, tar
         assert (want - base(idx)[0]).abs().max() > 0.1
         assert_close(net(idx)[0], want)
         monkeypatch.setattr(adapters, 'base_of', lambda ckpt: dict(weights=base.state_dict()))
-        found = adapters.verify_peft(ckpt, net, tmp_path)
+        found = to_peft.verify_peft(ckpt, net, tmp_path)
         assert found['ok'] and found['logits'] <= 1e-4
         theirs.save_pretrained(tmp_path / 'again')          # and back
-        again = adapters.attach(copy.deepcopy(base), adapters.read_peft(tmp_path / 'again'))
+        again = adapters.attach(copy.deepcopy(base), from_peft.read_peft(tmp_path / 'again'))
         assert_close(again(idx)[0], want)
 
 
@@ -311,25 +314,25 @@ def test_what_peft_cannot_have_is_said(tmp_path):
                                   ('mamba1', 'lora', dict(targets='dt_proj'), 'would not see')):
         base, net = adapted(name, kind, **how)
         with pytest.raises(ValueError, match=word):
-            adapters.write_peft(saved(net, dict(LORA, **how) if kind == 'lora' else PREFIX, base), tmp_path, 'base')
+            to_peft.write_peft(saved(net, dict(LORA, **how) if kind == 'lora' else PREFIX, base), tmp_path, 'base')
     assert not os.listdir(tmp_path)
 
 
 def test_an_adapter_of_another_make_is_refused(tmp_path, peft):
     base, net, ckpt = peers('llama', tmp_path, 'lora')
-    adapters.write_peft(ckpt, tmp_path, 'base')
+    to_peft.write_peft(ckpt, tmp_path, 'base')
     config = json.loads((tmp_path / 'adapter_config.json').read_text())
     for odd, word in (dict(use_dora=True), 'use_dora'), (dict(init_lora_weights='pissa'), 'beside the base'), (dict(unheard_of=1), 'unheard_of'):
         (tmp_path / 'adapter_config.json').write_text(json.dumps(config | odd))
         with pytest.raises(ValueError, match=word):
-            adapters.read_peft(tmp_path)
+            from_peft.read_peft(tmp_path)
 
 
 def test_what_peft_saved_is_sampled_with_our_base(based, capsys):
     pytest.importorskip('safetensors')
     train('--adapter=lora --init_from=base-gpt --max_iters=5 --learning_rate=0.1')
     os.mkdir('theirs')
-    adapters.write_peft(checkpoint.load('out'), 'theirs', 'base')
+    to_peft.write_peft(checkpoint.load_checkpoint('out'), 'theirs', 'base')
     said = []
     for flags in ('--out_dir=out', '--out_dir=base-gpt --adapters=theirs', '--out_dir=base-gpt'):
         capsys.readouterr()
@@ -393,11 +396,11 @@ def test_run_trains_the_adapter_alone_and_goes_on_bit_by_bit(based, capsys, monk
     same_run('unbroken', 'out')
     assert files(f'base-{kind}') == before
 
-    ckpt, base = checkpoint.load('out'), checkpoint.load(f'base-{kind}')
+    ckpt, base = checkpoint.load_checkpoint('out'), checkpoint.load_checkpoint(f'base-{kind}')
     assert all('lora_' in name or name.startswith('prefix.') for name in ckpt['weights'])
     moments = [t for state in ckpt['optimizers'][0]['state'].values() for t in state.values() if t.ndim]
     assert sum(t.numel() for t in moments) == 2 * sum(t.numel() for t in ckpt['weights'].values())
-    net = checkpoint.model_of(ckpt)
+    net = loading.model_of(ckpt)
     for name, w in base['weights'].items():
         assert torch.equal(net.state_dict()[name], w)
     losses = metrics('out', 'val_loss')
@@ -406,12 +409,12 @@ def test_run_trains_the_adapter_alone_and_goes_on_bit_by_bit(based, capsys, monk
     train('--eval_only')
     assert f'{losses[min(losses, key=losses.get)]:.4f}' in capsys.readouterr().out
     if adapter == 'lora':                                   # to begin with: the merged model
-        merged = checkpoint.load_model('out')
+        merged = loading.load_base('out')
         fresh = checkpoint.build(merged['kind'], merged['config']).eval()
         fresh.load_state_dict(merged['weights'])
         assert_close(fresh(idx := torch.arange(9)[None])[0], net(idx)[0], 1e-5)
         train('--init_from=out --out_dir=upon --adapter=lora --max_iters=1')
-        assert checkpoint.model_of(checkpoint.load('upon'))
+        assert loading.model_of(checkpoint.load_checkpoint('upon'))
     else:
         train('--init_from=out --out_dir=more', status=2)
         refused(capsys, 'prefix', 'merged')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from batches import IGNORE, ROUND, Dataset, Mixture, open_dataset, quotas_of, shuffled, val_result
+from mambino.train.batches import IGNORE, ROUND, Dataset, Mixture, open_dataset, quotas_of, shuffled, val_result
 
 
 @pytest.fixture

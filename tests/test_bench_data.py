@@ -7,7 +7,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def test_small_measurement(tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'bench_data.py'), '--speed_mb=1', '--memory_mb=1', '--rounds=1',
+    done = subprocess.run([sys.executable, '-m', 'mambino.bench.data', '--speed_mb=1', '--memory_mb=1', '--rounds=1',
                            '--vocab_size=600', f'--folder={tmp_path}'], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     speeds = {line[:34].strip(): float(line[34:].split()[0]) for line in done.stdout.splitlines() if re.match(r'.{34} +\d', line)}

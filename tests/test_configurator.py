@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from configurator import configure, fail, require
+from mambino.configurator import configure, fail, require
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -15,7 +15,7 @@ Does a thing.
     python script.py --batch_size=2
 """
 import math
-from configurator import configure
+from mambino.configurator import configure
 inputs = []
 # --- data ---
 dataset = 'shakespeare'  # which data

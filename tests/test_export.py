@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
-import to_hf
+from mambino.weights import loading
+from mambino.weights import checkpoint
+from mambino.export import to_hf
 from test_train import refused, script, write_text
 
 MODELS = dict(gpt='--model=gpt --n_head=2 --n_kv_head=1 --qk_norm=True', mamba='--model=mamba --state_size=16',
@@ -48,7 +49,7 @@ def opened(folder, **how):
 
 def ours(out_dir):
     with torch.no_grad():
-        return checkpoint.model_of(checkpoint.load(out_dir))(IDS)[0]
+        return loading.model_of(checkpoint.load_checkpoint(out_dir))(IDS)[0]
 
 
 IDS = torch.arange(60).view(2, 30) * 7 % 300
@@ -64,7 +65,7 @@ def test_transformers_opens_what_was_trained(name, capsys):
     with open(f'{name}-hf/README.md', encoding='utf-8') as f:
         card = f.read()
     assert '| data | text |' in card and 'AutoModelForCausalLM' in card and ('trust_remote_code' in card) == (name == 'hybrid')
-    facts = checkpoint.load(name)['metadata']
+    facts = checkpoint.load_checkpoint(name)['metadata']
     assert f'{facts["recent"][-1]["val_loss"]:.4f}' in card and os.getcwd() not in card
     assert not os.path.exists(f'{name}-hf.partial')
 
@@ -90,7 +91,7 @@ def test_safetensors_say_what_they_are():
     assert net.load_state_dict(weights, strict=False).missing_keys == ['lm_head.weight']        # tied
     with torch.no_grad():
         assert torch.equal(net.eval()(IDS)[0], ours('gpt'))
-    assert json.loads(facts['tokenizer']) == json.loads(checkpoint.load('gpt')['tokenizer']['json'])
+    assert json.loads(facts['tokenizer']) == json.loads(checkpoint.load_checkpoint('gpt')['tokenizer']['json'])
 
 
 @pytest.mark.parametrize('how', ['int8', 'int4'])
@@ -179,7 +180,7 @@ def test_one_entry_of_the_vocabulary_is_seen(monkeypatch):
 
 
 def test_a_quantised_weight_that_is_another_is_seen(monkeypatch):
-    save = checkpoint.save
+    save = checkpoint.save_checkpoint
 
     def other(path, contents):
         name = next(name for name, u in contents['weights'].items() if u.dtype == torch.int8 and 'down_proj' in name)
@@ -214,7 +215,7 @@ def test_a_folder_by_no_name_of_its_own(monkeypatch, runs):
 
 def test_without_a_tokenizer_the_card_names_none():
     os.makedirs('bare')
-    checkpoint.save('bare/best.pt', checkpoint.load('gpt') | dict(tokenizer=None))
+    checkpoint.save_checkpoint('bare/best.pt', checkpoint.load_checkpoint('gpt') | dict(tokenizer=None))
     export('--out_dir=bare --format=hf')
     with open('bare-hf/README.md', encoding='utf-8') as f:
         card = f.read()

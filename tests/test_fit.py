@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import fit
+from mambino import machine
+from mambino.weights import checkpoint
+from mambino.train import memory as fit
 from model_gpt import LanguageModel
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -33,9 +34,9 @@ def recipe(name):
 MEASURE = '''
 import json, sys
 import torch
-import checkpoint
-from machine import memory
-from muon import Muon
+from mambino.weights import checkpoint
+from mambino.machine import memory
+from mambino.train.muon import Muon
 
 def train(config, batch, T, steps):
     net = checkpoint.build(job['kind'], config)
@@ -47,7 +48,7 @@ def train(config, batch, T, steps):
     idx = torch.randint(config['vocab_size'], (batch, T))
     for step in range(steps):
         for micro in range(1 + job['accumulate']):
-            with checkpoint.autocast('cpu', job['dtype']):
+            with machine.autocast('cpu', job['dtype']):
                 loss = net(idx, idx)[1]
             loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -188,21 +189,21 @@ def test_available(tmp_path):
     def write(path, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert fit.available('cpu', tmp_path) is None
+    assert machine.available('cpu', tmp_path) is None
     write('proc/meminfo', 'MemTotal: 900 kB\nMemAvailable:   800 kB\n')
-    assert fit.available('cpu', tmp_path) == 800 * 1024
+    assert machine.available('cpu', tmp_path) == 800 * 1024
     write('proc/self/cgroup', '0::/job/step\n')
     write('sys/fs/cgroup/job/step/memory.max', 'max\n')
     write('sys/fs/cgroup/job/step/memory.current', '100\n')
-    assert fit.available('cpu', tmp_path) == 800 * 1024
+    assert machine.available('cpu', tmp_path) == 800 * 1024
     write('sys/fs/cgroup/job/memory.max', '400000\n')
     write('sys/fs/cgroup/job/memory.current', '100000\n')
     write('sys/fs/cgroup/job/memory.stat', 'anon 1\ninactive_file 50000\n')
-    assert fit.available('cpu', tmp_path) == 350000
+    assert machine.available('cpu', tmp_path) == 350000
     write('proc/self/cgroup', '0::/\n5:memory:/box\n')              # version 1
     write('sys/fs/cgroup/memory/box/memory.limit_in_bytes', '300000\n')
     write('sys/fs/cgroup/memory/box/memory.usage_in_bytes', '100000\n')
-    assert fit.available('cpu', tmp_path) == 200000
+    assert machine.available('cpu', tmp_path) == 200000
 
 
 def test_line_for_the_reader():

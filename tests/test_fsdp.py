@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+from mambino.weights import checkpoint
 from test_train import ROOT, TINY, here, load, metrics, one_thread, plain, refused, script, template, train  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
@@ -24,7 +24,7 @@ import json, os, runpy, shlex, signal, sys
 import torch
 import torch._dynamo
 import torch.distributed.device_mesh, torch.distributed.fsdp, torch.distributed.tensor
-import checkpoint
+from mambino.weights import checkpoint
 torch.set_num_threads(1)
 children = {}                                               # {process id: rank}
 signal.signal(signal.SIGALRM, lambda *_: [os.kill(pid, 9) for pid in children])
@@ -191,19 +191,19 @@ def test_evaluation_samples_and_patience(pair):
 def test_a_disk_that_is_full_for_one(pair):
     out = pair('--model=gpt', before='''
 if rank == 1:
-    save, calls = checkpoint.save, []
+    save, calls = checkpoint.save_checkpoint, []
     def patched(*how):
         calls.append(1)
         if len(calls) in (1, 3):
             raise OSError('no space left')
         save(*how)
-    checkpoint.save = patched''')[0]
+    checkpoint.save_checkpoint = patched''')[0]
     assert out.count('ckpt.pt could not be saved') == 2 and 'done: 20 steps' in out and sorted(os.listdir('out')) == [
         'best.pt', 'ckpt.pt', 'metrics.jsonl']
 
 
 def test_what_does_not_fit_is_one_line(pair, capsys):
-    pair('--model=gpt', statuses=None, before='save = checkpoint.save\ndef patched(path, *how):\n    save(path, *how)\n'
+    pair('--model=gpt', statuses=None, before='save = checkpoint.save_checkpoint\ndef patched(path, *how):\n    save(path, *how)\n'
          '    if path.endswith("ckpt.pt"):\n        os.kill(os.getpid(), 9)\ncheckpoint.save = patched')
     go_on = '2 processes torchrun --nproc_per_node=2 --parallel=fsdp --out_dir=out out/best.pt'.split()
     capsys.readouterr()
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_one_line(pair, capsys):
     assert script('sample.py', '--device=cpu --max_new_tokens=5') == 0  # best.pt is whole
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        checkpoint.load('out/ckpt.pt', 2, 3)
+        checkpoint.load_checkpoint('out/ckpt.pt', 2, 3)
     refused(capsys, *go_on)
     train('--model=gpt --out_dir=new --parallel=fsdp', status=2)
     refused(capsys, 'parallel=fsdp', 'torchrun')

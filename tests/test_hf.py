@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import hf
-import tokenizer
+from mambino.weights import checkpoint
+from mambino.weights import from_hf as hf
+from mambino import tokenizer
 from model_gpt import GPTConfig
 from test_models import LLAMA, PEERS, V, assert_close, perturb, quiet_and_seeded, tokens  # noqa: F401
 
@@ -39,8 +39,8 @@ def theirs(kind, settings, dtype=torch.float32):
 
 
 def assert_same_logits(folder, model):
-    """What hf.load makes of the folder computes what their model does; returns its config."""
-    kind, config, weights, _ = hf.load(folder)
+    """What hf.load_hf makes of the folder computes what their model does; returns its config."""
+    kind, config, weights, _ = hf.load_hf(folder)
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     if config.get('n_expert'):
         config = {**config, **UNLIMITED}
@@ -143,7 +143,7 @@ def test_original_checkpoints_of_mamba(name, tmp_path):
     assert assert_same_logits(tmp_path, model)['vocab_size'] == 112
     edit(tmp_path, ssm_cfg={'layer': 'Mamba3'})
     with pytest.raises(SystemExit):
-        hf.load(tmp_path)
+        hf.load_hf(tmp_path)
 
 
 @pytest.fixture(scope='module')
@@ -167,11 +167,11 @@ def copy(saved, tmp_path):
 
 @pytest.fixture
 def refusal(capsys):
-    """refusal(folder) → the line with which hf.load ends the program."""
+    """refusal(folder) → the line with which hf.load_hf ends the program."""
     def refusal(folder):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            hf.load(folder)
+            hf.load_hf(folder)
         text = capsys.readouterr().err
         assert stopped.value.code == 2 and text.startswith('error: ') and text.count('\n') == 1, text
         return text
@@ -187,46 +187,46 @@ def test_needs_neither_transformers_nor_safetensors(saved, monkeypatch):
 
 def test_configs_of_older_transformers(copy):
     folder = copy('llama')
-    new = hf.load(folder)[1]
+    new = hf.load_hf(folder)[1]
     assert new['rope_theta'] == 500
     edit(folder, remove=['rope_parameters', 'head_dim', 'attention_bias', 'mlp_bias'], rope_theta=500.0, rope_scaling=None)
-    assert hf.load(folder)[1] == new
+    assert hf.load_hf(folder)[1] == new
     edit(folder, remove=['rope_theta'])
-    assert hf.load(folder)[1] == {**new, 'rope_theta': 10000}
+    assert hf.load_hf(folder)[1] == {**new, 'rope_theta': 10000}
     folder = copy('mamba2')
-    new = hf.load(folder)[1]
+    new = hf.load_hf(folder)[1]
     edit(folder, time_step_limit=[0.0, float('inf')], rms_norm=True, norm_before_gate=False, time_step_rank='auto')
-    assert hf.load(folder)[1] == new
+    assert hf.load_hf(folder)[1] == new
 
 
 def test_old_names_and_tables(copy):
     folder = copy('mistral')
-    want = hf.load(folder)[2]
+    want = hf.load_hf(folder)[2]
     os.remove(folder / FILE)
     save_bin(folder, {**want, 'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(8)}, 1)
-    got = hf.load(folder)[2]
+    got = hf.load_hf(folder)[2]
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_tensors_in_any_order_in_the_file(copy):
     folder = copy('llama')
-    want = hf.load(folder)[2]
+    want = hf.load_hf(folder)[2]
 
     def turn_round(header):
         for name in reversed(list(header)):
             header[name] = header.pop(name)
     change_header(folder, turn_round)
-    got = hf.load(folder)[2]
+    got = hf.load_hf(folder)[2]
     assert list(got)[:3] != list(want)[:3] and all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_tokenizer(copy, refusal):
     folder = copy('llama')
-    assert hf.load(folder)[3] is None
-    tok = tokenizer.build('char', ['the quick brown fox'])
+    assert hf.load_hf(folder)[3] is None
+    tok = tokenizer.build_tokenizer('char', ['the quick brown fox'])
     tok.save(folder)
-    assert hf.load(folder)[3].sha256() == tok.sha256()  # of fewer ids than the model
-    tokenizer.build('byte').save(folder)
+    assert hf.load_hf(folder)[3].sha256() == tok.sha256()  # of fewer ids than the model
+    tokenizer.build_tokenizer('byte').save(folder)
     assert '257 ids' in refusal(folder) and f'vocab_size={V}' in refusal(folder)
     (folder / 'tokenizer.json').write_text('{"model": 1}')
     assert 'tokenizer.json: cannot be used' in refusal(folder)
@@ -360,7 +360,7 @@ def test_damaged_shards_and_heads(copy, refusal, tmp_path):
     assert f'{index}: has no weight_map' in refusal(tmp_path / 'shards')
 
     folder = copy('llama')
-    weights = hf.load(folder)[2]
+    weights = hf.load_hf(folder)[2]
     os.remove(folder / FILE)
     save_bin(folder, weights, 2)
     os.remove(folder / 'pytorch_model-1.bin')

@@ -4,8 +4,8 @@ import re
 import pytest
 import torch
 
-import checkpoint
-from metrics import parts_of
+from mambino.weights import checkpoint
+from mambino.train.metrics import parts_of
 
 KINDS = {'mamba': {}, 'mamba-1': dict(version=1), 'gpt': dict(n_head=4), 'gpt-experts': dict(n_head=4, n_expert=4), 'hybrid': dict(n_head=4),
          'hybrid-sequential': dict(n_head=4, layout='sequential')}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import ops
+from mambino.kernels import ops
 from model_gpt import GPT, GPTConfig, MoE
 from test_models import MODELS, V, assert_close, assert_same, build, every_model, perturb, quiet_and_seeded, tokens  # noqa: F401
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model_mamba import Mamba, MambaConfig
-from muon import Muon, orthogonalize
+from mambino.train.muon import Muon, orthogonalize
 
 SHAPES = [(16, 16), (16, 48), (48, 16), (16, 16), (24, 40)]  # two batches of several, wide and tall together
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import ops
-import native
-from ops import conv_silu, linear_cross_entropy, selective_scan, ssd
+from mambino.kernels import ops
+from mambino.kernels import native
+from mambino.kernels.ops import conv_silu, linear_cross_entropy, selective_scan, ssd
 from model_gpt import RMSNorm
 from test_models import V, assert_close, assert_same, perturb, quiet_and_seeded, random_dt, recurrence, tokens  # noqa: F401
 
@@ -285,7 +285,7 @@ def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", in
     (folder / "__init__.py").write_text("")
     (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text("import selective_scan_cuda_that_is_not_there\n")
     (folder / "ssd_combined.py").write_text(
-        "import torch, ops\nfrom torch.nn.functional import softplus\n\n"
+        "import torch; from mambino.kernels import ops\nfrom torch.nn.functional import softplus\n\n"
         "def plain_ssd(x, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus, initial_states, return_final_states):\n"
         "    y, h = ops.ssd(x, softplus(dt + dt_bias), A, B, C, chunk_size, initial_states)\n"
         "    return y + D[:, None] * x, h\n\n"
@@ -309,7 +309,7 @@ def test_fused_kernels_are_used_only_if_they_work(tmp_path, monkeypatch, ssd, sa
         found, notes = ops.fused("cpu")
         assert list(found) == (["ssd"] if "kernels (" in says else [])
         monkeypatch.setattr(ops, "fused", lambda device: (found, notes))
-        assert says in ops.describe("cuda")
+        assert says in ops.describe_kernels("cuda")
         assert "mamba_ssm" not in sys.modules                                   # whoever else imports it gets its own error
     finally:
         for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
@@ -336,10 +336,10 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch):
     native.library.cache_clear()
     try:
         monkeypatch.setattr(native, "compiler", lambda: None)
-        assert native.library() is None and "no working C++ compiler" in ops.describe("cpu")
+        assert native.library() is None and "no working C++ compiler" in ops.describe_kernels("cpu")
         native.library.cache_clear()
         monkeypatch.setenv("MAMBINO_NATIVE", "0")
-        assert native.library() is None and "MAMBINO_NATIVE=0" in ops.describe("cpu")
+        assert native.library() is None and "MAMBINO_NATIVE=0" in ops.describe_kernels("cpu")
     finally:
         native.library.cache_clear()
 

@@ -22,9 +22,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import report
-import spool
-import tokenizer
+from mambino.prepare import report
+from mambino.prepare import spool
+from mambino import tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OURS = ['meta.json', 'tokenizer.json', 'train.bin', 'train.hash', 'train.idx', 'val.bin', 'val.hash', 'val.idx']
@@ -136,7 +136,7 @@ def dataset(folder):
     assert sorted(os.listdir(folder)) == OURS
     assert not os.path.exists(f'{folder}.partial')
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    tok = tokenizer.load(folder)
+    tok = tokenizer.load_tokenizer(folder)
     assert meta['format'] == 2 and meta['dtype'] == 'int32'
     assert (meta['vocab_size'], meta['eot']) == (tok.vocab_size, tok.eot)
     assert meta['tokenizer'] == {'kind': tok.kind, 'file': 'tokenizer.json', 'sha256': tok.sha256()}
@@ -360,7 +360,7 @@ def test_where_it_is_cut_is_seen_nowhere(tmp_path, kind):
         write(tmp_path / 'in' / f'{i}.txt', text().replace('\0', '').replace('\x1c', '') + '.')
     prepare(tmp_path, 'in', f'--tokenizer={kind}', '--vocab_size=500', '--out=data/x')
     assert len(dataset(tmp_path / 'data' / 'x').all) > 1400
-    small = 'spool.PIECE, spool.LONGEST, spool.BLOCK = {}\nimport readers\nreaders.CHUNK = {}\nprepare.TASK_FILES = 7'
+    small = 'spool.PIECE, spool.LONGEST, spool.BLOCK = {}\nfrom mambino.prepare import readers\nreaders.CHUNK = {}\nprepare.TASK_FILES = 7'
     for sizes, chunk in ((20, 400, 90), 64), ((40, 300, 1), 100):
         driven(tmp_path, small.format(sizes, chunk), 'in', f'--tokenizer={kind}', '--vocab_size=500', '--out=data/y')
         assert files(tmp_path / 'data' / 'x') == files(tmp_path / 'data' / 'y')
@@ -925,7 +925,8 @@ def test_what_the_disk_refused_is_asked_again(corpus):
     prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a')
     path = corpus / 'mine' / '1' / '1.txt'
     fails = f'''
-import builtins, readers
+import builtins
+from mambino.prepare import readers
 real = builtins.open
 def refuse(path, *args, **more):
     if str(path) == {os.path.join('mine', '1', '1.txt')!r}:

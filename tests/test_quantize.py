@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import fit
-import native
-import ops
-import quantize
+from mambino.weights import loading
+from mambino.weights import checkpoint
+from mambino.train import memory as fit
+from mambino.kernels import native
+from mambino.kernels import ops
+from mambino.weights import quantize
 from test_models import perturb, tokens
 
 SIZE = dict(vocab_size=97, n_layer=2, n_embd=48)            # 48 columns are no whole group, 3 heads share one key head
@@ -188,12 +189,12 @@ def test_state_dict_round_trip(name, how, capsys):
     torch.save(ckpt | dict(weights=net.state_dict()), file)
     file.seek(0)
     idx = tokens(1, 5)
-    again = checkpoint.model_of(torch.load(file, weights_only=True))
+    again = loading.model_of(torch.load(file, weights_only=True))
     assert torch.equal(again(idx)[0], net(idx)[0])
     tied = net.config.tie_embeddings
     assert (again.lm_head.codes is again.embedding().codes) == tied
     with pytest.raises(SystemExit):                         # codes of another kind are not taken for these
-        checkpoint.model_of(ckpt | dict(weights=net.state_dict(), quantized="int8" if how == "int4" else "int4"))
+        loading.model_of(ckpt | dict(weights=net.state_dict(), quantized="int8" if how == "int4" else "int4"))
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import isolate
-import readers
-import sources
-from readers import Skip
+from mambino.prepare import isolate
+from mambino.prepare import readers
+from mambino.prepare import sources
+from mambino.prepare.readers import Skip
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OPTIONS = dict(text_column='', max_file_mb=256, pdf='pypdf', file_seconds=20, file_memory_mb=1024)
@@ -525,7 +525,7 @@ def alive(marks):
 def test_the_reader_goes_when_its_parent_is_killed(driver, tmp_path, what, monkeypatch):
     monkeypatch.setenv('MARK', mark := uuid.uuid4().hex)
     path = write(tmp_path / 'a.pdf', f'%PDF-1.4 {what}')
-    program = f'import isolate, sources; list(isolate.read(sources.Source({str(path)!r}, "pdf", 0, 0), {OPTIONS | {"pdf": "pypdfium2"}}, []))'
+    program = f'from mambino.prepare import isolate; from mambino.prepare import sources; list(isolate.read(sources.Source({str(path)!r}, "pdf", 0, 0), {OPTIONS | {"pdf": "pypdfium2"}}, []))'
     parent = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT)
     until = time.monotonic() + 10
     while len(alive(mark)) < 2 and time.monotonic() < until:

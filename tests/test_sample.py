@@ -11,14 +11,15 @@ import types
 import pytest
 import torch
 
-import checkpoint
-import generation
+from mambino.weights import loading
+from mambino.weights import checkpoint
+from mambino.sample import generation
 import model_gpt
-import sessions
-import tokenizer
-from generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, generate, largest, leading, logprobs_of, pick, read, surprise
+from mambino.sample import sessions
+from mambino import tokenizer
+from mambino.sample.generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, generate, largest, leading, logprobs_of, pick, read, surprise
 from model_gpt import GPT, GPTConfig
-from sessions import Session
+from mambino.sample.sessions import Session
 from test_hf import theirs
 from test_models import CONFIG, LLAMA, PEERS, SSM2, V, perturb
 from test_train import cut, refused, script, write_text
@@ -56,8 +57,8 @@ def kind(request):
 
 
 def open_run(kind):
-    ckpt = checkpoint.load(kind)
-    return checkpoint.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
+    ckpt = checkpoint.load_checkpoint(kind)
+    return loading.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
 
 
 # --- which token
@@ -174,7 +175,7 @@ def test_gpt_goes_on_beyond_block_size_with_a_constant_state(length):
 
 def write(ids_or_text, stops=(), tok=None):
     """What a Writer shows for each id, and at the end; the pieces together must be its text."""
-    tok = tok or tokenizer.build('byte')
+    tok = tok or tokenizer.build_tokenizer('byte')
     writer = Writer(tok, stops)
     ids = tok.encode(ids_or_text).tolist() if isinstance(ids_or_text, str) else ids_or_text
     pieces = [writer.feed(i) for i in ids] + [writer.close()]
@@ -205,7 +206,7 @@ def test_characters_are_never_split():
 def test_stop_strings(text, stops, expected):
     pieces = write(text, stops)
     assert ''.join(pieces) == expected
-    tok = tokenizer.build('bpe', [text * 20 + ' ' + text], vocab_size=300)  # stops straddle its tokens, or begin inside one
+    tok = tokenizer.build_tokenizer('bpe', [text * 20 + ' ' + text], vocab_size=300)  # stops straddle its tokens, or begin inside one
     assert ''.join(write(text, stops, tok)) == expected
 
 
@@ -215,7 +216,7 @@ def test_part_of_a_stop_string_is_held_back_no_longer_than_needed():
 
 
 def test_end_of_text_stops():
-    tok = tokenizer.build('byte')
+    tok = tokenizer.build_tokenizer('byte')
     assert write([65, tok.eot, 66]) == ['A', '', '', '']
     assert write([65, 60, tok.eot, 66], ['<e']) == ['A', '', '<', '', '']
     assert write([0xe2, 0x82, tok.eot, 66]) == ['', '', '\ufffd', '', '']
@@ -252,9 +253,9 @@ def damaged(name):
 
 def diverged(name):
     os.makedirs(name, exist_ok=True)
-    ckpt = checkpoint.load('char')
+    ckpt = checkpoint.load_checkpoint('char')
     ckpt['weights'] = {name: torch.full_like(value, math.nan) for name, value in ckpt['weights'].items()}
-    checkpoint.save(f'{name}/ckpt.pt', ckpt)
+    checkpoint.save_checkpoint(f'{name}/ckpt.pt', ckpt)
 
 
 @pytest.mark.parametrize('flags, words, before', [
@@ -525,7 +526,7 @@ def test_a_session_goes_on_as_if_it_had_not_stopped(net, tmp_path):
         for i, n in enumerate(cuts):
             got += drawn_in(session, net, n, [] if i else [1, 2, 3])
             session.save(path, 'x')
-            session = sessions.load(path, 'x', 'cpu')
+            session = sessions.load_session(path, 'x', 'cpu')
         assert got == want and session.tokens == whole.tokens and list(session.tokens) == [1, 2, 3] + want
     told, again = Session(3), Session(3)
     first = drawn_in(told, net, 20, [1, 2, 3])
@@ -596,7 +597,7 @@ def test_sessions_in_the_script(run, kind):
 
 def test_chat(run, steps, monkeypatch):
     """Messages and answers in ChatML, whatever ended the answer."""
-    tok = tokenizer.build('bpe', ['user assistant system hello\n' * 20], vocab_size=300)
+    tok = tokenizer.build_tokenizer('bpe', ['user assistant system hello\n' * 20], vocab_size=300)
     begin, end = chat_marks(tok)
     spelled = {begin: '<', end: '>'}
     say = lambda ids: ''.join(spelled.get(i) or tok.decode([i]) for i in ids)
@@ -625,7 +626,7 @@ def test_chat(run, steps, monkeypatch):
 
 
 def test_text_without_end_costs_no_more_and_more(net):
-    sizes, tok = [], tokenizer.build('byte')
+    sizes, tok = [], tokenizer.build_tokenizer('byte')
     writer = Writer(tok, ['never there'], keep=False)
     for n, ids in enumerate(generate(net, [1], 1, 0, 50)):
         writer.feed(int(ids))
@@ -641,7 +642,7 @@ def test_text_without_end_costs_no_more_and_more(net):
 
 
 def test_a_writer_takes_the_same_time_for_every_token():
-    tok, seconds = tokenizer.build('byte'), []
+    tok, seconds = tokenizer.build_tokenizer('byte'), []
     for n in (20_000, 80_000):
         writer, began = Writer(tok, ['ENDE']), time.process_time()
         for _ in range(n):
@@ -652,7 +653,7 @@ def test_a_writer_takes_the_same_time_for_every_token():
 
 @torch.no_grad()
 def test_a_learned_beginning_comes_first(net):
-    pytest.importorskip('adapters').prefix(net, 4)
+    pytest.importorskip('mambino.weights.adapters').prefix(net, 4)
     ids = [1, 2, 3]
     for _ in range(9):
         ids.append(int(net(torch.tensor([ids]))[0][0, -1, :50].argmax()))
@@ -663,7 +664,7 @@ def test_a_learned_beginning_comes_first(net):
 
 
 def test_smaller_weights_are_asked_for(run, monkeypatch):
-    quantize, asked = pytest.importorskip('quantize'), []
+    quantize, asked = pytest.importorskip('mambino.weights.quantize'), []
     whole = quantize.quantize
     monkeypatch.setattr(quantize, 'quantize', lambda net, how: (asked.append(how), whole(net, how)))
     for flags in ('', '--dtype=float32', '--dtype=bfloat16', '--quantize=int8', '--quantize=int4 --dtype=bfloat16'):
@@ -672,15 +673,15 @@ def test_smaller_weights_are_asked_for(run, monkeypatch):
 
 
 def test_adapters_change_the_model_by_their_weight(run):
-    adapters = pytest.importorskip('adapters')
+    adapters = pytest.importorskip('mambino.weights.adapters')
     net, _ = open_run('char')
     made_for = checkpoint.fingerprint(net.state_dict())
     adapters.lora(net, rank=4)
     perturb(torch.nn.ParameterList(p for p in net.parameters() if p.requires_grad), 0.3)
-    ckpt = checkpoint.load('char')
+    ckpt = checkpoint.load_checkpoint('char')
     how = dict(type='lora', rank=4, alpha=16.0, dropout=0.0, targets='', base='char', base_at=os.path.abspath('char'), base_fingerprint=made_for)
     os.makedirs('tuned', exist_ok=True)
-    checkpoint.save('tuned/ckpt.pt', ckpt | dict(adapter=how, weights=adapters.state(net, 'default')))
+    checkpoint.save_checkpoint('tuned/ckpt.pt', ckpt | dict(adapter=how, weights=adapters.state(net, 'default')))
     plain, tuned = run('char'), run('char', '--adapters=tuned')
     assert tuned != plain == run('char', '--adapters=tuned:0')
     assert tuned == run('char', '--adapters=tuned:0.25,tuned:0.75') == run('tuned')

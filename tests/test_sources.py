@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-import sources
-from sources import Source, find
+from mambino.prepare import sources
+from mambino.prepare.sources import Source, find
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='links need rights on Windows')
 

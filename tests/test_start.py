@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import batches
-import checkpoint
-import fit
+from mambino.weights import loading
+from mambino.train import batches
+from mambino.weights import checkpoint
+from mambino.train import memory as fit
 from model_gpt import LanguageModel
 from test_train import POSIX, TINY, files, finished, here, launch, load, metrics, one_thread, plain, refused, same_run, script, \
     template, train, wait_for_lines, write_text  # noqa: F401
@@ -37,10 +38,10 @@ def first_batch(n=4, T=16):
 # --- weights of another run
 
 def test_fine_tuning_begins_with_the_best_weights_and_nothing_else(base):
-    before, best = files('base'), checkpoint.load('base/best.pt')
+    before, best = files('base'), checkpoint.load_checkpoint('base/best.pt')
     train('--init_from=base', STILL)
     assert metrics(key='val_loss') == {1: best['counters']['best_loss']}
-    net = checkpoint.model_of(best)
+    net = loading.model_of(best)
     assert metrics(key='loss')[1] == pytest.approx(net(*first_batch())[1].item(), abs=1e-6)
     new = load()
     assert plain(new['weights']) == plain(best['weights']) and new['config'] == best['config']

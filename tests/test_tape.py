@@ -4,11 +4,11 @@ import copy
 import pytest
 import torch
 
-import adapters
-import checkpoint
-import native
-import ops
-import quantize
+from mambino.weights import adapters
+from mambino.weights import checkpoint
+from mambino.kernels import native
+from mambino.kernels import ops
+from mambino.weights import quantize
 from test_models import perturb
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason='no C++ compiler')

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-import compare
-import to_gguf
-import tokenizer
+from mambino.export import compare
+from mambino.export import to_gguf
+from mambino import tokenizer
 from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, MambaConfig
@@ -47,7 +47,7 @@ def named(request):
 
 @pytest.fixture(scope='module')
 def bpe():
-    return tokenizer.build('bpe', [TEXT * 5], 280)
+    return tokenizer.build_tokenizer('bpe', [TEXT * 5], 280)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_llama_cpp_computes_the_same(named, quantize, bpe, tmp_path):
 def test_llama_cpp_gives_the_same_ids(kind, tmp_path):
     llama_cpp = pytest.importorskip('llama_cpp')
     texts = [TEXT + ''.join(compare.PIECES)]
-    tok = kind and (tokenizer.build('bpe', texts * 3, 1200) if kind == 'gpt2-like' else tokenizer.build(kind, texts))
+    tok = kind and (tokenizer.build_tokenizer('bpe', texts * 3, 1200) if kind == 'gpt2-like' else tokenizer.build_tokenizer(kind, texts))
     net = perturb(GPT(GPTConfig(vocab_size=tok.vocab_size if tok else 100, n_layer=1, n_embd=32, n_head=1, block_size=64)).eval())
     to_gguf.write(net, tok, tmp_path, '')
     found = to_gguf.verify(net, tok, tmp_path, '')

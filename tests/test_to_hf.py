@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import hf
-import to_hf
-import tokenizer
-from compare import greedy, some_texts
+from mambino.weights import from_hf as hf
+from mambino.export import to_hf
+from mambino import tokenizer
+from mambino.export.compare import greedy, some_texts
 from model_gpt import GPT
 from model_hybrid import Hybrid
 from model_mamba import Mamba
@@ -73,7 +73,7 @@ def opened(folder):
 
 
 def bpe(size=300):
-    return tokenizer.build('bpe', ['the quick brown fox jumps over the lazy dog. ' * 20], vocab_size=size)
+    return tokenizer.build_tokenizer('bpe', ['the quick brown fox jumps over the lazy dog. ' * 20], vocab_size=size)
 
 
 # --- every model ------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_transformers_computes_the_same(name, tmp_path):
 @pytest.mark.parametrize('name', [name for name, case in CASES.items() if case[0] != 'FalconH1'])
 def test_read_back_bit_for_bit(name, tmp_path):
     net = written(name, tmp_path)
-    kind, config, weights, _ = hf.load(tmp_path)
+    kind, config, weights, _ = hf.load_hf(tmp_path)
     wanted = net.state_dict()
     assert weights.keys() == wanted.keys() and all(torch.equal(weights[key], wanted[key]) for key in wanted)
     assert kind == {GPT: 'gpt', Mamba: 'mamba', Hybrid: 'hybrid'}[CASES[name][1]]
@@ -127,7 +127,7 @@ def test_config_says_all_that_older_readers_look_for(tmp_path):
 def test_falcon_is_not_read_back(tmp_path, capsys):
     written('falcon', tmp_path)
     with pytest.raises(SystemExit):
-        hf.load(tmp_path)
+        hf.load_hf(tmp_path)
     assert 'model_type="falcon_h1": its embeddings are not normed' in capsys.readouterr().err
 
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_written(tmp_path):
         with pytest.raises(ValueError, match=f'quantize={quantize}.*fp32.*--format=gguf'):
             to_hf.write(net, None, tmp_path, quantize)
     with pytest.raises(ValueError, match='257 ids, the model only 97'):
-        to_hf.write(net, tokenizer.build('byte'), tmp_path)
+        to_hf.write(net, tokenizer.build_tokenizer('byte'), tmp_path)
     net.initial = lambda B: {}
     with pytest.raises(ValueError, match='learned prefix'):
         to_hf.write(net, None, tmp_path)
@@ -187,8 +187,8 @@ def foreign():
     return tokenizer.from_text(tok.to_str())
 
 
-TOKENIZERS = {'bpe': bpe, 'byte': lambda: tokenizer.build('byte'), 'foreign': foreign,
-              'char': lambda: tokenizer.build('char', ['the quick brown fox <|endoftext|>\n日本é😀'])}
+TOKENIZERS = {'bpe': bpe, 'byte': lambda: tokenizer.build_tokenizer('byte'), 'foreign': foreign,
+              'char': lambda: tokenizer.build_tokenizer('char', ['the quick brown fox <|endoftext|>\n日本é😀'])}
 
 
 @pytest.mark.parametrize('kind', TOKENIZERS)
@@ -204,14 +204,14 @@ def test_tokenizers(kind, tmp_path):
     assert theirs.eos_token_id == theirs.pad_token_id == tok.eot and theirs.padding_side == 'left'
     assert theirs.decode([*tok.encode('the fox'), tok.eot], skip_special_tokens=True) == 'the fox'
     assert opened(tmp_path).generation_config.eos_token_id == tok.eot
-    assert hf.load(tmp_path)[3].vocab_size == tok.vocab_size
+    assert hf.load_hf(tmp_path)[3].vocab_size == tok.vocab_size
     if kind != 'foreign':
-        assert hf.load(tmp_path)[3].sha256() == tok.sha256()
+        assert hf.load_hf(tmp_path)[3].sha256() == tok.sha256()
     assert theirs.model_max_length == net.config.block_size
 
 
 def test_ids_that_stand_for_nothing_are_never_drawn(tmp_path):
-    tok = tokenizer.build('byte')
+    tok = tokenizer.build_tokenizer('byte')
     net = build('llama-untied', 300)
     net.lm_head.weight.data[257:] = 5 * net.lm_head.weight.data[:43]            # else they would be the likeliest
     to_hf.write(net, tok, tmp_path)
@@ -279,7 +279,7 @@ def test_trained_there_and_read_back(name, tmp_path):
         assert_close(model.get_parameter(key).grad, p.grad, 1e-4 * p.grad.abs().max().item())
     torch.optim.SGD(model.parameters(), 0.1).step()
     model.eval().save_pretrained(tmp_path / 'trained')
-    kind, config, weights, _ = hf.load(tmp_path / 'trained')
+    kind, config, weights, _ = hf.load_hf(tmp_path / 'trained')
     assert (kind, config) == ('hybrid', vars(net.config))
     net.load_state_dict(weights)
     assert_close(net(idx)[0], model(idx).logits)

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-import graphs
-import ops
-import to_onnx
-import to_torchscript
-import tokenizer
+from mambino.export import graphs
+from mambino.kernels import ops
+from mambino.export import to_onnx
+from mambino.export import to_torchscript
+from mambino import tokenizer
 from test_models import V, assert_close, build, every_model, perturb, quiet_and_seeded, tokens  # noqa: F401
 
 KINDS = {'gpt-gqa-window': dict(n_layer=1, qk_norm=True, n_expert=4, intermediate_size=16), 'mamba1': dict(n_layer=1),
@@ -56,7 +56,7 @@ def test_a_long_step_of_mamba2_is_cut_in_chunks():
 
 @pytest.fixture(scope='module')
 def tok():
-    return tokenizer.build('char', [''.join(chr(97 + i) for i in range(20))])   # fewer ids than the model
+    return tokenizer.build_tokenizer('char', [''.join(chr(97 + i) for i in range(20))])   # fewer ids than the model
 
 
 # --- ONNX
@@ -142,7 +142,7 @@ for name in json.loads(sys.argv[1]):
         parts.append(logits)
     assert len(json.loads(about['model.json'])['past']) == len(past)
     torch.save([torch.cat(parts, 1), whole(given)], name + '/logits.pt')
-print([name for name in sys.modules if name.startswith(('model_', 'graphs', 'ops', 'native'))])
+print([name for name in sys.modules if name.startswith(('model_', 'mambino'))])
 """
 
 

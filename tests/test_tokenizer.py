@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-import tokenizer
+from mambino import tokenizer
 
 SOURCE = open(os.__file__, encoding='utf-8').read()
 VARIED = [
@@ -24,11 +24,11 @@ TRAIN = [SOURCE] + VARIED * 3
 
 @pytest.fixture(scope='module', params=['char', 'byte', 'bpe'])
 def tok(request):
-    return tokenizer.build(request.param, TRAIN, vocab_size=1500)
+    return tokenizer.build_tokenizer(request.param, TRAIN, vocab_size=1500)
 
 @pytest.fixture(scope='module')
 def bpe():
-    return tokenizer.build('bpe', TRAIN, vocab_size=1500)
+    return tokenizer.build_tokenizer('bpe', TRAIN, vocab_size=1500)
 
 def hf_ids(tok, text):
     hf = Tokenizer.from_str(tok.text)
@@ -74,17 +74,17 @@ def test_every_code_point_is_split_as_hugging_face_does():
     assert all(ours.tolist() == other.ids for ours, other in zip(tok.encode_batch(text), theirs))
 
 def test_same_texts_same_tokenizer(bpe):
-    again = tokenizer.build('bpe', iter(TRAIN), vocab_size=1500)
+    again = tokenizer.build_tokenizer('bpe', iter(TRAIN), vocab_size=1500)
     assert again.text == bpe.text and again.sha256() == bpe.sha256()
-    assert tokenizer.build('bpe', TRAIN[::-1], vocab_size=1500).sha256() == bpe.sha256()
-    assert tokenizer.build('bpe', TRAIN, vocab_size=1499).sha256() != bpe.sha256()
+    assert tokenizer.build_tokenizer('bpe', TRAIN[::-1], vocab_size=1500).sha256() == bpe.sha256()
+    assert tokenizer.build_tokenizer('bpe', TRAIN, vocab_size=1499).sha256() != bpe.sha256()
 
 def test_vocab_size_is_an_upper_bound(capsys):
-    assert tokenizer.build('bpe', ['ab ab'], vocab_size=4096).vocab_size < 264
-    smallest = tokenizer.build('bpe', TRAIN, vocab_size=259)
+    assert tokenizer.build_tokenizer('bpe', ['ab ab'], vocab_size=4096).vocab_size < 264
+    smallest = tokenizer.build_tokenizer('bpe', TRAIN, vocab_size=259)
     assert smallest.vocab_size == 259 and smallest.kind == 'bpe' and smallest.decode(smallest.encode('né')) == 'né'
     with pytest.raises(SystemExit):
-        tokenizer.build('bpe', TRAIN, vocab_size=258)
+        tokenizer.build_tokenizer('bpe', TRAIN, vocab_size=258)
     err = capsys.readouterr().err
     assert 'at least 259' in err and '<|im_start|>' in err and err.count('\n') == 1
 
@@ -93,7 +93,7 @@ def test_chat_markers_are_kept_free(bpe):
     marks = ['<|im_start|>', '<|im_end|>', '<|endoftext|>']
     assert [bpe.hf.token_to_id(mark) for mark in marks] == [1497, 1498, 1499] and bpe.eot == 1499
     text = '<|im_start|>user\nHi<|im_end|>\n<|endoftext|>'
-    often = tokenizer.build('bpe', [text * 1000], vocab_size=1500)  # not even one that has learnt them
+    often = tokenizer.build_tokenizer('bpe', [text * 1000], vocab_size=1500)  # not even one that has learnt them
     assert [often.hf.token_to_id(mark) for mark in marks] == list(range(often.vocab_size - 3, often.vocab_size))
     for tok in bpe, often:
         for some in (text, *marks, text.replace('\n', '')):
@@ -111,14 +111,14 @@ def test_long_texts_are_cut_where_no_id_changes(bpe):
 def test_every_kind_of_space_is_cut_where_no_id_changes(space):
     """Python takes some control characters for white space that GPT-2 does not."""
     word = f'x,{space}y! '
-    tok = tokenizer.build('bpe', [word * 50 + f'.{space}' * 50], vocab_size=300)
+    tok = tokenizer.build_tokenizer('bpe', [word * 50 + f'.{space}' * 50], vocab_size=300)
     for shift in range(len(word)):
         text = 'z' * shift + word * 50_000
         assert np.array_equal(tok.encode(text), tok.fast.encode_ordinary(text)), shift
 
 def test_learning_from_a_long_run():
     run, began = ' ', time.time()
-    tok = tokenizer.build('bpe', [f'{run * 50_000} and {run * 9_000}b'], vocab_size=400)
+    tok = tokenizer.build_tokenizer('bpe', [f'{run * 50_000} and {run * 9_000}b'], vocab_size=400)
     assert time.time() - began < 3 and len(tok.encode(run * 64)) < 8
 
 @pytest.mark.parametrize('run', ['a', ' ', '\n', '日', '-_', '1a', '\x1c-'])
@@ -137,14 +137,14 @@ def test_no_run_is_left_too_long(before, length):
     assert max(piece.count('x') for piece in pieces) <= tokenizer.RUN
 
 def test_char_ids():
-    tok = tokenizer.build('char', ['hello\n', 'world'])
+    tok = tokenizer.build_tokenizer('char', ['hello\n', 'world'])
     assert tok.vocab_size == 9 and tok.eot == 8 and tok.encode('\nd').tolist() == [0, 1]
     with pytest.raises(tokenizer.UnknownCharacter, match=r"'é' \(U\+00E9\)"):
         tok.encode('hé')
     assert issubclass(tokenizer.UnknownCharacter, ValueError)
 
 def test_byte_ids():
-    tok = tokenizer.build('byte')
+    tok = tokenizer.build_tokenizer('byte')
     assert (tok.vocab_size, tok.eot) == (257, 256) and tok.encode('aé').tolist() == list('aé'.encode())
 
 def test_stream_says_what_decode_says(tok):
@@ -155,7 +155,7 @@ def test_stream_says_what_decode_says(tok):
         stream = tok.stream()
         parts = [stream.feed(i) for i in ids] + [stream.flush()]
         assert ''.join(parts) == tok.decode(ids)
-    stream = tokenizer.build('byte').stream()
+    stream = tokenizer.build_tokenizer('byte').stream()
     assert [stream.feed(b) for b in '👍'.encode()] == ['', '', '', '👍'] and stream.flush() == ''
 
 def test_special_and_foreign_ids(tok):
@@ -171,8 +171,8 @@ def test_through_a_checkpoint_and_a_folder(tok, tmp_path):
     torch.save({'tokenizer': tok.state()}, tmp_path / 'ckpt.pt')
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['tokenizer']
     tok.save(tmp_path)
-    for other in (tokenizer.from_state(state), tokenizer.load(tmp_path), tokenizer.load(tmp_path / 'tokenizer.json'),
-                  tokenizer.build(str(tmp_path))):
+    for other in (tokenizer.from_state(state), tokenizer.load_tokenizer(tmp_path), tokenizer.load_tokenizer(tmp_path / 'tokenizer.json'),
+                  tokenizer.build_tokenizer(str(tmp_path))):
         assert (other.kind, other.vocab_size, other.eot, other.sha256()) == \
             (tok.kind, tok.vocab_size, tok.eot, tok.sha256())
         assert np.array_equal(other.encode(VARIED[4]), tok.encode(VARIED[4]))
@@ -184,11 +184,11 @@ def test_load_refuses_in_one_line(tmp_path, capsys):
     for path, words in ((tmp_path, 'cannot be used'), (tmp_path / 'none', 'no such tokenizer'),
                         (tmp_path / 'no_eot.json', 'no end-of-text token')):
         with pytest.raises(SystemExit) as stop:
-            tokenizer.load(path)
+            tokenizer.load_tokenizer(path)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and words in err and err.count('\n') == 1
     with pytest.raises(SystemExit):
-        tokenizer.build('bqe')
+        tokenizer.build_tokenizer('bqe')
     assert 'bqe' in capsys.readouterr().err
 
 def foreign(kind):
@@ -217,7 +217,7 @@ def foreign(kind):
 def test_foreign_tokenizer(kind, eot, tmp_path):
     hf, text = foreign(kind)
     hf.save(str(tmp_path / 'tokenizer.json'))
-    tok = tokenizer.load(tmp_path)
+    tok = tokenizer.load_tokenizer(tmp_path)
     assert tok.kind == 'bpe' and tok.fast is None and tok.eot == hf.token_to_id(eot)
     assert tok.vocab_size == hf.get_vocab_size()
     line = 'def walk(top, followlinks):  return os.path.join(top, 1)'
@@ -234,7 +234,7 @@ def test_gpt2():
         theirs = tiktoken.get_encoding('gpt2')
     except Exception as error:
         pytest.skip(f'tiktoken has no gpt2 here: {type(error).__name__}')
-    tok = tokenizer.from_state(tokenizer.build('gpt2').state())
+    tok = tokenizer.from_state(tokenizer.build_tokenizer('gpt2').state())
     assert (tok.kind, tok.vocab_size, tok.eot) == ('bpe', 50257, 50256) and tok.fast is not None
     for text in VARIED:
         ids = theirs.encode_ordinary(text)
@@ -245,6 +245,6 @@ def test_gpt2_out_of_reach(monkeypatch, capsys):
         raise ConnectionError('no route\nto host')
     monkeypatch.setattr(tokenizer.tiktoken, 'get_encoding', offline)
     with pytest.raises(SystemExit) as stop:
-        tokenizer.build('gpt2')
+        tokenizer.build_tokenizer('gpt2')
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count('\n') == 1 and 'TIKTOKEN_CACHE_DIR' in err and '--tokenizer=bpe' in err

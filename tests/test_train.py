@@ -23,7 +23,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from mambino.weights import loading
+from mambino.weights import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = '--dataset=tiny --n_layer=1 --n_embd=32 --block_size=16 --batch_size=2 --device=cpu --dtype=float32 --eval_interval=5 ' \
@@ -215,7 +216,7 @@ os.replace = patched'''}[moment]
     process = launch('--model=gpt', before=before)
     process.communicate()
     assert process.returncode == -9
-    assert checkpoint.load('out/ckpt.pt')['counters']['step'] == 5
+    assert checkpoint.load_checkpoint('out/ckpt.pt')['counters']['step'] == 5
     train('--model=gpt')
     train('--model=gpt --out_dir=unbroken')
     same_run('unbroken', 'out')
@@ -306,8 +307,8 @@ def test_full_disk_does_not_stop_the_training(here, limit):
 def test_val_loss_is_the_mean_over_the_split(here, capsys, model, more):
     train(f'--model={model} --max_iters=5', more)
     result = metrics()[-1]
-    ckpt = checkpoint.load('out/ckpt.pt')
-    net, tok = checkpoint.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
+    ckpt = checkpoint.load_checkpoint('out/ckpt.pt')
+    net, tok = loading.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
     ids = torch.from_numpy(np.fromfile('data/tiny/val.bin', '<i4')).long()
     nats = [F.cross_entropy(net(ids[None, s:s + 16])[0][0, :len(ids) - s - 1], ids[s + 1:s + 17], reduction='none')
             for s in range(0, len(ids) - 1, 16)]
@@ -399,7 +400,7 @@ def test_a_dataset_elsewhere_is_not_its_namesake_in_data(here, capsys):
 # --- several datasets
 
 def test_a_mixture_is_drawn_and_evaluated_by_its_weights(here, capsys, monkeypatch):
-    import batches
+    from mambino.train import batches
     seen, batch = {'tiny': [], 'more': []}, batches.Dataset.batch
 
     def watched(self, numbers, *rest):
@@ -422,8 +423,8 @@ def test_a_mixture_is_drawn_and_evaluated_by_its_weights(here, capsys, monkeypat
         assert row and row.group(1) == f'{tokens[name]:,}'
         assert float(row.group(2)) == pytest.approx(last[f'drawn/{name}'] * 80 * 16 / tokens[name], abs=0.051)
 
-    ckpt, loss, size = checkpoint.load('out/ckpt.pt'), 0, 0    # the val splits, told apart and together
-    net, tok = checkpoint.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
+    ckpt, loss, size = checkpoint.load_checkpoint('out/ckpt.pt'), 0, 0    # the val splits, told apart and together
+    net, tok = loading.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
     for name, weight in (('tiny', 0.75), ('more', 0.25)):
         ids = np.fromfile(f'data/{name}/val.bin', '<i4')
         with torch.no_grad():
@@ -641,9 +642,9 @@ def test_one_recipe_serves_all_models(here):
 
 def test_kill_between_best_and_latest_loses_neither(here):
     train('--model=gpt --out_dir=unbroken')
-    process = launch('--model=gpt', before='import checkpoint, os, signal; save = checkpoint.save\n'
+    process = launch('--model=gpt', before='import os, signal; from mambino.weights import checkpoint; save = checkpoint.save_checkpoint\n'
                      'def once(path, contents):\n    save(path, contents); os.kill(os.getpid(), signal.SIGKILL)\n'
-                     'checkpoint.save = once')
+                     'checkpoint.save_checkpoint = once')
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     train('--model=gpt')
@@ -659,7 +660,7 @@ def test_weight_decay_can_change_on_the_way(here):
 
 
 def test_more_tokens_a_step_go_on_where_the_text_was(here, monkeypatch):
-    import batches
+    from mambino.train import batches
     seen, batch = [], batches.Dataset.batch
     monkeypatch.setattr(batches.Dataset, 'batch', lambda self, numbers, *rest: (seen.extend(numbers), batch(self, numbers, *rest))[1])
     train('--model=gpt --max_iters=5')

@@ -1,0 +1,82 @@
+"""A model as TorchScript and as a torch.export program: code and weights in a file, for PyTorch without these scripts, Python or C++.
+
+    python export.py --format=torchscript
+    step = torch.jit.load('step.ts'); logits, past = step(ids, step.empty(1)); logits, past = step(ids, past)
+    model = torch.export.load('model.pt2').module(); logits = model(ids)
+
+step.ts is the stateful step of graphs.py, traced: ids (B, t), the list `past` → logits (B, t, V), the list to go on with, for any B
+and t. Its functions with a state are compiled from their source, so no size and no number of steps of the trace is left in it.
+`empty(B)` makes the first past. The file of torch.jit.load(…, _extra_files={'model.json': ''}) has the settings and names of the list.
+
+model.pt2 is the whole-sequence graph, ids (B, T) → logits (B, T, V). PyTorch means torch.export to follow TorchScript.
+"""
+import copy
+import io
+import json
+import os
+
+import torch
+
+from mambino.export import graphs
+
+FILES = 'step.ts', 'model.pt2'
+LIMIT = 1e-5    # of the largest logit
+
+
+class Step(torch.nn.Module):
+    """What step.ts holds: a traced Graph, and how to begin."""
+
+    def __init__(self, traced, past: list[torch.Tensor]):
+        super().__init__()
+        self.traced, self.counts = traced, past[0].dtype == torch.long
+        self.sizes: list[list[int]] = [list(u.shape) for u in past]
+
+    def forward(self, ids: torch.Tensor, past: list[torch.Tensor]):
+        return self.traced(ids, past)
+
+    @torch.jit.export
+    def empty(self, B: int) -> list[torch.Tensor]:
+        past: list[torch.Tensor] = []
+        for i, size in enumerate(self.sizes):
+            if self.counts and i == 0:
+                past.append(torch.zeros(1, dtype=torch.long))
+            else:
+                past.append(torch.zeros([B] + size[1:]))
+        return past
+
+
+def save(path, how, *what, **more):
+    """By way of memory: where torch writes to the disk itself, a full one ends the process."""
+    buffer = io.BytesIO()
+    how(*what, buffer, **more)
+    with open(path, 'wb') as f:
+        f.write(buffer.getbuffer())
+
+
+def write(net, tok, folder, quantize=''):
+    """step.ts, model.pt2, tokenizer.json. ValueError for what TorchScript cannot be given."""
+    if quantize:
+        raise ValueError(f'TorchScript files are written in fp32, not {quantize}: leave --quantize empty, or take ONNX for int8')
+    net = copy.deepcopy(net).requires_grad_(False)                              # so that nobody has to say no_grad
+    with graphs.plain():
+        graph = graphs.Graph(net, scripted=True).eval()
+        step = torch.jit.script(Step(torch.jit.trace(graph, graphs.example(graph), strict=False, check_trace=False), graph.empty(1)))
+        past, present = graph.names()
+        about = json.dumps(dict(graphs.metadata(net, tok), past=past, present=present))
+        save(os.path.join(folder, FILES[0]), torch.jit.save, step, _extra_files={'model.json': about})
+        ids = graphs.example(graph)[0]
+        program = torch.export.export(graphs.Whole(net).eval(), (ids,), dynamic_shapes=(
+            {0: torch.export.Dim('batch'), 1: torch.export.Dim('tokens')},))
+        save(os.path.join(folder, FILES[1]), torch.export.save, program)
+    if tok:
+        tok.save(folder)
+
+
+def verify(net, tok, folder, quantize=''):
+    """Both files, loaded again, beside the model: logits of whole sequences and of steps, and greedy text."""
+    with graphs.silent():
+        step = torch.jit.load(os.path.join(folder, FILES[0]))
+        whole = torch.export.load(os.path.join(folder, FILES[1])).module()
+        found = graphs.beside(net, tok, step.empty, step, whole)
+    same = found.pop('same')
+    return dict(tool=f'torch {torch.__version__} from the files alone', limit=LIMIT, ok=same and found['logits'] <= LIMIT, **found)
