@@ -1,11 +1,70 @@
-"""Puts the project root on sys.path, so that the tests import the scripts as they lie."""
+"""The fixtures of many tests; puts the project root and this folder on sys.path, so that they import the scripts as they lie."""
 import os
+import shutil
 import sys
+
+import pytest
 
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py: two processes share the cores
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TESTS = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(TESTS), TESTS]
+pytest.register_assert_rewrite('helpers')         # its asserts, too, show the values they compared
 
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes more than ten seconds')
+
+
+# Torch is imported by the fixtures that need it: the tests of prepare.py do without.
+
+@pytest.fixture
+def one_thread():
+    """As in the processes of `launch`: sums in another order have other bits."""
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quiet_and_seeded(one_thread):
+    """One thread, since tensors this small only lose by more; random numbers that are the same each time."""
+    import torch
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='module')
+def template(tmp_path_factory):
+    """A folder with three datasets, of which `more` has the tokenizer of `tiny`, and a finished run, to copy from."""
+    from helpers.runs import script, train, write_text
+    folder = tmp_path_factory.mktemp('template')
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        write_text('tiny.txt')
+        write_text('other.txt', chars='xyz \n', seed=2)
+        write_text('more.txt', 2000, seed=3)
+        for name, tokenizer in (('tiny', 'char'), ('other', 'char'), ('more', 'data/tiny')):
+            assert script('prepare.py', f'{name}.txt --tokenizer={tokenizer} --out=data/{name}') == 0
+        train('--model=gpt --max_iters=10')
+        os.rename('out', 'done')
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(template, tmp_path, monkeypatch, capsys):
+    """The working directory of a test, with data/ in it."""
+    shutil.copytree(template / 'data', tmp_path / 'data')
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    return tmp_path
+
+
+@pytest.fixture
+def finished(here, template):
+    """… and in out/ a run of 10 steps."""
+    shutil.copytree(template / 'done', here / 'out')

@@ -15,8 +15,10 @@ from mambino.weights import adapters
 from mambino.weights import checkpoint
 from mambino.train import memory as fit
 from mambino.kernels import ops
-from test_models import CONFIG, MODELS, PEERS, V, assert_close, build, perturb, quiet_and_seeded, tokens  # noqa: F401
-from test_train import files, here, launch, metrics, one_thread, refused, same_run, script, template, train  # noqa: F401
+from helpers.models import CONFIG, MODELS, PEERS, V, assert_close, build, perturb, tokens
+from helpers.runs import files, launch, metrics, refused, same_run, script, train
+
+pytestmark = pytest.mark.usefixtures('quiet_and_seeded', 'one_thread')
 
 NETS = list(MODELS)
 every_net = pytest.mark.parametrize('name', NETS)
@@ -353,7 +355,7 @@ def test_what_peft_saved_is_sampled_with_our_base(based, capsys):
 # --- train.py
 
 @pytest.fixture(scope='module')
-def bases(template):  # noqa: F811
+def bases(template):
     """Finished runs of each kind to begin with: base-gpt, base-mamba, base-hybrid."""
     before = os.getcwd()
     os.chdir(template)
@@ -364,7 +366,7 @@ def bases(template):  # noqa: F811
 
 
 @pytest.fixture
-def based(bases, here):  # noqa: F811
+def based(bases, here):
     for kind in KINDS:
         shutil.copytree(bases / f'base-{kind}', here / f'base-{kind}')
     return here

@@ -10,7 +10,7 @@ import torch
 from mambino.weights import loading
 from mambino.weights import checkpoint
 from mambino.export import to_hf
-from test_train import refused, script, write_text
+from helpers.runs import refused, script, write_text
 
 MODELS = dict(gpt='--model=gpt --n_head=2 --n_kv_head=1 --qk_norm=True', mamba='--model=mamba --state_size=16',
               hybrid='--model=hybrid --n_head=2 --window=16 --state_size=16')

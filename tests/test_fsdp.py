@@ -6,7 +6,6 @@ A process that has imported torch forks two for each run (`pair`): that takes a 
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import pytest
 import torch
 
 from mambino.weights import checkpoint
-from test_train import ROOT, TINY, here, load, metrics, one_thread, plain, refused, script, template, train  # noqa: F401
+from helpers.runs import ROOT, TINY, load, metrics, plain, refused, script, train
 
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.usefixtures('one_thread')]
 FSDP = '--parallel=fsdp --batch_size=2 --tokens_per_step=128 --learning_rate=1e-2 --warmup_iters=2 --schedule=wsd --decay_fraction=0'
 FORKS = '''
 import json, os, runpy, shlex, signal, sys

@@ -13,7 +13,9 @@ from mambino.weights import checkpoint
 from mambino.weights import from_hf as hf
 from mambino import tokenizer
 from model_gpt import GPTConfig
-from test_models import LLAMA, PEERS, V, assert_close, perturb, quiet_and_seeded, tokens  # noqa: F401
+from helpers.models import LLAMA, PEERS, V, assert_close, theirs, tokens
+
+pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
 MIXTRAL = 'Mixtral', dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=20, attn_implementation='eager')
 QWEN3_MOE = 'Qwen3Moe', dict(LLAMA, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True,
@@ -24,18 +26,6 @@ SOURCES['qwen3-window'] = 'Qwen3', dict(LLAMA, head_dim=16, use_sliding_window=T
 NORM, FILE = 'model.norm.weight', 'model.safetensors'
 HAS_EXPERTS = 'n_expert' in GPTConfig.__dataclass_fields__
 UNLIMITED = dict(capacity_factor=0)  # the settings with which no expert ever drops a token
-
-
-def theirs(kind, settings, dtype=torch.float32):
-    """A small model of transformers, no weight of which is 0 or 1."""
-    transformers = pytest.importorskip('transformers')
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    config = getattr(transformers, kind + 'Config')(vocab_size=V, num_hidden_layers=2, **settings)
-    model = perturb(getattr(transformers, kind + 'ForCausalLM')(config)).eval()
-    for p in model.parameters():  # not model.to(dtype), which would round the frequencies of rotary positions for good
-        p.data = p.data.to(dtype)
-    return model
 
 
 def assert_same_logits(folder, model):

@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mambino.kernels import ops
 from model_gpt import GPT, GPTConfig, MoE
-from test_models import MODELS, V, assert_close, assert_same, build, every_model, perturb, quiet_and_seeded, tokens  # noqa: F401
+from helpers.models import MODELS, V, assert_close, assert_same, build, every_model, perturb, tokens
+
+pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
 E, D, I, N = 4, 16, 24, 60  # experts, widths, tokens
 OFTEN = [1.5, 1.0, 0.0, -9.0]  # how much more the experts' logits are: the first two have too many tokens, the last has none

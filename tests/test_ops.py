@@ -13,7 +13,9 @@ from mambino.kernels import ops
 from mambino.kernels import native
 from mambino.kernels.ops import conv_silu, linear_cross_entropy, selective_scan, ssd
 from model_gpt import RMSNorm
-from test_models import V, assert_close, assert_same, perturb, quiet_and_seeded, random_dt, recurrence, tokens  # noqa: F401
+from helpers.models import V, assert_close, assert_same, perturb, random_dt, recurrence, tokens
+
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 both_halves = pytest.mark.usefixtures("half")

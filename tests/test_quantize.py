@@ -15,7 +15,7 @@ from mambino.train import memory as fit
 from mambino.kernels import native
 from mambino.kernels import ops
 from mambino.weights import quantize
-from test_models import perturb, tokens
+from helpers.models import perturb, tokens
 
 SIZE = dict(vocab_size=97, n_layer=2, n_embd=48)            # 48 columns are no whole group, 3 heads share one key head
 MODELS = {

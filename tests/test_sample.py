@@ -20,9 +20,8 @@ from mambino import tokenizer
 from mambino.sample.generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, generate, largest, leading, logprobs_of, pick, read, surprise
 from model_gpt import GPT, GPTConfig
 from mambino.sample.sessions import Session
-from test_hf import theirs
-from test_models import CONFIG, LLAMA, PEERS, SSM2, V, perturb
-from test_train import cut, refused, script, write_text
+from helpers.models import CONFIG, LLAMA, PEERS, SSM2, V, perturb, theirs
+from helpers.runs import cut, refused, script, write_text
 
 KINDS = {'char': '--model=gpt', 'bpe': '--model=mamba'}
 

@@ -15,8 +15,10 @@ from mambino.train import batches
 from mambino.weights import checkpoint
 from mambino.train import memory as fit
 from model_gpt import LanguageModel
-from test_train import POSIX, TINY, files, finished, here, launch, load, metrics, one_thread, plain, refused, same_run, script, \
-    template, train, wait_for_lines, write_text  # noqa: F401
+from helpers.runs import (POSIX, TINY, files, launch, load, metrics, plain, refused, same_run, script, train,
+                          wait_for_lines, write_text)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 STILL = '--learning_rate=1e-30 --max_iters=1'  # a step that changes no weight: the losses are those of the weights one begins with
 

@@ -9,7 +9,7 @@ from mambino.weights import checkpoint
 from mambino.kernels import native
 from mambino.kernels import ops
 from mambino.weights import quantize
-from test_models import perturb
+from helpers.models import perturb
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason='no C++ compiler')
 KINDS = dict(

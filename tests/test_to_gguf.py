@@ -12,7 +12,9 @@ from mambino import tokenizer
 from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, MambaConfig
-from test_models import perturb, quiet_and_seeded  # noqa: F401
+from helpers.models import perturb
+
+pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
 gguf = pytest.importorskip('gguf')
 SIZES = dict(vocab_size=288, n_layer=2, n_embd=64, block_size=128)

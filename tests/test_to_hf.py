@@ -15,7 +15,10 @@ from mambino.export.compare import greedy, some_texts
 from model_gpt import GPT
 from model_hybrid import Hybrid
 from model_mamba import Mamba
-from test_models import CONFIG, GPT_SIZE, HYBRID_SIZE, SSM_SIZE, V, WINDOW, assert_close, perturb, quiet_and_seeded, tokens  # noqa: F401
+from helpers.models import (CONFIG, GPT_SIZE, HYBRID_SIZE, SSM_SIZE, V, WINDOW, assert_close, perturb,
+                            tokens)
+
+pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
 transformers = pytest.importorskip('transformers')
 PLAIN = dict(HYBRID_SIZE, gate=False, branch_norm=False, window=0)

@@ -13,7 +13,9 @@ from mambino.kernels import ops
 from mambino.export import to_onnx
 from mambino.export import to_torchscript
 from mambino import tokenizer
-from test_models import V, assert_close, build, every_model, perturb, quiet_and_seeded, tokens  # noqa: F401
+from helpers.models import V, assert_close, build, every_model, perturb, tokens
+
+pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
 KINDS = {'gpt-gqa-window': dict(n_layer=1, qk_norm=True, n_expert=4, intermediate_size=16), 'mamba1': dict(n_layer=1),
          'mamba2-groups-untied': dict(n_layer=1), 'hybrid-parallel': dict(n_layer=1)}

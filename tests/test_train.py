@@ -3,18 +3,15 @@
 Most runs happen in this process (`script`), for importing torch costs more than twenty steps of a tiny model; real processes
 (`launch`) are for what needs one: signals, torchrun, limits of the system.
 """
-import hashlib
 import json
 import math
 import os
 import pickle
 import random
 import re
-import runpy
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -25,139 +22,10 @@ import torch.nn.functional as F
 
 from mambino.weights import loading
 from mambino.weights import checkpoint
+from helpers.runs import (POSIX, ROOT, TIMES, TINY, cut, files, launch, load, metrics, plain, refused, same_run, script, train,
+                          wait_for_lines, write_text)
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = '--dataset=tiny --n_layer=1 --n_embd=32 --block_size=16 --batch_size=2 --device=cpu --dtype=float32 --eval_interval=5 ' \
-       '--log_interval=1 --max_iters=20 --tokens_per_step=64'
-TIMES = {'seconds', 'tokens_per_s', 'mfu', 'memory', 'time'}  # what no two runs have in common
-POSIX = pytest.mark.skipif(os.name != 'posix', reason='POSIX signals and limits')
-
-
-def script(name, *lines):
-    """Runs a script in this process; returns its exit status. Arguments: strings of flags, as on a command line."""
-    argv, handlers = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [name, *shlex.split(' '.join(lines))]
-    try:
-        runpy.run_path(os.path.join(ROOT, name), run_name='__main__')
-        return 0
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def train(*lines, status=0):
-    """A tiny run, with these flags besides; the later one wins."""
-    assert script('train.py', TINY, *lines) == status
-
-
-def launch(*lines, before='', module='', **how):
-    """The same in a process of its own, after the Python statements `before`."""
-    code = f'{before}\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    begin = ['-m', *module.split()] if module else ['-c', code]
-    env = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'}
-    return subprocess.Popen([sys.executable, *begin, os.path.join(ROOT, 'train.py'), *shlex.split(' '.join((TINY, *lines)))],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8', env=env, **how)
-
-
-def wait_for_lines(process, n, log='out/metrics.jsonl'):
-    while process.poll() is None:
-        if os.path.exists(log) and len(open(log).readlines()) >= n:
-            return
-        time.sleep(0.001)
-
-
-def metrics(out='out', key=None):
-    """The lines of a run's log, without its timings; or {step: value} of one key."""
-    with open(f'{out}/metrics.jsonl', encoding='utf-8') as f:
-        lines = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in f]
-    return {line['step']: line[key] for line in lines if key in line} if key else lines
-
-
-def load(path='out/ckpt.pt'):
-    return torch.load(path, weights_only=True)
-
-
-def plain(x):
-    """Contents of a checkpoint as something that == compares bit by bit; timings are left out."""
-    if isinstance(x, torch.Tensor):
-        return str(x.dtype), tuple(x.shape), hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()
-    if isinstance(x, dict):
-        return {k: plain(v) for k, v in x.items() if k not in TIMES}
-    return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
-
-
-def same_run(a, b):
-    assert metrics(a) == metrics(b)
-    for name in ('ckpt.pt', 'best.pt'):
-        assert plain(load(f'{a}/{name}')) == plain(load(f'{b}/{name}'))
-
-
-def files(folder):
-    """{path: content} of all files in a folder, or of a file."""
-    paths = [os.path.join(d, f) for d, _, fs in os.walk(folder) for f in fs] or [folder]
-    return {path: open(path, 'rb').read() for path in paths if os.path.isfile(path)}
-
-
-def write_text(path, n=6000, chars='etaoin shrdlu\n.ABC12é€😀', seed=1):
-    """Text that has something to learn: words of a small vocabulary, some with characters of several bytes."""
-    rng = random.Random(seed)
-    words = [''.join(rng.choices(chars, k=rng.randint(1, 6))) for _ in range(60)]
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(''.join(rng.choices(words, k=n // 3))[:n] + chars)
-
-
-def refused(capsys, *words):
-    """Exactly one line on stderr, and it says what it should."""
-    err = capsys.readouterr().err
-    assert err.startswith('error: ') and err.count('\n') == 1 and err.endswith('\n'), err
-    for word in words:
-        assert word in err
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes of `launch`: sums in another order have other bits
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope='module')
-def template(tmp_path_factory):
-    """A folder with three datasets, of which `more` has the tokenizer of `tiny`, and a finished run, to copy from."""
-    folder = tmp_path_factory.mktemp('template')
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
-        write_text('tiny.txt')
-        write_text('other.txt', chars='xyz \n', seed=2)
-        write_text('more.txt', 2000, seed=3)
-        for name, tok in (('tiny', 'char'), ('other', 'char'), ('more', 'data/tiny')):
-            assert script('prepare.py', f'{name}.txt --tokenizer={tok} --out=data/{name}') == 0
-        train('--model=gpt --max_iters=10')
-        os.rename('out', 'done')
-    finally:
-        os.chdir(here)
-    return folder
-
-
-@pytest.fixture
-def here(template, tmp_path, monkeypatch, capsys):
-    """The working directory of a test, with data/ in it."""
-    shutil.copytree(template / 'data', tmp_path / 'data')
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    return tmp_path
-
-
-@pytest.fixture
-def finished(here, template):
-    """… and in out/ a run of 10 steps."""
-    shutil.copytree(template / 'done', here / 'out')
-
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 # --- a run that was killed goes on as if nothing had happened
 
@@ -470,11 +338,6 @@ def test_the_smallest_split_of_a_mixture_bounds_the_context(here):
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ('executed',)
-
-
-def cut(path):
-    with open(path, 'rb+') as f:
-        f.truncate(os.path.getsize(path) * 2 // 3)
 
 
 def foreign_ids():
