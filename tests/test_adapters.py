@@ -303,7 +303,7 @@ def test_peft_reads_what_is_written(peft, tmp_path, monkeypatch, peer, kind, tar
         want = theirs(idx).logits
         assert (want - base(idx)[0]).abs().max() > 0.1
         assert_close(net(idx)[0], want)
-        monkeypatch.setattr(adapters, 'base_of', lambda ckpt: dict(weights=base.state_dict()))
+        monkeypatch.setattr(loading, 'base_of', lambda ckpt: dict(weights=base.state_dict()))
         found = to_peft.verify_peft(ckpt, net, tmp_path)
         assert found['ok'] and found['logits'] <= 1e-4
         theirs.save_pretrained(tmp_path / 'again')          # and back
