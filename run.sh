@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# ./run.sh         sets up, prepares Python's own sources, trains a small Mamba on them, and lets it write
-# ./run.sh test    sets up and runs the tests (further arguments go to pytest)
-# Both are quick the second time: what is installed, prepared or trained already stays.
+# ./run.sh             sets up, prepares Python's own sources, trains a small Mamba on them, and lets it write
+# ./run.sh test        sets up and runs ruff and all tests (further arguments go to pytest alone)
+# ./run.sh test quick  the heart of everything in a minute, with no more installed than ./run.sh needs, and pytest
+# All are quick the second time: what is installed, prepared or trained already stays.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-setup() {  # .venv with what requirements file $1 asks for; again only when one of the files changes
+environment() {  # .venv, and its interpreter in $python
     if [ ! -e .venv/bin/python ] && [ ! -e .venv/Scripts/python.exe ]; then
         local found=${PYTHON:-}
         for name in python3 python; do
@@ -23,26 +24,62 @@ setup() {  # .venv with what requirements file $1 asks for; again only when one 
     fi
     python=.venv/bin/python
     [ -e "$python" ] || python=.venv/Scripts/python.exe
-    local stamp=.venv/installed-$1
-    if ! cmp -s <(cat requirements*.txt) "$stamp"; then
-        echo "installing $1 into .venv (torch is large; some minutes the first time)"
-        if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$1"; then
-            echo "error: pip could not install $1; its message is above. Run the same command again to go on" >&2
+}
+
+requirements() {  # requirements.txt, and group $1 of pyproject.toml; as pip's --group, which older ones do not have
+    cat requirements.txt
+    [ -z "$1" ] || "$python" - "$1" <<'END'
+import sys
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+def show(group):
+    for entry in groups[group]:
+        if isinstance(entry, dict):
+            show(entry['include-group'])
+        else:
+            print(entry)
+
+with open('pyproject.toml', 'rb') as f:
+    groups = tomllib.load(f)['dependency-groups']
+show(sys.argv[1])
+END
+}
+
+setup() {  # .venv with what is required for group $1, '': to run; again only when that changes
+    environment
+    local wanted=.venv/wanted.txt stamp=.venv/installed-${1:-core}.txt
+    requirements "$1" > "$wanted"
+    if ! cmp -s "$wanted" "$stamp"; then
+        echo "installing what is needed into .venv (torch is large; some minutes the first time)"
+        if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$wanted"; then
+            echo 'error: pip could not install it; its message is above. Run the same command again to go on' >&2
             exit 2
         fi
-        cat requirements*.txt > "$stamp"
+        cp "$wanted" "$stamp"
     fi
 }
 
 case "${1:-}" in
     test)
         shift
-        setup requirements-test.txt
-        [ $# -gt 0 ] || set -- -n auto --maxprocesses=4 --dist=loadfile    # all of them: a file a process at a time
-        exec "$python" -m pytest -q -o testpaths=tests "$@"
+        if [ "${1:-}" = quick ]; then
+            shift
+            setup quick
+            exec "$python" -m pytest -q tests/quick "$@"
+        fi
+        setup test
+        if [ $# -eq 0 ]; then
+            "$python" -m ruff check --quiet
+            set -- -n auto --maxprocesses=4 --dist=loadfile    # all of them: a file a process at a time
+        fi
+        exec "$python" -m pytest -q "$@"
         ;;
     '')
-        setup requirements.txt
+        setup ''
         [ -e data/stdlib/meta.json ] || "$python" prepare.py
         "$python" train.py config/quick.py
         "$python" sample.py --out_dir=out-quick --start='def ' --max_new_tokens=400 --temperature=0.7
@@ -58,7 +95,7 @@ This model was trained here, on the Python sources of this machine. What to type
 END
         ;;
     *)
-        echo "error: unknown argument '$1': it is ./run.sh or ./run.sh test" >&2
+        echo "error: unknown argument '$1': it is ./run.sh, ./run.sh test or ./run.sh test quick" >&2
         exit 2
         ;;
 esac

@@ -12,10 +12,6 @@ sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 pytest.register_assert_rewrite('helpers')         # its asserts, too, show the values they compared
 
 
-def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: takes more than ten seconds')
-
-
 # Torch is imported by the fixtures that need it: the tests of prepare.py do without.
 
 @pytest.fixture

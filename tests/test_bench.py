@@ -61,7 +61,7 @@ class GPT(torch.nn.Module):
 @pytest.mark.slow
 def test_lengths_are_compared_and_drawn(tmp_path):
     if not importlib.util.find_spec('matplotlib'):
-        pytest.skip('the picture needs matplotlib: pip install -r requirements-test.txt')
+        pytest.skip('the picture needs matplotlib: pip install --group bench')
     file, picture = tmp_path / 'bench.json', tmp_path / 'bench.png'
     run = bench(*TINY, '--models=gpt', '--sections=train,length', '--peers=', f'--json={file}', f'--plot={picture}')
     assert run.returncode == 0, run.stderr
