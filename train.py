@@ -40,7 +40,7 @@ from mambino.kernels import ops
 from mambino.train import processes
 from mambino.weights.checkpoint import MODELS
 from mambino.configurator import configure, fail, find_settings, require
-from mambino.machine import memory, peak_flops
+from mambino.machine import memory_used, peak_flops
 from mambino.train.metrics import Trace, open_log, parts_of
 from mambino.train.muon import Muon
 from mambino.train.processes import leave, say, summed
@@ -256,7 +256,7 @@ how = adapter and adapters.begin(net, globals(), init_from, ckpt, base, data.bat
 
 # --- memory: how much of a step is computed at once
 mine = sequences // world                                   # of a step, this process's
-free = float(vram) * 2**30 if vram != 'auto' else machine.available(device)
+free = float(vram) * 2**30 if vram != 'auto' else machine.available_memory(device)
 free = free and processes.least(free)                       # all cut their steps alike
 micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and n <= (batch_size or fit.BATCH))
 planned = ''
@@ -551,7 +551,7 @@ while True:
         rate = (step - clock_step) * tokens_per_step / max(now - clock, 1e-9)
         seconds += now - clock
         clock, clock_step = now, step
-        used, epoch = memory(device, peak=kind_of_device == 'cuda') or 0, tokens_seen / data.tokens['train']
+        used, epoch = memory_used(device, peak=kind_of_device == 'cuda') or 0, tokens_seen / data.tokens['train']
         left = (max_iters - step) * tokens_per_step / rate
         line = (f'step {step:>6}/{max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm.item():6.2f} | {rate:>9,.0f} tok/s | '
                 f'MFU {rate * flops / peak:4.0%} | ' + (f'{used / 2**30:.1f} GB | ' if used else '')

@@ -1,8 +1,12 @@
-"""The machine: how fast its matrix products and its memory are, and how much of the memory this process has.
+"""The machine: which device and precision to compute in, how fast it is, and how much memory it has.
 
-    mfu = tokens_per_second * net.flops_per_token(T) / peak_flops('cuda', 'bfloat16')
-    megabytes = memory('cpu', peak=True) / 1e6
+    device = choose_device('auto')
+    with autocast(device, choose_dtype('auto', device)):
+        ...
+    mfu = tokens_per_second * net.flops_per_token(T) / peak_flops(device, 'bfloat16')
+    megabytes = memory_used(device, peak=True) / 1e6
 """
+import math
 import os
 import platform
 import re
@@ -14,21 +18,90 @@ import torch
 
 from mambino.configurator import fail
 
-# Dense FLOP/s of bf16 or fp16 matrix products that accumulate in fp32, from the makers' data sheets (which like to print
-# the sparse figure, twice that). T4 and V100 know only fp16.
-PEAKS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
-         'A100': 312e12, 'A40': 150e12, 'A30': 165e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12,
-         'L4': 121e12, 'T4': 65e12, 'V100': 125e12, 'RTX 6000 Ada': 364e12, 'RTX A6000': 155e12, 'RTX 5090': 210e12,
-         'RTX 5080': 113e12, 'RTX 4090': 165e12, 'RTX 4080': 97e12, 'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12}
+# Dense FLOP/s of bf16 or fp16 matrix products that accumulate in fp32, from the makers' data sheets
+# (which like to print the sparse figure, twice that). T4 and V100 know only fp16.
+PEAKS = {
+    'B200': 2250e12,
+    'GH200': 989e12,
+    'H200': 989e12,
+    'H100 PCIe': 756e12,
+    'H100 NVL': 835e12,
+    'H100': 989e12,
+    'A100': 312e12,
+    'A40': 150e12,
+    'A30': 165e12,
+    'A10G': 70e12,
+    'A10': 125e12,
+    'L40S': 362e12,
+    'L40': 181e12,
+    'L4': 121e12,
+    'T4': 65e12,
+    'V100': 125e12,
+    'RTX 6000 Ada': 364e12,
+    'RTX A6000': 155e12,
+    'RTX 5090': 210e12,
+    'RTX 5080': 113e12,
+    'RTX 4090': 165e12,
+    'RTX 4080': 97e12,
+    'RTX 3090 Ti': 80e12,
+    'RTX 3090': 71e12,
+}
+SLOWER = re.compile('laptop|max-q|mig', re.I)   # these share a name with something faster
 
+# In a cgroup: the limit, what is used, and the part of it that gives way (version 2, and version 1)
+CGROUP_FILES = (
+    ('memory.max', 'memory.current', 'inactive_file'),
+    ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file'),
+)
+
+
+# --- which device, which precision ------------------------------------------------------------------------------------
+
+def choose_device(device):
+    """'auto' → the best device there is. A device that is not there ends the program in a line."""
+    if device == 'auto':
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f'device={device}: {str(error).splitlines()[0]}')
+    return device
+
+
+def choose_dtype(dtype, device):
+    """'auto' → what this device computes fastest without losing range: bfloat16 where its hardware has it."""
+    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+        fail(f'dtype={dtype} must be auto, float32, bfloat16 or float16')
+    if dtype != 'auto':
+        return dtype
+    if device.startswith('cuda'):
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    has_amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)  # without it a CPU is faster in fp32
+    return 'bfloat16' if device == 'cpu' and has_amx() else 'float32'
+
+
+def autocast(device, dtype, cache=True):
+    """The context in which a model computes in `dtype` while its parameters stay fp32.
+
+    cache: keep the rounded weights until it ends."""
+    if dtype == 'float32':
+        return nullcontext()
+    return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype), cache_enabled=cache)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
 
 def timed(device, work):
-    """Seconds that work() takes."""
-    wait = (lambda: None) if torch.device(device).type == 'cpu' else torch.accelerator.synchronize
-    wait()
+    """Seconds that work() takes, until the device has done it."""
+    on_accelerator = torch.device(device).type != 'cpu'
+    if on_accelerator:
+        torch.accelerator.synchronize()
     start = time.perf_counter()
     work()
-    wait()
+    if on_accelerator:
+        torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 
@@ -38,8 +111,9 @@ def matmul_peak(device, dtype):
     n = 2048 if torch.device(device).type == 'cpu' else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
     out = torch.empty_like(a)
-    timed(device, lambda: torch.mm(a[:256], b, out=out[:256]))  # wakes threads and libraries
-    best, end = float('inf'), time.perf_counter() + 0.2
+    timed(device, lambda: torch.mm(a[:256], b, out=out[:256]))      # wakes threads and libraries
+    best = math.inf
+    end = time.perf_counter() + 0.2
     while time.perf_counter() < end:
         best = min(best, timed(device, lambda: torch.mm(a, b, out=out)))
     return 2 * n ** 3 / best
@@ -51,11 +125,11 @@ def peak_flops(device, dtype):
     half = str(dtype).removeprefix('torch.')
     if torch.device(device).type == 'cuda' and half in ('bfloat16', 'float16'):
         name = torch.cuda.get_device_name(device)
-        whole = not re.search('laptop|max-q|mig', name, re.I)  # these share a name with something faster
-        native = half == 'float16' or torch.cuda.get_device_capability(device) >= (8, 0)
-        for known, peak in PEAKS.items():
-            if whole and native and re.search(rf'\b{known}\b', name, re.I):
-                return peak
+        in_hardware = half == 'float16' or torch.cuda.get_device_capability(device) >= (8, 0)
+        if in_hardware and not SLOWER.search(name):
+            for known, peak in PEAKS.items():
+                if re.search(rf'\b{known}\b', name, re.I):
+                    return peak
     return matmul_peak(device, dtype)
 
 
@@ -67,6 +141,7 @@ def copy_bandwidth(device):
 
 
 def machine_name(device):
+    """The name of the GPU, or of the processor and how many threads compute on it."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -76,82 +151,66 @@ def machine_name(device):
     return f'{name}, {torch.get_num_threads()} threads'
 
 
-def memory(device, peak=False):
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+def memory_used(device, peak=False):
     """Bytes of this process on the device, now or at most so far; None where the system does not say."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if os.path.exists('/proc/self/status'):  # not getrusage: on Linux its peak begins with that of the parent process
+    if os.path.exists('/proc/self/status'):
+        # not getrusage: on Linux its peak begins with that of the parent process
+        field = 'VmHWM' if peak else 'VmRSS'
         with open('/proc/self/status', encoding='utf-8') as f:
-            return int(re.search(('VmHWM' if peak else 'VmRSS') + r':\s*(\d+)', f.read())[1]) * 1024
+            return int(re.search(field + r':\s*(\d+)', f.read())[1]) * 1024
     try:
         from resource import RUSAGE_SELF, getrusage
-        return getrusage(RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+        return getrusage(RUSAGE_SELF).ru_maxrss     # macOS: in bytes
     except ImportError:
         return None
 
 
-def choose_device(device):
-    """'auto' → the best device there is. A device that is not there ends the program in a line."""
-    if device == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f'device={device}: {str(error).splitlines()[0]}')
-    return device
-
-
-def choose_dtype(dtype, device):
-    """'auto' → what this device computes fastest without losing range: bfloat16 where its hardware has it."""
-    if dtype == 'auto':
-        if device.startswith('cuda'):
-            return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-        amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)  # without AMX a CPU is faster in fp32
-        return 'bfloat16' if device == 'cpu' and amx() else 'float32'
-    if dtype not in ('float32', 'bfloat16', 'float16'):
-        fail(f'dtype={dtype} must be auto, float32, bfloat16 or float16')
-    return dtype
-
-
-def autocast(device, dtype, cache=True):
-    """The context in which a model computes in `dtype` while its parameters stay fp32. cache: keep the rounded weights until it ends."""
-    if dtype == 'float32':
-        return nullcontext()
-    return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype), cache_enabled=cache)
-
-
-def available(device, root='/'):
-    """Bytes of memory on the device that this process may have, what it has of a GPU already included; None where the system does
-    not say. root: of the file system, to read /proc and /sys from."""
+def available_memory(device, root='/'):
+    """Bytes on the device that this process may have, what it has of a GPU already included; None where the system
+    does not say. root: of the file system, to read /proc and /sys from."""
     kind = torch.device(device).type
     if kind == 'cuda':
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if kind == 'mps':
         return torch.mps.recommended_max_memory()
-
-    def number(path, pattern=r'(\d+)'):
-        """The first number in a file, after a pattern; None if there is none, as in a limit of 'max'."""
-        try:
-            with open(os.path.join(root, path), encoding='utf-8') as f:
-                return int(re.search(pattern, f.read(), re.M)[1])
-        except (OSError, TypeError):
-            return None
-    free = number('proc/meminfo', r'^MemAvailable:\s*(\d+)')
+    free = number_in(os.path.join(root, 'proc/meminfo'), r'^MemAvailable:\s*(\d+)')
     if free is None:                                        # not Linux
         return None
-    limits, folders = [free * 1024], ['sys/fs/cgroup', 'sys/fs/cgroup/memory']
+    limits = [free * 1024]
+    for folder in cgroups(root):
+        for limit_file, used_file, cache_field in CGROUP_FILES:
+            limit = number_in(os.path.join(folder, limit_file))
+            used = number_in(os.path.join(folder, used_file))
+            if limit and used:                              # files in the cache count as used, but give way
+                cached = number_in(os.path.join(folder, 'memory.stat'), rf'^{cache_field} (\d+)') or 0
+                limits.append(limit - used + cached)
+    return max(0, min(limits))
+
+
+def cgroups(root):
+    """The folders of the cgroups that this process is in, whose limits of memory hold for it."""
+    folders = ['sys/fs/cgroup', 'sys/fs/cgroup/memory']
     try:
         with open(os.path.join(root, 'proc/self/cgroup'), encoding='utf-8') as f:
-            for _, controllers, path in (line.strip().split(':', 2) for line in f):
-                while controllers in ('', 'memory') and path not in ('', '/'):  # a parent's limit holds for its children
+            for line in f:
+                _, controllers, path = line.strip().split(':', 2)
+                # a parent's limit holds for its children
+                while controllers in ('', 'memory') and path not in ('', '/'):
                     folders.append(f'sys/fs/cgroup/{controllers}{path}')
                     path = os.path.dirname(path)
     except OSError:
         pass
-    for folder in folders:                                  # the names of version 2, and of version 1
-        for limit, used, cache in (('memory.max', 'memory.current', 'inactive_file'),
-                                   ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')):
-            limit, used = number(f'{folder}/{limit}'), number(f'{folder}/{used}')
-            if limit and used:                              # files in the cache count as used, but give way
-                limits.append(limit - used + (number(f'{folder}/memory.stat', rf'^{cache} (\d+)') or 0))
-    return max(0, min(limits))
+    return [os.path.join(root, folder) for folder in folders]
+
+
+def number_in(path, pattern=r'(\d+)'):
+    """The first number in a file, after a pattern; None if there is none, as in a limit of 'max'."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            return int(re.search(pattern, f.read(), re.M)[1])
+    except (OSError, TypeError):
+        return None

@@ -35,7 +35,7 @@ MEASURE = '''
 import json, sys
 import torch
 from mambino.weights import checkpoint
-from mambino.machine import memory
+from mambino.machine import memory_used
 from mambino.train.muon import Muon
 
 def train(config, batch, T, steps):
@@ -59,9 +59,9 @@ def train(config, batch, T, steps):
 job = json.loads(sys.argv[1])
 train(dict(job['config'], n_layer=1, n_embd=64, n_head=1) if job['kind'] != 'mamba' else
       dict(job['config'], n_layer=1, n_embd=64), 1, 32, 1)          # loads the libraries, which are not the model's
-before = memory('cpu')
+before = memory_used('cpu')
 train(job['config'], job['batch'], job['T'], 2)
-print(memory('cpu', peak=True) - before)
+print(memory_used('cpu', peak=True) - before)
 '''
 
 
@@ -189,21 +189,21 @@ def test_available(tmp_path):
     def write(path, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert machine.available('cpu', tmp_path) is None
+    assert machine.available_memory('cpu', tmp_path) is None
     write('proc/meminfo', 'MemTotal: 900 kB\nMemAvailable:   800 kB\n')
-    assert machine.available('cpu', tmp_path) == 800 * 1024
+    assert machine.available_memory('cpu', tmp_path) == 800 * 1024
     write('proc/self/cgroup', '0::/job/step\n')
     write('sys/fs/cgroup/job/step/memory.max', 'max\n')
     write('sys/fs/cgroup/job/step/memory.current', '100\n')
-    assert machine.available('cpu', tmp_path) == 800 * 1024
+    assert machine.available_memory('cpu', tmp_path) == 800 * 1024
     write('sys/fs/cgroup/job/memory.max', '400000\n')
     write('sys/fs/cgroup/job/memory.current', '100000\n')
     write('sys/fs/cgroup/job/memory.stat', 'anon 1\ninactive_file 50000\n')
-    assert machine.available('cpu', tmp_path) == 350000
+    assert machine.available_memory('cpu', tmp_path) == 350000
     write('proc/self/cgroup', '0::/\n5:memory:/box\n')              # version 1
     write('sys/fs/cgroup/memory/box/memory.limit_in_bytes', '300000\n')
     write('sys/fs/cgroup/memory/box/memory.usage_in_bytes', '100000\n')
-    assert machine.available('cpu', tmp_path) == 200000
+    assert machine.available_memory('cpu', tmp_path) == 200000
 
 
 def test_line_for_the_reader():

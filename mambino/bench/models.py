@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from mambino.configurator import configure, fail, find_settings
-from mambino.machine import copy_bandwidth, machine_name, memory, peak_flops, timed
+from mambino.machine import copy_bandwidth, machine_name, memory_used, peak_flops, timed
 
 # what to measure
 sections = 'train,layers,length,loss,sample'  # '': none of them, for --time_to_loss alone
@@ -168,7 +168,7 @@ def train(name, autocast):
     facts = dict(parameters=sum(p.numel() for p in model.parameters()), tokens=batch_size * block_size,
                  flops=matrix_flops(model) + like.flops_per_token(block_size) - matrix_flops(like))
     model.to(device).train()
-    facts.update(before=memory(device), counted=4 * facts['parameters'])  # neither libraries nor a model's making count
+    facts.update(before=memory_used(device), counted=4 * facts['parameters'])  # neither libraries nor a model's making count
     if compile:
         from mambino.kernels.ops import compiled
         loss = compiled(loss)
@@ -199,7 +199,7 @@ def layers(name, autocast):
         pair = [MambaMixer(hf_config(name), 0) for _ in range(2)]
     pair = torch.nn.ModuleList(pair).to(device).train()
     parameters = sum(p.numel() for p in pair.parameters())
-    facts = dict(parameters=parameters, tokens=2 * layers_batch_size * block_size, before=memory(device), counted=4 * parameters)
+    facts = dict(parameters=parameters, tokens=2 * layers_batch_size * block_size, before=memory_used(device), counted=4 * parameters)
     x = torch.randn(layers_batch_size, block_size, n_embd, device=device, requires_grad=True)
 
     def step():
@@ -231,7 +231,7 @@ def loss(name, autocast):
 
     step(torch.randn(1, 8, n_embd, device=device, requires_grad=True), targets[:1, :8])  # libraries and their buffers are there now
     given = x.nbytes + weight.nbytes
-    return dict(tokens=targets.numel(), given=given, before=memory(device), counted=-given), {'step': step}
+    return dict(tokens=targets.numel(), given=given, before=memory_used(device), counted=-given), {'step': step}
 
 def sample(name, autocast):
     """Reading a prompt, and one token more at each of the positions. Autocast is on all the time: it keeps its copies."""
@@ -278,7 +278,7 @@ def contender():
                 for work in left:  # here too by turns: one at position 100, one at 4000, …
                     turn['times'][work].append(timed(device, works[work]))
             if facts.get('before'):
-                turn['memory'] = memory(device, peak=True) - facts['before'] + facts['counted']
+                turn['memory'] = memory_used(device, peak=True) - facts['before'] + facts['counted']
             print(dumps(turn), file=answers, flush=True)
     except Exception as error:
         print(dumps(dict(error=f'{type(error).__name__}: {error}'.split('\n')[0][:150])), file=answers, flush=True)

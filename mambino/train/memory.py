@@ -1,7 +1,7 @@
 """How much memory a training run takes, before it takes it; the micro-batch that fits; and sizes that suit a machine.
 
     found = estimate('gpt', dict(n_layer=12, n_head=8, n_embd=512, vocab_size=16384), batch=8, T=1024)
-    batch, checkpointing = choose('gpt', config, sequences=128, T=1024, budget=available('cuda'))
+    batch, checkpointing = choose('gpt', config, sequences=128, T=1024, budget=available_memory('cuda'))
 
 No formula for activations is in here. One step of training runs on fake tensors, which have sizes and lifetimes but no data
 (FakeTensorMode), and every storage that is born or dies is counted: this is the exact peak of what is alive, whatever the models do.
