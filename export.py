@@ -87,7 +87,7 @@ class native:
     def write(net, tok, folder, quantize):
         if quantize:
             net = copy.deepcopy(net)
-            quantizer.quantize(net, quantize)
+            quantizer.quantize_model(net, quantize)
         contents = {name: ckpt[name] for name in checkpoint.CONTENTS - {'format', 'weights'}} | dict(
             weights=net.state_dict(), optimizers=[], scaler=None, rng=None, config=checkpoint.config_of(net),
             settings=ckpt['settings'] | dict(adapter=''))                       # which is in the weights now
@@ -97,7 +97,7 @@ class native:
         again, rounded, ids = loading.model_of(checkpoint.load_checkpoint(folder)), net, some_ids(net, 2, 64)
         if quantize:
             rounded = copy.deepcopy(net)
-            quantizer.quantize(rounded, quantize)
+            quantizer.quantize_model(rounded, quantize)
         off, same = (difference(again(ids)[0], model(ids)[0]) for model in (net, rounded))
         return dict(tool='sample.py', logits=off, limit=None if quantize else 0.0, ok=same == 0.0,
                     greedy=agree(*(greedy(model, ids[0, :3].tolist(), 64) for model in (net, again))),
@@ -228,7 +228,7 @@ def main():
     net, tok = loading.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
     if ckpt.get('adapter') and wanted != ['peft']:
         try:
-            adapters.merge(net)
+            adapters.merge_adapters(net)
         except ValueError as error:
             fail(f'{out_dir}: {error}')
     net_parameters = net.num_params()

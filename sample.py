@@ -30,12 +30,12 @@ import torch
 
 from mambino.sample import sessions
 from mambino.machine import autocast, choose_device, choose_dtype
-from mambino.weights.adapters import attach
+from mambino.weights.adapters import attach_adapter
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
 from mambino.weights.from_peft import load_adapter
 from mambino.weights.loading import model_of
 from mambino.configurator import configure, fail, require
-from mambino.sample.generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, logprobs_of, read, surprise, token_text
+from mambino.sample.generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, logprobs_of, prefill, token_losses, token_text
 
 # --- what to generate
 out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
@@ -161,7 +161,7 @@ def complete(net, tok, texts, stops, how):
                 text, ids = waiting.popleft()
                 if last is None or last[2] is not ids:                          # samples of one prompt share what was read
                     at = time.perf_counter()
-                    last = read(net, ids)
+                    last = prefill(net, ids)
                     reading += time.perf_counter() - at
                 fresh.append(last)
                 text = text.removeprefix('<|endoftext|>')
@@ -294,7 +294,7 @@ def show_score(net, tok, path):
         fail(f'score={path}: {error}; score another text, or with another model')
     len(ids) or fail(f'score={path}: is empty, there is nothing to score')
     total, seen, worst, began = 0.0, 0, [], time.perf_counter()
-    for nats in surprise(net, ids, tok.eot):
+    for nats in token_losses(net, ids, tok.eot):
         nats = nats.cpu()
         total += nats.double().sum().item()
         values, index = nats.topk(min(10, len(nats)))
@@ -350,7 +350,7 @@ def prepared(ckpt, extra, where):
     if extra:
         try:
             for other, weight in extra:
-                attach(net, other, weight)
+                attach_adapter(net, other, weight)
         except ValueError as error:
             fail(f'adapters={adapters}: {error}')
     net.to(where)
@@ -359,7 +359,7 @@ def prepared(ckpt, extra, where):
     if how:
         from mambino.weights import quantize as weights                                              # the setting has the module's name
         try:
-            weights.quantize(net, how)
+            weights.quantize_model(net, how)
         except ValueError as error:
             fail(f'quantize={how}: {error}')
         precision = 'float32' if where == 'cpu' else precision

@@ -203,7 +203,7 @@ require(globals(), {
         lr_decay_iters min_lr eval_iters patience sample_interval profile'''.split()},
 })
 if adapter:
-    adapters.require(globals(), base)
+    adapters.check_settings(globals(), base)
     gradient_checkpointing = False if adapter == 'prefix' else gradient_checkpointing
 
 # --- data
@@ -252,7 +252,7 @@ except ValueError as error:
 in_shards = bool(ckpt and ckpt.get('shards'))               # what was loaded is this process's share
 if held and not in_shards:
     net.load_state_dict((base or held)['weights'])          # of an adapter's run, what it adapts
-how = adapter and adapters.begin(net, globals(), init_from, ckpt, base, data.batch(np.arange(1), min(prefix_length, block_size), seed)[0][0])
+how = adapter and adapters.begin_adapter(net, globals(), init_from, ckpt, base, data.batch(np.arange(1), min(prefix_length, block_size), seed)[0][0])
 
 # --- memory: how much of a step is computed at once
 mine = sequences // world                                   # of a step, this process's
@@ -360,7 +360,7 @@ def save(*paths, shards=False):
                       torch=str(torch.__version__), seconds=seconds, time=time.strftime('%Y-%m-%d %H:%M:%S')))
     try:
         for path in paths:
-            processes.save(path, contents, adapters.Part(net, how) if how else net, optimizers, shards and path == latest)
+            processes.save(path, contents, adapters.AdapterState(net, how) if how else net, optimizers, shards and path == latest)
         return True
     except (OSError, RuntimeError) as error:
         say(f'warning: {path} could not be saved ({str(error).splitlines()[0]}); the one before it is untouched')

@@ -34,7 +34,7 @@ def adapted(name, kind='lora', **how):
     """A perturbed model, and a copy with a perturbed adapter."""
     base = perturb(build(name))
     net = copy.deepcopy(base)
-    adapters.lora(net, **how) if kind == 'lora' else adapters.prefix(net, 7)
+    adapters.add_lora(net, **how) if kind == 'lora' else adapters.add_prefix(net, 7)
     for p in trained(net).values():
         p.data += 0.1 * torch.randn_like(p)
     return base, net
@@ -45,7 +45,7 @@ def saved(net, how, base):
     kind = next(kind for kind, (model, _) in checkpoint.MODELS.items() if isinstance(net, model))
     how = how | dict(base='base', base_at='base', base_fingerprint=checkpoint.fingerprint(base.state_dict()))
     return dict(kind=kind, config=checkpoint.config_of(net), adapter=how,
-                weights={name: t.clone() for name, t in adapters.Part(net, how).state_dict().items()})
+                weights={name: t.clone() for name, t in adapters.AdapterState(net, how).state_dict().items()})
 
 
 LORA = dict(type='lora', targets='', rank=8, alpha=16.0, dropout=0.0)
@@ -59,7 +59,7 @@ PREFIX = dict(type='prefix', length=7)
 def test_lora_begins_as_the_base_and_its_gradients_are_those_of_the_dense_change(name, targets):
     """Gradients of A and B are those by way of W + scale B A, made by autograd."""
     base = perturb(build(name))
-    net = adapters.lora(copy.deepcopy(base), targets, rank=3, alpha=6.0)
+    net = adapters.add_lora(copy.deepcopy(base), targets, rank=3, alpha=6.0)
     idx, targets = tokens(2, 2, 40)
     with torch.no_grad():
         assert torch.equal(net(idx)[0], base(idx)[0])
@@ -91,7 +91,7 @@ def test_merged_is_unmerged_and_steps_are_forward(name):
         assert (want - base(idx)[0]).abs().max() > 0.1
         first, state = net.step(idx[:, :20])
         assert_close(torch.cat((first, net.step(idx[:, 20:], state)[0]), 1), want)
-        adapters.merge(net)
+        adapters.merge_adapters(net)
         assert net.state_dict().keys() == base.state_dict().keys() and not adapters.with_lora(net)
         assert_close(net(idx)[0], want)
 
@@ -102,7 +102,7 @@ def test_lora_is_small_on_a_model_of_50_million():
         own, all_of_them = [], []
         for n_layer in (1, 2):                              # both grow by as much with each layer
             with torch.device('meta'):
-                net = adapters.lora(checkpoint.build(kind, size | dict(n_layer=n_layer, vocab_size=16384)), rank=8)
+                net = adapters.add_lora(checkpoint.build(kind, size | dict(n_layer=n_layer, vocab_size=16384)), rank=8)
             own.append(sum(p.numel() for p in trained(net).values()))
             all_of_them.append(net.num_params())
         own, all_of_them = (one + (size['n_layer'] - 1) * (two - one) for one, two in (own, all_of_them))
@@ -120,17 +120,17 @@ def test_lora_is_small_on_a_model_of_50_million():
 ])
 def test_targets_that_cannot_be_are_named(name, targets, words):
     with pytest.raises(ValueError) as error:
-        adapters.lora(build(name), targets)
+        adapters.add_lora(build(name), targets)
     for word in words.split():
         assert word in str(error.value)
 
 
 def test_targets_are_names_or_ends_of_paths():
-    net = adapters.lora(build('gpt'), 'q_proj, layers.1.mlp.up_proj')
+    net = adapters.add_lora(build('gpt'), 'q_proj, layers.1.mlp.up_proj')
     assert list(adapters.with_lora(net)) == ['model.layers.0.self_attn.q_proj', 'model.layers.1.self_attn.q_proj', 'model.layers.1.mlp.up_proj']
-    assert {adapters.short(path) for path in adapters.chosen(build('mamba1'), '')} == {'in_proj', 'x_proj'}
-    assert {adapters.short(path) for path in adapters.chosen(build('mamba2'), '')} == {'in_proj'}
-    assert adapters.with_lora(adapters.lora(build('mamba2'), 'out_proj'))
+    assert {adapters.short_name(path) for path in adapters.find_targets(build('mamba1'), '')} == {'in_proj', 'x_proj'}
+    assert {adapters.short_name(path) for path in adapters.find_targets(build('mamba2'), '')} == {'in_proj'}
+    assert adapters.with_lora(adapters.add_lora(build('mamba2'), 'out_proj'))
 
 
 def test_dropout_is_of_training_alone():
@@ -168,7 +168,7 @@ def test_prefix_is_what_was_read(name):
     """A prefix that was made from tokens has the effect of these tokens; forward and steps agree, and gradients reach all of it."""
     base = perturb(build(name))
     ids, (idx, targets) = tokens(7), tokens(2, 2, 30)
-    net = adapters.prefix(copy.deepcopy(base), 7, ids)
+    net = adapters.add_prefix(copy.deepcopy(base), 7, ids)
     with torch.no_grad():
         want = base(torch.cat((ids.expand(2, 7), idx), 1))[0][:, 7:]
         assert_close(net(idx)[0], want)
@@ -207,9 +207,9 @@ def test_gradient_of_a_prefix_is_the_slope_of_the_loss(name):
 
 
 def test_what_a_prefix_cannot_be():
-    net = adapters.prefix(build('gpt'), 7)
-    for text, action in (('two prefixes', lambda: adapters.prefix(net, 7)), ('merged', lambda: adapters.merge(net)),
-                         ('from 1 to 20', lambda: adapters.prefix(build('gpt-gqa-window'), 21))):
+    net = adapters.add_prefix(build('gpt'), 7)
+    for text, action in (('two prefixes', lambda: adapters.add_prefix(net, 7)), ('merged', lambda: adapters.merge_adapters(net)),
+                         ('from 1 to 20', lambda: adapters.add_prefix(build('gpt-gqa-window'), 21))):
         with pytest.raises(ValueError, match=text):
             action()
 
@@ -218,19 +218,19 @@ def test_what_a_prefix_cannot_be():
 
 def test_loras_of_one_base_add_up(monkeypatch):
     base, one = adapted('gpt')
-    other = adapters.lora(copy.deepcopy(base), 'q_proj', 4, 4.0)
+    other = adapters.add_lora(copy.deepcopy(base), 'q_proj', 4, 4.0)
     for p in trained(other).values():
         p.data += 0.1 * torch.randn_like(p)
     a, b = saved(one, LORA, base), saved(other, dict(LORA, targets='q_proj', rank=4, alpha=4.0), base)
-    net = adapters.attach(adapters.attach(copy.deepcopy(base), a), b, 0.5)
+    net = adapters.attach_adapter(adapters.attach_adapter(copy.deepcopy(base), a), b, 0.5)
     want = {name: w.clone() for name, w in base.state_dict().items()}
-    for delta, weight in ((adapters.merge(one), 1), (adapters.merge(other), 0.5)):
+    for delta, weight in ((adapters.merge_adapters(one), 1), (adapters.merge_adapters(other), 0.5)):
         for name, w in delta.state_dict().items():
             want[name] += weight * (w - base.state_dict()[name])
-    for name, w in adapters.merge(net).state_dict().items():
+    for name, w in adapters.merge_adapters(net).state_dict().items():
         assert_close(w, want[name], 1e-6)
-    for text, action in (('another base', lambda: adapters.attach(perturb(build('gpt')), a)),
-                         ('no weight', lambda: adapters.attach(copy.deepcopy(base), a, float('nan')))):
+    for text, action in (('another base', lambda: adapters.attach_adapter(perturb(build('gpt')), a)),
+                         ('no weight', lambda: adapters.attach_adapter(copy.deepcopy(base), a, float('nan')))):
         with pytest.raises(ValueError, match=text):
             action()
 
@@ -240,18 +240,18 @@ def test_merged_weights_are_the_same_bits_on_every_machine():
     base, net = adapted('gpt')
     want = {f'{path}.weight': (linear.lora['default'].B.double()[:, :, None] * linear.lora['default'].A.double()).sum(1) * 2
             for path, linear in adapters.with_lora(net).items()}
-    found = adapters.merge(net).state_dict()
+    found = adapters.merge_adapters(net).state_dict()
     for name, change in want.items():
         assert torch.equal(found[name], base.state_dict()[name] + change.float())
 
 
 def test_lora_and_prefix_stand_on_one_base():
     base, one = adapted('hybrid')
-    _, two = base, adapters.prefix(copy.deepcopy(base), 7)
+    _, two = base, adapters.add_prefix(copy.deepcopy(base), 7)
     net = copy.deepcopy(base)
     for ckpt in (saved(two, PREFIX, base), saved(one, LORA, base)):
-        adapters.attach(net, ckpt)
-    adapters.prefix(one, 7)
+        adapters.attach_adapter(net, ckpt)
+    adapters.add_prefix(one, 7)
     for layer, value in trained(one).items():
         value.data = dict(two.named_parameters())[layer].data if layer.startswith('prefix') else value.data
     idx = tokens(2, 20)
@@ -279,7 +279,7 @@ def peers(peer, folder, kind, **how):
     theirs.load_state_dict(base.state_dict())
     theirs.save_pretrained(folder / 'base')
     net = copy.deepcopy(base)
-    adapters.add(net, dict(LORA, **how) if kind == 'lora' else PREFIX)
+    adapters.add_adapter(net, dict(LORA, **how) if kind == 'lora' else PREFIX)
     for p in trained(net).values():
         p.data += 0.1 * torch.randn_like(p)
     return base, net, saved(net, dict(LORA, **how) if kind == 'lora' else PREFIX, base)
@@ -307,7 +307,7 @@ def test_peft_reads_what_is_written(peft, tmp_path, monkeypatch, peer, kind, tar
         found = to_peft.verify_peft(ckpt, net, tmp_path)
         assert found['ok'] and found['logits'] <= 1e-4
         theirs.save_pretrained(tmp_path / 'again')          # and back
-        again = adapters.attach(copy.deepcopy(base), from_peft.read_peft(tmp_path / 'again'))
+        again = adapters.attach_adapter(copy.deepcopy(base), from_peft.read_peft(tmp_path / 'again'))
         assert_close(again(idx)[0], want)
 
 

@@ -43,7 +43,7 @@ def build(kind, **fields):
 def model(kind, way='float32'):
     family, fields = KINDS[kind]
     net = build(family, **fields)
-    return net if way == 'float32' else quantize.quantize(net, way)
+    return net if way == 'float32' else quantize.quantize_model(net, way)
 
 
 def tokens(n, B=2, seed=0):
@@ -115,7 +115,7 @@ def test_sizes_that_fill_no_vector(kind, way, replays):
     family, fields = KINDS[kind]
     odd = dict(gpt=dict(n_embd=72, head_dim=16), mamba=dict(n_embd=40), hybrid=dict(n_embd=40, head_dim=16))
     net = build(family, **{**fields, **odd[family], 'vocab_size': 51})
-    net = net if way == 'float32' else quantize.quantize(net, way)
+    net = net if way == 'float32' else quantize.quantize_model(net, way)
     for B in (1, 3, 7, 32):
         before = len(replays)
         assert close(walk(net, 4, B=B)[0], walk(net, 4, B=B, step=by_model)[0])
@@ -184,9 +184,9 @@ def test_rows_that_are_taken_and_joined(kind, replays):
 
     def shuffle(step):
         a, b = walk(net, 12, step=step)[1], walk(net, 70, B=1, seed=1, step=step)[1]
-        state = generation.join([a, b])                     # caches of different lengths
+        state = generation.join_states([a, b])                     # caches of different lengths
         out, state = walk(net, 3, state, B=3, step=step)
-        more, _ = walk(net, 3, {name: generation.take(value, [2, 0]) for name, value in state.items()}, step=step)
+        more, _ = walk(net, 3, {name: generation.select_rows(value, [2, 0]) for name, value in state.items()}, step=step)
         return torch.cat((out.flatten(), more.flatten()))
     got = shuffle(decode.step)
     assert len(replays) >= 85
@@ -239,12 +239,12 @@ def test_a_changed_model_takes_no_old_plan(kind, change, replays):
         with torch.no_grad():
             [p.mul_(1.1) for p in net.parameters()]
     elif change == 'quantize':
-        quantize.quantize(net, 'int8')
+        quantize.quantize_model(net, 'int8')
     elif change in ('lora', 'merge'):
-        adapters.lora(net, target)
+        adapters.add_lora(net, target)
         with torch.no_grad():
             [p.add_(0.1) for name, p in net.named_parameters() if '.lora.' in name]
-        adapters.merge(net) if change == 'merge' else None
+        adapters.merge_adapters(net) if change == 'merge' else None
         net.eval()
     elif change == 'double':
         net.double().float()

@@ -28,7 +28,7 @@ MODELS = {
     "hybrid-parallel": ("hybrid", dict(SIZE, n_head=3, ssm_head_dim=16, state_size=16, layout="parallel", low_rank=24, tie_embeddings=False)),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
-every_way = pytest.mark.parametrize("how", quantize.WAYS)
+every_way = pytest.mark.parametrize("how", quantize.PRECISIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_many_rows_go_over_all_threads():
 def test_a_quantized_model_generates_as_it_reads(name, how, plain):
     """Its logits token by token are those of one that has the rounded weights in fp32, however it computes."""
     net, idx = build(name), tokens(3, 24)
-    rounded, before = quantize.quantize(copy.deepcopy(net), how), net(idx)[0]
+    rounded, before = quantize.quantize_model(copy.deepcopy(net), how), net(idx)[0]
     want = rounded(idx)[0]
     assert 0 < (want - before).abs().max() < (1 if how == "int4" else 0.1) * before.abs().max()
     dense = copy.deepcopy(net)
@@ -184,7 +184,7 @@ def test_a_step_leaves_a_learned_beginning_alone():
 def test_state_dict_round_trip(name, how, capsys):
     net = build(name)
     ckpt = dict(kind=MODELS[name][0], config=checkpoint.config_of(net), quantized=how)
-    quantize.quantize(net, how)
+    quantize.quantize_model(net, how)
     file = io.BytesIO()
     torch.save(ckpt | dict(weights=net.state_dict()), file)
     file.seek(0)
@@ -208,7 +208,7 @@ def test_size(kind, how, limit):
     size = lambda: sum({id(t): t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())}.values())
     before = size()
     with torch.device("meta"):
-        quantize.prepare(net, how)
+        quantize.prepare_quantized(net, how)
     assert size() < limit * before
 
 
@@ -216,7 +216,7 @@ def test_size(kind, how, limit):
 def test_what_stays_exact(name):
     net = build(name)
     before = dict(net.state_dict())
-    quantize.quantize(net, "int4")
+    quantize.quantize_model(net, "int4")
     kept = {n for n in net.state_dict() if n in before}
     lost = {n for n in before if n not in kept}
     assert all(n.endswith("_proj.weight") or "experts." in n or "embed" in n or n.startswith("lm_head") or ".down." in n or ".up." in n
@@ -226,17 +226,17 @@ def test_what_stays_exact(name):
 
 
 def test_refusals():
-    net = quantize.quantize(build("gpt"), "int8")
+    net = quantize.quantize_model(build("gpt"), "int8")
     with pytest.raises(ValueError, match="cannot be trained"):
         net.train()
     with pytest.raises(ValueError, match="rounded before"):
-        quantize.quantize(net, "int4")
+        quantize.quantize_model(net, "int4")
     with pytest.raises(ValueError, match="int3"):
-        quantize.quantize(build("gpt"), "int3")
+        quantize.quantize_model(build("gpt"), "int3")
 
 
 def test_without_a_compiler_nothing_else_comes_out(monkeypatch):
-    net, idx = quantize.quantize(build("hybrid"), "int4"), tokens(2, 6)
+    net, idx = quantize.quantize_model(build("hybrid"), "int4"), tokens(2, 6)
     _, state = net.step(idx)
     fast, _ = net.step(idx[:, :1], copy.deepcopy(state))
     assert native.library() is None or ops.one_token(torch.zeros(1, 1, 4)) is False      # gradients are wanted here

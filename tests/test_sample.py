@@ -17,7 +17,7 @@ from mambino.sample import generation
 import model_gpt
 from mambino.sample import sessions
 from mambino import tokenizer
-from mambino.sample.generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, generate, largest, leading, logprobs_of, pick, read, surprise
+from mambino.sample.generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, generate, fast_topk, nucleus_candidates, logprobs_of, sample_token, prefill, token_losses
 from model_gpt import GPT, GPTConfig
 from mambino.sample.sessions import Session
 from helpers.models import CONFIG, LLAMA, PEERS, SSM2, V, perturb, theirs
@@ -82,7 +82,7 @@ def test_seed_decides(run, kind):
 
 def drawn(logits, n=2000, **how):
     """The share of each token among n draws."""
-    ids = pick(torch.tensor(logits).log().expand(n, -1), generator=torch.Generator().manual_seed(0), **how)
+    ids = sample_token(torch.tensor(logits).log().expand(n, -1), generator=torch.Generator().manual_seed(0), **how)
     assert ids.shape == (n,) and ids.dtype == torch.int64
     return (torch.bincount(ids, minlength=len(logits)) / n).tolist()
 
@@ -114,15 +114,15 @@ def test_a_large_vocabulary_is_not_sorted():
     for size in (33, 5000, 50_257):
         x = torch.randn(5, size)
         for k in (1, 7, 200):
-            values, index = largest(x, min(k, size))
+            values, index = fast_topk(x, min(k, size))
             assert torch.equal(values, x.topk(min(k, size)).values) and torch.equal(x.gather(1, index), values)
         for scale in (0.1, 9.0):                                                # where some hundred tokens are not, and are enough
             weights = (x * scale).softmax(-1)
-            values, index = leading(weights, torch.full((5, 1), 0.9))
+            values, index = nucleus_candidates(weights, torch.full((5, 1), 0.9))
             order = weights.sort(descending=True)
             assert torch.equal(values, order.values[:, :values.shape[1]]) and (values.sum(-1) >= 0.9).all()
             assert torch.equal(weights.gather(1, index), values) and (size < 5000 or scale == 0.1 or values.shape[1] < size)
-            got = {int(pick(x[:1] * scale, top_p=0.3)) for _ in range(40)}
+            got = {int(sample_token(x[:1] * scale, top_p=0.3)) for _ in range(40)}
             allowed = order.values[0].cumsum(-1) - order.values[0] < 0.3
             assert got <= set(order.indices[0][allowed].tolist())
 
@@ -130,7 +130,7 @@ def test_a_large_vocabulary_is_not_sorted():
 def test_filters_work_row_by_row():
     logits = torch.tensor([[9., 8, -9, -9], [-9, -9, 8, 9]])
     for how in (dict(top_k=2), dict(top_p=0.9), dict(min_p=0.1)):
-        rows = torch.stack([pick(logits, **how) for _ in range(50)])
+        rows = torch.stack([sample_token(logits, **how) for _ in range(50)])
         assert set(rows[:, 0].tolist()) <= {0, 1} and set(rows[:, 1].tolist()) <= {2, 3}
 
 
@@ -321,7 +321,7 @@ def test_a_row_is_what_it_is_alone(net, how):
     while waiting or active:
         fresh, waiting = waiting[:3 - len(active)], waiting[3 - len(active):]
         if fresh:
-            rows.add([read(net, PROMPTS[n]) for n in fresh])
+            rows.add([prefill(net, PROMPTS[n]) for n in fresh])
         active += fresh
         ids = rows.draw(generator=[generators[n] for n in active], **how)
         for n, i in zip(active, ids.tolist()):
@@ -344,7 +344,7 @@ def test_of_a_prompt_only_the_last_logits_are_computed(net):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
     after = idx.new_tensor([[1], [2], [3]])
     torch.testing.assert_close(net.step(after, state)[0], net(torch.cat((idx, after), 1))[0][:, -1:], atol=1e-4, rtol=0)
-    read(net, list(range(50)))
+    prefill(net, list(range(50)))
     assert heads == [1, 1, 17] + [1] * (len(heads) - 3) and len(heads) > 3
 
 
@@ -357,9 +357,9 @@ def test_beyond_block_size_a_token_sees_a_window_however_it_is_read():
     want = windowed(ids[None])[0][0]
     assert (want - net(ids[None])[0][0])[16:].abs().max() > 0.1
     for place in (1, 10, 16, 20, 69):
-        _, state, _ = read(net, ids[:place])
-        torch.testing.assert_close(read(net, ids[place:], state)[0][0], want[-1], atol=1e-4, rtol=0)
-    assert len(torch.cat(list(surprise(net, ids, 5)))) == 70
+        _, state, _ = prefill(net, ids[:place])
+        torch.testing.assert_close(prefill(net, ids[place:], state)[0][0], want[-1], atol=1e-4, rtol=0)
+    assert len(torch.cat(list(token_losses(net, ids, 5)))) == 70
 
 
 def write_lines(name, lines):
@@ -420,25 +420,25 @@ def test_repetition_penalty_is_that_of_transformers(pair):
     assert got[1.5] == want != got[1.0]
     processor = pytest.importorskip('transformers').RepetitionPenaltyLogitsProcessor(1.7)
     rows, texts = Rows(our, V, 1.7), torch.tensor([[1, 2, 2, 3], [4, 5, 6, 7]])
-    rows.add([read(our, ids) for ids in texts.tolist()])
+    rows.add([prefill(our, ids) for ids in texts.tolist()])
     for _ in range(3):
-        torch.testing.assert_close(rows.fair(rows.logits), processor(texts, rows.logits))
+        torch.testing.assert_close(rows.penalized(rows.logits), processor(texts, rows.logits))
         ids = rows.draw(temperature=0)
         texts = torch.cat((texts, ids[:, None]), 1)
         rows.advance(ids)
 
 
 @torch.no_grad()
-def test_surprise_is_the_loss_of_transformers(pair, monkeypatch):
+def test_token_losses_are_the_loss_of_transformers(pair, monkeypatch):
     our, their = pair
     ids = torch.randint(V, (90,))
-    nats = torch.cat(list(surprise(our, ids.tolist(), 9)))
+    nats = torch.cat(list(token_losses(our, ids.tolist(), 9)))
     whole = torch.cat((torch.tensor([9]), ids))
     assert nats.mean().item() == pytest.approx(their(whole[None], labels=whole[None]).loss.item(), abs=1e-5)
     monkeypatch.setattr(generation, 'PREFILL', 7)
-    torch.testing.assert_close(torch.cat(list(surprise(our, ids, 9))), nats, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(list(token_losses(our, ids, 9))), nats, atol=1e-4, rtol=0)
     want = torch.log_softmax(their(whole[None, :-1]).logits[0, -1], -1)
-    (own, others), = logprobs_of(read(our, whole[:-1])[0], ids[-1:], 3, V)
+    (own, others), = logprobs_of(prefill(our, whole[:-1])[0], ids[-1:], 3, V)
     assert own == pytest.approx(want[ids[-1]].item(), abs=1e-4)
     assert [i for i, _ in others] == want.topk(3).indices.tolist()
     assert [p for _, p in others] == pytest.approx(want.topk(3).values.tolist(), abs=1e-4)
@@ -531,7 +531,7 @@ def test_a_session_goes_on_as_if_it_had_not_stopped(net, tmp_path):
     first = drawn_in(told, net, 20, [1, 2, 3])
     second = drawn_in(told, net, 20, [4, 5])
     ids = [1, 2, 3] + first + [4, 5]
-    logits, _, _ = read(net, ids)
+    logits, _, _ = prefill(net, ids)
     torch.testing.assert_close(next(again.go_on(net, TOK, ids))[1], logits)
     assert list(told.tokens) == ids + second
 
@@ -652,20 +652,20 @@ def test_a_writer_takes_the_same_time_for_every_token():
 
 @torch.no_grad()
 def test_a_learned_beginning_comes_first(net):
-    pytest.importorskip('mambino.weights.adapters').prefix(net, 4)
+    pytest.importorskip('mambino.weights.adapters').add_prefix(net, 4)
     ids = [1, 2, 3]
     for _ in range(9):
         ids.append(int(net(torch.tensor([ids]))[0][0, -1, :50].argmax()))
     assert [int(i) for i in generate(net, ids[:3], 1, 9, 50, temperature=0)] == ids[3:]
     assert [int(i) for i in generate(net, [1], 1, 40, 50, temperature=0)]      # and beyond block_size
-    nats = torch.cat(list(surprise(net, ids[1:], ids[0])))
+    nats = torch.cat(list(token_losses(net, ids[1:], ids[0])))
     assert nats.mean().item() == pytest.approx(net(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[1].item(), abs=1e-4)
 
 
 def test_smaller_weights_are_asked_for(run, monkeypatch):
     quantize, asked = pytest.importorskip('mambino.weights.quantize'), []
-    whole = quantize.quantize
-    monkeypatch.setattr(quantize, 'quantize', lambda net, how: (asked.append(how), whole(net, how)))
+    whole = quantize.quantize_model
+    monkeypatch.setattr(quantize, 'quantize_model', lambda net, how: (asked.append(how), whole(net, how)))
     for flags in ('', '--dtype=float32', '--dtype=bfloat16', '--quantize=int8', '--quantize=int4 --dtype=bfloat16'):
         assert len(run('bpe', flags)) > 2
     assert asked == ['bfloat16', 'int8', 'int4']
@@ -675,12 +675,12 @@ def test_adapters_change_the_model_by_their_weight(run):
     adapters = pytest.importorskip('mambino.weights.adapters')
     net, _ = open_run('char')
     made_for = checkpoint.fingerprint(net.state_dict())
-    adapters.lora(net, rank=4)
+    adapters.add_lora(net, rank=4)
     perturb(torch.nn.ParameterList(p for p in net.parameters() if p.requires_grad), 0.3)
     ckpt = checkpoint.load_checkpoint('char')
     how = dict(type='lora', rank=4, alpha=16.0, dropout=0.0, targets='', base='char', base_at=os.path.abspath('char'), base_fingerprint=made_for)
     os.makedirs('tuned', exist_ok=True)
-    checkpoint.save_checkpoint('tuned/ckpt.pt', ckpt | dict(adapter=how, weights=adapters.state(net, 'default')))
+    checkpoint.save_checkpoint('tuned/ckpt.pt', ckpt | dict(adapter=how, weights=adapters.adapter_state(net, 'default')))
     plain, tuned = run('char'), run('char', '--adapters=tuned')
     assert tuned != plain == run('char', '--adapters=tuned:0')
     assert tuned == run('char', '--adapters=tuned:0.25,tuned:0.75') == run('tuned')

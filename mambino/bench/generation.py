@@ -52,7 +52,7 @@ def config_of(kind):
 def ours(kind, how):
     torch.manual_seed(0)
     net = checkpoint.build(*config_of(kind)).eval()
-    return net if how == 'float32' else quantize.quantize(net, how)
+    return net if how == 'float32' else quantize.quantize_model(net, how)
 
 
 def theirs(kind, dtype):
@@ -175,9 +175,9 @@ def ratio(a, b):
 
 
 def main():
-    if not (new_tokens >= 1 and rounds >= 1 and prompt >= 1 and set(ways.split(',')) <= {'float32', *quantize.WAYS}):
+    if not (new_tokens >= 1 and rounds >= 1 and prompt >= 1 and set(ways.split(',')) <= {'float32', *quantize.PRECISIONS}):
         fail(f'new_tokens={new_tokens}, rounds={rounds} and prompt={prompt} must be at least 1, ways={ways} some of float32, '
-             + ', '.join(quantize.WAYS))
+             + ', '.join(quantize.PRECISIONS))
     torch.set_num_threads(threads or torch.get_num_threads())
     print(f'{torch.get_num_threads()} threads, memory copied at {copy_bandwidth("cpu") / 1e9:.1f} GB/s; prompts of {prompt} tokens, {new_tokens} new ones, {rounds} rounds')
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ def write_peft(ckpt, folder, base_folder):
         for name, why in (('out_proj', 'peft refuses a LoRA on'), ('dt_proj', 'transformers would not see a LoRA on')):
             if ckpt['kind'] == 'mamba' and any(path.endswith(name) for path in paths):
                 raise ValueError(f'{why} the {name} of a Mamba: export the merged model, or leave it out of --lora_targets')
-        targets = [name.strip() for name in how['targets'].split(',') if name.strip()] or sorted({adapters.short(path) for path in paths})
+        targets = [name.strip() for name in how['targets'].split(',') if name.strip()] or sorted({adapters.short_name(path) for path in paths})
         common |= dict(peft_type='LORA', r=how['rank'], lora_alpha=how['alpha'], lora_dropout=how['dropout'], target_modules=targets,
                        bias='none', fan_in_fan_out=False)
         tensors = {'base_model.model.' + key: value for key, value in ckpt['weights'].items()}

@@ -1,7 +1,7 @@
 """Token ids and what comes after them: states, rows side by side, the next token, beams, the surprise of a text. Nothing is printed here.
 
     rows = Rows(net, tok.vocab_size)
-    rows.add([read(net, ids) for ids in prompts])               # prompts of any lengths, side by side
+    rows.add([prefill(net, ids) for ids in prompts])               # prompts of any lengths, side by side
     ids = rows.draw(temperature=0.8, generator=generators)      # (B,) the next token of each row
     rows.keep([0, 2]); rows.advance(ids[[0, 2]])                # row 1 is done; one `step` of the model for the others
 
@@ -58,7 +58,7 @@ def chunks(net, ids):
     return ids[None].split(min(PREFILL, net.config.block_size) if grows else PREFILL, 1)
 
 
-def numbers(x):
+def require_finite(x):
     """x, or the end of the program where not all of it are numbers."""
     if not x.isfinite().all():
         fail('the model computes no numbers (nan or inf): its training diverged, or --dtype is too small for it; try --dtype=float32, '
@@ -67,14 +67,14 @@ def numbers(x):
 
 
 @torch.no_grad()
-def read(net, ids, state=None):
+def prefill(net, ids, state=None):
     """Reads ids, one or more, after what `state` stands for → (logits (1, V) of the next token, state, ids)."""
     for chunk in chunks(net, ids):
         logits, state = step(net, chunk, state, last=True)
-    return numbers(logits[:, -1]), state, ids
+    return require_finite(logits[:, -1]), state, ids
 
 
-def join(states):
+def join_states(states):
     """One state of all rows of these states of one model; caches of different lengths are padded."""
     sizes = [(int(state['pos'].max()), value.shape[2]) for state in states for name, value in state.items() if is_cache(name)]
     rings = [size for pos, size in sizes if pos > size]                         # a ring that has come round keeps its size
@@ -82,7 +82,7 @@ def join(states):
     return {name: torch.cat([resized(state[name], size) if is_cache(name) else state[name] for state in states]) for name in states[0]}
 
 
-def take(tensor, rows):
+def select_rows(tensor, rows):
     """tensor[rows], for a list of row numbers."""
     return tensor.index_select(0, torch.tensor(rows, dtype=torch.long, device=tensor.device))
 
@@ -98,7 +98,7 @@ def uniform(generator, B, device):
     return drawn.to(device, non_blocking=True)                                  # waits for no GPU
 
 
-def largest(x, k):
+def fast_topk(x, k):
     """x.topk(k) of x (B, V) → (B, k) values in order, indices. On a CPU in half the time: among V/16 groups, only those with the k largest
     members can hold one of the k largest."""
     B, V = x.shape
@@ -112,15 +112,15 @@ def largest(x, k):
     return values, index.gather(1, place)
 
 
-def pick(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
     """Draws a token for each row of logits (B, V) → (B,) int64. The filters apply in the order top-k, min-p, top-p.
 
     generator: see `uniform`. min-p: Nguyen et al. 2024; top-p (nucleus): Holtzman et al. 2020."""
     logits, index = logits.float(), None
     if temperature == 0:
-        return largest(logits, 1)[1][:, 0]
+        return fast_topk(logits, 1)[1][:, 0]
     if 0 < top_k < logits.shape[-1]:
-        logits, index = largest(logits, top_k)                                  # what follows costs k, not V
+        logits, index = fast_topk(logits, top_k)                                  # what follows costs k, not V
     top = logits[:, :1] if index is not None else logits.amax(-1, keepdim=True)
     weights = ((logits - top) / max(temperature, 1e-30)).exp()                  # probabilities times a number of each row; the largest is 1
     if min_p > 0:
@@ -128,7 +128,7 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None)
     if top_p < 1:
         enough = top_p * weights.sum(-1, keepdim=True)
         if index is None:
-            weights, index = leading(weights, enough)
+            weights, index = nucleus_candidates(weights, enough)
         weights = weights.masked_fill(weights.cumsum(-1) - weights >= enough, 0)  # the token that reaches top_p stays
     below = weights.cumsum(-1)
     u = uniform(generator, len(weights), weights.device).clamp(max=1 - 2**-23)  # less than all, rounded or not
@@ -136,11 +136,11 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None)
     return (place if index is None else index.gather(1, place))[:, 0]
 
 
-def leading(weights, enough):
+def nucleus_candidates(weights, enough):
     """The largest of weights (B, V) in order, at least so many that they sum up to `enough` (B, 1), and their indices. Sorting all is what
     a CPU is slow at, and some hundred mostly do."""
     if weights.device.type == 'cpu' and weights.shape[-1] > 4096:
-        values, index = largest(weights, 512)
+        values, index = fast_topk(weights, 512)
         if bool((values.sum(-1, keepdim=True) >= enough).all()):
             return values, index
     return weights.sort(descending=True)
@@ -164,11 +164,11 @@ class Rows:
 
     @torch.no_grad()
     def add(self, prompts):
-        """New rows: of each prompt what `read` returned, (logits, state, ids); the ids may be more, and are only for the penalty."""
+        """New rows: of each prompt what `prefill` returned, (logits, state, ids); the ids may be more, and are only for the penalty."""
         logits, states, texts = zip(*prompts)
         old = self.state is not None
         self.logits = torch.cat(([self.logits] if old else []) + list(logits))
-        self.state = join(([self.state] if old else []) + list(states))
+        self.state = join_states(([self.state] if old else []) + list(states))
         if self.penalty != 1:
             factors = torch.ones(len(texts), self.vocab_size)
             for row, ids in zip(factors, texts):
@@ -176,10 +176,10 @@ class Rows:
             self.factors = torch.cat(([self.factors] if old else []) + [factors.to(self.logits.device)])
 
     def draw(self, **how):
-        """The next token of each row, (B,). how: see `pick`."""
-        return pick(self.fair(self.logits), **how)
+        """The next token of each row, (B,). how: see `sample_token`."""
+        return sample_token(self.penalized(self.logits), **how)
 
-    def fair(self, scores):
+    def penalized(self, scores):
         """Scores (B, V or more) of the tokenizer's ids; of what is there already divided by the penalty, or if negative multiplied (CTRL,
         Keskar et al. 2019)."""
         scores = scores[:, :self.vocab_size].float()
@@ -201,17 +201,17 @@ class Rows:
         if not rows:
             self.logits = self.state = self.factors = None
         elif rows != list(range(len(self.logits))):
-            self.logits = take(self.logits, rows)
-            self.state = {name: take(value, rows) for name, value in self.state.items()}
-            self.factors = take(self.factors, rows) if self.penalty != 1 else None
+            self.logits = select_rows(self.logits, rows)
+            self.state = {name: select_rows(value, rows) for name, value in self.state.items()}
+            self.factors = select_rows(self.factors, rows) if self.penalty != 1 else None
 
 
 def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_penalty=1.0, **how):
     """Yields (num_samples,) ids again and again: the next token of each continuation of prompt (T ≥ 1 ids).
 
-    max_new_tokens=0: without end. how: see `pick`. The prompt is read once, its state shared by all samples."""
+    max_new_tokens=0: without end. how: see `sample_token`. The prompt is read once, its state shared by all samples."""
     rows = Rows(net, vocab_size, repetition_penalty)
-    rows.add([read(net, prompt)] * num_samples)
+    rows.add([prefill(net, prompt)] * num_samples)
     for n in count(1):
         ids = rows.draw(**how)
         yield ids
@@ -228,11 +228,11 @@ def beam_search(net, prompt, beams, max_new_tokens, vocab_size, ends, length_pen
     score: the sum of the tokens' logprobs / number of tokens ** length_penalty. ends(ids): whether a continuation ends here. It goes on
     until none of the running beams, were it to end now, is better than the worst that ended (transformers' early_stopping=False)."""
     rows = Rows(net, vocab_size, repetition_penalty)
-    rows.add([read(net, prompt)])
+    rows.add([prefill(net, prompt)])
     running, finished = [(0.0, [])], []                                         # (sum of logprobs, ids)
     for n in count(1):
         sums = torch.tensor([[total] for total, _ in running], device=rows.logits.device)
-        sums = rows.fair(rows.logits.float().log_softmax(-1)) + sums            # (B, V)
+        sums = rows.penalized(rows.logits.float().log_softmax(-1)) + sums            # (B, V)
         best, index = sums.flatten().topk(min(2 * beams, sums.numel()))         # enough, even if each beam has one that ends
         before, parents, running = running, [], []
         for rank, (total, place) in enumerate(zip(best.tolist(), index.tolist())):
@@ -252,12 +252,12 @@ def beam_search(net, prompt, beams, max_new_tokens, vocab_size, ends, length_pen
 
 
 @torch.no_grad()
-def surprise(net, ids, first):
+def token_losses(net, ids, first):
     """Yields the nats (t,) of ids, an array or tensor, chunk after chunk; the first one's after the token `first`."""
     ids, state = torch.as_tensor(ids, dtype=torch.long), None
     for inputs, targets in zip(chunks(net, torch.cat((torch.tensor([first]), ids[:-1]))), chunks(net, ids)):
         logits, state = step(net, inputs, state)
-        yield numbers(F.cross_entropy(logits[0].float(), targets[0], reduction='none'))
+        yield require_finite(F.cross_entropy(logits[0].float(), targets[0], reduction='none'))
 
 
 # --- text ⇄ ids -------------------------------------------------------------------------------------------------------

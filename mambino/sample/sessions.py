@@ -17,7 +17,7 @@ import torch
 
 from mambino.weights import checkpoint
 from mambino.configurator import fail
-from mambino.sample.generation import Rows, read
+from mambino.sample.generation import Rows, prefill
 
 PARTS = {'fingerprint', 'tokens', 'unread', 'state', 'generator'}
 
@@ -38,7 +38,7 @@ class Session:
             self.unread = []
         ids = ids or ([] if self.unread else [tok.eot])                         # nothing at all: a new document
         self.tokens.extend(ids)
-        logits, self.state, _ = read(net, [*self.unread, *ids], self.state)
+        logits, self.state, _ = prefill(net, [*self.unread, *ids], self.state)
         self.unread, rows = [], Rows(net, tok.vocab_size, repetition_penalty)
         rows.add([(logits, self.state, self.tokens)])
         while True:

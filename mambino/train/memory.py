@@ -104,7 +104,7 @@ def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumul
     with torch.random.fork_rng(devices=[]), fake_tensor.FakeTensorMode() if fake else nullcontext(), Live() as live:
         net = checkpoint.build(kind, dict(config))
         if adapter:
-            adapters.add(net, dict(adapter))
+            adapters.add_adapter(net, dict(adapter))
         net.gradient_checkpointing = checkpointing
         for module in net.modules():                        # attention keeps a seed of its dropout, no mask; but here it would ask
             if isinstance(getattr(module, 'dropout', None), float):  # for that number, or take the (T, T) path of a CPU

@@ -1,7 +1,7 @@
 """Reads an adapter: of train.py, or what peft saved in a folder.
 
-    adapters.attach(net, load_adapter('out-mine'))          # a run of train.py --adapter=
-    adapters.attach(net, load_adapter('peft-folder'))       # adapter_config.json and adapter_model.safetensors
+    adapters.attach_adapter(net, load_adapter('out-mine'))          # a run of train.py --adapter=
+    adapters.attach_adapter(net, load_adapter('peft-folder'))       # adapter_config.json and adapter_model.safetensors
 """
 import json
 import math

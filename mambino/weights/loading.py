@@ -22,7 +22,7 @@ def model_of(ckpt):
             return with_base(ckpt).eval()
         net = build(ckpt['kind'], ckpt['config'])
         if ckpt.get('quantized'):
-            quantize.prepare(net, ckpt['quantized'])
+            quantize.prepare_quantized(net, ckpt['quantized'])
         net.load_state_dict(ckpt['weights'])
     except (TypeError, ValueError, RuntimeError) as error:
         fail(f'the checkpoint\'s weights and settings do not fit together: {str(error).splitlines()[0]}')
@@ -66,12 +66,12 @@ def with_base(ckpt, base=None):
     base = base or base_of(ckpt)
     net = build(ckpt['kind'], ckpt['config'])
     net.load_state_dict(base['weights'])
-    return adapters.attach(net, ckpt)
+    return adapters.attach_adapter(net, ckpt)
 
 
 def merged_weights(ckpt, source):
     """The weights of an adapter's checkpoint, its base's with the adapter in them; a prefix ends the program in a line."""
     try:
-        return adapters.merge(model_of(ckpt)).state_dict()
+        return adapters.merge_adapters(model_of(ckpt)).state_dict()
     except ValueError as error:
         fail(f'{source}: {error}')

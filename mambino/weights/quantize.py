@@ -1,194 +1,259 @@
 """Smaller weights for generation: 16, 8 or 4 bits a weight in place of 32, computed with in fp32.
 
     python sample.py --quantize=int4                        # or int8, bfloat16
-    python export.py --format=mambino --quantize=int8       # writes a checkpoint of it
+    python export.py --format=native --quantize=int8        # writes a checkpoint of it
 
     net = loading.model_of(ckpt)
-    quantize.quantize(net, 'int8')                          # in place; from now on it generates, and cannot be trained
+    quantize_model(net, 'int8')         # in place; from now on it generates, and cannot be trained
 
-One token reads every weight once, so on a CPU its time is that of reading them: half the bytes, half the time. Nothing but weights is
-rounded, and they are rounded once:
+One token reads every weight once, so on a CPU its time is that of reading them: half the bytes, half the time. Nothing
+but weights is rounded, and they are rounded once:
 
     bfloat16    the upper 16 of the 32 bits
     int8        a row's weights = its scale times -127 to 127
-    int4        64 weights side by side in a row = scale times 0 to 15, plus zero; of the ways to choose the two the one whose squared
-                error is least. Embeddings and the head, on which more depends, are int8
+    int4        64 weights side by side in a row = scale times 0 to 15, plus zero; of the ways to choose the two the one
+                whose squared error is least. Embeddings and the head, on which more depends, are int8
 
-It takes the matrices of the projections, of experts, the embedding and the head. Norms, convolutions, A, D, the projections of dt, biases
-and routers are small, and stay as they are. A state dict holds what is below, as it is used: `codes`, and `scales` beside them.
+It takes the matrices of the projections, of experts, the embedding and the head. Norms, convolutions, A, D, the
+projections of dt, biases and routers are small, and stay as they are. A state dict holds what is below, as it is used:
+`codes`, and `scales` beside them.
+
+Letters of the shapes: N rows, K columns, E experts; a group is 64 columns.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mambino.kernels import native
-from mambino.kernels import ops
+from mambino.kernels import native, ops
 from model_gpt import Experts
 from model_mamba import TimeStep
 
-WAYS = ('bfloat16', 'int8', 'int4')
-GROUP = 64                                                  # columns that share a scale and a zero in int4
-EXACT = ('gate', 'controller')                              # routers: what they choose must not depend on rounding
+PRECISIONS = ('bfloat16', 'int8', 'int4')
+GROUP = 64                              # columns that share a scale and a zero in int4
+EXACT = ('gate', 'controller')          # routers: what they choose must not depend on rounding
+RANGES = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)     # parts of a group's range that int4 tries to cover
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- from fp32 to codes -----------------------------------------------------------------------------------------------
 
 def to_int8(weight):
     """(N, K) → codes (N, K) int8, scales (N,)."""
     scales = weight.abs().amax(1) / 127
-    return (weight / scales.clamp(min=1e-30)[:, None]).round().to(torch.int8), scales
+    codes = (weight / scales.clamp(min=1e-30)[:, None]).round()
+    return codes.to(torch.int8), scales
 
 
 def to_int4(weight):
     """(N, K) → codes (N, K / 2 rounded up to whole groups) uint8, scales (N, groups, 2) bf16, scale and zero.
 
-    Ranges from all of a group's down to half of it are tried, and each range's scale and zero fitted again to the codes it gives."""
-    w = torch.cat((weight, weight[:, -1:].expand(-1, -weight.shape[1] % GROUP)), 1).unflatten(1, (-1, GROUP))   # (N, groups, 64)
-    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
-    least, codes, best, mean = torch.full_like(low, torch.inf), None, None, w.mean(-1, keepdim=True)
-    for part in (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5):
-        scale, zero = part * (high - low) / 15, (low + high) / 2 - part * (high - low) / 2
+    Ranges from all of a group's down to half of it are tried, and each range's scale and zero fitted again to the codes
+    it gives."""
+    padding = weight[:, -1:].expand(-1, -weight.shape[1] % GROUP)
+    w = torch.cat((weight, padding), 1).unflatten(1, (-1, GROUP))           # (N, groups, 64)
+    mean = w.mean(-1, keepdim=True)
+    low = w.amin(-1, keepdim=True)
+    high = w.amax(-1, keepdim=True)
+    least_error = torch.full_like(low, torch.inf)
+    best = codes = None                                                     # best: codes, scale, zero of the least error
+    for part in RANGES:
+        scale = part * (high - low) / 15
+        zero = (low + high) / 2 - part * (high - low) / 2
         for fit in range(3):
-            if fit:                                                                         # least squares: w ~ scale codes + zero
-                centred = codes - codes.mean(-1, keepdim=True)
-                scale = (centred * (w - mean)).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp(min=1)
-                zero = mean - scale * codes.mean(-1, keepdim=True)
-            scale, zero = scale.bfloat16().float(), zero.bfloat16().float()
+            if fit:                                                         # least squares: w ~ scale codes + zero
+                mean_code = codes.mean(-1, keepdim=True)
+                centred = codes - mean_code
+                variance = centred.square().sum(-1, keepdim=True).clamp(min=1)
+                scale = (centred * (w - mean)).sum(-1, keepdim=True) / variance
+                zero = mean - scale * mean_code
+            scale = scale.bfloat16().float()
+            zero = zero.bfloat16().float()
             codes = ((w - zero) / scale.clamp(min=1e-30)).round().clamp(0, 15)
             error = (codes * scale + zero - w).square().sum(-1, keepdim=True)
-            better = error < least
-            least = torch.where(better, error, least)
-            best = [torch.where(better, new, old) for new, old in zip((codes, scale, zero), best or (codes, scale, zero))]
+            better = error < least_error
+            least_error = torch.where(better, error, least_error)
+            new = (codes, scale, zero)
+            best = [torch.where(better, a, b) for a, b in zip(new, best or new)]
     codes, scale, zero = best
-    low, high = codes.to(torch.uint8).unflatten(-1, (2, -1)).unbind(-2)                     # columns 0 to 31, and 32 to 63
-    return (low | high << 4).flatten(1), torch.cat((scale, zero), -1).bfloat16()
+    first, second = codes.to(torch.uint8).unflatten(-1, (2, -1)).unbind(-2)  # columns 0 to 31, and 32 to 63
+    return (first | second << 4).flatten(1), torch.cat((scale, zero), -1).bfloat16()
 
+
+ENCODERS = {'int8': to_int8, 'int4': to_int4}
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
 
 class Matrix(nn.Module):
-    """A matrix (rows, columns), or of E of them a stack, and how it is kept: its codes, and scales."""
+    """A matrix (N, K), or a stack of E of them, (E, N, K), as it is kept in a precision: its codes, and scales.
 
-    def __init__(self, shape, how):
+                 codes                          scales
+    bfloat16     (N, K) bfloat16                none
+    int8         (N, K) int8                    (N,) fp32
+    int4         (N, groups * 32) uint8         (N, groups, 2) bfloat16"""
+
+    def __init__(self, shape, precision):
         super().__init__()
-        (*stack, rows, columns), groups = shape, -(-shape[-1] // GROUP)
-        self.rows, self.columns, self.how = rows, columns, how
-        kept, dtype = (columns, torch.bfloat16) if how == 'bfloat16' else (columns, torch.int8) if how == 'int8' else (groups * 32, torch.uint8)
-        self.register_buffer('codes', torch.zeros(*stack, rows, kept, dtype=dtype))
-        if how != 'bfloat16':
-            self.register_buffer('scales', torch.zeros(*stack, rows) if how == 'int8' else
-                                 torch.zeros(*stack, rows, groups, 2, dtype=torch.bfloat16))
+        *stack, rows, columns = shape
+        groups = -(-columns // GROUP)
+        self.rows = rows
+        self.columns = columns
+        self.precision = precision
+        if precision == 'bfloat16':
+            self.register_buffer('codes', torch.zeros(*stack, rows, columns, dtype=torch.bfloat16))
+        elif precision == 'int8':
+            self.register_buffer('codes', torch.zeros(*stack, rows, columns, dtype=torch.int8))
+            self.register_buffer('scales', torch.zeros(*stack, rows))
+        elif precision == 'int4':
+            self.register_buffer('codes', torch.zeros(*stack, rows, groups * 32, dtype=torch.uint8))
+            self.register_buffer('scales', torch.zeros(*stack, rows, groups, 2, dtype=torch.bfloat16))
+        else:
+            raise ValueError(f'there is no {precision}, only {", ".join(PRECISIONS)}')
 
     @torch.no_grad()
     def fill(self, weight):
         """Rounds this weight, fp32, and keeps it."""
         weight = weight.detach().float()
-        if self.how == 'bfloat16':
+        if self.precision == 'bfloat16':
             self.codes.copy_(weight)
-        elif weight.ndim == 3:
-            for codes, scales, one in zip(self.codes, self.scales, weight):
-                for to, new in zip((codes, scales), (to_int8 if self.how == 'int8' else to_int4)(one)):
-                    to.copy_(new)
-        else:
-            for to, new in zip((self.codes, self.scales), (to_int8 if self.how == 'int8' else to_int4)(weight)):
-                to.copy_(new)
+            return self
+        encode = ENCODERS[self.precision]
+        if weight.ndim == 2:
+            codes, scales = encode(weight)
+            self.codes.copy_(codes)
+            self.scales.copy_(scales)
+            return self
+        for e, expert in enumerate(weight):
+            codes, scales = encode(expert)
+            self.codes[e].copy_(codes)
+            self.scales[e].copy_(scales)
         return self
 
     @property
     def weight(self):
         """The rounded matrix in fp32."""
-        return self.numbers(self.codes, getattr(self, 'scales', None))
+        return self.dequantize(self.codes, getattr(self, 'scales', None))
 
-    def numbers(self, codes, scales):
-        """Rows of codes with their scales as fp32."""
-        if self.how == 'bfloat16':
+    def dequantize(self, codes, scales):
+        """Rows of codes with their scales as fp32, (…, K)."""
+        if self.precision == 'bfloat16':
             return codes.float()
-        if self.how == 'int8':
+        if self.precision == 'int8':
             return codes.float() * scales[..., None]
-        codes = codes.unflatten(-1, (-1, 1, 32))
-        codes = torch.cat((codes & 15, codes >> 4), -2).flatten(-2).float()                # (..., groups, 64)
-        scale, zero = scales.float().unsqueeze(-1).unbind(-2)
+        codes = codes.unflatten(-1, (-1, 1, 32))                            # (…, groups, 1, 32)
+        codes = torch.cat((codes & 15, codes >> 4), -2).flatten(-2).float()  # (…, groups, 64)
+        scale, zero = scales.float().unsqueeze(-1).unbind(-2)               # (…, groups, 1)
         return (codes * scale + zero).flatten(-2)[..., :self.columns]
 
     def product(self, x, codes, scales):
-        """x (..., columns) @ matrix.T, of these codes and scales."""
+        """x (…, K) @ matrix.T, of these codes and scales → (…, N)."""
         if x.dtype == torch.float32 and native.few(x) and ops.use_native(x):
             return native.linear(x, codes, scales)
-        return F.linear(x, self.numbers(codes, scales).to(x.dtype))
+        return F.linear(x, self.dequantize(codes, scales).to(x.dtype))
 
     def train(self, mode=True):
         if mode:
-            raise ValueError(f'{self.how} weights cannot be trained; train the model they were made from')
+            raise ValueError(f'{self.precision} weights cannot be trained; train the model they were made from')
         return super().train(mode)
 
 
 class Linear(Matrix):
+    """nn.Linear without a bias, for generation."""
 
     def forward(self, x):
         return self.product(x, self.codes, getattr(self, 'scales', None))
 
 
 class Embedding(Matrix):
+    """nn.Embedding, for generation."""
 
     def forward(self, idx):
-        return self.numbers(self.codes[idx], None if self.how == 'bfloat16' else self.scales[idx])
+        scales = None if self.precision == 'bfloat16' else self.scales[idx]
+        return self.dequantize(self.codes[idx], scales)
 
 
 class QuantizedExperts(nn.Module):
-    """Experts, of model_gpt.py, for generation."""
+    """Experts, of model_gpt.py, for generation. x (n, D), sorted by expert, and counts (E,) → (n, D)."""
 
-    def __init__(self, gate_up, down, how):
+    def __init__(self, gate_up_shape, down_shape, precision):
         super().__init__()
-        self.gate_up_proj, self.down_proj = Matrix(gate_up, how), Matrix(down, how)
+        self.gate_up_proj = Matrix(gate_up_shape, precision)
+        self.down_proj = Matrix(down_shape, precision)
 
     def forward(self, x, counts):
-        out, each = [], [list(zip(m.codes, getattr(m, 'scales', m.codes))) for m in (self.gate_up_proj, self.down_proj)]
-        for rows, up, down in zip(x.split(counts.tolist()), *each):
+        outputs = []
+        for e, rows in enumerate(x.split(counts.tolist())):
             if len(rows):
-                out.append(self.down_proj.product(ops.swiglu(*self.gate_up_proj.product(rows, *up).chunk(2, -1)), *down))
-        return torch.cat(out)
+                gate, up = self.expert(self.gate_up_proj, e, rows).chunk(2, -1)
+                outputs.append(self.expert(self.down_proj, e, ops.swiglu(gate, up)))
+        return torch.cat(outputs)
+
+    @staticmethod
+    def expert(matrix, e, x):
+        """x times the matrix of expert e."""
+        scales = None if matrix.precision == 'bfloat16' else matrix.scales[e]
+        return matrix.product(x, matrix.codes[e], scales)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
-def replace(net, how, fill):
-    """Puts modules of this kind into the place of those that have matrices, with their rounded weights if `fill`."""
-    if how not in WAYS:
-        raise ValueError(f'there is no {how}, only {", ".join(WAYS)}')
+@torch.no_grad()
+def quantize_model(net, precision):
+    """Rounds the weights of a model in place to 'bfloat16', 'int8' or 'int4'; returns it. ValueError if that cannot be
+    done."""
+    return replace_matrices(net, precision, fill=True)
+
+
+@torch.no_grad()
+def prepare_quantized(net, precision):
+    """Makes a model, in place, one that loads the state dict of a quantised one; returns it."""
+    return replace_matrices(net, precision, fill=False)
+
+
+def replace_matrices(net, precision, fill):
+    """Puts modules of this precision into the place of those that have matrices, with their rounded weights if `fill`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f'there is no {precision}, only {", ".join(PRECISIONS)}')
     if any(isinstance(module, Matrix) for module in net.modules()):
         raise ValueError('the weights have been rounded before; begin with the model they were made from')
-    careful = 'int8' if how == 'int4' else how
-    embedding, tied = net.embedding(), net.lm_head.weight is net.embedding().weight
-
-    def put(parent, name, new, *weights):
-        old = getattr(parent, name)
-        for module, weight in zip((new,) if isinstance(new, Matrix) else (new.gate_up_proj, new.down_proj), weights if fill else ()):
-            module.fill(weight)
-        for hung, part in old.named_children():                                             # an adapter stays, as it is
-            new.add_module(hung, part)
-        new._forward_hooks.update(old._forward_hooks)
-        setattr(parent, name, new.to(weights[0].device))
+    embedding = net.embedding()
+    tied = net.lm_head.weight is embedding.weight
+    careful = 'int8' if precision == 'int4' else precision      # of the embedding and the head
 
     for parent in list(net.modules()):
         for name, module in list(parent.named_children()):
             if module is embedding:
-                put(parent, name, Embedding(module.weight.shape, careful), module.weight)
+                new = Embedding(module.weight.shape, careful)
+                if fill:
+                    new.fill(module.weight)
             elif isinstance(module, Experts):
-                put(parent, name, QuantizedExperts(module.gate_up_proj.shape, module.down_proj.shape, how), module.gate_up_proj, module.down_proj)
-            elif isinstance(module, nn.Linear) and not isinstance(module, TimeStep) and name not in EXACT and not (tied and name == 'lm_head'):
-                put(parent, name, Linear(module.weight.shape, careful if name == 'lm_head' else how), module.weight)
+                new = QuantizedExperts(module.gate_up_proj.shape, module.down_proj.shape, precision)
+                if fill:
+                    new.gate_up_proj.fill(module.gate_up_proj)
+                    new.down_proj.fill(module.down_proj)
+            elif is_rounded(module, name, tied):
+                new = Linear(module.weight.shape, careful if name == 'lm_head' else precision)
+                if fill:
+                    new.fill(module.weight)
+            else:
+                continue
+            keep_adapters(module, new)
+            setattr(parent, name, new.to(next(module.parameters()).device))
     if tied:
         net.lm_head = Linear(embedding.weight.shape, careful)
-        net.lm_head._buffers = net.embedding()._buffers                                     # the same, wherever they are moved to
-    net.quantized = how
+        net.lm_head._buffers = net.embedding()._buffers         # the same, wherever they are moved to
+    net.quantized = precision
     return net.eval()
 
 
-@torch.no_grad()
-def quantize(net, how):
-    """Rounds the weights of a model in place: how is 'bfloat16', 'int8' or 'int4'. ValueError where that cannot be done."""
-    return replace(net, how, True)
+def is_rounded(module, name, tied):
+    """Whether a module of a layer, or the head, is a matrix that is rounded; a tied head is the embedding."""
+    if not isinstance(module, nn.Linear) or isinstance(module, TimeStep) or name in EXACT:
+        return False
+    return not (tied and name == 'lm_head')
 
 
-@torch.no_grad()
-def prepare(net, how):
-    """Makes a model, in place, one that loads the state dict of a quantized one."""
-    return replace(net, how, False)
+def keep_adapters(old, new):
+    """An adapter that hangs on a module hangs on the new one, as it is."""
+    for name, module in old.named_children():
+        new.add_module(name, module)
+    new._forward_hooks.update(old._forward_hooks)
