@@ -17,17 +17,16 @@ sequential is the default; at this size the gate costs nothing and gains nothing
 
 `scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, for decoders): the depth
 then leaves the size of an update unchanged. `low_rank=r` makes every projection a product of two thin matrices.
-The parts come from model_gpt.py and model_mamba.py. Letters of the shapes as there.
+The parts come from model_gpt.py and model_mamba.py; the letters of the shapes are theirs.
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from mambino.kernels import native
-from mambino.kernels import ops
-from model_gpt import Attention, GPTConfig, LanguageModel, RMSNorm, SwiGLU, plan_attention
-from model_mamba import Mamba2Mixer, MambaConfig, mamba_flops
+from mambino.language_model import LanguageModel, RMSNorm
+from model_gpt import Attention, GPTConfig, SwiGLU, prepare_attention
+from model_mamba import Mamba2Mixer, MambaConfig
 
 
 @dataclass
@@ -96,23 +95,25 @@ class LowRank(nn.Module):
 
 
 class Layer(nn.Module):
+    state_names = ('k', 'v', *Mamba2Mixer.state_names)
+
     def __init__(self, config):
         super().__init__()
         D, eps = config.n_embd, config.norm_eps
         self.parallel = config.layout == 'parallel'
+        branches = 3 if self.parallel else 2
+        first_scale = (2 * config.n_layer) ** -0.25                             # DeepNet's alpha
         self.input_layernorm = RMSNorm(D, eps)
         self.mamba = Mamba2Mixer(config.ssm, 1)
         self.self_attn = Attention(config.attention)
         self.mlp = SwiGLU(D, config.intermediate_size)
-        branches = 3 if self.parallel else 2
         self.branch_norms = nn.ModuleList(RMSNorm(D, eps) for _ in range(branches)) if config.branch_norm else None
         self.controller = nn.Linear(D, branches) if config.gate else None
-        start = (2 * config.n_layer) ** -0.25
-        self.residual_scale = nn.Parameter(torch.full((D,), start))
+        self.residual_scale = nn.Parameter(torch.full((D,), first_scale))
         if not self.parallel:
             self.pre_mlp_layernorm = RMSNorm(D, eps)
             self.mlp_norm = RMSNorm(D, eps) if config.branch_norm else None
-            self.mlp_residual_scale = nn.Parameter(torch.full((D,), start))
+            self.mlp_residual_scale = nn.Parameter(torch.full((D,), first_scale))
         self.drop = nn.Dropout(config.dropout)
 
     def mix(self, x, outputs):
@@ -124,22 +125,18 @@ class Layer(nn.Module):
         weights = self.controller(x).float().softmax(-1)                        # (B, T, branches)
         return sum(weights[..., i, None] * y for i, y in enumerate(outputs))
 
-    def forward(self, x, rope, plan=None, cache=None, ssm_state=None):
+    def forward(self, x, rope, kv_step=None, cache=None):
         h = self.input_layernorm(x)
-        ssm, ssm_state = self.mamba(h, ssm_state)
-        outputs = [ssm, self.self_attn(h, rope, plan, cache)]
+        outputs = [self.mamba(h, cache), self.self_attn(h, rope, kv_step, cache)]
         if self.parallel:
             outputs.append(self.mlp(h))
-        one = not self.training and ops.one_token(x, *outputs)
-        x = native.mix_step(x, h, outputs, self.branch_norms, self.controller, self.residual_scale) if one else \
-            x + self.residual_scale * self.drop(self.mix(h, outputs))
-        if not self.parallel:
-            y = self.mlp(self.pre_mlp_layernorm(x))
-            if one:
-                return native.mix_step(x, x, [y], self.mlp_norm and [self.mlp_norm], None, self.mlp_residual_scale), ssm_state
-            y = y if self.mlp_norm is None else self.mlp_norm(y.float())
-            x = x + self.mlp_residual_scale * self.drop(y)
-        return x, ssm_state
+        x = x + self.residual_scale * self.drop(self.mix(h, outputs))
+        if self.parallel:
+            return x
+        y = self.mlp(self.pre_mlp_layernorm(x))
+        if self.mlp_norm is not None:
+            y = self.mlp_norm(y.float())
+        return x + self.mlp_residual_scale * self.drop(y)
 
 
 class Hybrid(LanguageModel):
@@ -174,20 +171,14 @@ class Hybrid(LanguageModel):
         return self.model.embed_tokens
 
     def mixing_flops(self, T):
-        c = self.config
-        return c.n_layer * (4 * c.n_head * c.head_dim * min(T / 2, c.window or T) + mamba_flops(c.ssm, T))
+        config = self.config
+        attention = 4 * config.n_head * config.head_dim * min(T / 2, config.window or T)
+        return config.n_layer * (attention + Mamba2Mixer.flops(config.ssm, T))
 
-    def body(self, idx, state=None):
-        """idx (B, T) → normalised hidden states (B, T, D); with a state, its caches are read and written."""
-        rope, plan = plan_attention(self.config, idx, state)
+    def hidden_states(self, idx, state=None, window=0):
+        """idx (B, T) → normalised hidden states (B, T, D); the state, whose caches are read and written; no losses."""
+        rope, kv_step = prepare_attention(self.config, idx, state, window)
         x = self.model.embed_norm(self.model.embed_tokens(idx))                 # (B, T, D)
-        return self.model.norm(self.through(self.layers, x, state, rope, plan)), state
-
-    def layers(self, x, state, rope, plan):
         for i, layer in enumerate(self.model.layers):
-            cache = {n: state.get(f'{n}.{i}') for n in 'kv'} if state else None
-            ssm = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
-            x, ssm = self.run(layer, state, x, rope, plan, cache, ssm)
-            if state:
-                state.update({f'{n}.{i}': value for n, value in (cache | ssm).items()})
-        return x
+            x = self.run_layer(i, layer, state, x, rope, kv_step)
+        return self.model.norm(x), state, []

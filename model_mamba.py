@@ -4,16 +4,19 @@
     logits, loss = Mamba(config)(idx, targets)                     # training
     logits, state = Mamba(config).step(idx, state)                 # generation; the state's size never grows
 
-Letters of the shapes: B batch, T time, D model width, E inner width, H heads, P head size, G groups, N state size, Q chunk.
-Both are a linear recurrence h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t, whose dt, B and C depend on
-the token. A loop over time under autograd would be some 200 times slower than what stands in ops.py:
+    idx ──► embedding ──► n_layer times: x + mixer(norm(x)) ──► norm ──► lm_head
 
-    mamba1_scan (A differs per channel and state): exact steps; the backward pass keeps only the states at chunk starts and makes the
-                rest again. No division, so no underflow.
-    mamba2_scan (one A a head): within chunks of Q tokens masked matrix products, between chunks a short loop.
+Both mixers are a linear recurrence whose dt, B and C depend on the token:
 
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        selective_scan: A differs by channel and state (Gu & Dao 2023)
+    y_t = C_t h_t + D x_t                           ssd: one A a head, so within chunks it is attention (Dao & Gu 2024)
+
+Letters of the shapes: B batch, T time, D model width, E inner width, H heads, P head size, G groups, N state size, Q chunk, c chunks,
+K taps of the convolution, R rank of dt.
 Parameters have the names and shapes of transformers' MambaForCausalLM / Mamba2ForCausalLM; initialisation is that of the
 reference implementation (state-spaces/mamba), on which quality depends more than on most things here.
+
+What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner, where it can.
 """
 import math
 from dataclasses import dataclass
@@ -22,10 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mambino.kernels import native
-from mambino.kernels import ops
-from model_gpt import LanguageModel, RMSNorm, added, at_least_one
-from mambino.kernels.ops import conv_silu, mamba1_scan, mamba2_scan, rms_norm
+from mambino.kernels import fast
+from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one
 
 
 @dataclass
@@ -37,7 +38,7 @@ class MambaConfig:
     n_embd: int = 768
     state_size: int = 0         # N; 0: 128 (Mamba-2), 16 (Mamba-1)
     expand: int = 2             # E = expand * n_embd
-    conv_kernel: int = 4
+    conv_kernel: int = 4        # K
     head_dim: int = 64          # P, Mamba-2
     n_groups: int = 1           # G, Mamba-2: heads that share B and C
     time_step_rank: int = 0     # R, Mamba-1: rank of dt; 0: n_embd / 16, rounded up
@@ -47,22 +48,33 @@ class MambaConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.version not in (1, 2):
-            raise ValueError(f'version={self.version}: Mamba comes as version 1 or 2')
-        self.state_size = self.state_size or (128 if self.version == 2 else 16)
+        if self.version not in MIXERS:
+            raise ValueError(f'version={self.version}: Mamba comes as version {" or ".join(map(str, MIXERS))}')
+        mixer = MIXERS[self.version]
+        self.state_size = self.state_size or mixer.default_state_size
         self.time_step_rank = self.time_step_rank or -(-self.n_embd // 16)
-        at_least_one(self, 'vocab_size block_size n_layer n_embd state_size expand conv_kernel')
-        at_least_one(self, 'head_dim n_groups time_step_rank chunk_size')
-        inner = self.expand * self.n_embd
-        if self.version == 2 and (inner % self.head_dim or inner // self.head_dim % self.n_groups):
-            raise ValueError(f'expand * n_embd = {inner} must be a multiple of head_dim * n_groups = '
-                             f'{self.head_dim} * {self.n_groups}')
+        check_at_least_one(self, 'vocab_size block_size n_layer n_embd state_size expand conv_kernel')
+        check_at_least_one(self, 'head_dim n_groups time_step_rank chunk_size')
+        mixer.check(self)
 
 
-# --- the two mixers ---------------------------------------------------------------------------------------------------
+# --- the short convolution --------------------------------------------------------------------------------------------
+
+@fast
+def causal_conv1d(x, weight, bias, state=None):
+    """silu of the causal depthwise convolution. x (B, T, E), weight (E, 1, K), bias (E), state (B, K-1, E): the inputs before x,
+    None for zeros → (B, T, E), new state."""
+    B, T, E = x.shape
+    K = weight.shape[-1]
+    if state is None:
+        state = x.new_zeros(B, K - 1, E)
+    x = torch.cat((state.to(x.dtype), x), 1)                                    # (B, K-1 + T, E)
+    y = F.conv1d(x.mT, weight.to(x.dtype), bias.to(x.dtype), groups=E).mT       # (B, T, E)
+    return F.silu(y), x[:, T:].clone()                                          # a copy: a view would keep all of x
+
 
 class Conv1d(nn.Module):
-    """The weight (E, 1, K) and bias (E) of a depthwise convolution, initialised as nn.Conv1d does."""
+    """The weight (E, 1, K) and bias (E) of causal_conv1d, initialised as nn.Conv1d does."""
 
     def __init__(self, channels, kernel):
         super().__init__()
@@ -70,6 +82,11 @@ class Conv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
+    def forward(self, x, state=None):
+        return causal_conv1d(x, self.weight, self.bias, state)
+
+
+# --- initialisation ---------------------------------------------------------------------------------------------------
 
 def dt_bias_init(n):
     """(n,) biases b with softplus(b) log-uniform in [0.001, 0.1]."""
@@ -84,6 +101,33 @@ def out_proj_init(linear, n_residual):
         linear.weight /= math.sqrt(n_residual)
 
 
+# --- Mamba-1 ----------------------------------------------------------------------------------------------------------
+
+@fast
+def selective_scan(x, dt, A, B, C, state=None):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t (Gu & Dao 2023, eq. 2 and algorithm 2), in fp32.
+
+    x, dt (B, T, E), A (E, N), B, C (B, T, N), state (B, N, E) or None for zeros → y (B, T, E), last state (B, N, E)."""
+    x, dt, A, B, C = (u.float() for u in (x, dt, A, B, C))
+    h = x.new_zeros(len(x), A.shape[1], A.shape[0]) if state is None else state # (B, N, E)
+    ys = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t, None] * A.T)                                 # (B, N, E)
+        h = decay * h + B[:, t, :, None] * (dt[:, t] * x[:, t])[:, None]
+        ys.append((C[:, t, :, None] * h).sum(1))                                # (B, E)
+    return torch.stack(ys, 1), h
+
+
+@fast
+def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
+    """Mamba-1's recurrence with what stands around it: y = (C h + D x) silu(z), steps softplus(dt + dt_bias).
+
+    x, dt, z (B, T, E), dt_bias, D (E), A (E, N), B, C (B, T, N), state (B, N, E) or None → y (B, T, E), last state."""
+    dt = F.softplus(dt.float() + dt_bias)
+    y, state = selective_scan(x, dt, A, B, C, state)
+    return torch.addcmul(y, x, D) * F.silu(z), state
+
+
 class TimeStep(nn.Linear):
     """The projection of dt without its bias, which the scan adds in fp32. A module to call, so that what is hung on it counts."""
 
@@ -92,7 +136,9 @@ class TimeStep(nn.Linear):
 
 
 class Mamba1Mixer(nn.Module):
-    """x (B, T, D) → (B, T, D), state. The state is {'conv': (B, K-1, E), 'ssm': (B, N, E)}."""
+    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, E), 'ssm': (B, N, E)}, None in it for zeros, is read and replaced."""
+    state_names = ('conv', 'ssm')
+    default_state_size = 16
 
     def __init__(self, config, n_residual):
         super().__init__()
@@ -110,43 +156,120 @@ class Mamba1Mixer(nn.Module):
             self.dt_proj.bias.copy_(dt_bias_init(E))
         out_proj_init(self.out_proj, n_residual)
 
-    def forward(self, x, state=None):
-        state = state or {}
-        if ops.one_token(x, state.get('conv'), state.get('ssm')):
-            state = {name: value.contiguous() for name, value in state.items()}
-            if (y := native.mamba1_step(x, self, state)) is not None:
-                return y, state
+    @staticmethod
+    def check(config):
+        """ValueError where sizes of a config do not fit together: here all do."""
+
+    @staticmethod
+    def flops(config, T):
+        """Forward operations a token of the recurrence and the convolution, beside the matrices', in sequences of T."""
+        E, N = config.expand * config.n_embd, config.state_size
+        return 2 * config.conv_kernel * E + 7 * E * N
+
+    def forward(self, x, cache=None):
+        state = cache or {}
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (B, T, E) each
-        x, conv = conv_silu(x, self.conv1d.weight, self.conv1d.bias, state.get('conv'))
+        x, conv = self.conv1d(x, state.get('conv'))
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        y, ssm = mamba1_scan(x, self.dt_proj(dt), self.dt_proj.bias, -torch.exp(self.A_log.float()), B, C, self.D, z,
-                             state.get('ssm'))
-        return self.out_proj(y), {'conv': conv, 'ssm': ssm}
+        A = -torch.exp(self.A_log.float())
+        y, ssm = mamba1_scan(x, self.dt_proj(dt), self.dt_proj.bias, A, B, C, self.D, z, state.get('ssm'))
+        if cache is not None:
+            cache.update(conv=conv, ssm=ssm)
+        return self.out_proj(y)
+
+
+# --- Mamba-2 ----------------------------------------------------------------------------------------------------------
+
+def segsum(a):
+    """a (..., Q) → (..., Q, Q): a_{j+1} + … + a_i where j ≤ i, else -inf. The sums are taken in fp64, where the device has it:
+    differences of large ones would lose the small."""
+    exact = torch.float32 if a.device.type == 'mps' else torch.float64
+    sums = a.to(exact).cumsum(-1)
+    hidden = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).masked_fill(hidden, -math.inf).to(a.dtype)
+
+
+@fast
+def ssd(x, dt, A, B, C, chunk_size=64, state=None):
+    """The recurrence of selective_scan with one A a head, by chunks (Dao & Gu 2024, section 6 and listing 1).
+
+    x (B, T, H, P), dt (B, T, H) fp32, A (H) fp32, B, C (B, T, G, N), state (B, H, P, N) or None → y (B, T, H, P), last state.
+    T need not be a multiple of the chunk. dt, A, their sums and the carried state are fp32; the products follow autocast."""
+    batch, T, H, P = x.shape
+    Q = min(chunk_size, T)
+    x, dt, B, C = (F.pad(u, (0, 0) * (u.ndim - 2) + (0, -T % Q)) for u in (x, dt, B, C))   # dt = 0 leaves the state as it is
+    x, dt, B, C = (u.unflatten(1, (-1, Q)) for u in (x, dt.float(), B, C))      # (B, c, Q, …)
+    B, C = (u.repeat_interleave(H // u.shape[3], dim=3) for u in (B, C))        # (B, c, Q, H, N)
+    X = x * dt[..., None]                                                       # (B, c, Q, H, P)
+    a = (dt * A).permute(0, 1, 3, 2)                                            # (B, c, H, Q)
+    L = torch.exp(segsum(a))                                                    # (B, c, H, Q, Q): the decay from token j to i
+    from_start = torch.exp(a.cumsum(-1))                                        # (B, c, H, Q)
+
+    # 1. within each chunk: attention with the decay as its mask
+    y = torch.einsum('bcihn,bcjhn,bchij,bcjhp->bcihp', C, B, L, X).float()
+    # 2. what each chunk adds to the state
+    added = torch.einsum('bcjhn,bchj,bcjhp->bchpn', B, L[..., -1, :], X).float()
+    # 3. the state before each chunk, one after another
+    h = x.new_zeros(batch, H, P, B.shape[-1], dtype=torch.float32) if state is None else state.float()
+    before = []
+    for c in range(X.shape[1]):
+        before.append(h)
+        h = from_start[:, c, :, -1, None, None] * h + added[:, c]
+    # 4. what the state before a chunk gives to its tokens
+    y = y + torch.einsum('bcihn,bchpn,bchi->bcihp', C, torch.stack(before, 1), from_start)
+    return y.flatten(1, 2)[:, :T], h
+
+
+@fast
+def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
+    """Mamba-2's recurrence, by ssd, and its skip: y = C h + D x, steps softplus(dt + dt_bias).
+
+    xBC (B, T, E + 2GN), dt (B, T, H), dt_bias, A, D (H), state (B, H, P, N) or None → y (B, T, H, P), last state."""
+    x, B, C = split_heads(xBC, dt.shape[-1], groups, head_dim)
+    y, state = ssd(x, F.softplus(dt.float() + dt_bias), A, B, C, chunk_size, state)
+    return torch.addcmul(y, x, D[:, None]), state
+
+
+def split_heads(xBC, H, G, P):
+    """xBC (B, T, HP + 2GN) → x (B, T, H, P), B and C (B, T, G, N)."""
+    N = (xBC.shape[-1] - H * P) // (2 * G)
+    x, B, C = xBC.split((H * P, G * N, G * N), dim=-1)
+    return x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
+
+
+@fast
+def gated_rms_norm(y, z, weight, eps, groups):
+    """RMSNorm(y * silu(z)) in G groups of channels, in fp32. y, z (B, T, E), weight (E)."""
+    y = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))             # (B, T, G, E/G)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return y.flatten(-2) * weight
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm(y * silu(z)) in G groups of channels. (B, T, E) both."""
+    """gated_rms_norm with its weight. (B, T, E) both."""
 
     def __init__(self, E, groups, eps):
         super().__init__(E, eps)
         self.groups = groups
 
     def forward(self, y, z):
-        return rms_norm(y, self.weight, self.eps, z, self.groups)
+        return gated_rms_norm(y, z, self.weight, self.eps, self.groups)
 
 
 class Mamba2Mixer(nn.Module):
-    """x (B, T, D) → (B, T, D), state. The state is {'conv': (B, K-1, E+2GN), 'ssm': (B, H, P, N)}."""
+    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, E+2GN), 'ssm': (B, H, P, N)}, None in it for zeros, is read and replaced."""
+    state_names = ('conv', 'ssm')
+    default_state_size = 128
 
     def __init__(self, config, n_residual):
         super().__init__()
         D, E, N, G = config.n_embd, config.expand * config.n_embd, config.state_size, config.n_groups
-        self.head_dim, self.groups, self.chunk_size = config.head_dim, G, config.chunk_size
-        self.sizes_fit = config.head_dim % 16 == N % 16 == 0                    # what native.cpp wants of a single token
         H = E // config.head_dim
+        self.head_dim = config.head_dim
+        self.groups = G
+        self.chunk_size = config.chunk_size
         self.split = [E, E + 2 * G * N, H]
         self.in_proj = nn.Linear(D, 2 * E + 2 * G * N + H, bias=False)          # rows [z; x, B, C; dt]
-        self.in_proj.rows = [E, E, G * N, G * N, H]                             # each kind is a matrix of its own to Muon
         self.conv1d = Conv1d(E + 2 * G * N, config.conv_kernel)
         self.dt_bias = nn.Parameter(dt_bias_init(H))
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log_())
@@ -155,31 +278,48 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = nn.Linear(E, D, bias=False)
         out_proj_init(self.out_proj, n_residual)
 
-    def forward(self, x, state=None):
-        state = state or {}
-        if self.sizes_fit and ops.one_token(x, state.get('conv'), state.get('ssm')):
-            state = {name: value.contiguous() for name, value in state.items()}
-            if (y := native.mamba2_step(x, self, state)) is not None:
-                return y, state
+    @staticmethod
+    def check(config):
+        """ValueError where sizes of a config do not fit together."""
+        E = config.expand * config.n_embd
+        if E % config.head_dim or E // config.head_dim % config.n_groups:
+            raise ValueError(f'expand * n_embd = {E} must be a multiple of head_dim * n_groups = '
+                             f'{config.head_dim} * {config.n_groups}')
+
+    @staticmethod
+    def flops(config, T):
+        """Forward operations a token of the recurrence and the convolution, beside the matrices', in sequences of T."""
+        E, GN = config.expand * config.n_embd, config.n_groups * config.state_size
+        Q = min(config.chunk_size, T)
+        return 2 * config.conv_kernel * (E + 2 * GN) + 4 * E * config.state_size + Q * (E + GN)
+
+    def forward(self, x, cache=None):
+        state = cache or {}
         z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
-        xBC, conv = conv_silu(xBC, self.conv1d.weight, self.conv1d.bias, state.get('conv'))
-        y, ssm = mamba2_scan(xBC, dt, self.dt_bias, -torch.exp(self.A_log.float()), self.D, self.groups, self.head_dim, self.chunk_size,
-                             state.get('ssm'))                                  # (B, T, H, P)
-        return self.out_proj(self.norm(y.flatten(2), z)), {'conv': conv, 'ssm': ssm}
+        xBC, conv = self.conv1d(xBC, state.get('conv'))
+        A = -torch.exp(self.A_log.float())
+        y, ssm = mamba2_scan(xBC, dt, self.dt_bias, A, self.D, self.groups, self.head_dim, self.chunk_size, state.get('ssm'))
+        if cache is not None:
+            cache.update(conv=conv, ssm=ssm)
+        return self.out_proj(self.norm(y.flatten(2), z))                        # y (B, T, H, P)
+
+
+MIXERS = {1: Mamba1Mixer, 2: Mamba2Mixer}   # by MambaConfig.version
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 class Block(nn.Module):
+
     def __init__(self, config):
         super().__init__()
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mixer = (Mamba1Mixer if config.version == 1 else Mamba2Mixer)(config, config.n_layer)
+        self.mixer = MIXERS[config.version](config, config.n_layer)
+        self.state_names = self.mixer.state_names
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, state=None):
-        y, state = self.mixer(self.norm(x), state)
-        return added(x, self.drop, y), state
+    def forward(self, x, cache=None):
+        return x + self.drop(self.mixer(self.norm(x), cache))
 
 
 class Mamba(LanguageModel):
@@ -202,25 +342,11 @@ class Mamba(LanguageModel):
         return self.backbone.embeddings
 
     def mixing_flops(self, T):
-        return self.config.n_layer * mamba_flops(self.config, T)
+        return self.config.n_layer * MIXERS[self.config.version].flops(self.config, T)
 
-    def body(self, idx, state=None):
-        """idx (B, T) → normalised hidden states (B, T, D); with a state, each layer's is read and written."""
+    def hidden_states(self, idx, state=None, window=0):
+        """idx (B, T) → normalised hidden states (B, T, D); the state, which is read and written; no losses. A window means nothing."""
         x = self.backbone.embeddings(idx)                                       # (B, T, D)
-        return self.backbone.norm_f(self.through(self.layers, x, state)), state
-
-    def layers(self, x, state, *_):
         for i, block in enumerate(self.backbone.layers):
-            layer_state = {n: state[f'{n}.{i}'] for n in ('conv', 'ssm') if f'{n}.{i}' in state} if state else None
-            x, layer_state = self.run(block, state, x, layer_state)
-            if state:
-                state.update({f'{n}.{i}': value for n, value in layer_state.items()})
-        return x
-
-
-def mamba_flops(config, T):
-    """Forward operations a token of one layer's recurrence and convolution, beside its matrices'."""
-    E, N, Q = config.expand * config.n_embd, config.state_size, min(config.chunk_size, T)
-    if config.version == 1:
-        return 2 * config.conv_kernel * E + 7 * E * N
-    return 2 * config.conv_kernel * (E + 2 * config.n_groups * N) + 4 * E * N + Q * (E + config.n_groups * N)
+            x = self.run_layer(i, block, state, x)
+        return self.backbone.norm_f(x), state, []

@@ -43,7 +43,7 @@ def compiler():
 @functools.cache
 def library():
     """native.cpp as a library, compiled now if it has not been; None where there is no compiler, or MAMBINO_NATIVE=0."""
-    if os.environ.get('MAMBINO_NATIVE') == '0' or os.name == 'nt' or not compiler():     # MinGW does not align its stack for vectors
+    if '0' in (os.environ.get('MAMBINO_NATIVE'), os.environ.get('MAMBINO_KERNELS')) or os.name == 'nt' or not compiler():     # MinGW does not align its stack for vectors
         return None
     with open(SOURCE, 'rb') as f:
         name = hashlib.sha256(f.read() + (compiler() + processor()).encode()).hexdigest()[:16]
@@ -93,7 +93,7 @@ if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=pool.cache_clear)                        # threads do not come along
 
 
-def shares(n, work):
+def thread_count(n, work):
     """How many threads share n items that take about so many nanoseconds: to wake one costs some 50,000."""
     return max(1, min(torch.get_num_threads(), n, work >> 16))
 
@@ -103,7 +103,7 @@ def has_data(t):
 
 
 def launch(name, n, work, *args):
-    """Calls a function of native.cpp on items 0 to n, shared by shares(n, work) threads. Tensors go as pointers, ints as 64 bits, floats
+    """Calls a function of native.cpp on items 0 to n, shared by thread_count(n, work) threads. Tensors go as pointers, ints as 64 bits, floats
     as 32. Tensors without data, with which a run's memory is estimated, are left as they are."""
     converted = []
     for a in args:
@@ -116,7 +116,7 @@ def launch(name, n, work, *args):
             converted.append(ctypes.c_void_p(a.data_ptr()))
         else:
             converted.append((ctypes.c_float if type(a) is float else ctypes.c_void_p if a is None else ctypes.c_int64)(a))
-    function, pieces = getattr(library(), name), shares(n, work)
+    function, pieces = getattr(library(), name), thread_count(n, work)
     if pieces == 1:
         return function(ctypes.c_int64(0), ctypes.c_int64(n), ctypes.c_int64(0), *converted)
     parts = [[ctypes.c_int64(i) for i in (n * p // pieces, n * (p + 1) // pieces, p)] for p in range(pieces)]
@@ -125,203 +125,6 @@ def launch(name, n, work, *args):
     function(*parts[0], *converted)
     for other in others:
         other.result()
-
-
-def rows(x):
-    """x (..., n) as fp32 whose rows are at one distance, which native.cpp is told; a copy only if it must be."""
-    x = x.float()
-    if x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1 for i in range(x.ndim - 2)):
-        return x
-    return x.contiguous()
-
-
-def zeros_like_all(*tensors):
-    return [torch.zeros_like(t) for t in tensors]
-
-
-class Nothing:
-    """What an operation's forward pass keeps things for, where there will be no backward pass."""
-    needs_input_grad = ()
-
-    def save_for_backward(self, *tensors):
-        pass
-
-
-def run(operation, *args):
-    """An operation, below, with these arguments; past autograd, which costs more than one token's numbers, where no gradient is wanted."""
-    return operation.apply(*args) if torch.is_grad_enabled() else operation.forward(Nothing(), *args)
-
-
-# --- the operations --------------------------------------------------------------------------------------------------
-
-class Norm(Function):
-
-    @staticmethod
-    def forward(ctx, x, gate, weight, eps, groups):
-        x, gate = rows(x).contiguous(), None if gate is None else rows(gate)
-        n, D = x.numel() // x.shape[-1], x.shape[-1] // groups
-        y, rstd = torch.empty_like(x), x.new_empty(n * groups)
-        launch('norm_forward', n, 2 * x.numel(), groups, D, float(eps), x, gate, 0 if gate is None else gate.stride(-2), weight, y, rstd)
-        ctx.save_for_backward(x, gate, weight, rstd)
-        ctx.groups = groups
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):
-        x, gate, weight, rstd = ctx.saved_tensors
-        n, D = x.numel() // x.shape[-1], x.shape[-1] // ctx.groups
-        gx, gz, gw = torch.empty_like(x), None if gate is None else torch.empty_like(x), x.new_zeros(shares(n, 2 * x.numel()), len(weight))
-        launch('norm_backward', n, 2 * x.numel(), ctx.groups, D, x, gate, 0 if gate is None else gate.stride(-2), weight, rstd,
-               rows(gy).contiguous(), gx, gz, gw)
-        return gx, gz, gw.sum(0), None, None
-
-
-class SwiGLU(Function):
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        launch('swiglu_forward', gate.numel() // 16, gate.numel(), gate, up, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):
-        gate, up = ctx.saved_tensors
-        ggate, gup = torch.empty_like(gate), torch.empty_like(up)
-        launch('swiglu_backward', gate.numel() // 16, 2 * gate.numel(), gate, up, gy.contiguous(), ggate, gup)
-        return ggate, gup
-
-
-class Rope(Function):
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, sign):
-        ctx.save_for_backward(cos, sin)
-        ctx.sign, x, y = sign, x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        half, heads = cos.shape[-1], x.shape[-2]
-        launch('rope', x.numel() // (2 * half * heads), x.numel(), cos.numel() // half, heads, 2 * half, x, cos, sin, sign, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):                                                      # a rotation's gradient is the rotation back
-        return Rope.apply(gy, *ctx.saved_tensors, -ctx.sign), None, None, None
-
-
-class Attention(Function):
-
-    @staticmethod
-    def forward(ctx, q, k, v, window, dropout, seed):
-        q, k, v = (u.float().contiguous() for u in (q, k, v))                   # (B, T, H, P), (B, T, G, P) twice
-        (B, T, H, P), G = q.shape, k.shape[2]
-        ctx.how = (T, H, G, P, window, q, k, v, H * P, G * P, P ** -0.5, dropout, seed)
-        y, lse = q.new_empty(B, T, H * P), q.new_empty(B, H, T)
-        ctx.work = q.numel() * min(T, window or T) // 30
-        keys = q.new_empty(shares(B * G, ctx.work), -(-T // 64) * 64 * P)       # transposed
-        launch('attention_forward', B * G, ctx.work, *ctx.how, keys, y, lse)
-        ctx.save_for_backward(q, k, v, y, lse)
-        ctx.how = ctx.how[:5] + ctx.how[8:]
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):
-        q, k, v, y, lse = ctx.saved_tensors
-        grads = zeros_like_all(q, k, v)
-        launch('attention_backward', len(q) * k.shape[2], 2 * ctx.work, *ctx.how[:5], q, k, v, *ctx.how[5:], y, lse,
-               gy.float().contiguous(), *grads)
-        return *grads, None, None, None
-
-
-class Mamba1(Function):
-
-    @staticmethod
-    def forward(ctx, x, raw, bias, A, B, C, D, z, state):
-        x, (raw, B, C, z) = x.float().contiguous(), (rows(u) for u in (raw, B, C, z))
-        if B.stride(-2) != C.stride(-2):
-            B, C = B.contiguous(), C.contiguous()
-        (batch, T, E), N, At, last = x.shape, A.shape[1], A.t().contiguous(), state.clone(memory_format=torch.contiguous_format)
-        y, starts = torch.empty_like(x), x.new_empty(-(-T // 8), batch, N, E) if any(ctx.needs_input_grad) else None
-        launch('mamba1_forward', -(-E // 16), x.numel() * N // 2, N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2),
-               D, z, z.stride(-2), last, starts, y)
-        ctx.save_for_backward(x, raw, bias, At, B, C, D, z, starts)
-        return y, last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy, gstate):
-        x, raw, bias, At, B, C, D, z, starts = ctx.saved_tensors
-        (batch, T, E), N, gstate, tiles = x.shape, len(At), gstate.clone(memory_format=torch.contiguous_format), -(-x.shape[2] // 16)
-        gx, graw, gz = (torch.empty_like(x) for _ in range(3))
-        gbias, gA, gD = zeros_like_all(bias, At, D)
-        gB, gC = x.new_empty(2, shares(tiles, x.numel() * N), batch, T, N)
-        launch('mamba1_backward', tiles, x.numel() * N, N, batch, T, E, x, raw, raw.stride(-2), bias, At, B, C, B.stride(-2),
-               D, z, z.stride(-2), starts, gy.contiguous(), gstate, gx, graw, gbias, gA, gB, gC, gD, gz)
-        return gx, graw, gbias, gA.t(), gB.sum(0), gC.sum(0), gD, gz, gstate
-
-
-class Mamba2(Function):
-
-    @staticmethod
-    def forward(ctx, xBC, raw, bias, A, D, groups, chunk, state):
-        xBC, raw = xBC.float().contiguous(), rows(raw)
-        batch, T, width = xBC.shape
-        H, P, N = state.shape[1:]
-        chunks = -(-T // chunk)
-        starts, y = xBC.new_empty(batch, H, chunks + 1, N, P), xBC.new_empty(batch, T, H, P)
-        starts[:, :, 0] = state.transpose(2, 3)
-        ctx.how = T, H, groups, P, N, chunk
-        ctx.work = min(8 << 16, y.numel() * N // 8)                             # 16 threads at most: each has its own gBC
-        launch('ssd_forward', batch * H, ctx.work, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, y)
-        ctx.save_for_backward(xBC, raw, bias, A, D, starts)
-        return y, starts[:, :, -1].transpose(2, 3).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy, gstate):
-        xBC, raw, bias, A, D, starts = ctx.saved_tensors
-        (batch, T, width), (_, H, G, P, N, _) = xBC.shape, ctx.how
-        gx, gBC = torch.empty_like(xBC), xBC.new_zeros(shares(batch * H, 2 * ctx.work), batch, T, 2 * G * N)
-        graw, gA, gD = xBC.new_empty(batch, T, H), A.new_zeros(batch, H), D.new_zeros(batch, H)
-        gstate = gstate.transpose(2, 3).contiguous()
-        launch('ssd_backward', batch * H, 2 * ctx.work, batch, *ctx.how, xBC, width, raw, raw.stride(-2), bias, A, D, starts, gy.contiguous(), gstate,
-               gx, gBC, graw, gA, gD)
-        gx[..., H * P:] = gBC.sum(0) if len(gBC) > 1 else gBC[0]
-        return gx, graw, graw.sum((0, 1)), gA.sum(0), gD.sum(0), None, None, gstate.transpose(2, 3)
-
-
-class ConvSilu(Function):
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):                                          # x (B, T, E), weight (4, E), bias (E)
-        x, weight = rows(x), weight.contiguous()
-        (B, T, E), y = x.shape, x.new_empty(x.shape)
-        launch('conv_forward', B * -(-E // 64), 2 * x.numel(), T, E, x, x.stride(-2), weight, bias, y)
-        ctx.save_for_backward(x, weight, bias)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):
-        x, weight, bias = ctx.saved_tensors
-        T, E = x.shape[1:]
-        n = x.shape[0] * -(-E // 64)
-        gx, gw, gb = x.new_empty(x.shape), *(x.new_zeros(shares(n, 3 * x.numel()), *size) for size in ((4, E), (E,)))
-        launch('conv_backward', n, 3 * x.numel(), T, E, x, x.stride(-2), weight, bias, gy.contiguous(), gx, gw, gb)
-        return gx, gw.sum(0), gb.sum(0)
-
-
-def cross_entropy_(logits, targets):
-    """Sum of the cross-entropies of fp32 logits (n, V), which become its gradient."""
-    targets, losses = targets.long().contiguous(), logits.new_empty(len(targets))
-    if has_data(targets) and len(targets) and int(targets.max()) >= logits.shape[1]:
-        raise IndexError(f'target {int(targets.max())} is outside the vocabulary of {logits.shape[1]}')
-    launch('cross_entropy', len(targets), 2 * logits.numel(), logits.shape[1], logits, targets, losses)
-    return losses.sum()
 
 
 # --- one token of each of a few sequences: past autograd and `launch`, which would take longer than the numbers ----------

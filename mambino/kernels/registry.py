@@ -1,0 +1,45 @@
+"""Finds for an operation what computes the same, sooner.
+
+    @fast
+    def swiglu(gate, up):           # in a model's file: what the operation is
+        return F.silu(gate) * up
+
+    @kernel
+    def swiglu(gate, up):           # in cpu.py, cuda.py or anywhere.py: the same name and arguments
+        return NotImplemented       # or the result, where this kernel can have it
+
+A call asks the kernels of that name one after another; where none applies, the definition itself computes. With MAMBINO_KERNELS=0
+in the environment there are no kernels: every number stays the same, later.
+"""
+import functools
+import os
+
+ENABLED = os.environ.get('MAMBINO_KERNELS') != '0'
+ORDER = ('cpu', 'cuda', 'anywhere')     # the files in which kernels stand, as they are asked
+KERNELS = {}                            # {name of an operation: its kernels, in that order}
+DEFINITIONS = {}                        # {name of an operation: its definition}
+
+
+def kernel(function):
+    """Offers a function to the operation of its name."""
+    kernels = KERNELS.setdefault(function.__name__, [])
+    kernels.append(function)
+    kernels.sort(key=lambda function: ORDER.index(function.__module__.rpartition('.')[2]))
+    return function
+
+
+def fast(definition):
+    """The operation that this function defines, by the first kernel that applies. `operation.definition` is the function itself."""
+    name = definition.__name__
+    DEFINITIONS[name] = definition
+
+    @functools.wraps(definition)
+    def operation(*args, **kwargs):
+        for candidate in KERNELS.get(name, ()) if ENABLED else ():
+            result = candidate(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return definition(*args, **kwargs)
+
+    operation.definition = definition
+    return operation
