@@ -36,13 +36,13 @@ from mambino.weights import adapters
 from mambino.train import batches
 from mambino.weights import checkpoint
 from mambino.train import memory as fit
-from mambino.kernels import ops
+from mambino import kernels
 from mambino.train import processes
 from mambino.weights.checkpoint import MODELS
 from mambino.configurator import configure, fail, find_settings, require
 from mambino.machine import memory_used, peak_flops
 from mambino.train.metrics import Trace, open_log, parts_of
-from mambino.train.muon import Muon
+from mambino.train.muon import Muon, row_kinds
 from mambino.train.processes import leave, say, summed
 from mambino.sample.generation import Writer, encode_prompt, generate
 
@@ -275,6 +275,8 @@ if in_shards:
 
 # --- optimizers
 groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')
+for group in groups:
+    group['rows'] = [row_kinds(net).get(p) for p in group['params']]
 optimizers = [torch.optim.AdamW([g for g in groups if g['kind'] == 'adamw'], lr=learning_rate, betas=(beta1, beta2),
                                 fused=kind_of_device in ('cpu', 'cuda'))]
 if optimizer == 'muon':
@@ -372,7 +374,7 @@ for line in [adapters.describe_adapter(net, how)] if how else parts_of(net):
     say(line)
 say(f'{data.name}: {data.tokens["train"]:,} tokens to train on, {data.tokens["val"]:,} to evaluate, vocabulary {data.vocab_size}')
 say(f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x {micro_batch} x {block_size}), '
-    f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}, {ops.describe_kernels(kind_of_device)}')
+    f'{max_iters * tokens_per_step / data.tokens["train"]:.1f} epochs; {device}, {dtype}, {optimizer}, {kernels.describe_kernels(kind_of_device)}')
 if planned:
     say(planned)
 for line in data.plan(tokens_seen // block_size + max(0, max_iters - step) * sequences, block_size, seed):
@@ -415,7 +417,7 @@ if compile and (processes.SHARDED or adapter == 'prefix'):
     say(f'note: torch.compile is left out with --{"parallel=fsdp" if processes.SHARDED else "adapter=prefix"}')
 elif compile:
     try:
-        fast = ops.compiled(net)
+        fast = kernels.compiled(net)
         with machine.autocast(device, dtype):
             fast(x, y)[1].backward()
         net.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model_mamba import Mamba, MambaConfig
-from mambino.train.muon import Muon, orthogonalize
+from mambino.train.muon import Muon, orthogonalize, row_kinds
 
 SHAPES = [(16, 16), (16, 48), (48, 16), (16, 16), (24, 40)]  # two batches of several, wide and tall together
 
@@ -65,6 +65,5 @@ def test_rows_are_matrices_of_their_own(rows):
 
 def test_the_kinds_in_a_mamba_2_are_told_apart():
     net = Mamba(MambaConfig(n_layer=2, n_embd=32, state_size=8, head_dim=16, vocab_size=20))
-    group = next(g for g in net.optim_groups(0.1, muon=True) if g['kind'] == 'muon')
-    assert len(group['rows']) == len(group['params'])
-    assert [sum(rows) for rows in group['rows'] if rows] == [2 * 64 + 2 * 8 + 4] * 2
+    kinds = row_kinds(net)
+    assert [kinds[block.mixer.in_proj.weight] for block in net.backbone.layers] == [[64, 64, 8, 8, 4]] * 2 and len(kinds) == 2

@@ -141,7 +141,7 @@ def test_what_cannot_be_written(tmp_path):
             to_hf.write(net, None, tmp_path, quantize)
     with pytest.raises(ValueError, match='257 ids, the model only 97'):
         to_hf.write(net, tokenizer.build_tokenizer('byte'), tmp_path)
-    net.initial = lambda B: {}
+    net.initial_state = lambda B: {}
     with pytest.raises(ValueError, match='learned prefix'):
         to_hf.write(net, None, tmp_path)
     assert not os.listdir(tmp_path)

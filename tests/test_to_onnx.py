@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from mambino.export import graphs
-from mambino.kernels import ops
+from mambino.kernels import cpu
 from mambino.export import to_onnx
 from mambino.export import to_torchscript
 from mambino import tokenizer
+from model_mamba import ssd
 from helpers.models import V, assert_close, build, every_model, perturb, tokens
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
@@ -52,7 +53,7 @@ def test_a_long_step_of_mamba2_is_cut_in_chunks():
     with graphs.silent():
         scripted = torch.jit.script(graphs.ssd)
     for got in (graphs.ssd(x, dt, A, B, C, h, 16), graphs.ssd_chunk(x, dt, A, B, C, h), scripted(x, dt, A, B, C, h, 16)):
-        for one, other in zip(got, ops.ssd(x, dt, A, B, C, 16, h)):
+        for one, other in zip(got, ssd(x, dt, A, B, C, 16, h)):
             assert_close(one, other)
 
 
@@ -116,18 +117,18 @@ def test_what_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
     with pytest.raises(ImportError):
         to_onnx.write(net, None, tmp_path, '')
-    net.initial = lambda B: {}
+    net.initial_state = lambda B: {}
     with pytest.raises(ValueError, match='learned prefix'):
         to_torchscript.write(net, None, tmp_path, '')
     assert os.listdir(tmp_path) == []
 
 
 def test_nothing_stays_swapped():
-    before = ops.use_native, logging.root.manager.disable, torch.is_grad_enabled()
+    before = cpu._allowed, logging.root.manager.disable, torch.is_grad_enabled()
     with pytest.raises(ZeroDivisionError), graphs.plain():
-        assert not ops.use_native(torch.zeros(16)) and not torch.is_grad_enabled()
+        assert not cpu.applies(torch.zeros(16)) and not torch.is_grad_enabled()
         1 / 0
-    assert before == (ops.use_native, logging.root.manager.disable, torch.is_grad_enabled())
+    assert before == (cpu._allowed, logging.root.manager.disable, torch.is_grad_enabled())
 
 
 # --- TorchScript

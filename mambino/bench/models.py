@@ -170,7 +170,7 @@ def train(name, autocast):
     model.to(device).train()
     facts.update(before=memory_used(device), counted=4 * facts['parameters'])  # neither libraries nor a model's making count
     if compile:
-        from mambino.kernels.ops import compiled
+        from mambino.kernels import compiled
         loss = compiled(loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     idx, targets = torch.randint(vocab_size, (2, batch_size, block_size), device=device).unbind()
@@ -215,7 +215,7 @@ def layers(name, autocast):
 
 def loss(name, autocast):
     """Forward and backward of the loss alone, from the last hidden states. Inputs and gradients, which any way needs, count apart."""
-    from mambino.kernels.ops import linear_cross_entropy as chunked
+    from mambino.language_model import linear_cross_entropy as chunked
     x = torch.randn(loss_batch_size, loss_block_size, n_embd, device=device, requires_grad=True)             # (B, T, D)
     weight = torch.nn.Parameter(0.02 * torch.randn(loss_vocab_size, n_embd, device=device))                  # (V, D)
     targets = torch.randint(loss_vocab_size, x.shape[:2], device=device)                                     # (B, T)

@@ -28,19 +28,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.weights import checkpoint
-from mambino.kernels import ops
+from mambino.kernels import portable
+from model_gpt import apply_rope
+from model_mamba import split_heads
 from mambino.export.compare import agree, difference, greedy, silent
 
 
 @contextmanager
 def plain():
     """Within, silently, operations on a CPU are PyTorch's, not those of native.cpp, which no graph could hold."""
-    before, ops.use_native = ops.use_native, lambda *tensors: False
-    try:
-        with silent(), torch.no_grad():
-            yield
-    finally:
-        ops.use_native = before
+    with portable(), silent(), torch.no_grad():
+        yield
 
 
 # --- what has a state; in the part of Python that TorchScript knows ------------------------------------------------------
@@ -147,7 +145,7 @@ class Graph(nn.Module):
 
     def __init__(self, net, scripted=False):
         super().__init__()
-        if net.initial:
+        if net.initial_state:
             raise ValueError('a learned prefix is a state before the first token, which a graph cannot begin with; export the model '
                              'without it, or tune with LoRA, which is merged into the weights')
         self.net, self.c = net, net.config
@@ -188,7 +186,7 @@ class Graph(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, module.head_dim)) for proj in (module.q_proj, module.k_proj, module.v_proj))
         if module.qk_norm:
             q, k = module.q_norm(q), module.k_norm(k)
-        q, k = ops.apply_rope(q, rope), ops.apply_rope(k, rope)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         y, keys, values = self.attend(*(u.transpose(1, 2) for u in (q, k, v)), next(past), next(past), self.window, self.kept)
         present += [keys, values]
         return module.o_proj(y.transpose(1, 2).flatten(2))
@@ -205,7 +203,7 @@ class Graph(nn.Module):
     def mamba2(self, mixer, x, past, present):
         z, xBC, dt = mixer.in_proj(x).split(mixer.split, dim=-1)
         xBC, conv = convolved(mixer.conv1d, xBC, next(past))
-        x, B, C = ops.heads_of(xBC, dt, mixer.groups, mixer.head_dim)
+        x, B, C = split_heads(xBC, dt.shape[-1], mixer.groups, mixer.head_dim)
         y, ssm = self.ssd(x, F.softplus(dt + mixer.dt_bias), -mixer.A_log.exp(), B, C, next(past), mixer.chunk_size)
         present += [conv, ssm]
         return mixer.out_proj(mixer.norm((y + x * mixer.D[:, None]).flatten(2), z))

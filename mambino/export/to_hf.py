@@ -173,7 +173,7 @@ def check(net, tok, quantize):
     if quantize:
         raise ValueError(f'quantize={quantize}: a Hugging Face folder is written in fp32; quantise it where it is loaded (bitsandbytes, '
                          'torchao), or choose --format=gguf or --format=native')
-    if net.initial is not None:
+    if net.initial_state is not None:
         raise ValueError('a learned prefix has no place in the weights of a Hugging Face folder; keep it as an adapter, --format=peft')
     if tok is not None and tok.vocab_size > net.config.vocab_size:
         raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only {net.config.vocab_size}')

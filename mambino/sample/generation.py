@@ -38,17 +38,13 @@ def step(net, idx, state=None, last=False):
     """net.step(idx (B, t), state, last), beyond block_size with a window of that length for a model that has none.
 
     Rotary positions are relative, so this is what it was trained on; and its state stops growing. An empty state takes t ≤ block_size."""
-    if state is None and net.initial:
-        state = net.initial(len(idx))
+    if state is None and net.initial_state:
+        state = net.initial_state(len(idx))
     size = net.config.block_size
     if state is None or getattr(net.config, 'window', 1) or int(state['pos'].max()) + idx.shape[1] <= size:
         return net.step(idx, state, last)
-    net.config.window = size
-    try:
-        return net.step(idx, {name: resized(value, size) if is_cache(name) and value.shape[2] != size else value
-                              for name, value in state.items()}, last)
-    finally:
-        net.config.window = 0
+    state = {name: resized(value, size) if is_cache(name) and value.shape[2] != size else value for name, value in state.items()}
+    return net.step(idx, state, last, window=size)
 
 
 def chunks(net, ids):

@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mambino import machine
 from mambino.weights import adapters
 from mambino.weights import checkpoint
-from mambino.kernels import ops
+from mambino.kernels import portable
+from mambino.kernels.anywhere import loss_chunk
 from mambino.configurator import fail
 from mambino.train.muon import Muon
 
@@ -93,11 +94,8 @@ def simulate(fake, kind, config, batch, T, device, dtype, optimizer, checkpointi
 
     fake: on tensors without data. config, adapter: tuples of (field, value). device: 'cpu', or another kind: then without the kernels that
     are compiled for a CPU."""
-    plain, ops.use_native = ops.use_native, ops.use_native if device == 'cpu' else lambda *tensors: False
-    try:
+    with nullcontext() if device == 'cpu' else portable():
         return steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate, adapter)
-    finally:
-        ops.use_native = plain
 
 
 def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate, adapter):
@@ -225,7 +223,7 @@ def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer=
     processes = 1 if shards > 1 else processes
     full = dataclasses.asdict(checkpoint.MODELS[kind][1](**config))
     n_layer = full.pop('n_layer')
-    some = -(-2 * ops.chunk_of(full['vocab_size']) // T)    # sequences that make the loss of two chunks: fewer, and it is not linear
+    some = -(-2 * loss_chunk(full['vocab_size']) // T)    # sequences that make the loss of two chunks: fewer, and it is not linear
     axis, times = (some, 2 * some, batch) if batch >= some else (batch, batch, batch), lambda n: T
     if full.get('version') == 1 and T > 4 * SHORT:          # the same tokens in shorter and more sequences: nearly the same memory
         axis, times = (batch * T // (2 * SHORT), batch * T // SHORT, batch), lambda n: batch * T // n

@@ -8,6 +8,23 @@ batched product, in fp32 where bf16 is slow, take a fifth of the time on a CPU. 
 With FSDP a process has some rows of each matrix; it gets the others for as long as it takes.
 """
 import torch
+import torch.nn as nn
+
+from model_mamba import Mamba2Mixer
+
+
+def row_kinds(net):
+    """{parameter: [rows of each kind]} of the matrices that are several in one: each kind of rows gets an update of its own.
+
+    A Mamba-2's in_proj stacks the matrices of z, x, B, C and dt."""
+    kinds = {}
+    for module in net.modules():
+        if isinstance(module, Mamba2Mixer) and isinstance(module.in_proj, nn.Linear):      # a low-rank one is no such stack
+            E = module.out_proj.in_features
+            H = module.A_log.numel()
+            GN = (module.in_proj.out_features - 2 * E - H) // 2
+            kinds[module.in_proj.weight] = [E, E, GN, GN, H]
+    return kinds
 
 
 def orthogonalize(g, coefficients, steps, eps, dtype):

@@ -9,7 +9,7 @@ tuning (Li & Liang 2021) learns the state before the first token: keys and value
 in a Mamba the recurrence's and the convolution's first state.
 
     base weights ─► build ─► add_lora(net, …): linear.lora = {name: LoRA}
-                          or add_prefix(net, …): net.initial: B ─► state
+                          or add_prefix(net, …): net.initial_state: B ─► state
                                │
                   train.py moves the adapter alone ─► a checkpoint: its tensors, and where the base lies
                                                         │
@@ -188,7 +188,7 @@ def add_prefix(net, length=16, ids=None):
     ValueError if there is one already, or it is longer than what attention sees."""
     config = net.config
     longest = getattr(config, 'window', 0) or config.block_size
-    if net.initial:
+    if net.initial_state:
         raise ValueError('two prefixes cannot be attached: a model has one beginning')
     if not 1 <= length <= longest:
         raise ValueError(f'prefix_length={length} must be from 1 to {longest}, which is as far as attention sees')
@@ -196,7 +196,7 @@ def add_prefix(net, length=16, ids=None):
         ids = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
     ids = ids[None, :length].to(net.lm_head.weight.device)              # (1, n)
     training = net.training
-    state = net.eval().body(ids, {'pos': torch.zeros(1, dtype=torch.long)})[1]
+    state = net.eval().hidden_states(ids, {'pos': torch.zeros(1, dtype=torch.long)})[1]
     net.train(training)
     del state['pos']
     for name, value in state.items():
@@ -204,7 +204,7 @@ def add_prefix(net, length=16, ids=None):
             value = value[:, :, :length]                                # caches have room for more
         state[name] = value.detach().float().clone()
     net.prefix = Prefix(state, length, config)
-    net.initial = net.prefix.forward
+    net.initial_state = net.prefix.forward
     freeze_base(net)
     return net
 
@@ -359,7 +359,7 @@ def adapter_state(net, name):
 def merge_adapters(net):
     """Adds the LoRAs to the matrices they hang on, in place, and takes them away; returns the model. ValueError if it has
     a prefix."""
-    if net.initial:
+    if net.initial_state:
         raise ValueError('a prefix is a state, not a change of the weights, so it cannot be merged into them; use the '
                          'adapter as it is, or tune with --adapter=lora')
     for path, linear in with_lora(net).items():

@@ -24,8 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mambino.kernels import native, ops
-from model_gpt import Experts
+from mambino.kernels import cpu, native
+from model_gpt import Experts, swiglu
 from model_mamba import TimeStep
 
 PRECISIONS = ('bfloat16', 'int8', 'int4')
@@ -146,7 +146,7 @@ class Matrix(nn.Module):
 
     def product(self, x, codes, scales):
         """x (…, K) @ matrix.T, of these codes and scales → (…, N)."""
-        if x.dtype == torch.float32 and native.few(x) and ops.use_native(x):
+        if x.dtype == torch.float32 and native.few(x) and cpu.applies(x):
             return native.linear(x, codes, scales)
         return F.linear(x, self.dequantize(codes, scales).to(x.dtype))
 
@@ -172,19 +172,20 @@ class Embedding(Matrix):
 
 
 class QuantizedExperts(nn.Module):
-    """Experts, of model_gpt.py, for generation. x (n, D), sorted by expert, and counts (E,) → (n, D)."""
+    """Experts, of model_gpt.py, for generation. x (n, D) and Pairs → (n k, D)."""
 
     def __init__(self, gate_up_shape, down_shape, precision):
         super().__init__()
         self.gate_up_proj = Matrix(gate_up_shape, precision)
         self.down_proj = Matrix(down_shape, precision)
 
-    def forward(self, x, counts):
+    def forward(self, x, pairs):
         outputs = []
-        for e, rows in enumerate(x.split(counts.tolist())):
-            if len(rows):
+        for e, token in enumerate(pairs.token.split(pairs.counts.tolist())):
+            if len(token):
+                rows = x.index_select(0, token)
                 gate, up = self.expert(self.gate_up_proj, e, rows).chunk(2, -1)
-                outputs.append(self.expert(self.down_proj, e, ops.swiglu(gate, up)))
+                outputs.append(self.expert(self.down_proj, e, swiglu(gate, up)))
         return torch.cat(outputs)
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""Each operation of ops.py, compiled and in plain PyTorch, against its definition in float64: results and all gradients."""
+"""Each operation against plain float64, results and all gradients: by native.cpp, by PyTorch anywhere, and as the model's file defines it."""
+import functools
 import math
 import os
 import random
@@ -9,23 +10,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambino.kernels import ops
-from mambino.kernels import native
-from mambino.kernels.ops import conv_silu, linear_cross_entropy, selective_scan, ssd
-from model_gpt import RMSNorm
+import model_gpt
+import model_mamba
+from mambino import kernels, language_model
+from mambino.kernels import anywhere, cpu, cuda, native, registry
+from mambino.language_model import RMSNorm, linear_cross_entropy, rms_norm
+from model_gpt import apply_rope, attention, rope_tables, swiglu
+from model_mamba import causal_conv1d, gated_rms_norm, mamba1_scan, mamba2_scan, selective_scan, ssd
 from helpers.models import V, assert_close, assert_same, perturb, random_dt, recurrence, tokens
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
-both_halves = pytest.mark.usefixtures("half")
+OPERATIONS = {model_gpt: "attention apply_rope swiglu", model_mamba: "causal_conv1d selective_scan mamba1_scan ssd mamba2_scan gated_rms_norm",
+              language_model: "rms_norm linear_cross_entropy"}
+MODULES = {name: module for module, names in OPERATIONS.items() for name in names.split()}      # where each is defined
+every_way = pytest.mark.usefixtures("way")
 
 
-@pytest.fixture(params=["compiled", "plain"])
-def half(request, monkeypatch):
-    if request.param == "plain":
+@pytest.fixture(params=["compiled", "anywhere", "defined"])
+def way(request, monkeypatch):
+    """By native.cpp; by PyTorch where there is no compiler; by the definitions alone, as with MAMBINO_KERNELS=0."""
+    if request.param == "anywhere":
         monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(native, "shares", lambda n, work: max(1, min(torch.get_num_threads(), n)))  # however small the work
+    if request.param == "defined":
+        monkeypatch.setattr(registry, "ENABLED", False)
+    monkeypatch.setattr(cpu, "thread_count", lambda n, work: max(1, min(torch.get_num_threads(), n)))   # however small the work
+    monkeypatch.setattr(native, "thread_count", cpu.thread_count)
     if request.param == "compiled" and native.library() is None:
         pytest.skip("no C++ compiler here: native.cpp is not tested")
     return request.param
@@ -37,7 +48,7 @@ def raw_dt(kind, shape):
     return (dt + torch.log(-torch.expm1(-dt))).float()
 
 
-@both_halves
+@every_way
 @pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])
 @pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
 @pytest.mark.parametrize("threads, batch, T, E, N", [(1, 2, 1, 24, 16), (2, 1, 37, 40, 8), (3, 3, 131, 70, 16), (1, 1, 16, 5, 32)])
@@ -53,10 +64,10 @@ def test_mamba1_scan(threads, batch, T, E, N, kind, through):
         y, h = recurrence(x[..., None], F.softplus(raw + bias), A, B[:, :, None], C[:, :, None], h)
         return (y[..., 0] + D * x) * F.silu(z), h[:, :, 0].transpose(1, 2)
 
-    assert_same(ops.mamba1_scan, reference, inputs[:8] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
+    assert_same(mamba1_scan, reference, inputs[:8] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
 
 
-@both_halves
+@every_way
 @pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])
 @pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
 @pytest.mark.parametrize("threads, batch, T, H, G, P, N, Q", [
@@ -74,7 +85,7 @@ def test_mamba2_scan(threads, batch, T, H, G, P, N, Q, kind, through):
         y, h = recurrence(x, F.softplus(raw + bias), A[:, None], B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N)), h)
         return y + D[:, None] * x, h
 
-    assert_same(lambda xBC, raw, bias, A, D, h=None: ops.mamba2_scan(xBC, raw, bias, A, D, G, P, Q, h), reference,
+    assert_same(lambda xBC, raw, bias, A, D, h=None: mamba2_scan(xBC, raw, bias, A, D, G, P, Q, h), reference,
                 inputs[:5] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
 
 
@@ -100,17 +111,17 @@ def test_recurrence(form, T, kind, through):
     assert_same(run, recurrence, inputs[:5] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
 
 
-@both_halves
+@every_way
 @pytest.mark.parametrize("K", [2, 4])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("cuts", [[1], [2, 1, 1], [50], [17, 1, 2, 30]])        # lengths of the parts
-def test_conv_silu(cuts, given, K):
+def test_causal_conv1d(cuts, given, K):
     T, E = sum(cuts), 6
 
     def run(x, weight, bias, state=None):
         ys = [None] * len(cuts)
         for i, part in enumerate(x.split(cuts, 1)):
-            ys[i], state = conv_silu(part, weight, bias, state)
+            ys[i], state = causal_conv1d(part, weight, bias, state)
         return torch.cat(ys, 1), state
 
     def reference(x, weight, bias, state=None):
@@ -121,7 +132,7 @@ def test_conv_silu(cuts, given, K):
     assert_same(run, reference, inputs if given else inputs[:3])
 
 
-@both_halves
+@every_way
 @pytest.mark.parametrize("scale, mean", [(1, 0), (1, 3), (1e-3, 0), (100, -50)])
 def test_rms_norm(scale, mean):
     norm, x = perturb(RMSNorm(48, eps=1e-5), 0.5), torch.randn(48, 5, 3).transpose(0, 2) * scale + mean  # not contiguous
@@ -131,14 +142,17 @@ def test_rms_norm(scale, mean):
     assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
-@both_halves
+@every_way
 @pytest.mark.parametrize("chunk", [64, 75, 149, 1000])                          # of 150 tokens; only 75 divides them
 def test_linear_cross_entropy(chunk):
     x, weight, targets = torch.randn(3, 50, 24), torch.randn(V, 24), tokens(3, 50)
     targets[0, :7] = targets[2, 40:] = -1
-    assert_same(lambda x, w: [linear_cross_entropy(x, w, targets, chunk=chunk)],
+    loss = linear_cross_entropy
+    if registry.ENABLED:
+        loss = functools.partial(anywhere.linear_cross_entropy, chunk=chunk)
+    assert_same(lambda x, w: [loss(x, w, targets)],
                 lambda x, w: [F.cross_entropy((x @ w.T).flatten(0, 1), targets.flatten(), ignore_index=-1)], [x, weight])
-    nothing = linear_cross_entropy(x.requires_grad_(), weight, torch.full_like(targets, -1), chunk=chunk)
+    nothing = loss(x.requires_grad_(), weight, torch.full_like(targets, -1))
     assert nothing == 0 and torch.autograd.grad(nothing, x)[0].count_nonzero() == 0
 
 
@@ -147,7 +161,7 @@ def visible(T, window):
     return (i[:, None] >= i) & (i[:, None] - i < (window or T))
 
 
-@both_halves
+@every_way
 @pytest.mark.parametrize("size", [1, 4])                                        # of the scores
 @pytest.mark.parametrize("window", [0, 1, 7, 64, 100, 1000])
 @pytest.mark.parametrize("threads, B, T, H, G, P", [(1, 2, 1, 2, 1, 16), (2, 1, 63, 3, 3, 32), (3, 2, 129, 4, 2, 16), (1, 1, 330, 2, 1, 64)])
@@ -163,22 +177,22 @@ def test_attention(threads, B, T, H, G, P, window, size):
 
     if T == 1 or window == 1:                                                   # one key each: q and k do not matter
         q, k, v = inputs
-        got = ops.attention(q.requires_grad_(), k.requires_grad_(), v, window)
+        got = attention(q.requires_grad_(), k.requires_grad_(), v, window)
         assert all(g.abs().max() < 1e-4 for g in torch.autograd.grad(got.sum(), (q, k)))
-        assert_same(lambda v: [ops.attention(q.detach(), k.detach(), v, window)],
+        assert_same(lambda v: [attention(q.detach(), k.detach(), v, window)],
                     lambda v: reference(q.detach().double(), k.detach().double(), v), [v])
     else:
-        assert_same(lambda q, k, v: [ops.attention(q, k, v, window)], reference, inputs)
+        assert_same(lambda q, k, v: [attention(q, k, v, window)], reference, inputs)
 
 
-@both_halves
+@every_way
 def test_attention_of_very_low_scores():
     q, k, v = torch.full((1, 70, 1, 16), -60.0), torch.full((1, 70, 1, 16), 60.0), torch.randn(1, 70, 1, 16)  # scores of -14,400
     means = v.cumsum(1) / torch.arange(1, 71)[:, None, None]
-    torch.testing.assert_close(ops.attention(q, k, v), means.flatten(2))
+    torch.testing.assert_close(attention(q, k, v), means.flatten(2))
 
 
-@both_halves
+@every_way
 def test_attention_dropout():
     """The weights that stay are those that stay in the backward pass too, and a share of `dropout` goes."""
     T, P = 130, 16
@@ -188,7 +202,7 @@ def test_attention_dropout():
         v = torch.zeros(1, T, 2, P)
         v[0, range(start, min(T, start + P)), :, range(min(P, T - start))] = 1
         torch.manual_seed(5)
-        weights[..., start:start + P] = ops.attention(q, k, v, dropout=0.3).view(1, T, 2, P)[..., :min(P, T - start)]
+        weights[..., start:start + P] = attention(q, k, v, dropout=0.3).view(1, T, 2, P)[..., :min(P, T - start)]
     whole = torch.stack([(q[0, :, h] @ k[0, :, h].T / P ** 0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1) for h in range(2)], 1)
     kept = (weights[0] > 0).float()
     seen = visible(T, 0)[:, None].expand(T, 2, T)
@@ -197,7 +211,7 @@ def test_attention_dropout():
 
     def run(q, k, v):
         torch.manual_seed(5)
-        return [ops.attention(q.float(), k.float(), v.float(), dropout=0.3)]
+        return [attention(q.float(), k.float(), v.float(), dropout=0.3)]
 
     def reference(q, k, v):
         w = torch.stack([(q[0, :, h] @ k[0, :, h].T / P ** 0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1) for h in range(2)])
@@ -206,10 +220,10 @@ def test_attention_dropout():
 
     assert_same(run, reference, [q, k, torch.randn(1, T, 2, P)])
     torch.manual_seed(6)
-    assert (ops.attention(q, k, v, dropout=0.3) > 0).ne(weights[..., -v.shape[-1]:].flatten(2) > 0).any()
+    assert (attention(q, k, v, dropout=0.3) > 0).ne(weights[..., -v.shape[-1]:].flatten(2) > 0).any()
 
 
-@both_halves
+@every_way
 def test_norms():
     for groups, gated in ((1, False), (1, True), (4, True)):
         x, z, w = torch.randn(3, 5, 40), torch.randn(3, 5, 80), torch.randn(40)
@@ -219,19 +233,22 @@ def test_norms():
             x = x.unflatten(-1, (groups, -1))
             return [(x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()).flatten(-2) * w]
 
-        assert_same(lambda x, z, w: [ops.rms_norm(x, w, 1e-3, z[..., 40:] if gated else None, groups)], reference, [x, z, w])
+        def normed(x, z, w):
+            return [gated_rms_norm(x, z[..., 40:], w, 1e-3, groups) if gated else rms_norm(x, w, 1e-3)]
+
+        assert_same(normed, reference, [x, z, w])
 
 
-@both_halves
+@every_way
 @pytest.mark.parametrize("shape", [(2, 3, 32), (1, 5)])
 def test_swiglu(shape):
-    assert_same(lambda g, u: [ops.swiglu(g, u)], lambda g, u: [g * torch.sigmoid(g) * u], [torch.randn(shape) * 5, torch.randn(shape)])
+    assert_same(lambda g, u: [swiglu(g, u)], lambda g, u: [g * torch.sigmoid(g) * u], [torch.randn(shape) * 5, torch.randn(shape)])
 
 
-@both_halves
+@every_way
 @pytest.mark.parametrize("P", [4, 24, 64])
 def test_rope(P):
-    tables = ops.rope_tables(torch.arange(7), P, 100.0)
+    tables = rope_tables(torch.arange(7), P, 100.0)
     angles = torch.arange(7).double()[:, None] * 100.0 ** (-torch.arange(0, P, 2).double() / P)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
 
@@ -239,23 +256,70 @@ def test_rope(P):
         y = torch.complex(x[..., :P // 2], x[..., P // 2:]) * turn
         return [torch.cat((y.real, y.imag), -1)]
 
-    assert_same(lambda x: [ops.apply_rope(x, tables)], reference, [torch.randn(2, 7, 3, P)])
+    assert_same(lambda x: [apply_rope(x, tables)], reference, [torch.randn(2, 7, 3, P)])
 
 
-@both_halves
+@every_way
 def test_extreme_numbers():
     x = torch.tensor([0.0, -1e-30, 1e-7, 3.0, -20.0, 50.0, -88.0, 88.0, -300.0, 300.0, 1e30, -1e4, 5.0, 6.0, 7.0, 8.0])
-    got = ops.swiglu(x, torch.ones(16))
+    got = swiglu(x, torch.ones(16))
     torch.testing.assert_close(got, F.silu(x.double()).float(), rtol=2e-6, atol=1e-33)
-    bad = ops.swiglu(torch.full((16,), math.nan), torch.ones(16))
+    bad = swiglu(torch.full((16,), math.nan), torch.ones(16))
     assert bad.isnan().all()
 
 
-@both_halves
+@every_way
 def test_infinite_logits_show_in_the_loss():
     x, weight = torch.full((1, 64, 16), 1e30, requires_grad=True), torch.full((20, 16), 1e30)
-    loss = ops.linear_cross_entropy(x, weight, torch.zeros(1, 64, dtype=torch.long))
+    loss = linear_cross_entropy(x, weight, torch.zeros(1, 64, dtype=torch.long))
     assert not loss.isfinite()
+
+
+# --- every kernel against the definition that a reader reads
+
+def sizes_of(kind):
+    """Inputs of each operation: {name: (tensors, what it takes beside them)}."""
+    B, T, H, G, P, N, E = 2, 53, 4, 2, 16, 16, 24
+    dt = random_dt(kind, (B, T, H))
+    A = -torch.rand(H) * 15 - 0.1
+    steps = random_dt(kind, (B, T, E))
+    A_of_channels = -torch.rand(E, N) * 15 - 0.1
+    states = torch.randn(B, T, N), torch.randn(B, T, N)
+    return {
+        "rms_norm": ([torch.randn(B, T, 48), torch.randn(48)], (1e-5,)),
+        "gated_rms_norm": ([torch.randn(B, T, 48), torch.randn(B, T, 48), torch.randn(48)], (1e-5, 3)),
+        "swiglu": ([torch.randn(B, T, 32), torch.randn(B, T, 32)], ()),
+        "apply_rope": ([torch.randn(B, T, H, P)], (rope_tables(torch.arange(T), P, 1e4),)),
+        "attention": ([torch.randn(B, T, H, P), torch.randn(B, T, G, P), torch.randn(B, T, G, P)], (20,)),
+        "causal_conv1d": ([torch.randn(B, T, E), torch.randn(E, 1, 4), torch.randn(E), torch.randn(B, 3, E)], ()),
+        "selective_scan": ([torch.randn(B, T, E), steps, A_of_channels, *states, torch.randn(B, N, E)], ()),
+        "mamba1_scan": ([torch.randn(B, T, E), raw_dt(kind, (B, T, E)), torch.randn(E), A_of_channels, *states, torch.randn(E),
+                         torch.randn(B, T, E), torch.randn(B, N, E)], ()),
+        "ssd": ([torch.randn(B, T, H, P), dt, A, torch.randn(B, T, G, N), torch.randn(B, T, G, N)], (16,)),
+        "mamba2_scan": ([torch.randn(B, T, H * P + 2 * G * N), raw_dt(kind, (B, T, H)), torch.randn(H), A, torch.randn(H)],
+                        (G, P, 16)),
+        "linear_cross_entropy": ([torch.randn(B, T, 24), torch.randn(V, 24)], (tokens(B, T),)),
+    }
+
+
+@pytest.mark.parametrize("way", ["compiled", "anywhere"], indirect=True)
+@pytest.mark.parametrize("kind", ["usual", "extreme"])
+@pytest.mark.parametrize("name", [*sizes_of("usual")])
+def test_kernels_compute_what_the_model_file_says(name, kind, way, monkeypatch):
+    """The definition itself is the oracle, in float64: there `float()`, by which it leaves bf16, must not round."""
+    tensors, options = sizes_of(kind)[name]
+    definition = registry.DEFINITIONS[name]
+
+    def several(outputs):
+        return outputs if isinstance(outputs, tuple) else [outputs]
+
+    def exact(*inputs):
+        with monkeypatch.context() as context:
+            context.setattr(registry, "ENABLED", False)
+            context.setattr(torch.Tensor, "float", lambda self: self)
+            return several(definition(*inputs, *options))
+
+    assert_same(lambda *inputs: several(getattr(MODULES[name], name)(*inputs, *options)), exact, tensors)
 
 
 # --- what a GPU runs, as far as a CPU can tell
@@ -263,11 +327,11 @@ def test_infinite_logits_show_in_the_loss():
 @pytest.mark.parametrize("T", [8, 61])
 def test_scan_by_chunks(monkeypatch, T):
     """The form that a GPU compiles, uncompiled."""
-    monkeypatch.setattr(ops, "chunk_functions", lambda: (ops.scan_chunk, ops.scan_chunk_backward))
+    monkeypatch.setattr(cuda, "chunk_functions", lambda: (cuda.scan_chunk, cuda.scan_chunk_backward))
 
     def run(x, dt, A, B, C, h):
         pad = -T % 8
-        y, h = ops._ScanByChunks.apply(*(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)), A, *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)), h)
+        y, h = cuda.ScanByChunks.apply(*(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)), A, *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)), h)
         return y[:, :T], h
 
     def reference(x, dt, A, B, C, h):
@@ -287,15 +351,15 @@ def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", in
     (folder / "__init__.py").write_text("")
     (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text("import selective_scan_cuda_that_is_not_there\n")
     (folder / "ssd_combined.py").write_text(
-        "import torch; from mambino.kernels import ops\nfrom torch.nn.functional import softplus\n\n"
+        "import torch\nfrom model_mamba import ssd\nfrom torch.nn.functional import softplus\n\n"
         "def plain_ssd(x, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus, initial_states, return_final_states):\n"
-        "    y, h = ops.ssd(x, softplus(dt + dt_bias), A, B, C, chunk_size, initial_states)\n"
+        "    y, h = ssd(x, softplus(dt + dt_bias), A, B, C, chunk_size, initial_states)\n"
         "    return y + D[:, None] * x, h\n\n"
         f"def mamba_chunk_scan_combined(*args, **how):\n    {ssd}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
         monkeypatch.delitem(sys.modules, name)
-    ops.fused.cache_clear()
+    cuda.fused.cache_clear()
 
 
 @pytest.mark.parametrize("ssd, says", [
@@ -308,10 +372,10 @@ def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", in
 def test_fused_kernels_are_used_only_if_they_work(tmp_path, monkeypatch, ssd, says):
     fake_package(tmp_path, monkeypatch, ssd)
     try:
-        found, notes = ops.fused("cpu")
+        found, notes = cuda.fused("cpu")
         assert list(found) == (["ssd"] if "kernels (" in says else [])
-        monkeypatch.setattr(ops, "fused", lambda device: (found, notes))
-        assert says in ops.describe_kernels("cuda")
+        monkeypatch.setattr(cuda, "fused", lambda device: (found, notes))
+        assert says in kernels.describe_kernels("cuda")
         assert "mamba_ssm" not in sys.modules                                   # whoever else imports it gets its own error
     finally:
         for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
@@ -327,10 +391,10 @@ def test_fused_mamba1_hands_over_the_right_arguments():
             h = torch.exp(dt[:, :, t, None] * A) * h + (dt[:, :, t] * u[:, :, t])[..., None] * B[:, None, :, t]
             ys.append((h * C[:, None, :, t]).sum(-1))
         return (torch.stack(ys, 2) + D[:, None] * u) * F.silu(z), h
-    ops.check_fused("scan", selective_scan_fn, "cpu")
+    cuda.check_fused("scan", selective_scan_fn, "cpu")
     x, raw, z = torch.randn(3, 2, 20, 6).unbind()
     args = x, raw, torch.randn(6), -torch.rand(6, 4), torch.randn(2, 20, 4), torch.randn(2, 20, 4), torch.randn(6), z
-    for got, want in zip(ops.fused_mamba1(selective_scan_fn, *args), ops.plain_mamba1(*args)):
+    for got, want in zip(cuda.fused_mamba1(selective_scan_fn, *args), mamba1_scan.definition(*args)):
         assert_close(got, want, 1e-5)
 
 
@@ -338,10 +402,10 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch):
     native.library.cache_clear()
     try:
         monkeypatch.setattr(native, "compiler", lambda: None)
-        assert native.library() is None and "no working C++ compiler" in ops.describe_kernels("cpu")
+        assert native.library() is None and "no working C++ compiler" in kernels.describe_kernels("cpu")
         native.library.cache_clear()
         monkeypatch.setenv("MAMBINO_NATIVE", "0")
-        assert native.library() is None and "MAMBINO_NATIVE=0" in ops.describe_kernels("cpu")
+        assert native.library() is None and "MAMBINO_NATIVE=0" in kernels.describe_kernels("cpu")
     finally:
         native.library.cache_clear()
 
@@ -364,38 +428,38 @@ def test_a_target_outside_the_vocabulary_is_refused():
         pytest.skip("no C++ compiler here")
     logits = torch.zeros(4, 64)
     with pytest.raises(IndexError, match="64"):
-        ops.cross_entropy_(logits[:2], torch.tensor([3, 64]))
+        cpu.cross_entropy_(logits[:2], torch.tensor([3, 64]))
     assert logits[2:].count_nonzero() == 0
-    assert ops.cross_entropy_(torch.zeros(2, 64), torch.tensor([3, 63], dtype=torch.int32)).item() == pytest.approx(2 * math.log(64))
+    assert cpu.cross_entropy_(torch.zeros(2, 64), torch.tensor([3, 63], dtype=torch.int32)).item() == pytest.approx(2 * math.log(64))
 
 
-@both_halves
+@every_way
 def test_a_state_in_any_layout():
     B, T, E, N = 3, 12, 32, 16
     args = (torch.randn(B, T, E), torch.randn(B, T, E), torch.randn(E), -torch.rand(E, N), torch.randn(B, T, N), torch.randn(B, T, N),
             torch.randn(E), torch.randn(B, T, E))
     h = torch.randn(N, B, E).transpose(0, 1)
-    for got, want in zip(ops.mamba1_scan(*args, h), ops.mamba1_scan(*args, h.contiguous())):
+    for got, want in zip(mamba1_scan(*args, h), mamba1_scan(*args, h.contiguous())):
         assert_close(got, want, 0)
     x = args[0].requires_grad_()
     w = torch.randn(B, E, N)
     grads = []
     for change in (lambda u: u, torch.clone):
-        last = ops.mamba1_scan(*args, h)[1]
+        last = mamba1_scan(*args, h)[1]
         grads.append(torch.autograd.grad((change(last.transpose(1, 2)) * w).sum(), x)[0])
     assert_close(grads[0], grads[1], 1e-6)
 
 
-@both_halves
+@every_way
 def test_an_eps_that_is_a_whole_number():
-    assert ops.rms_norm(torch.ones(2, 32), torch.ones(32), 3).unique().item() == pytest.approx(0.5)
+    assert rms_norm(torch.ones(2, 32), torch.ones(32), 3).unique().item() == pytest.approx(0.5)
 
 
-@both_halves
+@every_way
 def test_parameters_in_other_precisions():
     x = torch.randn(2, 5, 32)
     for dtype in (torch.bfloat16, torch.float64):
-        got = ops.rms_norm(x.to(dtype), torch.ones(32, dtype=dtype), 1e-5)
+        got = rms_norm(x.to(dtype), torch.ones(32, dtype=dtype), 1e-5)
         assert_close(got.float(), F.rms_norm(x, (32,), eps=1e-5), 0.05 if dtype == torch.bfloat16 else 1e-6)
 
 
