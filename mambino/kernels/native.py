@@ -1,7 +1,8 @@
-"""The compiled half of ops.py: calls the functions of native.cpp, which is compiled once, in some seconds, and kept in __pycache__.
+"""native.cpp as a library: compiled once, in some seconds, kept in __pycache__, and called with tensors by torch's threads.
 
-Each class is one operation for autograd. It makes the room for what is computed, and hands both passes to native.cpp, whose items torch's
-threads share. What the operations are stands in ops.py, which uses these where `library()` is not None. Letters of the shapes as there.
+    launch('swiglu_forward', n, work, gate, up, y)      # items 0 to n, on as many threads as the work is worth
+
+cpu.py makes the models' operations of it. MAMBINO_NATIVE=0, or MAMBINO_KERNELS=0, asks for none of it.
 """
 import ctypes
 import functools
@@ -19,8 +20,6 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'native.cpp')
