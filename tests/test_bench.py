@@ -1,10 +1,11 @@
-"""bench.py at a tiny size: tables, their JSON, a picture, whole runs, and refusals."""
+"""mambino.bench at a tiny size: tables, their JSON, a picture, whole runs, and refusals."""
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ TINY = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--vocab_size=64', '--batch_
 
 
 def bench(*arguments):
-    return subprocess.run([sys.executable, '-m', 'mambino.bench.models', *arguments], capture_output=True, text=True, cwd=HERE,
+    return subprocess.run([sys.executable, '-m', 'mambino.bench', *arguments], capture_output=True, text=True, cwd=HERE,
                           encoding='utf-8', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
 
 
@@ -102,17 +103,19 @@ def test_whole_runs_to_a_loss(tmp_path, capsys):
     row, = json.loads(file.read_text(encoding='utf-8'))['rows']
     assert 0 < row['seconds_to_loss'] < row['times'][0]['whole'][0] and len(row['losses']) == 2
 
-    from mambino.bench import models as script
+    from mambino.bench import curve
     row['times'] = [dict(whole=[3.0], loss=[2.0]), dict(whole=[4.0])]           # one run of two never got there
-    script.show_runs([row])
+    curve.show([row], SimpleNamespace(time_to_loss_run=flags, time_to_loss=99))
     assert re.search(r'gpt +not reached +3.5 +3.0–4.0', capsys.readouterr().out) and row['seconds_to_loss'] is None
 
 
 def test_mamba_is_compared_with_gpt_at_their_sizes():
-    from mambino.bench import models as bench
+    from mambino.bench import steps
+
     def row(name, parameters, *seconds):
-        return dict(section='train', name=name, label=name, dtype='float32', parameters=parameters, times=[{'step': [s]} for s in seconds])
-    found, = bench.compare([row('mamba2', 7e6, 1.0, 2.0, 1.0), row('gpt', 10e6, 1.0, 1.0, 3.0), row('mamba1', 1, 1.0)])
+        return dict(steps.new_row('train', name, 'float32'), parameters=parameters, times=[{'step': [s]} for s in seconds])
+    rows = [row('mamba2', 7e6, 1.0, 2.0, 1.0), row('gpt', 10e6, 1.0, 1.0, 3.0), row('mamba1', 1, 1.0)]
+    found, = steps.compare(rows, SimpleNamespace())
     assert (found['ours'], found['peer'], found['speed'], found['low'], found['high']) == ('mamba2', 'gpt', 1.0, 0.5, 3.0)
     assert found['size'] == 0.7 and found['memory'] is None
 
@@ -131,7 +134,7 @@ def test_mamba_is_compared_with_gpt_at_their_sizes():
     (dict(plot='bench.png', missing='matplotlib'), 'pip install matplotlib'),
 ])
 def test_bad_values_are_refused_before_measuring(settings, message, monkeypatch, capsys):
-    from mambino.bench import models as bench
+    from mambino.bench import __main__ as bench
     missing = settings.get('missing')                                           # else matplotlib is there, and never imported
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == missing else 'there')
     monkeypatch.setattr(bench, 'peak_flops', lambda *_: pytest.fail('it measures already'))
@@ -155,7 +158,7 @@ def test_a_run_needs_nanogpts_data(tmp_path):
 
 
 def test_importing_it_is_cheap_and_peak_is_measured():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from mambino.bench import models as bench; assert 'transformers' not in sys.modules; "
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from mambino.bench import __main__ as bench; assert 'transformers' not in sys.modules; "
             "print(bench.peak_flops('cpu', 'float32') > 1e8)")
     run = subprocess.run([sys.executable, '-c', code, HERE], capture_output=True, text=True)
     assert run.stdout == 'True\n', run.stderr
@@ -176,9 +179,8 @@ def test_known_gpus(monkeypatch):
 @pytest.mark.parametrize('kind', ['gpt', 'hybrid'])
 def test_generation_beside_transformers(kind):
     pytest.importorskip('transformers')
-    run = subprocess.run([sys.executable, '-m', 'mambino.bench.generation', f'--kinds={kind}', '--ways=float32,int8', '--their_dtypes=float32',
-                          '--batches=1,2', '--rounds=1', '--new_tokens=2', '--prompt=4', '--vocab_size=64'], capture_output=True, text=True,
-                         cwd=HERE, encoding='utf-8', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
+    run = bench('--sections=generate', f'--kinds={kind}', '--ways=float32,int8', '--their_dtypes=float32',
+                '--batches=1,2', '--rounds=1', '--new_tokens=2', '--prompt=4', '--vocab_size=64')
     assert run.returncode == 0, run.stderr
     for name in ('ours float32', 'ours int8', 'transformers float32'):
         assert len(re.findall(rf'^{name} +\d', run.stdout, re.M)) == 2, run.stdout  # in both tables

@@ -1,4 +1,4 @@
-"""bench_data.py: it runs, and what it says can be read."""
+"""The section data of mambino.bench: it runs, and what it says can be read."""
 import os
 import re
 import subprocess
@@ -7,8 +7,8 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def test_small_measurement(tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'mambino.bench.data', '--speed_mb=1', '--memory_mb=1', '--rounds=1',
-                           '--vocab_size=600', f'--folder={tmp_path}'], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-m', 'mambino.bench', '--sections=data', '--speed_mb=1', '--memory_mb=1', '--rounds=1',
+                           '--vocab_size=600', f'--folder={tmp_path}'], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     speeds = {line[:34].strip(): float(line[34:].split()[0]) for line in done.stdout.splitlines() if re.match(r'.{34} +\d', line)}
     assert list(speeds) == ['prepare.py, one process', 'prepare.py, 2 processes', 'tiktoken, 2 threads, in memory',

@@ -1,42 +1,35 @@
-"""
-Measures prepare.py: memory, speed beside bare tiktoken, and the training of a BPE.
+"""The section data: prepare.py's memory, its speed beside bare tiktoken, and the training of a BPE.
 
-    python bench_data.py                       # speed and BPE on 200 MB, memory on 2,000 MB; some minutes, 8 GB of disk
-    python bench_data.py --memory_mb=4000      # the same memory?
-
-The corpus is Python's standard library many times over, each copy with a number at its beginning, or dropping copies would
-leave little of it: a third as text files, a third as jsonl, a third as parquet. Speeds are of whole runs of prepare.py,
-processes started and files read and written, against tiktoken's encode_batch with as many threads on a list in memory.
-Memory is what all processes of a run have resident together, summed ten times a second: pages they share count each time.
+The corpus is Python's standard library many times over, each copy with a number at its beginning,
+or dropping copies would leave little of it: a third as text files, a third as jsonl, a third as
+parquet. Speeds are of whole runs of prepare.py, processes started and files read and written,
+against tiktoken's encode_batch with as many threads on a list in memory. Memory is what all
+processes of a run have resident together, summed ten times a second: pages they share count each
+time.
 """
 import itertools
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from statistics import median
 
+from mambino import tokenizer
+from mambino.bench.turns import HERE, all_times, ratio, take_turns, with_before
+from mambino.configurator import fail
 from mambino.prepare import sources
-from mambino.configurator import configure, fail
 
-speed_mb = 200      # size of the corpus for speed; 0 leaves that out
-memory_mb = 2000    # size of the corpus for memory; 0 leaves that out
-workers = 2
-vocab_size = 16384
-rounds = 3          # of the speeds; ratios are taken within a round
-folder = ''         # where to work; '' is a new folder for temporary files, deleted at the end
-# -----------------------------------------------------------------------------
-if __name__ == '__main__':
-    configure(globals(), positional=None)
-
-HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# --- the corpus -------------------------------------------------------------------------------------------------------
 
 def texts_of(mb):
     """Numbered copies of the standard library's files, about so many MB."""
-    originals = [open(source.path, encoding='utf-8', errors='replace').read() for source in sources.find_stdlib()[0]]
+    originals = []
+    for source in sources.find_stdlib()[0]:
+        with open(source.path, encoding='utf-8', errors='replace') as f:
+            originals.append(f.read())
     size = 0
     for number, text in enumerate(itertools.cycle(originals)):
         if size >= mb * 1e6:
@@ -44,22 +37,30 @@ def texts_of(mb):
         size += len(text)
         yield f'# {number}\n{text}'
 
-def write_text(path, mb):
-    for number, text in enumerate(texts_of(mb)):
-        name = os.path.join(path, str(number // 500), f'{number}.py')
-        os.makedirs(os.path.dirname(name), exist_ok=True)
-        with open(name, 'w', encoding='utf-8') as f:
-            f.write(text)
 
-def write_mixed(path, mb):
+def write_text(folder, mb):
+    """Files of text in a folder; returns their size in MB."""
+    size = 0
+    for number, text in enumerate(texts_of(mb)):
+        path = os.path.join(folder, str(number // 500), f'{number}.py')
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text)
+        size += len(text.encode())
+    return size / 1e6
+
+
+def write_mixed(folder, mb):
+    """A third as files of text, a third as jsonl, a third as parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    write_text(os.path.join(path, 'text'), mb / 3)
-    with open(os.path.join(path, 'rows.jsonl'), 'w', encoding='utf-8') as f:
+    write_text(os.path.join(folder, 'text'), mb / 3)
+    with open(os.path.join(folder, 'rows.jsonl'), 'w', encoding='utf-8') as f:
         for text in texts_of(mb / 3):
             f.write(json.dumps({'text': 'j' + text}) + '\n')
-    schema, rows = pa.schema([('text', pa.string())]), []
-    with pq.ParquetWriter(os.path.join(path, 'rows.parquet'), schema) as f:
+    schema = pa.schema([('text', pa.string())])
+    rows = []
+    with pq.ParquetWriter(os.path.join(folder, 'rows.parquet'), schema) as f:
         for text in texts_of(mb / 3):
             rows.append({'text': 'p' + text})
             if len(rows) == 2000:
@@ -67,16 +68,21 @@ def write_mixed(path, mb):
                 rows = []
         f.write_table(pa.Table.from_pylist(rows, schema))
 
-def prepare(*arguments):
-    """Runs prepare.py; returns (seconds, peak MB of it and all below it)."""
-    began, peak = time.time(), 0
-    run = subprocess.Popen([sys.executable, os.path.join(HERE, 'prepare.py'), *arguments], stdout=subprocess.DEVNULL)
-    while run.poll() is None:
-        peak = max(peak, resident(run.pid))
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+def prepare(root, *arguments):
+    """Runs the prepare.py of a checkout; returns (seconds, peak MB of it and all below it)."""
+    start, peak = time.time(), 0
+    command = [sys.executable, os.path.join(root, 'prepare.py'), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
         time.sleep(0.1)
-    if run.returncode:
-        fail(f'prepare.py ended with status {run.returncode}')
-    return time.time() - began, peak
+    if process.returncode:
+        fail(f'prepare.py ended with status {process.returncode}')
+    return time.time() - start, peak
+
 
 def resident(pid):
     """MB resident of a process and its descendants; 0 where there is no /proc."""
@@ -96,54 +102,92 @@ def resident(pid):
         todo += children.get(process, [])
     return total
 
-TIKTOKEN = '''
-import sys, time
-sys.argv, (here, tokenizer_path, mb, threads) = sys.argv[:1], sys.argv[1:]
-sys.path.insert(0, here)
-from mambino.bench import data as bench_data
-from mambino import tokenizer
-fast, texts = tokenizer.load_tokenizer(tokenizer_path).fast, list(bench_data.texts_of(float(mb)))
-began = time.time()
-fast.encode_batch(texts, num_threads=int(threads), disallowed_special=())
-print(sum(len(text.encode()) for text in texts) / 1e6, time.time() - began)
-'''
 
-def measure_speed(work):
-    corpus = os.path.join(work, 'text')
-    write_text(corpus, speed_mb)
-    arguments = ['--max_file_mb=100', '--tokenizer=' + os.path.join(work, 'tokenizer')]
-    seconds, peak = prepare(corpus, f'--vocab_size={vocab_size}', f'--workers={workers}', f'--out={work}/tokenizer')
-    print(f'\nwith a BPE of {vocab_size} trained on 100 MB of it, {workers} processes: {seconds:.1f} s, at most {peak:.0f} MB')
-    table = []
-    for _ in range(rounds):
-        one, _ = prepare(corpus, *arguments, '--workers=1', f'--out={work}/one')
-        many, _ = prepare(corpus, *arguments, f'--workers={workers}', f'--out={work}/many')
-        done = subprocess.run([sys.executable, '-c', TIKTOKEN, HERE, f'{work}/tokenizer', str(speed_mb), str(workers)],
-                              capture_output=True, text=True)
-        if done.returncode:
-            fail(f'tiktoken failed: {done.stderr.strip().splitlines()[-1]}')
-        mb, bare = map(float, done.stdout.split())
-        table.append((mb / one, mb / many, mb / bare, one / many, bare / many))
-    print(f'{"":<34}{"MB/s":>8}{"lowest":>9}{"highest":>9}')
-    for name, values in zip(['prepare.py, one process', f'prepare.py, {workers} processes', f'tiktoken, {workers} threads, in memory',
-                             f'{workers} processes against one', f'{workers} processes against tiktoken'], zip(*table)):
-        print(f'{name:<34}{statistics.median(values):>8.2f}{min(values):>9.2f}{max(values):>9.2f}')
+def encode_in_memory(tokenizer_path, mb, threads):
+    """Prints the seconds of bare tiktoken; a process of its own calls this, as prepare.py is
+    one."""
+    fast = tokenizer.load_tokenizer(tokenizer_path).fast
+    texts = list(texts_of(mb))
+    start = time.time()
+    fast.encode_batch(texts, num_threads=threads, disallowed_special=())
+    print(time.time() - start)
 
-def measure_memory(work):
-    corpus = os.path.join(work, 'mixed')
-    write_mixed(corpus, memory_mb)
-    seconds, peak = prepare(corpus, f'--vocab_size={vocab_size}', f'--workers={workers}', f'--out={work}/mixed_data')
-    print(f'\n{memory_mb:,} MB of text, jsonl and parquet, {workers} processes: {seconds:.0f} s, all processes together at most {peak:.0f} MB')
 
-def main():
-    work = tempfile.mkdtemp(prefix='bench_data', dir=folder or None)
+def tiktoken(tokenizer_path, settings):
+    """Seconds of encode_in_memory."""
+    code = (f'import sys; sys.path.insert(0, {HERE!r}); from mambino.bench import data; '
+            f'data.encode_in_memory({tokenizer_path!r}, {settings.speed_mb}, {settings.workers})')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    if done.returncode:
+        fail(f'tiktoken failed: {done.stderr.strip().splitlines()[-1]}')
+    return float(done.stdout)
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+def measure(settings):
+    """Rows of the speeds, if they are measured; prints them, and the memory."""
+    rows = []
+    work = tempfile.mkdtemp(prefix='bench_data', dir=settings.folder or None)
     try:
-        if speed_mb:
-            measure_speed(work)
-        if memory_mb:
-            measure_memory(work)
+        if settings.speed_mb:
+            rows = measure_speed(work, settings)
+        if settings.memory_mb:
+            measure_memory(work, settings)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    return rows
 
-if __name__ == '__main__':
-    main()
+
+def measure_speed(work, settings):
+    """Whole runs of prepare.py with a tokenizer given, in one process and in several, and tiktoken,
+    by turns."""
+    corpus = os.path.join(work, 'text')
+    trained = os.path.join(work, 'tokenizer')
+    workers, BPE = settings.workers, f'--vocab_size={settings.vocab_size}'
+    mb = write_text(corpus, settings.speed_mb)
+    seconds, peak = prepare(HERE, corpus, BPE, f'--workers={workers}', f'--out={trained}')
+    print(f'\nwith a BPE of {settings.vocab_size} trained on 100 MB of it, {workers} processes: '
+          f'{seconds:.1f} s, at most {peak:.0f} MB')
+
+    def new_row(label, processes):
+        return dict(section='data', name='prepare', label=label, dtype='', root=HERE, processes=processes, times=[])
+
+    one = new_row('prepare.py, one process', 1)
+    many = new_row(f'prepare.py, {workers} processes', workers)
+    bare = new_row(f'tiktoken, {workers} threads, in memory', 0)
+    rows = with_before([one, many], settings)
+    if not settings.against:
+        rows.append(bare)
+
+    def turn(row):
+        if row is bare:
+            return dict(step=[tiktoken(trained, settings)])
+        seconds, _ = prepare(row['root'], corpus, '--max_file_mb=100', f'--tokenizer={trained}',
+                             f'--workers={row["processes"]}', f'--out={work}/out')
+        shutil.rmtree(f'{work}/out')  # the next run finds nothing to go on with
+        return dict(step=[seconds])
+    take_turns(rows, settings.rounds, turn)
+
+    print(f'{"":<34}{"MB/s":>8}{"lowest":>9}{"highest":>9}')
+    for row in rows:
+        speeds = [mb / seconds for seconds in all_times(row, 'step')]
+        show(row['label'], median(speeds), min(speeds), max(speeds))
+    show(f'{workers} processes against one', *ratio(many, one))
+    if bare in rows:
+        show(f'{workers} processes against tiktoken', *ratio(many, bare))
+    return rows
+
+
+def show(label, middle, lowest, highest):
+    print(f'{label:<34}{middle:>8.2f}{lowest:>9.2f}{highest:>9.2f}', flush=True)
+
+
+def measure_memory(work, settings):
+    corpus = os.path.join(work, 'mixed')
+    workers = settings.workers
+    write_mixed(corpus, settings.memory_mb)
+    seconds, peak = prepare(HERE, corpus, f'--vocab_size={settings.vocab_size}', f'--workers={workers}',
+                            f'--out={work}/mixed_data')
+    print(f'\n{settings.memory_mb:,} MB of text, jsonl and parquet, {workers} processes: {seconds:.0f} s, '
+          f'all processes together at most {peak:.0f} MB')
