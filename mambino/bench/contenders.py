@@ -198,7 +198,7 @@ def train(job, settings, autocast):
     facts['before'] = memory_now(settings)  # neither libraries nor a model's making count, but its weights
     facts['counted'] = 4 * parameters
     if settings.compile:
-        loss = checkout_has('mambino.kernels:compiled', 'mambino.kernels.ops:compiled', 'ops:compiled')(loss)
+        loss = checkout_has('mambino.kernels:compiled', 'mambino.kernels.ops:compiled', 'checkpoint:compiled')(loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     shape = (2, settings.batch_size, settings.block_size)
     idx, targets = torch.randint(settings.vocab_size, shape, device=settings.device).unbind()

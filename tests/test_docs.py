@@ -1,0 +1,86 @@
+"""What README.md and docs/ say exists: settings, files, links, commands' first words."""
+import ast
+import os
+import re
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PAGES = ['README.md', 'data/README.md'] + [f'docs/{name}' for name in sorted(os.listdir(os.path.join(ROOT, 'docs')))
+                                           if name.endswith('.md')]
+SCRIPTS = {'prepare.py': 'prepare.py', 'train.py': 'train.py', 'sample.py': 'sample.py', 'export.py': 'export.py',
+           '-m mambino.bench': 'mambino/bench/__main__.py'}
+MISSING = {'docs/loss.svg'}  # until it is measured
+
+
+def read(path):
+    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+        return f.read()
+
+
+def settings_of(path):
+    """Names that a script or a recipe assigns at its top."""
+    names = set()
+    for node in ast.parse(read(path)).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name) and target.id.islower()}
+    return names
+
+
+def commands(text):
+    """(script, its arguments) of every command of ours in a page's blocks and in `…`."""
+    text = text.replace('\\\n', ' ')
+    blocks = ' \n'.join(re.findall(r'```sh\n(.*?)```', text, re.S) + re.findall(r'`([^`\n]+)`', text))
+    for line in blocks.split('\n'):
+        found = re.search(r'(?:python|torchrun .*?) ?(prepare\.py|train\.py|sample\.py|export\.py|-m mambino\.bench)\b(.*)', line)
+        if found:
+            yield found[1], found[2].partition(' #')[0]
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_settings_exist(page):
+    for script, arguments in commands(read(page)):
+        if 'train_shakespeare_char.py' in arguments:        # nanoGPT's
+            continue
+        known = settings_of(SCRIPTS[script])
+        for name in re.findall(r'--([A-Za-z_]+)', arguments):
+            assert name in known | {'help'}, f'{page}: {script}{arguments}'
+        for recipe in re.findall(r'config/\w+\.py', arguments):
+            assert os.path.exists(os.path.join(ROOT, recipe)), f'{page}: {recipe}'
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_settings_in_the_text_exist(page):
+    known = set().union(*map(settings_of, SCRIPTS.values()))
+    others = {'index-url', 'no-build-isolation', 'group', 'help', 'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint',
+              'eval_iters', 'lr_decay_iters', 'model_args', 'tasks'}     # pip's, torchrun's, nanoGPT's, lm_eval's
+    for name in re.findall(r'(?<![\w-])--([A-Za-z][\w-]*)', read(page)):
+        assert name in known | others, f'{page}: --{name}'
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    for heading in re.findall(r'^#+ (.*)$', read(page), re.M):
+        yield re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r'\]\(([^)\s]+)\)', read(page)):
+        if link.startswith('http'):
+            continue
+        path, _, anchor = link.partition('#')
+        path = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+        assert path in MISSING or os.path.exists(os.path.join(ROOT, path)), f'{page}: {link}'
+        assert not anchor or anchor in anchors(path), f'{page}: {link}'
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_files_in_the_text_exist(page):
+    text = read(page).replace('…', '')
+    for path in re.findall(r'`((?:mambino|config|docs|tests)/[\w/.]*)`', text):
+        assert any(os.path.exists(os.path.join(ROOT, name)) for name in (path, f'{path}.py')), f'{page}: {path}'
+
+
+def test_nothing_is_missing_that_is_there():
+    assert not {path for path in MISSING if os.path.exists(os.path.join(ROOT, path))}, 'take it off MISSING'

@@ -1,0 +1,268 @@
+"""The house of docs/CONTRIBUTING.md: what stands where, who may import whom, how long files and lines are.
+
+What does not hold yet is listed in EXCEPTIONS; the lists only shrink, for an exception that holds by now fails too.
+"""
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPTS = {'prepare', 'train', 'sample', 'export'}
+TOP = {
+    'README.md', 'LICENSE', 'run.sh', 'requirements.txt', 'pyproject.toml', 'Dockerfile',
+    'model_mamba.py', 'model_gpt.py', 'model_hybrid.py',
+    'prepare.py', 'train.py', 'sample.py', 'export.py',
+    'config', 'data', 'docs', 'tests', 'mambino',
+}
+# A module's floor is that of the longest of these names it begins with. It imports lower floors, or what the same name stands for.
+FLOORS = {
+    'prepare': 7, 'train': 7, 'sample': 7, 'export': 7, 'mambino.bench': 7,
+    'mambino.train': 5, 'mambino.sample': 5, 'mambino.export': 5,
+    'mambino.weights': 4,
+    'model_hybrid': 3.5, 'model_mamba': 3, 'model_gpt': 3,
+    'mambino.prepare': 2.5,                         # knows the tokenizer, and no torch
+    'mambino.language_model': 2, 'mambino.cache': 2, 'mambino.machine': 2, 'mambino.tokenizer': 2,
+    'mambino.kernels': 1, 'mambino.configurator': 1,
+    'mambino': 0,                                   # its version
+}
+ALSO = {('mambino.train', 'mambino.sample')}        # samples while training
+ON_ONE_FLOOR = {'mambino.language_model', 'mambino.cache', 'mambino.machine', 'mambino.tokenizer'}  # may import each other, in no circle
+EXCEPTIONS = {
+    'top level': set(),
+    'floors': set(),
+    'circles': set(),
+    'long files': {
+        'mambino/kernels/native.cpp', 'mambino/prepare/readers.py', 'prepare.py',
+        'tests/test_adapters.py', 'tests/test_kernels.py', 'tests/test_prepare.py',
+        'tests/test_readers.py', 'tests/test_sample.py', 'tests/test_sources.py',
+        'tests/test_start.py', 'tests/test_train.py', 'train.py',
+    },
+    'over 120 columns': {
+        'config/finetune_lora.py', 'config/finetune_prefix.py', 'config/gpt_16gb.py',
+        'config/gpt_24gb.py', 'config/gpt_32gb.py', 'config/gpt_48gb.py', 'config/hybrid_16gb.py',
+        'config/hybrid_32gb.py', 'config/hybrid_48gb.py', 'config/mamba_48gb.py',
+        'config/shakespeare_15min.py', 'config/shakespeare_cpu.py', 'export.py', 'mambino/cache.py',
+        'mambino/configurator.py', 'mambino/export/compare.py', 'mambino/export/graphs.py',
+        'mambino/export/modeling_mambino.py', 'mambino/export/to_gguf.py',
+        'mambino/export/to_hf.py', 'mambino/export/to_onnx.py', 'mambino/export/to_peft.py',
+        'mambino/export/to_torchscript.py', 'mambino/kernels/__init__.py',
+        'mambino/kernels/anywhere.py', 'mambino/kernels/cpu.py', 'mambino/kernels/cuda.py',
+        'mambino/kernels/native.cpp', 'mambino/kernels/native.py', 'mambino/kernels/registry.py',
+        'mambino/language_model.py', 'mambino/prepare/corpus.py', 'mambino/prepare/isolate.py',
+        'mambino/prepare/parallel.py', 'mambino/prepare/readers.py', 'mambino/prepare/report.py',
+        'mambino/prepare/sources.py', 'mambino/prepare/spool.py', 'mambino/sample/generation.py',
+        'mambino/sample/sessions.py', 'mambino/tokenizer.py', 'mambino/train/batches.py',
+        'mambino/train/memory.py', 'mambino/train/metrics.py', 'mambino/train/muon.py',
+        'mambino/train/processes.py', 'mambino/weights/adapters.py',
+        'mambino/weights/checkpoint.py', 'mambino/weights/from_hf.py',
+        'mambino/weights/from_peft.py', 'mambino/weights/loading.py', 'mambino/weights/quantize.py',
+        'model_gpt.py', 'model_hybrid.py', 'model_mamba.py', 'prepare.py', 'sample.py',
+        'tests/conftest.py', 'tests/helpers/models.py', 'tests/helpers/runs.py',
+        'tests/test_adapters.py', 'tests/test_batches.py', 'tests/test_bench.py',
+        'tests/test_bench_data.py', 'tests/test_configurator.py', 'tests/test_decode.py',
+        'tests/test_docs.py', 'tests/test_export.py', 'tests/test_fit.py', 'tests/test_fsdp.py',
+        'tests/test_hf.py', 'tests/test_house.py', 'tests/test_kernels.py', 'tests/test_metrics.py',
+        'tests/test_models.py', 'tests/test_moe.py', 'tests/test_muon.py', 'tests/test_prepare.py',
+        'tests/test_quantize.py', 'tests/test_readers.py', 'tests/test_sample.py',
+        'tests/test_sources.py', 'tests/test_start.py', 'tests/test_to_gguf.py',
+        'tests/test_to_hf.py', 'tests/test_to_onnx.py', 'tests/test_tokenizer.py',
+        'tests/test_train.py', 'train.py',
+    },
+    'over 100 columns': {
+        'config/finetune_lora.py', 'config/finetune_prefix.py', 'config/gpt_12gb.py',
+        'config/gpt_16gb.py', 'config/gpt_24gb.py', 'config/gpt_32gb.py', 'config/gpt_48gb.py',
+        'config/gpt_8gb.py', 'config/hybrid_12gb.py', 'config/hybrid_16gb.py',
+        'config/hybrid_24gb.py', 'config/hybrid_32gb.py', 'config/hybrid_48gb.py',
+        'config/hybrid_8gb.py', 'config/mamba_12gb.py', 'config/mamba_16gb.py',
+        'config/mamba_24gb.py', 'config/mamba_32gb.py', 'config/mamba_48gb.py',
+        'config/mamba_8gb.py', 'config/quick.py', 'config/shakespeare_15min.py',
+        'config/shakespeare_cpu.py', 'export.py', 'mambino/__init__.py',
+        'mambino/bench/__main__.py', 'mambino/bench/contenders.py', 'mambino/bench/pictures.py',
+        'mambino/bench/steps.py', 'mambino/cache.py', 'mambino/configurator.py',
+        'mambino/export/compare.py', 'mambino/export/graphs.py',
+        'mambino/export/modeling_mambino.py', 'mambino/export/to_gguf.py',
+        'mambino/export/to_hf.py', 'mambino/export/to_onnx.py', 'mambino/export/to_peft.py',
+        'mambino/export/to_torchscript.py', 'mambino/kernels/__init__.py',
+        'mambino/kernels/anywhere.py', 'mambino/kernels/cpu.py', 'mambino/kernels/cuda.py',
+        'mambino/kernels/native.cpp', 'mambino/kernels/native.py', 'mambino/language_model.py',
+        'mambino/machine.py', 'mambino/prepare/corpus.py', 'mambino/prepare/isolate.py',
+        'mambino/prepare/parallel.py', 'mambino/prepare/readers.py', 'mambino/prepare/report.py',
+        'mambino/prepare/sources.py', 'mambino/prepare/spool.py', 'mambino/sample/decode.py',
+        'mambino/sample/generation.py', 'mambino/sample/sessions.py', 'mambino/tokenizer.py',
+        'mambino/train/batches.py', 'mambino/train/memory.py', 'mambino/train/metrics.py',
+        'mambino/train/muon.py', 'mambino/train/processes.py', 'mambino/weights/adapters.py',
+        'mambino/weights/checkpoint.py', 'mambino/weights/from_hf.py',
+        'mambino/weights/from_peft.py', 'mambino/weights/loading.py', 'mambino/weights/quantize.py',
+        'model_gpt.py', 'model_hybrid.py', 'model_mamba.py', 'prepare.py', 'run.sh', 'sample.py',
+        'tests/conftest.py', 'tests/data/before/make.py', 'tests/helpers/models.py',
+        'tests/helpers/runs.py', 'tests/test_adapters.py', 'tests/test_batches.py',
+        'tests/test_before.py', 'tests/test_bench.py', 'tests/test_bench_data.py',
+        'tests/test_configurator.py', 'tests/test_docs.py', 'tests/test_export.py',
+        'tests/test_fit.py', 'tests/test_fsdp.py', 'tests/test_hf.py', 'tests/test_kernels.py',
+        'tests/test_metrics.py', 'tests/test_models.py', 'tests/test_moe.py', 'tests/test_muon.py',
+        'tests/test_prepare.py', 'tests/test_quantize.py', 'tests/test_readers.py',
+        'tests/test_sample.py', 'tests/test_sources.py', 'tests/test_start.py',
+        'tests/test_to_gguf.py', 'tests/test_to_hf.py', 'tests/test_to_onnx.py',
+        'tests/test_tokenizer.py', 'tests/test_train.py', 'train.py',
+    },
+    'named as a setting': {
+        'mambino.prepare.parallel', 'mambino.tokenizer', 'mambino.weights.adapters',
+        'mambino.weights.quantize',
+    },
+}
+
+
+def tracked(*patterns):
+    """Paths of the files that git has, or would have, relative to the root."""
+    if not os.path.exists(os.path.join(ROOT, '.git')):
+        pytest.skip('not a checkout of git')
+    command = ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '--', *patterns]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
+    return [path for path in listed if path and os.path.exists(os.path.join(ROOT, path))]
+
+
+def read(path):
+    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+        return f.read()
+
+
+def module_of(path):
+    return path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+
+
+def source_modules():
+    """{module: its path}, of all that is no test and no recipe."""
+    return {module_of(path): path for path in tracked('*.py') if not path.startswith(('tests/', 'config/'))}
+
+
+def imports_of(path, modules):
+    """{module: first line} of our modules that a file imports, inside functions too."""
+    found = {}
+    for node in ast.walk(ast.parse(read(path))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path}:{node.lineno}: a relative import'
+            names = [f'{node.module}.{alias.name}' for alias in node.names]
+            names = [name if name in modules else node.module for name in names]
+        else:
+            continue
+        for name in names:
+            if name in modules:
+                found.setdefault(name, node.lineno)
+    return found
+
+
+def room_of(module):
+    """The longest name in FLOORS that this module begins with."""
+    return max((name for name in FLOORS if f'{module}.'.startswith(f'{name}.')), key=len)
+
+
+def compare(kind, found):
+    """Exactly the known exceptions of this kind, so that none comes and none outstays."""
+    known = EXCEPTIONS[kind]
+    assert not found - known, f'{kind}: ' + ', '.join(sorted(found - known))
+    assert not known - found, f'{kind}: holds by now, take it off the list: ' + ', '.join(sorted(known - found))
+
+
+def test_top_level():
+    top = {path.split('/')[0] for path in tracked() if not path.startswith('.')}
+    compare('top level', {f'{name} is too much' for name in top - TOP} | {f'{name} is missing' for name in TOP - top})
+
+
+def test_floors():
+    modules = source_modules()
+    wrong = set()
+    for module, path in modules.items():
+        room = room_of(module)
+        for other in imports_of(path, modules):
+            to = room_of(other)
+            is_neighbour = room == to and room not in SCRIPTS or {room, to} <= ON_ONE_FLOOR
+            if not is_neighbour and FLOORS[to] >= FLOORS[room] and (room, to) not in ALSO:
+                wrong.add(f'{module} imports {other}')
+    compare('floors', wrong)
+
+
+def test_no_circle():
+    modules = source_modules()
+    graph = {module: set(imports_of(path, modules)) - {module} for module, path in modules.items()}
+    while free := [module for module, others in graph.items() if not others]:
+        for module in free:
+            del graph[module]
+        for others in graph.values():
+            others.difference_update(free)
+    importers = {other for others in graph.values() for other in others}
+    compare('circles', set(graph) & importers)      # who only imports a circle is not in it
+
+
+def test_no_script_is_imported():
+    modules = source_modules()
+    for module, path in modules.items():
+        assert not SCRIPTS & set(imports_of(path, modules)), module
+
+
+def test_recipes_import_nothing():
+    for path in tracked('config/*.py'):
+        for node in ast.walk(ast.parse(read(path))):
+            assert not isinstance(node, (ast.Import, ast.ImportFrom)), path
+            assert not (isinstance(node, ast.Name) and node.id in ('globals', 'exec', '__import__')), path
+
+
+def test_prepare_knows_no_torch():
+    code = 'import sys, runpy; runpy.run_path("prepare.py", run_name="prepare"); print("torch" in sys.modules)'
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == 'False\n', run.stderr
+
+
+def test_length_of_files():
+    paths = tracked('*.py', '*.cpp', '*.h', '*.sh')
+    compare('long files', {path for path in paths if read(path).count('\n') > 450})
+
+
+def test_length_of_lines():
+    too_long, wide = set(), set()
+    for path in tracked('*.py', '*.cpp', '*.h', '*.sh'):
+        lengths = [len(line) for line in read(path).split('\n')]
+        if max(lengths) > 120:
+            too_long.add(path)
+        if sum(length > 100 for length in lengths) > 0.05 * len(lengths):
+            wide.add(path)
+    compare('over 120 columns', too_long)
+    compare('over 100 columns', wide)
+
+
+def settings_of(path):
+    """Names in small letters that a script assigns above the line that calls configure(globals())."""
+    names = set()
+    for node in ast.parse(read(path)).body:
+        if 'configure(globals()' in ast.unparse(node):
+            break
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name) and target.id.islower()}
+    return names
+
+
+def test_no_module_is_named_as_a_setting():
+    modules = set(source_modules()) - SCRIPTS
+    settings = set()
+    for script in SCRIPTS:
+        settings |= settings_of(f'{script}.py')
+    wrong = {module for module in modules if module.split('.')[-1] in settings}
+    of_bench = settings_of('mambino/bench/__main__.py')
+    wrong |= {module for module in modules if module.startswith('mambino.bench.') and module.split('.')[-1] in of_bench}
+    compare('named as a setting', wrong)
+
+
+def test_length_of_the_readme():
+    assert read('README.md').count('\n') <= 150
+    for name in ('measured', 'recipes', 'export', 'tried', 'CONTRIBUTING', 'CHANGELOG'):
+        assert os.path.exists(os.path.join(ROOT, 'docs', f'{name}.md')), name
+    assert read('data/README.md').count('\n') <= 16
+
+
+def test_version():
+    import mambino
+    assert f'## {mambino.__version__}' in read('docs/CHANGELOG.md')
