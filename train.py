@@ -44,7 +44,8 @@ from mambino.machine import memory_used, peak_flops
 from mambino.train.metrics import Trace, open_log, parts_of
 from mambino.train.muon import Muon, row_kinds
 from mambino.train.processes import leave, say, summed
-from mambino.sample.generation import Writer, encode_prompt, generate
+from mambino.sample.generation import generate
+from mambino.sample.text import Writer, encode_prompt
 
 # --- what and where
 out_dir = 'out'             # checkpoints and the log of this run

@@ -1,4 +1,5 @@
-"""The machine: which device and precision to compute in, how fast it is, and how much memory it has.
+"""The machine: which device and precision to compute in, how fast it is, and how much memory it
+has.
 
     device = choose_device('auto')
     with autocast(device, choose_dtype('auto', device)):
@@ -71,7 +72,8 @@ def choose_device(device):
 
 
 def choose_dtype(dtype, device):
-    """'auto' → what this device computes fastest without losing range: bfloat16 where its hardware has it."""
+    """'auto' → what this device computes fastest without losing range: bfloat16 where its hardware
+    has it."""
     if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
         fail(f'dtype={dtype} must be auto, float32, bfloat16 or float16')
     if dtype != 'auto':
@@ -106,7 +108,8 @@ def timed(device, work):
 
 
 def matmul_peak(device, dtype):
-    """Measured FLOP/s of square matrix products, the best of some: about 0.2 s. dtype: torch's or its name."""
+    """Measured FLOP/s of square matrix products, the best of some: about 0.2 s. dtype: torch's or
+    its name."""
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     n = 2048 if torch.device(device).type == 'cpu' else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
@@ -121,7 +124,8 @@ def matmul_peak(device, dtype):
 
 @lru_cache(None)
 def peak_flops(device, dtype):
-    """FLOP/s to count MFU against: the data sheet's for a known GPU, else what matmul_peak measures (once)."""
+    """FLOP/s to count MFU against: the data sheet's for a known GPU, else what matmul_peak measures
+    (once)."""
     half = str(dtype).removeprefix('torch.')
     if torch.device(device).type == 'cuda' and half in ('bfloat16', 'float16'):
         name = torch.cuda.get_device_name(device)
@@ -154,7 +158,8 @@ def machine_name(device):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 def memory_used(device, peak=False):
-    """Bytes of this process on the device, now or at most so far; None where the system does not say."""
+    """Bytes of this process on the device, now or at most so far; None where the system does not
+    say."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     if os.path.exists('/proc/self/status'):
@@ -170,8 +175,8 @@ def memory_used(device, peak=False):
 
 
 def available_memory(device, root='/'):
-    """Bytes on the device that this process may have, what it has of a GPU already included; None where the system
-    does not say. root: of the file system, to read /proc and /sys from."""
+    """Bytes on the device that this process may have, what it has of a GPU already included; None
+    where the system does not say. root: of the file system, to read /proc and /sys from."""
     kind = torch.device(device).type
     if kind == 'cuda':
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -208,7 +213,8 @@ def cgroups(root):
 
 
 def number_in(path, pattern=r'(\d+)'):
-    """The first number in a file, after a pattern; None if there is none, as in a limit of 'max'."""
+    """The first number in a file, after a pattern; None if there is none, as in a limit of
+    'max'."""
     try:
         with open(path, encoding='utf-8') as f:
             return int(re.search(pattern, f.read(), re.M)[1])

@@ -10,18 +10,27 @@ import types
 
 import pytest
 import torch
-
-from mambino.weights import loading
-from mambino.weights import checkpoint
-from mambino.sample import generation
-import model_gpt
-from mambino.sample import sessions
-from mambino import tokenizer
-from mambino.sample.generation import Rows, Writer, beam_search, chat_marks, chat_turn, encode_prompt, generate, fast_topk, nucleus_candidates, logprobs_of, sample_token, prefill, token_losses
-from model_gpt import GPT, GPTConfig
-from mambino.sample.sessions import Session
 from helpers.models import CONFIG, LLAMA, PEERS, SSM2, V, perturb, theirs
 from helpers.runs import cut, refused, script, write_text
+
+import model_gpt
+from mambino import tokenizer
+from mambino.sample import generation, sessions
+from mambino.sample.generation import (
+    Rows,
+    beam_search,
+    fast_topk,
+    generate,
+    logprobs_of,
+    nucleus_candidates,
+    prefill,
+    sample_token,
+    token_losses,
+)
+from mambino.sample.sessions import Session
+from mambino.sample.text import Writer, chat_marks, chat_turn, encode_prompt
+from mambino.weights import checkpoint, loading
+from model_gpt import GPT, GPTConfig
 
 KINDS = {'char': '--model=gpt', 'bpe': '--model=mamba'}
 
@@ -609,11 +618,11 @@ def test_chat(run, steps, monkeypatch):
         next(session.go_on(net, tok, [104, 105]))
         session.unread[0] = session.tokens[-1] = drawn
         turn = chat_turn(tok, [('user', 'b')], False)
-        next(session.go_on(net, tok, turn, ends=[end]))
+        next(session.go_on(net, tok, turn, end_ids=[end]))
         assert list(session.tokens[:-1]) == [104, 105] + ([104] if drawn == 104 else []) + turn
         assert [i for step in steps for i in step] == list(session.tokens[:-1])
         steps.clear()
-    writer = Writer(tok, ends=[end])
+    writer = Writer(tok, end_ids=[end])
     assert [writer.feed(i) for i in [104, end, 104]] == [tok.decode([104]), '', ''] and writer.done
     monkeypatch.setattr('sys.stdin', io.StringIO('e\net\n'))
     run('bpe', '--interactive=True --chat=True --start=sys --session=chat --max_new_tokens=9')
@@ -631,7 +640,7 @@ def test_text_without_end_costs_no_more_and_more(net):
         writer.feed(int(ids))
         if n == 100:
             break
-    assert writer.pieces == [] and len(writer.held) < 12
+    assert writer.pieces == [] and len(writer.pending) < 12
     session = Session(0)
     for n, _ in enumerate(session.go_on(net, TOK, [1, 2])):
         sizes.append(sum(value.numel() for value in session.state.values()))
@@ -663,9 +672,8 @@ def test_a_learned_beginning_comes_first(net):
 
 
 def test_smaller_weights_are_asked_for(run, monkeypatch):
-    quantize, asked = pytest.importorskip('mambino.weights.quantize'), []
-    whole = quantize.quantize_model
-    monkeypatch.setattr(quantize, 'quantize_model', lambda net, how: (asked.append(how), whole(net, how)))
+    asked, whole = [], loading.quantize_model
+    monkeypatch.setattr(loading, 'quantize_model', lambda net, how: (asked.append(how), whole(net, how)))
     for flags in ('', '--dtype=float32', '--dtype=bfloat16', '--quantize=int8', '--quantize=int4 --dtype=bfloat16'):
         assert len(run('bpe', flags)) > 2
     assert asked == ['bfloat16', 'int8', 'int4']

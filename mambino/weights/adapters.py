@@ -1,12 +1,13 @@
-"""LoRA and prefix tuning: a finished model stays as it is, and a few numbers beside it learn the new text.
+"""LoRA and prefix tuning: a finished model stays as it is, and a few numbers beside it learn the
+new text.
 
     python train.py config/finetune_lora.py --init_from=out --dataset=mine --out_dir=out-mine
     python sample.py --out_dir=out-mine         # base and adapter together; or two adapters, weighted:
     python sample.py --out_dir=out --adapters=out-mine,out-other:0.5
 
-LoRA (Hu et al. 2021) adds to a frozen matrix W a product of two thin ones, y = W x + (alpha / rank) B A x. Prefix
-tuning (Li & Liang 2021) learns the state before the first token: keys and values of so many tokens that never were, and
-in a Mamba the recurrence's and the convolution's first state.
+LoRA (Hu et al. 2021) adds to a frozen matrix W a product of two thin ones, y = W x + (alpha / rank)
+B A x. Prefix tuning (Li & Liang 2021) learns the state before the first token: keys and values of
+so many tokens that never were, and in a Mamba the recurrence's and the convolution's first state.
 
     base weights ─► build ─► add_lora(net, …): linear.lora = {name: LoRA}
                           or add_prefix(net, …): net.initial_state: B ─► state
@@ -15,9 +16,10 @@ in a Mamba the recurrence's and the convolution's first state.
                                                         │
                         merge_adapters(net) ◄─ attach_adapter(net, ckpt) ◄─ base weights
 
-A LoRA hangs on its nn.Linear and a hook adds what it gives, so the base's parameters keep their names. What a
-checkpoint says of its adapter, ckpt['adapter'], is called its spec here: type, rank, targets, …, and of the base its
-name, its place and its fingerprint. to_peft and from_peft speak peft's format.
+A LoRA hangs on its nn.Linear and a hook adds what it gives, so the base's parameters keep their
+names. What a checkpoint says of its adapter, ckpt['adapter'], is called its spec here: type, rank,
+targets, …, and of the base its name, its place and its fingerprint. to_peft and from_peft speak
+peft's format.
 
 Letters of the shapes: B batch, K key/value heads, P head size, n length of the prefix, r rank.
 """
@@ -76,7 +78,8 @@ def adaptable(net):
 
 
 def why_not(net, name):
-    """Why what has this path, or this last name, can have no LoRA; None if nothing speaks against it."""
+    """Why what has this path, or this last name, can have no LoRA; None if nothing speaks against
+    it."""
     last = name.split('.')[-1]
     if last == 'lm_head':
         return 'the loss reads its matrix by itself, and it may be the embedding too'
@@ -91,8 +94,8 @@ def why_not(net, name):
 
 
 def find_targets(net, targets):
-    """{path: linear} of the targets, names as in 'q_proj,v_proj' or ends of paths; '' is each *_proj of the layers, save
-    LEFT_OUT. ValueError if one of them is not there or cannot be."""
+    """{path: linear} of the targets, names as in 'q_proj,v_proj' or ends of paths; '' is each
+    *_proj of the layers, save LEFT_OUT. ValueError if one of them is not there or cannot be."""
     linears = adaptable(net)
     names = [name.strip() for name in targets.split(',') if name.strip()]
     if not names:
@@ -122,8 +125,8 @@ def short_name(path):
 def add_lora(net, targets='', rank=8, alpha=16.0, dropout=0.0, name='default'):
     """Hangs a LoRA on each target; from then on they alone are trained. Returns the model.
 
-    ValueError as find_targets, or if there is one of this name, or the rank is none that a change of these matrices can
-    have."""
+    ValueError as find_targets, or if there is one of this name, or the rank is none that a change
+    of these matrices can have."""
     if rank > net.config.n_embd:
         raise ValueError(f'lora_rank={rank} is more than the width of the model, {net.config.n_embd}: lower it')
     for linear in find_targets(net, targets).values():
@@ -156,7 +159,8 @@ def with_lora(net):
 # --- prefix tuning ----------------------------------------------------------------------------------------------------
 
 class Prefix(nn.Module):
-    """B → the state before the first token of B sequences, as LanguageModel.step has it, of parameters with B = 1."""
+    """B → the state before the first token of B sequences, as LanguageModel.step has it, of
+    parameters with B = 1."""
 
     def __init__(self, state, length, config):
         super().__init__()
@@ -182,8 +186,8 @@ class Prefix(nn.Module):
 
 
 def add_prefix(net, length=16, ids=None):
-    """Gives the model a learned beginning, which alone is trained from then on: at first the state after the first
-    `length` of ids (int64), or of random ones. Returns the model.
+    """Gives the model a learned beginning, which alone is trained from then on: at first the state
+    after the first `length` of ids (int64), or of random ones. Returns the model.
 
     ValueError if there is one already, or it is longer than what attention sees."""
     config = net.config
@@ -228,8 +232,9 @@ def check_settings(settings, base):
 
 
 def begin_adapter(net, settings, source, ckpt, base, ids):
-    """Puts an adapter on a model that has the base's weights: that of a run, or else of train.py's settings, on the base
-    from `source`. ids: a text for a prefix to begin with. Returns the adapter's spec."""
+    """Puts an adapter on a model that has the base's weights: that of a run, or else of train.py's
+    settings, on the base from `source`. ids: a text for a prefix to begin with. Returns the
+    adapter's spec."""
     scheme = 'hf:' if source.startswith('hf:') else ''
     base_place = dict(base=source, base_at=scheme + os.path.abspath(source.removeprefix(scheme)))
     try:
@@ -253,7 +258,8 @@ def spec_of(settings):
 
 
 class AdapterState:
-    """An adapter in training, as something whose state a checkpoint takes in the place of the model's."""
+    """An adapter in training, as something whose state a checkpoint takes in the place of the
+    model's."""
 
     def __init__(self, net, spec):
         self.weights = adapter_state(net, 'prefix' if spec['type'] == 'prefix' else 'default')
@@ -277,7 +283,8 @@ def describe_adapter(net, spec):
 
 
 def flops_saved(net):
-    """Operations a token that training does not need, since it computes no gradient of frozen matrices."""
+    """Operations a token that training does not need, since it computes no gradient of frozen
+    matrices."""
     frozen = [module.weight for module in net.modules()
               if isinstance(module, nn.Linear) and not module.weight.requires_grad]
     return sum(2 * weight.numel() for weight in frozen)
@@ -286,15 +293,17 @@ def flops_saved(net):
 # --- adapters of a checkpoint -----------------------------------------------------------------------------------------
 
 def add_adapter(net, spec, name='default', ids=None):
-    """An adapter as a checkpoint describes it, still untrained. ValueError as add_lora and add_prefix."""
+    """An adapter as a checkpoint describes it, still untrained. ValueError as add_lora and
+    add_prefix."""
     if spec['type'] == 'lora':
         return add_lora(net, spec['targets'], spec['rank'], spec['alpha'], spec['dropout'], name)
     return add_prefix(net, spec['length'], ids)
 
 
 def attach_adapter(net, ckpt, weight=1.0, name=''):
-    """Adds the adapter of a checkpoint to a model of its base, in place; returns the model. LoRAs add up, each times its
-    weight. ValueError if it was made for another base, or does not go with what is attached already."""
+    """Adds the adapter of a checkpoint to a model of its base, in place; returns the model. LoRAs
+    add up, each times its weight. ValueError if it was made for another base, or does not go with
+    what is attached already."""
     spec = ckpt['adapter']
     wanted_base = spec['base_fingerprint']
     actual_base = base_fingerprint(net)
@@ -321,7 +330,8 @@ def attach_adapter(net, ckpt, weight=1.0, name=''):
 
 @torch.no_grad()
 def copy_weights(parameters, weights):
-    """Fills parameters, {name: parameter}, with tensors of the same names. ValueError if they are not the same."""
+    """Fills parameters, {name: parameter}, with tensors of the same names. ValueError if they are
+    not the same."""
     if parameters.keys() != weights.keys():
         raise ValueError(f'this adapter does not fit the model: {min(parameters.keys() ^ weights.keys())}')
     if any(p.shape != weights[name].shape for name, p in parameters.items()):
@@ -331,7 +341,8 @@ def copy_weights(parameters, weights):
 
 
 def base_fingerprint(net):
-    """Of the base under the adapters; None if it is rounded or quantised, and nobody can tell any more."""
+    """Of the base under the adapters; None if it is rounded or quantised, and nobody can tell any
+    more."""
     weights = {name: w for name, w in net.state_dict().items() if not is_adapter(name)}
     if any(w.dtype != torch.float32 for w in weights.values()):
         return None
@@ -339,8 +350,8 @@ def base_fingerprint(net):
 
 
 def adapter_parameters(net, name='default'):
-    """{name in a checkpoint: parameter} of the LoRAs of this name, ….q_proj.lora_A.weight as in peft, or of the prefix,
-    prefix.k.0."""
+    """{name in a checkpoint: parameter} of the LoRAs of this name, ….q_proj.lora_A.weight as in
+    peft, or of the prefix, prefix.k.0."""
     parameters = {}
     for path, p in net.named_parameters():
         if name == 'prefix' and path.startswith('prefix.'):
@@ -357,8 +368,8 @@ def adapter_state(net, name):
 
 @torch.no_grad()
 def merge_adapters(net):
-    """Adds the LoRAs to the matrices they hang on, in place, and takes them away; returns the model. ValueError if it has
-    a prefix."""
+    """Adds the LoRAs to the matrices they hang on, in place, and takes them away; returns the
+    model. ValueError if it has a prefix."""
     if net.initial_state:
         raise ValueError('a prefix is a state, not a change of the weights, so it cannot be merged into them; use the '
                          'adapter as it is, or tune with --adapter=lora')

@@ -1,13 +1,15 @@
-"""What train.py saves and everything else loads: one file that holds all of a model, and how to rebuild it.
+"""What train.py saves and everything else loads: one file that holds all of a model, and how to
+rebuild it.
 
     net = build('gpt', dict(vocab_size=4096, n_layer=6))
     save_checkpoint('out/ckpt.pt', {'kind': 'gpt', 'config': ..., 'weights': ..., ...})    # CONTENTS has the full list
     ckpt = load_checkpoint('out')                 # best.pt if there is one, else ckpt.pt; or a file
     tok = tokenizer_of(ckpt)             # loading.py has model_of(ckpt)
 
-A checkpoint is read with weights_only=True: tensors and plain values, never code. It is written to a temporary name,
-flushed to the disk and renamed, so a kill at any moment leaves the old one or the new one, whole. While several processes share the
-weights, they save in shards: each writes its own part, and last, in the place of the whole, the first what they have in common:
+A checkpoint is read with weights_only=True: tensors and plain values, never code. It is written to
+a temporary name, flushed to the disk and renamed, so a kill at any moment leaves the old one or the
+new one, whole. While several processes share the weights, they save in shards: each writes its own
+part, and last, in the place of the whole, the first what they have in common:
 
     ckpt.shards/250/rank-0-of-2.pt, rank-1-of-2.pt      weights, optimizers
     ckpt.pt                                             the rest, and shards: {'step': 250, 'world': 2}
@@ -32,14 +34,15 @@ MODELS = {'mamba': (Mamba, MambaConfig), 'gpt': (GPT, GPTConfig), 'hybrid': (Hyb
 
 
 def build(kind, config):
-    """The model of this kind with a dict of its config's fields. ValueError says what does not fit together."""
+    """The model of this kind with a dict of its config's fields. ValueError says what does not fit
+    together."""
     model, fields = MODELS[kind]
     return model(fields(**config))
 
 
 def save_checkpoint(path, contents):
-    """Writes a checkpoint whole or not at all; then the shards of those before it go. OSError or RuntimeError (torch's word for a full
-    disk) if it cannot."""
+    """Writes a checkpoint whole or not at all; then the shards of those before it go. OSError or
+    RuntimeError (torch's word for a full disk) if it cannot."""
     temporary = path + '.tmp'
     try:
         with open(temporary, 'wb') as f:
@@ -69,7 +72,8 @@ def flush(folder):
 
 
 def shards_of(path, *which):
-    """The folder of a checkpoint's shards; or of its shard of this step, rank and number of processes, the file."""
+    """The folder of a checkpoint's shards; or of its shard of this step, rank and number of
+    processes, the file."""
     folder = os.path.splitext(path)[0] + '.shards'
     return os.path.join(folder, '{}/rank-{}-of-{}.pt'.format(*which)) if which else folder
 
@@ -101,10 +105,12 @@ def read_file(path):
 
 
 def load_checkpoint(path, rank=0, world=1):
-    """The contents of a checkpoint, tensors on the CPU. A folder stands for its best.pt, or else its ckpt.pt.
+    """The contents of a checkpoint, tensors on the CPU. A folder stands for its best.pt, or else
+    its ckpt.pt.
 
-    rank, world: which process this is of those that share the weights. Of a checkpoint in shards it gets its own part, and `shards`
-    among the contents; other numbers of processes, above all one, cannot load it."""
+    rank, world: which process this is of those that share the weights. Of a checkpoint in shards it
+    gets its own part, and `shards` among the contents; other numbers of processes, above all one,
+    cannot load it."""
     if os.path.isdir(path):
         found = [file for file in ('best.pt', 'ckpt.pt') if os.path.exists(os.path.join(path, file))]
         if not found:
@@ -132,7 +138,8 @@ def load_checkpoint(path, rank=0, world=1):
 
 
 def refuse_quantized(ckpt, source):
-    """The contents of a checkpoint, if its weights have all their bits; else the program ends in a line."""
+    """The contents of a checkpoint, if its weights have all their bits; else the program ends in a
+    line."""
     if ckpt.get('quantized'):
         fail(f'{source}: its weights are quantised, {ckpt["quantized"]}: sample.py writes and scores text with them, all else takes the run '
              'they were made from')
@@ -145,7 +152,8 @@ def tokenizer_of(ckpt):
 
 
 def fingerprint(weights):
-    """What tells the weights of two models apart, as a hex string: a hash of names, shapes and 256 numbers of each tensor."""
+    """What tells the weights of two models apart, as a hex string: a hash of names, shapes and 256
+    numbers of each tensor."""
     found = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         some = tensor.detach().flatten()[::max(1, tensor.numel() // 256)].cpu()

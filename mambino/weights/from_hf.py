@@ -1,19 +1,20 @@
-"""Reads a model that Hugging Face's transformers saved, to train or sample it here; none of its packages is needed.
+"""Reads a model that Hugging Face's transformers saved, to train or sample it here; none of its
+packages is needed.
 
     python train.py --init_from=hf:folder              # folder: what save_pretrained wrote, or a downloaded repository
     kind, config, weights, tok = load_hf('folder')     # checkpoint.build(kind, config).load_state_dict(weights)
 
-Taken are llama, qwen3, mistral, mixtral, qwen3_moe, mamba and mamba2, the original checkpoints of state-spaces/mamba, and the hybrids that
-export.py wrote with a modelling file of their own, which is not needed here:
+Taken are llama, qwen3, mistral, mixtral, qwen3_moe, mamba and mamba2, the original checkpoints of
+state-spaces/mamba, and the hybrids that export.py wrote with a modelling file of their own, which
+is not needed here:
 
     config.json        ──► the fields of our config. What our models would compute otherwise is refused
     *.safetensors      ──► {name: fp32 tensor}: one file or many with an index, fp64, fp32, fp16 or bf16, or pytorch_model.bin;
                            no code in a file is ever run. Names and shapes must be those of our model, all of them
     tokenizer.json     ──► tokenizer.py's Tokenizer, or None
 
-Our parameters have transformers' names, so little is mapped: experts are stacked, a tied head gets its weight.
-Whatever does not fit ends the program in a line that names it.
-"""
+Our parameters have transformers' names, so little is mapped: experts are stacked, a tied head gets
+its weight. Whatever does not fit ends the program in a line that names it. """
 import dataclasses
 import json
 import math
@@ -21,9 +22,9 @@ import os
 
 import torch
 
-from mambino.weights import checkpoint
 from mambino import tokenizer
 from mambino.configurator import fail
+from mambino.weights import checkpoint
 
 FLOATS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
@@ -95,7 +96,8 @@ def from_original(theirs):
 
 
 def to_ours(theirs):
-    """config.json → (kind, the fields of our config that it sets). ValueError says what cannot be represented."""
+    """config.json → (kind, the fields of our config that it sets). ValueError says what cannot be
+    represented."""
     if 'model_type' not in theirs and 'd_model' in theirs:
         theirs = from_original(theirs)
     family = theirs.get('model_type')
@@ -146,7 +148,8 @@ def hybrid_fields(theirs):
 
 
 def rope_theta_of(theirs):
-    """The base of the rotary positions: in rope_parameters since transformers 5, before that a key of its own."""
+    """The base of the rotary positions: in rope_parameters since transformers 5, before that a key
+    of its own."""
     theta = theirs
     for key in ('rope_scaling', 'rope_parameters'):
         rope = theirs.get(key) or {}
@@ -159,7 +162,8 @@ def rope_theta_of(theirs):
 
 
 def window_of(theirs):
-    """The attention window of all layers, 0 for none. Three keys may say which layers have one; our layers are all alike."""
+    """The attention window of all layers, 0 for none. Three keys may say which layers have one; our
+    layers are all alike."""
     family, window, kinds = theirs['model_type'], number(theirs, 'sliding_window', 0), theirs.get('layer_types') or []
     if family == 'llama' or (family.startswith('qwen3') and not theirs.get('use_sliding_window')):
         window = 0
@@ -177,7 +181,8 @@ def window_of(theirs):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 def read_safetensors(path):
-    """Yields (name, fp32 tensor) one by one, so that beside the result one tensor is in memory. ValueError if damaged."""
+    """Yields (name, fp32 tensor) one by one, so that beside the result one tensor is in memory.
+    ValueError if damaged."""
     size = os.path.getsize(path)
     with open(path, 'rb') as f:
         start = 8 + int.from_bytes(f.read(8), 'little')
@@ -201,7 +206,8 @@ def read_safetensors(path):
 
 
 def read_bin(path):
-    """Yields (name, fp32 tensor) of a file by torch.save. ValueError if it is none, or holds more than tensors."""
+    """Yields (name, fp32 tensor) of a file by torch.save. ValueError if it is none, or holds more
+    than tensors."""
     try:
         tensors = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # zip, pickle and torch errors
@@ -227,7 +233,8 @@ def read_json(path):
 
 
 def read_weights(folder):
-    """{name: fp32 tensor} of all files of weights in a folder, in transformers' file names and tensor names."""
+    """{name: fp32 tensor} of all files of weights in a folder, in transformers' file names and
+    tensor names."""
     found = next((name for name in WEIGHTS if os.path.exists(os.path.join(folder, name))), None)
     if found is None:
         fail(f'{folder}: holds no weights, none of {", ".join(WEIGHTS)}')
@@ -268,7 +275,8 @@ def to_our_names(weights):
 
 
 def load_hf(folder):
-    """→ (kind, config as a dict, weights as a state dict in fp32, tokenizer or None), see the top of the file."""
+    """→ (kind, config as a dict, weights as a state dict in fp32, tokenizer or None), see the top
+    of the file."""
     path = os.path.join(folder, 'config.json')
     if not os.path.exists(path):
         fail(f'{path}: no such file; hf: takes a folder that save_pretrained of transformers wrote')

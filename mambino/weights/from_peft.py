@@ -19,7 +19,8 @@ UNCHANGED = (True, False, None, 'gaussian', 'orthogonal', 'eva')    # ways to be
 
 
 def load_adapter(path):
-    """What `attach` takes: an adapter's checkpoint, or what peft saved in a folder. Ends the program in a line if that cannot be read."""
+    """What `attach` takes: an adapter's checkpoint, or what peft saved in a folder. Ends the
+    program in a line if that cannot be read."""
     if not os.path.exists(os.path.join(path, 'adapter_config.json')):
         return load_checkpoint(path)
     try:
@@ -33,7 +34,8 @@ def load_adapter(path):
 
 
 def read_peft(folder):
-    """An adapter that peft saved, as `attach` takes it: {'adapter', 'weights'}. ValueError if it is of another kind than those here."""
+    """An adapter that peft saved, as `attach` takes it: {'adapter', 'weights'}. ValueError if it is
+    of another kind than those here."""
     with open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8') as f:
         theirs = json.load(f)
     tensors = dict(read_safetensors(os.path.join(folder, 'adapter_model.safetensors')))

@@ -1,19 +1,25 @@
-"""Opens a model from anywhere: a run of train.py, an adapter beside its base, rounded weights, a folder of transformers.
+"""Opens a model from anywhere: a run of train.py, an adapter beside its base, rounded weights, a
+folder of transformers.
 
-    net = model_of(load_checkpoint('out'))      # in eval mode on the CPU; an adapter's with its base, rounded weights as they are
-    base = load_base('hf:folder')               # {'kind', 'config', 'weights', 'tokenizer', …}: a model to begin a training with
+    net = model_of(load_checkpoint('out'))  # in eval mode on the CPU; an adapter's with its base, rounded weights as they are
+    base = load_base('hf:folder')           # {'kind', 'config', 'weights', 'tokenizer', …}: a model to begin a training with
+    net, context = prepare_model(net, 'cuda', dtype='auto', precision='int8')   # to generate with
 
     out_dir ──► load_checkpoint ──► build ──► weights, rounded or not ──► net
-                                      └─ an adapter: its base by load_base, then attach
+                                      └─ an adapter: its base by load_base, then attach_adapter
 """
 import os
 import re
 
 from mambino.configurator import fail
-from mambino.weights import adapters, quantize
+from mambino.machine import autocast, choose_dtype
+from mambino.weights.adapters import attach_adapter, merge_adapters
 from mambino.weights.checkpoint import build, fingerprint, load_checkpoint, refuse_quantized, tokenizer_of
 from mambino.weights.from_hf import load_hf
+from mambino.weights.from_peft import load_adapter
+from mambino.weights.quantize import prepare_quantized, quantize_model
 
+# --- one model --------------------------------------------------------------------------------------------------------
 
 def model_of(ckpt):
     """The model in a checkpoint, in eval mode on the CPU; an adapter's with its base."""
@@ -22,7 +28,7 @@ def model_of(ckpt):
             return with_base(ckpt).eval()
         net = build(ckpt['kind'], ckpt['config'])
         if ckpt.get('quantized'):
-            quantize.prepare_quantized(net, ckpt['quantized'])
+            prepare_quantized(net, ckpt['quantized'])
         net.load_state_dict(ckpt['weights'])
     except (TypeError, ValueError, RuntimeError) as error:
         fail(f'the checkpoint\'s weights and settings do not fit together: {str(error).splitlines()[0]}')
@@ -30,48 +36,124 @@ def model_of(ckpt):
 
 
 def load_base(source):
-    """A model to begin with: of the checkpoint in an out_dir, an adapter merged into its base, or in hf:folder as transformers saved it →
-    {'kind', 'config', 'weights', 'tokenizer', 'tokenizer_path', 'block_size'}."""
+    """A model to begin with: of the checkpoint in an out_dir, an adapter merged into its base, or
+    in hf:folder as transformers saved it → {'kind', 'config', 'weights', 'tokenizer',
+    'tokenizer_path', 'block_size'}."""
     if source.startswith('hf:'):
         folder = source.removeprefix('hf:')
         kind, config, weights, tok = load_hf(folder)
-        return dict(kind=kind, config=config, weights=weights, tokenizer=tok, tokenizer_path=os.path.join(folder, 'tokenizer.json'),
-                    block_size=0)
+        return dict(
+            kind=kind,
+            config=config,
+            weights=weights,
+            tokenizer=tok,
+            tokenizer_path=os.path.join(folder, 'tokenizer.json'),
+            block_size=0,
+        )
     ckpt = refuse_quantized(load_checkpoint(source), source)
     if ckpt.get('adapter'):
         ckpt['weights'] = merged_weights(ckpt, source)
-    name = ckpt['settings']['dataset']                      # in data/, or a path; or a mixture, all of one tokenizer
-    folders = [os.path.join(root, name) for name in (name, re.sub(r':[^:,]*$', '', name.split(',')[0])) for root in ('data', '')]
-    return dict(kind=ckpt['kind'], config=ckpt['config'], weights=ckpt['weights'], tokenizer=tokenizer_of(ckpt),
-                tokenizer_path=next(filter(os.path.isdir, folders), folders[0]), block_size=ckpt['config']['block_size'])
+    return dict(
+        kind=ckpt['kind'],
+        config=ckpt['config'],
+        weights=ckpt['weights'],
+        tokenizer=tokenizer_of(ckpt),
+        tokenizer_path=folder_of_dataset(ckpt['settings']['dataset']),
+        block_size=ckpt['config']['block_size'],
+    )
 
+
+def folder_of_dataset(name):
+    """Where a dataset lies: in data/, or a path; of a mixture, all of one tokenizer, its first
+    one."""
+    first = re.sub(r':[^:,]*$', '', name.split(',')[0])
+    folders = [os.path.join(root, dataset) for dataset in (name, first) for root in ('data', '')]
+    return next(filter(os.path.isdir, folders), folders[0])
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
 
 def base_of(ckpt, source=''):
-    """The base of an adapter's checkpoint, as load_base gives it: at `source`, else where it was in training."""
-    how = ckpt['adapter']
-    places = [source] if source else list(dict.fromkeys((how['base'], how['base_at'])))
-    found = [place for place in places if os.path.exists(place.removeprefix('hf:'))]
-    for place in found:
-        base = load_base(place)
-        if fingerprint(base['weights']) == how['base_fingerprint']:
+    """The base of an adapter's checkpoint, as load_base gives it: at `source`, else where it was in
+    training."""
+    spec = ckpt['adapter']
+    sources = [source] if source else list(dict.fromkeys((spec['base'], spec['base_at'])))
+    existing = [path for path in sources if os.path.exists(path.removeprefix('hf:'))]
+    for path in existing:
+        base = load_base(path)
+        if fingerprint(base['weights']) == spec['base_fingerprint']:
             return base
-    if found:
-        fail(f'{found[-1]}: has other weights than the base of this adapter had, which was made for them; put those back, or train it anew')
-    fail(f'{places[-1]}: the base model of this adapter is not there any more; put it back, or say where it is: in training by '
-         '--init_from=its out_dir, else by --out_dir=its out_dir --adapters=the adapter\'s')
+    if existing:
+        fail(f'{existing[-1]}: has other weights than the base of this adapter had, which was made for them; put those '
+             'back, or train it anew')
+    fail(f'{sources[-1]}: the base model of this adapter is not there any more; put it back, or say where it is: in '
+         'training by --init_from=its out_dir, else by --out_dir=its out_dir --adapters=the adapter\'s')
 
 
 def with_base(ckpt, base=None):
-    """The model of an adapter's checkpoint: its base, and the adapter attached. base: if it is loaded already."""
+    """The model of an adapter's checkpoint: its base, and the adapter attached. base: if it is
+    loaded already."""
     base = base or base_of(ckpt)
     net = build(ckpt['kind'], ckpt['config'])
     net.load_state_dict(base['weights'])
-    return adapters.attach_adapter(net, ckpt)
+    return attach_adapter(net, ckpt)
 
 
 def merged_weights(ckpt, source):
-    """The weights of an adapter's checkpoint, its base's with the adapter in them; a prefix ends the program in a line."""
+    """The weights of an adapter's checkpoint, its base's with the adapter in them; a prefix ends
+    the program in a line."""
     try:
-        return adapters.merge_adapters(model_of(ckpt)).state_dict()
+        return merge_adapters(model_of(ckpt)).state_dict()
     except ValueError as error:
         fail(f'{source}: {error}')
+
+
+def load_adapters(setting):
+    """[(checkpoint, weight), …] of the setting `adapters`, out-a,out-b:0.5."""
+    loaded = []
+    for part in filter(None, setting.split(',')):
+        path, _, weight = part.rpartition(':')
+        if not path or os.path.exists(part):
+            path = part
+            weight = '1'
+        ckpt = load_adapter(path)
+        try:
+            loaded.append((ckpt, float(weight)))
+        except ValueError:
+            fail(f'adapters={setting}: {weight} is not a weight; write it as --adapters=out-a,out-b:0.5')
+        if not ckpt.get('adapter'):
+            fail(f'adapters={setting}: {path} holds a whole model, no adapter')
+    return loaded
+
+
+def attach_adapters(net, loaded, setting):
+    """Attaches what load_adapters returned for this setting; where that cannot be, the program ends
+    in a line."""
+    try:
+        for ckpt, weight in loaded:
+            attach_adapter(net, ckpt, weight)
+    except ValueError as error:
+        fail(f'adapters={setting}: {error}')
+    return net
+
+
+# --- for generation ---------------------------------------------------------------------------------------------------
+
+def prepare_model(net, device, dtype='auto', precision=''):
+    """→ (a model, in place, on its device and in its precision; the context it computes in).
+
+    dtype: 'auto', 'float32', 'bfloat16' or 'float16'. precision: that of quantize.py which its
+    weights are rounded to, or ''. What cannot be ends the program in a line."""
+    net.to(device)
+    on_cpu = device == 'cpu'
+    dtype = 'float32' if dtype == 'auto' and on_cpu else choose_dtype(dtype, device)
+    if dtype == 'bfloat16' and on_cpu and not precision:
+        precision = 'bfloat16'                              # rounded weights are faster there than autocast
+    if precision:
+        try:
+            quantize_model(net, precision)
+        except ValueError as error:
+            fail(f'quantize={precision}: {error}')
+        if on_cpu:
+            dtype = 'float32'                               # what rounded weights are computed with
+    return net, autocast(device, dtype)

@@ -6,17 +6,17 @@
     net = loading.model_of(ckpt)
     quantize_model(net, 'int8')         # in place; from now on it generates, and cannot be trained
 
-One token reads every weight once, so on a CPU its time is that of reading them: half the bytes, half the time. Nothing
-but weights is rounded, and they are rounded once:
+One token reads every weight once, so on a CPU its time is that of reading them: half the bytes,
+half the time. Nothing but weights is rounded, and they are rounded once:
 
     bfloat16    the upper 16 of the 32 bits
     int8        a row's weights = its scale times -127 to 127
     int4        64 weights side by side in a row = scale times 0 to 15, plus zero; of the ways to choose the two the one
                 whose squared error is least. Embeddings and the head, on which more depends, are int8
 
-It takes the matrices of the projections, of experts, the embedding and the head. Norms, convolutions, A, D, the
-projections of dt, biases and routers are small, and stay as they are. A state dict holds what is below, as it is used:
-`codes`, and `scales` beside them.
+It takes the matrices of the projections, of experts, the embedding and the head. Norms,
+convolutions, A, D, the projections of dt, biases and routers are small, and stay as they are. A
+state dict holds what is below, as it is used: `codes`, and `scales` beside them.
 
 Letters of the shapes: N rows, K columns, E experts; a group is 64 columns.
 """
@@ -44,10 +44,11 @@ def to_int8(weight):
 
 
 def to_int4(weight):
-    """(N, K) → codes (N, K / 2 rounded up to whole groups) uint8, scales (N, groups, 2) bf16, scale and zero.
+    """(N, K) → codes (N, K / 2 rounded up to whole groups) uint8, scales (N, groups, 2) bf16, scale
+    and zero.
 
-    Ranges from all of a group's down to half of it are tried, and each range's scale and zero fitted again to the codes
-    it gives."""
+    Ranges from all of a group's down to half of it are tried, and each range's scale and zero
+    fitted again to the codes it gives."""
     padding = weight[:, -1:].expand(-1, -weight.shape[1] % GROUP)
     w = torch.cat((weight, padding), 1).unflatten(1, (-1, GROUP))           # (N, groups, 64)
     mean = w.mean(-1, keepdim=True)
@@ -84,7 +85,8 @@ ENCODERS = {'int8': to_int8, 'int4': to_int4}
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 class Matrix(nn.Module):
-    """A matrix (N, K), or a stack of E of them, (E, N, K), as it is kept in a precision: its codes, and scales.
+    """A matrix (N, K), or a stack of E of them, (E, N, K), as it is kept in a precision: its codes,
+    and scales.
 
                  codes                          scales
     bfloat16     (N, K) bfloat16                none
@@ -199,8 +201,8 @@ class QuantizedExperts(nn.Module):
 
 @torch.no_grad()
 def quantize_model(net, precision):
-    """Rounds the weights of a model in place to 'bfloat16', 'int8' or 'int4'; returns it. ValueError if that cannot be
-    done."""
+    """Rounds the weights of a model in place to 'bfloat16', 'int8' or 'int4'; returns it.
+    ValueError if that cannot be done."""
     return replace_matrices(net, precision, fill=True)
 
 
@@ -211,7 +213,8 @@ def prepare_quantized(net, precision):
 
 
 def replace_matrices(net, precision, fill):
-    """Puts modules of this precision into the place of those that have matrices, with their rounded weights if `fill`."""
+    """Puts modules of this precision into the place of those that have matrices, with their rounded
+    weights if `fill`."""
     if precision not in PRECISIONS:
         raise ValueError(f'there is no {precision}, only {", ".join(PRECISIONS)}')
     if any(isinstance(module, Matrix) for module in net.modules()):
@@ -247,7 +250,8 @@ def replace_matrices(net, precision, fill):
 
 
 def is_rounded(module, name, tied):
-    """Whether a module of a layer, or the head, is a matrix that is rounded; a tied head is the embedding."""
+    """Whether a module of a layer, or the head, is a matrix that is rounded; a tied head is the
+    embedding."""
     if not isinstance(module, nn.Linear) or isinstance(module, TimeStep) or name in EXACT:
         return False
     return not (tied and name == 'lm_head')

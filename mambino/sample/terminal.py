@@ -1,0 +1,384 @@
+"""What a person sees of sample.py: text as it grows, samples in order, tables of logprobs, a
+conversation, rates.
+
+    options = Options(sampling=dict(temperature=0.8, top_k=200), max_new_tokens=500)
+    show_samples(net, tok, prompts, num_samples=3, batch_size=16, seed=1337, options=options)
+    show_beams(net, tok, prompts, num_samples=1, beams=4, length_penalty=1.0, options=options)
+    show_score(net, tok, 'book.txt')
+    Dialogue(net, tok, session, options).answer(ids)        # goes on with a session's text
+    converse(dialogue, opening, save)                       # … line by line, as it is typed
+
+Text goes to stdout; rates, progress and hints, which are not part of it, to stderr.
+"""
+import heapq
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mambino.configurator import fail
+from mambino.sample.generation import Rows, beam_search, logprobs_of, prefill, token_losses
+from mambino.sample.text import (
+    Writer,
+    chat_turn,
+    encode_prompt,
+    read_text,
+    token_text,
+    without_mark,
+)
+
+RULE = '---------------'
+SURPRISES = 10                      # tokens that a score lists
+
+
+@dataclass
+class Options:
+    """The settings of sample.py that all ways to go on with a text have in common."""
+    sampling: dict                  # temperature, top_k, top_p, min_p: see generation.sample_token
+    max_new_tokens: int             # 0: without end
+    repetition_penalty: float = 1.0
+    stops: tuple = ()               # a sample ends before such a text
+    logprobs: int = 0               # show each token with its logprob and of so many likeliest; 0: no table
+    stream: bool = True             # show the (first) sample while it is generated
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def patience():
+    """A list that is no longer empty after Ctrl-C: a state must not be left half way. A second
+    Ctrl-C ends the program."""
+    interrupts = []
+
+    def note(*_):
+        interrupts.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def quiet_end():
+    """Around a whole program: Ctrl-C, and a reader such as `head` that has read enough, end it
+    without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text):
+    """Shows text at once."""
+    print(text, end='', flush=True)
+
+
+def show_table(tok, table):
+    """Prints the logprobs of tokens, [(id, (logprob, [(id, logprob), …])), …]."""
+    rows = []
+    for i, (logprob, likeliest) in table:
+        others = [f'{token_text(tok, j)} {other:.3f}' for j, other in likeliest]
+        rows.append((token_text(tok, i), f'{logprob:.3f}', others))
+    width = max([len(token) for token, _, _ in rows] + [5])
+    columns = [max(map(len, column)) for column in zip(*(others for _, _, others in rows))]
+    print(f'{"token":<{width}}  {"logprob":>8}  likeliest')
+    for token, logprob, others in rows:
+        likeliest = '  '.join(f'{other:<{n}}' for other, n in zip(others, columns))
+        print(f'{token:<{width}}  {logprob:>8}  {likeliest}'.rstrip())
+
+
+def show_rate(tokens, seconds, prompt_seconds, prompt_tokens):
+    """Prints how fast tokens were drawn, and how long reading the prompt took."""
+    if tokens and seconds:
+        print(f'{tokens} tokens, {tokens / seconds:,.0f} tokens/s; prompt of {prompt_tokens} read in '
+              f'{prompt_seconds:.2f} s', file=sys.stderr)
+
+
+# --- samples, side by side --------------------------------------------------------------------------------------------
+
+class Sample:
+    """One continuation of a prompt while it grows; with stream the first one shows itself."""
+
+    def __init__(self, tok, number, prompt, ids, seed, options):
+        self.tok = tok
+        self.number = number
+        self.prompt = without_mark(prompt)
+        self.live = options.stream and number == 0
+        self.writer = Writer(tok, options.stops, before=ids, keep=not self.live)
+        # an odd factor: no two alike
+        self.generator = torch.Generator().manual_seed((seed + number * 0x9E3779B97F4A7C15) % 2**63)
+        self.length = 0                 # tokens drawn
+        self.table = []                 # with logprobs, of each token
+        if self.live:
+            say(self.prompt)
+
+    def feed(self, i, logprobs=None):
+        """Takes the next token, and its logprobs if they are asked for."""
+        new = self.writer.feed(i)
+        if self.live and new:
+            say(new)
+        if logprobs:
+            self.table.append((i, logprobs))
+        self.length += 1
+
+    def show(self):
+        """The sample is over: shows all of it, or if it was seen while it grew the rest."""
+        rest = self.writer.close()
+        if self.live:
+            say(rest + '\n')
+        else:
+            rule = f'{RULE}\n' if self.number else ''
+            print(rule + self.prompt + self.writer.text)
+        if self.table:
+            show_table(self.tok, self.table)
+
+
+class Prompts:
+    """Reads prompts; samples of one prompt share what was read of it."""
+
+    def __init__(self, net):
+        self.net = net
+        self.last = None                # what prefill returned
+        self.seconds = 0.0
+
+    def read(self, ids):
+        """→ what Rows.add takes."""
+        if self.last is None or self.last[2] is not ids:
+            began = time.perf_counter()
+            self.last = prefill(self.net, ids)
+            self.seconds += time.perf_counter() - began
+        return self.last
+
+
+def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
+    """Continues each prompt num_samples times, at most batch_size rows side by side, and shows the
+    results in order, the first as it grows."""
+    encoded = [(text, encode_prompt(tok, text)) for text in texts]
+    waiting = deque(prompt for prompt in encoded for _ in range(num_samples))
+    prompts = Prompts(net)
+    rows = Rows(net, tok.vocab_size, options.repetition_penalty)
+    active = []                         # the samples of the rows
+    finished = {}                       # number: sample, those that wait for an earlier one to be shown
+    begun = shown = tokens = 0
+    likeliest = None
+
+    def finish(sample):
+        nonlocal shown
+        finished[sample.number] = sample
+        while shown in finished:
+            finished.pop(shown).show()
+            shown += 1
+
+    began = time.perf_counter()
+    with patience() as interrupts:
+        while (waiting or active) and not interrupts:
+            new_rows = []
+            while waiting and len(active) < batch_size:
+                text, ids = waiting.popleft()
+                new_rows.append(prompts.read(ids))
+                active.append(Sample(tok, begun, text, ids, seed, options))
+                begun += 1
+            if new_rows:
+                rows.add(new_rows)
+                if not waiting:
+                    prompts.last = None                     # its state was copied
+
+            next_ids = rows.draw(generator=[sample.generator for sample in active], **options.sampling)     # (B,)
+            if options.logprobs:
+                likeliest = logprobs_of(rows.logits, next_ids, options.logprobs, tok.vocab_size)
+            tokens += len(active)
+            going_on = []
+            for place, (sample, i) in enumerate(zip(active, next_ids.tolist())):
+                sample.feed(i, likeliest and likeliest[place])
+                if sample.writer.done or sample.length == options.max_new_tokens:
+                    finish(sample)
+                else:
+                    going_on.append(place)
+            if len(going_on) < len(active):
+                active = [active[place] for place in going_on]
+                rows.keep(going_on)
+                next_ids = next_ids[going_on]
+            if active and not interrupts:
+                rows.advance(next_ids)
+    for sample in active:
+        finish(sample)
+    if interrupts:
+        print('interrupted', file=sys.stderr)
+    seconds = time.perf_counter() - began - prompts.seconds
+    show_rate(tokens, seconds, prompts.seconds, sum(len(ids) for _, ids in encoded))
+
+
+def show_beams(net, tok, texts, num_samples, beams, length_penalty, options):
+    """The best num_samples of `beams` continuations of each prompt, with their scores."""
+    longest = max((len(stop.encode()) for stop in options.stops), default=0)
+
+    def is_end(ids):
+        end = tok.decode(ids[-longest - 4:])                # a token is a byte or more
+        return ids[-1] == tok.eot or any(stop in end for stop in options.stops)
+
+    for text in texts:
+        prompt = encode_prompt(tok, text)
+        best = beam_search(net, prompt, beams, options.max_new_tokens, tok.vocab_size, is_end, length_penalty,
+                           options.repetition_penalty)
+        for score, ids in best[:num_samples]:
+            writer = Writer(tok, options.stops, before=prompt)
+            for i in ids:
+                writer.feed(i)
+            writer.close()
+            print(f'{RULE} score {score:.4f}, {len(ids)} tokens')
+            print(without_mark(text) + writer.text)
+
+
+# --- a session's text, a conversation ---------------------------------------------------------------------------------
+
+class Dialogue:
+    """A session's text that is gone on with. end_ids: ids that end an answer, besides
+    end-of-text."""
+
+    def __init__(self, net, tok, session, options, end_ids=()):
+        self.net = net
+        self.tok = tok
+        self.session = session
+        self.options = options
+        self.end_ids = end_ids
+
+    def answer(self, ids, show_speed=True):
+        """Reads ids, then draws and shows tokens until one ends the answer."""
+        options = self.options
+        writer = Writer(self.tok, options.stops, before=[*self.session.tokens[-16:], *ids], end_ids=self.end_ids,
+                        keep=not options.stream)
+        drawn = self.session.go_on(self.net, self.tok, ids, options.repetition_penalty, self.end_ids,
+                                   **options.sampling)
+        table = []
+        first = None                                        # when the first token was there
+        began = time.perf_counter()
+        with patience() as interrupts:
+            for n, (i, logits) in enumerate(drawn, 1):
+                first = first or time.perf_counter()
+                new = writer.feed(i)
+                if options.stream and new:
+                    say(new)
+                if options.logprobs:
+                    next_id = torch.tensor([i], device=logits.device)
+                    likeliest, = logprobs_of(logits, next_id, options.logprobs, self.tok.vocab_size)
+                    table.append((i, likeliest))
+                if writer.done or interrupts or n == options.max_new_tokens:
+                    break
+        seconds = time.perf_counter() - first
+        rest = writer.close()
+        say((rest if options.stream else writer.text) + '\n')
+        if options.logprobs:
+            show_table(self.tok, table)
+        if show_speed and n > 1:                            # what the first took, the prompt took
+            show_rate(n, seconds * n / (n - 1), first - began, len(ids))
+        if interrupts:
+            print('interrupted', file=sys.stderr)
+
+
+def converse(dialogue, opening, chat, save):
+    """Reads lines and answers each, until there are no more; after each answer save() is called, if
+    there is one.
+
+    opening: the text before the first line, with chat the system message; chat: lines and answers
+    are messages."""
+    tok = dialogue.tok
+    system = [('system', opening)] if chat and opening else []
+    ids = encode_prompt(tok, opening) if opening and not chat else []
+    if sys.stdin.isatty():
+        print('Enter sends a line, Ctrl-C ends an answer, Ctrl-D the conversation', file=sys.stderr)
+    while (line := read_typed()) is not None:
+        try:
+            if chat:
+                turn = chat_turn(tok, system + [('user', line)], first=not dialogue.session.tokens)
+            else:
+                turn = ids + tok.encode(line).tolist()
+        except ValueError as error:
+            print(f'{error}; say it otherwise', file=sys.stderr)
+            continue
+        ids = []
+        system = []
+        dialogue.answer(turn, show_speed=False)
+        if save:
+            save()
+    if sys.stdin.isatty():
+        print()
+
+
+def read_typed():
+    """What the user types next, lines that end in \\ taken together; None at the end of the
+    input."""
+    lines = []
+    is_person = sys.stdin.isatty()
+    while not lines or lines[-1].endswith('\\'):
+        try:
+            lines.append(input('> ' if is_person else ''))
+        except EOFError:
+            if not lines:
+                return None
+            break
+        except KeyboardInterrupt:       # meant for an answer that had just ended, or for the line
+            if not is_person:
+                raise
+            lines = []
+            print()
+        except UnicodeDecodeError as error:
+            fail(f'standard input is not UTF-8: {error}')
+    return '\n'.join([line.removesuffix('\\') for line in lines[:-1]] + lines[-1:])
+
+
+# --- how likely a text is ---------------------------------------------------------------------------------------------
+
+def show_score(net, tok, path):
+    """Prints how well the model predicts a text, as a document of its own, and the tokens that it
+    expected least."""
+    text = read_text(path, f'score={path}')
+    try:
+        ids = tok.encode(text)
+    except ValueError as error:
+        fail(f'score={path}: {error}; score another text, or with another model')
+    if not len(ids):
+        fail(f'score={path}: is empty, there is nothing to score')
+    total = 0.0                         # nats
+    seen = 0                            # tokens
+    worst = []                          # (nats, position)
+    began = time.perf_counter()
+    for nats in token_losses(net, ids, tok.eot):            # (t,)
+        nats = nats.cpu()
+        total += nats.double().sum().item()
+        values, index = nats.topk(min(SURPRISES, len(nats)))
+        positions = (index + seen).tolist()
+        worst = heapq.nlargest(SURPRISES, worst + list(zip(values.tolist(), positions)))
+        seen += len(nats)
+        if sys.stderr.isatty():
+            show_progress(seen, len(ids), time.perf_counter() - began)
+
+    loss = total / len(ids)
+    perplexity = math.exp(loss) if loss < 99 else math.inf  # no float can hold more
+    print(f'tokens      {len(ids):,}')
+    print(f'loss        {loss:.4f} nats/token')
+    print(f'perplexity  {perplexity:,.2f}')
+    print(f'bits/byte   {total / math.log(2) / len(text.encode()):.4f}')
+    print('\nleast expected, in nats:')
+    for nats, at in worst:
+        before = repr(tok.decode(ids[max(0, at - 12):at]))[1:-1]
+        after = repr(tok.decode(ids[at + 1:at + 6]))[1:-1]
+        print(f'{nats:7.2f}  {before}  >>{token_text(tok, ids[at])[1:-1]}<<  {after}')
+
+
+def show_progress(seen, total, seconds):
+    """A line that changes, with rate and time left."""
+    rate = seen / seconds
+    print(f'\r{seen:,} of {total:,} tokens, {rate:,.0f} tokens/s, {(total - seen) / rate:,.0f} s left   ',
+          end='\n' if seen == total else '', file=sys.stderr, flush=True)

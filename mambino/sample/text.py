@@ -1,0 +1,152 @@
+"""Text on its way to the model and back: prompts, ChatML, whole characters, where a text stops.
+
+    ids = encode_prompt(tok, 'Once upon a time')
+    writer = Writer(tok, stops=['THE END'])
+    for i in drawn_ids:
+        print(writer.feed(i), end='')       # whole characters only, and nothing of a stop string
+    print(writer.close())
+"""
+import sys
+
+from mambino.configurator import fail
+from mambino.tokenizer import CHAT
+
+CONTEXT = 16            # tokens before a text that its first characters may hang on
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+def read_text(path, setting):
+    """The text of a file, or of standard input for '-'. One that is none ends the program in a line
+    that begins with `setting`."""
+    from_stdin = path == '-'
+    try:
+        with open(sys.stdin.fileno() if from_stdin else path, encoding='utf-8', closefd=not from_stdin) as f:
+            return f.read()
+    except (OSError, ValueError) as error:
+        fail(f'{setting}: cannot be read as text: {error}')
+
+
+def prompts_of(start):
+    """The prompts that the setting `start` asks for: itself, a file as one (FILE:), or each of its
+    lines (LINES:)."""
+    if start.startswith('FILE:'):
+        return [read_text(start.removeprefix('FILE:'), f'start={start}')]
+    if start.startswith('LINES:'):
+        lines = read_text(start.removeprefix('LINES:'), f'start={start}').split('\n')
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            fail(f'start={start}: holds no prompt; LINES: takes each line that is not empty, FILE: the whole file as one')
+        return prompts
+    return [start]
+
+
+def encode_prompt(tok, text, setting='start'):
+    """Ids of a prompt; <|endoftext|> at its beginning is the end-of-text id. Unusable text ends the
+    program in a line that names the setting it came from."""
+    if not text:
+        fail(f'{setting} is empty: give a prompt, as in --{setting}="Once upon a time"; a newline alone will do')
+    ids = []
+    if text.startswith('<|endoftext|>'):
+        ids = [tok.eot]
+        text = without_mark(text)
+    try:
+        return ids + tok.encode(text).tolist()
+    except ValueError as error:
+        fail(f'{setting}: {error}, in {text[:60]!r}; choose another --{setting}')
+
+
+def without_mark(prompt):
+    """A prompt as it is shown: without an <|endoftext|> at its beginning."""
+    return prompt.removeprefix('<|endoftext|>')
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+def chat_marks(tok):
+    """The ids of ChatML's marks, [begin, end]. A tokenizer without them ends the program in a
+    line."""
+    marks = [tok.hf.token_to_id(mark) if tok.kind == 'bpe' else None for mark in CHAT]
+    if None in marks:
+        fail(f'chat=True: this model\'s tokenizer has no {" and ".join(CHAT)}; leave it out, and mark the turns with '
+             'text and --stop')
+    return marks
+
+
+def chat_turn(tok, messages, first):
+    """The ids of messages [(role, text), …] in ChatML and of the beginning of the answer. first:
+    else an answer ends here."""
+    begin, end = chat_marks(tok)
+    newline = tok.encode('\n').tolist()
+    ids = [] if first else [end, *newline]
+    for role, text in messages:
+        ids += [begin, *tok.encode(f'{role}\n{text}').tolist(), end, *newline]
+    return ids + [begin, *tok.encode('assistant\n').tolist()]
+
+
+# --- from ids to text -------------------------------------------------------------------------------------------------
+
+def token_text(tok, i):
+    """A token as a table shows it: in quotes; bytes that are no characters as bytes."""
+    if i == tok.eot:
+        return '<|endoftext|>'
+    raw = tok.token_bytes(i)
+    try:
+        return repr(raw.decode('utf-8'))
+    except UnicodeDecodeError:
+        return repr(raw)
+
+
+class Writer:
+    """Turns one sample's ids into text, whole characters only, and ends it at end-of-text or before
+    a stop string.
+
+    before: ids of what the text continues. end_ids: ids that end it, besides end-of-text. keep:
+    whether `text` is wanted at the end."""
+
+    def __init__(self, tok, stops=(), before=(), end_ids=(), keep=True):
+        self.stops = stops
+        self.end_ids = {tok.eot, *end_ids}
+        self.keep = keep
+        self.decoder = tok.stream()
+        self.pieces = []            # what was shown
+        self.pending = ''           # the beginning of what may become a stop string
+        self.done = False
+        for i in before[-CONTEXT:]:
+            self.decoder.feed(i)
+
+    @property
+    def text(self):
+        return ''.join(self.pieces)
+
+    def feed(self, i):
+        """Takes the next id; returns the text that can be shown now."""
+        if self.done:
+            return ''
+        if i in self.end_ids:
+            return self.close()
+        return self.show(self.decoder.feed(i), final=False)
+
+    def close(self):
+        """Returns what was held back: an incomplete character, the beginning of a stop string."""
+        if self.done:
+            return ''
+        self.done = True
+        return self.show(self.decoder.flush(), final=True)
+
+    def show(self, new, final):
+        """What is pending and new, up to a stop string or what may become one, which is held back
+        unless `final`."""
+        text = self.pending + new
+        stop_positions = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        end = len(text)
+        if stop_positions:
+            end = min(stop_positions)
+            self.done = True
+        elif not final:
+            end -= max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        shown = text[:end]
+        self.pending = text[end:]
+        if self.keep:
+            self.pieces.append(shown)
+        return shown
