@@ -293,7 +293,7 @@ def peers(peer, folder, kind, **how):
 def test_peft_reads_what_is_written(peft, tmp_path, monkeypatch, peer, kind, targets):
     from transformers import AutoModelForCausalLM
     base, net, ckpt = peers(peer, tmp_path, kind, targets=targets) if kind == 'lora' else peers(peer, tmp_path, kind)
-    to_peft.write_peft(ckpt, tmp_path, tmp_path / 'base')
+    to_peft.write(net, None, tmp_path, ckpt=ckpt, base=tmp_path / 'base')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'base', dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
     own = sum(p.numel() for name, p in theirs.named_parameters() if 'lora_' in name or 'prompt_encoder' in name)
@@ -304,7 +304,7 @@ def test_peft_reads_what_is_written(peft, tmp_path, monkeypatch, peer, kind, tar
         assert (want - base(idx)[0]).abs().max() > 0.1
         assert_close(net(idx)[0], want)
         monkeypatch.setattr(loading, 'base_of', lambda ckpt: dict(weights=base.state_dict()))
-        found = to_peft.verify_peft(ckpt, net, tmp_path)
+        found = to_peft.verify(net, None, tmp_path, ckpt=ckpt)
         assert found['ok'] and found['logits'] <= 1e-4
         theirs.save_pretrained(tmp_path / 'again')          # and back
         again = adapters.attach_adapter(copy.deepcopy(base), from_peft.read_peft(tmp_path / 'again'))
@@ -316,13 +316,13 @@ def test_what_peft_cannot_have_is_said(tmp_path):
                                   ('mamba1', 'lora', dict(targets='dt_proj'), 'would not see')):
         base, net = adapted(name, kind, **how)
         with pytest.raises(ValueError, match=word):
-            to_peft.write_peft(saved(net, dict(LORA, **how) if kind == 'lora' else PREFIX, base), tmp_path, 'base')
+            to_peft.write(net, None, tmp_path, ckpt=saved(net, dict(LORA, **how) if kind == 'lora' else PREFIX, base), base='base')
     assert not os.listdir(tmp_path)
 
 
 def test_an_adapter_of_another_make_is_refused(tmp_path, peft):
     base, net, ckpt = peers('llama', tmp_path, 'lora')
-    to_peft.write_peft(ckpt, tmp_path, 'base')
+    to_peft.write(net, None, tmp_path, ckpt=ckpt, base='base')
     config = json.loads((tmp_path / 'adapter_config.json').read_text())
     for odd, word in (dict(use_dora=True), 'use_dora'), (dict(init_lora_weights='pissa'), 'beside the base'), (dict(unheard_of=1), 'unheard_of'):
         (tmp_path / 'adapter_config.json').write_text(json.dumps(config | odd))
@@ -334,7 +334,7 @@ def test_what_peft_saved_is_sampled_with_our_base(based, capsys):
     pytest.importorskip('safetensors')
     train('--adapter=lora --init_from=base-gpt --max_iters=5 --learning_rate=0.1')
     os.mkdir('theirs')
-    to_peft.write_peft(checkpoint.load_checkpoint('out'), 'theirs', 'base')
+    to_peft.write(None, None, 'theirs', ckpt=checkpoint.load_checkpoint('out'), base='base')
     said = []
     for flags in ('--out_dir=out', '--out_dir=base-gpt --adapters=theirs', '--out_dir=base-gpt'):
         capsys.readouterr()

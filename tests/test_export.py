@@ -186,7 +186,7 @@ def test_a_quantised_weight_that_is_another_is_seen(monkeypatch):
         name = next(name for name, u in contents['weights'].items() if u.dtype == torch.int8 and 'down_proj' in name)
         contents['weights'][name] = contents['weights'][name].flip(0)
         save(path, contents)
-    monkeypatch.setattr(checkpoint, 'save', other)
+    monkeypatch.setattr(checkpoint, 'save_checkpoint', other)
     export('--out_dir=gpt --format=native --quantize=int8 --to=other', status=1)
 
 
@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_nothing(capsys, monkeypatch):
 
     def torchs_full(*_):
         raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos\nframe #0')
-    monkeypatch.setattr(checkpoint, 'save', torchs_full)
+    monkeypatch.setattr(checkpoint, 'save_checkpoint', torchs_full)
     export('--out_dir=gpt --format=native --to=full', status=2)
     refused(capsys, 'full', 'disk full')
     assert not os.path.exists('full.partial')

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mambino.export import compare
+from mambino.export import gguf_tokenizer
 from mambino.export import to_gguf
 from mambino import tokenizer
 from model_gpt import GPT, GPTConfig
@@ -127,9 +128,9 @@ def test_settings_of_the_tokenizer(bpe, tmp_path):
     tokens, types = (setting(reader, f'tokenizer.ggml.{key}') for key in ('tokens', 'token_type'))
     assert len(tokens) == len(types) == 288 and len(set(tokens)) == 288
     for i, (token, kind) in enumerate(zip(tokens, types)):
-        said = b'' if kind != to_gguf.NORMAL else bytes(tokenizer.CHAR_TO_BYTE[c] for c in token)
+        said = b'' if kind != gguf_tokenizer.NORMAL else bytes(tokenizer.CHAR_TO_BYTE[c] for c in token)
         assert said == (bpe.token_bytes(i) if i < bpe.vocab_size else b'')
-    assert tokens[bpe.eot] == '<|endoftext|>' and types.count(to_gguf.CONTROL) == 3 and types.count(to_gguf.UNUSED) == 288 - bpe.vocab_size
+    assert tokens[bpe.eot] == '<|endoftext|>' and types.count(gguf_tokenizer.CONTROL) == 3 and types.count(gguf_tokenizer.UNUSED) == 288 - bpe.vocab_size
     assert setting(reader, 'tokenizer.ggml.eos_token_id') == bpe.eot and setting(reader, 'tokenizer.ggml.add_bos_token') is False
     assert setting(reader, 'tokenizer.ggml.pre') == 'gpt-2' and '<|im_start|>' in setting(reader, 'tokenizer.chat_template')
     merges = json.loads(bpe.text)['model']['merges']
@@ -139,7 +140,7 @@ def test_settings_of_the_tokenizer(bpe, tmp_path):
 def test_chat_template_is_chatml():
     jinja2 = pytest.importorskip('jinja2')
     messages = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
-    said = jinja2.Template(to_gguf.CHATML).render(messages=messages, add_generation_prompt=True)
+    said = jinja2.Template(gguf_tokenizer.CHATML).render(messages=messages, add_generation_prompt=True)
     assert said == '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n'
 
 

@@ -84,7 +84,7 @@ def hf_config(model_class, config, **changes):
 
     from mambino.export import to_hf
     with torch.device('meta'):
-        keys = to_hf.describe(model_class(config))[0]
+        keys = to_hf.to_transformers(model_class(config))[0]
     return transformers.AutoConfig.for_model(**keys | changes)
 
 

@@ -6,13 +6,16 @@
     step.onnx     input_ids (B, t), past_… ──► logits (B, t, V), present_…: the prompt in one step or several, then token by token
     model.onnx    input_ids (B, T) ──► logits (B, T, V): whole sequences
 
-What a past is says graphs.py. Each present goes into the next step as the past of its place; before the first token the caches of keys
-and values are empty (S = 0), all others are zeros. All sequences of a batch have seen the same number of tokens. The model's settings
-are among the metadata of both files. Both are made of one export: in model.onnx the pasts are made of zeros. Attention and Mamba-2 take
-time and memory with the square of the tokens of a step: a text of thousands goes faster through step.onnx, some hundred at once.
+What a past is says graphs.py. Each present goes into the next step as the past of its place; before
+the first token the caches of keys and values are empty (S = 0), all others are zeros. All sequences
+of a batch have seen the same number of tokens. The model's settings are among the metadata of both
+files. Both are made of one export: in model.onnx the pasts are made of zeros. Attention and Mamba-2
+take time and memory with the square of the tokens of a step: a text of thousands goes faster
+through step.onnx, some hundred at once.
 
-int8: onnxruntime's dynamic quantisation of the matrix products, weights by column, activations as they come; the projections that time
-steps are made of alone and routers stay in fp32. In the hidden layers of a small model that moves logits by some percent of the largest.
+int8: onnxruntime's dynamic quantisation of the matrix products, weights by column, activations as
+they come; the projections that time steps are made of alone and routers stay in fp32. In the hidden
+layers of a small model that moves logits by some percent of the largest.
 """
 import importlib
 import os
@@ -21,15 +24,17 @@ import torch
 
 from mambino.export import graphs
 
+PACKAGES = 'onnx onnxscript onnxruntime'
 FILES = 'step.onnx', 'model.onnx'
 EXACT = ('x_proj', 'dt_proj', 'gate', 'controller')  # modules that int8 leaves alone
 LIMIT = {'': 1e-4, 'int8': 0.1}     # of the largest logit
-INSIDE = 1.8e9                      # bytes of weights in the file itself, whose limit is 2 GB; more lie beside it in ….data
+# bytes of weights in the file itself, whose limit is 2 GB; more lie beside it in ….data
+INSIDE = 1.8e9
 
 
 def exported(net, tok):
     """The graph of a step."""
-    for package in ('onnx', 'onnxscript'):                                      # torch.onnx needs them, and would say so later
+    for package in ('onnx', 'onnxscript'):  # torch.onnx needs them, and would say so later
         importlib.import_module(package)
     graph = graphs.Graph(net).eval()
     past, present = graph.names()
@@ -46,7 +51,8 @@ def exported(net, tok):
 
 
 def begin_with_nothing(model):
-    """Changes the graph of a step to that of a whole sequence: its pasts are what is there before the first token."""
+    """Changes the graph of a step to that of a whole sequence: its pasts are what is there before
+    the first token."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
     graph = model.graph
@@ -70,7 +76,7 @@ def begin_with_nothing(model):
     graph.insert_before(graph[0], nodes)
     del graph.inputs[1:], graph.outputs[1:]
     RemoveUnusedNodesPass()(model)
-    for node in graph.all_nodes():                                              # shapes that were said of a step
+    for node in graph.all_nodes():  # shapes that were said of a step
         for value in node.outputs:
             if value not in graph.outputs:
                 value.shape = None
@@ -97,12 +103,12 @@ def save_int8(model, path, outside):
         os.remove(file)
 
 
-def write(net, tok, folder, quantize=''):
+def write(net, tok, folder, quantize='', **_):
     """step.onnx, model.onnx, tokenizer.json. ValueError for what ONNX cannot be given."""
     if quantize not in LIMIT:
         raise ValueError(f'ONNX files are written in fp32 or int8, not {quantize}: take --quantize=int8, or GGUF for 4 bits')
     if quantize:
-        importlib.import_module('onnxruntime')                                  # before the long work
+        importlib.import_module('onnxruntime')  # before the long work
     model = exported(net, tok)
     outside = 4 * net.num_params() > INSIDE
     for name in FILES:
@@ -120,8 +126,9 @@ def session(path):
     return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
 
 
-def verify(net, tok, folder, quantize=''):
-    """Both files in onnxruntime, beside the model: logits of whole sequences and of steps, and greedy text."""
+def verify(net, tok, folder, quantize='', **_):
+    """Both files in onnxruntime, beside the model: logits of whole sequences and of steps, and
+    greedy text."""
     import onnxruntime
     step, whole = (session(os.path.join(folder, name)) for name in FILES)
     pasts = step.get_inputs()[1:]
@@ -138,3 +145,8 @@ def verify(net, tok, folder, quantize=''):
     same = found.pop('same') or bool(quantize)
     limit = LIMIT[quantize]
     return dict(tool=f'onnxruntime {onnxruntime.__version__}', limit=limit, ok=same and found['logits'] <= limit, **found)
+
+
+def opening(name, **_):
+    """The lines that open the files, for the card."""
+    return f'import onnxruntime\nmodel = onnxruntime.InferenceSession({FILES[1]!r})     # step.onnx goes token by token'

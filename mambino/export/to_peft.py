@@ -1,4 +1,14 @@
-"""Writes an adapter as the package peft has it, and opens it there, on the base as transformers has it, to compare."""
+"""Writes an adapter as the package peft has it, and opens it there, on the base as transformers has
+it, to compare.
+
+    python export.py --out_dir=out-lora --format=peft --base=out-hf
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('out-hf'), 'out-lora-peft')
+
+    the adapter's checkpoint ──► adapter_config.json            its type and settings, and where its users find the base
+                             └─► adapter_model.safetensors      its tensors, under peft's names
+
+Letters of the shapes: B batch, K key/value heads, n length of a prefix, P head size.
+"""
 import json
 import os
 import tempfile
@@ -6,55 +16,91 @@ import tempfile
 import torch
 
 from mambino.export import to_hf
-from mambino.export.to_hf import save_safetensors
+from mambino.export.compare import difference
+from mambino.export.to_safetensors import save_safetensors
 from mambino.weights import adapters, loading
 from mambino.weights.checkpoint import build
 
+PACKAGES = 'peft'
+LIMIT = 1e-4
+NO_LORA = {     # kind of model: {matrix on which a LoRA would not count: why}; other kinds have not the names of transformers' class
+    'gpt': {},
+    'mamba': {'out_proj': 'peft refuses a LoRA on', 'dt_proj': 'transformers would not see a LoRA on'},
+}
 
-def write_peft(ckpt, folder, base_folder):
-    """Writes an adapter's checkpoint as adapter_config.json and adapter_model.safetensors of peft, which finds the base, as transformers
-    saves it, in base_folder. ValueError if peft cannot have it."""
-    how, config = ckpt['adapter'], ckpt['config']
-    if ckpt['kind'] == 'hybrid':
-        raise ValueError('transformers has no model with a hybrid\'s names, so peft cannot load its adapter: export the merged model')
-    common = dict(task_type='CAUSAL_LM', base_model_name_or_path=str(base_folder), inference_mode=True)
-    if how['type'] == 'prefix':
-        if ckpt['kind'] == 'mamba':
-            raise ValueError('peft has no format for a Mamba\'s prefix, a learned first state: use it with sample.py, or tune with '
-                             '--adapter=lora')
-        width = config['n_kv_head'] * config['head_dim']
-        common |= dict(peft_type='PREFIX_TUNING', num_virtual_tokens=how['length'], token_dim=width, num_transformer_submodules=1,
-                       num_attention_heads=config['n_kv_head'], num_layers=config['n_layer'], encoder_hidden_size=width,
-                       prefix_projection=False)
-        layers = [ckpt['weights'][f'prefix.{kind}.{i}'][0] for i in range(config['n_layer']) for kind in 'kv']  # (K, n, P) each
-        tensors = {'prompt_embeddings': torch.stack(layers).permute(2, 0, 1, 3).flatten(1)}                     # (n, 2 layers K P)
-    else:
-        paths = {key.rpartition('.lora_')[0] for key in ckpt['weights']}
-        for name, why in (('out_proj', 'peft refuses a LoRA on'), ('dt_proj', 'transformers would not see a LoRA on')):
-            if ckpt['kind'] == 'mamba' and any(path.endswith(name) for path in paths):
-                raise ValueError(f'{why} the {name} of a Mamba: export the merged model, or leave it out of --lora_targets')
-        targets = [name.strip() for name in how['targets'].split(',') if name.strip()] or sorted({adapters.short_name(path) for path in paths})
-        common |= dict(peft_type='LORA', r=how['rank'], lora_alpha=how['alpha'], lora_dropout=how['dropout'], target_modules=targets,
-                       bias='none', fan_in_fan_out=False)
-        tensors = {'base_model.model.' + key: value for key, value in ckpt['weights'].items()}
+
+def lora(ckpt):
+    """→ (peft's settings, {its name: tensor}) of a LoRA's checkpoint."""
+    adapter = ckpt['adapter']
+    paths = {name.rpartition('.lora_')[0] for name in ckpt['weights']}
+    for matrix, why in NO_LORA[ckpt['kind']].items():
+        if any(path.endswith(matrix) for path in paths):
+            raise ValueError(f'{why} the {matrix} of a Mamba: export the merged model, or leave it out of --lora_targets')
+    targets = [name.strip() for name in adapter['targets'].split(',') if name.strip()]
+    settings = dict(peft_type='LORA', r=adapter['rank'], lora_alpha=adapter['alpha'], lora_dropout=adapter['dropout'],
+                    target_modules=targets or sorted({adapters.short_name(path) for path in paths}), bias='none', fan_in_fan_out=False)
+    return settings, {'base_model.model.' + name: tensor for name, tensor in ckpt['weights'].items()}
+
+
+def prefix(ckpt):
+    """→ (peft's settings, {its name: tensor}) of a prefix's checkpoint."""
+    config = ckpt['config']
+    if ckpt['kind'] != 'gpt':
+        raise ValueError('peft has no format for a Mamba\'s prefix, a learned first state: use it with sample.py, or tune with '
+                         '--adapter=lora')
+    width = config['n_kv_head'] * config['head_dim']
+    settings = dict(peft_type='PREFIX_TUNING', num_virtual_tokens=ckpt['adapter']['length'], token_dim=width,
+                    num_transformer_submodules=1, num_attention_heads=config['n_kv_head'], num_layers=config['n_layer'],
+                    encoder_hidden_size=width, prefix_projection=False)
+    # (K, n, P) each
+    caches = [ckpt['weights'][f'prefix.{name}.{i}'][0] for i in range(config['n_layer']) for name in 'kv']
+    embeddings = torch.stack(caches).permute(2, 0, 1, 3).flatten(1)  # (n, 2 n_layer K P)
+    return settings, {'prompt_embeddings': embeddings}
+
+
+ADAPTERS = {'lora': lora, 'prefix': prefix}
+
+
+def write(net, tok, folder, quantize='', *, ckpt, base, **_):
+    """Writes the adapter of a checkpoint; peft finds its base, as transformers saves it, by the
+    name `base`. ValueError if peft cannot have it."""
+    adapter = ckpt['adapter']
+    if quantize:
+        raise ValueError('an adapter is small as it is; leave out --quantize')
+    if adapter['type'] not in ADAPTERS:
+        raise ValueError(f'peft\'s {adapter["type"]} has not been taught here, only {", ".join(ADAPTERS)}')
+    if ckpt['kind'] not in NO_LORA:
+        raise ValueError(f'transformers has no model with a {ckpt["kind"]}\'s names, so peft cannot load its adapter: export the merged '
+                         'model')
+    with torch.device('meta'):
+        # ValueError if transformers has no such base
+        to_hf.to_transformers(build(ckpt['kind'], ckpt['config']))
+    settings, tensors = ADAPTERS[adapter['type']](ckpt)
+    settings |= dict(task_type='CAUSAL_LM', base_model_name_or_path=str(base), inference_mode=True)
     save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors, {'format': 'pt'})
     with open(os.path.join(folder, 'adapter_config.json'), 'w', encoding='utf-8') as f:
-        json.dump(common, f, indent=2, sort_keys=True)
+        json.dump(settings, f, indent=2, sort_keys=True)
 
 
 @torch.no_grad()
-def verify_peft(ckpt, net, folder):
-    """Opens what write_peft wrote by peft, on the base as transformers has it → {'tool', 'logits', 'limit', 'ok', 'note'}. net: the model
-    with the adapter."""
+def verify(net, tok, folder, quantize='', *, ckpt, **_):
+    """Opens what `write` wrote by peft, on the base as transformers has it → a check, see
+    compare.py. net: the model with the adapter."""
     import peft
     import transformers
     transformers.utils.logging.disable_progress_bar()
     base = build(ckpt['kind'], ckpt['config']).eval()
     base.load_state_dict(loading.base_of(ckpt)['weights'])
-    with tempfile.TemporaryDirectory() as place:
-        to_hf.write(base, None, place)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-        theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
-    idx = torch.randint(base.config.vocab_size, (2, min(48, base.config.block_size)), generator=torch.Generator().manual_seed(0))
-    found = (net(idx)[0] - theirs(idx).logits).abs().max().item()
-    return dict(tool=f'peft {peft.__version__}', logits=found, limit=1e-4, ok=found <= 1e-4, note='')
+    with tempfile.TemporaryDirectory() as base_folder:
+        to_hf.write(base, None, base_folder)
+        opened = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+        opened = peft.PeftModel.from_pretrained(opened, folder).eval()
+    T = min(48, base.config.block_size)
+    idx = torch.randint(base.config.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
+    off = difference(opened(idx).logits, net(idx)[0])
+    return dict(tool=f'peft {peft.__version__}', logits=off, limit=LIMIT, ok=off <= LIMIT, note='')
+
+
+def opening(name, **_):
+    """The lines that open the folder of this name, for the card."""
+    return f'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base_model, {name!r})'

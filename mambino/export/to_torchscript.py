@@ -1,14 +1,17 @@
-"""A model as TorchScript and as a torch.export program: code and weights in a file, for PyTorch without these scripts, Python or C++.
+"""A model as TorchScript and as a torch.export program: code and weights in a file, for PyTorch
+without these scripts, Python or C++.
 
     python export.py --format=torchscript
     step = torch.jit.load('step.ts'); logits, past = step(ids, step.empty(1)); logits, past = step(ids, past)
     model = torch.export.load('model.pt2').module(); logits = model(ids)
 
-step.ts is the stateful step of graphs.py, traced: ids (B, t), the list `past` → logits (B, t, V), the list to go on with, for any B
-and t. Its functions with a state are compiled from their source, so no size and no number of steps of the trace is left in it.
-`empty(B)` makes the first past. The file of torch.jit.load(…, _extra_files={'model.json': ''}) has the settings and names of the list.
+step.ts is the stateful step of graphs.py, traced: ids (B, t), the list `past` → logits (B, t, V),
+the list to go on with, for any B and t. Its functions with a state are compiled from their source,
+so no size and no number of steps of the trace is left in it. `empty(B)` makes the first past. The
+file of torch.jit.load(…, _extra_files={'model.json': ''}) has the settings and names of the list.
 
-model.pt2 is the whole-sequence graph, ids (B, T) → logits (B, T, V). PyTorch means torch.export to follow TorchScript.
+model.pt2 is the whole-sequence graph, ids (B, T) → logits (B, T, V). PyTorch means torch.export to
+follow TorchScript.
 """
 import copy
 import io
@@ -19,6 +22,7 @@ import torch
 
 from mambino.export import graphs
 
+PACKAGES = ''
 FILES = 'step.ts', 'model.pt2'
 LIMIT = 1e-5    # of the largest logit
 
@@ -53,11 +57,11 @@ def save(path, how, *what, **more):
         f.write(buffer.getbuffer())
 
 
-def write(net, tok, folder, quantize=''):
+def write(net, tok, folder, quantize='', **_):
     """step.ts, model.pt2, tokenizer.json. ValueError for what TorchScript cannot be given."""
     if quantize:
         raise ValueError(f'TorchScript files are written in fp32, not {quantize}: leave --quantize empty, or take ONNX for int8')
-    net = copy.deepcopy(net).requires_grad_(False)                              # so that nobody has to say no_grad
+    net = copy.deepcopy(net).requires_grad_(False)  # so that nobody has to say no_grad
     with graphs.plain():
         graph = graphs.Graph(net, scripted=True).eval()
         step = torch.jit.script(Step(torch.jit.trace(graph, graphs.example(graph), strict=False, check_trace=False), graph.empty(1)))
@@ -72,11 +76,17 @@ def write(net, tok, folder, quantize=''):
         tok.save(folder)
 
 
-def verify(net, tok, folder, quantize=''):
-    """Both files, loaded again, beside the model: logits of whole sequences and of steps, and greedy text."""
+def verify(net, tok, folder, quantize='', **_):
+    """Both files, loaded again, beside the model: logits of whole sequences and of steps, and
+    greedy text."""
     with graphs.silent():
         step = torch.jit.load(os.path.join(folder, FILES[0]))
         whole = torch.export.load(os.path.join(folder, FILES[1])).module()
         found = graphs.beside(net, tok, step.empty, step, whole)
     same = found.pop('same')
     return dict(tool=f'torch {torch.__version__} from the files alone', limit=LIMIT, ok=same and found['logits'] <= LIMIT, **found)
+
+
+def opening(name, **_):
+    """The lines that open step.ts, for the card."""
+    return f'import torch\nstep = torch.jit.load({FILES[0]!r})'

@@ -1,0 +1,76 @@
+"""The README.md of an exported folder: what the model is, how it is opened, how it was made, how
+good it is.
+
+    text = card(name, net, ckpt, openings, checks)
+
+`openings` and `checks` have the folder's formats as keys: the lines that open each, and what
+`verify` found of it, or None.
+"""
+import os
+
+from mambino.export.folders import name_of
+
+# settings to show
+OF_TRAINING = 'optimizer learning_rate schedule tokens_per_step block_size dropout dtype seed'.split()
+
+
+def card(name, net, ckpt, openings, checks):
+    """The text for a folder of this name. ckpt: the checkpoint that net, the model in it, was made
+    of."""
+    c = ckpt['config']
+    lines = []
+    if 'hf' in openings:                                                        # what the hub reads
+        lines += ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---']
+    lines += [f'# {name}', '']
+    lines += [f'A {ckpt["kind"]} language model of {net.num_params() / 1e6:.1f}M parameters: {c["n_layer"]} layers of width '
+              f'{c["n_embd"]}, a vocabulary of {c["vocab_size"]}, trained on windows of {c["block_size"]} tokens with Mambino.', '']
+    if ckpt.get('adapter'):
+        base = os.path.basename(name_of(ckpt['adapter']['base']))
+        merged = '' if 'peft' in openings else ', merged into its weights'
+        lines += [f'It is a {ckpt["adapter"]["type"]} adapter on `{base}`{merged}.', '']
+    lines += ['## How to open it', '']
+    for format_name, opening in openings.items():
+        language = 'sh' if opening.startswith('python ') else 'python'
+        lines += [f'{format_name}:', '', f'```{language}', opening, '```', '']
+    lines += ['## Training', '', *training(ckpt), '']
+    lines += ['## Evaluation', '', 'On the val split, by steps:', '', *evaluation(ckpt), '']
+    lines += ['## Checks', '', *(f'- {format_name}: {summary(check)}' for format_name, check in checks.items()), '']
+    return '\n'.join(lines)
+
+
+def training(ckpt):
+    """The rows of a table: data, settings, sizes."""
+    settings, metadata = ckpt['settings'], ckpt['metadata']
+    rows = {'data': ', '.join(os.path.basename(os.path.normpath(part)) for part in settings['dataset'].split(',')),
+            'steps': f'{metadata["step"]:,}',
+            'tokens': f'{metadata["tokens_seen"]:,}',
+            'time': f'{metadata["seconds"] / 60:,.1f} minutes on {metadata["device"]}'}
+    rows |= {key: settings[key] for key in OF_TRAINING}
+    sizes = {key: value for key, value in sorted(ckpt['config'].items()) if key not in ('block_size', 'dropout')}
+    return ['| what | value |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in [*rows.items(), *sizes.items()])]
+
+
+def evaluation(ckpt):
+    """The rows of a table: the last evaluations."""
+    rows = ['| step | val loss | perplexity | bits per byte |', '| --- | --- | --- | --- |']
+    for record in ckpt['metadata']['recent']:
+        values = [record['val_loss'], record.get('perplexity'), record.get('bits_per_byte')]
+        numbers = ' | '.join('n/a' if value is None else f'{value:.4f}' for value in values)
+        rows.append(f'| {record["step"]} | {numbers} |')
+    return rows
+
+
+def summary(check):
+    """A check, as `verify` returns it, in a line."""
+    if check is None:
+        return 'not checked'
+    parts = [check['tool']]
+    if check.get('logits') is not None:
+        limit = f' (limit {check["limit"]:.0e})' if check.get('limit') else ''
+        parts.append(f'logits within {check["logits"]:.1e}{limit}')
+    if check.get('greedy'):
+        parts.append(f'greedy tokens {check["greedy"]}')
+    if check.get('ids'):
+        parts.append(f'texts with equal ids {check["ids"]}')
+    line = ', '.join(parts)
+    return f'{line}; {check["note"]}' if check.get('note') else line
