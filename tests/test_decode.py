@@ -413,7 +413,7 @@ def test_compiled_code_can_be_turned_off(switch, replays, monkeypatch):
 
 def test_the_functions_and_their_arguments_are_those_of_native_cpp(monkeypatch):
     folder = Path(native.SOURCE).parent
-    text = '\n'.join(file.read_text('utf-8') for file in [Path(native.SOURCE), *folder.glob('native/*.h')])
+    text = '\n'.join(file.read_text('utf-8') for file in [Path(native.SOURCE), *folder.glob('cpp/*.h')])
     replayed = re.findall(r'case (\d+): a \+= invoke\((\w+), a\)', text)
     assert replayed == [(str(i), name) for i, name in enumerate(decode.FUNCTIONS)]
     declared = {name: len(arguments.split(',')) for name, arguments in re.findall(r'API (\w+)\(([^)]*)\)', text)}
@@ -425,3 +425,12 @@ def test_the_functions_and_their_arguments_are_those_of_native_cpp(monkeypatch):
                 called.add(function)
                 assert len(arguments) == declared[function], function
     assert called == set(decode.FUNCTIONS)
+
+
+def test_a_changed_header_is_compiled_anew(tmp_path, monkeypatch):
+    (tmp_path / 'cpp').mkdir()
+    (tmp_path / 'native.cpp').write_text('#include "cpp/number.h"\nextern "C" int number() { return NUMBER; }\n')
+    monkeypatch.setattr(native, 'SOURCE', str(tmp_path / 'native.cpp'))
+    for number in (7, 8):
+        (tmp_path / 'cpp' / 'number.h').write_text(f'#define NUMBER {number}\n')
+        assert native.library.__wrapped__().number() == number

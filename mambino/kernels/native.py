@@ -6,6 +6,7 @@ cpu.py makes the models' operations of it. MAMBINO_NATIVE=0, or MAMBINO_KERNELS=
 """
 import ctypes
 import functools
+import glob
 import hashlib
 import os
 import platform
@@ -39,13 +40,22 @@ def compiler():
     return shutil.which(os.environ.get('CXX') or '') or next(filter(shutil.which, ('g++', 'clang++', 'c++')), None)
 
 
+def source_text():
+    """native.cpp and the headers in cpp/ that it includes, as bytes."""
+    headers = glob.glob(os.path.join(os.path.dirname(SOURCE), 'cpp', '*.h'))
+    text = b''
+    for path in (SOURCE, *sorted(headers)):
+        with open(path, 'rb') as f:
+            text += f.read()
+    return text
+
+
 @functools.cache
 def library():
     """native.cpp as a library, compiled now if it has not been; None where there is no compiler, or MAMBINO_NATIVE=0."""
     if '0' in (os.environ.get('MAMBINO_NATIVE'), os.environ.get('MAMBINO_KERNELS')) or os.name == 'nt' or not compiler():     # MinGW does not align its stack for vectors
         return None
-    with open(SOURCE, 'rb') as f:
-        name = hashlib.sha256(f.read() + (compiler() + processor()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(source_text() + (compiler() + processor()).encode()).hexdigest()[:16]
     path = os.path.join(os.path.dirname(SOURCE), '__pycache__', f'native-{name}.so')
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

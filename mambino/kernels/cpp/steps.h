@@ -1,0 +1,290 @@
+// One token of each of a few sequences, what generation computes again and again. Each function does
+// all of its task, on `threads` threads; decode.py writes down their calls, and `replay` makes them.
+#pragma once
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "elementwise.h"
+#include "matrices.h"
+
+API mlp_step(I threads, I tokens, const Matrix *gate, const Matrix *up_, const Matrix *down,
+             const float *x, float *y) {
+    I inner = gate->rows;
+    std::vector<float> room(2 * tokens * inner);
+    float *g = room.data(), *u = g + tokens * inner;
+    linear<2>(threads, {gate, up_}, tokens, x, {g, u});
+    for (I i = 0; i < tokens * inner; i += L) {
+        int n = std::min<I>(L, tokens * inner - i);
+        vec v = load(g + i, n);
+        store(g + i, v * sigmoid(v) * load(u + i, n), n);
+    }
+    linear<1>(threads, {down}, tokens, g, {y});
+}
+
+// attention of one token of each sequence, x and y (B, D): the caches (B, G, S, P) get its key and
+// value, and slots 0 to pos, or all of a ring, are attended to. P is a multiple of L; tables
+// (B, P / 2); norms of heads, or null
+API attention_step(I threads, I B, I H, I G, I P, I S, const Matrix *qm, const Matrix *km,
+                   const Matrix *vm, const Matrix *om, const float *q_norm, const float *k_norm,
+                   float eps, const I *pos, const float *cosine, const float *sine, float *keys,
+                   float *values, const float *x, float *out) {
+    std::vector<float> room(B * (2 * H + 2 * G) * P + B * H);
+    float *q = room.data();
+    float *k = q + B * H * P;
+    float *v = k + B * G * P;
+    float *y = v + B * G * P;
+    float *rstd = y + B * H * P;
+    linear<3>(threads, {qm, km, vm}, B, x, {q, k, v});
+    if (q_norm) {
+        norm_forward(0, B * H, 0, 1, P, eps, q, nullptr, 0, q_norm, q, rstd);
+        norm_forward(0, B * G, 0, 1, P, eps, k, nullptr, 0, k_norm, k, rstd);
+    }
+    rope(0, B, 0, B, H, P, q, cosine, sine, 1, q);
+    rope(0, B, 0, B, G, P, k, cosine, sine, 1, k);
+    I longest = *std::max_element(pos, pos + B) + 1, R = H / G;
+    float scale = 1 / std::sqrt((float)P);
+    parallel(B * H * std::min(longest, S) * P < 200000 ? 1 : threads, B * G, [&](I lo, I hi) {
+        Flush flush;
+        std::vector<float> s(up(std::min(longest, S), L));
+        for (I i = lo; i < hi; i++) {
+            I b = i / G;
+            I slot = pos[b] % S;
+            I n = std::min(pos[b] + 1, S);
+            float *K = keys + i * S * P, *V = values + i * S * P;
+            memcpy(K + slot * P, k + i * P, 4 * P);
+            memcpy(V + slot * P, v + i * P, 4 * P);
+            for (I h = i * R; h < (i + 1) * R; h++) {  // i = b G + g, h = b H + its head
+                float most = -INFINITY, total = 0;
+                for (I j = 0; j < n; j++) {
+                    vec dot{};
+                    for (I p = 0; p < P; p += L)
+                        dot += load(q + h * P + p) * load(K + j * P + p);
+                    s[j] = sum(dot) * scale;
+                    most = std::max(most, s[j]);
+                }
+                for (I j = n; j < up(n, L); j++)
+                    s[j] = -INFINITY;
+                for (I j = 0; j < n; j += L) {
+                    vec w = expv(load(&s[j]) - most);
+                    store(&s[j], w);
+                }
+                for (I j = 0; j < n; j++)
+                    total += s[j];
+                for (I p = 0; p < P; p += L) {
+                    vec sum{};
+                    for (I j = 0; j < n; j++)
+                        sum += s[j] * load(V + j * P + p);
+                    store(y + h * P + p, sum * (1 / total));
+                }
+            }
+        }
+    });
+    linear<1>(threads, {om}, B, y, {out});
+}
+
+// silu of the convolution of one token of so many channels, whose input moves into the state (K -
+// 1, E). weight (E, K)
+static void conv_step(I E, I K, const float *x, const float *weight, const float *bias,
+                      float *state, float *y) {
+    for (I e = 0; e < E; e++) {
+        float out = bias[e] + weight[e * K + K - 1] * x[e];
+        for (I j = 0; j < K - 1; j++)
+            out += weight[e * K + j] * state[j * E + e];
+        y[e] = out;
+    }
+    if (K > 1) {
+        memmove(state, state + E, 4 * (K - 2) * E);
+        memcpy(state + (K - 2) * E, x, 4 * E);
+    }
+    for (I e = 0; e < E; e += L) {
+        int n = E - e < L ? E - e : L;
+        vec v = load(y + e, n);
+        store(y + e, v * sigmoid(v), n);
+    }
+}
+
+static void conv_steps(I threads, I B, I E, I K, const float *x, I sx, const float *weight,
+                       const float *bias, float *state, float *y) {
+    parallel(B * E < 8192 ? 1 : threads, B, [&](I lo, I hi) {
+        Flush flush;
+        for (I b = lo; b < hi; b++)
+            conv_step(E, K, x + b * sx, weight, bias, state + b * (K - 1) * E, y + b * E);
+    });
+}
+
+// a Mamba-2's mixer, v and out (B, D): conv (B, K - 1, H P + 2 G N) and h (B, H, P, N) are updated.
+// P and N are multiples of L
+API mamba2_step(I threads, I B, I H, I G, I P, I N, I K, const Matrix *in_proj,
+                const Matrix *out_proj, const float *weight, const float *bias,
+                const float *dt_bias, const float *A_log, const float *D, const float *norm,
+                float eps, float *conv, float *h, const float *v, float *out) {
+    I E = H * P;
+    I W = E + 2 * G * N;
+    I sx = E + W + H;
+    std::vector<float> mixed(B * W), rstd(B * G), room(B * (sx + E));
+    float *x = room.data(), *y = x + B * sx;  // x: rows of [z; x, B, C; dt]
+    linear<1>(threads, {in_proj}, B, v, {x});
+    conv_steps(threads, B, W, K, x + E, sx, weight, bias, conv, mixed.data());
+    parallel(B * H * P * N < 32768 ? 1 : threads, B * H, [&](I lo, I hi) {
+        Flush flush;
+        for (I i = lo; i < hi; i++) {
+            I b = i / H;
+            I head = i % H;
+            I g = head / (H / G);
+            const float *u = &mixed[b * W + head * P];
+            const float *Bs = &mixed[b * W + E + g * N];
+            const float *Cs = Bs + G * N;
+            float dt = softplus(all(x[b * sx + E + W + head] + dt_bias[head]))[0];
+            float decay = std::exp(-dt * std::exp(A_log[head]));
+            for (I p = 0; p < P; p += L) {
+                float *state = h + (i * P + p) * N;
+                vec s[L]{};
+                vec in = load(u + p);
+                vec scaled = in * dt;
+                for (I n = 0; n < N; n += L) {
+                    vec c = load(Cs + n), add = load(Bs + n);
+#pragma GCC unroll 16
+                    for (int l = 0; l < L; l++) {
+                        vec now = load(state + l * N + n) * decay + add * scaled[l];
+                        store(state + l * N + n, now);
+                        s[l] += now * c;
+                    }
+                }
+                store(y + i * P + p, sums(s) + in * D[head]);
+            }
+        }
+    });
+    parallel(B * E < 8192 ? 1 : threads, B, [&](I lo, I hi) {
+        norm_forward(lo, hi, 0, G, E / G, eps, y, x, sx, norm, y, rstd.data());
+    });
+    linear<1>(threads, {out_proj}, B, y, {out});
+}
+
+// a Mamba-1's mixer, v and out (B, D): conv (B, K - 1, E) and h (B, N, E) are updated
+API mamba1_step(I threads, I B, I E, I N, I K, I R, const Matrix *in_proj, const Matrix *x_proj,
+                const Matrix *dt_proj, const Matrix *out_proj, const float *weight,
+                const float *conv_bias, const float *bias, const float *A_log, const float *D,
+                float *conv, float *h, const float *v, float *out) {
+    I sbc = R + 2 * N, sz = 2 * E;
+    std::vector<float> room(B * (5 * E + sbc + R));
+    float *both = room.data();
+    float *x = both + B * 2 * E;
+    float *raw = x + B * E;
+    float *y = raw + B * E;
+    float *parts = y + B * E;
+    float *low = parts + B * sbc;
+    const float *z = both + E;
+    const float *Bs = parts + R;
+    const float *Cs = Bs + N;
+    linear<1>(threads, {in_proj}, B, v, {both});  // rows of [x; z]
+    conv_steps(threads, B, E, K, both, 2 * E, weight, conv_bias, conv, x);
+    linear<1>(threads, {x_proj}, B, x, {parts});  // rows of [dt; B; C]
+    for (I b = 0; b < B; b++)
+        memcpy(low + b * R, parts + b * sbc, 4 * R);
+    linear<1>(threads, {dt_proj}, B, low, {raw});
+    parallel(B * E * N < 8192 ? 1 : threads, up(E, L) / L, [&](I lo, I hi) {
+        Flush flush;
+        std::vector<vec> A(N);
+        for (I e = lo * L; e < std::min(hi * L, E); e += L) {
+            int n = E - e < L ? E - e : L;
+            for (I j = 0; j < N; j++) {
+                for (int l = 0; l < n; l++)
+                    A[j][l] = A_log[(e + l) * N + j];
+                A[j] = -expv(A[j]) * LOG2E;
+            }
+            for (I b = 0; b < B; b++) {
+                vec in = load(x + b * E + e, n);
+                vec dt = softplus(load(raw + b * E + e, n) + load(bias + e, n));
+                vec sum = in * load(D + e, n);
+                for (I j = 0; j < N; j++) {
+                    float *state = h + (b * N + j) * E + e;
+                    vec now = exp2v(dt * A[j]) * load(state, n) + dt * in * Bs[b * sbc + j];
+                    store(state, now, n);
+                    sum += now * Cs[b * sbc + j];
+                }
+                vec gate = load(z + b * sz + e, n);
+                store(y + b * E + e, sum * gate * sigmoid(gate), n);
+            }
+        }
+    });
+    linear<1>(threads, {out_proj}, B, y, {out});
+}
+
+// y = x + scale * the sum of a hybrid's branches (B, D), at most 3, each normed if `norms` has
+// weights, by the controller's softmax of h or all the same
+API mix_step(I B, I D, I n, const float *a, const float *b, const float *c, const float *norm_a,
+             const float *norm_b, const float *norm_c, float eps, const float *controller,
+             const float *bias, const float *scale, const float *h, const float *x, float *y) {
+    Flush flush;
+    const float *branches[] = {a, b, c};
+    const float *norms[] = {norm_a, norm_b, norm_c};
+    std::vector<float> normed(D);
+    for (I r = 0; r < B * D; r += D) {
+        float share[3], most = -INFINITY, total = 0, rstd;
+        for (I i = 0; i < n; i++) {
+            vec dot{};
+            for (I j = 0; controller && j < D; j += L) {
+                int m = D - j < L ? D - j : L;
+                dot += load(controller + i * D + j, m) * load(h + r + j, m);
+            }
+            share[i] = controller ? sum(dot) + bias[i] : 0;
+            most = std::max(most, share[i]);
+        }
+        for (I i = 0; i < n; i++)
+            total += share[i] = std::exp(share[i] - most);
+        for (I i = 0; i < n; i++) {
+            const float *from = branches[i] + r;
+            if (norms[i]) {
+                norm_forward(0, 1, 0, 1, D, eps, from, nullptr, 0, norms[i], normed.data(), &rstd);
+                from = normed.data();
+            }
+            for (I j = 0; j < D; j += L) {
+                int m = D - j < L ? D - j : L;
+                vec before = load((i ? y : x) + r + j, m);
+                store(y + r + j,
+                      before + load(from + j, m) * load(scale + j, m) * (share[i] / total), m);
+            }
+        }
+    }
+}
+
+API add_step(I n, const float *x, const float *y, float *out) {
+    for (I i = 0; i < n; i++)
+        out[i] = x[i] + y[i];
+}
+
+// n calls: each is the number of a function, below, and its arguments, floats by their bits; decode.py
+// writes them down
+template <class T>
+static T from(I a) {
+    if constexpr (std::is_same_v<T, float>)
+        return as<float>(&a);
+    else
+        return (T)a;
+}
+
+template <class... A, size_t... i>
+static I invoke(void (*f)(A...), const I *a, std::index_sequence<i...>) {
+    f(from<A>(a[i])...);
+    return sizeof...(A);
+}
+
+template <class... A>
+static I invoke(void (*f)(A...), const I *a) {
+    return invoke(f, a, std::index_sequence_for<A...>{});
+}
+
+API replay(I n, const I *a) {
+    while (n--) {
+        switch (*a++) {
+        case 0: a += invoke(norm_forward, a); break;
+        case 1: a += invoke(add_step, a); break;
+        case 2: a += invoke(mlp_step, a); break;
+        case 3: a += invoke(attention_step, a); break;
+        case 4: a += invoke(mamba1_step, a); break;
+        case 5: a += invoke(mamba2_step, a); break;
+        case 6: a += invoke(mix_step, a); break;
+        }
+    }
+}

@@ -1,0 +1,130 @@
+// Vectors of L numbers, and exp, sigmoid, softplus of them.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+typedef int64_t I;
+constexpr int L = 16;  // a register of AVX-512, or two of AVX, or four of NEON
+typedef float vec __attribute__((vector_size(4 * L)));
+typedef int32_t ivec __attribute__((vector_size(4 * L)));
+typedef double dvec __attribute__((vector_size(8 * L)));
+constexpr ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#define API extern "C" void
+
+struct Flush {  // numbers below 1e-38 as 0, while it lives: on x86 they take 100 times as long
+#ifdef __SSE__
+    unsigned before = __builtin_ia32_stmxcsr();
+
+    Flush() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+    ~Flush() { __builtin_ia32_ldmxcsr(before); }
+#else
+    Flush() {}
+    ~Flush() {}
+#endif
+};
+
+static inline vec all(float a) { return vec{} + a; }
+
+static inline vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+static inline vec load(const float *p, int n) {  // the first n; the rest is 0
+    if (n >= L)
+        return load(p);
+    vec v{};
+    for (int i = 0; i < n; i++)
+        v[i] = p[i];
+    return v;
+}
+
+static inline void store(float *p, vec v, int n) {
+    if (n >= L)
+        return store(p, v);
+    for (int i = 0; i < n; i++)
+        p[i] = v[i];
+}
+
+static inline dvec load(const double *p) {
+    dvec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store(double *p, dvec v) { memcpy(p, &v, sizeof v); }
+static inline dvec wide(vec v) { return __builtin_convertvector(v, dvec); }
+static inline vec narrow(dvec v) { return __builtin_convertvector(v, vec); }
+static inline void add(float *p, vec v, int n = L) { store(p, load(p, n) + v, n); }
+static inline vec max(vec a, vec b) { return a > b ? a : b; }
+
+static inline float sum(vec v) {
+    float s[L / 2];
+    for (int i = 0; i < L / 2; i++)
+        s[i] = v[i] + v[i + L / 2];
+    for (int n = L / 4; n; n /= 2)
+        for (int i = 0; i < n; i++)
+            s[i] += s[i + n];
+    return s[0];
+}
+
+// --- functions, to 2 units in the last place: a polynomial on one octave, the octave put into the
+// exponent's bits
+
+static inline vec exp2v(vec x) {  // 2^x for x <= 127; a NaN stays one
+    x = x < -125.f ? all(-125.f) : x;
+    vec shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
+    vec p = all(1.535336188319500e-4f);
+    p = p * r + 1.339887440266574e-3f;
+    p = p * r + 9.618437357674640e-3f;
+    p = p * r + 5.550332471162809e-2f;
+    p = p * r + 2.402264791363012e-1f;
+    p = p * r + 6.931472028550421e-1f;
+    p = p * r + 1.f;
+    return (vec)((ivec)p + ((ivec)shifted << 23));
+}
+
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+
+static inline vec expv(vec x) {
+    x = x > 87.f ? all(87.f) : x;
+    return exp2v(x * LOG2E);
+}
+
+static inline vec sigmoid(vec x) { return 1.f / (1.f + expv(-x)); }
+
+static inline vec log1pv(vec u) {  // of 0 to 1
+    vec w = u + 1.f;
+    ivec e = ((ivec)w - 0x3f3504f3) >> 23;
+    vec m = (vec)((ivec)w - (e << 23)) - 1.f;
+    vec n = __builtin_convertvector(e, vec);
+    vec p = all(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    vec y = m * m * m * p - n * 2.12194440e-4f - 0.5f * m * m + m + n * 0.693359375f;
+    vec d = w - 1.f;
+    return d == 0.f ? u : y * u / d;  // what 1 + u has lost of u (Kahan)
+}
+
+static inline vec softplus(vec x) {
+    return (x > 0.f ? x : all(0.f)) + log1pv(expv(x > 0.f ? -x : x));
+}
+
+static inline vec softplus(vec x, vec &slope) {  // and its derivative, sigmoid(x)
+    vec e = expv(x > 0.f ? -x : x);
+    slope = (x > 0.f ? all(1.f) : e) / (1.f + e);
+    return (x > 0.f ? x : all(0.f)) + log1pv(e);
+}
