@@ -129,6 +129,25 @@ def test_the_first_token_after_a_prompt_takes_a_plan(kind, replays):
     assert len(replays) == 1
 
 
+def test_beyond_block_size_with_a_window(replays):
+    """A model without one attends to the last block_size tokens from there on: generation.step."""
+    net, ids = model('gpt'), tokens(150)
+
+    def generate():
+        state, out = net.step(ids[:, :60])[1], []
+        for token in ids[:, 60:].split(1, 1):
+            logits, state = generation.step(net, token, state)
+            out.append(logits)
+        return torch.cat(out, 1), state
+    got, state = generate()
+    assert len(replays) >= 89 and net.config.window == 0
+    assert {value.shape[2] for name, value in state.items() if name[0] in 'kv'} == {64}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, 'library', lambda: None)
+        want, _ = generate()
+    assert close(got, want)
+
+
 def test_an_id_outside_the_vocabulary_is_refused_and_changes_nothing():
     net = model('mamba2')
     state = walk(net, 3)[1]
@@ -399,7 +418,7 @@ def test_training_takes_no_plan(replays, monkeypatch):
     assert len(replays) == n + 1 and not logits.requires_grad
 
 
-@pytest.mark.parametrize('switch', ['MAMBINO_NATIVE'])
+@pytest.mark.parametrize('switch', ['MAMBINO_NATIVE', 'MAMBINO_KERNELS'])
 def test_compiled_code_can_be_turned_off(switch, replays, monkeypatch):
     net = model('hybrid')
     state = walk(net, 3)[1]

@@ -1,18 +1,19 @@
-"""The next token of a few sequences, sooner: calls of native.cpp, planned once, in place of a model's Python.
+"""The next token of a few sequences, sooner: calls of native.cpp, planned once, in place of Python.
 
-    logits, state = decode.step(net, idx, state)        # what net.step returns
+    logits, state = decode.step(net, idx, state)    # what net.step returns
 
-One token of each sequence on a CPU takes a plan, all else net.step. A token of 50M parameters is 5 ms of
-reading weights, and its layers in Python would be 2 ms more. So a finished model's modules are walked once,
-as the GGUF export does; each yields the calls that compute it, and one call replays them all:
+One token of each sequence on a CPU takes a plan, all else net.step. A token of 50M parameters is 5 ms
+of reading weights, and its layers in Python are 2 ms more. So a finished model's modules are walked
+once, as the GGUF export does; each yields the calls that compute it, and one call replays them all:
 
-    net ──► Recipe: (function, arguments) of all layers; weights are addresses, what is the state's has a name
-    Recipe, state ──► Plan: names become addresses, room for x ──► replay ──► logits; the state is written to
+    net ──► Recipe: (function, arguments) of all layers; weights are addresses, what a state has, names
+    Recipe, state ──► Plan: names become addresses, room for x ──► replay ──► logits, a state written to
 
-A recipe is good as long as the model's modules and weights are what and where they were and nothing hangs
-on them; a plan as long as the state's tensors lie where they lay. What no table here knows — another class,
-a hook, a dtype, a size that the kernels do not take — is `Unknown`, and takes net.step.
-Letters of the shapes: B rows, D model width, S cache slots; others as in the models.
+A recipe is good as long as the model's modules and weights are what and where they were and nothing
+hangs on them; a plan as long as the state's tensors lie where they lay. What no table here knows —
+another class, a hook, a dtype, a size that the kernels do not take — is `Unknown`: net.step computes it.
+
+Letters of the shapes: B rows, D model width, S cache slots; others as in the models' files.
 """
 import ctypes
 import struct
@@ -27,13 +28,12 @@ import torch.nn as nn
 import model_gpt
 import model_hybrid
 import model_mamba
-from mambino.kernels import native
+from mambino.kernels import cpu, native
+from mambino.language_model import RMSNorm
 from mambino.weights import quantize
 
-FUNCTIONS = (           # by the numbers that `replay` of native.cpp gives them
+FUNCTIONS = (           # by the numbers that `replay` of native.cpp knows them by
     'norm_forward', 'add_step', 'mlp_step', 'attention_step', 'mamba1_step', 'mamba2_step', 'mix_step')
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # of native.cpp's matrices
-LANES = 16              # numbers in a vector of native.cpp: some sizes must be multiples of it
 ROWS = 32               # at most; with more, PyTorch's matrix products are quicker
 PLANS = 4               # that are kept of a model: conversations by turns
 
@@ -47,10 +47,9 @@ def require(condition, subject):
         raise Unknown(subject)
 
 
-# --- arguments --------------------------------------------------------------------------------------------
-# Those of a call are numbers, weights (fp32 tensors), None, a Matrix, what is below, and names of what a plan
-# has: room for x, h, a, b, c (B, D), rstd (B), cos, sin (B, P / 2), pos (B); and threads, rows = B,
-# elements = B D.
+# --- arguments of a call ----------------------------------------------------------------------------
+# They are numbers, weights (fp32 tensors), None, and what is below; and names of what a plan has: room
+# for x, h, a, b, c (B, D), rstd (B), cos, sin (B, P / 2), pos (B), and threads, rows = B, elements = B D.
 
 class State(NamedTuple):
     """A tensor of the state: its name, and its shape after B; None stands for a cache's slots."""
@@ -63,41 +62,37 @@ class Slots(NamedTuple):
     name: str
 
 
-class Matrix(ctypes.Structure):
-    """A matrix (rows, columns), native.cpp's struct of this name."""
-    _fields_ = [(name, ctypes.c_int64) for name in ('format', 'rows', 'columns', 'codes', 'scales')]
-
-
 def address(tensor, dtype=torch.float32):
     """Where a tensor's numbers begin."""
-    require(tensor.dtype == dtype and tensor.device.type == 'cpu' and tensor.is_contiguous(), tensor.dtype)
+    require(tensor.dtype == dtype, tensor.dtype)
+    require(tensor.device.type == 'cpu' and tensor.is_contiguous(), 'order of memory')
     return tensor.data_ptr()
 
 
 def dense(linear):
-    require(linear.bias is None or type(linear) is model_mamba.TimeStep, 'a bias')  # mamba1_step adds that one
-    return Matrix(FORMATS[torch.float32], *linear.weight.shape, address(linear.weight), 0)
+    require(linear.bias is None or type(linear) is model_mamba.TimeStep, 'bias')    # a step adds that one
+    address(linear.weight)
+    return native.matrix_of(linear.weight, None, linear.weight.shape[1])
 
 
 def rounded(linear):
-    codes, scales = linear.codes, linear._buffers.get('scales')
-    require(codes.dtype in FORMATS, codes.dtype)
-    return Matrix(FORMATS[codes.dtype], linear.rows, linear.columns, address(codes, codes.dtype),
-                  0 if scales is None else address(scales, scales.dtype))
+    require(linear.codes.dtype in native.FORMATS, linear.codes.dtype)
+    address(linear.codes, linear.codes.dtype)
+    return native.matrix_of(linear.codes, linear._buffers.get('scales'), linear.columns)
 
 
 MATRICES = {nn.Linear: dense, model_mamba.TimeStep: dense, quantize.Linear: rounded}
 
 
 def matrix(module):
-    """The Matrix of a module that multiplies by one."""
+    """The native.Matrix of a module that multiplies by one."""
     require(type(module) in MATRICES, type(module))
     return MATRICES[type(module)](module)
 
 
-# --- the parts of a model ---------------------------------------------------------------------------------
-# Each yields the calls that compute y = module(x) in layer i: (function of native.cpp, *arguments). What
-# native.cpp has no function for is called itself: (module, x, y).
+# --- the parts of a model ---------------------------------------------------------------------------
+# Each yields the calls that compute y = module(x) in layer i: (function of native.cpp, *arguments).
+# What native.cpp has no function for is called itself: (module, x, y).
 
 def calls(module, i, x, y):
     require(type(module) in PARTS, type(module))
@@ -105,8 +100,8 @@ def calls(module, i, x, y):
 
 
 def rms_norm(norm, i, x, y):
-    yield ('norm_forward', 0, 'rows', 0, 1, len(norm.weight), float(norm.eps), x, None, 0, norm.weight,
-           y, 'rstd')
+    D = len(norm.weight)
+    yield 'norm_forward', 0, 'rows', 0, 1, D, float(norm.eps), x, None, 0, norm.weight, y, 'rstd'
 
 
 def swiglu(mlp, i, x, y):
@@ -120,51 +115,56 @@ def experts(moe, i, x, y):
 
 def attention(layer, i, x, y):
     P = layer.head_dim
-    require(P % LANES == 0, 'head_dim')
+    require(P % cpu.LANES == 0, 'head_dim')
     matrices = [matrix(part) for part in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)]
-    H, K = matrices[0].rows // P, matrices[1].rows // P
+    H, G = matrices[0].rows // P, matrices[1].rows // P
     norms = None, None, 0.0
     if layer.qk_norm:
-        require(type(layer.q_norm) is type(layer.k_norm) is model_gpt.RMSNorm, 'qk_norm')
+        require(type(layer.q_norm) is type(layer.k_norm) is RMSNorm, 'qk_norm')
         norms = layer.q_norm.weight, layer.k_norm.weight, float(layer.q_norm.eps)
-    keys, values = State(f'k.{i}', (K, None, P)), State(f'v.{i}', (K, None, P))
-    yield ('attention_step', 'threads', 'rows', H, K, P, Slots(keys.name), *matrices, *norms,
+    keys, values = State(f'k.{i}', (G, None, P)), State(f'v.{i}', (G, None, P))
+    yield ('attention_step', 'threads', 'rows', H, G, P, Slots(keys.name), *matrices, *norms,
            'pos', 'cos', 'sin', keys, values, x, y)
+
+
+def convolution(conv1d, i):
+    """→ the weight (E, 1, taps) and bias (E) of a mixer's convolution, and its State."""
+    require(type(conv1d) is model_mamba.Conv1d, type(conv1d))
+    E, _, taps = conv1d.weight.shape
+    return conv1d.weight, conv1d.bias, State(f'conv.{i}', (taps - 1, E))
 
 
 def mamba1(mixer, i, x, y):
     E, N = mixer.A_log.shape
     R = mixer.dt_proj.weight.shape[1]
-    matrices = [matrix(part) for part in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)]
-    taps = mixer.conv1d.weight.shape[-1]
-    conv, ssm = State(f'conv.{i}', (taps - 1, E)), State(f'ssm.{i}', (N, E))
-    yield ('mamba1_step', 'threads', 'rows', E, N, taps, R, *matrices, mixer.conv1d.weight,
-           mixer.conv1d.bias, mixer.dt_proj.bias, mixer.A_log, mixer.D, conv, ssm, x, y)
+    parts = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
+    weight, bias, conv = convolution(mixer.conv1d, i)
+    yield ('mamba1_step', 'threads', 'rows', E, N, weight.shape[-1], R, *map(matrix, parts), weight, bias,
+           mixer.dt_proj.bias, mixer.A_log, mixer.D, conv, State(f'ssm.{i}', (N, E)), x, y)
 
 
 def mamba2(mixer, i, x, y):
     norm = mixer.norm
     require(type(norm) is model_mamba.GatedRMSNorm, type(norm))
-    width, _, taps = mixer.conv1d.weight.shape                                  # width: E + 2 G N
+    weight, bias, conv = convolution(mixer.conv1d, i)                       # of E + 2 G N channels
     H, E, G = len(mixer.A_log), len(norm.weight), norm.groups
-    P, N = E // H, (width - E) // (2 * G)
-    require(P % LANES == N % LANES == 0, 'head_dim or state_size')
-    conv, ssm = State(f'conv.{i}', (taps - 1, width)), State(f'ssm.{i}', (H, P, N))
-    yield ('mamba2_step', 'threads', 'rows', H, G, P, N, taps, matrix(mixer.in_proj),
-           matrix(mixer.out_proj), mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log,
-           mixer.D, norm.weight, float(norm.eps), conv, ssm, x, y)
+    P, N = E // H, (len(weight) - E) // (2 * G)
+    require(P % cpu.LANES == N % cpu.LANES == 0, 'head_dim or state_size')
+    yield ('mamba2_step', 'threads', 'rows', H, G, P, N, weight.shape[-1], matrix(mixer.in_proj),
+           matrix(mixer.out_proj), weight, bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight,
+           float(norm.eps), conv, State(f'ssm.{i}', (H, P, N)), x, y)
 
 
 def mix(branches, norms, controller, scale):
-    """x += scale * the branches, normed if there are norms, weighted by the controller, if there is one,
-    which reads h."""
-    require(all(type(norm) is model_gpt.RMSNorm for norm in norms), 'branch_norms')
+    """x += scale * the branches, up to three: normed if there are norms, and weighted if there is a
+    controller, which reads h."""
+    require(all(type(norm) is RMSNorm for norm in norms), 'branch_norms')
     require(controller is None or type(controller) is nn.Linear, type(controller))
-    spare = [None] * (3 - len(branches))
+    unused = [None] * (3 - len(branches))
     weights = [norm.weight for norm in norms] or [None] * len(branches)
     eps = float(norms[0].eps) if norms else 0.0
     choice = (controller.weight, controller.bias) if controller else (None, None)
-    yield ('mix_step', 'rows', len(scale), len(branches), *branches, *spare, *weights, *spare, eps,
+    yield ('mix_step', 'rows', len(scale), len(branches), *branches, *unused, *weights, *unused, eps,
            *choice, scale, 'h', 'x', 'x')
 
 
@@ -183,20 +183,19 @@ def mamba_block(block, i, x, y):
     yield 'add_step', 'elements', x, 'a', y
 
 
-def hybrid_layer(layer, i, x, y):
+def hybrid_layer(layer, i, *_):
     norms = list(layer.branch_norms or [])
-    branches = ['a', 'b']
     yield from calls(layer.input_layernorm, i, 'x', 'h')
     yield from calls(layer.mamba, i, 'h', 'a')
     yield from calls(layer.self_attn, i, 'h', 'b')
     if layer.parallel:
-        branches.append('c')
         yield from calls(layer.mlp, i, 'h', 'c')
-    yield from mix(branches, norms, layer.controller, layer.residual_scale)
-    if not layer.parallel:
-        norms = [layer.mlp_norm] if layer.mlp_norm else []
+        yield from mix(['a', 'b', 'c'], norms, layer.controller, layer.residual_scale)
+    else:
+        yield from mix(['a', 'b'], norms, layer.controller, layer.residual_scale)
         yield from calls(layer.pre_mlp_layernorm, i, 'x', 'h')
         yield from calls(layer.mlp, i, 'h', 'a')
+        norms = [layer.mlp_norm] if layer.mlp_norm else []
         yield from mix(['a'], norms, None, layer.mlp_residual_scale)
 
 
@@ -222,7 +221,7 @@ def hybrid(net, *_):
 
 
 PARTS = {
-    model_gpt.RMSNorm: rms_norm,
+    RMSNorm: rms_norm,
     model_gpt.SwiGLU: swiglu,
     model_gpt.MoE: experts,
     model_gpt.Attention: attention,
@@ -238,30 +237,36 @@ PARTS = {
 EMBEDDINGS = nn.Embedding, quantize.Embedding
 
 
-# --- recipes and plans ------------------------------------------------------------------------------------
+# --- recipes and plans ------------------------------------------------------------------------------
 
 def bits(number):
     """A float as the integer that has its bits as fp32."""
     return int.from_bytes(struct.pack('=f', number), sys.byteorder)
 
 
+def is_cache(state):
+    """Whether a State has slots."""
+    return None in state.shape
+
+
 class Recipe:
     """The calls that compute a model's layers for one token of each row; Unknown if it has none.
 
-    words: of each call the function's number and the arguments, 64 bits each, all in one row.
-    blanks: [(position in words, argument)], which a plan fills in.
-    pieces: [(calls, end in words, module or None, its x and y)]; after these calls the module is called."""
+    words: of each call the function's number and the arguments, 64 bits each, all in one list.
+    blanks: [(index of words, argument)], which a plan fills in.
+    pieces: [(calls, end in words, module or None, its x and y)]: calls, then a module to call."""
 
     def __init__(self, net):
         self.words, self.blanks, self.pieces = [], [], []
-        self.states = {}                                                        # {name: State}
-        self.matrices = []                                                      # words point to them
-        self.plans = {}                                                         # {key: Plan}, the latest few
+        self.states = {}                                                    # {name: State}
+        self.matrices = []                                                  # words point to them
+        self.plans = {}                                                     # {key: Plan}, the latest few
         self.width = net.config.n_embd
         self.watch(net)
-        require(not self.disturbed(), 'a hook')
-        require(type(net.embedding()) in EMBEDDINGS and type(net.lm_head) in MATRICES, 'embedding or head')
+        require(not self.disturbed(), 'hook or dropout')
         require(all(p.dtype == torch.float32 for p in net.parameters()), 'dtype')
+        require(type(net.embedding()) in EMBEDDINGS, type(net.embedding()))
+        require(type(net.lm_head) in MATRICES, type(net.lm_head))
         count = 0
         for function, *arguments in calls(net, 0, 'x', 'x'):
             if isinstance(function, nn.Module):
@@ -282,7 +287,7 @@ class Recipe:
             return address(argument)
         if isinstance(argument, float):
             return bits(argument)
-        if isinstance(argument, Matrix):
+        if isinstance(argument, native.Matrix):
             self.matrices.append(argument)
             return ctypes.addressof(argument)
         if isinstance(argument, State):
@@ -294,11 +299,11 @@ class Recipe:
 
     def watch(self, net):
         """Notes what the model's modules and weights are, and where."""
-        modules = list(net.modules())
-        self.hooks = [hung for module in modules for hung in (module._forward_hooks, module._forward_pre_hooks)]
-        self.dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.p]
-        self.parts = []                                                         # (a module's dict, name, part)
-        for module in modules:
+        self.hooks, self.dropouts, self.parts = [], [], []                  # parts: (a module's dict, name, part)
+        for module in net.modules():
+            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+            if isinstance(module, nn.Dropout) and module.p:
+                self.dropouts.append(module)
             for parts in (module._parameters, module._buffers, module._modules):
                 self.parts += [(parts, name, part) for name, part in parts.items()]
         tensors = [part for _, _, part in self.parts if isinstance(part, torch.Tensor)]
@@ -313,11 +318,6 @@ class Recipe:
         return (not self.disturbed()
                 and all(parts.get(name) is part for parts, name, part in self.parts)
                 and all(tensor.data_ptr() == where for tensor, where in self.weights))
-
-
-def is_cache(state):
-    """Whether a State has slots."""
-    return None in state.shape
 
 
 class Plan:
@@ -338,7 +338,7 @@ class Plan:
                 values[Slots(name)] = tensor.shape[2]
                 slots.add(tensor.shape[2])
         require(len(slots) < 2, 'caches of several lengths')
-        self.slots = max(slots, default=0)                                      # 0: there are no caches
+        self.slots = max(slots, default=0)                                  # 0: there are no caches
 
         self.rope = recipe.rope
         self.room = {name: torch.empty(B, 1, recipe.width) for name in 'xhabc'}
@@ -348,8 +348,8 @@ class Plan:
         values |= {name: tensor.data_ptr() for name, tensor in self.room.items()}
 
         words, begin = recipe.words.copy(), 0
-        for position, argument in recipe.blanks:
-            words[position] = values[argument]
+        for index, argument in recipe.blanks:
+            words[index] = values[argument]
         self.matrices, self.pieces = recipe.matrices, []
         for count, end, module, x, y in recipe.pieces:
             piece = (ctypes.c_int64 * (end - begin))(*words[begin:end])
@@ -362,7 +362,7 @@ class Plan:
         self.room['x'].copy_(x)
         if self.rope:
             self.room['pos'].copy_(pos)
-            cos, sin = model_gpt.rope_tables(pos[:, None], *self.rope)
+            cos, sin = model_gpt.rope_tables(pos[:, None], *self.rope)      # (B, 1, 1, P / 2) both
             self.room['cos'].copy_(cos)
             self.room['sin'].copy_(sin)
         for count, words, module, source, target in self.pieces:
@@ -372,10 +372,10 @@ class Plan:
         return self.room['x']
 
 
-# --- a step -----------------------------------------------------------------------------------------------
+# --- a step -----------------------------------------------------------------------------------------
 
-recipes = weakref.WeakKeyDictionary()                                           # {model: Recipe}
-lock = threading.Lock()                                                         # of writing to it, and to plans
+recipes = weakref.WeakKeyDictionary()                                       # {model: Recipe}
+lock = threading.Lock()                                                     # of writing to it, and to plans
 
 
 def recipe_of(net):
@@ -390,9 +390,10 @@ def recipe_of(net):
 
 def plan_of(recipe, state, B):
     """A recipe's plan for this state, made now if there is none; Unknown if there can be none."""
-    require(all(name in state for name in recipe.states), 'no state yet')
+    require(all(state.get(name) is not None for name in recipe.states), 'no state yet')
     tensors = [state[name] for name in recipe.states]
-    key = torch.get_num_threads(), B, *[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+    memory = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+    key = torch.get_num_threads(), B, *memory
     plan = recipe.plans.get(key)
     if plan is None:
         plan = Plan(recipe, state, B)
@@ -405,14 +406,12 @@ def plan_of(recipe, state, B):
 
 def one_token(net, idx, state):
     """Whether this is one token of each of a few sequences that a finished model computes on a CPU."""
-    return (state is not None and idx.shape[1] == 1 and 0 < len(idx) <= ROWS and idx.device.type == 'cpu'
-            and not net.training and not torch.is_autocast_enabled('cpu')
-            and not torch.compiler.is_compiling() and native.library() is not None)
+    return (state is not None and idx.shape[1] == 1 and 0 < len(idx) <= ROWS and cpu.applies(idx)
+            and not net.training and not torch.is_autocast_enabled('cpu'))
 
 
 def ready(net, idx, state, window):
     """The plan for this step; None if it is net.step's."""
-    window = window or getattr(net.config, 'window', 0)
     if not one_token(net, idx, state):
         return None
     pos = state['pos']
@@ -421,9 +420,10 @@ def ready(net, idx, state, window):
         plan = plan_of(recipe_of(net), state, len(idx))
     except Unknown:
         return None
+    window = getattr(net.config, 'window', 0) or window
     if not plan.slots:
         return plan
-    fits = plan.slots == window if window else int(pos.max()) < plan.slots      # a ring, or there is room
+    fits = plan.slots == window if window else int(pos.max()) < plan.slots  # a ring, or there is room
     return plan if fits else None
 
 
@@ -431,9 +431,9 @@ def ready(net, idx, state, window):
 def step(net, idx, state=None, last=False, window=0):
     """net.step(idx, state, last, window), by a plan if there can be one.
 
-    idx (B, t) int64 and the state after the tokens before → logits (B, t, V), state; see LanguageModel."""
+    idx (B, t) int64 and the state after the tokens before it → logits (B, t, V), state."""
     plan = ready(net, idx, state, window)
     if plan is None:
-        return net.step(idx, state, last, **(dict(window=window) if window else {}))
+        return net.step(idx, state, last, window)
     x = plan.replay(net.embedding()(idx), state['pos'])
     return net.lm_head(x), {**state, 'pos': state['pos'] + 1}

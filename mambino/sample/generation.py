@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from mambino.configurator import fail
+from mambino.sample import decode
 
 PREFILL = 512           # tokens of a prompt read at once: bounds the memory of their logits
 
@@ -45,10 +46,10 @@ def step(net, idx, state=None, last=False):
         state = net.initial_state(len(idx))
     size = net.config.block_size
     if state is None or getattr(net.config, 'window', 1) or int(state['pos'].max()) + idx.shape[1] <= size:
-        return net.step(idx, state, last)
+        return decode.step(net, idx, state, last)
     state = {name: resized(value, size) if is_cache(name) and value.shape[2] != size else value
              for name, value in state.items()}
-    return net.step(idx, state, last, window=size)
+    return decode.step(net, idx, state, last, window=size)
 
 
 def chunks(net, ids):
