@@ -1,18 +1,20 @@
-"""A modern decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention; optional QK-norm, sliding window, experts.
+"""A modern decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention; optional
+QK-norm, sliding window, experts.
 
     config = GPTConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=384)
     logits, loss = GPT(config)(idx, targets)      # training
-    logits, state = GPT(config).step(idx, state)  # generation: a prompt at once, in chunks, or token by token
+    logits, state = GPT(config).step(idx, state)  # generation: a prompt at once, or by tokens
 
-    idx ──► embedding ──► n_layer times: x + attention(norm(x)), x + mlp(norm(x)) ──► norm ──► lm_head
+    idx ──► embedding ──► layers: x + attention(norm(x)), then x + mlp(norm(x)) ──► norm ──► lm_head
 
-Letters of the shapes: B batch, T time, D model width, H heads, G key/value heads, P head size, S keys, V vocabulary; of
-experts: E experts, k of them for a token, I inner width, n tokens, C tokens an expert takes at most.
-Parameters have the names and shapes of transformers' LlamaForCausalLM (with `window`: MistralForCausalLM, with `qk_norm`:
-Qwen3ForCausalLM, with `n_expert`: MixtralForCausalLM), so `load_state_dict` works in both directions.
+Letters of the shapes: B batch, T time, D model width, H heads, G key/value heads, P head size, S
+keys, V vocabulary; of experts: E experts, k of them for a token, I inner width, n tokens, C tokens
+an expert takes at most. Parameters have the names and shapes of transformers' LlamaForCausalLM
+(with `window`: MistralForCausalLM, with `qk_norm`: Qwen3ForCausalLM, with `n_expert`:
+MixtralForCausalLM), so `load_state_dict` works in both directions.
 
-What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner, where it can.
-"""
+What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner,
+where it can. """
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,23 +30,24 @@ from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024      # tokens in a training window; RoPE needs no table, so sampling may go on beyond it
+    block_size: int = 1024      # tokens in a training window; sampling may go on beyond it
     vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 12
-    n_kv_head: int = 0          # 0: as many as n_head; fewer is grouped-query attention (Ainslie et al. 2023)
+    n_kv_head: int = 0          # fewer: grouped-query attention (Ainslie et al. 2023); 0: n_head
     n_embd: int = 768
     head_dim: int = 0           # 0: n_embd / n_head
-    intermediate_size: int = 0  # SwiGLU's inner width; 0: 8/3 n_embd, rounded up to a multiple of 64
+    intermediate_size: int = 0  # inner width of SwiGLU; 0: 8/3 n_embd, rounded up to 64s
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    qk_norm: bool = False       # RMSNorm on each head's queries and keys (Dehghani et al. 2023): steadier at high learning rates
+    qk_norm: bool = False       # RMSNorm on heads' queries and keys (Dehghani et al. 2023)
     window: int = 0             # each token sees this many last tokens, itself included; 0: all
-    n_expert: int = 0           # SwiGLUs a layer, of which a router chooses for each token (Mixtral, Jiang et al. 2024); 0: one, no router
-    n_expert_active: int = 2    # experts a token goes to; with 1 its weight is always 1, and only aux_loss teaches the router
-    capacity_factor: float = 1.25  # tokens an expert takes in training, in even shares; more it drops. 0: no limit, as always in inference
-    aux_loss: float = 0.01      # weight, in each layer, of the loss that balances the experts (Fedus et al. 2021, eq. 4)
-    z_loss: float = 0.001       # weight, in each layer, of the loss that keeps the router's logits small (Zoph et al. 2022, eq. 5)
+    # experts: SwiGLUs in the place of each MLP, of which a router chooses for each token
+    n_expert: int = 0           # 0: one SwiGLU, no router
+    n_expert_active: int = 2    # experts a token goes to; of 1 only aux_loss teaches the router
+    capacity_factor: float = 1.25   # even shares of the tokens an expert takes in training; 0: all
+    aux_loss: float = 0.01      # weight of the loss that balances the experts
+    z_loss: float = 0.001       # weight of the loss that keeps the router's logits small
     tie_embeddings: bool = True
     dropout: float = 0.0
 
@@ -52,9 +55,11 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         check_at_least_one(self, 'vocab_size block_size n_layer n_embd n_head n_kv_head')
         if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}')
+            raise ValueError(f'n_head={self.n_head} must be a multiple of '
+                             f'n_kv_head={self.n_kv_head}')
         if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head} (or set head_dim)')
+            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head} '
+                             '(or set head_dim)')
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim % 2:
             raise ValueError(f'head_dim={self.head_dim} must be even: RoPE turns pairs')
@@ -66,14 +71,17 @@ class GPTConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f'{name}={getattr(self, name)} must be 0 (none) or more')
         if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
-            raise ValueError(f'n_expert_active={self.n_expert_active} must be from 1 to n_expert={self.n_expert}')
+            raise ValueError(f'n_expert_active={self.n_expert_active} must be from 1 to '
+                             f'n_expert={self.n_expert}')
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 def rope_tables(positions, dim, theta):
-    """cos and sin of rotary positions (Su et al. 2021): positions (..., T) → two (..., T, 1, dim/2), fp32."""
-    inv_freq = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    """cos and sin of rotary positions (Su et al. 2021): positions (..., T) → two (..., T, 1,
+    dim/2), fp32."""
+    pair = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+    inv_freq = theta ** (-pair / dim)                           # (dim/2)
     angles = positions.float()[..., None, None] * inv_freq
     return angles.cos(), angles.sin()
 
@@ -88,19 +96,21 @@ def apply_rope(x, rope):
 
 @fast
 def attention(q, k, v, window=0, dropout=0.0, mask=None):
-    """softmax(q k^T / sqrt(P)) v, causal (Vaswani et al. 2017, eq. 1): the T queries are the last of S positions.
+    """softmax(q k^T / sqrt(P)) v, causal (Vaswani et al. 2017, eq. 1): the T queries are the last
+    of S positions.
 
-    q (B, T, H, P), k, v (B, S, G, P), each key head for H/G query heads → (B, T, H P). window: each token sees so many last
-    tokens, itself included; 0: all. mask: (B, 1, T, S) bool, where keys are in another order; True is seen."""
+    q (B, T, H, P), k, v (B, S, G, P), each key head for H/G query heads → (B, T, H P). window: each
+    token sees so many last tokens, itself included; 0: all. mask: (B, 1, T, S) bool, where keys are
+    in another order; True is seen."""
     B, T, H, P = q.shape
     S, G = k.shape[1:3]
     if mask is None:
         i = torch.arange(S - T, S, device=q.device)[:, None]
         j = torch.arange(S, device=q.device)
-        mask = (j <= i) & (j > i - (window or S))                               # (T, S)
-    k, v = (u.repeat_interleave(H // G, dim=2) for u in (k, v))                 # (B, S, H, P)
+        mask = (j <= i) & (j > i - (window or S))               # (T, S)
+    k, v = (u.repeat_interleave(H // G, dim=2) for u in (k, v))  # (B, S, H, P)
     scores = torch.einsum('bthp,bshp->bhts', q, k).float() / math.sqrt(P)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)                  # (B, H, T, S)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)  # (B, H, T, S)
     weights = F.dropout(weights, dropout).to(v.dtype)
     return torch.einsum('bhts,bshp->bthp', weights, v).flatten(2)
 
@@ -125,16 +135,17 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(P, config.norm_eps)
 
     def forward(self, x, rope, kv_step=None, cache=None):
-        """rope: of x's positions. kv_step, cache: a KVStep and {'k', 'v'}; without them x is a whole sequence."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                   # (B, T, H, P)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                   # (B, T, G, P)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))                   # (B, T, G, P)
+        """rope: of x's positions. kv_step, cache: a KVStep and {'k', 'v'}; without them x is a
+        whole sequence."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))   # (B, T, H, P)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))   # (B, T, G, P)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))   # (B, T, G, P)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if kv_step is not None:
-            keys, values = kv_step.append(cache, k, v)                          # (B, S, G, P)
-        if kv_step is None or kv_step.is_first:                                 # a first chunk attends as in training
+            keys, values = kv_step.append(cache, k, v)          # (B, S, G, P)
+        if kv_step is None or kv_step.is_first:  # a first chunk attends as in training
             y = attention(q, k, v, self.window, self.dropout if self.training else 0.0)
         else:
             y = attention(q, keys, values, mask=kv_step.mask)
@@ -142,7 +153,8 @@ class Attention(nn.Module):
 
 
 def prepare_attention(config, idx, state=None, window=0):
-    """What the attention of every layer needs for idx (B, T), made once: rope tables, and with a state a KVStep."""
+    """What the attention of every layer needs for idx (B, T), made once: rope tables, and with a
+    state a KVStep."""
     if state is None:
         positions = torch.arange(idx.shape[1], device=idx.device)
         kv_step = None
@@ -152,7 +164,7 @@ def prepare_attention(config, idx, state=None, window=0):
     return rope_tables(positions, config.head_dim, config.rope_theta), kv_step
 
 
-# --- MLP, experts -----------------------------------------------------------------------------------------------------
+# --- MLP, experts ---------------------------------------------------------------------------------
 
 @fast
 def swiglu(gate, up):
@@ -179,17 +191,18 @@ class Pairs(NamedTuple):
     expert: torch.Tensor    # (n k)
     rank: torch.Tensor      # (n k) the pair's place among those of its expert
     counts: torch.Tensor    # (E) pairs of each expert
-    capacity: int           # pairs that an expert computes: those of the first ranks; what is beyond is dropped
+    capacity: int           # pairs that an expert computes, the first; what is beyond is dropped
 
 
 @fast
 def experts_swiglu(x, pairs, gate_up, down):
-    """Each pair's token through the SwiGLU of its expert, zeros for what is dropped. x (n, D), gate_up (E, 2I, D), down (E, D, I)
-    → (n k, D)."""
+    """Each pair's token through the SwiGLU of its expert, zeros for what is dropped. x (n, D),
+    gate_up (E, 2I, D), down (E, D, I) → (n k, D)."""
     ys = []
-    for token, gate_up_e, down_e in zip(pairs.token.split(pairs.counts.tolist()), gate_up.unbind(), down.unbind()):
-        rows = x.index_select(0, token[:pairs.capacity])                        # (≤ C, D)
-        gate, up = F.linear(rows, gate_up_e).chunk(2, -1)                       # (≤ C, I) each
+    tokens = pairs.token.split(pairs.counts.tolist())
+    for token, gate_up_e, down_e in zip(tokens, gate_up.unbind(), down.unbind()):
+        rows = x.index_select(0, token[:pairs.capacity])        # (≤ C, D)
+        gate, up = F.linear(rows, gate_up_e).chunk(2, -1)       # (≤ C, I) each
         y = F.linear(swiglu(gate, up), down_e)
         ys.append(F.pad(y, (0, 0, 0, len(token) - len(rows))))
     return torch.cat(ys)
@@ -200,7 +213,7 @@ class Experts(nn.Module):
 
     def __init__(self, E, D, inner):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, D))          # rows [gate; up]
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, D))  # rows [gate; up]
         self.down_proj = nn.Parameter(torch.empty(E, D, inner))
 
     def forward(self, x, pairs):
@@ -208,11 +221,12 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """A router sends each token to k of E experts (Mixtral, Jiang et al. 2024); the result is their sum by its weights. In training
-    an expert takes C tokens at most.
+    """A router sends each token to k of E experts (Mixtral, Jiang et al. 2024); the result is their
+    sum by its weights. In training an expert takes C tokens at most.
 
-    x (B, T, D) → (B, T, D), None or in training (loss, statistics): of balance and of large logits, scaled; (E + 1) int64, the
-    token-expert pairs of each expert and, last, those of all that were dropped."""
+    x (B, T, D) → (B, T, D), None or in training (loss, statistics): of balance and of large logits,
+    scaled; (E + 1) int64, the token-expert pairs of each expert and, last, those of all that were
+    dropped."""
 
     def __init__(self, config):
         super().__init__()
@@ -222,20 +236,20 @@ class MoE(nn.Module):
 
     def forward(self, x):
         shape = x.shape
-        x = x.flatten(0, 1)                                                     # (n, D)
+        x = x.flatten(0, 1)                                     # (n, D)
 
         # The router, in fp32: rounding must not choose the expert.
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.gate.weight.float())              # (n, E)
+            logits = F.linear(x.float(), self.gate.weight.float())  # (n, E)
         probs = logits.softmax(-1)
-        weights, experts = probs.topk(self.config.n_expert_active)              # (n, k) each
+        weights, experts = probs.topk(self.config.n_expert_active)  # (n, k) each
         weights = weights / weights.sum(-1, keepdim=True)
 
         # Its pairs, dispatched to the experts; what they make of them goes back to the tokens.
         pairs, order = self.dispatch(experts)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = self.experts(x, pairs) * weights.flatten()[order][:, None]          # (n k, D)
+        y = self.experts(x, pairs) * weights.flatten()[order][:, None]  # (n k, D)
         y = torch.zeros_like(x).index_add(0, pairs.token, y.to(x.dtype)).view(shape)
         if not self.training:
             return y, None
@@ -247,7 +261,7 @@ class MoE(nn.Module):
         E = self.config.n_expert
         expert, order = experts.flatten().sort(stable=True)
         counts = expert.new_zeros(E).index_add(0, expert, torch.ones_like(expert))
-        first = counts.cumsum(0) - counts                                       # (E) the place of an expert's first pair
+        first = counts.cumsum(0) - counts  # (E) the place of an expert's first pair
         rank = torch.arange(n * k, device=experts.device) - first[expert]
         capacity = n
         if self.training and self.config.capacity_factor > 0:
@@ -255,8 +269,9 @@ class MoE(nn.Module):
         return Pairs(order // k, expert, rank, counts, capacity), order
 
     def router_loss(self, logits, probs, pairs):
-        """The loss that balances the experts (Fedus et al. 2021, eq. 4), and the one that keeps logits small (Zoph et al. 2022, eq. 5)."""
-        share = pairs.counts / len(pairs.token)                                 # (E) of all pairs
+        """The loss that balances the experts (Fedus et al. 2021, eq. 4), and the one that keeps
+        logits small (Zoph et al. 2022, eq. 5)."""
+        share = pairs.counts / len(pairs.token)                 # (E) of all pairs
         balance = self.config.n_expert * (share * probs.mean(0)).sum()
         size = logits.logsumexp(-1).square().mean()
         return self.config.aux_loss * balance + self.config.z_loss * size
@@ -266,7 +281,7 @@ class MoE(nn.Module):
         return torch.cat((pairs.counts, dropped))
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 class Layer(nn.Module):
     state_names = ('k', 'v')
@@ -303,48 +318,58 @@ class GPT(LanguageModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, p in self.named_parameters():  # GPT-2's: what is added to the residual stream shrinks with depth
-            if p.ndim >= 2:
-                residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'down_proj'))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
-        if config.n_expert:                                                     # the sums of MoE's statistics, for expert_load
+        self.apply_gpt2_init()
+        if config.n_expert:  # the sums of MoE's statistics, for expert_load
             routed = torch.zeros(config.n_layer, config.n_expert + 1, dtype=torch.long)
             self.register_buffer('routed', routed, persistent=False)
+
+    def apply_gpt2_init(self):
+        """Normal weights; what is added to the residual stream shrinks with depth (GPT-2)."""
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                continue
+            added = name.endswith(('o_proj.weight', 'down_proj.weight', 'down_proj'))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if added else 0.02)
 
     def embedding(self):
         return self.model.embed_tokens
 
     def hidden_states(self, idx, state=None, window=0):
-        """idx (B, T) → normalised hidden states (B, T, D); the state, whose caches are read and written; in training the losses of
-        routers."""
+        """idx (B, T) → normalised hidden states (B, T, D); the state, whose caches are read and
+        written; in training the losses of routers."""
         rope, kv_step = prepare_attention(self.config, idx, state, window)
         router_losses = []
-        x = self.drop(self.model.embed_tokens(idx))                             # (B, T, D)
+        x = self.drop(self.model.embed_tokens(idx))             # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             x, routing = self.run_layer(i, layer, state, x, rope, kv_step)
             if routing is not None:
                 loss, statistics = routing
                 router_losses.append(loss)
-                self.routed[i] += statistics                                    # not in the layer, which may be computed twice
+                self.routed[i] += statistics  # not in the layer, which may be computed twice
         return self.model.norm(x), state, router_losses
 
     def mixing_flops(self, T):
-        """Forward operations a token of attention, and of the experts it goes to: all that is no matrix of two dimensions."""
+        """Forward operations a token of attention, and of the experts it goes to: all that is no
+        matrix of two dimensions."""
         config = self.config
         seen = min(T / 2, config.window or T)
-        experts = 6 * config.n_embd * config.intermediate_size * config.n_expert_active if config.n_expert else 0
-        return config.n_layer * (4 * config.n_head * config.head_dim * seen + experts)
+        flops = 4 * config.n_head * config.head_dim * seen
+        if config.n_expert:
+            flops += 6 * config.n_embd * config.intermediate_size * config.n_expert_active
+        return config.n_layer * flops
 
     def expert_load(self):
-        """Over the training steps since the last call, in this process: {'expert_load_max', 'expert_load_min': token-expert pairs of the
-        most and the least loaded expert of any layer, in even shares; 'dropped': the share of all pairs}. None without experts or steps."""
+        """Over the training steps since the last call, in this process: {'expert_load_max',
+        'expert_load_min': token-expert pairs of the most and the least loaded expert of any layer,
+        in even shares; 'dropped': the share of all pairs}. None without experts or steps."""
         if not self.config.n_expert:
             return None
-        routed = self.routed.cpu().double()                                     # (n_layer, E + 1)
+        routed = self.routed.cpu().double()                     # (n_layer, E + 1)
         if not routed.any():
             return None
         self.routed.zero_()
         pairs = routed[:, :-1]
-        load = pairs / pairs.mean(1, keepdim=True)                              # (n_layer, E)
+        load = pairs / pairs.mean(1, keepdim=True)              # (n_layer, E)
         dropped = routed[:, -1].sum() / pairs.sum()
-        return dict(expert_load_max=load.max().item(), expert_load_min=load.min().item(), dropped=dropped.item())
+        return dict(expert_load_max=load.max().item(), expert_load_min=load.min().item(),
+                    dropped=dropped.item())

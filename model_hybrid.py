@@ -2,23 +2,27 @@
 
     config = HybridConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=384)
     logits, loss = Hybrid(config)(idx, targets)      # training
-    logits, state = Hybrid(config).step(idx, state)  # generation; the state's size is fixed by the window
+    logits, state = Hybrid(config).step(idx, state)  # generation; the window fixes the state's size
 
-A recurrence carries a summary of everything so far, a short attention window recalls the last tokens exactly, an MLP
-transforms what is there. Each branch reads the same normalised stream, is normalised itself and enters by a weight that a
-light controller, one small matrix, predicts from the token:
+A recurrence carries a summary of everything so far, a short attention window recalls the last
+tokens exactly, an MLP transforms what is there. Each branch reads the same normalised stream, is
+normalised itself and enters by a weight that a light controller, one small matrix, predicts from
+the token:
 
-    layout='parallel'     x + scale * sum_b gate_b(x) norm_b(branch_b(norm(x))),  b over SSM, attention and MLP
-    layout='sequential'   the same with SSM and attention alone, then an MLP in a residual step of its own
+    layout='parallel'     x + scale * sum_b gate_b(x) norm_b(branch_b(norm(x))),
+                          b over SSM, attention and MLP
+    layout='sequential'   the same with SSM and attention alone,
+                          then an MLP in a residual step of its own
 
-Measured on two CPU cores, on Python's sources, 2.9M parameters (3 layers of 192), AdamW at 3e-3, batches of 4,096 tokens, val loss
-after 131 to 134 s of training: sequential with gate 3.728 (214 steps), without 3.729 (216), parallel with gate 3.769 (212). So
-sequential is the default; at this size the gate costs nothing and gains nothing.
+Measured on two CPU cores, on Python's sources, 2.9M parameters (3 layers of 192), AdamW at 3e-3,
+batches of 4,096 tokens, val loss after 131 to 134 s of training: sequential with gate 3.728 (214
+steps), without 3.729 (216), parallel with gate 3.769 (212). So sequential is the default; at this
+size the gate costs nothing and gains nothing.
 
-`scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, for decoders): the depth
-then leaves the size of an update unchanged. `low_rank=r` makes every projection a product of two thin matrices.
-The parts come from model_gpt.py and model_mamba.py; the letters of the shapes are theirs.
-"""
+`scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, for
+decoders): the depth then leaves the size of an update unchanged. `low_rank=r` makes every
+projection a product of two thin matrices. The parts come from model_gpt.py and model_mamba.py; the
+letters of the shapes are theirs. """
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +36,8 @@ from model_mamba import Mamba2Mixer, MambaConfig
 @dataclass
 class HybridConfig:
     layout: str = 'sequential'  # or 'parallel'; see above
-    gate: bool = True           # token-adaptive weights of the branches; False: each counts the same
-    branch_norm: bool = True    # RMSNorm on each branch's output before mixing (as Hymba, Dong et al. 2024)
+    gate: bool = True  # weights of the branches by token; False: each counts the same
+    branch_norm: bool = True    # RMSNorm on each branch before mixing (Hymba, Dong et al. 2024)
     block_size: int = 1024
     vocab_size: int = 50304
     n_layer: int = 12
@@ -41,10 +45,10 @@ class HybridConfig:
     n_head: int = 12            # attention
     n_kv_head: int = 0          # 0: as many as n_head
     head_dim: int = 0           # 0: n_embd / n_head
-    window: int = 256           # attention sees this many last tokens; 0: all, and the state then grows
+    window: int = 256  # last tokens that attention sees; 0: all, and the state grows
     qk_norm: bool = False
     rope_theta: float = 10000.0
-    intermediate_size: int = 0  # SwiGLU's inner width; 0: 8/3 n_embd, rounded up to a multiple of 64
+    intermediate_size: int = 0  # inner width of SwiGLU; 0: 8/3 n_embd, rounded up to 64s
     state_size: int = 64        # SSM: N
     expand: int = 2             # SSM: inner width / n_embd
     ssm_head_dim: int = 64      # SSM: P
@@ -65,30 +69,34 @@ class HybridConfig:
         self.n_kv_head, self.head_dim = attention.n_kv_head, attention.head_dim
         self.intermediate_size = attention.intermediate_size
         try:
-            self.ssm                                                            # checks its own fields
+            self.ssm                                            # checks its own fields
         except ValueError as error:
             raise ValueError(str(error).replace('head_dim', 'ssm_head_dim')) from None
 
     @property
     def attention(self):
-        names = 'n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_theta intermediate_size norm_eps dropout'
+        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_theta '
+                 'intermediate_size norm_eps dropout')
         return GPTConfig(**{name: getattr(self, name) for name in names.split()})
 
     @property
     def ssm(self):
         names = 'n_layer n_embd state_size expand n_groups conv_kernel chunk_size norm_eps'
-        return MambaConfig(head_dim=self.ssm_head_dim, **{name: getattr(self, name) for name in names.split()})
+        shared = {name: getattr(self, name) for name in names.split()}
+        return MambaConfig(head_dim=self.ssm_head_dim, **shared)
 
 
 class LowRank(nn.Module):
-    """up(down(x)), of rank r, in place of `linear`; the product starts with the variance the full matrix had."""
+    """up(down(x)), of rank r, in place of `linear`; the product starts with the variance the full
+    matrix had."""
 
     def __init__(self, linear, r):
         super().__init__()
         self.down = nn.Linear(linear.in_features, r, bias=False)
         self.up = nn.Linear(r, linear.out_features, bias=False)
         nn.init.normal_(self.down.weight, std=linear.in_features ** -0.5)
-        nn.init.normal_(self.up.weight, std=float(linear.weight.detach().std()) * (linear.in_features / r) ** 0.5)
+        std = float(linear.weight.detach().std())
+        nn.init.normal_(self.up.weight, std=std * (linear.in_features / r) ** 0.5)
 
     def forward(self, x):
         return self.up(self.down(x))
@@ -102,12 +110,14 @@ class Layer(nn.Module):
         D, eps = config.n_embd, config.norm_eps
         self.parallel = config.layout == 'parallel'
         branches = 3 if self.parallel else 2
-        first_scale = (2 * config.n_layer) ** -0.25                             # DeepNet's alpha
+        first_scale = (2 * config.n_layer) ** -0.25             # DeepNet's alpha
         self.input_layernorm = RMSNorm(D, eps)
         self.mamba = Mamba2Mixer(config.ssm, 1)
         self.self_attn = Attention(config.attention)
         self.mlp = SwiGLU(D, config.intermediate_size)
-        self.branch_norms = nn.ModuleList(RMSNorm(D, eps) for _ in range(branches)) if config.branch_norm else None
+        self.branch_norms = None
+        if config.branch_norm:
+            self.branch_norms = nn.ModuleList(RMSNorm(D, eps) for _ in range(branches))
         self.controller = nn.Linear(D, branches) if config.gate else None
         self.residual_scale = nn.Parameter(torch.full((D,), first_scale))
         if not self.parallel:
@@ -117,12 +127,13 @@ class Layer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def mix(self, x, outputs):
-        """The weighted sum of the branches' outputs, each (B, T, D); x is what the controller reads."""
+        """The weighted sum of the branches' outputs, each (B, T, D); x is what the controller
+        reads."""
         if self.branch_norms is not None:
             outputs = [norm(y.float()) for norm, y in zip(self.branch_norms, outputs)]
         if self.controller is None:
             return sum(outputs) / len(outputs)
-        weights = self.controller(x).float().softmax(-1)                        # (B, T, branches)
+        weights = self.controller(x).float().softmax(-1)        # (B, T, branches)
         return sum(weights[..., i, None] * y for i, y in enumerate(outputs))
 
     def forward(self, x, rope, kv_step=None, cache=None):
@@ -147,7 +158,8 @@ class Hybrid(LanguageModel):
         self.config = config
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
-            embed_norm=RMSNorm(config.n_embd, config.norm_eps),                 # the stream starts at size 1, as `scale` supposes
+            # the stream starts at size 1, as `scale` supposes
+            embed_norm=RMSNorm(config.n_embd, config.norm_eps),
             layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
             norm=RMSNorm(config.n_embd, config.norm_eps),
         ))
@@ -158,9 +170,9 @@ class Hybrid(LanguageModel):
             if p.ndim == 2 and '.mamba.' not in name:
                 nn.init.normal_(p, std=0.02)
             if name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight')):
-                p.data *= (8 * config.n_layer) ** -0.25                         # DeepNet's beta
+                p.data *= (8 * config.n_layer) ** -0.25         # DeepNet's beta
             if 'controller' in name:
-                nn.init.zeros_(p)                                               # all branches count the same at first
+                nn.init.zeros_(p)  # all branches count the same at first
         if config.low_rank:
             for module in list(self.model.layers.modules()):
                 for name, child in list(module.named_children()):
@@ -176,9 +188,10 @@ class Hybrid(LanguageModel):
         return config.n_layer * (attention + Mamba2Mixer.flops(config.ssm, T))
 
     def hidden_states(self, idx, state=None, window=0):
-        """idx (B, T) → normalised hidden states (B, T, D); the state, whose caches are read and written; no losses."""
+        """idx (B, T) → normalised hidden states (B, T, D); the state, whose caches are read and
+        written; no losses."""
         rope, kv_step = prepare_attention(self.config, idx, state, window)
-        x = self.model.embed_norm(self.model.embed_tokens(idx))                 # (B, T, D)
+        x = self.model.embed_norm(self.model.embed_tokens(idx))  # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             x = self.run_layer(i, layer, state, x, rope, kv_step)
         return self.model.norm(x), state, []

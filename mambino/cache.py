@@ -1,12 +1,13 @@
-"""Keys and values so far: how one step of t tokens reads and writes them, planned once for all layers.
+"""Keys and values so far: how one step of t tokens reads and writes them, planned once for all
+layers.
 
     kv_step = KVStep(state['pos'], t, window, device)
     keys, values = kv_step.append(cache, k, v)          # in each layer: {'k', 'v'} take the new ones
     y = attention(q, keys, values, mask=kv_step.mask)
 
-Without a window slot s of a cache (B, G, S, P) holds position s, and S grows by doubling. With one it is a ring of S = window slots: slot s
-holds the latest position p with p % S = s. Caches are written in place. Letters of the shapes: B batch, G key heads, S slots, P head size.
-"""
+Without a window slot s of a cache (B, G, S, P) holds position s, and S grows by doubling. With one
+it is a ring of S = window slots: slot s holds the latest position p with p % S = s. Caches are
+written in place. Letters of the shapes: B batch, G key heads, S slots, P head size. """
 import functools
 
 import torch
@@ -15,50 +16,54 @@ SMALLEST = 64   # slots of a new cache that grows
 
 
 class KVStep:
-    """One step of t tokens after positions pos (B,), int64 on the CPU, so that planning never waits for a GPU."""
+    """One step of t tokens after positions pos (B,), int64 on the CPU, so that planning never waits
+    for a GPU."""
 
     def __init__(self, pos, t, window, device):
         self.pos = pos
         self.t = t
         self.window = window
         self.device = device
-        self.length = int(pos.max()) + t                                        # tokens of the longest row after this step
-        self.is_first = self.length == t                                        # nothing came before
-        self.new_positions = pos[:, None] + torch.arange(t)                     # (B, t)
+        self.length = int(pos.max()) + t  # tokens of the longest row after this step
+        self.is_first = self.length == t                        # nothing came before
+        self.new_positions = pos[:, None] + torch.arange(t)     # (B, t)
         self.positions = self.new_positions.to(device)
 
     @functools.cached_property
     def slots(self):
-        """Where to write: rows (B, 1) and slots (B, up to t); of a ring only the last tokens stay."""
+        """Where to write: rows (B, 1) and slots (B, up to t); of a ring only the last tokens
+        stay."""
         stay = self.new_positions[:, -self.window:] if self.window else self.new_positions
         rows = torch.arange(len(stay), device=self.device)[:, None]
         return rows, (stay % self.window if self.window else stay).to(self.device)
 
     @functools.cached_property
     def mask(self):
-        """(B, 1, t, keys) bool: which keys that `append` returns each new token sees; None: all of them."""
+        """(B, 1, t, keys) bool: which keys that `append` returns each new token sees; None: all of
+        them."""
         query = self.new_positions
         window = self.window
         if not window:
             key = torch.arange(self.length)[None]
-        elif self.t > 1 or self.is_first:                                       # the ring before writing, then the new tokens
+        elif self.t > 1 or self.is_first:  # the ring before writing, then the new tokens
             last = self.pos[:, None] - 1
             key = torch.cat((last - (last - torch.arange(window)) % window, query), 1)
-        else:                                                                   # the ring after writing one token
+        else:                                                   # the ring after writing one token
             key = query - (query - torch.arange(window)) % window
-        mask = (key[:, None] >= 0) & (key[:, None] <= query[:, :, None])        # (B, t, keys)
+        mask = (key[:, None] >= 0) & (key[:, None] <= query[:, :, None])  # (B, t, keys)
         if window:
             mask &= key[:, None] > query[:, :, None] - window
         return None if bool(mask.all()) else mask[:, None].to(self.device)
 
     def append(self, cache, k, v):
-        """Writes k, v (B, t, G, P) to the caches {'k', 'v'}; returns keys and values (B, S, G, P) to attend to."""
+        """Writes k, v (B, t, G, P) to the caches {'k', 'v'}; returns keys and values (B, S, G, P)
+        to attend to."""
         self.make_room(cache, k, v)
         rows, slots = self.slots
         attended = []
         for name, new in (('k', k), ('v', v)):
-            old = cache[name].transpose(1, 2)                                   # (B, S, G, P), a view
-            overwrites = self.window and self.t > 1                             # what the chunk's first tokens still see
+            old = cache[name].transpose(1, 2)                   # (B, S, G, P), a view
+            overwrites = self.window and self.t > 1  # what the chunk's first tokens still see
             if overwrites:
                 attended.append(torch.cat((old.to(new.dtype), new), 1))
             old[rows, slots] = new[:, -slots.shape[1]:].to(old.dtype)
@@ -67,7 +72,8 @@ class KVStep:
         return attended
 
     def make_room(self, cache, k, v):
-        """Makes the caches {'k', 'v'} hold all tokens; k, v (B, t, G, P) are like what will be written."""
+        """Makes the caches {'k', 'v'} hold all tokens; k, v (B, t, G, P) are like what will be
+        written."""
         full = cache['k'] is not None and (self.window or self.length <= cache['k'].shape[2])
         if full:
             return

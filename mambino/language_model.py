@@ -1,7 +1,7 @@
 """What every model is: RMSNorm, the loss, and the face that training and generation know.
 
     logits, loss = net(idx, targets)              # training; the logits are never all in memory
-    logits, state = net.step(idx, state)          # generation: a prompt at once, in chunks, or token by token
+    logits, state = net.step(idx, state)          # generation: a prompt at once, or by tokens
 
     idx ──► hidden_states: embedding ──► layers ──► norm ──► lm_head ──► logits, or the loss
                                 state, of a step ──┘
@@ -23,11 +23,12 @@ def check_at_least_one(config, names):
             raise ValueError(f'{name}={getattr(config, name)} must be at least 1')
 
 
-# --- norm and loss ----------------------------------------------------------------------------------------------------
+# --- norm and loss --------------------------------------------------------------------------------
 
 @fast
 def rms_norm(x, weight, eps):
-    """x / rms(x) * weight over the last dimension, in fp32 (Zhang & Sennrich 2019, eq. 4). x (..., D), weight (D)."""
+    """x / rms(x) * weight over the last dimension, in fp32 (Zhang & Sennrich 2019, eq. 4). x (...,
+    D), weight (D)."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
@@ -46,45 +47,50 @@ class RMSNorm(nn.Module):
 
 @fast
 def linear_cross_entropy(x, weight, targets):
-    """Mean cross-entropy in nats of predicting targets (B, T) from x (B, T, D) by weight (V, D); targets below 0 do not count."""
-    logits = F.linear(x, weight).float()                                        # (B, T, V)
+    """Mean cross-entropy in nats of predicting targets (B, T) from x (B, T, D) by weight (V, D);
+    targets below 0 do not count."""
+    logits = F.linear(x, weight).float()                        # (B, T, V)
     counted = targets >= 0
     losses = F.cross_entropy(logits.flatten(0, 1), targets.clamp(min=0).flatten(), reduction='none')
     return (losses * counted.flatten()).sum() / counted.sum().clamp(min=1)
 
 
-# --- what optimizers are told -----------------------------------------------------------------------------------------
+# --- what optimizers are told ---------------------------------------------------------------------
 
 def optim_groups(model, weight_decay, muon=False):
-    """Parameter groups for the optimizers: [{'kind', 'params', 'weight_decay'}], kind 'adamw' or 'muon'.
+    """Parameter groups for the optimizers: [{'kind', 'params', 'weight_decay'}], kind 'adamw' or
+    'muon'.
 
-    Decay falls on matrices alone: never on norms, biases, A_log, D, dt_bias or learned scales. With `muon` the hidden
-    matrices (the layers' *_proj weights) go to Muon (Jordan et al. 2024); embeddings, conv filters, routers and the rest stay on
-    AdamW, and so do experts: torch's Muon takes no stacks of matrices."""
+    Decay falls on matrices alone: never on norms, biases, A_log, D, dt_bias or learned scales. With
+    `muon` the hidden matrices (the layers' *_proj weights) go to Muon (Jordan et al. 2024);
+    embeddings, conv filters, routers and the rest stay on AdamW, and so do experts: torch's Muon
+    takes no stacks of matrices."""
     groups = {('adamw', True): [], ('adamw', False): [], ('muon', True): []}
-    for name, p in model.named_parameters():                                    # tied weights come once
+    for name, p in model.named_parameters():                    # tied weights come once
         if not p.requires_grad:
             continue
-        matrix = name.endswith(('.weight', '_proj')) and p.ndim >= 2            # experts are stacks without '.weight'
+        matrix = name.endswith(('.weight', '_proj')) and p.ndim >= 2  # experts are stacks without '.weight'
         kind = 'muon' if muon and matrix and '_proj.' in name else 'adamw'
         groups[kind, matrix].append(p)
     return [dict(kind=kind, weight_decay=weight_decay if decays else 0.0, params=params)
             for (kind, decays), params in groups.items() if params]
 
 
-# --- the face ---------------------------------------------------------------------------------------------------------
+# --- the face -------------------------------------------------------------------------------------
 
 class LanguageModel(nn.Module):
-    """The face all models share. A subclass provides `hidden_states`, `embedding`, `mixing_flops` and its parameters' names."""
-    gradient_checkpointing = False  # True: training keeps only what goes into each layer, and computes the rest again for the gradient
-    initial_state = None            # a function of B: the learned state before the first token of B sequences (an adapter's prefix)
+    """The face all models share. A subclass provides `hidden_states`, `embedding`, `mixing_flops`
+    and its parameters' names."""
+    gradient_checkpointing = False  # True: only what goes into each layer is kept for the gradient
+    initial_state = None            # B → the learned state before the first token (a prefix's)
 
     def run_layer(self, i, layer, state, x, *args):
-        """layer(x, …) for `hidden_states`: with its part of the state, which it changes; or by gradient checkpointing (Chen et al.
-        2016), if that is wanted and there is no state."""
+        """layer(x, …) for `hidden_states`: with its part of the state, which it changes; or by
+        gradient checkpointing (Chen et al. 2016), if that is wanted and there is no state."""
         if state is None:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                return checkpoint(layer, x, *args, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+                return checkpoint(layer, x, *args, use_reentrant=False,
+                                  preserve_rng_state=self.config.dropout > 0)
             return layer(x, *args)
         cache = {name: state.get(f'{name}.{i}') for name in layer.state_names}
         y = layer(x, *args, cache)
@@ -92,27 +98,32 @@ class LanguageModel(nn.Module):
         return y
 
     def forward(self, idx, targets=None):
-        """Training: idx (B, T) int64 → (logits (B, T, V), None), or with targets (B, T) → (None, mean loss in nats).
+        """Training: idx (B, T) int64 → (logits (B, T, V), None), or with targets (B, T) → (None,
+        mean loss in nats).
 
-        Targets of -1 do not count. With targets the logits are never all in memory. In training the losses of routers are added."""
+        Targets of -1 do not count. With targets the logits are never all in memory. In training the
+        losses of routers are added."""
         state = self.initial_state(len(idx)) if self.initial_state else None
-        x, _, router_losses = self.hidden_states(idx, state)                    # (B, T, D)
+        x, _, router_losses = self.hidden_states(idx, state)    # (B, T, D)
         if targets is None:
             return self.lm_head(x), None
         return None, sum(router_losses, linear_cross_entropy(x, self.lm_head.weight, targets))
 
     @torch.no_grad()
     def step(self, idx, state=None, last=False, window=0):
-        """Inference: idx (B, t ≥ 1) and the state after the tokens before it → (logits (B, t, V), state).
+        """Inference: idx (B, t ≥ 1) and the state after the tokens before it → (logits (B, t, V),
+        state).
 
-        Logits equal forward's, however the tokens are cut into steps; with `last` only the last token's are computed, (B, 1, V), which of
-        a large vocabulary saves a third of the time that a prompt takes. The state is a flat dict of batch-first tensors:
-        index, repeat, concatenate, save each to do so with the sequences. 'pos' (B,) counts each row's tokens and stays on
-        the CPU. A step writes into the state it is given: clone it first to go on from the same place twice.
-        window: where attention sees all, it sees this many last tokens only, and its caches are rings of that size; 0: no limit."""
+        Logits equal forward's, however the tokens are cut into steps; with `last` only the last
+        token's are computed, (B, 1, V), which of a large vocabulary saves a third of the time that
+        a prompt takes. The state is a flat dict of batch-first tensors: index, repeat, concatenate,
+        save each to do so with the sequences. 'pos' (B,) counts each row's tokens and stays on the
+        CPU. A step writes into the state it is given: clone it first to go on from the same place
+        twice. window: where attention sees all, it sees this many last tokens only, and its caches
+        are rings of that size; 0: no limit."""
         if state is None:
             state = self.empty_state(len(idx))
-        x, state, _ = self.hidden_states(idx, dict(state), window)              # (B, t, D)
+        x, state, _ = self.hidden_states(idx, dict(state), window)  # (B, t, D)
         state['pos'] = state['pos'] + idx.shape[1]
         return self.lm_head(x[:, -1:] if last else x), state
 
@@ -127,11 +138,13 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Floating-point operations a token of forward and backward, in sequences of T: 6 a weight of every matrix
-        product, plus the mixing of tokens (attention counted causally, at the half it needs)."""
-        matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and not name.endswith('A_log'))
+        """Floating-point operations a token of forward and backward, in sequences of T: 6 a weight
+        of every matrix product, plus the mixing of tokens (attention counted causally, at the half
+        it needs)."""
+        matrices = sum(p.numel() for name, p in self.named_parameters()
+                       if p.ndim == 2 and not name.endswith('A_log'))
         if self.lm_head.weight is not self.embedding().weight:
-            matrices -= self.embedding().weight.numel()                         # an untied input embedding is a look-up
+            matrices -= self.embedding().weight.numel()  # an untied input embedding is a look-up
         return 6 * matrices + 3 * self.mixing_flops(T)
 
     def optim_groups(self, weight_decay, muon=False):

@@ -1,41 +1,40 @@
-"""Each operation against plain float64, results and all gradients: by native.cpp, by PyTorch anywhere, and as the model's file defines it."""
+"""Each operation against plain float64, results and all gradients: by native.cpp, by PyTorch
+anywhere, and as the model's file defines it."""
 import functools
 import math
-import os
 import random
-import signal
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import V, assert_close, assert_same, perturb, random_dt, recurrence, tokens
 
 import model_gpt
 import model_mamba
-from mambino import kernels, language_model
-from mambino.kernels import anywhere, cpu, cuda, native, registry
+from mambino import language_model
+from mambino.kernels import anywhere, cpu, native, registry
 from mambino.language_model import RMSNorm, linear_cross_entropy, rms_norm
 from model_gpt import apply_rope, attention, rope_tables, swiglu
 from model_mamba import causal_conv1d, gated_rms_norm, mamba1_scan, mamba2_scan, selective_scan, ssd
-from helpers.models import V, assert_close, assert_same, perturb, random_dt, recurrence, tokens
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 OPERATIONS = {model_gpt: "attention apply_rope swiglu", model_mamba: "causal_conv1d selective_scan mamba1_scan ssd mamba2_scan gated_rms_norm",
               language_model: "rms_norm linear_cross_entropy"}
-MODULES = {name: module for module, names in OPERATIONS.items() for name in names.split()}      # where each is defined
+MODULES = {name: module for module, names in OPERATIONS.items() for name in names.split()}  # where each is defined
 every_way = pytest.mark.usefixtures("way")
 
 
 @pytest.fixture(params=["compiled", "anywhere", "defined"])
 def way(request, monkeypatch):
-    """By native.cpp; by PyTorch where there is no compiler; by the definitions alone, as with MAMBINO_KERNELS=0."""
+    """By native.cpp; by PyTorch where there is no compiler; by the definitions alone, as with
+    MAMBINO_KERNELS=0."""
     if request.param == "anywhere":
         monkeypatch.setattr(native, "library", lambda: None)
     if request.param == "defined":
         monkeypatch.setattr(registry, "ENABLED", False)
-    monkeypatch.setattr(cpu, "thread_count", lambda n, work: max(1, min(torch.get_num_threads(), n)))   # however small the work
+    monkeypatch.setattr(cpu, "thread_count", lambda n, work: max(1, min(torch.get_num_threads(), n)))  # however small the work
     monkeypatch.setattr(native, "thread_count", cpu.thread_count)
     if request.param == "compiled" and native.library() is None:
         pytest.skip("no C++ compiler here: native.cpp is not tested")
@@ -114,7 +113,7 @@ def test_recurrence(form, T, kind, through):
 @every_way
 @pytest.mark.parametrize("K", [2, 4])
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("cuts", [[1], [2, 1, 1], [50], [17, 1, 2, 30]])        # lengths of the parts
+@pytest.mark.parametrize("cuts", [[1], [2, 1, 1], [50], [17, 1, 2, 30]])  # lengths of the parts
 def test_causal_conv1d(cuts, given, K):
     T, E = sum(cuts), 6
 
@@ -143,7 +142,7 @@ def test_rms_norm(scale, mean):
 
 
 @every_way
-@pytest.mark.parametrize("chunk", [64, 75, 149, 1000])                          # of 150 tokens; only 75 divides them
+@pytest.mark.parametrize("chunk", [64, 75, 149, 1000])  # of 150 tokens; only 75 divides them
 def test_linear_cross_entropy(chunk):
     x, weight, targets = torch.randn(3, 50, 24), torch.randn(V, 24), tokens(3, 50)
     targets[0, :7] = targets[2, 40:] = -1
@@ -162,7 +161,7 @@ def visible(T, window):
 
 
 @every_way
-@pytest.mark.parametrize("size", [1, 4])                                        # of the scores
+@pytest.mark.parametrize("size", [1, 4])                        # of the scores
 @pytest.mark.parametrize("window", [0, 1, 7, 64, 100, 1000])
 @pytest.mark.parametrize("threads, B, T, H, G, P", [(1, 2, 1, 2, 1, 16), (2, 1, 63, 3, 3, 32), (3, 2, 129, 4, 2, 16), (1, 1, 330, 2, 1, 64)])
 def test_attention(threads, B, T, H, G, P, window, size):
@@ -175,7 +174,7 @@ def test_attention(threads, B, T, H, G, P, window, size):
         weights = scores.masked_fill(~visible(T, window), -math.inf).softmax(-1)
         return [torch.einsum("bhij,bjhp->bihp", weights, v).flatten(2)]
 
-    if T == 1 or window == 1:                                                   # one key each: q and k do not matter
+    if T == 1 or window == 1:  # one key each: q and k do not matter
         q, k, v = inputs
         got = attention(q.requires_grad_(), k.requires_grad_(), v, window)
         assert all(g.abs().max() < 1e-4 for g in torch.autograd.grad(got.sum(), (q, k)))
@@ -194,11 +193,12 @@ def test_attention_of_very_low_scores():
 
 @every_way
 def test_attention_dropout():
-    """The weights that stay are those that stay in the backward pass too, and a share of `dropout` goes."""
+    """The weights that stay are those that stay in the backward pass too, and a share of `dropout`
+    goes."""
     T, P = 130, 16
     q, k = torch.randn(2, 1, T, 2, P).unbind()
     weights = torch.empty(1, T, 2, T)
-    for start in range(0, T, P):                                                # v as unit vectors shows the weights
+    for start in range(0, T, P):  # v as unit vectors shows the weights
         v = torch.zeros(1, T, 2, P)
         v[0, range(start, min(T, start + P)), :, range(min(P, T - start))] = 1
         torch.manual_seed(5)
@@ -306,7 +306,8 @@ def sizes_of(kind):
 @pytest.mark.parametrize("kind", ["usual", "extreme"])
 @pytest.mark.parametrize("name", [*sizes_of("usual")])
 def test_kernels_compute_what_the_model_file_says(name, kind, way, monkeypatch):
-    """The definition itself is the oracle, in float64: there `float()`, by which it leaves bf16, must not round."""
+    """The definition itself is the oracle, in float64: there `float()`, by which it leaves bf16,
+    must not round."""
     tensors, options = sizes_of(kind)[name]
     definition = registry.DEFINITIONS[name]
 
@@ -322,116 +323,7 @@ def test_kernels_compute_what_the_model_file_says(name, kind, way, monkeypatch):
     assert_same(lambda *inputs: several(getattr(MODULES[name], name)(*inputs, *options)), exact, tensors)
 
 
-# --- what a GPU runs, as far as a CPU can tell
-
-@pytest.mark.parametrize("T", [8, 61])
-def test_scan_by_chunks(monkeypatch, T):
-    """The form that a GPU compiles, uncompiled."""
-    monkeypatch.setattr(cuda, "chunk_functions", lambda: (cuda.scan_chunk, cuda.scan_chunk_backward))
-
-    def run(x, dt, A, B, C, h):
-        pad = -T % 8
-        y, h = cuda.ScanByChunks.apply(*(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)), A, *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)), h)
-        return y[:, :T], h
-
-    def reference(x, dt, A, B, C, h):
-        y, h = recurrence(x[..., None], dt, A, B[:, :, None], C[:, :, None], h.transpose(1, 2)[:, :, None])
-        return y[..., 0], h[:, :, 0].transpose(1, 2)
-
-    assert_same(run, reference, [torch.randn(2, T, 6), random_dt("usual", (2, T, 6)), -torch.rand(6, 3) * 16, torch.randn(2, T, 3),
-                                 torch.randn(2, T, 3), torch.randn(2, 3, 6)])
-
-
-def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", init="raise OSError('selective_scan_cuda.so')"):
-    """mamba-ssm as pip leaves it without its CUDA extension: its __init__ fails, its Triton files would work."""
-    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
-    folder.mkdir(parents=True)
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text(init + "\n")
-    (tmp_path / "mamba_ssm" / "ops" / "__init__.py").write_text("")
-    (folder / "__init__.py").write_text("")
-    (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text("import selective_scan_cuda_that_is_not_there\n")
-    (folder / "ssd_combined.py").write_text(
-        "import torch\nfrom model_mamba import ssd\nfrom torch.nn.functional import softplus\n\n"
-        "def plain_ssd(x, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus, initial_states, return_final_states):\n"
-        "    y, h = ssd(x, softplus(dt + dt_bias), A, B, C, chunk_size, initial_states)\n"
-        "    return y + D[:, None] * x, h\n\n"
-        f"def mamba_chunk_scan_combined(*args, **how):\n    {ssd}\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
-        monkeypatch.delitem(sys.modules, name)
-    cuda.fused.cache_clear()
-
-
-@pytest.mark.parametrize("ssd, says", [
-    ("return plain_ssd(*args, **how)", "mamba-ssm's kernels (ssd)"),
-    ("raise RuntimeError('no kernel image')", "does not work here (RuntimeError: no kernel image)"),
-    ("y, h = plain_ssd(*args, **how); return y * 1.1, h", "gives other numbers"),
-    ("y, h = plain_ssd(*args, **how); return y.detach() + 0 * y, h", "gives other numbers"),
-    ("y, h = plain_ssd(*args, **how); return y * float('nan'), h", "gives other numbers"),
-])
-def test_fused_kernels_are_used_only_if_they_work(tmp_path, monkeypatch, ssd, says):
-    fake_package(tmp_path, monkeypatch, ssd)
-    try:
-        found, notes = cuda.fused("cpu")
-        assert list(found) == (["ssd"] if "kernels (" in says else [])
-        monkeypatch.setattr(cuda, "fused", lambda device: (found, notes))
-        assert says in kernels.describe_kernels("cuda")
-        assert "mamba_ssm" not in sys.modules                                   # whoever else imports it gets its own error
-    finally:
-        for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
-            del sys.modules[name]
-
-
-def test_fused_mamba1_hands_over_the_right_arguments():
-    """Against a stand-in with selective_scan_fn's signature, computed as its reference is written."""
-    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
-        assert delta_softplus and return_last_state
-        dt, h, ys = F.softplus(delta + delta_bias[:, None]), torch.zeros(len(u), *A.shape), []
-        for t in range(u.shape[2]):
-            h = torch.exp(dt[:, :, t, None] * A) * h + (dt[:, :, t] * u[:, :, t])[..., None] * B[:, None, :, t]
-            ys.append((h * C[:, None, :, t]).sum(-1))
-        return (torch.stack(ys, 2) + D[:, None] * u) * F.silu(z), h
-    cuda.check_fused("scan", selective_scan_fn, "cpu")
-    x, raw, z = torch.randn(3, 2, 20, 6).unbind()
-    args = x, raw, torch.randn(6), -torch.rand(6, 4), torch.randn(2, 20, 4), torch.randn(2, 20, 4), torch.randn(6), z
-    for got, want in zip(cuda.fused_mamba1(selective_scan_fn, *args), mamba1_scan.definition(*args)):
-        assert_close(got, want, 1e-5)
-
-
-def test_a_machine_without_a_compiler_says_so(monkeypatch):
-    native.library.cache_clear()
-    try:
-        monkeypatch.setattr(native, "compiler", lambda: None)
-        assert native.library() is None and "no working C++ compiler" in kernels.describe_kernels("cpu")
-        native.library.cache_clear()
-        monkeypatch.setenv("MAMBINO_NATIVE", "0")
-        assert native.library() is None and "MAMBINO_NATIVE=0" in kernels.describe_kernels("cpu")
-    finally:
-        native.library.cache_clear()
-
-
-def test_compiles_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
-    source = tmp_path / "native.cpp"
-    source.write_text('extern "C" int seven() { return 7; }\n')
-    (tmp_path / "__pycache__").write_text("a file in the folder's place")
-    monkeypatch.setattr(native, "SOURCE", str(source))
-    library = native.library.__wrapped__()
-    if library is None and native.compiler() is None:
-        pytest.skip("no C++ compiler here")
-    assert library.seven() == 7
-
-
 # --- what a library must not do
-
-def test_a_target_outside_the_vocabulary_is_refused():
-    if native.library() is None:
-        pytest.skip("no C++ compiler here")
-    logits = torch.zeros(4, 64)
-    with pytest.raises(IndexError, match="64"):
-        cpu.cross_entropy_(logits[:2], torch.tensor([3, 64]))
-    assert logits[2:].count_nonzero() == 0
-    assert cpu.cross_entropy_(torch.zeros(2, 64), torch.tensor([3, 63], dtype=torch.int32)).item() == pytest.approx(2 * math.log(64))
-
 
 @every_way
 def test_a_state_in_any_layout():
@@ -461,26 +353,3 @@ def test_parameters_in_other_precisions():
     for dtype in (torch.bfloat16, torch.float64):
         got = rms_norm(x.to(dtype), torch.ones(32, dtype=dtype), 1e-5)
         assert_close(got.float(), F.rms_norm(x, (32,), eps=1e-5), 0.05 if dtype == torch.bfloat16 else 1e-6)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_forked_process_has_threads_of_its_own():
-    torch.set_num_threads(1)
-    native.pool().submit(int).result()
-    child = os.fork()
-    if not child:
-        signal.alarm(20)
-        os._exit(native.pool().submit(lambda: 7).result())
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
-def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch):
-    if native.compiler() is None:
-        pytest.skip("no C++ compiler here")
-    (tmp_path / "native.cpp").write_text('extern "C" int seven() { return 7; }\n')
-    monkeypatch.setattr(native, "SOURCE", str(tmp_path / "native.cpp"))
-    assert native.library.__wrapped__().seven() == 7
-    file, = (tmp_path / "__pycache__").iterdir()
-    file.unlink()
-    file.write_bytes(b"")
-    assert native.library.__wrapped__().seven() == 7

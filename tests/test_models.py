@@ -1,8 +1,9 @@
-"""The models' promises: the same logits as transformers, as a plain recurrence, and as themselves cut into steps.
+"""The models' promises: the same logits as transformers, as a plain recurrence, and as themselves
+cut into steps.
 
-All on a CPU with models of a few thousand parameters. Weights are perturbed wherever values are compared, since at
-initialisation norms, biases, D and gates are ones and zeros and would hide a mistake in their use.
-"""
+All on a CPU with models of a few thousand parameters. Weights are perturbed wherever values are
+compared, since at initialisation norms, biases, D and gates are ones and zeros and would hide a
+mistake in their use. """
 import io
 import math
 import random
@@ -11,15 +12,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import CONFIG, PEERS, V, assert_close, build, every_model, perturb, tokens
 
-from helpers.models import (CONFIG, PEERS, V, assert_close, build, every_model, perturb, tokens)
 from model_gpt import GPTConfig
 from model_hybrid import HybridConfig
 from model_mamba import MambaConfig
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
-# --- transformers -----------------------------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_logits_and_gradients_are_those_of_transformers(peer):
@@ -33,7 +34,7 @@ def test_logits_and_gradients_are_those_of_transformers(peer):
         for T in (1, 83):
             idx, targets = tokens(2, 2, T)
             want = theirs(idx).logits
-            assert want.std() > 0.3                                             # else closeness would mean little
+            assert want.std() > 0.3                             # else closeness would mean little
             assert_close(ours(idx)[0], want)
         same = [(p, theirs.get_parameter(name)) for name, p in ours.named_parameters()]
         gots = torch.autograd.grad(ours(idx, targets)[1], [p for p, _ in same])
@@ -42,7 +43,7 @@ def test_logits_and_gradients_are_those_of_transformers(peer):
             assert_close(got, want, 1e-4 * want.abs().max().item())
 
 
-# --- step and its state -----------------------------------------------------------------------------------------------
+# --- step and its state ---------------------------------------------------------------------------
 
 T = 150  # longer than two windows, than nine chunks, and than the 128 slots of a cache grown twice
 CUTS = {"1": range(1, T), "7": range(7, T, 7), "64": [64, 128], "whole": [],
@@ -71,10 +72,10 @@ def test_step_equals_forward(name, cuts):
 def test_rows_of_different_positions_go_on_together(name):
     """Joined, reordered, repeated, saved and loaded; each row goes on as if it were alone."""
     model, prompts, more = perturb(build(name)), [3, 37, 70], 62
-    texts, endings = tokens(3, max(prompts)), tokens(6, more)                   # so the two copies of a row part
+    texts, endings = tokens(3, max(prompts)), tokens(6, more)   # so the two copies of a row part
     states = [model.step(text[None, :n])[1] for text, n in zip(texts, prompts)]
     for key in (key for key in states[0] if key[0] in "kv"):
-        slots = max(s[key].shape[2] for s in states)                            # the longest cache decides
+        slots = max(s[key].shape[2] for s in states)            # the longest cache decides
         for s in states:
             s[key] = F.pad(s[key], (0, 0, 0, slots - s[key].shape[2]))
     state = {key: torch.cat([s[key] for s in states])[[2, 0, 1]].repeat_interleave(2, 0) for key in states[0]}
@@ -95,11 +96,11 @@ def test_state_never_grows(name):
     sizes = set()
     for length, cuts in (50, []), (500, []), (50, [49]), (500, [490, 497, 498, 499]):
         _, state = run_steps(model, tokens(1, length), cuts)
-        sizes.add(sum(u.untyped_storage().nbytes() for u in state.values()))    # also what views keep alive: so does a file
+        sizes.add(sum(u.untyped_storage().nbytes() for u in state.values()))  # also what views keep alive: so does a file
     assert len(sizes) == 1, f"bytes: {sorted(sizes)}"
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 @every_model
 def test_loss_and_bf16_autocast(name):
@@ -115,7 +116,7 @@ def test_loss_and_bf16_autocast(name):
     assert abs(loss - exact) <= 0.03 * exact
     wants, gots = (torch.autograd.grad(u, list(model.parameters())) for u in (exact, loss))
     for want, got in zip((logits, *wants), (stepped, *gots)):
-        assert (got - want).norm() <= 0.1 * want.norm()                         # also fails on NaN
+        assert (got - want).norm() <= 0.1 * want.norm()         # also fails on NaN
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -131,7 +132,7 @@ def test_optim_groups(name, muon):
             assert group["kind"] == "adamw" or (group["kind"] == "muon" and muon and hidden), n
             assert group["kind"] == "muon" or not (muon and hidden and "_proj" in n), n
             placed.append(n)
-    assert sorted(placed) == sorted(names.values())                             # each once
+    assert sorted(placed) == sorted(names.values())             # each once
 
 
 @pytest.mark.parametrize("name", ["mamba1", "mamba2", "hybrid"])
@@ -141,14 +142,14 @@ def test_initialisation_is_the_reference_one(name):
     for m in (module for module in model.modules() if hasattr(module, "A_log")):
         dt, A = F.softplus(m.dt_proj.bias if name == "mamba1" else m.dt_bias), m.A_log.exp()
         assert 0.99e-3 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.101
-        assert 0.006 < dt.median() < 0.017                                      # log-uniform: the geometric mean, 0.01
+        assert 0.006 < dt.median() < 0.017  # log-uniform: the geometric mean, 0.01
         if name == "mamba1":
             assert_close(A, torch.arange(1.0, 9).expand_as(A), 1e-5)
             assert m.dt_proj.weight.abs().max() == pytest.approx(32 ** -0.5, rel=0.02)  # R = 512 / 16
         else:
             assert 1 <= A.min() < 2 and 15 < A.max() <= 16.001 and 7 < A.mean() < 10
         assert (m.D == 1).all() and m.conv1d.weight.abs().max() == pytest.approx(0.5, rel=0.02)
-        if name != "hybrid":                                                    # E = 1024, over two residual branches
+        if name != "hybrid":  # E = 1024, over two residual branches
             assert m.out_proj.weight.abs().max() == pytest.approx((1024 * 2) ** -0.5, rel=0.02)
 
 

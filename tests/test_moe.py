@@ -1,7 +1,8 @@
-"""Experts against a plain formula, their limits and their statistics; gradient checkpointing of every kind of model.
+"""Experts against a plain formula, their limits and their statistics; gradient checkpointing of
+every kind of model.
 
-What every model promises (transformers' logits, step equal to forward, training) test_models.py tests for experts, too.
-"""
+What every model promises (transformers' logits, step equal to forward, training) test_models.py
+tests for experts, too. """
 import math
 from collections import defaultdict
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers.models import MODELS, V, assert_close, assert_same, build, every_model, perturb, tokens
 from torch.nn.parallel import DistributedDataParallel
 
 from mambino.kernels import portable
 from model_gpt import GPT, GPTConfig, MoE
-from helpers.models import MODELS, V, assert_close, assert_same, build, every_model, perturb, tokens
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
@@ -44,7 +45,8 @@ def moe(**settings):
 
 
 def one_by_one(x, gate, gate_up, down, k, C):
-    """Token after token and pair after pair → y, loss of balance, loss of large logits, pairs of each expert, pairs dropped."""
+    """Token after token and pair after pair → y, loss of balance, loss of large logits, pairs of
+    each expert, pairs dropped."""
     logits = x @ gate.T
     probs, ys, pairs, dropped = logits.softmax(-1), [], [0] * E, 0
     for t in range(len(x)):
@@ -124,7 +126,7 @@ def test_loss_of_balance_balances():
     assert most[0] > 1.6 and most[-1] < 1.45
 
 
-# --- in a GPT ---------------------------------------------------------------------------------------------------------
+# --- in a GPT -------------------------------------------------------------------------------------
 
 def test_losses_are_added_in_training_alone():
     model, idx, targets, losses = perturb(build('gpt-experts', capacity_factor=0)), *tokens(2, 2, 40), []
@@ -134,7 +136,7 @@ def test_losses_are_added_in_training_alone():
     assert not losses
     assert_close(pure, F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten()), 1e-5)
     assert_close(model.train()(idx, targets)[1], pure + sum(losses), 1e-6)
-    assert len(losses) == 2 and min(losses) > 0.01                              # each layer's balance alone is that much
+    assert len(losses) == 2 and min(losses) > 0.01  # each layer's balance alone is that much
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
@@ -145,16 +147,16 @@ def test_load(checkpointing):
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(module.forward(*args)[1]))
     model(idx, idx)
-    assert model.expert_load() is None and seen.pop() is seen.pop() is None     # an evaluation does not count
+    assert model.expert_load() is None and seen.pop() is seen.pop() is None  # an evaluation does not count
     for _ in range(3):
         model.train()(idx, idx)[1].backward()
-    assert len(seen) == (12 if checkpointing else 6)                            # computed twice, counted once
+    assert len(seen) == (12 if checkpointing else 6)            # computed twice, counted once
     total = torch.stack([statistics for _, statistics in seen[:2]]).double() * 3  # three times the same, for nothing was updated
     load, pairs, share = model.expert_load(), total[:, :8], 3 * 100 * 4 / 8
     assert load['expert_load_max'] == pytest.approx(pairs.max().item() / share)
     assert load['expert_load_min'] == pytest.approx(pairs.min().item() / share)
     assert load['dropped'] == pytest.approx(total[:, 8].sum().item() / (2 * 8 * share)) and 0.2 < load['dropped'] < 0.8
-    assert model.expert_load() is None                                          # read, and begun anew
+    assert model.expert_load() is None                          # read, and begun anew
     assert set(model.state_dict()) == names and not any('routed' in name for name in names)
 
 
@@ -166,7 +168,7 @@ def test_load_of_dense_models():
 
 
 def test_numbers_of_parameters_and_operations():
-    dense, sparse = build('gpt', intermediate_size=64), build('gpt-experts')    # four active experts of 16 are one of 64
+    dense, sparse = build('gpt', intermediate_size=64), build('gpt-experts')  # four active experts of 16 are one of 64
     routers, experts = 2 * 8 * 32, 2 * 8 * 3 * 32 * 16
     assert sparse.num_params() - dense.num_params() == routers + experts // 2
     assert sparse.flops_per_token(50) - dense.flops_per_token(50) == 6 * routers
@@ -194,7 +196,7 @@ def test_config_errors_name_the_setting(settings, says):
         GPTConfig(**settings)
 
 
-# --- gradient checkpointing -------------------------------------------------------------------------------------------
+# --- gradient checkpointing -----------------------------------------------------------------------
 
 def large(name, **changes):
     """A model of which every operation is large enough for native.cpp, if it is there."""
@@ -219,9 +221,9 @@ def test_checkpointing_changes_no_bit(name, dropout, autocast):
         results[key] = [loss, torch.get_rng_state(), *(p.grad.clone() for p in model.parameters())]
     assert all(torch.equal(a, b) for a, b in zip(results[False], results[True]))
     assert calls == {False: len(layers), True: 2 * len(layers)}
-    if dropout:                                                                 # it was at work
+    if dropout:                                                 # it was at work
         assert not torch.equal(loss, model(idx, targets)[1])
-    key = 'other'                                                               # what computes nothing twice
+    key = 'other'                                               # what computes nothing twice
     model.train().step(idx)
     model.eval()(idx, targets)[1].backward()
     assert calls['other'] == 2 * len(layers)
@@ -246,7 +248,7 @@ def test_checkpointing_saves_memory(name):
 
 def test_every_parameter_has_a_gradient_under_ddp():
     """Else DistributedDataParallel would refuse the second step."""
-    model, idx = build('gpt-experts').train(), tokens(1, 1)                     # a token does not reach all experts of a layer
+    model, idx = build('gpt-experts').train(), tokens(1, 1)     # a token does not reach all experts of a layer
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel = DistributedDataParallel(model)

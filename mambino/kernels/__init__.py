@@ -1,6 +1,7 @@
-"""The models' operations, sooner: on this CPU by native.cpp (cpu.py), on NVIDIA by mamba-ssm and flex_attention (cuda.py), and anywhere by
-PyTorch that saves memory and passes (anywhere.py). What the operations are stands in the models' files, marked `@fast`; nothing there
-depends on what is here.
+"""The models' operations, sooner: on this CPU by native.cpp (cpu.py), on NVIDIA by mamba-ssm and
+flex_attention (cuda.py), and anywhere by PyTorch that saves memory and passes (anywhere.py). What
+the operations are stands in the models' files, marked `@fast`; nothing there depends on what is
+here.
 
     MAMBINO_KERNELS=0 python train.py       # the definitions alone: the same numbers, later
     MAMBINO_NATIVE=0 python train.py        # without native.cpp
@@ -9,7 +10,7 @@ import os
 
 import torch
 
-from mambino.kernels import anywhere, cpu, cuda, native  # noqa: F401, importing them offers their kernels
+from mambino.kernels import anywhere, cpu, cuda, native  # noqa: F401, to offer their kernels
 from mambino.kernels.cpu import portable
 from mambino.kernels.registry import ENABLED, KERNELS, fast
 
@@ -23,7 +24,8 @@ def describe_kernels(device='cpu'):
     if device == 'cpu' and native.library():
         return 'operations compiled for this CPU'
     if device == 'cpu':
-        reason = 'MAMBINO_NATIVE=0' if os.environ.get('MAMBINO_NATIVE') == '0' else 'no working C++ compiler was found'
+        asked = os.environ.get('MAMBINO_NATIVE') == '0'
+        reason = 'MAMBINO_NATIVE=0' if asked else 'no working C++ compiler was found'
         return f'operations in plain PyTorch, since {reason}'
     functions, notes = cuda.fused(device)
     names = ', '.join(functions)
@@ -32,6 +34,7 @@ def describe_kernels(device='cpu'):
 
 
 def compiled(net):
-    """torch.compile of a model or a function of one. Mamba-1's scan stays out of it: unrolled, its steps would compile for hours."""
+    """torch.compile of a model or a function of one. Mamba-1's scan stays out of it: unrolled, its
+    steps would compile for hours."""
     KERNELS['selective_scan'] = [torch.compiler.disable(scan) for scan in KERNELS['selective_scan']]
     return torch.compile(net)

@@ -1,15 +1,16 @@
-"""The models' operations in PyTorch that runs on any machine: fewer passes over memory than the definitions, and far less of it.
+"""The models' operations in PyTorch that runs on any machine: fewer passes over memory than the
+definitions, and far less of it.
 
-    selective_scan          keeps the states at chunk starts only; the backward pass makes the rest again
+    selective_scan          keeps states at chunk starts only; the backward pass makes the rest
     ssd                     products once a group, not once a head
-    attention               scaled_dot_product_attention; in a window by blocks, in time and memory that grow with T, not with T squared
+    attention               scaled_dot_product_attention; in a window by blocks: time and memory
+                            grow with T, not with T squared
     causal_conv1d           K shifted multiply-adds
     linear_cross_entropy    in chunks of tokens: the logits never exist at once
     experts_swiglu          fixed shapes: no GPU is waited for
 
-Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G groups or key heads, P head size, N state size, Q chunk,
-V vocabulary.
-"""
+Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G groups or key
+heads, P head size, N state size, Q chunk, V vocabulary. """
 import math
 
 import torch
@@ -23,27 +24,28 @@ from mambino.kernels.registry import kernel
 
 @kernel
 def rms_norm(x, weight, eps):
-    if x.device.type == 'cpu':                                                  # there it takes three times as long
+    if x.device.type == 'cpu':                                  # there it takes three times as long
         return NotImplemented
     return F.rms_norm(x.float(), weight.shape, weight, eps)
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 @kernel
 def attention(q, k, v, window=0, dropout=0.0, mask=None):
     T, S, H = q.shape[1], k.shape[1], q.shape[2]
-    q, k, v = (u.transpose(1, 2) for u in (q, k, v))                            # (B, heads, T or S, P)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))            # (B, heads, T or S, P)
     if k.shape[1] != H:
         k, v = (u.repeat_interleave(H // u.shape[1], dim=1) for u in (k, v))
     if mask is None and S == T and 0 < window < T:
         y = attention_in_blocks(q, k, v, window, dropout)
-    elif mask is None and S > T > 1:                                            # no cache is read in this way
+    elif mask is None and S > T > 1:                            # no cache is read in this way
         return NotImplemented
     else:
         causal = mask is None and S == T
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
-    return y.transpose(1, 2).flatten(2)                                         # (B, T, H P)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                           dropout_p=dropout)
+    return y.transpose(1, 2).flatten(2)                         # (B, T, H P)
 
 
 def in_window(i, j, window):
@@ -52,7 +54,8 @@ def in_window(i, j, window):
 
 
 def attention_in_blocks(q, k, v, window, dropout):
-    """Blocks of `window` queries that see their own block of keys and the one before. (B, H, T, P) all."""
+    """Blocks of `window` queries that see their own block of keys and the one before. (B, H, T, P)
+    all."""
     B, H, T, P = q.shape
     if 2 * window >= T:
         i = torch.arange(T, device=q.device)
@@ -64,18 +67,21 @@ def attention_in_blocks(q, k, v, window, dropout):
     i = torch.arange(window, device=q.device)[:, None]
     j = torch.arange(2 * window, device=q.device) - window
     block = torch.arange(n, device=q.device)[:, None, None]
-    mask = in_window(i, j, window) & ((j >= 0) | (block > 0))                   # (n, window, 2 window); before the first is nothing
-    q, k, v = (u.transpose(1, 2).flatten(0, 1) for u in (q, k, v))              # (B n, H, window or 2 window, P)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(B, 1, 1)[:, None], dropout_p=dropout)
+    mask = in_window(i, j, window) & ((j >= 0) | (block > 0))   # (n, window, 2 window); before the first is nothing
+    q, k, v = (u.transpose(1, 2).flatten(0, 1) for u in (q, k, v))  # (B n, H, window or 2 window, P)
+    mask = mask.repeat(B, 1, 1)[:, None]                        # (B n, 1, window, 2 window)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return y.view(B, n, H, window, P).transpose(1, 2).reshape(B, H, n * window, P)[:, :, :T]
 
 
-# --- Mamba-1's recurrence ---------------------------------------------------------------------------------------------
+# --- Mamba-1's recurrence -------------------------------------------------------------------------
 
 class SelectiveScan(Function):
-    """selective_scan with its backward pass by hand: states (N, E) are kept at the starts of chunks of 16 steps only.
+    """selective_scan with its backward pass by hand: states (N, E) are kept at the starts of chunks
+    of 16 steps only.
 
-    For each chunk the two factors of all its steps are made at once, then each step is one fused multiply-add."""
+    For each chunk the two factors of all its steps are made at once, then each step is one fused
+    multiply-add."""
     CHUNK = 16  # 8, 16 and 32 measured alike; memory is that of T/16 states
 
     @staticmethod
@@ -84,10 +90,10 @@ class SelectiveScan(Function):
         N = A.shape[1]
         K = SelectiveScan.CHUNK
         with torch.autocast(x.device.type, enabled=False):
-            A_t = A.t().contiguous()                                            # (N, E)
+            A_t = A.t().contiguous()                            # (N, E)
             dt_x = dt * x
             y = torch.empty_like(x)
-            starts = x.new_empty(-(-T // K) + 1, batch, N, E)                   # the state before each chunk, and the last
+            starts = x.new_empty(-(-T // K) + 1, batch, N, E)   # the state before each chunk, and the last
             starts[0] = state
             decay_room, state_room = x.new_empty(2, batch, K, N, E)
             for c in range(len(starts) - 1):
@@ -130,8 +136,8 @@ class SelectiveScan(Function):
                     grad_state = grad_h[:, i].add_(grad_state) * decay[:, i]
                 grad_C[:, span] = torch.matmul(states, grad_y[:, span, :, None]).squeeze(-1)
                 grad_B[:, span] = torch.matmul(grad_h, dt_x[:, span, :, None]).squeeze(-1)
-                grad_dt_x = torch.matmul(B[:, span, None], grad_h).squeeze(2)   # (B, steps, E)
-                grad_h.mul_(decay).mul_(before)                                 # now of the exponent, dt A
+                grad_dt_x = torch.matmul(B[:, span, None], grad_h).squeeze(2)  # (B, steps, E)
+                grad_h.mul_(decay).mul_(before)                 # now of the exponent, dt A
                 grad_A += torch.mul(grad_h, dt[:, span, None], out=decay).sum((0, 1))
                 of_decay = torch.mul(grad_h, A_t, out=decay).sum(2)
                 grad_dt[:, span] = of_decay.addcmul_(grad_dt_x, x[:, span])
@@ -147,40 +153,41 @@ def selective_scan(x, dt, A, B, C, state=None):
     return SelectiveScan.apply(x, dt, A, B, C, state)
 
 
-# --- Mamba-2's recurrence ---------------------------------------------------------------------------------------------
+# --- Mamba-2's recurrence -------------------------------------------------------------------------
 
 @kernel
 def ssd(x, dt, A, B, C, chunk_size=64, state=None):
     batch, T, H, P = x.shape
     G, N = B.shape[2:]
-    R = H // G                                                                  # heads a group
+    R = H // G                                                  # heads a group
     Q = min(chunk_size, 1 << (T - 1).bit_length())
     pad = -T % Q
-    if pad:                                                                     # dt = 0 leaves the state as it is
+    if pad:                                                     # dt = 0 leaves the state as it is
         x, B, C = (F.pad(u, (0, 0, 0, 0, 0, pad)) for u in (x, B, C))
         dt = F.pad(dt, (0, 0, 0, pad))
     c = (T + pad) // Q
     dt = dt.float().view(batch, c, Q, H)
 
-    # sums of dt A up to each token. Differences of large sums would lose the small ones, so they are taken in fp64.
+    # sums of dt A up to each token. Differences of large sums would lose the small ones, so they
+    # are taken in fp64.
     exact = torch.float32 if x.device.type == 'mps' else torch.float64
-    sums = (dt.to(exact) * A.to(exact)).cumsum(2).transpose(2, 3)               # (B, c, H, Q)
+    sums = (dt.to(exact) * A.to(exact)).cumsum(2).transpose(2, 3)  # (B, c, H, Q)
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    decay = (sums[..., :, None] - sums[..., None, :]).float()                   # (B, c, H, Q, Q): from token j to i
-    decay = decay.masked_fill(hidden, -math.inf).exp()                          # masked before exp: no inf, no NaN
-    to_end = (sums[..., -1:] - sums).float().exp().transpose(2, 3)              # (B, c, Q, H)
+    decay = (sums[..., :, None] - sums[..., None, :]).float()   # (B, c, H, Q, Q): from token j to i
+    decay = decay.masked_fill(hidden, -math.inf).exp()          # masked before exp: no inf, no NaN
+    to_end = (sums[..., -1:] - sums).float().exp().transpose(2, 3)  # (B, c, Q, H)
     sums = sums.float()
 
     xdt = x.reshape(batch, c, Q, H, P) * dt[..., None]
-    B, C = (u.reshape(batch, c, Q, G, N).transpose(2, 3) for u in (B, C))       # (B, c, G, Q, N)
+    B, C = (u.reshape(batch, c, Q, G, N).transpose(2, 3) for u in (B, C))  # (B, c, G, Q, N)
 
     # inside a chunk: attention whose weights are C B^T, once a group, times the decay
     weights = (C @ B.transpose(-1, -2)).unsqueeze(3) * decay.view(batch, c, G, R, Q, Q)
-    y = weights.view(batch, c, H, Q, Q) @ xdt.transpose(2, 3)                   # (B, c, H, Q, P)
+    y = weights.view(batch, c, H, Q, Q) @ xdt.transpose(2, 3)   # (B, c, H, Q, P)
 
     # what each chunk adds to the state, and the state each chunk starts from
     xdt_at_end = (xdt * to_end[..., None]).view(batch, c, Q, G, R * P).transpose(2, 3)
-    added = (B.transpose(-1, -2) @ xdt_at_end).float()                          # (B, c, G, N, R P)
+    added = (B.transpose(-1, -2) @ xdt_at_end).float()          # (B, c, G, N, R P)
     added = added.view(batch, c, G, N, R, P)
     kept = sums[..., -1].exp().view(batch, c, G, 1, R, 1)
     if state is None:
@@ -191,20 +198,21 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
     for i in range(c):
         starts.append(h)
         h = torch.addcmul(added[:, i], h, kept[:, i])
-    from_start = C @ torch.stack(starts, 1).view(batch, c, G, N, R * P)         # (B, c, G, Q, R P)
+    from_start = C @ torch.stack(starts, 1).view(batch, c, G, N, R * P)  # (B, c, G, Q, R P)
     from_start = from_start.view(batch, c, G, Q, R, P).transpose(2, 3).reshape(batch, c, Q, H, P)
     y = torch.addcmul(y.transpose(2, 3).float(), from_start.float(), sums.exp().transpose(2, 3)[..., None])
     last = h.permute(0, 1, 3, 4, 2).reshape(batch, H, P, N)
     return y.reshape(batch, T + pad, H, P)[:, :T], last
 
 
-# --- the short convolution of a Mamba ---------------------------------------------------------------------------------
+# --- the short convolution of a Mamba -------------------------------------------------------------
 
 class ConvSilu(Function):
-    """silu of the causal depthwise convolution as K shifted multiply-adds, which beats a grouped convolution on a CPU."""
+    """silu of the causal depthwise convolution as K shifted multiply-adds, which beats a grouped
+    convolution on a CPU."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):                                          # (B, T, E), (K, E), (E)
+    def forward(ctx, x, weight, bias):                          # (B, T, E), (K, E), (E)
         K, T = weight.shape[0], x.shape[1]
         y = torch.addcmul(bias, x, weight[K - 1])
         for back in range(1, min(K, T)):
@@ -233,22 +241,22 @@ def causal_conv1d(x, weight, bias, state=None):
     if state is None and T < K - 1:
         state = x.new_zeros(B, K - 1, E)
     if state is not None:
-        x = torch.cat((state.to(x.dtype), x), 1)                                # (B, K-1 + T, E)
-    weight = weight[:, 0].t().to(x.dtype).contiguous()                          # (K, E)
+        x = torch.cat((state.to(x.dtype), x), 1)                # (B, K-1 + T, E)
+    weight = weight[:, 0].t().to(x.dtype).contiguous()          # (K, E)
     bias = bias.to(x.dtype)
-    if torch.compiler.is_compiling():                                           # the compiler fuses the steps by itself
+    if torch.compiler.is_compiling():  # the compiler fuses the steps by itself
         padded = F.pad(x, (0, 0, K - 1, 0))
         y = F.silu(bias + sum(padded[:, j:j + x.shape[1]] * weight[j] for j in range(K)))
     else:
         y = ConvSilu.apply(x, weight, bias)
-    return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()             # a copy: a view would keep all of x
+    return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()  # a copy: a view would keep all of x
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 def cross_entropy_(logits, targets):
-    """The sum of the cross-entropies of logits (n, V), in nats; the logits become its gradient, softmax less one-hot. A target
-    below 0 does not count."""
+    """The sum of the cross-entropies of logits (n, V), in nats; the logits become its gradient,
+    softmax less one-hot. A target below 0 does not count."""
     if cpu.applies(logits):
         return cpu.cross_entropy_(logits, targets)
     valid = (targets >= 0)[:, None]
@@ -270,7 +278,7 @@ class LinearCrossEntropy(Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wants_grad = any(ctx.needs_input_grad)
-        wants_weight = ctx.needs_input_grad[1]                                  # under an adapter the weight is frozen
+        wants_weight = ctx.needs_input_grad[1]  # under an adapter the weight is frozen
         count = (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         with torch.autocast(device, enabled=False):
@@ -279,7 +287,7 @@ class LinearCrossEntropy(Function):
             grad_weight = torch.zeros_like(weight) if wants_weight else None
             for i in range(0, len(targets), chunk):
                 part = x[i:i + chunk].to(dtype)
-                logits = (part @ rounded.t()).float()                           # (chunk, V)
+                logits = (part @ rounded.t()).float()           # (chunk, V)
                 total += cross_entropy_(logits, targets[i:i + chunk])
                 if not wants_grad:
                     continue
@@ -299,21 +307,25 @@ class LinearCrossEntropy(Function):
     def backward(ctx, grad):
         grad_x, grad_weight, count = ctx.saved_tensors
         scale = grad / count
-        return grad_x.to(ctx.dtype) * scale, None if grad_weight is None else grad_weight * scale, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight * scale
+        return grad_x.to(ctx.dtype) * scale, grad_weight, None, None
 
 
 def loss_chunk(V):
-    """Tokens whose logits are alive at once: a thousand; fewer where V is huge (256 MB of logits), more where it is small."""
+    """Tokens whose logits are alive at once: a thousand; fewer where V is huge (256 MB of logits),
+    more where it is small."""
     return max(256, min(1024, (1 << 26) // V), (1 << 22) // V)
 
 
 @kernel
 def linear_cross_entropy(x, weight, targets, chunk=0):
     """chunk: tokens whose logits are alive at once; 0: as loss_chunk says."""
-    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk or loss_chunk(len(weight)))
+    chunk = chunk or loss_chunk(len(weight))
+    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk)
 
 
-# --- experts ----------------------------------------------------------------------------------------------------------
+# --- experts --------------------------------------------------------------------------------------
 
 @kernel
 def experts_swiglu(x, pairs, gate_up, down):
@@ -323,11 +335,11 @@ def experts_swiglu(x, pairs, gate_up, down):
     C = pairs.capacity
     if C >= n or cpu.applies(x):
         return NotImplemented
-    kept = pairs.rank < C                                                       # (n k)
-    slot = torch.where(kept, pairs.expert * C + pairs.rank, E * C)              # one more, for all that is dropped
-    source = torch.arange(E * C + 1, device=x.device) % n                       # an empty slot works for nobody
+    kept = pairs.rank < C                                       # (n k)
+    slot = torch.where(kept, pairs.expert * C + pairs.rank, E * C)  # one more, for all that is dropped
+    source = torch.arange(E * C + 1, device=x.device) % n       # an empty slot works for nobody
     source = source.scatter(0, slot, pairs.token)[:-1]
     rows = x.index_select(0, source).view(E, C, D)
-    gate, up = torch.bmm(rows, gate_up.mT).chunk(2, -1)                         # (E, C, I) each
+    gate, up = torch.bmm(rows, gate_up.mT).chunk(2, -1)         # (E, C, I) each
     y = torch.bmm(F.silu(gate) * up, down.mT).view(E * C, D)
-    return y.index_select(0, slot.clamp(max=E * C - 1)) * kept[:, None]         # (n k, D)
+    return y.index_select(0, slot.clamp(max=E * C - 1)) * kept[:, None]  # (n k, D)

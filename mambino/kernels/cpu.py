@@ -1,11 +1,12 @@
-"""The models' operations on this CPU, forward and backward, by native.cpp, which native.py compiles at the first start.
+"""The models' operations on this CPU, forward and backward, by native.cpp, which native.py compiles
+at the first start.
 
-Each class is one operation for autograd: it makes the room for what is computed and hands both passes to native.cpp, whose items
-torch's threads share. The functions marked `@kernel` have the names and arguments of the definitions in the models' files.
+Each class is one operation for autograd: it makes the room for what is computed and hands both
+passes to native.cpp, whose items torch's threads share. The functions marked `@kernel` have the
+names and arguments of the definitions in the models' files.
 
-Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G groups or key heads, P head size, N state size, Q chunk,
-V vocabulary.
-"""
+Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G groups or key
+heads, P head size, N state size, Q chunk, V vocabulary. """
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +24,8 @@ _allowed = True
 
 @contextmanager
 def portable():
-    """Within, operations on a CPU are PyTorch's: for graphs, which could not hold others, and to estimate what a GPU needs."""
+    """Within, operations on a CPU are PyTorch's: for graphs, which could not hold others, and to
+    estimate what a GPU needs."""
     global _allowed
     before, _allowed = _allowed, False
     try:
@@ -48,18 +50,23 @@ class NoBackward:
 
 
 def compute(operation, *args):
-    """An operation below; past autograd, which costs more than one token's numbers, where no gradient is wanted."""
-    return operation.apply(*args) if torch.is_grad_enabled() else operation.forward(NoBackward(), *args)
+    """An operation below; past autograd, which costs more than one token's numbers, where no
+    gradient is wanted."""
+    if torch.is_grad_enabled():
+        return operation.apply(*args)
+    return operation.forward(NoBackward(), *args)
 
 
 def even_rows(x):
-    """x (..., n) as fp32 whose rows are at one distance, which native.cpp is told; a copy only if it must be."""
+    """x (..., n) as fp32 whose rows are at one distance, which native.cpp is told; a copy only if
+    it must be."""
     x = x.float()
-    even = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1 for i in range(x.ndim - 2))
+    even = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1
+               for i in range(x.ndim - 2))
     return x if even and x.stride(-1) == 1 else x.contiguous()
 
 
-# --- norms, gates, rotary positions -----------------------------------------------------------------------------------
+# --- norms, gates, rotary positions ---------------------------------------------------------------
 
 class Norm(Function):
 
@@ -72,7 +79,8 @@ class Norm(Function):
         size = x.shape[-1] // groups
         y = torch.empty_like(x)
         rstd = x.new_empty(n * groups)
-        launch('norm_forward', n, 2 * x.numel(), groups, size, float(eps), x, gate, gate_stride, weight, y, rstd)
+        launch('norm_forward', n, 2 * x.numel(), groups, size, float(eps), x, gate, gate_stride, weight,
+               y, rstd)
         ctx.save_for_backward(x, gate, weight, rstd)
         ctx.groups = groups
         return y
@@ -88,7 +96,7 @@ class Norm(Function):
         grad_y = even_rows(grad_y).contiguous()
         grad_x = torch.empty_like(x)
         grad_gate = None if gate is None else torch.empty_like(x)
-        grad_weight = x.new_zeros(thread_count(n, work), len(weight))           # each thread adds up its own
+        grad_weight = x.new_zeros(thread_count(n, work), len(weight))  # each thread adds up its own
         launch('norm_backward', n, work, ctx.groups, size, x, gate, gate_stride, weight, rstd, grad_y,
                grad_x, grad_gate, grad_weight)
         return grad_x, grad_gate, grad_weight.sum(0), None, None
@@ -123,7 +131,8 @@ class SwiGLU(Function):
     def backward(ctx, grad_y):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        launch('swiglu_backward', gate.numel() // LANES, 2 * gate.numel(), gate, up, grad_y.contiguous(), grad_gate, grad_up)
+        n = gate.numel() // LANES
+        launch('swiglu_backward', n, 2 * gate.numel(), gate, up, grad_y.contiguous(), grad_gate, grad_up)
         return grad_gate, grad_up
 
 
@@ -149,7 +158,7 @@ class Rope(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):                                                  # a rotation's gradient is the rotation back
+    def backward(ctx, grad_y):  # a rotation's gradient is the rotation back
         return Rope.apply(grad_y, *ctx.saved_tensors, -ctx.sign), None, None, None
 
 
@@ -161,23 +170,23 @@ def apply_rope(x, rope):
     return compute(Rope, x, cos, sin, 1.0)
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 class Attention(Function):
     BLOCK = 64      # queries, and keys, that native.cpp takes at once
 
     @staticmethod
     def forward(ctx, q, k, v, window, dropout, seed):
-        q, k, v = (u.float().contiguous() for u in (q, k, v))                   # (B, T, H, P), (B, T, G, P) twice
+        q, k, v = (u.float().contiguous() for u in (q, k, v))   # (B, T, H, P), (B, T, G, P) twice
         B, T, H, P = q.shape
         G = k.shape[2]
         ctx.sizes = (T, H, G, P, window)
-        ctx.options = (H * P, G * P, P ** -0.5, dropout, seed)                  # the rows' distances, the scale, what drops
+        ctx.options = (H * P, G * P, P ** -0.5, dropout, seed)  # the rows' distances, the scale, what drops
         ctx.work = q.numel() * min(T, window or T) // 30
         y = q.new_empty(B, T, H * P)
         logsumexp = q.new_empty(B, H, T)
         padded = -(-T // Attention.BLOCK) * Attention.BLOCK
-        keys = q.new_empty(thread_count(B * G, ctx.work), padded * P)           # a thread's room for them, transposed
+        keys = q.new_empty(thread_count(B * G, ctx.work), padded * P)  # a thread's room for them, transposed
         launch('attention_forward', B * G, ctx.work, *ctx.sizes, q, k, v, *ctx.options, keys, y, logsumexp)
         ctx.save_for_backward(q, k, v, y, logsumexp)
         return y
@@ -187,8 +196,8 @@ class Attention(Function):
     def backward(ctx, grad_y):
         q, k, v, y, logsumexp = ctx.saved_tensors
         grads = [torch.zeros_like(u) for u in (q, k, v)]
-        launch('attention_backward', len(q) * k.shape[2], 2 * ctx.work, *ctx.sizes, q, k, v, *ctx.options, y, logsumexp,
-               grad_y.float().contiguous(), *grads)
+        launch('attention_backward', len(q) * k.shape[2], 2 * ctx.work, *ctx.sizes, q, k, v,
+               *ctx.options, y, logsumexp, grad_y.float().contiguous(), *grads)
         return *grads, None, None, None
 
 
@@ -202,27 +211,27 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
     return compute(Attention, q, k, v, window, float(dropout), seed).to(q.dtype)
 
 
-# --- the recurrences and the convolution ------------------------------------------------------------------------------
+# --- the recurrences and the convolution ----------------------------------------------------------
 
 class Mamba1(Function):
     CHUNK = 8       # steps whose states the backward pass makes again
 
     @staticmethod
     def forward(ctx, x, dt, dt_bias, A, B, C, D, z, state):
-        x = x.float().contiguous()                                              # (B, T, E)
+        x = x.float().contiguous()                              # (B, T, E)
         dt, B, C, z = (even_rows(u) for u in (dt, B, C, z))
         if B.stride(-2) != C.stride(-2):
             B, C = B.contiguous(), C.contiguous()
         batch, T, E = x.shape
         N = A.shape[1]
-        A = A.t().contiguous()                                                  # (N, E)
-        state = state.clone(memory_format=torch.contiguous_format)              # (B, N, E)
+        A = A.t().contiguous()                                  # (N, E)
+        state = state.clone(memory_format=torch.contiguous_format)  # (B, N, E)
         y = torch.empty_like(x)
         starts = None
         if any(ctx.needs_input_grad):
-            starts = x.new_empty(-(-T // Mamba1.CHUNK), batch, N, E)            # the state before each chunk
-        launch('mamba1_forward', -(-E // LANES), x.numel() * N // 2, N, batch, T, E, x, dt, dt.stride(-2), dt_bias, A,
-               B, C, B.stride(-2), D, z, z.stride(-2), state, starts, y)
+            starts = x.new_empty(-(-T // Mamba1.CHUNK), batch, N, E)  # the state before each chunk
+        launch('mamba1_forward', -(-E // LANES), x.numel() * N // 2, N, batch, T, E, x, dt, dt.stride(-2),
+               dt_bias, A, B, C, B.stride(-2), D, z, z.stride(-2), state, starts, y)
         ctx.save_for_backward(x, dt, dt_bias, A, B, C, D, z, starts)
         return y, state
 
@@ -238,10 +247,11 @@ class Mamba1(Function):
         grad_x, grad_dt, grad_z = (torch.empty_like(x) for _ in range(3))
         grad_bias, grad_A, grad_D = (torch.zeros_like(u) for u in (dt_bias, A, D))
         grad_B, grad_C = x.new_empty(2, thread_count(tiles, work), batch, T, N)  # each thread adds up its own
-        launch('mamba1_backward', tiles, work, N, batch, T, E, x, dt, dt.stride(-2), dt_bias, A, B, C, B.stride(-2),
-               D, z, z.stride(-2), starts, grad_y.contiguous(), grad_state, grad_x, grad_dt, grad_bias, grad_A,
-               grad_B, grad_C, grad_D, grad_z)
-        return grad_x, grad_dt, grad_bias, grad_A.t(), grad_B.sum(0), grad_C.sum(0), grad_D, grad_z, grad_state
+        launch('mamba1_backward', tiles, work, N, batch, T, E, x, dt, dt.stride(-2), dt_bias, A,
+               B, C, B.stride(-2), D, z, z.stride(-2), starts, grad_y.contiguous(), grad_state,
+               grad_x, grad_dt, grad_bias, grad_A, grad_B, grad_C, grad_D, grad_z)
+        return (grad_x, grad_dt, grad_bias, grad_A.t(), grad_B.sum(0), grad_C.sum(0), grad_D, grad_z,
+                grad_state)
 
 
 @kernel
@@ -257,17 +267,18 @@ class Mamba2(Function):
 
     @staticmethod
     def forward(ctx, xBC, dt, dt_bias, A, D, groups, chunk_size, state):
-        xBC = xBC.float().contiguous()                                          # (B, T, HP + 2GN)
-        dt = even_rows(dt)                                                      # (B, T, H)
+        xBC = xBC.float().contiguous()                          # (B, T, HP + 2GN)
+        dt = even_rows(dt)                                      # (B, T, H)
         batch, T, width = xBC.shape
         _, H, P, N = state.shape
         chunks = -(-T // chunk_size)
-        starts = xBC.new_empty(batch, H, chunks + 1, N, P)                      # the state before each chunk, and the last
+        starts = xBC.new_empty(batch, H, chunks + 1, N, P)      # the state before each chunk, and the last
         starts[:, :, 0] = state.transpose(2, 3)
         y = xBC.new_empty(batch, T, H, P)
         ctx.sizes = T, H, groups, P, N, chunk_size
-        ctx.work = min(8 << 16, y.numel() * N // 8)                             # 16 threads at most: each has its own grad_BC
-        launch('ssd_forward', batch * H, ctx.work, *ctx.sizes, xBC, width, dt, dt.stride(-2), dt_bias, A, D, starts, y)
+        ctx.work = min(8 << 16, y.numel() * N // 8)  # 16 threads at most: each has its own grad_BC
+        launch('ssd_forward', batch * H, ctx.work, *ctx.sizes, xBC, width, dt, dt.stride(-2),
+               dt_bias, A, D, starts, y)
         ctx.save_for_backward(xBC, dt, dt_bias, A, D, starts)
         return y, starts[:, :, -1].transpose(2, 3).contiguous()
 
@@ -283,8 +294,8 @@ class Mamba2(Function):
         grad_BC = xBC.new_zeros(thread_count(batch * H, work), batch, T, 2 * G * N)
         grad_dt = xBC.new_empty(batch, T, H)
         grad_A, grad_D = A.new_zeros(batch, H), D.new_zeros(batch, H)
-        launch('ssd_backward', batch * H, work, batch, *ctx.sizes, xBC, width, dt, dt.stride(-2), dt_bias, A, D, starts,
-               grad_y.contiguous(), grad_state, grad_xBC, grad_BC, grad_dt, grad_A, grad_D)
+        launch('ssd_backward', batch * H, work, batch, *ctx.sizes, xBC, width, dt, dt.stride(-2),
+               dt_bias, A, D, starts, grad_y.contiguous(), grad_state, grad_xBC, grad_BC, grad_dt, grad_A, grad_D)
         grad_xBC[..., H * P:] = grad_BC.sum(0) if len(grad_BC) > 1 else grad_BC[0]
         return (grad_xBC, grad_dt, grad_dt.sum((0, 1)), grad_A.sum(0), grad_D.sum(0), None, None,
                 grad_state.transpose(2, 3))
@@ -306,11 +317,12 @@ class ConvSilu(Function):
     TILE = 64       # channels of an item
 
     @staticmethod
-    def forward(ctx, x, weight, bias):                                          # (B, T, E), (4, E), (E)
+    def forward(ctx, x, weight, bias):                          # (B, T, E), (4, E), (E)
         x, weight = even_rows(x), weight.contiguous()
         B, T, E = x.shape
         y = x.new_empty(x.shape)
-        launch('conv_forward', B * -(-E // ConvSilu.TILE), 2 * x.numel(), T, E, x, x.stride(-2), weight, bias, y)
+        n = B * -(-E // ConvSilu.TILE)
+        launch('conv_forward', n, 2 * x.numel(), T, E, x, x.stride(-2), weight, bias, y)
         ctx.save_for_backward(x, weight, bias)
         return y
 
@@ -322,9 +334,10 @@ class ConvSilu(Function):
         n = B * -(-E // ConvSilu.TILE)
         work = 3 * x.numel()
         grad_x = x.new_empty(x.shape)
-        grad_weight = x.new_zeros(thread_count(n, work), 4, E)                  # each thread adds up its own
+        grad_weight = x.new_zeros(thread_count(n, work), 4, E)  # each thread adds up its own
         grad_bias = x.new_zeros(thread_count(n, work), E)
-        launch('conv_backward', n, work, T, E, x, x.stride(-2), weight, bias, grad_y.contiguous(), grad_x, grad_weight, grad_bias)
+        launch('conv_backward', n, work, T, E, x, x.stride(-2), weight, bias, grad_y.contiguous(),
+               grad_x, grad_weight, grad_bias)
         return grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 
@@ -337,16 +350,16 @@ def causal_conv1d(x, weight, bias, state=None):
     if state is None and T < K - 1:
         state = x.new_zeros(B, K - 1, E)
     if state is not None:
-        x = torch.cat((state.to(x.dtype), x), 1)                                # (B, K-1 + T, E)
+        x = torch.cat((state.to(x.dtype), x), 1)                # (B, K-1 + T, E)
     y = compute(ConvSilu, x, weight[:, 0].t(), bias)
-    return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()             # a copy: a view would keep all of x
+    return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()  # a copy: a view would keep all of x
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 def cross_entropy_(logits, targets):
-    """Sum of the cross-entropies of fp32 logits (n, V), which become its gradient. A target below 0 does not count; IndexError
-    of one that is V or more."""
+    """Sum of the cross-entropies of fp32 logits (n, V), which become its gradient. A target below 0
+    does not count; IndexError of one that is V or more."""
     targets = targets.long().contiguous()
     losses = logits.new_empty(len(targets))
     if native.has_data(targets) and len(targets) and int(targets.max()) >= logits.shape[1]:

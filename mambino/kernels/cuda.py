@@ -1,8 +1,9 @@
-"""The models' operations on NVIDIA cards: mamba-ssm's kernels where they can be imported and give the right numbers, flex_attention for
-windows, grouped products for experts, and a Mamba-1's scan compiled chunk by chunk.
+"""The models' operations on NVIDIA cards: mamba-ssm's kernels where they can be imported and give
+the right numbers, flex_attention for windows, grouped products for experts, and a Mamba-1's scan
+compiled chunk by chunk.
 
-mamba-ssm's Triton parts are enough; its CUDA extension need not have been built. Letters of the shapes as in anywhere.py.
-"""
+mamba-ssm's Triton parts are enough; its CUDA extension need not have been built. Letters of the
+shapes as in anywhere.py. """
 import functools
 import importlib
 import importlib.util
@@ -25,13 +26,14 @@ FUSED = {   # name: the module of mamba-ssm, and its function
 TOLERANCE = 0.01    # of the largest value, by which a fused kernel may differ
 
 
-# --- mamba-ssm --------------------------------------------------------------------------------------------------------
+# --- mamba-ssm ------------------------------------------------------------------------------------
 
 def import_past_init(package, module):
-    """A module of a package whose own __init__ fails: mamba-ssm's imports a CUDA extension that may not have been built."""
+    """A module of a package whose own __init__ fails: mamba-ssm's imports a CUDA extension that may
+    not have been built."""
     try:
         return importlib.import_module(module)
-    except Exception:                                                           # not only ImportError: a library of another version, …
+    except Exception:  # not only ImportError: a library of another version, …
         spec = importlib.util.find_spec(package)
         if spec is None:
             raise
@@ -45,8 +47,9 @@ def import_past_init(package, module):
 
 @functools.cache
 def fused(device='cuda'):
-    """({name: function}, notes) of mamba-ssm's kernels that can be imported and, on a small example on this device, give what the
-    definitions give, gradients too. One that is there and does not work is left out, with a note."""
+    """({name: function}, notes) of mamba-ssm's kernels that can be imported and, on a small example
+    on this device, give what the definitions give, gradients too. One that is there and does not
+    work is left out, with a note."""
     functions, notes = {}, []
     for name, (module, function) in FUSED.items():
         try:
@@ -68,17 +71,20 @@ def examples(name, device):
     """Small inputs of the operation that a fused kernel computes, and what it takes beside them."""
     B, T, H, P, N = 2, 96, 4, 32, 16
     shapes = {
-        'ssd': [(B, T, H * P + 2 * N), (B, T, H), (H,), (H,), (H,)],            # xBC, dt, dt_bias, A, D
-        'scan': [(B, T, P), (B, T, P), (P,), (P, N), (B, T, N), (B, T, N), (P,), (B, T, P)],  # x, dt, dt_bias, A, B, C, D, z
+        'ssd': [(B, T, H * P + 2 * N), (B, T, H), (H,), (H,), (H,)],  # xBC, dt, dt_bias, A, D
+        # x, dt, dt_bias, A, B, C, D, z
+        'scan': [(B, T, P), (B, T, P), (P,), (P, N), (B, T, N), (B, T, N), (P,), (B, T, P)],
     }
     inputs = [torch.randn(shape).to(device) for shape in shapes[name]]
-    inputs[3] = -inputs[3].abs() - 0.1                                          # A
+    inputs[3] = -inputs[3].abs() - 0.1                          # A
     return inputs, {'ssd': (1, P, 32), 'scan': ()}[name]
 
 
 def check_fused(name, function, device):
-    """Raises if a fused kernel fails, or differs from the definition by more than TOLERANCE, in its result or a gradient."""
-    operation, kernel_of = {'ssd': ('mamba2_scan', fused_mamba2), 'scan': ('mamba1_scan', fused_mamba1)}[name]
+    """Raises if a fused kernel fails, or differs from the definition by more than TOLERANCE, in its
+    result or a gradient."""
+    operations = {'ssd': ('mamba2_scan', fused_mamba2), 'scan': ('mamba1_scan', fused_mamba1)}
+    operation, kernel_of = operations[name]
     inputs, sizes = examples(name, device)
     results = []
     for compute in (DEFINITIONS[operation], functools.partial(kernel_of, function)):
@@ -86,19 +92,23 @@ def check_fused(name, function, device):
         y = compute(*leaves, *sizes)[0]
         results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
     for expected, computed in zip(*results):
-        if not (computed.float() - expected).abs().max() <= TOLERANCE * expected.abs().max():   # also where it is NaN
+        error = (computed.float() - expected).abs().max()
+        if not error <= TOLERANCE * expected.abs().max():       # also where it is NaN
             raise ValueError('gives other numbers than plain PyTorch')
 
 
 def fused_mamba1(function, x, dt, dt_bias, A, B, C, D, z):
-    x, dt, B, C, z = (u.transpose(1, 2).contiguous().to(x.dtype) for u in (x, dt, B, C, z))     # channels before time
-    y, state = function(x, dt, A, B, C, D.float(), z, dt_bias.float(), delta_softplus=True, return_last_state=True)
+    x, dt, B, C, z = (u.transpose(1, 2).contiguous().to(x.dtype) for u in (x, dt, B, C, z))  # channels before time
+    y, state = function(x, dt, A, B, C, D.float(), z, dt_bias.float(), delta_softplus=True,
+                        return_last_state=True)
     return y.transpose(1, 2), state.transpose(1, 2)
 
 
 @kernel
 def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
-    if x.device.type != 'cuda' or state is not None or torch.compiler.is_compiling() or 'scan' not in fused()[0]:
+    if x.device.type != 'cuda' or state is not None or torch.compiler.is_compiling():
+        return NotImplemented
+    if 'scan' not in fused()[0]:
         return NotImplemented
     return fused_mamba1(fused()[0]['scan'], x, dt, dt_bias, A, B, C, D, z)
 
@@ -107,9 +117,10 @@ def fused_mamba2(function, xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=
     E = dt.shape[-1] * head_dim
     N = (xBC.shape[-1] - E) // (2 * groups)
     x, B, C = xBC.split((E, groups * N, groups * N), dim=-1)
-    x, B, C = x.unflatten(-1, (-1, head_dim)), B.unflatten(-1, (groups, N)), C.unflatten(-1, (groups, N))
-    return function(x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True, initial_states=state,
-                    return_final_states=True)
+    x = x.unflatten(-1, (-1, head_dim))                         # (B, T, H, P)
+    B, C = (u.unflatten(-1, (groups, N)) for u in (B, C))       # (B, T, G, N)
+    return function(x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True,
+                    initial_states=state, return_final_states=True)
 
 
 @kernel
@@ -119,16 +130,17 @@ def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=N
     return fused_mamba2(fused()[0]['ssd'], xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size, state)
 
 
-# --- a Mamba-1's scan without mamba-ssm -------------------------------------------------------------------------------
+# --- a Mamba-1's scan without mamba-ssm -----------------------------------------------------------
 
-CHUNK = 8   # steps that are compiled as one: of 4 and 16 the first is as fast, the other's backward takes twice as long
+CHUNK = 8   # steps compiled as one: 4 are as fast, 16 take twice as long in the backward pass
 
 
 def scan_chunk(x, dt, A, B, C, h):
-    """Steps of the recurrence, unrolled for a compiler. x, dt (B, k, E), A (N, E), B, C (B, k, N), h (B, N, E) → y (B, k, E), h."""
+    """Steps of the recurrence, unrolled for a compiler. x, dt (B, k, E), A (N, E), B, C (B, k, N),
+    h (B, N, E) → y (B, k, E), h."""
     ys = []
     for i in range(x.shape[1]):
-        dt_i = dt[:, i, None]                                                   # (B, 1, E)
+        dt_i = dt[:, i, None]                                   # (B, 1, E)
         h = torch.exp(dt_i * A) * h + (dt_i * x[:, i, None]) * B[:, i, :, None]
         ys.append((h * C[:, i, :, None]).sum(1))
     return torch.stack(ys, 1), h
@@ -145,12 +157,12 @@ def scan_chunk_backward(x, dt, A, B, C, h, grad_y, grad_h):
     grad_A = torch.zeros_like(A)
     for i in reversed(range(x.shape[1])):
         dt_i = dt[:, i, None]
-        grad = grad_h + grad_y[:, i, None] * C[:, i, :, None]                   # (B, N, E), of the state after step i
+        grad = grad_h + grad_y[:, i, None] * C[:, i, :, None]   # (B, N, E), of the state after step i
         grads_C.append((states[i + 1] * grad_y[:, i, None]).sum(2))
         grads_B.append((grad * (dt_i * x[:, i, None])).sum(2))
-        grad_dt_x = (grad * B[:, i, :, None]).sum(1)                            # (B, E)
+        grad_dt_x = (grad * B[:, i, :, None]).sum(1)            # (B, E)
         grad_h = grad * decays[i]
-        grad_exponent = grad_h * states[i]                                      # of dt A
+        grad_exponent = grad_h * states[i]                      # of dt A
         grad_A = grad_A + (grad_exponent * dt_i).sum(0)
         grads_dt.append((grad_exponent * A).sum(1) + grad_dt_x * x[:, i])
         grads_x.append(grad_dt_x * dt[:, i])
@@ -202,12 +214,12 @@ def selective_scan(x, dt, A, B, C, state=None):
     x, dt, A, B, C = (u.float().contiguous() for u in (x, dt, A, B, C))
     if state is None:
         state = x.new_zeros(x.shape[0], A.shape[1], A.shape[0])
-    x, dt, B, C = (F.pad(u, (0, 0, 0, -T % CHUNK)) for u in (x, dt, B, C))      # dt = 0 leaves the state as it is
+    x, dt, B, C = (F.pad(u, (0, 0, 0, -T % CHUNK)) for u in (x, dt, B, C))  # dt = 0 leaves the state as it is
     y, state = ScanByChunks.apply(x, dt, A, B, C, state)
     return y[:, :T], state
 
 
-# --- attention and experts --------------------------------------------------------------------------------------------
+# --- attention and experts ------------------------------------------------------------------------
 
 @functools.cache
 def block_mask(T, window, device):
@@ -223,11 +235,12 @@ def compiled_flex_attention():
 
 @kernel
 def attention(q, k, v, window=0, dropout=0.0, mask=None):
-    """In a short window by flex_attention, compiled, which skips the blocks that the window hides."""
+    """In a short window by flex_attention, compiled, which skips the blocks that the window
+    hides."""
     T, S, H = q.shape[1], k.shape[1], q.shape[2]
     if q.device.type != 'cuda' or dropout or mask is not None or S != T or not 0 < 2 * window <= T:
         return NotImplemented
-    q, k, v = (u.transpose(1, 2) for u in (q, k, v))                            # (B, heads, T, P)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))            # (B, heads, T, P)
     if k.shape[1] != H:
         k, v = (u.repeat_interleave(H // u.shape[1], dim=1) for u in (k, v))
     y = compiled_flex_attention()(q, k, v, block_mask=block_mask(T, window, q.device))
@@ -241,6 +254,6 @@ def experts_swiglu(x, pairs, gate_up, down):
     if not x.is_cuda or not fits or pairs.capacity < len(x):
         return NotImplemented
     ends = pairs.counts.cumsum(0, dtype=torch.int32)
-    rows = x.index_select(0, pairs.token)                                       # (n k, D), sorted by expert
+    rows = x.index_select(0, pairs.token)                       # (n k, D), sorted by expert
     gate, up = torch._grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, -1)
     return torch._grouped_mm(F.silu(gate) * up, down.mT, offs=ends)

@@ -8,9 +8,9 @@
     def swiglu(gate, up):           # in cpu.py, cuda.py or anywhere.py: the same name and arguments
         return NotImplemented       # or the result, where this kernel can have it
 
-A call asks the kernels of that name one after another; where none applies, the definition itself computes. With MAMBINO_KERNELS=0
-in the environment there are no kernels: every number stays the same, later.
-"""
+A call asks the kernels of that name one after another; where none applies, the definition itself
+computes. With MAMBINO_KERNELS=0 in the environment there are no kernels: every number stays the
+same, later. """
 import functools
 import os
 
@@ -29,7 +29,8 @@ def kernel(function):
 
 
 def fast(definition):
-    """The operation that this function defines, by the first kernel that applies. `operation.definition` is the function itself."""
+    """The operation that this function defines, by the first kernel that applies.
+    `operation.definition` is the function itself."""
     name = definition.__name__
     DEFINITIONS[name] = definition
 

@@ -1,0 +1,68 @@
+"""native.cpp as a library: how it is compiled, kept and called."""
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from mambino import kernels
+from mambino.kernels import cpu, native
+
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch):
+    native.library.cache_clear()
+    try:
+        monkeypatch.setattr(native, "compiler", lambda: None)
+        assert native.library() is None and "no working C++ compiler" in kernels.describe_kernels("cpu")
+        native.library.cache_clear()
+        monkeypatch.setenv("MAMBINO_NATIVE", "0")
+        assert native.library() is None and "MAMBINO_NATIVE=0" in kernels.describe_kernels("cpu")
+    finally:
+        native.library.cache_clear()
+
+
+def test_compiles_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
+    source = tmp_path / "native.cpp"
+    source.write_text('extern "C" int seven() { return 7; }\n')
+    (tmp_path / "__pycache__").write_text("a file in the folder's place")
+    monkeypatch.setattr(native, "SOURCE", str(source))
+    library = native.library.__wrapped__()
+    if library is None and native.compiler() is None:
+        pytest.skip("no C++ compiler here")
+    assert library.seven() == 7
+
+
+def test_a_target_outside_the_vocabulary_is_refused():
+    if native.library() is None:
+        pytest.skip("no C++ compiler here")
+    logits = torch.zeros(4, 64)
+    with pytest.raises(IndexError, match="64"):
+        cpu.cross_entropy_(logits[:2], torch.tensor([3, 64]))
+    assert logits[2:].count_nonzero() == 0
+    assert cpu.cross_entropy_(torch.zeros(2, 64), torch.tensor([3, 63], dtype=torch.int32)).item() == pytest.approx(2 * math.log(64))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_process_has_threads_of_its_own():
+    torch.set_num_threads(1)
+    native.pool().submit(int).result()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(native.pool().submit(lambda: 7).result())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch):
+    if native.compiler() is None:
+        pytest.skip("no C++ compiler here")
+    (tmp_path / "native.cpp").write_text('extern "C" int seven() { return 7; }\n')
+    monkeypatch.setattr(native, "SOURCE", str(tmp_path / "native.cpp"))
+    assert native.library.__wrapped__().seven() == 7
+    file, = (tmp_path / "__pycache__").iterdir()
+    file.unlink()
+    file.write_bytes(b"")
+    assert native.library.__wrapped__().seven() == 7
