@@ -170,7 +170,7 @@ def test_gpt_goes_on_beyond_block_size_with_a_constant_state(length):
     net, tok = open_run('char')
     assert net.config.window == 0 and net.config.block_size == 32
     sizes, step = [], net.step
-    net.step = lambda *args: (out := step(*args), sizes.append(sum(t[0].numel() for t in out[1].values())))[0]
+    net.step = lambda *args, **more: (out := step(*args, **more), sizes.append(sum(t[0].numel() for t in out[1].values())))[0]
     ids = list(generate(net, [1] * length, 2, 300, tok.vocab_size))
     assert len(ids) == 300 and net.config.window == 0
     assert len(set(sizes[40:])) == 1 and sizes[-1] == min(sizes)  # a ring of block_size tokens
@@ -507,11 +507,11 @@ def steps(monkeypatch):
         at = ()
     seen, step = Steps(), model_gpt.LanguageModel.step
 
-    def counted(net, idx, state=None, last=False):
+    def counted(net, idx, state=None, last=False, window=0):
         seen.append(idx[0].tolist())
         if len(seen) in seen.at:
             signal.raise_signal(signal.SIGINT)
-        return step(net, idx, state, last)
+        return step(net, idx, state, last, window)
     monkeypatch.setattr(model_gpt.LanguageModel, 'step', counted)
     return seen
 
