@@ -69,7 +69,7 @@ class HybridConfig:
         self.n_kv_head, self.head_dim = attention.n_kv_head, attention.head_dim
         self.intermediate_size = attention.intermediate_size
         try:
-            self.ssm                                            # checks its own fields
+            self.state_size = self.ssm.state_size               # a config that checks its own fields
         except ValueError as error:
             raise ValueError(str(error).replace('head_dim', 'ssm_head_dim')) from None
 

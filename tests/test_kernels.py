@@ -20,8 +20,11 @@ from model_mamba import causal_conv1d, gated_rms_norm, mamba1_scan, mamba2_scan,
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
-OPERATIONS = {model_gpt: "attention apply_rope swiglu", model_mamba: "causal_conv1d selective_scan mamba1_scan ssd mamba2_scan gated_rms_norm",
-              language_model: "rms_norm linear_cross_entropy"}
+OPERATIONS = {
+    model_gpt: "attention apply_rope swiglu",
+    model_mamba: "causal_conv1d selective_scan mamba1_scan ssd mamba2_scan gated_rms_norm",
+    language_model: "rms_norm linear_cross_entropy",
+}
 MODULES = {name: module for module, names in OPERATIONS.items() for name in names.split()}  # where each is defined
 every_way = pytest.mark.usefixtures("way")
 
@@ -34,7 +37,9 @@ def way(request, monkeypatch):
         monkeypatch.setattr(native, "library", lambda: None)
     if request.param == "defined":
         monkeypatch.setattr(registry, "ENABLED", False)
-    monkeypatch.setattr(cpu, "thread_count", lambda n, work: max(1, min(torch.get_num_threads(), n)))  # however small the work
+    monkeypatch.setattr(
+        cpu, "thread_count", lambda n, work: max(1, min(torch.get_num_threads(), n))
+    )  # however small the work
     monkeypatch.setattr(native, "thread_count", cpu.thread_count)
     if request.param == "compiled" and native.library() is None:
         pytest.skip("no C++ compiler here: native.cpp is not tested")
@@ -50,7 +55,10 @@ def raw_dt(kind, shape):
 @every_way
 @pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])
 @pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
-@pytest.mark.parametrize("threads, batch, T, E, N", [(1, 2, 1, 24, 16), (2, 1, 37, 40, 8), (3, 3, 131, 70, 16), (1, 1, 16, 5, 32)])
+@pytest.mark.parametrize(
+    "threads, batch, T, E, N",
+    [(1, 2, 1, 24, 16), (2, 1, 37, 40, 8), (3, 3, 131, 70, 16), (1, 1, 16, 5, 32)],
+)
 def test_mamba1_scan(threads, batch, T, E, N, kind, through):
     torch.set_num_threads(threads)
     A = torch.empty(E, N).uniform_(-16, -0.01)
@@ -63,20 +71,38 @@ def test_mamba1_scan(threads, batch, T, E, N, kind, through):
         y, h = recurrence(x[..., None], F.softplus(raw + bias), A, B[:, :, None], C[:, :, None], h)
         return (y[..., 0] + D * x) * F.silu(z), h[:, :, 0].transpose(1, 2)
 
-    assert_same(mamba1_scan, reference, inputs[:8] if "no state" in through else inputs, {"y": 0, "l": 1}.get(through[0]))
+    assert_same(
+        mamba1_scan,
+        reference,
+        inputs[:8] if "no state" in through else inputs,
+        {"y": 0, "l": 1}.get(through[0]),
+    )
 
 
 @every_way
 @pytest.mark.parametrize("through", ["both", "y, no state given", "last state"])
 @pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
-@pytest.mark.parametrize("threads, batch, T, H, G, P, N, Q", [
-    (1, 2, 1, 4, 1, 16, 16, 64), (2, 1, 37, 4, 2, 32, 16, 16), (3, 3, 131, 6, 1, 16, 48, 32), (1, 1, 130, 2, 2, 64, 64, 64)])
+@pytest.mark.parametrize(
+    "threads, batch, T, H, G, P, N, Q",
+    [
+        (1, 2, 1, 4, 1, 16, 16, 64),
+        (2, 1, 37, 4, 2, 32, 16, 16),
+        (3, 3, 131, 6, 1, 16, 48, 32),
+        (1, 1, 130, 2, 2, 64, 64, 64),
+    ],
+)
 def test_mamba2_scan(threads, batch, T, H, G, P, N, Q, kind, through):
     torch.set_num_threads(threads)
     A = torch.empty(H).uniform_(-16, -0.01)
     A[0] = -16.0
-    inputs = [torch.randn(batch, T, H * P + 2 * G * N), raw_dt(kind, (batch, T, H)), torch.randn(H) * 0.1, A, torch.randn(H),
-              torch.randn(batch, H, P, N)]
+    inputs = [
+        torch.randn(batch, T, H * P + 2 * G * N),
+        raw_dt(kind, (batch, T, H)),
+        torch.randn(H) * 0.1,
+        A,
+        torch.randn(H),
+        torch.randn(batch, H, P, N),
+    ]
 
     def reference(xBC, raw, bias, A, D, h=0):
         x, B, C = xBC.split((H * P, G * N, G * N), -1)
@@ -99,7 +125,9 @@ def scan(x, dt, A, B, C, *state):
 @pytest.mark.parametrize("T", [1, 37, 131])
 @pytest.mark.parametrize("form", ["scan", "ssd-1", "ssd-2", "ssd-4"])
 def test_recurrence(form, T, kind, through):
-    rand = random.Random(f"{form}, {T}, {kind}, {through}")  # fixed: grad A, a sum over all tokens, may cancel to less than
+    rand = random.Random(
+        f"{form}, {T}, {kind}, {through}"
+    )  # fixed: grad A, a sum over all tokens, may cancel to less than
     torch.manual_seed(rand.randrange(1 << 30))               # its rounding in some 1 of 500 draws, in any fp32 code
     batch, N, P, H, Q = (rand.choice(sizes) for sizes in ([1, 2, 3], [1, 4, 7], [1, 2, 5], [4, 8], [16, 64]))
     groups, P, A = (1, 1, torch.empty(H, N)) if form == "scan" else (int(form[-1]), P, torch.empty(H, 1))
@@ -134,7 +162,10 @@ def test_causal_conv1d(cuts, given, K):
 @every_way
 @pytest.mark.parametrize("scale, mean", [(1, 0), (1, 3), (1e-3, 0), (100, -50)])
 def test_rms_norm(scale, mean):
-    norm, x = perturb(RMSNorm(48, eps=1e-5), 0.5), torch.randn(48, 5, 3).transpose(0, 2) * scale + mean  # not contiguous
+    norm, x = (
+        perturb(RMSNorm(48, eps=1e-5), 0.5),
+        torch.randn(48, 5, 3).transpose(0, 2) * scale + mean,
+    )  # not contiguous
     assert_same(lambda x, w: [torch.func.functional_call(norm, {"weight": w}, (x,))],
                 lambda x, w: [x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w], [x, norm.weight.detach()])
     assert_close(torch.no_grad()(norm)(x), norm(x), 1e-5)
@@ -149,8 +180,11 @@ def test_linear_cross_entropy(chunk):
     loss = linear_cross_entropy
     if registry.ENABLED:
         loss = functools.partial(anywhere.linear_cross_entropy, chunk=chunk)
-    assert_same(lambda x, w: [loss(x, w, targets)],
-                lambda x, w: [F.cross_entropy((x @ w.T).flatten(0, 1), targets.flatten(), ignore_index=-1)], [x, weight])
+    assert_same(
+        lambda x, w: [loss(x, w, targets)],
+        lambda x, w: [F.cross_entropy((x @ w.T).flatten(0, 1), targets.flatten(), ignore_index=-1)],
+        [x, weight],
+    )
     nothing = loss(x.requires_grad_(), weight, torch.full_like(targets, -1))
     assert nothing == 0 and torch.autograd.grad(nothing, x)[0].count_nonzero() == 0
 
@@ -163,7 +197,10 @@ def visible(T, window):
 @every_way
 @pytest.mark.parametrize("size", [1, 4])                        # of the scores
 @pytest.mark.parametrize("window", [0, 1, 7, 64, 100, 1000])
-@pytest.mark.parametrize("threads, B, T, H, G, P", [(1, 2, 1, 2, 1, 16), (2, 1, 63, 3, 3, 32), (3, 2, 129, 4, 2, 16), (1, 1, 330, 2, 1, 64)])
+@pytest.mark.parametrize(
+    "threads, B, T, H, G, P",
+    [(1, 2, 1, 2, 1, 16), (2, 1, 63, 3, 3, 32), (3, 2, 129, 4, 2, 16), (1, 1, 330, 2, 1, 64)],
+)
 def test_attention(threads, B, T, H, G, P, window, size):
     torch.set_num_threads(threads)
     inputs = [torch.randn(B, T, H, P) * size, torch.randn(B, T, G, P), torch.randn(B, T, G, P)]
@@ -186,7 +223,11 @@ def test_attention(threads, B, T, H, G, P, window, size):
 
 @every_way
 def test_attention_of_very_low_scores():
-    q, k, v = torch.full((1, 70, 1, 16), -60.0), torch.full((1, 70, 1, 16), 60.0), torch.randn(1, 70, 1, 16)  # scores of -14,400
+    q, k, v = (
+        torch.full((1, 70, 1, 16), -60.0),
+        torch.full((1, 70, 1, 16), 60.0),
+        torch.randn(1, 70, 1, 16),
+    )  # scores of -14,400
     means = v.cumsum(1) / torch.arange(1, 71)[:, None, None]
     torch.testing.assert_close(attention(q, k, v), means.flatten(2))
 
@@ -203,7 +244,13 @@ def test_attention_dropout():
         v[0, range(start, min(T, start + P)), :, range(min(P, T - start))] = 1
         torch.manual_seed(5)
         weights[..., start:start + P] = attention(q, k, v, dropout=0.3).view(1, T, 2, P)[..., :min(P, T - start)]
-    whole = torch.stack([(q[0, :, h] @ k[0, :, h].T / P ** 0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1) for h in range(2)], 1)
+    whole = torch.stack(
+        [
+            (q[0, :, h] @ k[0, :, h].T / P**0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1)
+            for h in range(2)
+        ],
+        1,
+    )
     kept = (weights[0] > 0).float()
     seen = visible(T, 0)[:, None].expand(T, 2, T)
     assert abs(1 - kept[seen].mean() - 0.3) < 0.02
@@ -214,7 +261,14 @@ def test_attention_dropout():
         return [attention(q.float(), k.float(), v.float(), dropout=0.3)]
 
     def reference(q, k, v):
-        w = torch.stack([(q[0, :, h] @ k[0, :, h].T / P ** 0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1) for h in range(2)])
+        w = torch.stack(
+            [
+                (q[0, :, h] @ k[0, :, h].T / P**0.5)
+                .masked_fill(~visible(T, 0), -math.inf)
+                .softmax(-1)
+                for h in range(2)
+            ]
+        )
         w = w * kept.transpose(0, 1) / 0.7
         return [torch.stack([w[h] @ v[0, :, h] for h in range(2)], 1)[None].flatten(2)]
 
@@ -228,12 +282,12 @@ def test_norms():
     for groups, gated in ((1, False), (1, True), (4, True)):
         x, z, w = torch.randn(3, 5, 40), torch.randn(3, 5, 80), torch.randn(40)
 
-        def reference(x, z, w):
+        def reference(x, z, w, groups=groups, gated=gated):
             x = x * F.silu(z[..., 40:]) if gated else x
             x = x.unflatten(-1, (groups, -1))
             return [(x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()).flatten(-2) * w]
 
-        def normed(x, z, w):
+        def normed(x, z, w, groups=groups, gated=gated):
             return [gated_rms_norm(x, z[..., 40:], w, 1e-3, groups) if gated else rms_norm(x, w, 1e-3)]
 
         assert_same(normed, reference, [x, z, w])
@@ -242,7 +296,11 @@ def test_norms():
 @every_way
 @pytest.mark.parametrize("shape", [(2, 3, 32), (1, 5)])
 def test_swiglu(shape):
-    assert_same(lambda g, u: [swiglu(g, u)], lambda g, u: [g * torch.sigmoid(g) * u], [torch.randn(shape) * 5, torch.randn(shape)])
+    assert_same(
+        lambda g, u: [swiglu(g, u)],
+        lambda g, u: [g * torch.sigmoid(g) * u],
+        [torch.randn(shape) * 5, torch.randn(shape)],
+    )
 
 
 @every_way
@@ -287,17 +345,51 @@ def sizes_of(kind):
     states = torch.randn(B, T, N), torch.randn(B, T, N)
     return {
         "rms_norm": ([torch.randn(B, T, 48), torch.randn(48)], (1e-5,)),
-        "gated_rms_norm": ([torch.randn(B, T, 48), torch.randn(B, T, 48), torch.randn(48)], (1e-5, 3)),
+        "gated_rms_norm": (
+            [torch.randn(B, T, 48), torch.randn(B, T, 48), torch.randn(48)],
+            (1e-5, 3),
+        ),
         "swiglu": ([torch.randn(B, T, 32), torch.randn(B, T, 32)], ()),
         "apply_rope": ([torch.randn(B, T, H, P)], (rope_tables(torch.arange(T), P, 1e4),)),
-        "attention": ([torch.randn(B, T, H, P), torch.randn(B, T, G, P), torch.randn(B, T, G, P)], (20,)),
-        "causal_conv1d": ([torch.randn(B, T, E), torch.randn(E, 1, 4), torch.randn(E), torch.randn(B, 3, E)], ()),
-        "selective_scan": ([torch.randn(B, T, E), steps, A_of_channels, *states, torch.randn(B, N, E)], ()),
-        "mamba1_scan": ([torch.randn(B, T, E), raw_dt(kind, (B, T, E)), torch.randn(E), A_of_channels, *states, torch.randn(E),
-                         torch.randn(B, T, E), torch.randn(B, N, E)], ()),
-        "ssd": ([torch.randn(B, T, H, P), dt, A, torch.randn(B, T, G, N), torch.randn(B, T, G, N)], (16,)),
-        "mamba2_scan": ([torch.randn(B, T, H * P + 2 * G * N), raw_dt(kind, (B, T, H)), torch.randn(H), A, torch.randn(H)],
-                        (G, P, 16)),
+        "attention": (
+            [torch.randn(B, T, H, P), torch.randn(B, T, G, P), torch.randn(B, T, G, P)],
+            (20,),
+        ),
+        "causal_conv1d": (
+            [torch.randn(B, T, E), torch.randn(E, 1, 4), torch.randn(E), torch.randn(B, 3, E)],
+            (),
+        ),
+        "selective_scan": (
+            [torch.randn(B, T, E), steps, A_of_channels, *states, torch.randn(B, N, E)],
+            (),
+        ),
+        "mamba1_scan": (
+            [
+                torch.randn(B, T, E),
+                raw_dt(kind, (B, T, E)),
+                torch.randn(E),
+                A_of_channels,
+                *states,
+                torch.randn(E),
+                torch.randn(B, T, E),
+                torch.randn(B, N, E),
+            ],
+            (),
+        ),
+        "ssd": (
+            [torch.randn(B, T, H, P), dt, A, torch.randn(B, T, G, N), torch.randn(B, T, G, N)],
+            (16,),
+        ),
+        "mamba2_scan": (
+            [
+                torch.randn(B, T, H * P + 2 * G * N),
+                raw_dt(kind, (B, T, H)),
+                torch.randn(H),
+                A,
+                torch.randn(H),
+            ],
+            (G, P, 16),
+        ),
         "linear_cross_entropy": ([torch.randn(B, T, 24), torch.randn(V, 24)], (tokens(B, T),)),
     }
 
@@ -328,8 +420,16 @@ def test_kernels_compute_what_the_model_file_says(name, kind, way, monkeypatch):
 @every_way
 def test_a_state_in_any_layout():
     B, T, E, N = 3, 12, 32, 16
-    args = (torch.randn(B, T, E), torch.randn(B, T, E), torch.randn(E), -torch.rand(E, N), torch.randn(B, T, N), torch.randn(B, T, N),
-            torch.randn(E), torch.randn(B, T, E))
+    args = (
+        torch.randn(B, T, E),
+        torch.randn(B, T, E),
+        torch.randn(E),
+        -torch.rand(E, N),
+        torch.randn(B, T, N),
+        torch.randn(B, T, N),
+        torch.randn(E),
+        torch.randn(B, T, E),
+    )
     h = torch.randn(N, B, E).transpose(0, 1)
     for got, want in zip(mamba1_scan(*args, h), mamba1_scan(*args, h.contiguous())):
         assert_close(got, want, 0)

@@ -1,4 +1,5 @@
-"""What a GPU runs, as far as a CPU can tell: the chunks that are compiled there, and mamba-ssm's kernels by stand-ins."""
+"""What a GPU runs, as far as a CPU can tell: chunks that are compiled there; stand-ins for mamba-ssm's kernels."""
+
 import sys
 
 import pytest
@@ -20,18 +21,38 @@ def test_scan_by_chunks(monkeypatch, T):
 
     def run(x, dt, A, B, C, h):
         pad = -T % 8
-        y, h = cuda.ScanByChunks.apply(*(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)), A, *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)), h)
+        y, h = cuda.ScanByChunks.apply(
+            *(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)),
+            A,
+            *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)),
+            h,
+        )
         return y[:, :T], h
 
     def reference(x, dt, A, B, C, h):
         y, h = recurrence(x[..., None], dt, A, B[:, :, None], C[:, :, None], h.transpose(1, 2)[:, :, None])
         return y[..., 0], h[:, :, 0].transpose(1, 2)
 
-    assert_same(run, reference, [torch.randn(2, T, 6), random_dt("usual", (2, T, 6)), -torch.rand(6, 3) * 16, torch.randn(2, T, 3),
-                                 torch.randn(2, T, 3), torch.randn(2, 3, 6)])
+    assert_same(
+        run,
+        reference,
+        [
+            torch.randn(2, T, 6),
+            random_dt("usual", (2, T, 6)),
+            -torch.rand(6, 3) * 16,
+            torch.randn(2, T, 3),
+            torch.randn(2, T, 3),
+            torch.randn(2, 3, 6),
+        ],
+    )
 
 
-def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", init="raise OSError('selective_scan_cuda.so')"):
+def fake_package(
+    tmp_path,
+    monkeypatch,
+    ssd="return plain_ssd(*args, **how)",
+    init="raise OSError('selective_scan_cuda.so')",
+):
     """mamba-ssm as pip leaves it without its CUDA extension: its __init__ fails, its Triton files
     would work."""
     folder = tmp_path / "mamba_ssm" / "ops" / "triton"
@@ -39,7 +60,9 @@ def fake_package(tmp_path, monkeypatch, ssd="return plain_ssd(*args, **how)", in
     (tmp_path / "mamba_ssm" / "__init__.py").write_text(init + "\n")
     (tmp_path / "mamba_ssm" / "ops" / "__init__.py").write_text("")
     (folder / "__init__.py").write_text("")
-    (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text("import selective_scan_cuda_that_is_not_there\n")
+    (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text(
+        "import selective_scan_cuda_that_is_not_there\n"
+    )
     (folder / "ssd_combined.py").write_text(
         "import torch\nfrom model_mamba import ssd\nfrom torch.nn.functional import softplus\n\n"
         "def plain_ssd(x, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus, initial_states, return_final_states):\n"
@@ -75,7 +98,19 @@ def test_fused_kernels_are_used_only_if_they_work(tmp_path, monkeypatch, ssd, sa
 def test_fused_mamba1_hands_over_the_right_arguments():
     """Against a stand-in with selective_scan_fn's signature, computed as its reference is
     written."""
-    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+
+    def selective_scan_fn(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D=None,
+        z=None,
+        delta_bias=None,
+        delta_softplus=False,
+        return_last_state=False,
+    ):
         assert delta_softplus and return_last_state
         dt, h, ys = F.softplus(delta + delta_bias[:, None]), torch.zeros(len(u), *A.shape), []
         for t in range(u.shape[2]):

@@ -90,13 +90,18 @@ def test_rows_of_different_positions_go_on_together(name):
             assert after["pos"][i] == n + more
 
 
-@pytest.mark.parametrize("name", ["gpt-gqa-window", "mamba1", "mamba2", "mamba2-groups-untied", "hybrid", "hybrid-parallel"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt-gqa-window", "mamba1", "mamba2", "mamba2-groups-untied", "hybrid", "hybrid-parallel"],
+)
 def test_state_never_grows(name):
     model = build(name)
     sizes = set()
     for length, cuts in (50, []), (500, []), (50, [49]), (500, [490, 497, 498, 499]):
         _, state = run_steps(model, tokens(1, length), cuts)
-        sizes.add(sum(u.untyped_storage().nbytes() for u in state.values()))  # also what views keep alive: so does a file
+        sizes.add(
+            sum(u.untyped_storage().nbytes() for u in state.values())
+        )  # also what views keep alive: so does a file
     assert len(sizes) == 1, f"bytes: {sorted(sizes)}"
 
 
@@ -182,7 +187,11 @@ def test_config_errors_name_the_setting(config, settings, says):
 
 @every_model
 def test_overfits_one_batch(name):
-    model, idx, targets = build(name).train(), tokens(4, 32) % 16, tokens(4, 32)  # 16 different tokens: context must tell
+    model, idx, targets = (
+        build(name).train(),
+        tokens(4, 32) % 16,
+        tokens(4, 32),
+    )  # 16 different tokens: context must tell
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for _ in range(60):
         _, loss = model(idx, targets)

@@ -18,8 +18,13 @@ from model_gpt import GPT, GPTConfig, MoE
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
-E, D, I, N = 4, 16, 24, 60  # experts, widths, tokens
-OFTEN = [1.5, 1.0, 0.0, -9.0]  # how much more the experts' logits are: the first two have too many tokens, the last has none
+E, D, INNER, N = 4, 16, 24, 60  # experts, widths, tokens
+OFTEN = [
+    1.5,
+    1.0,
+    0.0,
+    -9.0,
+]  # how much more the experts' logits are: the first two have too many tokens, the last has none
 
 
 @pytest.fixture(params=['by hand', 'in slots'])
@@ -34,7 +39,7 @@ def both_ways(request):
 
 def moe(**settings):
     """A MoE in training, and inputs (1, N, D) that it sends to some experts more often."""
-    module = MoE(GPTConfig(n_embd=D, n_head=1, n_expert=E, intermediate_size=I, **settings))
+    module = MoE(GPTConfig(n_embd=D, n_head=1, n_expert=E, intermediate_size=INNER, **settings))
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x = torch.randn(1, N, D)
@@ -88,7 +93,7 @@ def test_against_a_formula(k, capacity, both_ways):
 
 def test_no_limit_in_evaluation():
     limited, x = moe(capacity_factor=0.1)
-    free = MoE(GPTConfig(n_embd=D, n_head=1, n_expert=E, intermediate_size=I, capacity_factor=0))
+    free = MoE(GPTConfig(n_embd=D, n_head=1, n_expert=E, intermediate_size=INNER, capacity_factor=0))
     free.load_state_dict(limited.state_dict())
     (y, routing), (want, _) = limited.eval()(x), free(x)
     assert torch.equal(y, want) and routing is None
@@ -150,8 +155,10 @@ def test_load(checkpointing):
     assert model.expert_load() is None and seen.pop() is seen.pop() is None  # an evaluation does not count
     for _ in range(3):
         model.train()(idx, idx)[1].backward()
-    assert len(seen) == (12 if checkpointing else 6)            # computed twice, counted once
-    total = torch.stack([statistics for _, statistics in seen[:2]]).double() * 3  # three times the same, for nothing was updated
+    assert len(seen) == (12 if checkpointing else 6)  # computed twice, counted once
+    total = (
+        torch.stack([statistics for _, statistics in seen[:2]]).double() * 3
+    )  # three times the same, for nothing was updated
     load, pairs, share = model.expert_load(), total[:, :8], 3 * 100 * 4 / 8
     assert load['expert_load_max'] == pytest.approx(pairs.max().item() / share)
     assert load['expert_load_min'] == pytest.approx(pairs.min().item() / share)
@@ -257,6 +264,10 @@ def test_every_parameter_has_a_gradient_under_ddp():
             model.zero_grad()
             parallel(idx, idx)[1].backward()
             assert all(p.grad is not None for p in model.parameters())
-            assert any((p.grad == 0).flatten(1).all(1).any() for name, p in model.named_parameters() if 'experts' in name)
+            assert any(
+                (p.grad == 0).flatten(1).all(1).any()
+                for name, p in model.named_parameters()
+                if 'experts' in name
+            )
     finally:
         dist.destroy_process_group()
