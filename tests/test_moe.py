@@ -243,7 +243,7 @@ def test_checkpointing_saves_memory(name):
         model.gradient_checkpointing, kept = checkpointing, {}
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-        def keep(u):
+        def keep(u, kept=kept):
             kept[u.untyped_storage().data_ptr()] = u
             return u
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda u: u):
