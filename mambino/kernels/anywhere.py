@@ -39,7 +39,7 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
         k, v = (u.repeat_interleave(H // u.shape[1], dim=1) for u in (k, v))
     if mask is None and S == T and 0 < window < T:
         y = attention_in_blocks(q, k, v, window, dropout)
-    elif mask is None and S > T > 1:                            # no cache is read in this way
+    elif mask is None and S > T and (T > 1 or 0 < window < S):  # no cache is read in this way
         return NotImplemented
     else:
         causal = mask is None and S == T
