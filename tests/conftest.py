@@ -1,4 +1,6 @@
-"""The fixtures of many tests; puts the project root and this folder on sys.path, so that they import the scripts as they lie."""
+"""The fixtures of many tests; puts the project root and this folder on sys.path, so that they
+import the scripts as they lie.
+"""
 import os
 import shutil
 import sys
@@ -26,14 +28,18 @@ def one_thread():
 
 @pytest.fixture
 def quiet_and_seeded(one_thread):
-    """One thread, since tensors this small only lose by more; random numbers that are the same each time."""
+    """One thread, since tensors this small only lose by more; random numbers that are the same each
+    time.
+    """
     import torch
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope='module')
 def template(tmp_path_factory):
-    """A folder with three datasets, of which `more` has the tokenizer of `tiny`, and a finished run, to copy from."""
+    """A folder with three datasets, of which `more` has the tokenizer of `tiny`, and a finished
+    run, to copy from.
+    """
     from helpers.runs import script, train, write_text
     folder = tmp_path_factory.mktemp('template')
     before = os.getcwd()
@@ -43,7 +49,9 @@ def template(tmp_path_factory):
         write_text('other.txt', chars='xyz \n', seed=2)
         write_text('more.txt', 2000, seed=3)
         for name, tokenizer in (('tiny', 'char'), ('other', 'char'), ('more', 'data/tiny')):
-            assert script('prepare.py', f'{name}.txt --tokenizer={tokenizer} --out=data/{name}') == 0
+            assert (
+                script('prepare.py', f'{name}.txt --tokenizer={tokenizer} --out=data/{name}') == 0
+            )
         train('--model=gpt --max_iters=10')
         os.rename('out', 'done')
     finally:
@@ -64,3 +72,13 @@ def here(template, tmp_path, monkeypatch, capsys):
 def finished(here, template):
     """… and in out/ a run of 10 steps."""
     shutil.copytree(template / 'done', here / 'out')
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder with 60 short text files in mine/, to be prepared."""
+    from helpers.prepare import write
+    for i in range(60):
+        text = f'document {i}\n' + 'some words and more words\n' * (i % 5 + 1)
+        write(tmp_path / 'mine' / f'{i % 7}' / f'{i}.txt', text)
+    return tmp_path

@@ -20,14 +20,14 @@ from statistics import median
 from mambino import tokenizer
 from mambino.bench.turns import HERE, all_times, ratio, take_turns, with_before
 from mambino.configurator import fail
-from mambino.prepare import sources
+from mambino.prepare import stdlib
 
 # --- the corpus -------------------------------------------------------------------------------------------------------
 
 def texts_of(mb):
     """Numbered copies of the standard library's files, about so many MB."""
     originals = []
-    for source in sources.find_stdlib()[0]:
+    for source in stdlib.find_stdlib()[0]:
         with open(source.path, encoding='utf-8', errors='replace') as f:
             originals.append(f.read())
     size = 0

@@ -1,5 +1,4 @@
-"""
-What prepare.py says: progress, the closing tables, and a look into a dataset that is there.
+"""What prepare.py says: progress, the closing tables, and a look into a dataset that is there.
 
     python prepare.py --inspect data/mine      # report.inspect
     python prepare.py my_folder --dry_run      # report.show_plan
@@ -15,35 +14,45 @@ import time
 import numpy as np
 
 from mambino.configurator import fail
-from mambino.prepare.spool import FORMAT, new_hash, numbers_of
+from mambino.prepare.spool import FORMAT, hash_pair, new_hash
 from mambino.tokenizer import load_tokenizer
 
-class Progress:
-    """One line that is rewritten on a terminal; elsewhere a line every half minute, and one at the end."""
 
-    def __init__(self, what, total):
-        self.what, self.total, self.done, self.began, self.shown = what, total, 0, time.time(), 0.0
+class Progress:
+    """One line that is rewritten on a terminal; elsewhere a line every half minute, and one at the
+    end.
+    """
+
+    def __init__(self, label, total):
+        self.label = label
+        self.total = total  # bytes
+        self.done = 0
+        self.began = time.time()
+        self.shown = 0.0
 
     def add(self, size):
         self.done += size
-        terminal, now = sys.stdout.isatty(), time.time()
-        if now - self.shown >= (0.2 if terminal else 30) and now - self.began >= (0.5 if terminal else 30):
+        is_terminal = sys.stdout.isatty()
+        now = time.time()
+        is_due = now - self.shown >= (0.2 if is_terminal else 30)
+        if is_due and now - self.began >= (0.5 if is_terminal else 30):
             self.shown = now
-            self.show(f'{(self.total - self.done) / max(self.done / (now - self.began), 1):5.0f} s left')
+            seconds_left = (self.total - self.done) / max(self.done / (now - self.began), 1)
+            self.show(f'{seconds_left:5.0f} s left')
 
     def close(self):
         if self.total:
             self.show(f'in {time.time() - self.began:.1f} s', last=True)
 
-    def show(self, end, last=False):
+    def show(self, remark, last=False):
         rate = self.done / max(time.time() - self.began, 1e-3)
-        line = f'{self.what:<9} {self.done / 1e6:9.1f} of {self.total / 1e6:.1f} MB {rate / 1e6:7.1f} MB/s  {end}'
-        terminal = sys.stdout.isatty()
-        print(f'\r{line:<72}' if terminal else line, end='' if terminal and not last else '\n', flush=True)
+        amount = f'{self.done / 1e6:9.1f} of {self.total / 1e6:.1f} MB'
+        line = f'{self.label:<9} {amount} {rate / 1e6:7.1f} MB/s  {remark}'
+        if sys.stdout.isatty():
+            print(f'\r{line:<72}', end='\n' if last else '', flush=True)
+        else:
+            print(line, flush=True)
 
-def reasons(skipped, most=8):
-    counts = collections.Counter(entry['reason'] for entry in skipped).most_common()
-    return ', '.join(f'{n:,} {reason}' for reason, n in counts[:most]) + (', ...' if len(counts) > most else '')
 
 def sha256(path):
     """Of a file, as hex."""
@@ -53,19 +62,48 @@ def sha256(path):
             state.update(data)
     return state.hexdigest()
 
-def show_plan(found, skipped):
+
+# -----------------------------------------------------------------------------
+# What was left out
+
+def sort_skipped(skipped, reports):
+    """Those that were skipped when looking for them, and those when reading them, in an order of
+    their own.
+    """
+    entries = skipped + [entry for report in reports for entry in report['skipped']]
+    return sorted(entries, key=lambda entry: (os.fsencode(entry['file']), entry['reason']))
+
+
+def reasons(skipped, most=8):
+    counts = collections.Counter(entry['reason'] for entry in skipped).most_common()
+    dots = ', ...' if len(counts) > most else ''
+    return ', '.join(f'{n:,} {reason}' for reason, n in counts[:most]) + dots
+
+
+def nothing_readable(inputs, skipped):
+    """The message where there is no document at all."""
+    why = f' ({reasons(skipped)})' if skipped else ''
+    return f'{", ".join(inputs) or "standard library"}: nothing readable{why}'
+
+
+def show_plan(sources, skipped):
     """What prepare.py would read, and what not."""
-    for source in found:
+    for source in sources:
         print(f'{source.kind:<9}{source.size:>15,}  {source.path}')
     for entry in skipped:
         print(f'skip {entry["file"]}: {entry["reason"]}')
     print(f'\n{"":<9}{"files":>9}{"bytes":>18}')
-    for kind in sorted({source.kind for source in found}):
-        sizes = [source.size for source in found if source.kind == kind]
+    for kind in sorted({source.kind for source in sources}):
+        sizes = [source.size for source in sources if source.kind == kind]
         print(f'{kind:<9}{len(sizes):>9,}{sum(sizes):>18,}')
     if skipped:
         print(f'skipped {len(skipped):,}: {reasons(skipped)}')
-    print('nothing was read or written; without --dry_run, files may still turn out to be binary, empty or broken')
+    print('nothing was read or written; without --dry_run, files may still turn out to be binary, '
+          'empty or broken')
+
+
+# -----------------------------------------------------------------------------
+# A dataset
 
 def show(folder, meta, tok):
     """The tables at the end of a run, and three windows of the text."""
@@ -74,42 +112,60 @@ def show(folder, meta, tok):
         print(f'{kind:<9}{n["files"]:>9,}{n["documents"]:>12,}{n["characters"]:>16,}{n["tokens"]:>16,}')
     print(f'\n{"":<9}{"":>9}{"documents":>12}{"bytes":>16}{"tokens":>16}{"bytes/token":>14}')
     for split, n in meta['splits'].items():
-        print(f'{split:<9}{"":>9}{n["documents"]:>12,}{n["bytes"]:>16,}{n["tokens"]:>16,}{n["bytes"] / max(1, n["tokens"]):>14.2f}')
+        bytes_per_token = n['bytes'] / max(1, n['tokens'])
+        print(f'{split:<9}{"":>9}{n["documents"]:>12,}{n["bytes"]:>16,}{n["tokens"]:>16,}{bytes_per_token:>14.2f}')
     tokens = {split: n['tokens'] for split, n in meta['splits'].items()}
     share = tokens['val'] / max(1, sum(tokens.values()))
     if not meta['val_fraction'] / 4 < share < meta['val_fraction'] * 2.5:
-        print(f'val has {100 * share:.1f}% of the tokens, not {100 * meta["val_fraction"]:g}%: that happens with few documents, or very '
-              'unequal ones: cut the large ones into chapters, or set --val_fraction')
+        print(f'val has {100 * share:.1f}% of the tokens, not {100 * meta["val_fraction"]:g}%: that '
+              'happens with few documents, or very unequal ones: cut the large ones into chapters, '
+              'or set --val_fraction')
     if meta['copies']:
         print(f'dropped {meta["copies"]:,} exact copies; near copies are left alone')
     if meta['skipped']:
         print(f'skipped {len(meta["skipped"]):,}: {reasons(meta["skipped"])}; meta.json names them')
     if meta['notes']:
-        counts = collections.Counter(''.join('#' if c.isdigit() else c for c in n['note']) if n['note'][:1].isdigit() else n['note']
-                                     for n in meta['notes']).most_common()
-        print(f'noted on {len(meta["notes"]):,} files: ' + ', '.join(f'{n:,} {note}' for note, n in counts[:6])
-              + (', ...' if len(counts) > 6 else ''))
+        show_notes(meta['notes'])
     if meta['suspects']:
         print('most suspicious:')
         for _, path, why in meta['suspects']:
             print(f'  {path}: {why}')
     show_windows(folder, meta, tok)
 
+
+def show_notes(notes, most=6):
+    """How often each note was made; those that begin with a number differ only in that."""
+    texts = []
+    for entry in notes:
+        note = entry['note']
+        if note[:1].isdigit():
+            note = ''.join('#' if c.isdigit() else c for c in note)
+        texts.append(note)
+    counts = collections.Counter(texts).most_common()
+    dots = ', ...' if len(counts) > most else ''
+    most_common = ', '.join(f'{n:,} {note}' for note, n in counts[:most])
+    print(f'noted on {len(notes):,} files: {most_common}{dots}')
+
+
 def show_windows(folder, meta, tok, n=3, length=80):
     """A decoded look at random places of the train split, always the same ones."""
     size = meta['splits']['train']['tokens']
     ids = np.memmap(os.path.join(folder, 'train.bin'), '<i4', 'r')
     width = shutil.get_terminal_size((120, 24)).columns - 4
-    for start in sorted(np.random.default_rng(0).integers(0, max(1, size - length), n).tolist()):
+    starts = np.random.default_rng(0).integers(0, max(1, size - length), n).tolist()
+    for start in sorted(starts):
         text = tok.decode(ids[start:start + length]).strip('\n')
         print(f'\nfrom token {start:,}:')
         for line in text.split('\n')[:8]:
             print('  | ' + ''.join(c if c.isprintable() else ' ' for c in line)[:width - 2])
 
+
+# -----------------------------------------------------------------------------
+# Whether it is sound
+
 def inspect(path):
-    """
-    Shows a dataset and checks it: the files against their hashes, the documents against theirs. Ends the program, with
-    status 2 and one line, if it is damaged.
+    """Shows a dataset and checks it: the files against their hashes, the documents against theirs.
+    Ends the program, with status 2 and one line, if it is damaged.
     """
     folder = path if os.path.isdir(path) else os.path.join('data', path)
     try:
@@ -121,56 +177,83 @@ def inspect(path):
         if wrong:
             fail(f'{folder}: damaged: {"; ".join(wrong)}; prepare it again')
         tok = load_tokenizer(folder)
-        print(f'{folder}: {tok.kind} tokenizer of {tok.vocab_size:,} ids, from {", ".join(meta["sources"])}')
+        sources = ', '.join(meta['sources'])
+        print(f'{folder}: {tok.kind} tokenizer of {tok.vocab_size:,} ids, from {sources}')
         show(folder, meta, tok)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        fail(f'{path}: not a dataset ({getattr(error, "strerror", None) or type(error).__name__}); prepare.py makes one')
-    histogram(lengths)
-    print(f'\nsound: the hashes of {len(meta["sha256"])} files are right, and {checked:,} documents decode to the text that was taken')
+        why = getattr(error, 'strerror', None) or type(error).__name__
+        fail(f'{path}: not a dataset ({why}); prepare.py makes one')
+    show_histogram(lengths)
+    print(f'\nsound: the hashes of {len(meta["sha256"])} files are right, and {checked:,} documents '
+          'decode to the text that was taken')
 
-def check(folder, meta, most=1000):
-    """(list of what is wrong, lengths of all documents, how many of them were decoded: at most `most` of each split)"""
-    wrong, lengths, checked = [], [], 0
-    for name, expected in meta['sha256'].items():
-        file = os.path.join(folder, name)
-        if not os.path.isfile(file):
-            wrong.append(f'{name} is missing')
-        elif sha256(file) != expected:
-            wrong.append(f'{name} has changed')
-    file = os.path.join(folder, 'tokenizer.json')
-    if not os.path.isfile(file) or sha256(file) != meta['tokenizer']['sha256']:
-        wrong.append('tokenizer.json is missing or has changed')
+
+def check(folder, meta):
+    """(list of what is wrong, lengths of all documents, how many of them were decoded)"""
+    wrong = check_files(folder, meta)
+    lengths = []
+    checked = 0
     if wrong:
         return wrong, lengths, checked
     tok = load_tokenizer(folder)
     for split, n in meta['splits'].items():
-        ids = np.fromfile(os.path.join(folder, split + '.bin'), '<i4') if n['tokens'] < 1000 else \
-            np.memmap(os.path.join(folder, split + '.bin'), '<i4', 'r')
-        ends = np.fromfile(os.path.join(folder, split + '.idx'), '<u8').astype(np.int64)
-        hashes = np.fromfile(os.path.join(folder, split + '.hash'), '<u8').reshape(-1, 2)
-        if len(ids) != n['tokens'] or not len(ends) == len(hashes) + 1 == n['documents'] + 1:
+        path = os.path.join(folder, split)
+        is_small = n['tokens'] < 1000
+        ids = np.fromfile(path + '.bin', '<i4') if is_small else np.memmap(path + '.bin', '<i4', 'r')
+        offsets = np.fromfile(path + '.idx', '<u8').astype(np.int64)
+        hashes = np.fromfile(path + '.hash', '<u8').reshape(-1, 2)
+        if len(ids) != n['tokens'] or not len(offsets) == len(hashes) + 1 == n['documents'] + 1:
             wrong.append(f'meta.json does not fit {split}.bin and {split}.idx')
-        elif ends[0] != 0 or ends[-1] != len(ids) or (np.diff(ends) < 0).any():
+        elif offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
             wrong.append(f'{split}.idx does not fit {split}.bin')
         else:
-            lengths.append(np.diff(ends))
-            first = int(meta['halves'])  # half of a document bears the hash of the whole
-            some = range(first, n['documents']) if tok.kind != 'bpe' or tok.fast else ()  # others' tokenizers may change a text
-            if len(some) > most:
-                some = np.random.default_rng(0).choice(some, most, replace=False)
-            for i in some:
-                text = tok.decode(ids[ends[i]:ends[i + 1]]).encode('utf-8')
-                checked += 1
-                if numbers_of(new_hash(meta['split_seed'], text)) != tuple(hashes[i].tolist()):
-                    wrong.append(f'document {i:,} of {split} does not decode to the text that was taken')
-                    break
+            lengths.append(np.diff(offsets))
+            damaged, decoded = check_documents(meta, tok, ids, offsets, hashes)
+            checked += decoded
+            if damaged is not None:
+                wrong.append(f'document {damaged:,} of {split} does not decode to the text that was taken')
     return wrong, np.concatenate(lengths) if lengths else lengths, checked
 
-def histogram(lengths):
+
+def check_files(folder, meta):
+    """The files against the hashes in meta.json: list of what is wrong."""
+    wrong = []
+    for name, expected in meta['sha256'].items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            wrong.append(f'{name} is missing')
+        elif sha256(path) != expected:
+            wrong.append(f'{name} has changed')
+    path = os.path.join(folder, 'tokenizer.json')
+    if not os.path.isfile(path) or sha256(path) != meta['tokenizer']['sha256']:
+        wrong.append('tokenizer.json is missing or has changed')
+    return wrong
+
+
+def check_documents(meta, tok, ids, offsets, hashes, most=1000):
+    """The documents of a split against their hashes. (the first one that differs or None, how many
+    of them were decoded)
+    """
+    if tok.kind == 'bpe' and not tok.fast:
+        return None, 0  # others' tokenizers may change a text
+    first = int(meta['halves'])  # half of a document bears the hash of the whole
+    documents = range(first, len(hashes))
+    if len(documents) > most:
+        documents = np.random.default_rng(0).choice(documents, most, replace=False)
+    for decoded, i in enumerate(documents, 1):
+        text = tok.decode(ids[offsets[i]:offsets[i + 1]]).encode('utf-8')
+        if hash_pair(new_hash(meta['split_seed'], text)) != tuple(hashes[i].tolist()):
+            return i, decoded
+    return None, len(documents)
+
+
+def show_histogram(lengths):
     """Lengths of documents, in powers of two, as bars."""
-    print(f'\ntokens in a document: median {int(np.median(lengths)):,}, mean {int(lengths.mean()):,}, longest {int(lengths.max()):,}')
+    median, mean, longest = int(np.median(lengths)), int(lengths.mean()), int(lengths.max())
+    print(f'\ntokens in a document: median {median:,}, mean {mean:,}, longest {longest:,}')
     powers = np.bincount(np.log2(np.maximum(lengths, 1)).astype(int))
     width = max(10, shutil.get_terminal_size((100, 24)).columns - 40)
+    block = '█' if 'utf' in (sys.stdout.encoding or '').lower() else '#'
     for power in range(int(np.flatnonzero(powers)[0]), len(powers)):
-        bar = ('█' if 'utf' in (sys.stdout.encoding or '').lower() else '#') * round(width * powers[power] / powers.max())
+        bar = block * round(width * powers[power] / powers.max())
         print(f'{2 ** power:>12,} .. {2 ** (power + 1) - 1:<12,}{powers[power]:>9,} {bar}')

@@ -1,0 +1,94 @@
+"""From sources to documents: the sources are dealt out to tasks, and those are done in many
+processes.
+
+    tasks = extract.make_tasks(sources, work, options, seed=1337, chars=False)
+    reports = extract.extract(tasks, work)    # of spool.extract, in the order of the tasks
+
+What a task is called says all that its result depends on: so a run that goes on finds what an
+earlier one has done.
+"""
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+from mambino.configurator import fail
+from mambino.prepare import hub, parallel, report, spool
+from mambino.prepare.pdf_text import ENGINES
+from mambino.prepare.sources import Source
+
+TASK_BYTES = 8_000_000  # sources are read in tasks of about so much,
+TASK_FILES = 200        # and of at most so many
+
+
+def make_tasks(sources, work, options, seed, chars):
+    """The tasks for spool.extract. options: text_column, max_file_mb, pdf ('auto', or a key of
+    pdf_text.ENGINES), file_seconds, file_memory_mb; seed: of the documents' hashes; chars: whether to
+    collect the characters.
+    """
+    engine, engine_version = pdf_engine(options['pdf'])
+    options = options | {'pdf': engine}
+    tasks = []
+    cost = 0
+    for source, shard in with_shards(sources):
+        more = max(source.size * 20, 1_000_000) if source.kind == 'pdf' else source.size
+        is_full = not tasks or cost + more > TASK_BYTES or len(tasks[-1]['sources']) >= TASK_FILES
+        if is_full or source.kind == 'hf':
+            cost = 0
+            tasks.append({
+                'folder': work, 'cwd': os.getcwd(), 'sources': [], 'seed': seed, 'chars': chars,
+                'options': options | ({'shard': shard} if shard else {}),
+            })
+        tasks[-1]['sources'].append(list(source))
+        cost += more
+    for task in tasks:
+        result_depends_on = [task[name] for name in ('sources', 'seed', 'chars', 'options')]
+        task['key'] = spool.digest([spool.FORMAT, [engine, engine_version], result_depends_on])[:32]
+    return tasks
+
+
+def pdf_engine(wanted):
+    """(name, version) of the package that reads PDFs."""
+    if wanted not in ('auto', *ENGINES):
+        fail(f'pdf={wanted}: it is auto, pypdf or pypdfium2')
+    for name in ['pypdfium2', 'pypdf'] if wanted == 'auto' else [wanted]:
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            pass
+    fail(f'pdf={wanted}: this package is not installed: pip install {name}')
+
+
+def with_shards(sources):
+    """Yields (source, None), and for a streamed dataset (source, shard) for each of its shards."""
+    for source in sources:
+        shards = shards_of(source.path) if source.kind == 'hf' else [None]
+        for shard in shards:
+            yield source, shard
+
+
+def shards_of(spec):
+    """[(number of shards, index)] of a streamed dataset, to be read side by side."""
+    try:
+        rows = hub.open_hf(spec)
+    except ImportError:
+        fail(f'{spec}: needs the package datasets: pip install datasets')
+    except Exception as error:  # the hub, the net, the formats behind it: anything
+        fail(hub.unreachable(spec, error))
+    n = getattr(rows, 'num_shards', 1)
+    return [(n, i) for i in range(n)]
+
+
+def extract(tasks, work):
+    """Does the tasks that the journal has not yet. Returns the reports, in the order of the tasks.
+    """
+    reports = {task['key']: spool.report_of(work, task['key']) for task in tasks}
+    todo = [task for task in tasks if not reports[task['key']] or reports[task['key']]['again']]
+    if len(todo) < len(tasks):
+        print(f'going on: {len(tasks) - len(todo):,} of {len(tasks):,} parts were read before')
+    total = sum(Source(*source).size for task in todo for source in task['sources'])
+    progress = report.Progress('reading', total)
+    for size in parallel.map_tasks(spool.extract, todo, window=64):
+        progress.add(size)
+    progress.close()
+    for task in todo:
+        reports[task['key']] = spool.report_of(work, task['key'])
+    return [reports[task['key']] for task in tasks]

@@ -1,0 +1,77 @@
+"""The tokenizer of a dataset: one that is there already, or one that is trained on a sample of the
+documents.
+
+    fixed = vocabulary.fixed_tokenizer('gpt2', vocab_size=0)    # None for char and bpe
+    tok = vocabulary.make_tokenizer(fixed, ...)                 # in <work>/tokenizer
+"""
+import os
+import time
+
+from mambino.prepare import parallel, spool
+from mambino.tokenizer import build_tokenizer, load_tokenizer
+
+TRAINED = ('char', 'bpe')
+
+
+def fixed_tokenizer(kind, vocab_size):
+    """The tokenizer of this kind where it needs no texts; else None. Ends the program where it
+    cannot be had, or made.
+    """
+    if kind not in TRAINED:
+        return build_tokenizer(kind)
+    build_tokenizer(kind, [], vocab_size)  # refuses a vocab_size that is too small, now
+    return None
+
+
+def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, reports, work):
+    """The tokenizer, in `work`/tokenizer: `fixed`, or if that is None one of this kind that is
+    built now, unless a run before this one did that.
+    """
+    folder = os.path.join(work, 'tokenizer')
+    stamp = os.path.join(folder, 'made_of')
+    if fixed:
+        made_of = fixed.sha256()
+    else:
+        made_of = spool.digest([kind, vocab_size, sample_mb, split_seed, corpus.decision()])
+    if read_text(stamp) == made_of:
+        return fixed or load_tokenizer(folder)
+    os.makedirs(folder, exist_ok=True)
+    if os.path.exists(stamp):
+        os.remove(stamp)
+    began = time.time()
+    if fixed:
+        fixed.save(folder)
+    elif kind == 'char':
+        build_tokenizer('char', [report['chars'] for report in reports]).save(folder)
+    else:
+        sample = list(corpus.sample(sample_mb))
+        task = {'work': work, 'folder': folder, 'sample': sample, 'vocab_size': vocab_size}
+        if parallel.processes() == 1 or len(sample) < 20:
+            train_bpe(task)
+        else:
+            parallel.apart(train_bpe, task)
+    tok = fixed or load_tokenizer(folder)
+    with open(stamp, 'w', encoding='utf-8') as f:
+        f.write(made_of)
+    if not fixed:
+        print(f'tokenizer {tok.vocab_size:9,} ids{"":<26}in {time.time() - began:.1f} s')
+    return tok
+
+
+def read_text(path):
+    """What is in a file; '' where it is not there."""
+    if not os.path.exists(path):
+        return ''
+    with open(path, encoding='utf-8') as f:
+        return f.read()
+
+
+def train_bpe(task):
+    """Trains it on the sample: {'work', 'folder', 'sample', 'vocab_size'}."""
+    def texts():
+        for key, block, rows, last_chars in task['sample']:
+            pieces = list(spool.pieces_of(spool.read_block(task['work'], key, block), rows))
+            yield from pieces[:-1]
+            yield pieces[-1][:last_chars]
+
+    build_tokenizer('bpe', texts(), task['vocab_size']).save(task['folder'])

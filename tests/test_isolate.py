@@ -1,0 +1,339 @@
+"""pdf_text.py and isolate.py: PDFs, and readers that hang, eat all memory or crash."""
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+import zipfile
+
+import pytest
+from helpers.readers import (
+    OPTIONS,
+    ROOT,
+    alive,
+    broken_files,
+    evil_pdfs,
+    good_files,
+    linux,
+    make_pdf,
+    raw_pdf,
+    read,
+    reason,
+    write,
+)
+
+from mambino.prepare import isolate, pdf_text, sources
+from mambino.prepare.encodings import Skip
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_reader_left():
+    yield
+    isolate.stop_reader()
+
+
+@pytest.fixture
+def new_reader():
+    """For what is in the environment of the reader process: none before, none after."""
+    isolate.stop_reader()
+    yield
+    isolate.stop_reader()
+
+
+@pytest.fixture(params=['pypdf', 'pypdfium2'])
+def engine(request):
+    pytest.importorskip(request.param)
+    return request.param
+
+
+# -----------------------------------------------------------------------------
+# PDF
+
+def test_pdf(tmp_path, engine):
+    path = write(
+        tmp_path / 'a.pdf',
+        make_pdf(['The first page, naïve café.\nIts second line.', '', 'The third one.']),
+    )
+    assert read(path, pdf=engine) == (
+        ['The first page, naïve café.\nIts second line.\n\nThe third one.\n'],
+        [],
+    )
+    os.rename(path, os.path.join(os.fsencode(tmp_path), b'\xff.pdf'))
+    assert len(read(os.path.join(tmp_path, os.fsdecode(b'\xff.pdf')), pdf=engine)[0]) == 1
+    words = raw_pdf(
+        'BT /F 12 Tf 14 TL 50 700 Td (An exam-) Tj T* (ple of Jean-) Tj T* (Paul and 3-) Tj T* (4.) Tj ET'
+    )
+    assert read(write(tmp_path / 'b.pdf', words), pdf=engine)[0] == [
+        'An example of Jean-\nPaul and 3-\n4.\n'
+    ]
+    assert (
+        reason(write(tmp_path / 'c.pdf', make_pdf(['', ''])), pdf=engine)
+        == 'no text in the PDF (scanned?)'
+    )
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, 'w') as z:
+        z.writestr('a.txt', 'text')
+    assert reason(write(tmp_path / 'd.pdf', archive.getvalue()), pdf=engine) == 'not a PDF'
+    assert reason(write(tmp_path / 'e.pdf', b'%PDF-1.4 and no more'), pdf=engine)
+
+
+def test_what_print_did_is_undone():
+    assert (
+        pdf_text.tidy_page(
+            'e\ufb03cient \ufb01re\r\nexam\x02ple exam\ufffe\nple, so\xadft, воз-\nдух, Jean-\nPaul, 1-\n2  \n\n'
+        )
+        == 'efficient fire\nexample example, soft, воздух, Jean-\nPaul, 1-\n2'
+    )
+
+
+def test_encrypted_pdf(tmp_path, engine):
+    locked = make_pdf(['secret'], encryption=dict(owner_password='a', user_password='b'))
+    assert reason(write(tmp_path / 'a.pdf', locked), pdf=engine) == 'encrypted'
+    free = make_pdf(['for all to read'], encryption=dict(owner_password='a', user_password=''))
+    assert read(write(tmp_path / 'b.pdf', free), pdf=engine)[0] == ['for all to read\n']
+    # AES-256, which pypdf reads only with the package cryptography; the keys are made up, so no password opens it
+    keys = ' '.join(
+        f'/{name} <{"5a" * n}>'
+        for name, n in (('O', 48), ('U', 48), ('OE', 32), ('UE', 32), ('Perms', 16))
+    )
+    aes = (
+        f'/Encrypt << /Filter /Standard /V 5 /R 6 /Length 256 /P -4 {keys} '
+        '/CF << /StdCF << /CFM /AESV3 /Length 32 >> >> '
+        '/StmF /StdCF /StrF /StdCF >> /ID [<00> <00>]'
+    )
+    assert (
+        reason(write(tmp_path / 'c.pdf', raw_pdf('BT /F 12 Tf (x) Tj ET', aes)), pdf=engine)
+        == 'encrypted'
+    )
+
+
+@linux
+def test_pdfs_that_cost_too_much(tmp_path, engine, new_reader):
+    results = {}
+    for name, data in evil_pdfs().items():
+        began = time.monotonic()
+        try:
+            results[name] = read(
+                write(tmp_path / f'{name}.pdf', data),
+                pdf=engine, file_seconds=1, file_memory_mb=200)
+        except Skip as reason:
+            results[name] = str(reason)
+        assert time.monotonic() - began < 6, name
+    if engine == 'pypdf':
+        assert results['burn'] in ('took longer than 1 s', 'needs too much memory')
+    assert read(write(tmp_path / 'good.pdf', make_pdf(['all is well'])), pdf=engine)[0] == [
+        'all is well\n'
+    ]
+
+
+# -----------------------------------------------------------------------------
+# Readers that go wrong: in the reader process, pypdfium2 is the following, and does what the file says
+
+DRIVER = '''
+import os, re, signal, time
+class PdfiumError(Exception): pass
+class Page:
+    def __init__(self, what): self.what = what
+    def get_textpage(self): return self
+    def close(self): pass
+    def get_text_bounded(self):
+        if self.what == 'crash': os.kill(os.getpid(), signal.SIGSEGV)
+        if self.what == 'burn': re.match('(a+)+$', 'a' * 60 + 'b')  # and keeps Python's lock all the time
+        if self.what == 'sleep': time.sleep(1000)
+        if self.what == 'eat': self.eaten = [bytearray(1 << 24) for _ in range(1 << 20)]
+        if self.what == 'keep': keep.append(bytearray(60_000_000))
+        if self.what == 'need': bytearray(60_000_000)
+        if self.what == 'exit': os._exit(3)
+        if self.what == 'print': print('noise' * 100_000, flush=True)
+        return 'text of ' + self.what
+keep = []
+class PdfDocument(list):
+    def __init__(self, f): self += map(Page, f.read().decode().split()[1:])
+    def close(self): pass
+'''
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch, new_reader):
+    """Reads a file that says what is to happen on its pages."""
+    (tmp_path / 'driver').mkdir()
+    write(tmp_path / 'driver' / 'pypdfium2.py', DRIVER)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'driver'))
+    def drive(what, **options):
+        path = write(tmp_path / 'a.pdf', '%PDF-1.4 ' + what)
+        return read(path, pdf='pypdfium2', **dict(file_seconds=1, file_memory_mb=300) | options)[0][
+            0
+        ]
+    return drive
+
+
+def why(call, *args, **options):
+    with pytest.raises(Skip) as reason:
+        call(*args, **options)
+    return str(reason.value)
+
+
+FINE = 'text of fine\n'
+
+
+def test_readers_that_crash(driver):
+    for what, fate in (('crash', 'SIGSEGV'), ('exit', 'status 3'), ('fine crash', 'SIGSEGV')):
+        for _ in range(2):  # in a new process, and in one that has read before
+            assert why(driver, what) == f'crashed its reader ({fate})'
+            assert driver('fine') == FINE
+    # what a library says is no answer
+    assert driver('print') == 'text of print\n' and driver('fine') == FINE
+
+
+def test_readers_that_hang(driver):
+    began = time.monotonic()
+    for what in ('burn', 'fine burn'):
+        assert why(driver, what) == 'took longer than 1 s'
+        assert driver('fine') == FINE
+    # that takes no computing: the clock ends it
+    assert why(driver, 'sleep', file_seconds=0.3) == 'took longer than 0.3 s'
+    assert driver('fine') == FINE and time.monotonic() - began < 12
+
+
+@linux
+def test_readers_that_eat(driver):
+    for what in ('eat', 'fine eat'):
+        assert why(driver, what) == 'needs too much memory'
+        assert driver('fine') == FINE
+    # memory that an earlier file took does not count: the second one gets a process of its own
+    isolate.stop_reader()
+    assert driver('keep', file_memory_mb=100) == 'text of keep\n'
+    first = isolate._process.pid
+    assert driver('fine need', file_memory_mb=100) == 'text of fine\n\ntext of need\n'
+    assert isolate._process.pid != first
+
+
+def test_whoever_stops_reading_leaves_nothing_behind(driver, tmp_path):
+    assert driver('fine') == FINE
+    process = isolate._process
+    path = write(tmp_path / 'b.pdf', '%PDF-1.4 ' + 'fine ' * 1000)
+    documents = isolate.read(
+        sources.Source(str(path), 'pdf', 0, 0), OPTIONS | {'pdf': 'pypdfium2'}, []
+    )
+    next(documents)
+    documents.close()
+    assert process.poll() is not None and driver('fine') == FINE
+
+
+@linux
+@pytest.mark.parametrize('what', ['burn', 'sleep'])
+def test_the_reader_goes_when_its_parent_is_killed(driver, tmp_path, what, monkeypatch):
+    monkeypatch.setenv('MARK', mark := uuid.uuid4().hex)
+    path = write(tmp_path / 'a.pdf', f'%PDF-1.4 {what}')
+    source, options = sources.Source(str(path), 'pdf', 0, 0), OPTIONS | {'pdf': 'pypdfium2'}
+    program = (
+        f'from mambino.prepare.isolate import *; from mambino.prepare.sources import Source; '
+        f'list(read({source}, {options}, []))'
+    )
+    parent = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT)
+    until = time.monotonic() + 10
+    while len(alive(mark)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.7)  # it is in the middle of it now
+    assert len(alive(mark)) == 2
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 2
+    while alive(mark) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(mark)
+
+
+# -----------------------------------------------------------------------------
+# All at once
+
+def test_what_becomes_of_a_file_depends_on_it_alone(tmp_path, engine, new_reader):
+    files = dict(broken_files(good_files(), seed=1, flips=6)) | {
+        'circle.pdf': evil_pdfs()['circle'],
+        'self.pdf': evil_pdfs()['self'],
+    }
+    orders, results = (
+        [sorted(files), sorted(files)[::-1], random.Random(0).sample(sorted(files), len(files))],
+        [],
+    )
+    for order in orders:
+        result = {}
+        for name in order:
+            try:
+                result[name] = read(write(tmp_path / name, files[name]), pdf=engine)
+            except Skip as reason:
+                result[name] = str(reason)
+        isolate.stop_reader()
+        results.append(result)
+    assert results[0] == results[1] == results[2]
+    assert len({str(result) for result in results[0].values()}) > 12
+
+
+@linux
+def test_a_hostile_folder(tmp_path):
+    folder = tmp_path / 'hostile'
+    folder.mkdir()
+    broken = dict(broken_files(good_files()))
+    assert len(broken) >= 500
+    for name, data in broken.items():
+        write(folder / name, data)
+    for name, data in evil_pdfs().items():
+        write(folder / f'evil-{name}.pdf', data)
+    write(
+        folder / 'locked.pdf',
+        make_pdf(['secret'], encryption=dict(owner_password='a', user_password='b')),
+    )
+    with zipfile.ZipFile(folder / 'zip.pdf', 'w') as z:
+        z.writestr('a.txt', 'text')
+    write(folder / 'line.txt', 'word ' * 2_000_000)
+    os.mkfifo(folder / 'fifo.txt')
+    write(folder / 'secret.txt', 'nobody may read this').chmod(0)
+    write(folder / 'bomb.txt.gz', gzip.compress(b'la la ' * 50_000_000, 1))
+    write(folder / 'half.txt.xz', lzma.compress(random.Random(0).randbytes(9999))[:5000])
+    write(folder / 'nuls.txt', bytes(5000))
+    write(
+        folder / 'long.jsonl',
+        '{"text": "short"}\n{"text": "' + 'x' * 70_000_000 + '"}\n{"text": "short too"}\n')
+    write(folder / 'nested.json', '[' * 1_000_000)
+    write(folder / 'nested.html', '<div>' * 100_000 + 'deep')
+    write(folder / 'open.html', '<a ' * 100_000 + '<!--')
+    with open(os.path.join(os.fsencode(folder), b'not utf-8 \xff\xfe.txt'), 'w') as f:
+        f.write('a name that is not UTF-8')
+    os.symlink('.', folder / 'loop')
+    os.symlink('nowhere', folder / 'nowhere.txt')
+    paths = {os.path.join(root, name) for root, _, names in os.walk(folder) for name in names}
+
+    mark = uuid.uuid4().hex
+    command = [
+        sys.executable,
+        os.path.join(ROOT, 'prepare.py'),
+        'hostile', '--workers=2', '--pdf=pypdf', '--tokenizer=byte', '--out=out',
+        '--file_seconds=2', '--file_memory_mb=300', '--max_file_mb=100',
+    ]
+    began = time.monotonic()
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, timeout=60,
+        env={**os.environ, 'PYTHONUTF8': '1', 'MARK': mark},
+    )
+    took = time.monotonic() - began
+    assert done.returncode == 0, done.stderr.decode()
+    assert b'Traceback' not in done.stderr and took < 40
+    assert not alive(mark)
+    meta = json.loads((tmp_path / 'out' / 'meta.json').read_text(encoding='utf-8'))
+    skipped = {os.path.join(tmp_path, entry['file']): entry['reason'] for entry in meta['skipped']}
+    assert sum(kind['files'] for kind in meta['kinds'].values()) + len(skipped) == len(paths)
+    assert set(skipped) <= paths and all(skipped.values()) and len(set(skipped.values())) < 60
+    why = {os.path.basename(path): reason for path, reason in skipped.items()}
+    assert why['zip.pdf'] == 'not a PDF' and why['locked.pdf'] == 'encrypted'
+    assert why['fifo.txt'] == 'no regular file'
+    assert why['bomb.txt.gz'] == 'larger than 100 MB unpacked'
+    assert why['nuls.txt'] == 'binary' and why['half.txt.xz'] == 'truncated'
+    assert why.get('secret.txt') == (None if os.geteuid() == 0 else 'Permission denied')
+    for name in ('line.txt', 'long.jsonl', 'nested.json', os.fsdecode(b'not utf-8 \xff\xfe.txt')):
+        assert name not in why, why[name]
+    assert meta['kinds']['pdf']['files'] > 20 and meta['kinds']['parquet']['files'] > 20

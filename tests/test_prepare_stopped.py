@@ -1,0 +1,371 @@
+"""prepare.py stopped, killed, starved: the same command goes on, and makes the same dataset."""
+import contextlib
+import functools
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+from helpers.prepare import (
+    DIES,
+    DIES_EARLY,
+    dataset,
+    driven,
+    files,
+    jsonl,
+    nobody_left,
+    one_line,
+    parquet,
+    parts,
+    posix,
+    prepare,
+    processes_in,
+    prose,
+    running,
+    wait_for,
+    write,
+)
+
+
+@pytest.fixture(scope='module')
+def mixed(tmp_path_factory):
+    """Files of most kinds, 12 MB in several parts, and the dataset that an undisturbed run by two
+    processes makes of it. As long as it takes is the time in which other runs are disturbed.
+    """
+    folder = tmp_path_factory.mktemp('mixed')
+    for i in range(300):
+        write(folder / 'mine' / 'small' / f'{i}.md', f'# Note {i}\r\n' + prose(700, i))
+    for i in range(3):
+        write(folder / 'mine' / f'book{i}.txt', prose(1_500_000, 1000 + i))
+    write(
+        folder / 'mine' / 'rows.jsonl',
+        jsonl(*(f'{i % 700}: ' + prose(3000, 2000 + i % 700) for i in range(1000))),
+    )
+    parquet(
+        folder / 'mine' / 'rows.parquet',
+        text=[f'{i}. ' + prose(2000, 4000 + i) for i in range(1500)],
+        n=list(range(1500)),
+    )
+    for i in range(5):
+        write(
+            folder / 'mine' / 'pages' / f'{i}.html', f'<h1>Page {i}</h1><p>' + prose(2000, 6000 + i)
+        )
+    with gzip.open(folder / 'mine' / 'packed.txt.gz', 'wb') as f:
+        f.write(prose(600_000, 7000).encode())
+    write(folder / 'mine' / 'cut.txt.gz', gzip.compress(prose(900_000, 7001).encode())[:-2000])
+    began = time.time()
+    prepare(folder, 'mine', '--workers=2', '--out=data/whole')
+    seconds = time.time() - began
+    return SimpleNamespace(folder=folder, seconds=seconds, files=files(folder / 'data' / 'whole'))
+
+
+@pytest.mark.parametrize('workers', [1, 4])
+def test_same_bytes_whatever_the_number_of_processes(mixed, workers):
+    prepare(mixed.folder, 'mine', f'--workers={workers}', f'--out=data/by{workers}')
+    made = dataset(mixed.folder / 'data' / f'by{workers}')
+    assert files(mixed.folder / 'data' / f'by{workers}') == mixed.files
+    assert {name: kind['files'] for name, kind in made.meta['kinds'].items()} == {
+        'text': 304,
+        'jsonl': 1,
+        'parquet': 1,
+        'html': 5,
+    }
+    assert made.meta['copies'] == 300 and made.tok.vocab_size == 4096
+
+
+# -----------------------------------------------------------------------------
+# Whatever moment it is
+
+@posix
+@pytest.mark.parametrize('moments', [(0.2, 0.4, 0.7), (0.55, 0.3, 0.85)])
+def test_killed_at_any_moment(mixed, moments):
+    """kill -9 to the one process, again and again; then the same command makes what an undisturbed
+    run does.
+    """
+    rng, out = random.Random(str(moments)), f'data/killed{moments[0]}'
+    argv, said, where = ('mine', '--workers=2', f'--out={out}'), '', []
+    for share in moments:
+        with running(mixed.folder, *argv) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(
+                    (share + rng.uniform(-0.05, 0.05)) * mixed.seconds * (1 if not where else 0.6)
+                )
+            process.kill()
+            said += process.communicate(timeout=20)[0]
+            where.append(share)
+            assert nobody_left(mixed.folder)
+        if process.returncode == 0:  # it was done before
+            break
+        assert not (mixed.folder / out).exists() and (mixed.folder / f'{out}.partial').is_dir()
+    said += prepare(mixed.folder, *argv)
+    assert files(mixed.folder / out) == mixed.files
+    assert dataset(mixed.folder / out)
+    assert 'going on: ' in said
+
+
+@posix
+@pytest.mark.parametrize('number, code, workers', [
+    (signal.SIGINT, 130, 1), (signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 2)])
+def test_told_to_stop(mixed, number, code, workers):
+    """Ctrl-C, which reaches the whole process group, and kill: prompt, in one line, and nothing is
+    lost.
+    """
+    out = f'data/stopped{code}-{workers}'
+    (mixed.folder / out).mkdir(parents=True)
+    for name, data in (('train.bin', b'old'), ('val.bin', b'old'), ('meta.json', b'{}')):
+        (mixed.folder / out / name).write_bytes(data)
+    argv = ('mine', f'--workers={workers}', f'--out={out}')
+    partial = mixed.folder / f'{out}.partial'
+
+    def workers_are_there():
+        lines = processes_in(mixed.folder).values()
+        return workers == 1 or any('spawn_main' in line for line in lines)
+
+    def has_come(stage, parts_before):
+        if stage == 'begins':
+            return partial.exists() and workers_are_there()
+        return (partial / 'tokenizer').exists() or stage == 'reads' and parts(partial) > parts_before
+
+    for stage in ('begins', 'reads', 'learns') if workers > 1 else ('reads',):
+        parts_before = parts(partial)
+        shutil.rmtree(partial / 'tokenizer', ignore_errors=True)
+        with running(mixed.folder, *argv) as process:
+            wait_for(functools.partial(has_come, stage, parts_before))
+            began = time.monotonic()
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            err = process.communicate(timeout=20)[1]
+            assert process.returncode == code, (stage, err)
+            # prompt: next to what a run takes on a machine that may be busy; what learns listens to nobody
+            seconds = max(5, mixed.seconds) if stage == 'learns' else max(1.5, mixed.seconds / 6)
+            assert time.monotonic() - began < seconds, stage
+            if code == 130:
+                assert one_line(err, 'goes on from here').startswith('stopped')
+            else:
+                assert err == ''
+            assert nobody_left(mixed.folder)
+        assert (mixed.folder / out / 'train.bin').read_bytes() == b'old'
+        assert (stage == 'begins' or partial.is_dir())
+    assert 'going on: ' in prepare(mixed.folder, *argv)
+    assert files(mixed.folder / out) == mixed.files
+    assert not partial.exists()
+
+
+@posix
+@pytest.mark.parametrize('limit, workers', [(100_000, 1), (100_000, 2), (3_000_000, 1)])
+def test_full_disk(tmp_path, limit, workers):
+    """Files can grow no further: while reading, and while writing the ids; which take four times
+    the room.
+    """
+    import resource
+    rng = random.Random(5)
+    for i in range(3):
+        write(tmp_path / 'in' / f'{i}.txt', ''.join(rng.choices('abcdefghijklmnop \n', k=600_000)))
+    argv = ('in', '--tokenizer=byte', '--val_fraction=0.5', f'--workers={workers}')
+    prepare(tmp_path, *argv, '--out=data/whole')
+    write(tmp_path / 'old' / 'a.txt', 'an old text ' * 20)
+    prepare(tmp_path, 'old', '--out=data/x', '--tokenizer=byte')
+    old = files(tmp_path / 'data' / 'x')
+
+    def starve():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    said = prepare(tmp_path, *argv, '--out=data/x', code=2, preexec_fn=starve)
+    assert 'File too large' in said and 'nothing was changed' in said
+    assert 'goes on from here' in said
+    assert files(tmp_path / 'data' / 'x') == old
+    # where not even one part was read, nothing is kept
+    assert (tmp_path / 'data' / 'x.partial').is_dir() == (limit > 100_000)
+    assert nobody_left(tmp_path)
+    said = prepare(tmp_path, *argv, '--out=data/x')
+    assert files(tmp_path / 'data' / 'x') == files(tmp_path / 'data' / 'whole')
+    assert dataset(tmp_path / 'data' / 'x')
+    assert limit < 1_000_000 or 'going on: ' in said
+
+
+@posix
+def test_two_at_once(mixed):
+    argv = ('mine', '--workers=2', '--out=data/both')
+    partial = mixed.folder / 'data' / 'both.partial'
+    with running(mixed.folder, *argv) as first:
+        wait_for(lambda: parts(partial))
+        for other in argv, (*argv, '--append'), ('mine', '--out=data/both', '--tokenizer=byte'):
+            said = prepare(mixed.folder, *other, code=2)
+            assert 'at work' in said or '--append' in other
+            assert parts(partial)
+        out, err = first.communicate(timeout=60)
+        assert first.returncode == 0, err
+    assert files(mixed.folder / 'data' / 'both') == mixed.files
+
+
+@posix
+def test_a_worker_that_dies(mixed):
+    """For want of memory, say: one line, and the same command goes on."""
+    argv = ('mine', '--workers=2', '--out=data/died')
+    partial = mixed.folder / 'data' / 'died.partial'
+    with running(mixed.folder, *argv) as process:
+        wait_for(lambda: parts(partial))
+        os.kill(
+            next(pid for pid, line in processes_in(mixed.folder).items() if 'spawn_main' in line),
+            signal.SIGKILL,
+        )
+        err = process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+    assert one_line(err, 'the same command goes on from here').startswith('error: ')
+    assert 'going on: ' in prepare(mixed.folder, *argv)
+    assert files(mixed.folder / 'data' / 'died') == mixed.files
+
+
+# -----------------------------------------------------------------------------
+# One moment
+
+@pytest.mark.parametrize('commit', [True, False])
+def test_going_on_in_the_middle_of_encoding(corpus, commit):
+    write(corpus / 'mine' / 'rows.jsonl', jsonl(*(prose(500, i) for i in range(300))))
+    prepare(corpus, 'mine', '--vocab_size=300', '--out=data/a')
+    for block in (1, 4):
+        driven(
+            corpus,
+            DIES.format(commit=commit, block=block),
+            'mine', '--vocab_size=300', '--out=data/b', code=9)
+    assert not (corpus / 'data' / 'b').exists()
+    said = driven(corpus, 'spool.BLOCK = 20_000', 'mine', '--vocab_size=300', '--out=data/b')
+    assert ('going on: 4 of 8 blocks were encoded before' in said) == commit
+    assert 'parts were read before' in said
+    assert 'tokenizer ' not in said  # it was made
+    assert files(corpus / 'data' / 'a') == files(corpus / 'data' / 'b')
+
+
+def test_another_run_between_is_not_mistaken_for_this_one(corpus):
+    """Killed; killed with other settings before they wrote anything down; then the first ones
+    again.
+    """
+    write(corpus / 'mine' / 'rows.jsonl', jsonl(*(prose(500, i) for i in range(300))))
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a')
+    driven(
+        corpus,
+        DIES.format(commit=True, block=4),
+        'mine', '--tokenizer=byte', '--out=data/b', code=9)
+    driven(
+        corpus,
+        DIES.format(commit=False, block=2),
+        'mine', '--vocab_size=300', '--out=data/b', code=9)
+    driven(corpus, 'spool.BLOCK = 20_000', 'mine', '--tokenizer=byte', '--out=data/b')
+    assert files(corpus / 'data' / 'a') == files(corpus / 'data' / 'b')
+
+
+def test_changed_files_are_read_again(corpus):
+    driven(corpus, DIES_EARLY, 'mine', '--tokenizer=byte', code=9)
+    write(corpus / 'mine' / '1' / '1.txt', 'something else by now')
+    prepare(corpus, 'mine', '--tokenizer=byte')
+    assert 'something else by now' in dataset(corpus / 'data' / 'mine').all
+
+
+def test_what_lies_in_its_own_input_is_no_input(corpus):
+    """`out` within a folder that is read: neither a broken run's journal nor the dataset changes
+    what is found.
+    """
+    prepare(corpus, 'mine', '--out=mine/data', '--tokenizer=byte')
+    first = files(corpus / 'mine' / 'data')
+    shutil.rmtree(corpus / 'mine' / 'data')
+    driven(corpus, DIES_EARLY, 'mine', '--out=mine/data', '--tokenizer=byte', code=9)
+    for _ in range(2):
+        prepare(corpus, 'mine', '--out=mine/data', '--tokenizer=byte')
+        assert files(corpus / 'mine' / 'data') == first
+        assert len(dataset(corpus / 'mine' / 'data').all) == 60
+    write(corpus / 'mine' / 'other' / 'prepare.lock', '')
+    # a dataset of another is no input either
+    prepare(corpus, 'mine', '--out=data/x', '--tokenizer=byte')
+    made = dataset(corpus / 'data' / 'x')
+    assert len(made.all) == 60
+    assert 'a prepared dataset' in [entry['reason'] for entry in made.meta['skipped']]
+
+
+BETWEEN = '''
+rename, count = os.rename, []
+def stop(a, b):
+    rename(a, b)
+    count.append(b)
+    if len(count) == {n}:
+        os._exit(9)
+os.rename = stop
+'''
+
+
+@pytest.mark.parametrize('append', [False, True])
+@pytest.mark.parametrize('n', [1, 2])
+def test_killed_between_the_renames(corpus, append, n):
+    prepare(corpus, 'mine/1', '--vocab_size=300')
+    old = files(corpus / 'data' / '1')
+    write(corpus / 'new' / 'a.txt', 'something new')
+    write(corpus / 'new' / 'b.txt', 'and something else')
+    argv = ('new', '--out=data/1', *(['--append'] if append else []))
+    shutil.copytree(corpus / 'data' / '1', corpus / 'data' / '2')
+    prepare(corpus, *argv[:1], '--out=data/2', *argv[2:])
+    new = files(corpus / 'data' / '2')
+    driven(corpus, BETWEEN.format(n=n), *argv, code=9)
+    if n == 1:
+        assert not (corpus / 'data' / '1').exists()
+        assert files(corpus / 'data' / '1.partial' / 'old') == old
+    prepare(corpus, *argv)
+    assert files(corpus / 'data' / '1') == new and dataset(corpus / 'data' / '1')
+
+
+def test_a_mistake_costs_no_journal(corpus):
+    """A run was stopped; then the command is mistyped."""
+    driven(corpus, DIES_EARLY, 'mine', '--vocab_size=300', code=9)
+    for wrong in ('--pdf=word', '--vocab_size=3', '--tokenizer=bpee', '--engine=rai'):
+        prepare(corpus, 'mine', '--vocab_size=300', wrong, code=2)
+    assert 'going on: ' in prepare(corpus, 'mine', '--vocab_size=300')
+
+
+@pytest.mark.parametrize('ending', ['.text', '.rows', '.json'])
+def test_a_power_cut_emptied_a_file_of_the_journal(corpus, ending):
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a')
+    driven(corpus, DIES_EARLY, 'mine', '--tokenizer=byte', '--out=data/b', code=9)
+    part = next(
+        path
+        for path in (corpus / 'data' / 'b.partial').iterdir()
+        if path.suffix == ending and path.stem != 'all'
+    )
+    part.write_bytes(b'')
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/b')
+    assert files(corpus / 'data' / 'a') == files(corpus / 'data' / 'b')
+
+
+def test_what_the_disk_refused_is_asked_again(corpus):
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a')
+    path = corpus / 'mine' / '1' / '1.txt'
+    fails = f'''
+import builtins
+real = builtins.open
+def refuse(path, *args, **more):
+    if str(path) == {os.path.join('mine', '1', '1.txt')!r}:
+        raise OSError(5, 'Input/output error')
+    return real(path, *args, **more)
+encodings.open = refuse
+''' + DIES_EARLY
+
+    driven(corpus, fails, 'mine', '--tokenizer=byte', '--out=data/b', code=9)
+    reports = [json.loads(p.read_text()) for p in (corpus / 'data' / 'b.partial').glob('*.json')]
+    assert [os.path.basename(e['file']) for r in reports for e in r['skipped']] == [path.name]
+    assert any(r['again'] for r in reports)
+    prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/b')
+    assert files(corpus / 'data' / 'a') == files(corpus / 'data' / 'b')
+
+
+def test_a_stopped_run_leaves_no_tokenizer_of_another_split(tmp_path):
+    """One document, cut elsewhere: the tokenizer has learnt from another text."""
+    write(tmp_path / 'one.txt', prose(5000, 1) + 'but then something else, ' * 500)
+    argv = ('one.txt', '--vocab_size=400')
+    driven(
+        tmp_path, 'output.encode = lambda *args: os._exit(9)', *argv, '--val_fraction=0.1',
+        '--out=data/b', code=9)
+    for name in 'a', 'b':
+        prepare(tmp_path, *argv, '--val_fraction=0.7', f'--out=data/{name}')
+    assert files(tmp_path / 'data' / 'a') == files(tmp_path / 'data' / 'b')
