@@ -162,7 +162,8 @@ if init_from not in ('auto', 'resume', 'scratch') and os.path.realpath(init_from
     fail(f'init_from={init_from} is out_dir itself: name another --out_dir for what is made of that model, or leave out --init_from to '
          'go on')
 if eval_only or init_from == 'resume' or (init_from != 'scratch' and os.path.exists(latest)):
-    ckpt = checkpoint.refuse_quantized(checkpoint.load_checkpoint(out_dir if eval_only else latest, *((rank, world) if parallel == 'fsdp' else ())), out_dir)
+    ckpt = checkpoint.refuse_quantized(checkpoint.load_checkpoint(
+        out_dir if eval_only else latest, read_shards=parallel != 'fsdp'), out_dir)
     for name, value in ckpt['settings'].items():
         if name not in explicit and name not in LOCAL and name in names:
             globals()[name] = value
@@ -250,7 +251,7 @@ try:
     net = checkpoint.build(model, config)
 except ValueError as error:
     fail(error)
-in_shards = bool(ckpt and ckpt.get('shards'))               # what was loaded is this process's share
+in_shards = ckpt and ckpt.get('shards')                     # the folder each process reads its share from
 if held and not in_shards:
     net.load_state_dict((base or held)['weights'])          # of an adapter's run, what it adapts
 how = adapter and adapters.begin_adapter(net, globals(), init_from, ckpt, base, data.batch(np.arange(1), min(prefix_length, block_size), seed)[0][0])
@@ -272,7 +273,7 @@ batch_size, micro_steps = batch_size or micro_batch, mine // micro_batch
 net.gradient_checkpointing = gradient_checkpointing = bool(gradient_checkpointing)
 processes.place(net, device)
 if in_shards:
-    processes.load_share(net, ckpt['weights'])
+    processes.load_weights(net, ckpt)
 
 # --- optimizers
 groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')

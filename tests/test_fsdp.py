@@ -1,41 +1,46 @@
-"""--parallel=fsdp as its user meets it: two processes that share the weights train as one does, are killed and go on, and leave what one
-process would have left.
+"""--parallel=fsdp as its user meets it: processes that share the weights train as one does, are killed and go on, also as
+more or fewer of them, and leave what one process would have left.
 
-A process that has imported torch forks two for each run (`pair`): that takes a second; torchrun would take six.
+A process that has imported torch forks two or more for each run (`pair`): that takes a second; torchrun would take six.
 """
+import copy
 import json
 import os
+import pickle
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
-from mambino.weights import checkpoint
 from helpers.runs import ROOT, TINY, load, metrics, plain, refused, script, train
+from mambino.weights import checkpoint, shards
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.usefixtures('one_thread')]
-FSDP = '--parallel=fsdp --batch_size=2 --tokens_per_step=128 --learning_rate=1e-2 --warmup_iters=2 --schedule=wsd --decay_fraction=0'
+SAME = '--tokens_per_step=128 --learning_rate=1e-2 --warmup_iters=2 --schedule=wsd --decay_fraction=0'
+FSDP = f'--parallel=fsdp --batch_size=2 {SAME}'
+ONE = f'--batch_size=8 {SAME}'
 FORKS = '''
 import json, os, runpy, shlex, signal, sys
 import torch
-import torch._dynamo
+import torch._dynamo, torch.distributed.checkpoint
 import torch.distributed.device_mesh, torch.distributed.fsdp, torch.distributed.tensor
 from mambino.weights import checkpoint
 torch.set_num_threads(1)
 children = {}                                               # {process id: rank}
 signal.signal(signal.SIGALRM, lambda *_: [os.kill(pid, 9) for pid in children])
 for line in sys.stdin:
-    folder, port, lines, before = json.loads(line)
-    signal.alarm(120)                                       # they wait for each other
-    for rank in range(2):
+    folder, port, world, lines, before = json.loads(line)
+    signal.alarm(300)                                       # they wait for each other
+    for rank in range(world):
         if not (pid := os.fork()):
             os.chdir(folder)
             for number, name in ((1, 'out'), (2, 'err')):
                 os.dup2(os.open(f'{name}{rank}.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1',
+                              MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE='True')
             sys.argv = ['train.py', *shlex.split(lines)]
             status = 1
             try:
@@ -53,36 +58,37 @@ for line in sys.stdin:
                 os._exit(status)
         children[pid] = rank
     statuses = {}
-    while len(statuses) < 2:
+    while len(statuses) < world:
         pid, status = os.wait()
         statuses[children.pop(pid)] = os.waitstatus_to_exitcode(status)
         if os.WIFSIGNALED(status):                          # as torchrun does
             [os.kill(pid, 9) for pid in children]
     signal.alarm(0)
-    print(json.dumps([statuses[0], statuses[1]]), flush=True)
+    print(json.dumps([statuses[rank] for rank in range(world)]), flush=True)
 '''
 
 
 @pytest.fixture(scope='module')
 def forks():
-    env = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8', 'TRAIN': os.path.join(ROOT, 'train.py')}
-    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          env=env) as process:
+    env = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8',
+           'TRAIN': os.path.join(ROOT, 'train.py')}
+    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True, env=env) as process:
         yield process
         process.stdin.close()
 
 
 @pytest.fixture
 def pair(here, forks):
-    def run(*lines, before='', statuses=(0, 0)):
-        """Two processes train with these flags, each after the statements `before`, which know `rank`; returns what they said."""
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-        print(json.dumps([str(here), port, ' '.join((TINY, FSDP, *lines)), before]), file=forks.stdin, flush=True)
+    def run(*lines, before='', statuses=(0, 0), world=2):
+        """So many processes train with these flags, each after the statements `before`, which know `rank`; returns what
+        they said: [out, err] of the first, and so on. statuses: what they end with; None: not with 0, as they are killed."""
+        store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)    # they meet there; as torchrun's does
+        job = [str(here), store.port, world, ' '.join((TINY, FSDP, *lines)), before]
+        print(json.dumps(job), file=forks.stdin, flush=True)
         ended = json.loads(forks.stdout.readline())
-        said = [open(f'{name}{rank}.txt', encoding='utf-8').read() for rank in range(2) for name in ('out', 'err')]
-        assert tuple(ended) == statuses if statuses else all(ended), said
+        said = [open(f'{name}{rank}.txt', encoding='utf-8').read() for rank in range(world) for name in ('out', 'err')]
+        assert tuple(ended) == (statuses * world)[:world] if statuses else all(ended), said
         return said
     return run
 
@@ -96,6 +102,23 @@ def shape_of(x):
     return [shape_of(v) for v in x] if isinstance(x, (list, tuple)) else type(x)
 
 
+def numbers_in(ckpt):
+    """How many numbers a checkpoint's weights and optimizer's states have, tied ones once."""
+    states = [state for opt in ckpt['optimizers'] for state in opt['state'].values()]
+    tensors = {id(t): t for part in (ckpt['weights'], *states) for t in part.values()}
+    return sum(t.numel() for t in tensors.values())
+
+
+def numbers_in_shards(folder):
+    """{file: how many numbers it has}."""
+    metadata, sizes = shards.read_metadata(folder), {}
+    for index, place in metadata.storage_data.items():
+        chunks = metadata.state_dict_metadata[index.fqn].chunks
+        size = next(chunk.sizes.numel() for chunk in chunks if chunk.offsets == index.offset)
+        sizes[place.relative_path] = sizes.get(place.relative_path, 0) + size
+    return sizes
+
+
 def same_run(a, b):
     assert metrics(a) == metrics(b)
     for name in ('ckpt.pt', 'best.pt'):
@@ -105,23 +128,23 @@ def same_run(a, b):
 
 @pytest.mark.parametrize('flags', [
     'gpt adamw --gradient_checkpointing=True', 'gpt muon --n_layer=3 --n_expert=4 --aux_loss=0 --capacity_factor=0',
-    'mamba adamw --version=1', 'mamba muon --n_layer=1', 'hybrid adamw --n_layer=1', 'hybrid muon --tie_embeddings=False'])
+    'mamba adamw --version=1', 'mamba muon --n_layer=1', 'hybrid adamw --n_layer=1',
+    'hybrid muon --tie_embeddings=False'])
 def test_fsdp_equals_one_process(pair, flags):
     model, optimizer, *more = flags.split()
     flags = f'--model={model} --optimizer={optimizer} --n_layer=2 --n_embd=64 --eval_interval=4 ' + ' '.join(more)
-    one = FSDP.replace('--parallel=fsdp --batch_size=2', '--batch_size=8')
     out = pair(flags, '--max_iters=8')[0]
     assert '(2 x 2 x 2 x 16)' in out and out.count('done: ') == 1
-    train(one, flags, '--out_dir=one --max_iters=8')
+    train(ONE, flags, '--out_dir=one --max_iters=8')
     both = load(), load('one/ckpt.pt')
     assert both[0].keys() == both[1].keys() and 'shards' not in both[0]
     for part in ('weights', 'optimizers', 'config', 'tokenizer'):
         assert shape_of(both[0][part]) == shape_of(both[1][part])
     assert abs(os.path.getsize('out/ckpt.pt') / os.path.getsize('one/ckpt.pt') - 1) < 0.02  # tied weights are there once
     if model == 'gpt':
-        train(one, flags, '--max_iters=12')                 # goes on from two processes with one, and with two again
+        train(ONE, flags, '--max_iters=12')                 # goes on from two processes with one, and with two again
         pair(flags, '--max_iters=16')
-        train(one, flags, '--out_dir=one --max_iters=16')
+        train(ONE, flags, '--out_dir=one --max_iters=16')
     for key in ('loss', 'val_loss', 'grad_norm'):
         a, b = metrics(key=key), metrics('one', key)
         assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), abs=1e-5 if 'l' in key else 1e-4)
@@ -129,9 +152,13 @@ def test_fsdp_equals_one_process(pair, flags):
     assert losses[-1] < losses[0] - 0.05                    # there was a curve
 
 
-KILLS = [  # which process is killed: at the n-th call of a function for a path that ends so; where it then goes on
-    (1, 'replace', 'rank-1-of-2.pt', 2, 5), (0, 'replace', 'ckpt.pt', 2, 5), (0, 'listdir', 'ckpt.shards', 2, 10),
-    (0, 'replace', 'ckpt.pt', 3, 10), (0, 'rmdir', 'ckpt.shards', 1, 15)]
+KILLS = [  # which process is killed: at the n-th call of a function of os for a path that ends so; where it then goes on
+    (1, 'fsync', '', 2, 5),                                 # its shard is written
+    (0, 'rename', '.metadata', 2, 5),
+    (0, 'replace', 'ckpt.pt', 2, 5),                        # the shards are whole
+    (0, 'listdir', 'ckpt.shards', 2, 10),                   # and the older ones still there
+    (0, 'replace', 'ckpt.pt', 3, 10),
+    (0, 'rmdir', 'ckpt.shards', 1, 15)]
 
 
 def test_kill_and_resume_is_bit_identical(pair):
@@ -153,10 +180,9 @@ if rank == {rank}:
         if step == 15:                                      # the last checkpoint was whole
             assert 'shards' not in ckpt and os.path.exists('out/ckpt.shards')
         else:
-            assert ckpt['weights'] is None and ckpt['shards'] == dict(step=step, world=2)
-            sizes = [sum(w.numel() for w in load(path)['weights'].values())
-                     for path in (checkpoint.shards_of('out/ckpt.pt', step, 0, 2), 'out/best.pt')]
-            assert sizes[0] < 0.6 * sizes[1]
+            assert ckpt['shards'] == dict(step=step) and all(isinstance(name, str) for name in ckpt['weights'].values())
+            sizes = numbers_in_shards(f'out/ckpt.shards/{step}')
+            assert len(sizes) == 2 and max(sizes.values()) < 0.6 * numbers_in(checkpoint.load_checkpoint('out/ckpt.pt'))
             assert f'going on from out/ckpt.pt at step {step}' in pair(flags)[0]
             same_run('unbroken', 'out')
 
@@ -164,11 +190,12 @@ if rank == {rank}:
 def test_a_stop_saves_the_whole(pair, capsys):
     out = pair('--model=gpt', statuses=(143, 143), before='''
 if rank == 1:                                               # right after a save in shards
-    save = checkpoint.save_shard
-    def patched(*how):
-        save(*how)
+    from mambino.weights import shards
+    write = shards.write
+    def patched(*arguments):
+        write(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
-    checkpoint.save_shard = patched''')[0]
+    shards.write = patched''')[0]
     assert 'torchrun --nproc_per_node=2 train.py --init_from=resume --out_dir=out --device=cpu --parallel=fsdp\n' in out
     ckpt = load()
     assert ckpt['counters']['step'] == 5 and 'shards' not in ckpt and sorted(os.listdir('out')) == ['best.pt', 'ckpt.pt', 'metrics.jsonl']
@@ -190,40 +217,114 @@ def test_evaluation_samples_and_patience(pair):
 def test_a_disk_that_is_full_for_one(pair):
     out = pair('--model=gpt', before='''
 if rank == 1:
-    save, calls = checkpoint.save_checkpoint, []
-    def patched(*how):
+    fsync, calls = os.fsync, []
+    def patched(file):
         calls.append(1)
         if len(calls) in (1, 3):
             raise OSError('no space left')
-        save(*how)
-    checkpoint.save_checkpoint = patched''')[0]
+        fsync(file)
+    os.fsync = patched''')[0]
     assert out.count('ckpt.pt could not be saved') == 2 and 'done: 20 steps' in out and sorted(os.listdir('out')) == [
         'best.pt', 'ckpt.pt', 'metrics.jsonl']
 
 
-def test_what_does_not_fit_is_one_line(pair, capsys):
-    pair('--model=gpt', statuses=None, before='save = checkpoint.save_checkpoint\ndef patched(path, *how):\n    save(path, *how)\n'
-         '    if path.endswith("ckpt.pt"):\n        os.kill(os.getpid(), 9)\ncheckpoint.save = patched')
-    go_on = '2 processes torchrun --nproc_per_node=2 --parallel=fsdp --out_dir=out out/best.pt'.split()
+DIES = """                                                  # right after the first save in shards
+save = checkpoint.save_checkpoint
+def patched(path, *contents):
+    save(path, *contents)
+    if path.endswith('ckpt.pt'):
+        os.kill(os.getpid(), 9)
+checkpoint.save_checkpoint = patched"""
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_goes_on_with_another_number_of_processes(pair, optimizer):
+    """Four are killed, and two go on, or three, or two that share nothing, or one: each time the curve is that of one."""
+    flags = f'--model=gpt --n_embd=64 --optimizer={optimizer} --max_iters=10'
+    train(ONE, flags, '--out_dir=one')
+    pair(flags, '--batch_size=1', world=4, before=DIES, statuses=None)
+    os.rename('out', 'killed')
+    for more in (dict(world=2), dict(world=4, flags='--batch_size=1'), dict(world=2, flags='--parallel=ddp'), dict(world=1)):
+        shutil.copytree('killed', 'out')
+        if more['world'] == 1:
+            train(ONE, flags)
+        else:
+            assert 'going on from out/ckpt.pt at step 5' in pair(flags, more.get('flags', ''), world=more['world'])[0]
+        assert 'shards' not in load() and not os.path.exists('out/ckpt.shards')
+        for key in ('loss', 'val_loss', 'grad_norm'):
+            a, b = metrics(key=key), metrics('one', key)
+            tolerance = 1e-5 if 'l' in key else 1e-4
+            assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), abs=tolerance)
+        shutil.rmtree('out')
+
+
+@pytest.fixture
+def killed(pair, capsys):
+    """In out/ a run that was killed right after it had saved in shards."""
+    pair('--model=gpt', statuses=None, before=DIES)
     capsys.readouterr()
-    for flags in ('', '--init_from=resume', '--init_from=out/ckpt.pt --out_dir=new'):
-        train('--model=gpt', flags, status=2)
-        refused(capsys, *go_on)
-    assert script('sample.py', '--out_dir=out/ckpt.pt --device=cpu') == 2
-    refused(capsys, *go_on)
-    assert script('sample.py', '--device=cpu --max_new_tokens=5') == 0  # best.pt is whole
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        checkpoint.load_checkpoint('out/ckpt.pt', 2, 3)
-    refused(capsys, *go_on)
+
+
+def test_shards_are_read_like_a_whole_file(killed, capsys):
+    for source in ('out/ckpt.pt', 'out'):                   # best.pt has the same weights
+        assert script('sample.py', f'--out_dir={source} --device=cpu --max_new_tokens=20 --temperature=0') == 0
+    said = capsys.readouterr().out
+    assert len(set(text.partition("\n\n")[2] for text in said.split('out_dir'))) <= 2
+    ours, best = checkpoint.load_checkpoint('out/ckpt.pt'), checkpoint.load_checkpoint('out/best.pt')
+    assert plain(ours['weights']) == plain(best['weights']) and plain(ours['optimizers']) == plain(best['optimizers'])
+    assert ours['weights']['lm_head.weight'] is ours['weights']['model.embed_tokens.weight']
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ('executed',)
+
+
+def test_damaged_shards_are_one_line(killed, pair, capsys):
+    folder = 'out/ckpt.shards/5'
+    sound = {name: open(f'{folder}/{name}', 'rb').read() for name in os.listdir(folder)}
+    metadata = shards.read_metadata(folder)
+    elsewhere = copy.deepcopy(metadata)
+    for place in elsewhere.storage_data.values():
+        place.relative_path = '../../best.pt'
+    huge = copy.deepcopy(metadata)
+    for tensor in huge.state_dict_metadata.values():
+        tensor.size = torch.Size([2**50])
+    cases = {
+        '.metadata': [(None, 'is missing'), (b'', 'not readable'), (sound['.metadata'][:-200], 'not readable'),
+                      (pickle.dumps(Bomb()), 'mkdir'), (pickle.dumps({'x': os.system}), 'system'), (pickle.dumps([]), 'not readable'),
+                      (pickle.dumps(elsewhere), 'elsewhere'), (pickle.dumps(huge), 'not readable')],
+        '__1_0.distcp': [(None, 'is missing'), (b'', 'not readable'), (sound['__1_0.distcp'][:500], 'not readable'),
+                         (pickle.dumps(Bomb()) * 99, 'not readable')]}
+    for file, contents in cases.items():
+        for content, word in contents:
+            if content is None:
+                os.remove(f'{folder}/{file}')
+            else:
+                open(f'{folder}/{file}', 'wb').write(content)
+            train('--model=gpt', status=2)
+            refused(capsys, folder, word)
+            assert not os.path.exists('executed')
+        errs = pair('--model=gpt', statuses=None)[1::2]      # each looks at its own shard alone
+        assert any(err.startswith(f'error: {folder}') and err.count('\n') == 1 for err in errs), errs
+        open(f'{folder}/{file}', 'wb').write(sound[file])
+    train('--model=gpt')
+
+
+def test_what_does_not_fit_is_one_line(killed, pair, capsys):
     train('--model=gpt --out_dir=new --parallel=fsdp', status=2)
     refused(capsys, 'parallel=fsdp', 'torchrun')
     train('--model=gpt --out_dir=new --parallel=fdsp', status=2)
     refused(capsys, 'parallel=fdsp', 'ddp or fsdp')
-    assert pair('--model=gpt --parallel=ddp', statuses=(2, 2))[1].startswith('error: out/ckpt.pt: was saved by 2')
-    os.remove('out/ckpt.shards/5/rank-1-of-2.pt')
+    os.remove('out/ckpt.shards/5/__1_0.distcp')
     for err in pair('--model=gpt', statuses=(2, 2))[1::2]:
-        assert err.startswith('error: out/ckpt.shards/5/rank-1-of-2.pt: is missing') and err.count('\n') == 1
+        assert err.startswith('error: out/ckpt.shards/5/__1_0.distcp: is missing') and err.count('\n') == 1
+        assert 'out/best.pt: --init_from=out --out_dir=another' in err
+    ckpt = load()                                           # of an older version
+    torch.save(ckpt | dict(format=1, weights=None, optimizers=None, shards=dict(step=5, world=2)), 'out/ckpt.pt')
+    for flags in ('', '--init_from=resume', '--init_from=out/ckpt.pt --out_dir=new'):
+        train('--model=gpt', flags, status=2)
+        refused(capsys, 'out/ckpt.pt', '2 processes', 'older version', 'out/best.pt')
     pair('--model=gpt --init_from=scratch --max_iters=5')
     assert os.path.exists('out/ckpt.shards.old') and 'shards' not in load()
 
