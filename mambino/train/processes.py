@@ -140,8 +140,8 @@ def save(path, contents, net, optimizers, in_shards=False):
         agreed(lambda: RANK or shutil.rmtree(folder, ignore_errors=True))   # a killed run's
         try:
             shards.write(folder, tensors)
-            for made in (folder, os.path.dirname(folder), os.path.dirname(path)):
-                checkpoint.flush(made)
+            parents = os.path.dirname(folder), os.path.dirname(path)
+            agreed(lambda: RANK or checkpoint.flush(folder, *parents))
         except (OSError, RuntimeError):
             shutil.rmtree(folder, ignore_errors=True)
             raise

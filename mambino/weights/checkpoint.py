@@ -67,9 +67,9 @@ def save_checkpoint(path, contents):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def flush(folder):
+def flush(*folders):
     """What was made and renamed in a folder must reach the disk too."""
-    if os.name == 'posix':
+    for folder in folders if os.name == 'posix' else ():
         number = os.open(folder or '.', os.O_RDONLY)
         os.fsync(number)
         os.close(number)
