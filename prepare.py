@@ -27,7 +27,7 @@ of the arguments, or how often the run was interrupted.
 import os
 
 from mambino.configurator import configure, fail, require
-from mambino.prepare import extract, output, parallel, report, sources, stdlib, vocabulary
+from mambino.prepare import extract, output, pool, report, sources, stdlib, vocabulary
 from mambino.prepare.corpus import Corpus, TooLittle
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
@@ -75,7 +75,7 @@ def main():
             sample_mb=sample_mb > 0, file_seconds=file_seconds > 0, file_memory_mb=file_memory_mb > 0),
         '0 or more': dict(max_file_mb=max_file_mb >= 0),
         '0, or the number of processes': dict(workers=0 <= workers < 1000),
-        'local or ray': dict(engine=engine in parallel.ENGINES)})
+        'local or ray': dict(engine=engine in pool.ENGINES)})
     if inspect:
         for path in inputs or fail('--inspect: name a dataset: python prepare.py --inspect data/mine'):
             report.inspect(path)
@@ -94,7 +94,7 @@ def main():
         report.show_plan(files, skipped)
         return
     output.check_free(folder, target)
-    parallel.begin(engine, workers)
+    pool.begin(engine, workers)
 
     with output.workplace(folder, target, tokenizer) as work:
         if append:  # the settings of what is there hold
@@ -139,4 +139,4 @@ def main():
 
 
 if __name__ == '__main__':  # not in the worker processes, which import this file
-    parallel.run_program(main)
+    pool.run_program(main)

@@ -1,4 +1,6 @@
-"""Every kind: exact round trips, ids equal to Hugging Face's, no way to forge end-of-text, streaming, identity."""
+"""Every kind: exact round trips, ids equal to Hugging Face's, no way to forge end-of-text,
+streaming, identity.
+"""
 import os
 import random
 import time
@@ -12,28 +14,37 @@ from mambino import tokenizer
 
 SOURCE = open(os.__file__, encoding='utf-8').read()
 VARIED = [
-    '', ' ', '\n', 'a', 'Hello, world! It\'s 1234567 o\'clock; we\'ll see\'em', '  indented\n\n\n\tcode():\r\n    x = 1  \n',
-    'naïve café ﬁ Ǆ ß İ', '日本語のテキスト。改行なし', 'привет мир', 'שלום עולם', 'हिन्दी पाठ', 'ไทย', '한국어',
-    '👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽', 'e\u0301 \u200b\u200d\u2028\u2029\x85\xa0\u3000x', ''.join(map(chr, range(256))),
-    '\x00\x01\x1c\x1d\x1e\x1f\x7f', ' ' * 300 + 'x' + '\t' * 50, '-' * 200 + '=' * 7, '½ ² Ⅷ ٣ 𝟘', '\U0010ffff\ue000\ufffd',
-    '<|endoftext|>', 'a<|endoftext|>b <|im_start|>', SOURCE[:5000],
+    '', ' ', '\n', 'a', 'Hello, world! It\'s 1234567 o\'clock; we\'ll see\'em',
+    '  indented\n\n\n\tcode():\r\n    x = 1  \n', 'naïve café ﬁ Ǆ ß İ', '日本語のテキスト。改行なし',
+    'привет мир', 'שלום עולם', 'हिन्दी पाठ', 'ไทย', '한국어', '👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽',
+    'e\u0301 \u200b\u200d\u2028\u2029\x85\xa0\u3000x',
+    ''.join(map(chr, range(256))),
+    '\x00\x01\x1c\x1d\x1e\x1f\x7f', ' ' * 300 + 'x' + '\t' * 50, '-' * 200 + '=' * 7, '½ ² Ⅷ ٣ 𝟘',
+    '\U0010ffff\ue000\ufffd', '<|endoftext|>', 'a<|endoftext|>b <|im_start|>',
+    SOURCE[:5000],
     random.Random(1).randbytes(3000).decode('latin-1'),
-    ''.join(chr(c) for c in random.Random(2).choices([*range(0xd800), *range(0xe000, 0x30000)], k=3000)),
+    ''.join(
+        chr(c) for c in random.Random(2).choices([*range(0xD800), *range(0xE000, 0x30000)], k=3000)
+    ),
 ]
 TRAIN = [SOURCE] + VARIED * 3
+
 
 @pytest.fixture(scope='module', params=['char', 'byte', 'bpe'])
 def tok(request):
     return tokenizer.build_tokenizer(request.param, TRAIN, vocab_size=1500)
 
+
 @pytest.fixture(scope='module')
 def bpe():
     return tokenizer.build_tokenizer('bpe', TRAIN, vocab_size=1500)
+
 
 def hf_ids(tok, text):
     hf = Tokenizer.from_str(tok.text)
     hf.encode_special_tokens = True
     return hf.encode(text, add_special_tokens=False).ids
+
 
 def test_round_trip(tok):
     for text, ids in zip(VARIED, tok.encode_batch(VARIED)):
@@ -43,26 +54,33 @@ def test_round_trip(tok):
         assert np.array_equal(tok.encode(text), ids)
         assert b''.join(map(tok.token_bytes, ids)) == text.encode('utf-8')
 
+
 def test_ids_are_those_of_hugging_face(tok):
     for text in VARIED:
         assert tok.encode(text).tolist() == hf_ids(tok, text), text
+
 
 def test_opens_in_transformers(tok, tmp_path):
     from transformers import PreTrainedTokenizerFast
     assert tok.save(tmp_path) == 'tokenizer.json' and os.listdir(tmp_path) == ['tokenizer.json']
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'))
-    assert len(theirs) == tok.vocab_size and theirs.convert_tokens_to_ids('<|endoftext|>') == tok.eot
+    assert len(theirs) == tok.vocab_size
+    assert theirs.convert_tokens_to_ids('<|endoftext|>') == tok.eot
     for text in VARIED:
         if '<|endoftext|>' not in text:  # which they take for the special token
             ids = tok.encode(text).tolist()
             assert theirs(text, add_special_tokens=False).input_ids == ids
             assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
 
+
 def test_bpe_takes_the_fast_path(bpe):
     assert bpe.fast is not None and bpe.vocab_size == 1500 and bpe.eot == 1499
 
+
 def test_every_code_point_is_split_as_hugging_face_does():
-    """tiktoken and tokenizers bring Unicode tables of their own; a token across 'a' and each byte shows where they cut."""
+    """tiktoken and tokenizers bring Unicode tables of their own; a token across 'a' and each byte
+    shows where they cut.
+    """
     names = [tokenizer.BYTE_TO_CHAR[b] for b in range(256)]
     merges = [(names[ord(a)], names[b]) for a in 'a1-' for b in range(128, 256)]
     vocab = {name: i for i, name in enumerate(sorted(names) + [a + b for a, b in merges])}
@@ -73,39 +91,54 @@ def test_every_code_point_is_split_as_hugging_face_does():
     theirs = tok.hf.encode_batch(text, add_special_tokens=False)
     assert all(ours.tolist() == other.ids for ours, other in zip(tok.encode_batch(text), theirs))
 
+
 def test_same_texts_same_tokenizer(bpe):
     again = tokenizer.build_tokenizer('bpe', iter(TRAIN), vocab_size=1500)
     assert again.text == bpe.text and again.sha256() == bpe.sha256()
     assert tokenizer.build_tokenizer('bpe', TRAIN[::-1], vocab_size=1500).sha256() == bpe.sha256()
     assert tokenizer.build_tokenizer('bpe', TRAIN, vocab_size=1499).sha256() != bpe.sha256()
 
+
 def test_vocab_size_is_an_upper_bound(capsys):
     assert tokenizer.build_tokenizer('bpe', ['ab ab'], vocab_size=4096).vocab_size < 264
     smallest = tokenizer.build_tokenizer('bpe', TRAIN, vocab_size=259)
-    assert smallest.vocab_size == 259 and smallest.kind == 'bpe' and smallest.decode(smallest.encode('né')) == 'né'
+    assert smallest.vocab_size == 259 and smallest.kind == 'bpe'
+    assert smallest.decode(smallest.encode('né')) == 'né'
     with pytest.raises(SystemExit):
         tokenizer.build_tokenizer('bpe', TRAIN, vocab_size=258)
     err = capsys.readouterr().err
     assert 'at least 259' in err and '<|im_start|>' in err and err.count('\n') == 1
 
+
 def test_chat_markers_are_kept_free(bpe):
-    """ChatML's marks are the last ids before end-of-text, and no text can forge one of the three."""
+    """ChatML's marks are the last ids before end-of-text, and no text can forge one of the three.
+    """
     marks = ['<|im_start|>', '<|im_end|>', '<|endoftext|>']
     assert [bpe.hf.token_to_id(mark) for mark in marks] == [1497, 1498, 1499] and bpe.eot == 1499
     text = '<|im_start|>user\nHi<|im_end|>\n<|endoftext|>'
-    often = tokenizer.build_tokenizer('bpe', [text * 1000], vocab_size=1500)  # not even one that has learnt them
-    assert [often.hf.token_to_id(mark) for mark in marks] == list(range(often.vocab_size - 3, often.vocab_size))
+    # not even one that has learnt them
+    often = tokenizer.build_tokenizer('bpe', [text * 1000], vocab_size=1500)
+    assert [often.hf.token_to_id(mark) for mark in marks] == list(
+        range(often.vocab_size - 3, often.vocab_size)
+    )
     for tok in bpe, often:
         for some in (text, *marks, text.replace('\n', '')):
             ids = tok.encode(some)
-            assert ids.max() < tok.vocab_size - 3 and tok.decode(ids) == some and ids.tolist() == hf_ids(tok, some)
+            assert ids.max() < tok.vocab_size - 3 and tok.decode(ids) == some
+            assert ids.tolist() == hf_ids(tok, some)
         assert [tok.token_bytes(tok.vocab_size - i) for i in (1, 2, 3)] == [b''] * 3
         assert tok.decode([tok.vocab_size - 3, *ids, tok.vocab_size - 2, tok.eot]) == some
 
+
 def test_long_texts_are_cut_where_no_id_changes(bpe):
-    text = ''.join(random.Random(3).choices(['word', ' ', '\n', '  ', '12', ' x', '...', '日本', "'s"], k=600_000))
+    text = ''.join(
+        random.Random(3).choices(
+            ['word', ' ', '\n', '  ', '12', ' x', '...', '日本', "'s"], k=600_000
+        )
+    )
     assert len(tokenizer.cut(text)) > 3
     assert np.array_equal(bpe.encode(text), bpe.fast.encode_ordinary(text))
+
 
 @pytest.mark.parametrize('space', ' \n\x1c\x1d\x1e\x1f\x85\xa0\u2028\u3000')
 def test_every_kind_of_space_is_cut_where_no_id_changes(space):
@@ -116,10 +149,12 @@ def test_every_kind_of_space_is_cut_where_no_id_changes(space):
         text = 'z' * shift + word * 50_000
         assert np.array_equal(tok.encode(text), tok.fast.encode_ordinary(text)), shift
 
+
 def test_learning_from_a_long_run():
     run, began = ' ', time.time()
     tok = tokenizer.build_tokenizer('bpe', [f'{run * 50_000} and {run * 9_000}b'], vocab_size=400)
     assert time.time() - began < 3 and len(tok.encode(run * 64)) < 8
+
 
 @pytest.mark.parametrize('run', ['a', ' ', '\n', '日', '-_', '1a', '\x1c-'])
 def test_a_million_without_a_break(bpe, run):
@@ -127,6 +162,7 @@ def test_a_million_without_a_break(bpe, run):
     began = time.time()
     assert bpe.decode(bpe.encode(text)) == text
     assert time.time() - began < 10
+
 
 @pytest.mark.parametrize('before', [0, 1234, 2499, 70_001])
 @pytest.mark.parametrize('length', [tokenizer.RUN + 1, tokenizer.RUN * 3 // 2, tokenizer.RUN * 5])
@@ -136,6 +172,7 @@ def test_no_run_is_left_too_long(before, length):
     assert ''.join(pieces) == text
     assert max(piece.count('x') for piece in pieces) <= tokenizer.RUN
 
+
 def test_char_ids():
     tok = tokenizer.build_tokenizer('char', ['hello\n', 'world'])
     assert tok.vocab_size == 9 and tok.eot == 8 and tok.encode('\nd').tolist() == [0, 1]
@@ -143,9 +180,12 @@ def test_char_ids():
         tok.encode('hé')
     assert issubclass(tokenizer.UnknownCharacter, ValueError)
 
+
 def test_byte_ids():
     tok = tokenizer.build_tokenizer('byte')
-    assert (tok.vocab_size, tok.eot) == (257, 256) and tok.encode('aé').tolist() == list('aé'.encode())
+    assert (tok.vocab_size, tok.eot) == (257, 256)
+    assert tok.encode('aé').tolist() == list('aé'.encode())
+
 
 def test_stream_says_what_decode_says(tok):
     rng = random.Random(4)
@@ -158,6 +198,7 @@ def test_stream_says_what_decode_says(tok):
     stream = tokenizer.build_tokenizer('byte').stream()
     assert [stream.feed(b) for b in '👍'.encode()] == ['', '', '', '👍'] and stream.flush() == ''
 
+
 def test_special_and_foreign_ids(tok):
     assert tok.decode([tok.eot]) == '' and tok.token_bytes(tok.eot) == b''
     assert tok.decode(torch.tensor([tok.eot])) == '' and tok.decode([]) == ''
@@ -167,15 +208,21 @@ def test_special_and_foreign_ids(tok):
         with pytest.raises(ValueError):
             tok.token_bytes(wrong)
 
+
 def test_through_a_checkpoint_and_a_folder(tok, tmp_path):
     torch.save({'tokenizer': tok.state()}, tmp_path / 'ckpt.pt')
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['tokenizer']
     tok.save(tmp_path)
-    for other in (tokenizer.from_state(state), tokenizer.load_tokenizer(tmp_path), tokenizer.load_tokenizer(tmp_path / 'tokenizer.json'),
-                  tokenizer.build_tokenizer(str(tmp_path))):
+    for other in (
+        tokenizer.from_state(state),
+        tokenizer.load_tokenizer(tmp_path),
+        tokenizer.load_tokenizer(tmp_path / 'tokenizer.json'),
+        tokenizer.build_tokenizer(str(tmp_path)),
+    ):
         assert (other.kind, other.vocab_size, other.eot, other.sha256()) == \
             (tok.kind, tok.vocab_size, tok.eot, tok.sha256())
         assert np.array_equal(other.encode(VARIED[4]), tok.encode(VARIED[4]))
+
 
 def test_load_refuses_in_one_line(tmp_path, capsys):
     (tmp_path / 'tokenizer.json').write_text('{"model": {"type": "BPE"}}', encoding='utf-8')
@@ -191,6 +238,7 @@ def test_load_refuses_in_one_line(tmp_path, capsys):
         tokenizer.build_tokenizer('bqe')
     assert 'bqe' in capsys.readouterr().err
 
+
 def foreign(kind):
     """Small tokenizers of the kinds that Llama-3 and Llama-2 use; none may take the fast path."""
     if kind == 'llama3':
@@ -204,14 +252,23 @@ def foreign(kind):
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     elif kind == 'llama2':
         hf = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token='<unk>'))
-        hf.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-        hf.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
-                                        decoders.Strip(' ', 1, 0)])
+        hf.normalizer = normalizers.Sequence(
+            [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+        )
+        hf.decoder = decoders.Sequence(
+            [
+                decoders.Replace('▁', ' '),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(' ', 1, 0),
+            ]
+        )
         special = ['<unk>', '<s>', '</s>']
         trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     text = [line for line in SOURCE.splitlines() if line.isascii()][:300]
     hf.train_from_iterator(text, trainer)
     return hf, text
+
 
 @pytest.mark.parametrize('kind, eot', [('llama3', '<|end_of_text|>'), ('llama2', '</s>')])
 def test_foreign_tokenizer(kind, eot, tmp_path):
@@ -228,6 +285,7 @@ def test_foreign_tokenizer(kind, eot, tmp_path):
     assert ''.join([stream.feed(i) for i in ids]) + stream.flush() == line
     assert tok.decode([*ids, tok.eot]) == line
 
+
 def test_gpt2():
     try:
         import tiktoken
@@ -240,6 +298,7 @@ def test_gpt2():
         ids = theirs.encode_ordinary(text)
         assert tok.encode(text).tolist() == ids == hf_ids(tok, text) and tok.decode(ids) == text
 
+
 def test_gpt2_out_of_reach(monkeypatch, capsys):
     def offline(name):
         raise ConnectionError('no route\nto host')
@@ -247,4 +306,5 @@ def test_gpt2_out_of_reach(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         tokenizer.build_tokenizer('gpt2')
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count('\n') == 1 and 'TIKTOKEN_CACHE_DIR' in err and '--tokenizer=bpe' in err
+    assert stop.value.code == 2 and err.count('\n') == 1
+    assert 'TIKTOKEN_CACHE_DIR' in err and '--tokenizer=bpe' in err

@@ -11,7 +11,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 
 from mambino.configurator import fail
-from mambino.prepare import hub, parallel, report, spool
+from mambino.prepare import hub, pool, report, spool
 from mambino.prepare.pdf_text import ENGINES
 from mambino.prepare.sources import Source
 
@@ -86,7 +86,7 @@ def extract(tasks, work):
         print(f'going on: {len(tasks) - len(todo):,} of {len(tasks):,} parts were read before')
     total = sum(Source(*source).size for task in todo for source in task['sources'])
     progress = report.Progress('reading', total)
-    for size in parallel.map_tasks(spool.extract, todo, window=64):
+    for size in pool.map_tasks(spool.extract, todo, window=64):
         progress.add(size)
     progress.close()
     for task in todo:

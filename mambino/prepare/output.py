@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mambino.configurator import fail
-from mambino.prepare import parallel, report, spool
+from mambino.prepare import pool, report, spool
 from mambino.prepare.corpus import HASH, TooLittle
 from mambino.prepare.hub import Unreachable
 from mambino.prepare.sources import LOCK, OURS, PARTIAL
@@ -98,7 +98,7 @@ def workplace(folder, target, tokenizer):
     except OSError as error:
         fail(f'{target}: {error.strerror or error}; nothing was changed' + (GOES_ON if lock else ''))
     finally:
-        parallel.stop()
+        pool.stop()
         if lock:
             if is_finished or not any(name.endswith('.json') for name in os.listdir(work)):
                 close_work(work, lock)
@@ -340,7 +340,7 @@ def encode(corpus, tok, work, base):
     sizes = [corpus.blocks[i][1][2] for i in wanted]
     tasks = (encode_task(corpus, i, tok, work) for i in wanted)
     progress = report.Progress('encoding', sum(sizes))
-    results = parallel.map_tasks(spool.encode, tasks, window=4 * parallel.processes())
+    results = pool.map_tasks(spool.encode, tasks, window=4 * pool.processes())
     for i, size, result in zip(wanted, sizes, results):
         output.add(i, result)
         progress.add(size)

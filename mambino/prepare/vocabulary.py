@@ -7,7 +7,7 @@ documents.
 import os
 import time
 
-from mambino.prepare import parallel, spool
+from mambino.prepare import pool, spool
 from mambino.tokenizer import build_tokenizer, load_tokenizer
 
 TRAINED = ('char', 'bpe')
@@ -46,10 +46,10 @@ def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, repor
     else:
         sample = list(corpus.sample(sample_mb))
         task = {'work': work, 'folder': folder, 'sample': sample, 'vocab_size': vocab_size}
-        if parallel.processes() == 1 or len(sample) < 20:
+        if pool.processes() == 1 or len(sample) < 20:
             train_bpe(task)
         else:
-            parallel.apart(train_bpe, task)
+            pool.apart(train_bpe, task)
     tok = fixed or load_tokenizer(folder)
     with open(stamp, 'w', encoding='utf-8') as f:
         f.write(made_of)

@@ -1,8 +1,8 @@
 """The same function on many tasks: in this process, in many on this machine, or on a Ray cluster.
 
-    parallel.begin('local', processes=4)                       # or 'ray'
-    for result in parallel.map_tasks(function, tasks, window=16): ...
-    parallel.stop()
+    pool.begin('local', processes=4)                       # or 'ray'
+    for result in pool.map_tasks(function, tasks, window=16): ...
+    pool.stop()
 
 Results come in the order of the tasks, and no more tasks than the window holds are under way or
 waiting to be fetched, so that memory is bounded however many there are. A function is one of a
