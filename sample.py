@@ -1,18 +1,18 @@
 """Generates text from a trained model, and says how likely a text is to it.
 
-    python sample.py                                              # from out/
-    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3 --temperature=0.7
-    python sample.py --start=LINES:prompts.txt --temperature=0    # each line a prompt, side by side
-    python sample.py --session=tale --start="Once upon a time"    # tomorrow: --session=tale, and it goes on
-    python sample.py --score=book.txt                             # perplexity, and what surprised the model
+    python sample.py                                            # from out/
+    python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
+    python sample.py --start=LINES:prompts.txt --temperature=0  # each line a prompt, side by side
+    python sample.py --session=tale --start="Once upon a time"  # tomorrow: --session=tale goes on
+    python sample.py --score=book.txt                           # perplexity, and what was unexpected
 
 out_dir's checkpoint holds the model and its tokenizer; nothing else is needed. The prompt is read
 once, in chunks, then each new token costs one `step` of the model, whose state stands for all that
 came before:
 
-    prompt ids ──► step ──► logits of the next token ──► penalty, temperature, top-k, min-p, top-p ──► id ──► whole characters
-                    ▲ state                                                                            │
-                    └──────────────────────────────────────────────────────────────────────────────────┘
+    prompt ids ──► step ──► logits ──► penalty, temperature, top-k, min-p, top-p ──► id ──► characters
+                    ▲ state                                                          │
+                    └────────────────────────────────────────────────────────────────┘
 
 In mambino/sample/ generation.py does that, for many rows at once; text.py turns ids into text;
 sessions.py keeps a state for later; terminal.py is what is shown. """
@@ -42,35 +42,44 @@ from mambino.weights.quantize import PRECISIONS
 
 # --- what to generate
 out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
-start = '\n'            # the prompt; FILE:path: that file is it, LINES:path: each line is one; <|endoftext|> starts a new document
+start = '\n'            # the prompt; FILE:path: that file is it, LINES:path: each line is one;
+                        # <|endoftext|> starts a new document
 num_samples = 1         # of each prompt, drawn side by side
 max_new_tokens = 500    # 0: without end, until a stop or Ctrl-C
-stop = ''               # stop at this text (\n is a newline); several are separated by |; end-of-text always stops
+stop = ''               # stop at this text (\n is a newline); several are separated by |;
+                        # end-of-text always stops
 batch_size = 16         # rows at most side by side; as one is done, the next begins
 # --- how to choose the next token
-temperature = 0.8       # below 1 is more careful, above 1 wilder; 0 always takes the likeliest token
+temperature = 0.8       # below 1 is more careful, above 1 wilder; 0: always the likeliest token
 top_k = 200             # only among so many likeliest tokens; 0: all
 top_p = 1.0             # only among the likeliest tokens that together have this probability
 min_p = 0.0             # only tokens at least this times as likely as the likeliest
-repetition_penalty = 1.0  # above 1 what is in the text already becomes less likely; 1.1 to 1.3 is usual (CTRL, Keskar et al. 2019)
+repetition_penalty = 1.0  # above 1 what is in the text already becomes less likely;
+                          # 1.1 to 1.3 is usual (CTRL, Keskar et al. 2019)
 seed = 1337             # each row has a generator of its own, from this and the row's number
 # --- beams: the likeliest text instead of a drawn one; temperature and the filters above play no part
-beams = 1               # continuations followed side by side; the best num_samples of them are shown
-length_penalty = 1.0    # a text's score is its logprob / tokens ** length_penalty: above 0 favours long ones, below 0 short ones
+beams = 1               # continuations followed side by side; the best num_samples are shown
+length_penalty = 1.0    # a text's score is its logprob / tokens ** length_penalty:
+                        # above 0 favours long ones, below 0 short ones
 # --- a conversation, or a text to go on with tomorrow
-interactive = False     # each line typed continues the text, is answered, and never read again; Ctrl-C ends an answer, Ctrl-D all.
-                        # A \ at the end of a line: it goes on below; an empty line: the model just goes on
-chat = False            # with interactive: lines and answers are messages in ChatML (for models tuned on it); start is the system message
-session = ''            # a name: the text's state is kept in out_dir/sessions and goes on from there the next time, with start, if given
+interactive = False     # each line typed continues the text, is answered, and never read again;
+                        # Ctrl-C ends an answer, Ctrl-D all. A \ at the end of a line: it goes on
+                        # below; an empty line: the model just goes on
+chat = False            # with interactive: lines and answers are messages in ChatML (for models
+                        # tuned on it); start is the system message
+session = ''            # a name: the text's state is kept in out_dir/sessions and goes on from there
+                        # the next time, with start, if given
 fork = ''               # begin that session as a copy of this one
 # --- what to say of a text
-logprobs = 0            # show each token drawn with its logprob under the model, and of so many likeliest
+logprobs = 0            # show each token drawn with its logprob, and of so many likeliest
 score = ''              # instead of generating: the perplexity of this file (-: standard input)
 # --- where
 device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
-dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU, bfloat16 where a GPU has it
+dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU, bfloat16 where a
+                        # GPU has it
 quantize = ''           # 'int8', 'int4', 'bfloat16': smaller weights; on a CPU also faster ones
-adapters = ''           # out_dirs of adapters of this model, or folders of peft, each with its weight: out-a,out-b:0.5
+adapters = ''           # out_dirs of adapters of this model, or folders of peft, each with its
+                        # weight: out-a,out-b:0.5
 stream = True           # show the (first) sample while it is generated
 
 explicit = configure(globals())     # of the settings those that the user gave
@@ -93,18 +102,27 @@ EXCLUDES = dict(
     interactive='num_samples start',
     session='num_samples start',
 )
-used = dict(beams=beams > 1, stream=explicit.get('stream'), interactive=interactive, session=session, logprobs=logprobs,
-            score=score, num_samples=num_samples > 1, start=start.startswith('LINES:'))
+used = dict(
+    beams=beams > 1,
+    stream=explicit.get('stream'),
+    interactive=interactive,
+    session=session,
+    logprobs=logprobs,
+    score=score,
+    num_samples=num_samples > 1,
+    start=start.startswith('LINES:'),
+)
 for one, others in EXCLUDES.items():
     for other in others.split():
         if used[one] and used[other]:
-            fail(f'{one}={globals()[one]} and {other}={globals()[other]} do not go together: leave out one of them')
+            fail(f'{one}={globals()[one]} and {other}={globals()[other]} do not go together: leave out one '
+                 'of them')
 for one, other in dict(chat='interactive', fork='session').items():
     if globals()[one] and not globals()[other]:
         fail(f'{one}={globals()[one]} needs --{other} too')
 if beams > 1 and (num_samples > beams or not max_new_tokens):
-    fail(f'beams={beams} find as many texts, of a length that is known before: num_samples={num_samples} must be at most '
-         f'beams, max_new_tokens={max_new_tokens} at least 1')
+    fail(f'beams={beams} find as many texts, of a length that is known before: '
+         f'num_samples={num_samples} must be at most beams, max_new_tokens={max_new_tokens} at least 1')
 if (interactive or score == '-') and sys.stdin is None:
     fail('there is no standard input to read from: it was closed')
 
@@ -114,7 +132,8 @@ with quiet_end():
     extra = load_adapters(adapters)                     # [(checkpoint, weight), …]
     tok = tokenizer_of(ckpt)
     if tok is None:
-        fail(f'{out_dir}: trained on a bare .bin without a tokenizer, so there is nothing to read or write text with')
+        fail(f'{out_dir}: trained on a bare .bin without a tokenizer, so there is nothing to read or '
+             'write text with')
     where = choose_device(device)
 
     # --- the text so far, and what comes next

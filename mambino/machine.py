@@ -56,7 +56,7 @@ CGROUP_FILES = (
 )
 
 
-# --- which device, which precision ------------------------------------------------------------------------------------
+# --- which device, which precision ----------------------------------------------------------------
 
 def choose_device(device):
     """'auto' → the best device there is. A device that is not there ends the program in a line."""
@@ -80,7 +80,8 @@ def choose_dtype(dtype, device):
         return dtype
     if device.startswith('cuda'):
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    has_amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)  # without it a CPU is faster in fp32
+    # without AMX a CPU is faster in fp32
+    has_amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
     return 'bfloat16' if device == 'cpu' and has_amx() else 'float32'
 
 
@@ -93,7 +94,7 @@ def autocast(device, dtype, cache=True):
     return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype), cache_enabled=cache)
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
+# --- speed ----------------------------------------------------------------------------------------
 
 def timed(device, work):
     """Seconds that work() takes, until the device has done it."""
@@ -155,7 +156,7 @@ def machine_name(device):
     return f'{name}, {torch.get_num_threads()} threads'
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 def memory_used(device, peak=False):
     """Bytes of this process on the device, now or at most so far; None where the system does not
@@ -190,8 +191,10 @@ def available_memory(device, root='/'):
         for limit_file, used_file, cache_field in CGROUP_FILES:
             limit = number_in(os.path.join(folder, limit_file))
             used = number_in(os.path.join(folder, used_file))
-            if limit and used:                              # files in the cache count as used, but give way
-                cached = number_in(os.path.join(folder, 'memory.stat'), rf'^{cache_field} (\d+)') or 0
+            if limit and used:
+                # files in the cache count as used, but give way
+                statistics = os.path.join(folder, 'memory.stat')
+                cached = number_in(statistics, rf'^{cache_field} (\d+)') or 0
                 limits.append(limit - used + cached)
     return max(0, min(limits))
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mambino.weights import from_hf as hf
+from mambino.weights.tensor_files import read_safetensors
 from mambino.export import to_hf
 from mambino import tokenizer
 from mambino.export.compare import greedy, some_texts
@@ -109,7 +110,7 @@ def test_the_file_is_safetensors(name, tmp_path):
     with safetensors.safe_open(tmp_path / FILE, 'pt') as f:
         assert f.metadata() == {'format': 'pt'}
         theirs = {key: f.get_tensor(key) for key in f.keys()}
-    ours = dict(hf.read_safetensors(tmp_path / FILE))
+    ours = dict(read_safetensors(tmp_path / FILE))
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
     assert 'lm_head.weight' not in ours or name == 'falcon'                     # a tied matrix lies there once
     numbers = net.num_params() + (net.embedding().weight.numel() if name == 'falcon' else 0)
@@ -150,7 +151,7 @@ def test_what_cannot_be_written(tmp_path):
 # --- the proof can fail -----------------------------------------------------------------------------------------------
 
 def change(folder, name, by=0.05):
-    weights = dict(hf.read_safetensors(folder / FILE))
+    weights = dict(read_safetensors(folder / FILE))
     weights = {key: tensor + by if key == name else tensor for key, tensor in weights.items()} if by else \
         {key: tensor for key, tensor in weights.items() if key != name}
     to_hf.save_safetensors(folder / FILE, weights, {'format': 'pt'})

@@ -15,7 +15,7 @@ import torch
 
 from mambino.export.classes import kind_of
 from mambino.weights import checkpoint
-from mambino.weights.from_hf import FLOATS
+from mambino.weights.tensor_files import FLOATS
 
 PACKAGES = 'safetensors'        # of which `verify` asks
 FILE = 'weights.safetensors'

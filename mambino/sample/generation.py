@@ -2,10 +2,10 @@
 of a text. Nothing is printed here.
 
     rows = Rows(net, tok.vocab_size)
-    rows.add([prefill(net, ids) for ids in prompts])            # prompts of any lengths, side by side
-    ids = rows.draw(temperature=0.8, generator=generators)      # (B,) the next token of each row
-    rows.keep([0, 2])                                           # row 1 is done
-    rows.advance(ids[[0, 2]])                                   # one `step` of the model for the others
+    rows.add([prefill(net, ids) for ids in prompts])        # prompts of any lengths, side by side
+    ids = rows.draw(temperature=0.8, generator=generators)  # (B,) the next token of each row
+    rows.keep([0, 2])                                       # row 1 is done
+    rows.advance(ids[[0, 2]])                               # one `step` of the model for the others
 
 A row is a state of the model and the logits of its next token; rows come and go between steps, and
 none depends on its neighbours:
@@ -25,7 +25,7 @@ from mambino.sample import decode
 PREFILL = 512           # tokens of a prompt read at once: bounds the memory of their logits
 
 
-# --- states -----------------------------------------------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------------------
 
 def is_cache(name):
     return name[:2] in ('k.', 'v.')
@@ -34,7 +34,7 @@ def is_cache(name):
 def resized(cache, size):
     """A key/value cache (B, K, S, P) with so many slots. As long as no ring has come round, slot s
     holds position s."""
-    return F.pad(cache, (0, 0, 0, size - cache.shape[2]))                       # a negative pad cuts
+    return F.pad(cache, (0, 0, 0, size - cache.shape[2]))   # a negative pad cuts
 
 
 def step(net, idx, state=None, last=False):
@@ -63,8 +63,8 @@ def chunks(net, ids):
 def require_finite(x):
     """x, or the end of the program in a line where it is not finite."""
     if not x.isfinite().all():
-        fail('the model computes no numbers (nan or inf): its training diverged, or --dtype is too small for it; try '
-             '--dtype=float32, or another checkpoint')
+        fail('the model computes no numbers (nan or inf): its training diverged, or --dtype is too small '
+             'for it; try --dtype=float32, or another checkpoint')
     return x
 
 
@@ -89,7 +89,9 @@ def join_states(states):
     joined = {}
     for name in states[0]:
         values = [state[name] for state in states]
-        joined[name] = torch.cat([resized(value, size) for value in values] if is_cache(name) else values)
+        if is_cache(name):
+            values = [resized(value, size) for value in values]
+        joined[name] = torch.cat(values)
     return joined
 
 
@@ -109,7 +111,7 @@ def select_rows(tensor, rows):
     return tensor.index_select(0, torch.tensor(rows, dtype=torch.long, device=tensor.device))
 
 
-# --- the next token ---------------------------------------------------------------------------------------------------
+# --- the next token -------------------------------------------------------------------------------
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
     """Draws a token for each row of logits (B, V) → (B,) int64. The filters apply in the order
@@ -119,13 +121,14 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
     logits = logits.float()
     if temperature == 0:
         return fast_topk(logits, 1)[1][:, 0]
-    index = None                                            # (B, k) ids of the candidates; None: all, in their order
+    index = None                                            # (B, k) ids of the candidates; None: all
     if 0 < top_k < logits.shape[-1]:
         logits, index = fast_topk(logits, top_k)            # what follows costs k, not V
         top = logits[:, :1]
     else:
         top = logits.amax(-1, keepdim=True)
-    weights = ((logits - top) / max(temperature, 1e-30)).exp()      # probabilities / that of the likeliest
+    # probabilities / that of the likeliest
+    weights = ((logits - top) / max(temperature, 1e-30)).exp()
     if min_p > 0:
         weights = weights.masked_fill(weights < min_p, 0)
     if top_p < 1:
@@ -161,7 +164,7 @@ def fast_topk(x, k):
     n = V // 16
     if x.device.type != 'cpu' or 4 * k > n:
         return x.topk(k)
-    largest_of_group = x[:, :16 * n].view(B, 16, n).amax(1)             # (B, n); group g: g, g + n, g + 2n, …
+    largest_of_group = x[:, :16 * n].view(B, 16, n).amax(1)     # (B, n); group g: g, g + n, …
     groups = largest_of_group.topk(k, sorted=False).indices             # (B, k)
     index = (groups[:, None] + torch.arange(0, 16 * n, n)[:, None]).flatten(1)      # (B, 16 k)
     rest = torch.arange(16 * n, V).expand(B, -1)                        # what is in no group
@@ -192,7 +195,7 @@ def logprobs_of(logits, ids, n, vocab_size):
     return [(logprob, list(zip(*pair))) for logprob, pair in zip(own, likeliest)]
 
 
-# --- rows side by side ------------------------------------------------------------------------------------------------
+# --- rows side by side ----------------------------------------------------------------------------
 
 class Rows:
     """Sequences that are continued side by side, see the top of the file.
@@ -243,7 +246,8 @@ class Rows:
         scores = scores[:, :self.vocab_size].float()
         if self.penalty == 1:
             return scores
-        choose = torch.minimum if self.penalty > 1 else torch.maximum   # twice as fast as asking for the sign
+        # twice as fast as asking for the sign
+        choose = torch.minimum if self.penalty > 1 else torch.maximum
         return choose(scores * self.factors, scores / self.factors)
 
     @torch.no_grad()
@@ -265,7 +269,8 @@ class Rows:
                 self.factors = select_rows(self.factors, rows)
 
 
-def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_penalty=1.0, **sampling):
+def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_penalty=1.0,
+             **sampling):
     """Yields (num_samples,) ids again and again: the next token of each continuation of prompt (T ≥
     1 ids).
 
@@ -281,9 +286,10 @@ def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_pe
         rows.advance(ids)
 
 
-# --- beams, losses ----------------------------------------------------------------------------------------------------
+# --- beams, losses --------------------------------------------------------------------------------
 
-def beam_search(net, prompt, beams, max_new_tokens, vocab_size, is_end, length_penalty=1.0, repetition_penalty=1.0):
+def beam_search(net, prompt, beams, max_new_tokens, vocab_size, is_end, length_penalty=1.0,
+                repetition_penalty=1.0):
     """The likeliest continuations of a prompt that such a search finds: [(score, ids), …], best
     first, as many as beams.
 
@@ -297,7 +303,7 @@ def beam_search(net, prompt, beams, max_new_tokens, vocab_size, is_end, length_p
     for n in count(1):
         sums = torch.tensor([[total] for total, _ in running], device=rows.logits.device)
         sums = rows.penalized(rows.logits.float().log_softmax(-1)) + sums       # (B, V)
-        candidates = min(2 * beams, sums.numel())                       # enough, even if each beam has one that ends
+        candidates = min(2 * beams, sums.numel())   # enough, even if each beam has one that ends
         best, index = sums.flatten().topk(candidates)
         parents = []
         before, running = running, []

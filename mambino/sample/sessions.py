@@ -2,14 +2,15 @@
 generator of chance.
 
     session = Session(seed=1337)
-    for i, logits in session.go_on(net, tok, ids):      # reads ids, then draws without end; nothing is ever read twice
-        ...; break                                      # at any token: what was drawn is part of the text
+    for i, logits in session.go_on(net, tok, ids):      # reads ids, then draws without end
+        ...; break                                      # at any token: what was drawn is in the text
     session.save('out/sessions/tale.pt', fingerprint)
     session = load_session('out/sessions/tale.pt', fingerprint, device)
 
-The last token that was drawn is not in the state yet: it is read when the text goes on, just as it
+Nothing is ever read twice. The last token that was drawn is not in the state yet: it is read when the text goes on, just as it
 would have been without a pause. So the tokens after a pause are those that would have come without
-one, drawn by the generator where it stood. """
+one, drawn by the generator where it stood.
+"""
 import os
 import re
 from array import array
@@ -42,7 +43,7 @@ class Session:
             self.tokens.pop()
             self.unread = []
         if not ids and not self.unread:
-            ids = [tok.eot]                                             # nothing at all: a new document
+            ids = [tok.eot]                                 # nothing at all: a new document
         self.tokens.extend(ids)
         logits, self.state, _ = prefill(net, [*self.unread, *ids], self.state)
         self.unread = []
@@ -75,8 +76,8 @@ class Session:
 def path_of(out_dir, name, setting='session'):
     """The file of a session. A name that could mean another folder ends the program in a line."""
     if not re.fullmatch(r'\w[\w. -]{0,99}', name):
-        fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100, that begins with a '
-             'letter or digit')
+        fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100, that '
+             'begins with a letter or digit')
     folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
     return os.path.join(folder, 'sessions', name + '.pt')
 
@@ -89,7 +90,8 @@ def open_session(out_dir, name, fork, seed, fingerprint, device):
     path = path_of(out_dir, name)
     if fork:
         if os.path.exists(path):
-            fail(f'session={name}: is there already, and would be lost; delete {path}, or name another --session')
+            fail(f'session={name}: is there already, and would be lost; delete {path}, or name another '
+                 '--session')
         session = load_session(path_of(out_dir, fork, 'fork'), fingerprint, device)
         session.save(path, fingerprint)
     elif os.path.exists(path):
@@ -125,15 +127,16 @@ def load_session(path, fingerprint, device):
                          for name, value in contents['state'].items()}
     except FileNotFoundError:
         names = names_in(os.path.dirname(path))
-        fail(f'{path}: no such session; there {"are " + ", ".join(names) if names else "is none yet"}')
+        there = 'are ' + ', '.join(names) if names else 'is none yet'
+        fail(f'{path}: no such session; there {there}')
     except (PermissionError, IsADirectoryError) as error:
         fail(f'{path}: cannot be read: {error}')
     except Exception as error:  # zip, pickle and torch errors: all mean that this is no session
         fail(f'{path}: not a readable session (cut short, damaged, or not made by sample.py): '
              f'{type(error).__name__}; delete it, or name another --session')
     if contents['fingerprint'] != fingerprint:
-        fail(f'{path}: a session of another model, or of other adapters; its state means nothing to this one. Name '
-             'another --session')
+        fail(f'{path}: a session of another model, or of other adapters; its state means nothing to this '
+             'one. Name another --session')
     return session
 
 

@@ -25,6 +25,7 @@ import torch
 from mambino.configurator import fail
 from mambino.sample.generation import Rows, beam_search, logprobs_of, prefill, token_losses
 from mambino.sample.text import (
+    CONTEXT,
     Writer,
     chat_turn,
     encode_prompt,
@@ -44,11 +45,11 @@ class Options:
     max_new_tokens: int             # 0: without end
     repetition_penalty: float = 1.0
     stops: tuple = ()               # a sample ends before such a text
-    logprobs: int = 0               # show each token with its logprob and of so many likeliest; 0: no table
+    logprobs: int = 0               # show each token's logprob, and of so many likeliest; 0: no table
     stream: bool = True             # show the (first) sample while it is generated
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 @contextmanager
 def patience():
@@ -102,11 +103,11 @@ def show_table(tok, table):
 def show_rate(tokens, seconds, prompt_seconds, prompt_tokens):
     """Prints how fast tokens were drawn, and how long reading the prompt took."""
     if tokens and seconds:
-        print(f'{tokens} tokens, {tokens / seconds:,.0f} tokens/s; prompt of {prompt_tokens} read in '
-              f'{prompt_seconds:.2f} s', file=sys.stderr)
+        print(f'{tokens} tokens, {tokens / seconds:,.0f} tokens/s; '
+              f'prompt of {prompt_tokens} read in {prompt_seconds:.2f} s', file=sys.stderr)
 
 
-# --- samples, side by side --------------------------------------------------------------------------------------------
+# --- samples, side by side ------------------------------------------------------------------------
 
 class Sample:
     """One continuation of a prompt while it grows; with stream the first one shows itself."""
@@ -170,7 +171,7 @@ def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
     prompts = Prompts(net)
     rows = Rows(net, tok.vocab_size, options.repetition_penalty)
     active = []                         # the samples of the rows
-    finished = {}                       # number: sample, those that wait for an earlier one to be shown
+    finished = {}                       # {number: sample}, those that wait for an earlier one
     begun = shown = tokens = 0
     likeliest = None
 
@@ -195,7 +196,8 @@ def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
                 if not waiting:
                     prompts.last = None                     # its state was copied
 
-            next_ids = rows.draw(generator=[sample.generator for sample in active], **options.sampling)     # (B,)
+            generators = [sample.generator for sample in active]
+            next_ids = rows.draw(generator=generators, **options.sampling)      # (B,)
             if options.logprobs:
                 likeliest = logprobs_of(rows.logits, next_ids, options.logprobs, tok.vocab_size)
             tokens += len(active)
@@ -230,8 +232,8 @@ def show_beams(net, tok, texts, num_samples, beams, length_penalty, options):
 
     for text in texts:
         prompt = encode_prompt(tok, text)
-        best = beam_search(net, prompt, beams, options.max_new_tokens, tok.vocab_size, is_end, length_penalty,
-                           options.repetition_penalty)
+        best = beam_search(net, prompt, beams, options.max_new_tokens, tok.vocab_size, is_end,
+                           length_penalty, options.repetition_penalty)
         for score, ids in best[:num_samples]:
             writer = Writer(tok, options.stops, before=prompt)
             for i in ids:
@@ -241,7 +243,7 @@ def show_beams(net, tok, texts, num_samples, beams, length_penalty, options):
             print(without_mark(text) + writer.text)
 
 
-# --- a session's text, a conversation ---------------------------------------------------------------------------------
+# --- a session's text, a conversation -------------------------------------------------------------
 
 class Dialogue:
     """A session's text that is gone on with. end_ids: ids that end an answer, besides
@@ -257,10 +259,10 @@ class Dialogue:
     def answer(self, ids, show_speed=True):
         """Reads ids, then draws and shows tokens until one ends the answer."""
         options = self.options
-        writer = Writer(self.tok, options.stops, before=[*self.session.tokens[-16:], *ids], end_ids=self.end_ids,
-                        keep=not options.stream)
-        drawn = self.session.go_on(self.net, self.tok, ids, options.repetition_penalty, self.end_ids,
-                                   **options.sampling)
+        before = [*self.session.tokens[-CONTEXT:], *ids]
+        writer = Writer(self.tok, options.stops, before, self.end_ids, keep=not options.stream)
+        drawn = self.session.go_on(self.net, self.tok, ids, options.repetition_penalty,
+                                   self.end_ids, **options.sampling)
         table = []
         first = None                                        # when the first token was there
         began = time.perf_counter()
@@ -338,7 +340,7 @@ def read_typed():
     return '\n'.join([line.removesuffix('\\') for line in lines[:-1]] + lines[-1:])
 
 
-# --- how likely a text is ---------------------------------------------------------------------------------------------
+# --- how likely a text is -------------------------------------------------------------------------
 
 def show_score(net, tok, path):
     """Prints how well the model predicts a text, as a document of its own, and the tokens that it
@@ -380,5 +382,5 @@ def show_score(net, tok, path):
 def show_progress(seen, total, seconds):
     """A line that changes, with rate and time left."""
     rate = seen / seconds
-    print(f'\r{seen:,} of {total:,} tokens, {rate:,.0f} tokens/s, {(total - seen) / rate:,.0f} s left   ',
-          end='\n' if seen == total else '', file=sys.stderr, flush=True)
+    line = f'{seen:,} of {total:,} tokens, {rate:,.0f} tokens/s, {(total - seen) / rate:,.0f} s left   '
+    print('\r' + line, end='\n' if seen == total else '', file=sys.stderr, flush=True)

@@ -14,14 +14,15 @@ from mambino.tokenizer import CHAT
 CONTEXT = 16            # tokens before a text that its first characters may hang on
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 def read_text(path, setting):
     """The text of a file, or of standard input for '-'. One that is none ends the program in a line
     that begins with `setting`."""
     from_stdin = path == '-'
     try:
-        with open(sys.stdin.fileno() if from_stdin else path, encoding='utf-8', closefd=not from_stdin) as f:
+        file = sys.stdin.fileno() if from_stdin else path
+        with open(file, encoding='utf-8', closefd=not from_stdin) as f:
             return f.read()
     except (OSError, ValueError) as error:
         fail(f'{setting}: cannot be read as text: {error}')
@@ -36,7 +37,8 @@ def prompts_of(start):
         lines = read_text(start.removeprefix('LINES:'), f'start={start}').split('\n')
         prompts = [line for line in lines if line.strip()]
         if not prompts:
-            fail(f'start={start}: holds no prompt; LINES: takes each line that is not empty, FILE: the whole file as one')
+            fail(f'start={start}: holds no prompt; LINES: takes each line that is not empty, FILE: the '
+                 'whole file as one')
         return prompts
     return [start]
 
@@ -45,7 +47,8 @@ def encode_prompt(tok, text, setting='start'):
     """Ids of a prompt; <|endoftext|> at its beginning is the end-of-text id. Unusable text ends the
     program in a line that names the setting it came from."""
     if not text:
-        fail(f'{setting} is empty: give a prompt, as in --{setting}="Once upon a time"; a newline alone will do')
+        fail(f'{setting} is empty: give a prompt, as in --{setting}="Once upon a time"; a newline alone '
+             'will do')
     ids = []
     if text.startswith('<|endoftext|>'):
         ids = [tok.eot]
@@ -61,15 +64,15 @@ def without_mark(prompt):
     return prompt.removeprefix('<|endoftext|>')
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
+# --- conversations --------------------------------------------------------------------------------
 
 def chat_marks(tok):
     """The ids of ChatML's marks, [begin, end]. A tokenizer without them ends the program in a
     line."""
     marks = [tok.hf.token_to_id(mark) if tok.kind == 'bpe' else None for mark in CHAT]
     if None in marks:
-        fail(f'chat=True: this model\'s tokenizer has no {" and ".join(CHAT)}; leave it out, and mark the turns with '
-             'text and --stop')
+        fail(f'chat=True: this model\'s tokenizer has no {" and ".join(CHAT)}; leave it out, and mark the '
+             'turns with text and --stop')
     return marks
 
 
@@ -84,7 +87,7 @@ def chat_turn(tok, messages, first):
     return ids + [begin, *tok.encode('assistant\n').tolist()]
 
 
-# --- from ids to text -------------------------------------------------------------------------------------------------
+# --- from ids to text -----------------------------------------------------------------------------
 
 def token_text(tok, i):
     """A token as a table shows it: in quotes; bytes that are no characters as bytes."""
@@ -144,7 +147,8 @@ class Writer:
             end = min(stop_positions)
             self.done = True
         elif not final:
-            end -= max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            end -= max(begun, default=0)
         shown = text[:end]
         self.pending = text[end:]
         if self.keep:

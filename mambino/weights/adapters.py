@@ -36,12 +36,13 @@ from mambino.weights import checkpoint, quantize
 # of train.py, that make an adapter
 SETTINGS = 'adapter', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'prefix_length'
 
-# Without a LoRA if no targets are named: keys gain the least (Hu et al., table 5); peft refuses out_proj in a Mamba;
-# and transformers multiplies by dt_proj's matrix itself, so that it would not see one there.
+# Without a LoRA if no targets are named: keys gain the least (Hu et al., table 5); peft refuses
+# out_proj in a Mamba; and transformers multiplies by dt_proj's matrix itself, so that it would not
+# see one there.
 LEFT_OUT = {'k_proj', 'out_proj', 'dt_proj'}
 
 
-# --- LoRA -------------------------------------------------------------------------------------------------------------
+# --- LoRA -----------------------------------------------------------------------------------------
 
 class LoRA(nn.Module):
     """(alpha / rank) B A x, the change to a matrix (out, in). x (…, in) → (…, out)."""
@@ -51,7 +52,8 @@ class LoRA(nn.Module):
         weight = linear.weight                                          # of a quantised one it is computed
         rows, columns = weight.shape
         self.A = nn.Parameter(torch.empty(rank, columns, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))    # so the model begins as the base
+        # zeros, so the model begins as the base
+        self.B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))                # as peft
         self.scale = alpha / rank
         self.dropout = dropout
@@ -73,7 +75,8 @@ def adaptable(net):
     """{path: linear} of the matrices a LoRA may change: all that the layers call as modules."""
     return {
         path: module for path, module in net.named_modules()
-        if isinstance(module, (nn.Linear, quantize.Linear)) and '.layers.' in path and not why_not(net, path)
+        if isinstance(module, (nn.Linear, quantize.Linear))
+        and '.layers.' in path and not why_not(net, path)
     }
 
 
@@ -108,7 +111,8 @@ def find_targets(net, targets):
             raise ValueError(
                 f'lora_targets: {name} takes no LoRA ({reason}); choose {there}' if reason else
                 f'lora_targets: {name} is no matrix of this model; it has {there}')
-    return {path: linear for path, linear in linears.items() if any(matches(path, name) for name in names)}
+    return {path: linear for path, linear in linears.items()
+            if any(matches(path, name) for name in names)}
 
 
 def matches(path, name):
@@ -156,7 +160,7 @@ def with_lora(net):
     return {path: module for path, module in net.named_modules() if hasattr(module, 'lora')}
 
 
-# --- prefix tuning ----------------------------------------------------------------------------------------------------
+# --- prefix tuning --------------------------------------------------------------------------------
 
 class Prefix(nn.Module):
     """B → the state before the first token of B sequences, as LanguageModel.step has it, of
@@ -167,7 +171,7 @@ class Prefix(nn.Module):
         self.length = length
         self.config = config
         self.state = nn.ModuleDict()
-        for name, value in state.items():                               # k.3 (1, K, n, P), v.3, conv.3, ssm.3
+        for name, value in state.items():               # k.3 (1, K, n, P), v.3, conv.3, ssm.3
             kind, layer = name.split('.')
             if kind not in self.state:
                 self.state[kind] = nn.ParameterDict()
@@ -178,8 +182,8 @@ class Prefix(nn.Module):
         state = {'pos': torch.full((B,), self.length)}
         for kind, layers in self.state.items():
             for layer, value in layers.items():
-                value = value.repeat(B, *[1] * (value.ndim - 1))        # a copy: steps write into caches
-                if kind in 'kv' and window:                             # a ring; beyond the prefix it is still empty
+                value = value.repeat(B, *[1] * (value.ndim - 1))    # a copy: steps write into caches
+                if kind in 'kv' and window:             # a ring; beyond the prefix it is still empty
                     value = F.pad(value, (0, 0, 0, window - self.length))
                 state[f'{kind}.{layer}'] = value
         return state
@@ -195,9 +199,11 @@ def add_prefix(net, length=16, ids=None):
     if net.initial_state:
         raise ValueError('two prefixes cannot be attached: a model has one beginning')
     if not 1 <= length <= longest:
-        raise ValueError(f'prefix_length={length} must be from 1 to {longest}, which is as far as attention sees')
+        raise ValueError(f'prefix_length={length} must be from 1 to {longest}, which is as far as '
+                         'attention sees')
     if ids is None:
-        ids = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(config.vocab_size, (length,), generator=generator)
     ids = ids[None, :length].to(net.lm_head.weight.device)              # (1, n)
     training = net.training
     state = net.eval().hidden_states(ids, {'pos': torch.zeros(1, dtype=torch.long)})[1]
@@ -213,22 +219,22 @@ def add_prefix(net, length=16, ids=None):
     return net
 
 
-# --- adapters in training ---------------------------------------------------------------------------------------------
+# --- adapters in training -------------------------------------------------------------------------
 
 def check_settings(settings, base):
     """Ends the program in a line where train.py's settings do not go with an adapter."""
     if not base:
-        fail(f'adapter={settings["adapter"]} needs a model to stand beside: --init_from=its out_dir, or hf: and a folder '
-             'of transformers')
+        fail(f'adapter={settings["adapter"]} needs a model to stand beside: --init_from=its out_dir, '
+             'or hf: and a folder of transformers')
     if settings['parallel'] == 'fsdp':
-        fail('parallel=fsdp shares weights and gradients among processes, and of an adapter there is little to share: '
-             'leave it out')
+        fail('parallel=fsdp shares weights and gradients among processes, and of an adapter there is '
+             'little to share: leave it out')
     if settings['optimizer'] == 'muon':
-        fail('optimizer=muon makes all singular values of an update equal, which is not for the thin matrices of an '
-             'adapter: leave it out')
+        fail('optimizer=muon makes all singular values of an update equal, which is not for the thin '
+             'matrices of an adapter: leave it out')
     if settings['adapter'] == 'prefix' and settings['gradient_checkpointing']:
-        fail('gradient_checkpointing computes layers twice, which caches of a prefix do not allow: leave it out, or '
-             'lower --batch_size')
+        fail('gradient_checkpointing computes layers twice, which caches of a prefix do not allow: '
+             'leave it out, or lower --batch_size')
 
 
 def begin_adapter(net, settings, source, ckpt, base, ids):
@@ -290,7 +296,7 @@ def flops_saved(net):
     return sum(2 * weight.numel() for weight in frozen)
 
 
-# --- adapters of a checkpoint -----------------------------------------------------------------------------------------
+# --- adapters of a checkpoint ---------------------------------------------------------------------
 
 def add_adapter(net, spec, name='default', ids=None):
     """An adapter as a checkpoint describes it, still untrained. ValueError as add_lora and
@@ -333,7 +339,8 @@ def copy_weights(parameters, weights):
     """Fills parameters, {name: parameter}, with tensors of the same names. ValueError if they are
     not the same."""
     if parameters.keys() != weights.keys():
-        raise ValueError(f'this adapter does not fit the model: {min(parameters.keys() ^ weights.keys())}')
+        odd = min(parameters.keys() ^ weights.keys())
+        raise ValueError(f'this adapter does not fit the model: {odd}')
     if any(p.shape != weights[name].shape for name, p in parameters.items()):
         raise ValueError(f'this adapter does not fit the model: {min(parameters)}')
     for name, p in parameters.items():
@@ -371,8 +378,8 @@ def merge_adapters(net):
     """Adds the LoRAs to the matrices they hang on, in place, and takes them away; returns the
     model. ValueError if it has a prefix."""
     if net.initial_state:
-        raise ValueError('a prefix is a state, not a change of the weights, so it cannot be merged into them; use the '
-                         'adapter as it is, or tune with --adapter=lora')
+        raise ValueError('a prefix is a state, not a change of the weights, so it cannot be merged into '
+                         'them; use the adapter as it is, or tune with --adapter=lora')
     for path, linear in with_lora(net).items():
         if not isinstance(linear, nn.Linear):
             raise ValueError(f'{path} is quantised: merge first, then quantise')

@@ -1,9 +1,9 @@
-"""Opens a model from anywhere: a run of train.py, an adapter beside its base, rounded weights, a
-folder of transformers.
+"""Opens a model from anywhere: a run of train.py, an adapter beside its base, rounded weights, a folder
+of transformers.
 
-    net = model_of(load_checkpoint('out'))  # in eval mode on the CPU; an adapter's with its base, rounded weights as they are
-    base = load_base('hf:folder')           # {'kind', 'config', 'weights', 'tokenizer', …}: a model to begin a training with
+    net = model_of(load_checkpoint('out'))      # in eval mode on the CPU; an adapter's with its base
     net, context = prepare_model(net, 'cuda', dtype='auto', precision='int8')   # to generate with
+    base = load_base('hf:folder')               # {'kind', 'config', 'weights', …}: to train on from
 
     out_dir ──► load_checkpoint ──► build ──► weights, rounded or not ──► net
                                       └─ an adapter: its base by load_base, then attach_adapter
@@ -19,7 +19,7 @@ from mambino.weights.from_hf import load_hf
 from mambino.weights.from_peft import load_adapter
 from mambino.weights.quantize import prepare_quantized, quantize_model
 
-# --- one model --------------------------------------------------------------------------------------------------------
+# --- one model ------------------------------------------------------------------------------------
 
 def model_of(ckpt):
     """The model in a checkpoint, in eval mode on the CPU; an adapter's with its base."""
@@ -31,7 +31,8 @@ def model_of(ckpt):
             prepare_quantized(net, ckpt['quantized'])
         net.load_state_dict(ckpt['weights'])
     except (TypeError, ValueError, RuntimeError) as error:
-        fail(f'the checkpoint\'s weights and settings do not fit together: {str(error).splitlines()[0]}')
+        fail('the checkpoint\'s weights and settings do not fit together: '
+             f'{str(error).splitlines()[0]}')
     return net.eval()
 
 
@@ -71,7 +72,7 @@ def folder_of_dataset(name):
     return next(filter(os.path.isdir, folders), folders[0])
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------------------
 
 def base_of(ckpt, source=''):
     """The base of an adapter's checkpoint, as load_base gives it: at `source`, else where it was in
@@ -84,10 +85,11 @@ def base_of(ckpt, source=''):
         if fingerprint(base['weights']) == spec['base_fingerprint']:
             return base
     if existing:
-        fail(f'{existing[-1]}: has other weights than the base of this adapter had, which was made for them; put those '
-             'back, or train it anew')
-    fail(f'{sources[-1]}: the base model of this adapter is not there any more; put it back, or say where it is: in '
-         'training by --init_from=its out_dir, else by --out_dir=its out_dir --adapters=the adapter\'s')
+        fail(f'{existing[-1]}: has other weights than the base of this adapter had, which was made for '
+             'them; put those back, or train it anew')
+    fail(f'{sources[-1]}: the base model of this adapter is not there any more; put it back, or say '
+         'where it is: in training by --init_from=its out_dir, else by --out_dir=its out_dir '
+         '--adapters=the adapter\'s')
 
 
 def with_base(ckpt, base=None):
@@ -120,7 +122,8 @@ def load_adapters(setting):
         try:
             loaded.append((ckpt, float(weight)))
         except ValueError:
-            fail(f'adapters={setting}: {weight} is not a weight; write it as --adapters=out-a,out-b:0.5')
+            fail(f'adapters={setting}: {weight} is not a weight; write it as '
+                 '--adapters=out-a,out-b:0.5')
         if not ckpt.get('adapter'):
             fail(f'adapters={setting}: {path} holds a whole model, no adapter')
     return loaded
@@ -137,7 +140,7 @@ def attach_adapters(net, loaded, setting):
     return net
 
 
-# --- for generation ---------------------------------------------------------------------------------------------------
+# --- for generation -------------------------------------------------------------------------------
 
 def prepare_model(net, device, dtype='auto', precision=''):
     """→ (a model, in place, on its device and in its precision; the context it computes in).
@@ -148,12 +151,12 @@ def prepare_model(net, device, dtype='auto', precision=''):
     on_cpu = device == 'cpu'
     dtype = 'float32' if dtype == 'auto' and on_cpu else choose_dtype(dtype, device)
     if dtype == 'bfloat16' and on_cpu and not precision:
-        precision = 'bfloat16'                              # rounded weights are faster there than autocast
+        precision = 'bfloat16'          # rounded weights are faster there than autocast
     if precision:
         try:
             quantize_model(net, precision)
         except ValueError as error:
             fail(f'quantize={precision}: {error}')
         if on_cpu:
-            dtype = 'float32'                               # what rounded weights are computed with
+            dtype = 'float32'           # what rounded weights are computed with
     return net, autocast(device, dtype)

@@ -11,8 +11,9 @@ half the time. Nothing but weights is rounded, and they are rounded once:
 
     bfloat16    the upper 16 of the 32 bits
     int8        a row's weights = its scale times -127 to 127
-    int4        64 weights side by side in a row = scale times 0 to 15, plus zero; of the ways to choose the two the one
-                whose squared error is least. Embeddings and the head, on which more depends, are int8
+    int4        64 weights side by side in a row = scale times 0 to 15, plus zero; of the ways to
+                choose the two the one whose squared error is least. Embeddings and the head, on
+                which more depends, are int8
 
 It takes the matrices of the projections, of experts, the embedding and the head. Norms,
 convolutions, A, D, the projections of dt, biases and routers are small, and stay as they are. A
@@ -31,10 +32,11 @@ from model_mamba import TimeStep
 PRECISIONS = ('bfloat16', 'int8', 'int4')
 GROUP = 64                              # columns that share a scale and a zero in int4
 EXACT = ('gate', 'controller')          # routers: what they choose must not depend on rounding
-RANGES = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)     # parts of a group's range that int4 tries to cover
+# parts of a group's range that int4 tries to cover
+RANGES = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 
 
-# --- from fp32 to codes -----------------------------------------------------------------------------------------------
+# --- from fp32 to codes ---------------------------------------------------------------------------
 
 def to_int8(weight):
     """(N, K) → codes (N, K) int8, scales (N,)."""
@@ -55,12 +57,13 @@ def to_int4(weight):
     low = w.amin(-1, keepdim=True)
     high = w.amax(-1, keepdim=True)
     least_error = torch.full_like(low, torch.inf)
-    best = codes = None                                                     # best: codes, scale, zero of the least error
+    codes = None
+    best = None                                         # codes, scale, zero of the least error
     for part in RANGES:
         scale = part * (high - low) / 15
         zero = (low + high) / 2 - part * (high - low) / 2
         for fit in range(3):
-            if fit:                                                         # least squares: w ~ scale codes + zero
+            if fit:                                     # least squares: w ~ scale codes + zero
                 mean_code = codes.mean(-1, keepdim=True)
                 centred = codes - mean_code
                 variance = centred.square().sum(-1, keepdim=True).clamp(min=1)
@@ -75,14 +78,15 @@ def to_int4(weight):
             new = (codes, scale, zero)
             best = [torch.where(better, a, b) for a, b in zip(new, best or new)]
     codes, scale, zero = best
-    first, second = codes.to(torch.uint8).unflatten(-1, (2, -1)).unbind(-2)  # columns 0 to 31, and 32 to 63
+    # columns 0 to 31, and 32 to 63
+    first, second = codes.to(torch.uint8).unflatten(-1, (2, -1)).unbind(-2)
     return (first | second << 4).flatten(1), torch.cat((scale, zero), -1).bfloat16()
 
 
 ENCODERS = {'int8': to_int8, 'int4': to_int4}
 
 
-# --- modules ----------------------------------------------------------------------------------------------------------
+# --- modules --------------------------------------------------------------------------------------
 
 class Matrix(nn.Module):
     """A matrix (N, K), or a stack of E of them, (E, N, K), as it is kept in a precision: its codes,
@@ -107,7 +111,8 @@ class Matrix(nn.Module):
             self.register_buffer('scales', torch.zeros(*stack, rows))
         elif precision == 'int4':
             self.register_buffer('codes', torch.zeros(*stack, rows, groups * 32, dtype=torch.uint8))
-            self.register_buffer('scales', torch.zeros(*stack, rows, groups, 2, dtype=torch.bfloat16))
+            scales = torch.zeros(*stack, rows, groups, 2, dtype=torch.bfloat16)
+            self.register_buffer('scales', scales)
         else:
             raise ValueError(f'there is no {precision}, only {", ".join(PRECISIONS)}')
 
@@ -154,7 +159,8 @@ class Matrix(nn.Module):
 
     def train(self, mode=True):
         if mode:
-            raise ValueError(f'{self.precision} weights cannot be trained; train the model they were made from')
+            raise ValueError(f'{self.precision} weights cannot be trained; train the model they were '
+                             'made from')
         return super().train(mode)
 
 
@@ -197,7 +203,7 @@ class QuantizedExperts(nn.Module):
         return matrix.product(x, matrix.codes[e], scales)
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def quantize_model(net, precision):
@@ -218,7 +224,8 @@ def replace_matrices(net, precision, fill):
     if precision not in PRECISIONS:
         raise ValueError(f'there is no {precision}, only {", ".join(PRECISIONS)}')
     if any(isinstance(module, Matrix) for module in net.modules()):
-        raise ValueError('the weights have been rounded before; begin with the model they were made from')
+        raise ValueError('the weights have been rounded before; begin with the model they were made '
+                         'from')
     embedding = net.embedding()
     tied = net.lm_head.weight is embedding.weight
     careful = 'int8' if precision == 'int4' else precision      # of the embedding and the head
@@ -244,7 +251,7 @@ def replace_matrices(net, precision, fill):
             setattr(parent, name, new.to(next(module.parameters()).device))
     if tied:
         net.lm_head = Linear(embedding.weight.shape, careful)
-        net.lm_head._buffers = net.embedding()._buffers         # the same, wherever they are moved to
+        net.lm_head._buffers = net.embedding()._buffers     # the same, wherever they are moved to
     net.quantized = precision
     return net.eval()
 
