@@ -13,7 +13,6 @@ import torch
 from helpers.models import CONFIG, LLAMA, PEERS, SSM2, V, perturb, theirs
 from helpers.runs import cut, refused, script, write_text
 
-import model_gpt
 from mambino import tokenizer
 from mambino.sample import generation, sessions
 from mambino.sample.generation import (
@@ -166,11 +165,16 @@ def test_streamed_text_is_the_text(run, kind):
 # --- beyond the window a GPT was trained with
 
 @pytest.mark.parametrize('length', [1, 20, 50])
-def test_gpt_goes_on_beyond_block_size_with_a_constant_state(length):
+def test_gpt_goes_on_beyond_block_size_with_a_constant_state(length, monkeypatch):
     net, tok = open_run('char')
     assert net.config.window == 0 and net.config.block_size == 32
-    sizes, step = [], net.step
-    net.step = lambda *args, **more: (out := step(*args, **more), sizes.append(sum(t[0].numel() for t in out[1].values())))[0]
+    sizes, step = [], generation.step
+
+    def measured(*args, **more):
+        logits, state = step(*args, **more)
+        sizes.append(sum(value[0].numel() for value in state.values()))
+        return logits, state
+    monkeypatch.setattr(generation, 'step', measured)
     ids = list(generate(net, [1] * length, 2, 300, tok.vocab_size))
     assert len(ids) == 300 and net.config.window == 0
     assert len(set(sizes[40:])) == 1 and sizes[-1] == min(sizes)  # a ring of block_size tokens
@@ -505,14 +509,14 @@ def steps(monkeypatch):
     """The ids that models read, one list a step; calls of steps.at (a set of their numbers) are interrupted by Ctrl-C."""
     class Steps(list):
         at = ()
-    seen, step = Steps(), model_gpt.LanguageModel.step
+    seen, step = Steps(), generation.step
 
-    def counted(net, idx, state=None, last=False, window=0):
+    def counted(net, idx, state=None, last=False):
         seen.append(idx[0].tolist())
         if len(seen) in seen.at:
             signal.raise_signal(signal.SIGINT)
-        return step(net, idx, state, last, window)
-    monkeypatch.setattr(model_gpt.LanguageModel, 'step', counted)
+        return step(net, idx, state, last)
+    monkeypatch.setattr(generation, 'step', counted)
     return seen
 
 

@@ -7,9 +7,9 @@ generator of chance.
     session.save('out/sessions/tale.pt', fingerprint)
     session = load_session('out/sessions/tale.pt', fingerprint, device)
 
-Nothing is ever read twice. The last token that was drawn is not in the state yet: it is read when the text goes on, just as it
-would have been without a pause. So the tokens after a pause are those that would have come without
-one, drawn by the generator where it stood.
+Nothing is ever read twice. The last token that was drawn is not in the state yet: it is read when the
+text goes on, just as it would have been without a pause. So the tokens after a pause are those that
+would have come without one, drawn by the generator where it stood.
 """
 import os
 import re
