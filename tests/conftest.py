@@ -2,6 +2,7 @@
 import the scripts as they lie.
 """
 import os
+import re
 import shutil
 import sys
 
@@ -82,3 +83,50 @@ def corpus(tmp_path):
         text = f'document {i}\n' + 'some words and more words\n' * (i % 5 + 1)
         write(tmp_path / 'mine' / f'{i % 7}' / f'{i}.txt', text)
     return tmp_path
+
+
+# --- to sample from: test_sample.py, test_sessions.py, test_generation.py, test_text.py
+
+@pytest.fixture(scope='session')
+def trained_runs(tmp_path_factory):
+    """A folder with two trained models, char/ and bpe/, to copy from."""
+    from helpers.sampling import train_runs
+    folder = tmp_path_factory.mktemp('trained')
+    train_runs(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def runs(trained_runs, tmp_path_factory):
+    """A copy of it, the working directory of a file's tests."""
+    folder = tmp_path_factory.mktemp('runs')
+    shutil.copytree(trained_runs, folder, dirs_exist_ok=True)
+    before = os.getcwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture
+def run(runs, capsys):
+    """run(kind, flags) → the text sample.py wrote."""
+    from helpers.runs import script
+
+    def run(kind, flags=''):
+        capsys.readouterr()
+        assert script('sample.py', f'--out_dir={kind} --device=cpu --max_new_tokens=60 --start=e', flags) == 0
+        return re.sub(r'\A(\w+ +=.*\n)+', '', capsys.readouterr().out)  # without the settings it repeats
+    return run
+
+
+@pytest.fixture(params=['char', 'bpe'])
+def kind(request):
+    """Each of the runs."""
+    return request.param
+
+
+@pytest.fixture(params=['gpt', 'window', 'mamba1', 'mamba2', 'hybrid'])
+def net(request):
+    """A small model of each kind."""
+    from helpers.sampling import small_net
+    return small_net(request.param)
