@@ -1,18 +1,18 @@
-"""
-Overrides the settings of a script from config files and the command line.
+"""Overrides the settings of a script from config files and the command line.
 
     python train.py config/shakespeare.py --batch_size=8     # a file of assignments, then flags: the later one wins
     python train.py --help                                   # every setting, its value, and why it is there
 
-A script's settings are the plain lower-case globals in its source above the line that calls configure(globals()).
-Their values are numbers, strings, bools or None. Each argument is taken in order:
+A script's settings are the plain lower-case globals in its source above the line that calls
+configure(globals()). Their values are numbers, strings, bools or None. Each argument is taken in
+order:
 
     config/x.py        is executed; it sees the current settings, and what it assigns must be settings
     --name=value       is converted to the type of the default; a string is taken as it stands, never evaluated
     --name             turns a bool on
 
-What goes wrong ends the program with one line and exit status 2. What differs from the defaults is printed, and
-nothing else.
+What goes wrong ends the program with one line and exit status 2. What differs from the defaults is
+printed, and nothing else.
 """
 import ast
 import builtins
@@ -25,29 +25,46 @@ import textwrap
 import tokenize
 import traceback
 import types
+from typing import NamedTuple
 
-YES, NO = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
+YES = ('true', '1', 'yes', 'on')
+NO = ('false', '0', 'no', 'off')
+
+
+# --- refusing -------------------------------------------------------------------------------------
 
 def fail(message):
     """One line to stderr and exit status 2: for everything that a user can cause."""
     print('error: ' + ' '.join(str(message).split('\n')), file=sys.stderr)
     raise SystemExit(2)
 
-def require(namespace, wanted):
-    """Ends the program at the first setting in `namespace` that is not as it must be. wanted: {what: {name: whether it is}}."""
-    for what, settings in wanted.items():
-        for name, ok in settings.items():
-            if not ok:
-                fail(f'{name}={namespace[name]} must be {what}')
+
+def require(namespace, conditions):
+    """Ends the program at the first setting in `namespace` that is not as it must be. conditions:
+    {how it must be: {name: whether it is}}."""
+    for condition, settings in conditions.items():
+        for name, holds in settings.items():
+            if not holds:
+                fail(f'{name}={namespace[name]} must be {condition}')
+
+
+def refuse_unknown(name, where, known):
+    """No such setting: says which known name is nearest."""
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)
+    hint = f' (did you mean --{near[0]}?)' if near else ''
+    fail(f"{where}: unknown setting '{name}'{hint}")
+
+
+# --- the command line -----------------------------------------------------------------------------
 
 def configure(namespace, positional='config', argv=None):
-    """
-    Overrides the settings in `namespace`, the globals() of the calling script, in place. positional='config': arguments
-    without -- are config files; positional='inputs': they are appended to the script's list `inputs`; None: refused.
-    Returns {name: value} of what files and flags set explicitly, be it to the default value.
-    """
+    """Overrides the settings in `namespace`, the globals() of the calling script, in place.
+
+    positional='config': arguments without -- are config files; positional='inputs': they are
+    appended to the script's list `inputs`; None: refused. Returns {name: value} of what files and
+    flags set explicitly, be it to the default value."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character must not end a run of hours
+    for stream in (sys.stdout, sys.stderr):     # a console that lacks a character must not end a run of hours
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
     defaults = {name: namespace[name] for name in find_settings(namespace)}
@@ -56,67 +73,92 @@ def configure(namespace, positional='config', argv=None):
         raise SystemExit(0)
 
     explicit = {}
-    for i, arg in enumerate(argv):
+    for arg, following in zip(argv, [*argv[1:], '']):
         if arg.startswith('-') and arg != '-':
-            name, equals, text = arg.lstrip('-').partition('=')  # only the first = splits
-            name = name.replace('-', '_')
-            if not arg.startswith('--') or not name:
-                fail(f'{arg}: settings are written --name=value, see --help')
-            if name not in defaults:
-                unknown(name, arg, defaults)
-            following = argv[i + 1] if i + 1 < len(argv) else ''
-            if not equals and (type(defaults[name]) is not bool or following.lower() in YES + NO):
-                fail(f'{arg}: a value is missing, write --{name}={following or "value"}')
-            explicit[name] = from_text(text if equals else 'true', defaults[name], arg)
+            name, value = read_flag(arg, following, defaults)
+            explicit[name] = value
         elif positional == 'inputs':
             namespace['inputs'].append(arg)
         elif positional == 'config':
             explicit.update(run_config(arg, {**defaults, **explicit}, defaults, namespace))
         else:
             fail(f'{arg}: unexpected argument, settings are written --name=value')
-
     namespace.update(explicit)
-    changed = {k: v for k, v in explicit.items() if v != defaults[k] or type(v) is not type(defaults[k])}
     if os.environ.get('RANK', '0') == '0':
-        width = max(map(len, changed), default=0)
-        for name, value in changed.items():
-            print(f'{name:<{width}} = {value!r}')
+        show_changes(explicit, defaults)
     return explicit
 
+
+def read_flag(arg, following, defaults):
+    """(name, value) of --name=value; following: the argument after it, which may have been meant as
+    the value."""
+    name, equals, text = arg.lstrip('-').partition('=')     # only the first = splits
+    name = name.replace('-', '_')
+    if not arg.startswith('--') or not name:
+        fail(f'{arg}: settings are written --name=value, see --help')
+    if name not in defaults:
+        refuse_unknown(name, arg, defaults)
+    is_bool = type(defaults[name]) is bool
+    if not equals and (not is_bool or following.lower() in YES + NO):
+        fail(f'{arg}: a value is missing, write --{name}={following or "value"}')
+    return name, from_text(text if equals else 'true', defaults[name], arg)
+
+
+def show_changes(explicit, defaults):
+    """Prints what differs from the defaults, be it in type alone."""
+    changed = {name: value for name, value in explicit.items()
+               if value != defaults[name] or type(value) is not type(defaults[name])}
+    width = max(map(len, changed), default=0)
+    for name, value in changed.items():
+        print(f'{name:<{width}} = {value!r}')
+
+
+# --- settings and their values --------------------------------------------------------------------
+
 def find_settings(namespace):
-    """{name: (first line, last line)} of the settings in the source of the script whose globals() these are."""
+    """{name: (first line, last line)} of the settings in the source of the script whose globals()
+    these are."""
     with open(namespace['__file__'], 'rb') as f:
         tree = ast.parse(f.read())
-    calls = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call)
-             and getattr(node.func, 'id', getattr(node.func, 'attr', '')) == 'configure']
+    end = min((node.lineno for node in ast.walk(tree) if is_configure(node)), default=math.inf)
     settings = {}
     for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.lineno < min(calls, default=math.inf):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for name in [target.id for target in targets if isinstance(target, ast.Name)]:
-                if name == name.lower() and not name.startswith('_') and \
-                        isinstance(namespace.get(name, ()), (int, float, bool, str, type(None))):
-                    settings[name] = (node.lineno, node.end_lineno)
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.lineno >= end:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            if isinstance(target, ast.Name) and is_setting(target.id, namespace):
+                settings[target.id] = (node.lineno, node.end_lineno)
     return settings
 
-def unknown(name, where, known):
-    """No such setting: say which known name is nearest."""
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)
-    fail(f"{where}: unknown setting '{name}'" + (f' (did you mean --{near[0]}?)' if near else ''))
+
+def is_configure(node):
+    """Whether a node of a syntax tree is a call of configure."""
+    if not isinstance(node, ast.Call):
+        return False
+    return getattr(node.func, 'id', getattr(node.func, 'attr', '')) == 'configure'
+
+
+def is_setting(name, namespace):
+    """Whether a global is a setting, by its name and its value."""
+    if name != name.lower() or name.startswith('_'):
+        return False
+    return isinstance(namespace.get(name, ()), (int, float, bool, str, type(None)))
+
 
 def from_text(text, default, where):
     """The value of a --name=text flag, of the type of the default."""
     if isinstance(default, str):
         return text
-    if default is None:  # the type is open: a number if it reads as one, else the text
-        if text.lower() == 'none':
-            return None
-        if text.lower() in ('true', 'false'):
-            return text.lower() == 'true'
     if isinstance(default, bool):
         if text.lower() not in YES + NO:
             fail(f'{where}: expected true or false, not {text!r}')
         return text.lower() in YES
+    if default is None:         # the type is open: a number if it reads as one, else the text
+        if text.lower() == 'none':
+            return None
+        if text.lower() in ('true', 'false'):
+            return text.lower() == 'true'
     for number in (int, float):
         try:
             return checked(number(text), default, where)
@@ -124,101 +166,159 @@ def from_text(text, default, where):
             pass
     return text if default is None else checked(text, default, where)
 
+
 def checked(value, default, where):
     """`value` as the type of the default, converted where nothing is lost, else refused."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and isinstance(value, float) and math.isnan(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, float) and math.isnan(value):
         fail(f'{where}: nan is not a usable value')
     if isinstance(default, bool):
-        ok, want = isinstance(value, bool) or (number and value in (0, 1)), 'true or false'
+        wanted = 'true or false'
+        fits = isinstance(value, bool) or (is_number and value in (0, 1))
     elif isinstance(default, int):
-        ok, want = number and (isinstance(value, int) or value.is_integer()), 'a whole number'  # inf is not whole
+        wanted = 'a whole number'
+        fits = is_number and (isinstance(value, int) or value.is_integer())     # inf is not whole
     elif isinstance(default, float):
-        ok, want = number and (isinstance(value, float) or abs(value) < 1e308), 'a number'
+        wanted = 'a number'
+        fits = is_number and (isinstance(value, float) or abs(value) < 1e308)
     elif isinstance(default, str):
-        ok, want = isinstance(value, str), 'a string'
+        wanted = 'a string'
+        fits = isinstance(value, str)
     else:
         return value
-    if not ok:
-        fail(f'{where}: expected {want}, not {value!r}')
+    if not fits:
+        fail(f'{where}: expected {wanted}, not {value!r}')
     return type(default)(value)
+
+
+# --- config files ---------------------------------------------------------------------------------
 
 def run_config(path, current, defaults, namespace):
     """Executes one config file and returns what it set, as {name: value}."""
     if not os.path.isfile(path) or not path.endswith('.py'):
-        if path.partition('=')[0].replace('-', '_') in defaults:
-            fail(f'{path}: is it a setting? write --{path}')
-        what = 'a config file ends in .py' if os.path.exists(path) else 'no such config file'
-        fail(f'{path}: {what}{nearest_config(path, namespace["__file__"])}')
-    # The settings stand where builtins stand: the file can read them, and what is in `scope` afterwards is exactly
-    # what the file assigned.
+        refuse_config(path, defaults, namespace['__file__'])
+    # The settings stand where builtins stand: the file can read them, and what is in `scope` afterwards
+    # is exactly what the file assigned.
     scope = {'__file__': path, '__name__': 'config', '__builtins__': {**vars(builtins), **current}}
     try:
         with open(path, 'rb') as f:
             source = f.read()
         tree = ast.parse(source, path)
         exec(compile(source, path, 'exec'), scope)
+    except SyntaxError as error:
+        fail(f'{path}:{error.lineno}: {type(error).__name__}: {error.msg}')
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
-        fail(f'{path}:{line}: {type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}')
-    lines = {node.id: node.lineno for node in ast.walk(tree)
-             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path] or [1]
+        fail(f'{path}:{lines[-1]}: {type(error).__name__}: {error}')
+
+    assigned_at = {node.id: node.lineno for node in ast.walk(tree)
+                   if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     values = {}
     for name, value in scope.items():
         if name.startswith('_') or isinstance(value, types.ModuleType) or callable(value):
             continue
-        where = f'{path}:{lines[name]}' if name in lines else path
+        where = f'{path}:{assigned_at[name]}' if name in assigned_at else path
         if name not in defaults:
-            unknown(name, where, defaults)
+            refuse_unknown(name, where, defaults)
         values[name] = checked(value, defaults[name], f'{where}: {name}')
     return values
 
+
+def refuse_config(path, defaults, script):
+    """What stands for a config file on the command line is none."""
+    if path.partition('=')[0].replace('-', '_') in defaults:
+        fail(f'{path}: is it a setting? write --{path}')
+    trouble = 'a config file ends in .py' if os.path.exists(path) else 'no such config file'
+    fail(f'{path}: {trouble}{nearest_config(path, script)}')
+
+
 def nearest_config(path, script):
-    """', did you mean config/x.py?' with the nearest file in config/ here or beside the script; '' if there is none."""
-    found = {}
+    """', did you mean config/x.py?' with the nearest file in config/ here or beside the script; ''
+    if there is none."""
+    configs = {}
     for folder in ('config', os.path.join(os.path.dirname(script), 'config')):
         if os.path.isdir(folder):
             for name in sorted(os.listdir(folder)):
                 if name.endswith('.py'):
-                    found.setdefault(name, os.path.join(folder, name))
+                    configs.setdefault(name, os.path.join(folder, name))
     wanted = os.path.basename(path)
-    near = difflib.get_close_matches(wanted if wanted.endswith('.py') else wanted + '.py', found, n=1, cutoff=0)
-    return f', did you mean {found[near[0]]}?' if near else ''
+    if not wanted.endswith('.py'):
+        wanted += '.py'
+    near = difflib.get_close_matches(wanted, configs, n=1, cutoff=0)
+    return f', did you mean {configs[near[0]]}?' if near else ''
 
-def show_help(namespace, defaults, positional):
-    """Prints the docstring, then every setting under the comment that heads its group, with its own comment beside."""
-    path = namespace['__file__']
-    comments, alone = {}, set()  # line -> (column, text); the lines that hold nothing but a comment
+
+# --- --help ---------------------------------------------------------------------------------------
+
+class Comment(NamedTuple):
+    """A comment of a script."""
+    column: int
+    text: str           # without its #
+    alone: bool         # nothing else stands on its line
+
+
+class HelpRow(NamedTuple):
+    """What --help says of a setting."""
+    heading: str        # of the group that begins with it, or ''
+    name: str
+    value: str
+    comment: str
+
+
+def comments_of(path):
+    """{line: Comment} of a script."""
+    comments = {}
     with tokenize.open(path) as f:
         for token in tokenize.generate_tokens(f.readline):
             if token.type == tokenize.COMMENT:
-                comments[token.start[0]] = token.start[1], token.string.strip('# ')
-                if token.line.lstrip().startswith('#'):
-                    alone.add(token.start[0])
+                line, column = token.start
+                alone = token.line.lstrip().startswith('#')
+                comments[line] = Comment(column, token.string.strip('# '), alone)
+    return comments
 
-    rows = []  # (heading or None, name, value, comment)
-    for name, (line, last) in find_settings(namespace).items():
-        above = line
-        while above - 1 in alone and comments[above - 1][0] == 0:
+
+def help_rows(namespace, defaults):
+    """A HelpRow of each setting, its heading and comment read from the source."""
+    comments = comments_of(namespace['__file__'])
+
+    def is_heading(line):
+        return line in comments and comments[line].alone and comments[line].column == 0
+
+    def goes_on(line):
+        return line in comments and comments[line].alone and comments[line].column > 0
+
+    rows = []
+    for name, (first, last) in find_settings(namespace).items():
+        above = first
+        while is_heading(above - 1):
             above -= 1
-        heading = ' '.join(comments[i][1].strip('-=~ ') for i in range(above, line)).strip()
-        words = [comments[last][1]] if last in comments else []
-        while words and last + 1 in alone and comments[last + 1][0] > 0:  # the comment goes on below, indented
-            last += 1
-            words.append(comments[last][1])
-        rows.append((heading, name, repr(defaults[name]), ' '.join(words)))
+        heading = ' '.join(comments[line].text.strip('-=~ ') for line in range(above, first)).strip()
+        words = []
+        if last in comments:
+            words.append(comments[last].text)
+            while goes_on(last + 1):            # the comment goes on below, indented
+                last += 1
+                words.append(comments[last].text)
+        rows.append(HelpRow(heading, name, repr(defaults[name]), ' '.join(words)))
+    return rows
 
+
+def show_help(namespace, defaults, positional):
+    """Prints the docstring, then every setting under the comment that heads its group, with its own
+    comment beside."""
+    rows = help_rows(namespace, defaults)
     arguments = {'config': '[config/file.py ...] ', 'inputs': '[file or folder ...] '}.get(positional, '')
     print((namespace.get('__doc__') or '').strip())
-    print(f'\nusage: python {os.path.basename(path)} {arguments}[--name=value ...]')
-    names = max((len(row[1]) for row in rows), default=0) + 2  # + the two dashes
-    values = min(24, max((len(row[2]) for row in rows), default=0))
-    width = shutil.get_terminal_size((200, 24)).columns - names - values - 6
-    for heading, name, value, comment in rows:
-        if heading:
-            print(f'\n{heading}:')
-        lines = textwrap.wrap(comment, max(width, 40)) or ['']
-        print(f'  {"--" + name:<{names}}  {value:<{values}}  {lines[0]}'.rstrip())
+    print(f'\nusage: python {os.path.basename(namespace["__file__"])} {arguments}[--name=value ...]')
+    name_width = max((len('--' + row.name) for row in rows), default=0)
+    value_width = min(24, max((len(row.value) for row in rows), default=0))
+    indent = name_width + value_width + 6
+    comment_width = shutil.get_terminal_size((200, 24)).columns - indent
+    for row in rows:
+        if row.heading:
+            print(f'\n{row.heading}:')
+        lines = textwrap.wrap(row.comment, max(comment_width, 40)) or ['']
+        print(f'  {"--" + row.name:<{name_width}}  {row.value:<{value_width}}  {lines[0]}'.rstrip())
         for line in lines[1:]:
-            print(' ' * (names + values + 6) + line)
+            print(' ' * indent + line)
