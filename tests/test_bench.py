@@ -11,22 +11,26 @@ import pytest
 import torch
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--vocab_size=64', '--batch_size=2', '--block_size=32', '--rounds=1',
-        '--seconds=0.01', '--threads=1', '--device=cpu', '--prefill=16', '--positions=4,24', '--dtypes=float32',
-        '--lengths=32,128', '--length_n_layer=1', '--length_n_embd=32', '--window=16']
+TINY = ('--n_layer=1 --n_embd=64 --n_head=2 --vocab_size=64 --batch_size=2 --block_size=32 --rounds=1 '
+        '--seconds=0.01 --threads=1 --device=cpu --prefill=16 --positions=4,24 --dtypes=float32 '
+        '--lengths=32,128 --length_n_layer=1 --length_n_embd=32 --window=16').split()
+RUN = ('--n_layer=1 --n_embd=64 --n_head=1 --vocab_size=7 --block_size=16 --batch_size=4 '
+       '--tokens_per_step=64 --max_iters=4 --eval_interval=2')
 
 
 def bench(*arguments):
-    return subprocess.run([sys.executable, '-m', 'mambino.bench', *arguments], capture_output=True, text=True, cwd=HERE,
+    return subprocess.run([sys.executable, '-m', 'mambino.bench', *arguments], cwd=HERE, capture_output=True,
                           encoding='utf-8', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
 
 
 def test_tiny_run_prints_tables_and_writes_json(tmp_path):
     file = tmp_path / 'bench.json'
     # nanoGPT stands for a peer: without its folder it must be left out, by name, and the rest go on
-    run = bench(*TINY, '--models=gpt', '--sections=train,sample', '--peers=nanogpt', f'--json={file}')
+    run = bench(*TINY, '--models=gpt', '--sections=train,sample', '--peers=nanogpt',
+                f'--json={file}')
     assert run.returncode == 0, run.stderr
-    assert 'matmul float32' in run.stdout and 'training: 1 layers' in run.stdout and 'sampling, one sequence' in run.stdout
+    for words in ('matmul float32', 'training: 1 layers', 'sampling, one sequence'):
+        assert words in run.stdout
     assert 'nanoGPT: name its folder' in run.stdout
     data = json.loads(file.read_text(encoding='utf-8'))
     rows = {(row['section'], row['name']): row for row in data['rows']}
@@ -64,13 +68,15 @@ def test_lengths_are_compared_and_drawn(tmp_path):
     if not importlib.util.find_spec('matplotlib'):
         pytest.skip('the picture needs matplotlib: pip install --group bench')
     file, picture = tmp_path / 'bench.json', tmp_path / 'bench.png'
-    run = bench(*TINY, '--models=gpt', '--sections=train,length', '--peers=', f'--json={file}', f'--plot={picture}')
+    run = bench(*TINY, '--models=gpt', '--sections=train,length', '--peers=', f'--json={file}',
+                f'--plot={picture}')
     assert run.returncode == 0, run.stderr
     data = json.loads(file.read_text(encoding='utf-8'))
     whole, = [row for row in data['rows'] if row['section'] == 'train']
-    rows = {(row['name'], row['sizes']['block_size']): row for row in data['rows'] if row['section'] == 'length'}
+    rows = {(row['name'], row['sizes']['block_size']): row
+            for row in data['rows'] if row['section'] == 'length'}
     assert set(rows) == {(name, T) for name in ('gpt', 'gpt_window') for T in (32, 128)}
-    assert {row['tokens'] for row in rows.values()} == {128}                    # the same tokens a step at each length
+    assert {row['tokens'] for row in rows.values()} == {128}  # the same tokens a step at each length
     assert rows['gpt', 128]['parameters'] < whole['parameters']                 # length_n_embd
     if os.path.exists('/proc/self/status'):
         assert all(row['memory'] > 0 for row in rows.values())
@@ -81,14 +87,16 @@ def test_lengths_are_compared_and_drawn(tmp_path):
 
 def test_loss_needs_less_memory_than_pytorchs(tmp_path):
     file = tmp_path / 'bench.json'
-    run = bench(*TINY, '--sections=loss', '--loss_vocab_size=50257', '--loss_batch_size=1', '--loss_block_size=512', f'--json={file}')
+    run = bench(*TINY, '--sections=loss', '--loss_vocab_size=50257', '--loss_batch_size=1',
+                '--loss_block_size=512', f'--json={file}')
     assert run.returncode == 0, run.stderr
     data = json.loads(file.read_text(encoding='utf-8'))
-    assert [(r['ours'], r['peer']) for r in data['ratios']] == [('linear_cross_entropy', 'F.cross_entropy')]
+    pairs = [(r['ours'], r['peer']) for r in data['ratios']]
+    assert pairs == [('linear_cross_entropy', 'F.cross_entropy')]
     if os.path.exists('/proc/self/status'):
-        assert data['ratios'][0]['memory'] < 0.7                                # at its default size, less than 0.25
+        assert data['ratios'][0]['memory'] < 0.7  # at its default size, less than 0.25
         plain = [row for row in data['rows'] if row['name'] == 'cross_entropy'][0]['memory']
-        assert plain > 2 * 512 * 50257 * 4 - 50257 * 64 * 4                     # the logits and their gradient, all at once
+        assert plain > 2 * 512 * 50257 * 4 - 50257 * 64 * 4  # the logits and their gradient, all at once
 
 
 def test_whole_runs_to_a_loss(tmp_path, capsys):
@@ -96,28 +104,56 @@ def test_whole_runs_to_a_loss(tmp_path, capsys):
     data.mkdir()
     for split in ('train', 'val'):
         (torch.arange(2000, dtype=torch.int32) % 7).numpy().tofile(data / f'{split}.bin')
-    flags = (f'--dataset={data} --vocab_size=7 --n_layer=1 --n_embd=64 --n_head=1 --block_size=16 --batch_size=4 --tokens_per_step=64 '
-             '--max_iters=4 --eval_interval=2')
-    run = bench(*TINY, '--models=gpt', '--sections=', f'--time_to_loss_run={flags}', '--time_to_loss=99', f'--json={file}')
+    flags = f'--dataset={data} {RUN}'
+    picture = tmp_path / 'loss.svg'
+    drawn = [f'--plot={picture}'] if importlib.util.find_spec('matplotlib') else []
+    run = bench(*TINY, '--models=gpt', '--sections=', f'--time_to_loss_run={flags}',
+                '--time_to_loss=99', f'--json={file}', *drawn)
     assert run.returncode == 0, run.stderr
     row, = json.loads(file.read_text(encoding='utf-8'))['rows']
     assert 0 < row['seconds_to_loss'] < row['times'][0]['whole'][0] and len(row['losses']) == 2
+    curve_of_run, = row['curves']
+    assert [loss for _, loss in curve_of_run] == row['losses']
+    assert 0 < curve_of_run[0][0] < curve_of_run[1][0] < row['times'][0]['whole'][0]
+    if drawn:
+        text = picture.read_text(encoding='utf-8')
+        assert text.startswith('<?xml') and 'val loss' in text and 'GPT' in text
+        assert len(text) < 100_000
 
     from mambino.bench import curve
-    row['times'] = [dict(whole=[3.0], loss=[2.0]), dict(whole=[4.0])]           # one run of two never got there
+    row['times'] = [dict(whole=[3.0], loss=[2.0]), dict(whole=[4.0])]  # one run of two never got there
     curve.show([row], SimpleNamespace(time_to_loss_run=flags, time_to_loss=99))
-    assert re.search(r'gpt +not reached +3.5 +3.0–4.0', capsys.readouterr().out) and row['seconds_to_loss'] is None
+    assert re.search(r'gpt +not reached +3.5 +3.0–4.0', capsys.readouterr().out)
+    assert row['seconds_to_loss'] is None
 
 
 def test_mamba_is_compared_with_gpt_at_their_sizes():
     from mambino.bench import steps
 
     def row(name, parameters, *seconds):
-        return dict(steps.new_row('train', name, 'float32'), parameters=parameters, times=[{'step': [s]} for s in seconds])
+        times = [{'step': [s]} for s in seconds]
+        return dict(steps.new_row('train', name, 'float32'), parameters=parameters, times=times)
     rows = [row('mamba2', 7e6, 1.0, 2.0, 1.0), row('gpt', 10e6, 1.0, 1.0, 3.0), row('mamba1', 1, 1.0)]
-    found, = steps.compare(rows, SimpleNamespace())
-    assert (found['ours'], found['peer'], found['speed'], found['low'], found['high']) == ('mamba2', 'gpt', 1.0, 0.5, 3.0)
-    assert found['size'] == 0.7 and found['memory'] is None
+    pair, = steps.compare(rows, SimpleNamespace())
+    assert (pair['ours'], pair['peer']) == ('mamba2', 'gpt')
+    assert (pair['speed'], pair['low'], pair['high']) == (1.0, 0.5, 3.0)
+    assert pair['size'] == 0.7 and pair['memory'] is None
+
+
+def test_a_checkout_is_compared_with_another(tmp_path):
+    """This one with itself, under another path."""
+    for name in os.listdir(HERE):
+        if name.endswith('.py') or name == 'mambino':
+            os.symlink(os.path.join(HERE, name), tmp_path / name)
+    file = tmp_path / 'bench.json'
+    run = bench(*TINY, '--models=gpt', '--sections=train,sample', f'--against={tmp_path}',
+                f'--json={file}')
+    assert run.returncode == 0, run.stderr
+    data = json.loads(file.read_text(encoding='utf-8'))
+    assert not data['left_out'] and {row['root'] for row in data['rows']} == {HERE, str(tmp_path)}
+    pairs = [(r['section'], r['work'], r['ours'], r['peer']) for r in data['ratios']]
+    assert pairs == [('train', 'step', 'gpt', 'before: gpt')] + [
+        ('sample', work, 'gpt', 'before: gpt') for work in ('prefill', '4', '24')]
 
 
 @pytest.mark.parametrize('settings, message', [
@@ -126,6 +162,9 @@ def test_mamba_is_compared_with_gpt_at_their_sizes():
     (dict(lengths='1024,many'), '--lengths=1024,many: expected whole numbers'),
     (dict(lengths='1000,1024'), 'must be a multiple'),
     (dict(window=0), '--window=0: at least 1'),
+    (dict(against='no/such/folder'), 'no train.py in there'),
+    (dict(kinds='gtp'), "--kinds: unknown 'gtp' (did you mean gpt?)"),
+    (dict(batches='1,x'), '--batches=1,x: expected whole numbers'),
     (dict(time_to_loss=-1.0), '--time_to_loss=-1.0: expected'),
     (dict(plot='bench.jpg'), 'ends in .png'),
     (dict(plot='bench.png', sections='loss'), 'of the sections train, length'),
@@ -135,8 +174,9 @@ def test_mamba_is_compared_with_gpt_at_their_sizes():
 ])
 def test_bad_values_are_refused_before_measuring(settings, message, monkeypatch, capsys):
     from mambino.bench import __main__ as bench
-    missing = settings.get('missing')                                           # else matplotlib is there, and never imported
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == missing else 'there')
+    missing = settings.get('missing')  # else matplotlib is there, and never imported
+    monkeypatch.setattr(importlib.util, 'find_spec',
+                        lambda name: None if name == missing else 'there')
     monkeypatch.setattr(bench, 'peak_flops', lambda *_: pytest.fail('it measures already'))
     for name in settings.keys() - {'missing'}:
         monkeypatch.setattr(bench, name, settings[name])
@@ -147,19 +187,22 @@ def test_bad_values_are_refused_before_measuring(settings, message, monkeypatch,
 
 
 def test_a_run_that_cannot_be_is_refused():
-    run = bench(*TINY, '--sections=', '--time_to_loss=1', '--time_to_loss_run=config/shakespeare_cpu.py --dataset=never_made')
-    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'data/never_made: no such dataset' in run.stderr, run.stderr
+    run = bench(*TINY, '--sections=', '--time_to_loss=1',
+                '--time_to_loss_run=config/shakespeare_cpu.py --dataset=never_made')
+    assert run.returncode == 2 and run.stderr.count('\n') == 1, run.stderr
+    assert 'data/never_made: no such dataset' in run.stderr
 
 
 def test_a_run_needs_nanogpts_data(tmp_path):
     (tmp_path / 'model.py').touch()
     run = bench('--time_to_loss=1.88', f'--nanogpt={tmp_path}')
-    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'data/shakespeare_char/prepare.py' in run.stderr
+    assert run.returncode == 2 and run.stderr.count('\n') == 1
+    assert 'data/shakespeare_char/prepare.py' in run.stderr
 
 
 def test_importing_it_is_cheap_and_peak_is_measured():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from mambino.bench import __main__ as bench; assert 'transformers' not in sys.modules; "
-            "print(bench.peak_flops('cpu', 'float32') > 1e8)")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from mambino.bench import __main__ as b; "
+            "assert 'transformers' not in sys.modules; print(b.peak_flops('cpu', 'float32') > 1e8)")
     run = subprocess.run([sys.executable, '-c', code, HERE], capture_output=True, text=True)
     assert run.stdout == 'True\n', run.stderr
 
@@ -167,20 +210,24 @@ def test_importing_it_is_cheap_and_peak_is_measured():
 def test_known_gpus(monkeypatch):
     from mambino import machine
     monkeypatch.setattr(machine, 'matmul_peak', lambda device, dtype: 1.0)
-    for name, capability, expected in (('NVIDIA A100-SXM4-80GB', (8, 0), 312e12), ('NVIDIA A10', (8, 6), 125e12),
-                                       ('NVIDIA H100 PCIe', (9, 0), 756e12), ('NVIDIA H100 80GB HBM3', (9, 0), 989e12),
-                                       ('NVIDIA GeForce RTX 4090 Laptop GPU', (8, 9), 1.0), ('Tesla T4', (7, 5), 1.0),
-                                       ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', (8, 0), 1.0), ('NVIDIA Unheard-of', (9, 0), 1.0)):
-        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    card = {}
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: card['name'])
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: card['capability'])
+    for name, capability, expected in [
+            ('NVIDIA A100-SXM4-80GB', (8, 0), 312e12), ('NVIDIA A10', (8, 6), 125e12),
+            ('NVIDIA H100 PCIe', (9, 0), 756e12), ('NVIDIA H100 80GB HBM3', (9, 0), 989e12),
+            ('NVIDIA GeForce RTX 4090 Laptop GPU', (8, 9), 1.0), ('Tesla T4', (7, 5), 1.0),
+            ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', (8, 0), 1.0), ('NVIDIA Unheard-of', (9, 0), 1.0)]:
+        card.update(name=name, capability=capability)
         assert machine.peak_flops.__wrapped__('cuda', torch.bfloat16) == expected, name
 
 
 @pytest.mark.parametrize('kind', ['gpt', 'hybrid'])
 def test_generation_beside_transformers(kind):
     pytest.importorskip('transformers')
-    run = bench('--sections=generate', f'--kinds={kind}', '--ways=float32,int8', '--their_dtypes=float32',
-                '--batches=1,2', '--rounds=1', '--new_tokens=2', '--prompt=4', '--vocab_size=64')
+    run = bench('--sections=generate', f'--kinds={kind}', '--ways=float32,int8',
+                '--their_dtypes=float32', '--batches=1,2', '--rounds=1', '--new_tokens=2',
+                '--prompt=4', '--vocab_size=64')
     assert run.returncode == 0, run.stderr
     for name in ('ours float32', 'ours int8', 'transformers float32'):
         assert len(re.findall(rf'^{name} +\d', run.stdout, re.M)) == 2, run.stdout  # in both tables

@@ -6,13 +6,17 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+
 def test_small_measurement(tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'mambino.bench', '--sections=data', '--speed_mb=1', '--memory_mb=1', '--rounds=1',
-                           '--vocab_size=600', f'--folder={tmp_path}'], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    command = [sys.executable, '-m', 'mambino.bench', '--sections=data', '--speed_mb=1',
+               '--memory_mb=1', '--rounds=1', '--vocab_size=600', f'--folder={tmp_path}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    speeds = {line[:34].strip(): float(line[34:].split()[0]) for line in done.stdout.splitlines() if re.match(r'.{34} +\d', line)}
+    lines = [line for line in done.stdout.splitlines() if re.match(r'.{34} +\d', line)]
+    speeds = {line[:34].strip(): float(line[34:].split()[0]) for line in lines}
     assert list(speeds) == ['prepare.py, one process', 'prepare.py, 2 processes', 'tiktoken, 2 threads, in memory',
-                            '2 processes against one', '2 processes against tiktoken'] and min(speeds.values()) > 0
+                            '2 processes against one', '2 processes against tiktoken']
+    assert min(speeds.values()) > 0
     peak = int(re.search(r'all processes together at most (\d+) MB', done.stdout)[1])
     assert 100 < peak < 1500 or not os.path.isdir('/proc')
     assert os.listdir(tmp_path) == []

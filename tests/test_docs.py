@@ -6,10 +6,11 @@ import re
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PAGES = ['README.md', 'data/README.md'] + [f'docs/{name}' for name in sorted(os.listdir(os.path.join(ROOT, 'docs')))
-                                           if name.endswith('.md')]
-SCRIPTS = {'prepare.py': 'prepare.py', 'train.py': 'train.py', 'sample.py': 'sample.py', 'export.py': 'export.py',
-           '-m mambino.bench': 'mambino/bench/__main__.py'}
+DOCS = [name for name in sorted(os.listdir(os.path.join(ROOT, 'docs'))) if name.endswith('.md')]
+PAGES = ['README.md', 'data/README.md', *(f'docs/{name}' for name in DOCS)]
+SCRIPTS = {name: name for name in ('prepare.py', 'train.py', 'sample.py', 'export.py')}
+SCRIPTS['-m mambino.bench'] = 'mambino/bench/__main__.py'
+NAMES = '|'.join(map(re.escape, SCRIPTS))
 MISSING = {'docs/loss.svg'}  # until it is measured
 
 
@@ -32,9 +33,9 @@ def commands(text):
     text = text.replace('\\\n', ' ')
     blocks = ' \n'.join(re.findall(r'```sh\n(.*?)```', text, re.S) + re.findall(r'`([^`\n]+)`', text))
     for line in blocks.split('\n'):
-        found = re.search(r'(?:python|torchrun .*?) ?(prepare\.py|train\.py|sample\.py|export\.py|-m mambino\.bench)\b(.*)', line)
-        if found:
-            yield found[1], found[2].partition(' #')[0]
+        command = re.search(rf'(?:python|torchrun .*?) ?({NAMES})\b(.*)', line)
+        if command:
+            yield command[1], command[2].partition(' #')[0]
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -52,8 +53,9 @@ def test_settings_exist(page):
 @pytest.mark.parametrize('page', PAGES)
 def test_settings_in_the_text_exist(page):
     known = set().union(*map(settings_of, SCRIPTS.values()))
-    others = {'index-url', 'no-build-isolation', 'group', 'help', 'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint',
-              'eval_iters', 'lr_decay_iters', 'model_args', 'tasks'}     # pip's, torchrun's, nanoGPT's, lm_eval's
+    others = {'index-url', 'no-build-isolation', 'group', 'help',                       # pip's
+              'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint',              # torchrun's
+              'eval_iters', 'lr_decay_iters', 'model_args', 'tasks'}            # nanoGPT's, lm_eval's
     for name in re.findall(r'(?<![\w-])--([A-Za-z][\w-]*)', read(page)):
         assert name in known | others, f'{page}: --{name}'
 
@@ -79,7 +81,8 @@ def test_links_lead_somewhere(page):
 def test_files_in_the_text_exist(page):
     text = read(page).replace('…', '')
     for path in re.findall(r'`((?:mambino|config|docs|tests)/[\w/.]*)`', text):
-        assert any(os.path.exists(os.path.join(ROOT, name)) for name in (path, f'{path}.py')), f'{page}: {path}'
+        path = os.path.join(ROOT, path)
+        assert os.path.exists(path) or os.path.exists(f'{path}.py'), f'{page}: {path}'
 
 
 def test_nothing_is_missing_that_is_there():

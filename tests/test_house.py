@@ -1,6 +1,8 @@
-"""The house of docs/CONTRIBUTING.md: what stands where, who may import whom, how long files and lines are.
+"""The house of docs/CONTRIBUTING.md: what stands where, who may import whom, how long files and
+lines are.
 
-What does not hold yet is listed in EXCEPTIONS; the lists only shrink, for an exception that holds by now fails too.
+What does not hold yet is listed in EXCEPTIONS; the lists only shrink, for an exception that holds
+by now fails too.
 """
 import ast
 import os
@@ -17,7 +19,7 @@ TOP = {
     'prepare.py', 'train.py', 'sample.py', 'export.py',
     'config', 'data', 'docs', 'tests', 'mambino',
 }
-# A module's floor is that of the longest of these names it begins with. It imports lower floors, or what the same name stands for.
+# A module's floor is that of the longest of these names it begins with. It imports lower floors, and its own folder.
 FLOORS = {
     'prepare': 7, 'train': 7, 'sample': 7, 'export': 7, 'mambino.bench': 7,
     'mambino.train': 5, 'mambino.sample': 5, 'mambino.export': 5,
@@ -29,7 +31,8 @@ FLOORS = {
     'mambino': 0,                                   # its version
 }
 ALSO = {('mambino.train', 'mambino.sample')}        # samples while training
-ON_ONE_FLOOR = {'mambino.language_model', 'mambino.cache', 'mambino.machine', 'mambino.tokenizer'}  # may import each other, in no circle
+# These may import each other, in no circle.
+ON_ONE_FLOOR = {'mambino.language_model', 'mambino.cache', 'mambino.machine', 'mambino.tokenizer'}
 EXCEPTIONS = {
     'top level': set(),
     'floors': set(),
@@ -238,7 +241,8 @@ def test_length_of_lines():
 
 
 def settings_of(path):
-    """Names in small letters that a script assigns above the line that calls configure(globals())."""
+    """Names in small letters that a script assigns above the line that calls
+    configure(globals())."""
     names = set()
     for node in ast.parse(read(path)).body:
         if 'configure(globals()' in ast.unparse(node):

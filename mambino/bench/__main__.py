@@ -1,11 +1,11 @@
 """ How fast is this project on this machine, and how much memory does it take — beside what one
 would use instead?
 
-    python -m mambino.bench                                     # the first five sections, some minutes
-    python -m mambino.bench --models=gpt,mamba2 --sections=train --nanogpt=../nanoGPT --json=bench.json
+    python -m mambino.bench                                 # the first five sections, some minutes
+    python -m mambino.bench --models=gpt --sections=train --nanogpt=../nanoGPT --json=bench.json
     python -m mambino.bench --sections=train,length --plot=bench.png            # and as a picture
     python -m mambino.bench --sections=generate --kinds=mamba --batches=1 --rounds=5
-    python -m mambino.bench --sections=data --memory_mb=4000    # prepare.py; some minutes, 8 GB of disk
+    python -m mambino.bench --sections=data --memory_mb=4000     # prepare.py; some minutes, 8 GB of disk
     python -m mambino.bench --sections= --time_to_loss=1.88     # whole runs: seconds to that val loss
     python -m mambino.bench --sections=train,layers,sample,generate,data --against=../before
 
@@ -36,9 +36,9 @@ from mambino.machine import choose_device, copy_bandwidth, machine_name, peak_fl
 from mambino.weights.quantize import PRECISIONS
 
 # what to measure
-sections = 'train,layers,length,loss,sample'  # also generate, data; '': none of them, for --time_to_loss alone
+sections = 'train,layers,length,loss,sample'  # also generate, data; '': --time_to_loss alone
 models = 'gpt,mamba2,mamba1,hybrid'
-# Each is compared with the model it resembles; '': none. hf_: transformers'; cross_entropy: PyTorch's loss
+# Compared with the model each resembles; '': none. hf_: transformers'; cross_entropy: PyTorch's
 peers = 'llama,litgpt,nanogpt,hf_mamba2,mamba_ssm,mambapy,hf_mamba,cross_entropy'
 nanogpt = ''                     # a nanoGPT checkout to compare with: the folder of its model.py
 against = ''                     # another checkout of this project, to compare with instead of peers
@@ -77,8 +77,8 @@ new_tokens = 64
 speed_mb = 200                   # size of the corpus for speed; 0 leaves that out
 memory_mb = 2000                 # size of the corpus for memory; 0 leaves that out
 workers = 2                      # processes of prepare.py
-folder = ''                      # where to work; '' is a new folder for temporary files, deleted at the end
-# whole runs on characters of Shakespeare, GPT, Mamba-2 and hybrid by turns, and nanoGPT's README command for a CPU
+folder = ''                      # where to work; '': a temporary folder, deleted at the end
+# whole runs on characters of Shakespeare, of GPT, Mamba-2 and hybrid and of nanoGPT's CPU command
 time_to_loss = 0.0               # the val loss to reach, such as 1.88; 0: no runs
 # What train.py is given for it; evaluations count in its time
 time_to_loss_run = 'config/shakespeare_cpu.py --eval_interval=120'
@@ -90,7 +90,7 @@ limit = 20.0                     # seconds of turns after which a contender take
 device = 'auto'                  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 threads = 0                      # CPU threads; 0: torch's choice
 json = ''                        # a file for the raw figures
-plot = ''                        # a .png or .svg: `length`, `train` and the way to time_to_loss as a picture;
+plot = ''                        # a .png or .svg of `length`, `train` and the way to time_to_loss;
                                  # needs matplotlib
 
 STEPS = ('train', 'layers', 'length', 'loss', 'sample')
@@ -127,7 +127,8 @@ def check():
             fail(f'--{name}={value}: at least {0 if name in MAY_BE_0 else 1}')
     for name in ('positions', 'lengths', 'batches'):
         if not all(number.isdecimal() and int(number) for number in globals()[name].split(',')):
-            fail(f'--{name}={globals()[name]}: expected whole numbers of at least 1, as in 100,4000')
+            fail(f'--{name}={globals()[name]}: expected whole numbers of at least 1, '
+                 'as in 100,4000')
     if any(max(map(int, lengths.split(','))) % int(length) for length in lengths.split(',')):
         fail(f'--lengths={lengths}: the longest must be a multiple of the others, '
              'so that all have as many tokens a step')
@@ -135,7 +136,8 @@ def check():
         fail(f'--time_to_loss={time_to_loss}: expected a val loss above 0, or 0 for no runs')
     if nanogpt and not os.path.exists(os.path.join(nanogpt, 'model.py')):
         fail(f'--nanogpt={nanogpt}: no model.py in there')
-    if nanogpt and time_to_loss and not os.path.exists(os.path.join(nanogpt, 'data', 'shakespeare_char', 'train.bin')):
+    text = os.path.join(nanogpt, 'data', 'shakespeare_char', 'train.bin')
+    if nanogpt and time_to_loss and not os.path.exists(text):
         fail(f'--nanogpt={nanogpt}: no data/shakespeare_char/train.bin in there; '
              'run python data/shakespeare_char/prepare.py in there')
     if against and not os.path.exists(os.path.join(against, 'train.py')):
@@ -168,12 +170,14 @@ def main():
         fail(error)
     torch.set_num_threads(threads or torch.get_num_threads())
 
-    peaks = {dtype: [peak_flops(settings.device, dtype)] for dtype in dtypes.split(',')}
+    peaks = {}
+    if set(STEPS) & set(sections.split(',')):
+        peaks = {dtype: [peak_flops(settings.device, dtype)] for dtype in dtypes.split(',')}
     machine = dict(name=machine_name(settings.device), torch=torch.__version__,
                    bandwidth=copy_bandwidth(settings.device), peak_flops=peaks)
-    speeds = ', '.join(f'{dtype} {peak[0] / 1e9:,.0f} GFLOP/s' for dtype, peak in peaks.items())
-    print(f'{machine["name"]}; torch {torch.__version__}\nmatmul {speeds}; '
-          f'memory copy {machine["bandwidth"] / 1e9:.0f} GB/s', flush=True)
+    print(f'{machine["name"]}; torch {torch.__version__}')
+    speeds = [f'matmul {dtype} {peak[0] / 1e9:,.0f} GFLOP/s' for dtype, peak in peaks.items()]
+    print('; '.join([*speeds, f'memory copy {machine["bandwidth"] / 1e9:.0f} GB/s']), flush=True)
 
     rows = []
     if time_to_loss:
@@ -193,7 +197,8 @@ def main():
     if absent:
         print('\nleft out', *dict.fromkeys(f'{row["label"]}: {row["error"]}' for row in absent), sep='\n  ')
     if json:
-        figures = dict(machine=machine, settings=vars(settings), rows=measured, ratios=ratios, left_out=absent)
+        figures = dict(machine=machine, settings=vars(settings), rows=measured, ratios=ratios,
+                       left_out=absent)
         with open(json, 'w', encoding='utf-8') as f:
             f.write(dumps(figures, indent=1) + '\n')
     if plot and measured:

@@ -56,7 +56,7 @@ def step_of(model):
     return partial(step, model)
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 def our_class(kind):
     """(model's class, config's class) of 'gpt', 'mamba' or 'hybrid'."""
@@ -67,7 +67,8 @@ def our_class(kind):
 
 def ours(name, settings):
     """(class, config) of one of OURS, at the size of the settings."""
-    fields = {key: getattr(settings, key) for key in ('block_size', 'vocab_size', 'n_layer', 'n_embd')}
+    fields = {key: getattr(settings, key)
+              for key in ('block_size', 'vocab_size', 'n_layer', 'n_embd')}
     kind = name.partition('_')[0].rstrip('12')
     if kind == 'mamba':
         fields['version'] = int(name[-1])
@@ -94,8 +95,8 @@ def litgpt(like, settings):
     from litgpt.config import Config
     from litgpt.model import GPT
     model = GPT(Config(
-        block_size=settings.block_size, vocab_size=settings.vocab_size, padded_vocab_size=settings.vocab_size,
-        n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd,
+        block_size=settings.block_size, vocab_size=settings.vocab_size,
+        padded_vocab_size=settings.vocab_size, n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd,
         intermediate_size=like.intermediate_size, mlp_class_name='LLaMAMLP', norm_class_name='RMSNorm',
         bias=False, rotary_percentage=1.0, parallel_residual=False))
     model.lm_head.weight = model.transformer.wte.weight
@@ -115,7 +116,8 @@ def mamba_ssm(like, settings):
 
 def nanogpt(settings):
     """nanoGPT's GPT of the same size, from the checkout that --nanogpt names."""
-    spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(settings.nanogpt, 'model.py'))
+    path = os.path.join(settings.nanogpt, 'model.py')
+    spec = importlib.util.spec_from_file_location('nanogpt_model', path)
     module = importlib.util.module_from_spec(spec)
     sys.modules['nanogpt_model'] = module
     spec.loader.exec_module(module)
@@ -131,8 +133,9 @@ def whole_model(name, settings):
         model = litgpt(config, settings) if name == 'litgpt' else mamba_ssm(config, settings)
 
         def loss(idx, targets):
-            output = model(idx)
-            return F.cross_entropy(getattr(output, 'logits', output).flatten(0, 1), targets.flatten())
+            logits = model(idx)
+            logits = getattr(logits, 'logits', logits)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     elif name in ('llama', 'hf_mamba2'):
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_config(hf_config(model_class, config))
@@ -163,8 +166,8 @@ def by_turns(works, settings):
     def warm_up():
         for work in works.values():
             end = time.perf_counter() + 2 * settings.seconds
-            while timed(work) and time.perf_counter() < end:  # a slow one is warm after one call, and compiled
-                pass
+            while timed(work) and time.perf_counter() < end:
+                pass  # a slow one is warm after one call, and compiled
 
     def turn():
         times = {name: [] for name in works}
@@ -188,17 +191,18 @@ def train(job, settings, autocast):
     """Training steps. Everyone has the same optimizer: what is compared is the models."""
     name = job['name']
     model, loss = whole_model(name, settings)
-    with torch.device('meta'):  # mixing of tokens costs a peer what it costs the model of ours that it resembles
+    with torch.device('meta'):  # mixing of tokens costs a peer what it costs our model
         model_class, config = ours(PEERS[name][1] if name in PEERS else name, settings)
         like = model_class(config)
     parameters = sum(weight.numel() for weight in model.parameters())
     facts = dict(parameters=parameters, tokens=settings.batch_size * settings.block_size)
     facts['flops'] = matrix_flops(model) + like.flops_per_token(settings.block_size) - matrix_flops(like)
     model.to(settings.device).train()
-    facts['before'] = memory_now(settings)  # neither libraries nor a model's making count, but its weights
+    # neither libraries nor the making of a model count, but its weights
+    facts['before'] = memory_now(settings)
     facts['counted'] = 4 * parameters
     if settings.compile:
-        loss = checkout_has('mambino.kernels:compiled', 'mambino.kernels.ops:compiled', 'checkpoint:compiled')(loss)
+        loss = checkout_has('mambino.kernels:compiled', 'checkpoint:compiled')(loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     shape = (2, settings.batch_size, settings.block_size)
     idx, targets = torch.randint(settings.vocab_size, shape, device=settings.device).unbind()
@@ -229,7 +233,8 @@ def layers(job, settings, autocast):
     pair = torch.nn.ModuleList(pair).to(settings.device).train()
     parameters = sum(weight.numel() for weight in pair.parameters())
     B, T, D = settings.layers_batch_size, settings.block_size, settings.n_embd
-    facts = dict(parameters=parameters, tokens=2 * B * T, before=memory_now(settings), counted=4 * parameters)
+    facts = dict(parameters=parameters, tokens=2 * B * T, before=memory_now(settings),
+                 counted=4 * parameters)
     x = torch.randn(B, T, D, device=settings.device, requires_grad=True)
 
     def step():
@@ -248,8 +253,7 @@ def loss(job, settings, autocast):
     """Forward and backward of the loss alone, from the last hidden states. Inputs and gradients,
     which any way needs, count apart."""
     device = settings.device
-    chunked = checkout_has('mambino.language_model:linear_cross_entropy', 'mambino.kernels.ops:linear_cross_entropy',
-                           'ops:linear_cross_entropy')
+    chunked = checkout_has('mambino.language_model:linear_cross_entropy', 'ops:linear_cross_entropy')
     B, T = settings.loss_batch_size, settings.loss_block_size
     D, V = settings.n_embd, settings.loss_vocab_size
     x = torch.randn(B, T, D, device=device, requires_grad=True)
@@ -266,9 +270,10 @@ def loss(job, settings, autocast):
         x.grad = None
         weight.grad = None
 
-    step(torch.randn(1, 8, D, device=device, requires_grad=True), targets[:1, :8])  # libraries have their buffers now
+    # once, so that libraries have their buffers
+    step(torch.randn(1, 8, D, device=device, requires_grad=True), targets[:1, :8])
     inputs = x.nbytes + weight.nbytes
-    facts = dict(tokens=targets.numel(), inputs=inputs, before=memory_now(settings), counted=-inputs)
+    facts = dict(tokens=B * T, inputs=inputs, before=memory_now(settings), counted=-inputs)
     return facts, *by_turns({'step': step}, settings)
 
 
@@ -365,7 +370,8 @@ def open_llama(model, way, folder, length):
     from mambino.export import to_gguf
     to_gguf.write(model, None, folder, '' if way == 'float32' else way)
     path = next(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.gguf'))
-    llm = llama_cpp.Llama(path, n_ctx=length, n_threads=torch.get_num_threads(), logits_all=False, verbose=False)
+    llm = llama_cpp.Llama(path, n_ctx=length, n_threads=torch.get_num_threads(), logits_all=False,
+                          verbose=False)
     return llm, os.path.getsize(path)
 
 
@@ -404,7 +410,8 @@ def generate(job, settings, autocast):
     return dict(weights=size), partial(run, model, ids, 2), turn
 
 
-SECTIONS = dict(train=train, length=train, layers=layers, loss=loss, sample=sample, generate=generate)
+SECTIONS = dict(train=train, length=train, layers=layers, loss=loss, sample=sample,
+                generate=generate)
 
 
 def main():
@@ -420,7 +427,8 @@ def main():
     try:
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         torch.manual_seed(1)
-        autocast = partial(torch.autocast, torch.device(settings.device).type, getattr(torch, job['dtype'], None),
+        dtype = getattr(torch, job['dtype'], None)  # none of int8, int4, which do without
+        autocast = partial(torch.autocast, torch.device(settings.device).type, dtype,
                            enabled=job['dtype'] != 'float32')
         facts, warm_up, turn = SECTIONS[job['section']](job, settings, autocast)
         warm_up()

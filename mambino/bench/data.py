@@ -22,7 +22,7 @@ from mambino.bench.turns import HERE, all_times, ratio, take_turns, with_before
 from mambino.configurator import fail
 from mambino.prepare import stdlib
 
-# --- the corpus -------------------------------------------------------------------------------------------------------
+# --- the corpus -----------------------------------------------------------------------------------
 
 def texts_of(mb):
     """Numbered copies of the standard library's files, about so many MB."""
@@ -69,7 +69,7 @@ def write_mixed(folder, mb):
         f.write_table(pa.Table.from_pylist(rows, schema))
 
 
-# --- one run ----------------------------------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------
 
 def prepare(root, *arguments):
     """Runs the prepare.py of a checkout; returns (seconds, peak MB of it and all below it)."""
@@ -123,7 +123,7 @@ def tiktoken(tokenizer_path, settings):
     return float(done.stdout)
 
 
-# --- measurements -----------------------------------------------------------------------------------------------------
+# --- measurements ---------------------------------------------------------------------------------
 
 def measure(settings):
     """Rows of the speeds, if they are measured; prints them, and the memory."""

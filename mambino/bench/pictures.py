@@ -4,8 +4,8 @@ from mambino.bench.contenders import PEERS
 from mambino.bench.turns import HERE
 from mambino.machine import machine_name
 
-LABELS = {'mamba2': 'Mamba-2', 'mamba1': 'Mamba-1', 'gpt': 'GPT', 'gpt_window': 'GPT with a window', 'hybrid': 'hybrid',
-          'nanogpt': 'nanoGPT'}
+LABELS = {'mamba2': 'Mamba-2', 'mamba1': 'Mamba-1', 'gpt': 'GPT', 'gpt_window': 'GPT with a window',
+          'hybrid': 'hybrid', 'nanogpt': 'nanoGPT'}
 
 
 def draw(rows, settings):
@@ -14,8 +14,8 @@ def draw(rows, settings):
     import matplotlib
     matplotlib.use('Agg')  # needs no screen
     from matplotlib import pyplot
-    pyplot.rcParams.update({'svg.hashsalt': 'mambino', 'svg.fonttype': 'none', 'axes.spines.top': False,
-                            'axes.spines.right': False})
+    pyplot.rcParams.update({'svg.hashsalt': 'mambino', 'svg.fonttype': 'none',
+                            'axes.spines.top': False, 'axes.spines.right': False})
     rows_of = {}
     for section in ('run', 'length', 'train'):
         rows_of[section] = [row for row in rows if row['section'] == section and row['root'] == HERE]
@@ -62,7 +62,8 @@ def bars(axis, rows, settings):
 
 def by_length(axis, rows, settings, key, scale):
     for name in dict.fromkeys(row['name'] for row in rows):
-        points = [(row['sizes']['block_size'], row[key] / scale) for row in rows if row['name'] == name and key in row]
+        points = [(row['sizes']['block_size'], row[key] / scale)
+                  for row in rows if row['name'] == name and key in row]
         axis.plot(*zip(*points), marker='o', label=LABELS[name])
     lengths = settings.lengths.split(',')
     axis.set(xlabel='tokens in a sequence', xscale='log')

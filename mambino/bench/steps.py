@@ -54,8 +54,12 @@ def lengths_of_each(names, dtype, settings):
     if 'gpt' in names and 'gpt_window' not in names:
         names = [*names, 'gpt_window']
     model = dict(n_layer=settings.length_n_layer, n_embd=settings.length_n_embd, vocab_size=BYTES)
-    return [with_before([new_row('length', name, dtype, block_size=T, batch_size=lengths[-1] // T, **model)
-                         for T in lengths], settings) for name in names]
+    groups = []
+    for name in names:
+        rows = [new_row('length', name, dtype, block_size=T, batch_size=lengths[-1] // T, **model)
+                for T in lengths]
+        groups.append(with_before(rows, settings))
+    return groups
 
 
 def measure(section, settings, peaks):
@@ -63,7 +67,8 @@ def measure(section, settings, peaks):
     round too."""
     def measure_peaks():
         for dtype, each in peaks.items():
-            each.append(peak_flops.__wrapped__(settings.device, dtype))  # past its cache: the machine may have changed
+            # past its cache: the machine may have changed
+            each.append(peak_flops.__wrapped__(settings.device, dtype))
 
     rows = []
     for group in contenders(section, settings):
@@ -74,7 +79,7 @@ def measure(section, settings, peaks):
     return rows
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 def millions(n, digits=0):
     return 'n/a' if n is None else f'{n / 1e6:,.{digits}f}'
@@ -97,8 +102,10 @@ def show(section, rows, settings, peaks):
     lines = []
     for row in rows:
         times = all_times(row, 'step')
-        line = [row['label'], row['dtype'], f'{row["tokens_per_second"]:,.0f}', f'{row["ms"]["step"]:.0f}']
-        line += [f'{1e3 * min(times):.0f}–{1e3 * max(times):.0f}', str(len(times)), millions(row.get('memory'))]
+        line = [row['label'], row['dtype']]
+        line += [f'{row["tokens_per_second"]:,.0f}', f'{row["ms"]["step"]:.0f}']
+        line += [f'{1e3 * min(times):.0f}–{1e3 * max(times):.0f}', str(len(times))]
+        line.append(millions(row.get('memory')))
         line.append(millions(row['inputs']) if section == 'loss' else millions(row['parameters'], 1))
         if section == 'train':
             line.append(f'{100 * row["mfu"]:.0f}%')
@@ -130,14 +137,15 @@ def show_sample(rows, settings):
         ms = row['ms']
         line = [row['label'], row['dtype'], f'{row["tokens_per_second"]:,.0f}']
         line += [f'{ms[position]:.2f}' for position in positions]
-        line += [f'{ms[last] / ms[first]:.2f}×', ' / '.join(millions(size, 2) for size in row['state']) or 'n/a']
+        line.append(f'{ms[last] / ms[first]:.2f}×')
+        line.append(' / '.join(millions(size, 2) for size in row['state']) or 'n/a')
         lines.append(line)
     table(f'sampling, one sequence: a prompt of {settings.prefill} tokens, '
           f'then ms for one token at position {" and ".join(positions)}',
           ['model', 'dtype', 'prompt tokens/s', *positions, f'{last} / {first}', 'state MB'], lines)
 
 
-# --- who is compared with whom ----------------------------------------------------------------------------------------
+# --- who is compared with whom --------------------------------------------------------------------
 
 def is_pair(a, b, settings):
     """Is row a compared with row b? The same before; our model with its peer, Mamba-2 with our GPT,
@@ -149,7 +157,8 @@ def is_pair(a, b, settings):
     if a['section'] == 'length':
         length, other = a['sizes']['block_size'], b['sizes']['block_size']
         lengths = [int(T) for T in settings.lengths.split(',')]
-        return a['name'] == b['name'] and [length, other] == [max(lengths), min(lengths)] and length > other
+        is_most = [length, other] == [max(lengths), min(lengths)] and length > other
+        return a['name'] == b['name'] and is_most
     if b['name'] in PEERS:
         return PEERS[b['name']][1] == a['name']
     return [a['section'], a['name'], b['name']] == ['train', 'mamba2', 'gpt']

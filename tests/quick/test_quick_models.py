@@ -1,4 +1,5 @@
-"""Each operation against float64 as its paper has it, each model's step against its forward, and one training step of each."""
+"""Each operation against float64 as its paper has it; each model's step against its forward; a few
+steps that learn."""
 import math
 
 import pytest
@@ -13,15 +14,15 @@ from model_mamba import causal_conv1d, gated_rms_norm, selective_scan, ssd
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
-# --- operations: outputs and all gradients ----------------------------------------------------------------------------
+# --- operations: outputs and all gradients --------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["usual", "extreme", "cliff"])
 @pytest.mark.parametrize("G, Q", [(1, 16), (2, 64)])
 def test_ssd_is_the_recurrence(G, Q, kind):
     B, T, H, P, N = 2, 37, 4, 3, 5
     A = torch.empty(H, 1).uniform_(-16, -0.01)
-    inputs = [torch.randn(B, T, H, P), random_dt(kind, (B, T, H)), A, torch.randn(B, T, G, N), torch.randn(B, T, G, N),
-              torch.randn(B, H, P, N)]
+    inputs = [torch.randn(B, T, H, P), random_dt(kind, (B, T, H)), A,
+              torch.randn(B, T, G, N), torch.randn(B, T, G, N), torch.randn(B, H, P, N)]
 
     def chunked(x, dt, A, B, C, h):
         return ssd(x, dt, A[:, 0], B, C, chunk_size=Q, state=h)
@@ -32,11 +33,12 @@ def test_ssd_is_the_recurrence(G, Q, kind):
 def test_selective_scan_is_the_recurrence(kind):
     B, T, E, N = 2, 37, 6, 5
     A = torch.empty(E, N).uniform_(-16, -0.01)
-    inputs = [torch.randn(B, T, E), random_dt(kind, (B, T, E)), A, torch.randn(B, T, N), torch.randn(B, T, N),
-              torch.randn(B, N, E)]
+    inputs = [torch.randn(B, T, E), random_dt(kind, (B, T, E)), A,
+              torch.randn(B, T, N), torch.randn(B, T, N), torch.randn(B, N, E)]
 
     def reference(x, dt, A, B, C, h):
-        y, h = recurrence(x[..., None], dt, A, B[:, :, None], C[:, :, None], h.transpose(1, 2)[:, :, None])
+        h = h.transpose(1, 2)[:, :, None]                           # (B, E, 1, N)
+        y, h = recurrence(x[..., None], dt, A, B[:, :, None], C[:, :, None], h)
         return y[..., 0], h[:, :, 0].transpose(1, 2)
     assert_same(selective_scan, reference, inputs)
 
@@ -106,7 +108,7 @@ def test_norms_activation_and_loss():
                 [x, torch.randn(50, 12)])
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 @every_model
 @torch.no_grad()
@@ -119,7 +121,7 @@ def test_step_equals_forward(name):
         logits, state = model.step(part, state)
         parts.append(logits)
     assert_close(torch.cat(parts, 1), want)
-    rows = {key: tensor[[1, 0]] for key, tensor in state.items()}               # a state is indexed as a batch is
+    rows = {key: tensor[[1, 0]] for key, tensor in state.items()}   # indexed as a batch is
     swapped = model.step(idx[[1, 0], :1], rows)[0]
     assert_close(swapped[[1, 0]], model.step(idx[:, :1], state)[0])
 

@@ -1,4 +1,5 @@
-"""The scripts in this process, on a tiny dataset: prepare, train, go on, sample, export, and refuse."""
+"""The scripts in this process, on a tiny dataset: prepare, train, go on, sample, export, and
+refuse."""
 import json
 import os
 import random
@@ -13,9 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from mambino.tokenizer import load_tokenizer
 from mambino.weights import checkpoint, loading
 
-TINY = ('--dataset=text --n_layer=1 --n_embd=32 --block_size=32 --batch_size=4 --tokens_per_step=128 --max_iters=6 '
-        '--eval_interval=3 --log_interval=1 --device=cpu --dtype=float32')
-MODELS = dict(gpt='--model=gpt --n_head=2 --n_kv_head=1 --qk_norm=True', moe='--model=gpt --n_head=2 --n_expert=4',
+TINY = ('--dataset=text --n_layer=1 --n_embd=32 --block_size=32 --batch_size=4 --tokens_per_step=128 '
+        '--max_iters=6 --eval_interval=3 --log_interval=1 --device=cpu --dtype=float32')
+MODELS = dict(gpt='--model=gpt --n_head=2 --n_kv_head=1 --qk_norm=True',
+              moe='--model=gpt --n_head=2 --n_expert=4',
               mamba1='--model=mamba --version=1', mamba='--model=mamba --state_size=16',
               hybrid='--model=hybrid --n_head=2 --window=16 --state_size=16')
 every_kind = pytest.mark.parametrize('kind', MODELS)
@@ -69,10 +71,12 @@ def test_prepare_accounts_for_every_file(work, capsys):
 
 
 def test_tokenizers_give_a_text_back(work):
-    texts = ['', ' a  b\n\tc ', 'é€😀 <|endoftext|>', ''.join(random.Random(1).choices('abc é\n€😀', k=300))]
+    chance = ''.join(random.Random(1).choices('abc é\n€😀', k=300))
+    texts = ['', ' a  b\n\tc ', 'é€😀 <|endoftext|>', chance]
     for name in ('char', 'byte', 'bpe'):
         write_text('all.txt', 3000, chars=''.join(sorted(set(''.join(texts)))))
-        assert script('prepare.py', f'all.txt --tokenizer={name} --vocab_size=300 --workers=1 --out=data/{name}') == 0
+        flags = f'--tokenizer={name} --vocab_size=300 --workers=1 --out=data/{name}'
+        assert script('prepare.py', 'all.txt', flags) == 0
         tok = load_tokenizer(f'data/{name}')
         for text in texts:
             ids = tok.encode(text)
@@ -99,7 +103,8 @@ def test_a_stopped_run_ends_with_the_same_bits(work, kind):
 
 @every_kind
 def test_sample_is_greedy(work, kind, capsys):
-    assert script('sample.py', f'--out_dir={kind} --start=def --temperature=0 --max_new_tokens=8 --device=cpu') == 0
+    flags = '--start=def --temperature=0 --max_new_tokens=8 --device=cpu'
+    assert script('sample.py', f'--out_dir={kind}', flags) == 0
     said = capsys.readouterr().out
     ckpt = checkpoint.load_checkpoint(kind)
     tok, net = checkpoint.tokenizer_of(ckpt), loading.model_of(ckpt)
@@ -114,8 +119,7 @@ def test_sample_is_greedy(work, kind, capsys):
 
 @every_kind
 def test_quantised_export_is_sampled(work, kind):
-    assert script('export.py', f'--out_dir={kind} --format=native,safetensors --quantize=int8') in (0, 2)
-    assert script('export.py', f'--out_dir={kind} --format=native --quantize=int8 --force=True') == 0
+    assert script('export.py', f'--out_dir={kind} --format=native --quantize=int8') == 0
     folder = f'{kind}-native-int8'
     assert script('sample.py', f'--out_dir={folder} --start=def --max_new_tokens=4 --device=cpu') == 0
     a, b = (loading.model_of(checkpoint.load_checkpoint(name)) for name in (kind, folder))
