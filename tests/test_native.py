@@ -68,3 +68,15 @@ def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch):
     file.unlink()
     file.write_bytes(b"")
     assert native.library.__wrapped__().seven() == 7
+
+
+def test_a_changed_header_is_compiled_anew(tmp_path, monkeypatch):
+    if native.compiler() is None:
+        pytest.skip("no C++ compiler here")
+    (tmp_path / 'cpp').mkdir()
+    source = '#include "cpp/number.h"\nextern "C" int number() { return NUMBER; }\n'
+    (tmp_path / 'native.cpp').write_text(source)
+    monkeypatch.setattr(native, 'SOURCE', str(tmp_path / 'native.cpp'))
+    for number in (7, 8):
+        (tmp_path / 'cpp' / 'number.h').write_text(f'#define NUMBER {number}\n')
+        assert native.library.__wrapped__().number() == number
