@@ -1,15 +1,15 @@
-// The parts of the models that are no plain matrix products, for a CPU: each in one pass over memory,
-// its sums in registers. native.py compiles this file where there is a compiler; what the functions
-// compute is said, with the papers, where the models define it.
+// The parts of the models that are no plain matrix products, for a CPU: each in one pass over
+// memory, its sums in registers. native.py compiles this file where there is a compiler; what
+// the functions compute is said, with the papers, where the models define it.
 //
-// All numbers are fp32, and a row's elements lie side by side; `s...` is the distance from one row to
-// the next. A function does items lo to hi of its task, so that threads share it, each with a number
-// of its own; what several threads would add to the same place, each adds to a copy of its own, and
-// the caller sums the copies. Those of steps.h do all of their task, and share it among threads
-// themselves.
+// All numbers are fp32, and a row's elements lie side by side; `s...` is the distance from one
+// row to the next. A function does items lo to hi of its task, so that threads share it, each
+// with a number of its own; what several threads would add to the same place, each adds to a
+// copy of its own, and the caller sums the copies. Those of steps.h do all of their task, and
+// share it among threads themselves.
 //
-// B batch, T time, H heads, G key heads or groups, P head size, N state size, E inner width, Q chunk,
-// S cache slots.
+// B batch, T time, H heads, G key heads or groups, P head size, N state size, E inner width, Q
+// chunk, S cache slots.
 #include "cpp/vectors.h"        // L numbers at once: load, store, sum, exp, sigmoid, softplus
 #include "cpp/products.h"       // matrix products, transposes
 #include "cpp/elementwise.h"    // SwiGLU, RoPE, norms, the loss
