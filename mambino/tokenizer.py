@@ -131,6 +131,7 @@ class Stream:
 
 
 class CharTokenizer(Tokenizer):
+    """An id for each character of the texts it was built from."""
     kind = 'char'
 
     def __init__(self, text):
@@ -150,6 +151,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
+    """The bytes of UTF-8 are the ids."""
     kind = 'byte'
 
     def __init__(self, text):
@@ -387,6 +389,7 @@ def build_tokenizer(kind, texts=(), vocab_size=4096):
 
 
 def build_char(texts, vocab_size):
+    """The characters of the texts, in order."""
     chars = set()
     for text in texts:
         chars.update(text)
@@ -398,10 +401,12 @@ def build_char(texts, vocab_size):
 
 
 def build_byte(texts, vocab_size):
+    """256 bytes; it needs no texts."""
     return finish(byte_level({c: b for b, c in BYTE_TO_CHAR.items()}, []))
 
 
 def build_bpe(texts, vocab_size):
+    """A byte-level BPE in GPT-2's scheme, trained on the texts, with the marks of a chat as well."""
     special = [*CHAT, EOT]
     least = 256 + len(special)
     if vocab_size < least:
@@ -416,6 +421,7 @@ def build_bpe(texts, vocab_size):
 
 
 def build_gpt2(texts, vocab_size):
+    """GPT-2's own, from tiktoken: downloaded once."""
     try:
         ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks
     except Exception as error:  # requests' many errors, or a damaged cache

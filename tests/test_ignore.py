@@ -170,7 +170,7 @@ def test_gitignore_as_git_reads_it(here):
     assert done.returncode in (0, 1), done.stderr
     git = set(done.stdout.decode('utf-8').split('\0')) - {''}
 
-    found, skipped = look('repo')
+    kept, skipped = look('repo')
     ignored = {
         os.path.relpath(path, 'repo').replace(os.sep, '/')
         for path, reason in skipped.items()

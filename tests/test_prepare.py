@@ -190,7 +190,7 @@ def test_every_document_comes_back_byte_for_byte(tmp_path, kind):
     assert len(made.all) == len(texts) and sorted(map(blake, made.all)) == sorted(map(blake, texts))
     assert [os.path.basename(entry['file']) for entry in made.meta['skipped']] == ['n.txt.gz']
     for side, docs in made.docs.items():  # its ids are those of the whole, however it was cut
-        ends = np.cumsum(
+        offsets = np.cumsum(
             [0]
             + [
                 len(part)
@@ -199,7 +199,7 @@ def test_every_document_comes_back_byte_for_byte(tmp_path, kind):
                 )
             ]
         )
-        for text, start, end in zip(docs, ends, ends[1:]):
+        for text, start, end in zip(docs, offsets, offsets[1:]):
             if text[:1000] != texts[1][:1000]:  # solid is cut where it must be
                 assert np.array_equal(made.ids[side][start : end - 1], made.tok.encode(text)), text[
                     :50

@@ -25,14 +25,14 @@ def inside(path):
 
 def test_the_standard_library():
     began = time.process_time()
-    found, skipped = stdlib.find_stdlib()
+    kept, skipped = stdlib.find_stdlib()
     assert time.process_time() - began < 2
-    assert 400 < len(found) and {source.kind for source in found} == {'code'}
-    paths = [inside(source.path) for source in found]
+    assert 400 < len(kept) and {source.kind for source in kept} == {'code'}
+    paths = [inside(source.path) for source in kept]
     assert {'os.py', 'argparse.py', 'json/decoder.py'} <= set(paths)
     assert not any(stdlib.NOT_STDLIB & set(path.split('/')) for path in paths)
-    assert found == sorted(found, key=lambda source: os.fsencode(source.path))
-    for source in found[:20]:
+    assert kept == sorted(kept, key=lambda source: os.fsencode(source.path))
+    for source in kept[:20]:
         status = os.stat(source.path)
         assert source[2:] == (status.st_size, status.st_mtime_ns)
 
@@ -42,7 +42,7 @@ def test_the_standard_library():
     assert not tables & set(CODE)
     assert 60 < len(tables) < 100
     share = sum(os.path.getsize(entry['file']) for entry in skipped) / sum(
-        source.size for source in found
+        source.size for source in kept
     )
     assert 0.1 < share < 0.35
 

@@ -135,8 +135,8 @@ def test_text_of_every_type(tmp_path, type):
     if type != pa.string_view():
         pq.write_table(table, tmp_path / 'a.parquet', row_group_size=300)
         assert read(tmp_path / 'a.parquet') == (want, ['100 rows without text in text'])
-    for form in 'file', 'stream':
-        save_arrow(table, tmp_path / 'a.arrow', form)
+    for layout in 'file', 'stream':
+        save_arrow(table, tmp_path / 'a.arrow', layout)
         assert read(tmp_path / 'a.arrow') == (want, ['100 rows without text in text'])
 
 
@@ -224,9 +224,9 @@ def test_a_dataset_that_was_saved(tmp_path):
     datasets.Dataset.from_dict({'id': range(3000), 'text': texts}).save_to_disk(
         tmp_path / 'saved', num_shards=2
     )
-    found, _ = sources.find([str(tmp_path / 'saved')])
-    assert [source.kind for source in found] == ['arrow', 'arrow']
-    assert [text for source in found for text in read(source.path)[0]] == texts
+    kept, _ = sources.find([str(tmp_path / 'saved')])
+    assert [source.kind for source in kept] == ['arrow', 'arrow']
+    assert [text for source in kept for text in read(source.path)[0]] == texts
 
 
 def test_a_dataset_of_the_hub(monkeypatch):

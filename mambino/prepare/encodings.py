@@ -41,6 +41,7 @@ class Skip(Exception):
 # Bytes
 
 def open_zst(path, mode):
+    """As gzip.open."""
     import pyarrow
     return pyarrow.CompressedInputStream(open(path, mode), 'zstd')
 
@@ -49,6 +50,7 @@ PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': open_zst
 
 
 def extension_of(path):
+    """The last extension, in lower case: '.gz' of Notes.TXT.GZ."""
     return os.path.splitext(path)[1].lower()
 
 

@@ -220,6 +220,7 @@ def decided_before(base):
 # Documents to ids
 
 class Written(NamedTuple):
+    """What encode() has written."""
     splits: dict  # {'train', 'val'} -> {'tokens', 'documents', 'bytes'}
     sha256: dict  # of each file
     kinds: list   # tokens by kind, in the order of spool.KINDS

@@ -43,6 +43,7 @@ def begin(engine, processes):
 
 
 def processes():
+    """How many there are on this machine."""
     return _processes
 
 
@@ -66,6 +67,7 @@ def map_tasks(function, tasks, window):
 
 
 def new_pool(n):
+    """n processes that are started afresh, rather than forked."""
     context = multiprocessing.get_context('spawn')
     return ProcessPoolExecutor(n, context, initializer=begin_worker)
 
@@ -169,6 +171,7 @@ def begin_worker():
 
 
 def kill_processes():
+    """Ends the processes that this one has started."""
     for process in multiprocessing.active_children():
         process.kill()
         process.join(5)

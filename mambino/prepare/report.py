@@ -75,6 +75,7 @@ def sort_skipped(skipped, reports):
 
 
 def reasons(skipped, most=8):
+    """How often each reason, the most frequent first."""
     counts = collections.Counter(entry['reason'] for entry in skipped).most_common()
     dots = ', ...' if len(counts) > most else ''
     return ', '.join(f'{n:,} {reason}' for reason, n in counts[:most]) + dots

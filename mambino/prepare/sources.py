@@ -30,6 +30,7 @@ from mambino.prepare.ignore import compile_rules, is_ignored, read_gitignore
 
 
 class Source(NamedTuple):
+    """A file, or a dataset of the hub, that is to be read."""
     path: str   # as it is opened and shown; for hf the specification, hf:owner/name
     kind: str   # a key of EXTENSIONS, or hf
     size: int   # bytes on disk, 0 where unknown

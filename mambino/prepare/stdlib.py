@@ -86,4 +86,5 @@ def literal_lines(tree):
 
 
 def is_literal(node):
+    """Whether an expression holds nothing but constants."""
     return isinstance(node, ast.expr) and all(isinstance(part, LITERALS + OPERATORS) for part in ast.walk(node))

@@ -127,9 +127,9 @@ def running(folder, *argv):
         process.communicate(timeout=20)
 
 
-def wait_for(what, seconds=20):
+def wait_for(condition, seconds=20):
     end = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < end, 'it does not come'
         time.sleep(0.002)
 
@@ -197,22 +197,22 @@ def dataset(folder):
     total = sum(split['bytes'] for split in meta['splits'].values())
     for side in 'train', 'val':
         ids = np.fromfile(folder / f'{side}.bin', '<i4')
-        ends = np.fromfile(folder / f'{side}.idx', '<u8').astype(np.int64)
+        offsets = np.fromfile(folder / f'{side}.idx', '<u8').astype(np.int64)
         hashes = list(
             map(tuple, np.fromfile(folder / f'{side}.hash', '<u8').reshape(-1, 2).tolist())
         )
-        docs = [tok.decode(ids[a:b]) for a, b in zip(ends, ends[1:])]
+        docs = [tok.decode(ids[a:b]) for a, b in zip(offsets, offsets[1:])]
         assert meta['splits'][side] == {
             'tokens': len(ids),
             'documents': len(docs),
             'bytes': len(''.join(docs).encode('utf-8')),
         }
-        assert len(docs) == len(hashes) > 0 and ends[0] == 0
-        assert ends[-1] == len(ids) and (np.diff(ends) > 0).all()
+        assert len(docs) == len(hashes) > 0 and offsets[0] == 0
+        assert offsets[-1] == len(ids) and (np.diff(offsets) > 0).all()
         assert 0 <= ids.min() and ids.max() < tok.vocab_size
         # each document is closed by the end-of-text id, and there is no other one; a text of its own has none
         assert np.flatnonzero(ids == tok.eot).tolist() == (
-            (ends[1:] - 1).tolist() if by_hash else []
+            (offsets[1:] - 1).tolist() if by_hash else []
         )
         if tok.kind == 'bpe' and '<|im_start|>' in tok.text:
             assert not (ids[ids != tok.eot] >= tok.vocab_size - 3).any()

@@ -51,8 +51,8 @@ def write(path, content):
     return path
 
 
-def save_arrow(table, path, form):
-    with (pa.ipc.new_file if form == 'file' else pa.ipc.new_stream)(str(path), table.schema) as out:
+def save_arrow(table, path, layout):
+    with (pa.ipc.new_file if layout == 'file' else pa.ipc.new_stream)(str(path), table.schema) as out:
         out.write_table(table, max_chunksize=300)
 
 

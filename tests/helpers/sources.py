@@ -15,9 +15,9 @@ def write(path, content='x\n'):
 
 def look(*inputs, **settings):
     """({path of what is read: kind}, {path of what is skipped: reason}) as they come."""
-    found, skipped = find([str(path) for path in inputs], **settings)
+    kept, skipped = find([str(path) for path in inputs], **settings)
     assert all(set(entry) == {'file', 'reason'} for entry in skipped)
-    return {source.path: source.kind for source in found}, {
+    return {source.path: source.kind for source in kept}, {
         entry['file']: entry['reason'] for entry in skipped
     }
 
