@@ -6,7 +6,6 @@ import re
 import shutil
 
 import pytest
-
 from helpers.runs import files, metrics, script
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -1,5 +1,5 @@
-"""--parallel=fsdp as its user meets it: processes that share the weights train as one does, are killed and go on, also as
-more or fewer of them, and leave what one process would have left.
+"""--parallel=fsdp as its user meets it: processes that share the weights train as one does, are killed and go on, also
+as more or fewer of them, and leave what one process would have left.
 
 A process that has imported torch forks two or more for each run (`pair`): that takes a second; torchrun would take six.
 """
@@ -13,9 +13,9 @@ import sys
 
 import pytest
 import torch
+from helpers.runs import ROOT, TINY, load, metrics, plain, refused, script, train
 from torch.distributed import TCPStore
 
-from helpers.runs import ROOT, TINY, load, metrics, plain, refused, script, train
 from mambino.weights import checkpoint, shards
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.usefixtures('one_thread')]
@@ -82,8 +82,8 @@ def forks():
 def pair(here, forks):
     def run(*lines, before='', statuses=(0, 0), world=2):
         """So many processes train with these flags, each after the statements `before`, which know `rank`; returns what
-        they said: [out, err] of the first, and so on. statuses: what they end with; None: not with 0, as they are killed."""
-        store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)    # they meet there; as torchrun's does
+        they said: [out, err] of the first, and so on. statuses: what they end with; None: not with 0."""
+        store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)    # where they meet, as torchrun's do
         job = [str(here), store.port, world, ' '.join((TINY, FSDP, *lines)), before]
         print(json.dumps(job), file=forks.stdin, flush=True)
         ended = json.loads(forks.stdout.readline())
@@ -119,6 +119,11 @@ def numbers_in_shards(folder):
     return sizes
 
 
+def assert_same_curve(a, b):
+    for key, tolerance in (('loss', 1e-5), ('val_loss', 1e-5), ('grad_norm', 1e-4)):
+        assert metrics(a, key) == pytest.approx(metrics(b, key), abs=tolerance), key
+
+
 def same_run(a, b):
     assert metrics(a) == metrics(b)
     for name in ('ckpt.pt', 'best.pt'):
@@ -126,33 +131,49 @@ def same_run(a, b):
     assert sorted(os.listdir(a)) == sorted(os.listdir(b)) == ['best.pt', 'ckpt.pt', 'metrics.jsonl']
 
 
-@pytest.mark.parametrize('flags', [
-    'gpt adamw --gradient_checkpointing=True', 'gpt muon --n_layer=3 --n_expert=4 --aux_loss=0 --capacity_factor=0',
-    'mamba adamw --version=1', 'mamba muon --n_layer=1', 'hybrid adamw --n_layer=1',
-    'hybrid muon --tie_embeddings=False'])
-def test_fsdp_equals_one_process(pair, flags):
+# With experts in float64: an expert sees few of so few tokens, and where its gradient is little more than rounding AdamW
+# divides that by its own size. In float32 one process is 1.2e-5 from itself with micro-batches of 4 in the place of 8.
+CASES = [
+    'gpt adamw --gradient_checkpointing=True',
+    'gpt muon --n_layer=3 --n_expert=4 --aux_loss=0 --capacity_factor=0',
+    'mamba adamw --version=1',
+    'mamba muon --n_layer=1',
+    'hybrid adamw --n_layer=1',
+    'hybrid muon --tie_embeddings=False',
+]
+
+
+@pytest.fixture
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield 'torch.set_default_dtype(torch.float64)'
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('flags', CASES)
+def test_fsdp_equals_one_process(request, pair, flags):
+    before = request.getfixturevalue('in_float64') if 'n_expert' in flags else ''
     model, optimizer, *more = flags.split()
     flags = f'--model={model} --optimizer={optimizer} --n_layer=2 --n_embd=64 --eval_interval=4 ' + ' '.join(more)
-    out = pair(flags, '--max_iters=8')[0]
+    out = pair(flags, '--max_iters=8', before=before)[0]
     assert '(2 x 2 x 2 x 16)' in out and out.count('done: ') == 1
     train(ONE, flags, '--out_dir=one --max_iters=8')
     both = load(), load('one/ckpt.pt')
     assert both[0].keys() == both[1].keys() and 'shards' not in both[0]
     for part in ('weights', 'optimizers', 'config', 'tokenizer'):
         assert shape_of(both[0][part]) == shape_of(both[1][part])
-    assert abs(os.path.getsize('out/ckpt.pt') / os.path.getsize('one/ckpt.pt') - 1) < 0.02  # tied weights are there once
+    sizes = [os.path.getsize(f'{folder}/ckpt.pt') for folder in ('out', 'one')]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.02              # tied weights are there once
     if model == 'gpt':
-        train(ONE, flags, '--max_iters=12')                 # goes on from two processes with one, and with two again
-        pair(flags, '--max_iters=16')
+        train(ONE, flags, '--max_iters=12')                 # goes on from two processes with one,
+        pair(flags, '--max_iters=16', before=before)        # and with two again
         train(ONE, flags, '--out_dir=one --max_iters=16')
-    for key in ('loss', 'val_loss', 'grad_norm'):
-        a, b = metrics(key=key), metrics('one', key)
-        assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), abs=1e-5 if 'l' in key else 1e-4)
+    assert_same_curve('out', 'one')
     losses = list(metrics(key='loss').values())
     assert losses[-1] < losses[0] - 0.05                    # there was a curve
 
 
-KILLS = [  # which process is killed: at the n-th call of a function of os for a path that ends so; where it then goes on
+KILLS = [  # which process is killed: at the n-th call of a function of os for a path that ends so; where it goes on
     (1, 'fsync', '', 2, 5),                                 # its shard is written
     (0, 'rename', '.metadata', 2, 5),
     (0, 'replace', 'ckpt.pt', 2, 5),                        # the shards are whole
@@ -198,17 +219,19 @@ if rank == 1:                                               # right after a save
     shards.write = patched''')[0]
     assert 'torchrun --nproc_per_node=2 train.py --init_from=resume --out_dir=out --device=cpu --parallel=fsdp\n' in out
     ckpt = load()
-    assert ckpt['counters']['step'] == 5 and 'shards' not in ckpt and sorted(os.listdir('out')) == ['best.pt', 'ckpt.pt', 'metrics.jsonl']
+    assert ckpt['counters']['step'] == 5 and 'shards' not in ckpt
+    assert sorted(os.listdir('out')) == ['best.pt', 'ckpt.pt', 'metrics.jsonl']
     assert script('sample.py', '--out_dir=out/ckpt.pt --device=cpu --max_new_tokens=5') == 0
 
 
 def test_evaluation_samples_and_patience(pair):
-    """Neither hangs, though the processes have different numbers of batches to evaluate; and neither disturbs the training."""
+    """Neither hangs, though the processes have different numbers of batches to evaluate; neither disturbs training."""
     flags = '--model=hybrid --dropout=0.2 --window=8 --learning_rate=1e-3'
     pair(flags, '--max_iters=10 --eval_interval=10 --out_dir=seldom')
     out = pair(flags, '--max_iters=10 --eval_interval=4 --sample_interval=5')
     assert out[0].count('--- sample at step') == 2 and not out[2]
-    assert metrics(key='loss') == metrics('seldom', 'loss') and plain(load()['weights']) == plain(load('seldom/ckpt.pt')['weights'])
+    assert metrics(key='loss') == metrics('seldom', 'loss')
+    assert plain(load()['weights']) == plain(load('seldom/ckpt.pt')['weights'])
     assert f'val_loss {metrics(key="val_loss")[10]:.4f}' in pair('--eval_only')[0]
     pair('--model=gpt --learning_rate=1 --patience=1 --eval_interval=1 --max_iters=50 --init_from=scratch')
     assert 'shards' not in load() and load()['counters']['step'] < 50
@@ -239,22 +262,19 @@ checkpoint.save_checkpoint = patched"""
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_goes_on_with_another_number_of_processes(pair, optimizer):
-    """Four are killed, and two go on, or three, or two that share nothing, or one: each time the curve is that of one."""
+    """Four are killed; two go on, or four, or two that share nothing, or one: each time the curve is that of one."""
     flags = f'--model=gpt --n_embd=64 --optimizer={optimizer} --max_iters=10'
     train(ONE, flags, '--out_dir=one')
     pair(flags, '--batch_size=1', world=4, before=DIES, statuses=None)
     os.rename('out', 'killed')
-    for more in (dict(world=2), dict(world=4, flags='--batch_size=1'), dict(world=2, flags='--parallel=ddp'), dict(world=1)):
+    for world, more in ((2, ''), (4, '--batch_size=1'), (2, '--parallel=ddp'), (1, '')):
         shutil.copytree('killed', 'out')
-        if more['world'] == 1:
+        if world == 1:
             train(ONE, flags)
         else:
-            assert 'going on from out/ckpt.pt at step 5' in pair(flags, more.get('flags', ''), world=more['world'])[0]
+            assert 'going on from out/ckpt.pt at step 5' in pair(flags, more, world=world)[0]
         assert 'shards' not in load() and not os.path.exists('out/ckpt.shards')
-        for key in ('loss', 'val_loss', 'grad_norm'):
-            a, b = metrics(key=key), metrics('one', key)
-            tolerance = 1e-5 if 'l' in key else 1e-4
-            assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), abs=tolerance)
+        assert_same_curve('out', 'one')
         shutil.rmtree('out')
 
 
@@ -292,10 +312,11 @@ def test_damaged_shards_are_one_line(killed, pair, capsys):
         tensor.size = torch.Size([2**50])
     cases = {
         '.metadata': [(None, 'is missing'), (b'', 'not readable'), (sound['.metadata'][:-200], 'not readable'),
-                      (pickle.dumps(Bomb()), 'mkdir'), (pickle.dumps({'x': os.system}), 'system'), (pickle.dumps([]), 'not readable'),
-                      (pickle.dumps(elsewhere), 'elsewhere'), (pickle.dumps(huge), 'not readable')],
-        '__1_0.distcp': [(None, 'is missing'), (b'', 'not readable'), (sound['__1_0.distcp'][:500], 'not readable'),
-                         (pickle.dumps(Bomb()) * 99, 'not readable')]}
+                      (pickle.dumps(Bomb()), 'mkdir'), (pickle.dumps({'x': os.system}), 'system'),
+                      (pickle.dumps([]), 'not readable'), (pickle.dumps(elsewhere), 'elsewhere'),
+                      (pickle.dumps(huge), 'not readable')],
+        '__1_0.distcp': [(None, 'is missing'), (b'', 'not readable'),
+                         (sound['__1_0.distcp'][:500], 'not readable'), (pickle.dumps(Bomb()) * 99, 'not readable')]}
     for file, contents in cases.items():
         for content, word in contents:
             if content is None:
