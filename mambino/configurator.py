@@ -310,7 +310,9 @@ def show_help(namespace, defaults, positional):
     rows = help_rows(namespace, defaults)
     arguments = {'config': '[config/file.py ...] ', 'inputs': '[file or folder ...] '}.get(positional, '')
     print((namespace.get('__doc__') or '').strip())
-    print(f'\nusage: python {os.path.basename(namespace["__file__"])} {arguments}[--name=value ...]')
+    package = namespace.get('__package__')          # of what was started by python -m
+    program = f'-m {package}' if package else os.path.basename(namespace['__file__'])
+    print(f'\nusage: python {program} {arguments}[--name=value ...]')
     name_width = max((len('--' + row.name) for row in rows), default=0)
     value_width = min(24, max((len(row.value) for row in rows), default=0))
     indent = name_width + value_width + 6

@@ -200,6 +200,10 @@ def test_a_run_needs_nanogpts_data(tmp_path):
     assert 'data/shakespeare_char/prepare.py' in run.stderr
 
 
+def test_help_says_how_it_is_started():
+    assert 'usage: python -m mambino.bench ' in bench('--help').stdout
+
+
 def test_importing_it_is_cheap_and_peak_is_measured():
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from mambino.bench import __main__ as b; "
             "assert 'transformers' not in sys.modules; print(b.peak_flops('cpu', 'float32') > 1e8)")
