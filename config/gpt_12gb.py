@@ -1,14 +1,21 @@
-# A GPT of 154M parameters for a card of 12 GB; its layers and width are in fit.py's SIZES, its steps in TRAINING.
+# A GPT of 154M parameters for a card of 12 GB: 20 layers of width 768.
 #   at rest      154M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 2.3 GB
 #   activations  58 KB a token and layer in bf16: 4 x 1024 tokens x 20 layers = 4.5 GB
-#   at the peak  7.1 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
+#   at the peak  7.1 GB without gradient checkpointing, for a vocabulary of 16,384
+#                (all counted by mambino/train/memory.py, not measured)
 #   a step       256 sequences x 1024 tokens = 262,144 tokens
-from mambino.train import memory as fit
-
+#   the run      11,500 steps x 262,144 tokens = 3.0 billion, 20 a parameter (Hoffmann et al. 2022)
 out_dir = 'out-gpt-12gb'
+
 model = 'gpt'
 size = '150m'
-vram = '12'
 block_size = 1024
 qk_norm = True
-globals().update(fit.TRAINING[size])     # tokens a step, learning rate, steps, evaluations
+
+vram = '12'             # GB: as many sequences at once as fit
+tokens_per_step = 256 * 1024
+learning_rate = 6e-4
+max_iters = 11500
+warmup_iters = 200
+eval_interval = 500
+eval_iters = 100

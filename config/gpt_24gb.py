@@ -1,14 +1,21 @@
-# A GPT of 396M parameters for a card of 24 GB; its layers and width are in fit.py's SIZES, its steps in TRAINING.
+# A GPT of 396M parameters for a card of 24 GB: 30 layers of width 1024.
 #   at rest      396M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 5.9 GB
 #   activations  79 KB a token and layer in bf16: 4 x 1024 tokens x 30 layers = 9.2 GB
-#   at the peak  15.4 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
+#   at the peak  15.4 GB without gradient checkpointing, for a vocabulary of 16,384
+#                (all counted by mambino/train/memory.py, not measured)
 #   a step       512 sequences x 1024 tokens = 524,288 tokens
-from mambino.train import memory as fit
-
+#   the run      15,000 steps x 524,288 tokens = 7.9 billion, 20 a parameter (Hoffmann et al. 2022)
 out_dir = 'out-gpt-24gb'
+
 model = 'gpt'
 size = '400m'
-vram = '24'
 block_size = 1024
 qk_norm = True
-globals().update(fit.TRAINING[size])     # tokens a step, learning rate, steps, evaluations
+
+vram = '24'             # GB: as many sequences at once as fit
+tokens_per_step = 512 * 1024
+learning_rate = 3e-4
+max_iters = 15000
+warmup_iters = 200
+eval_interval = 500
+eval_iters = 100

@@ -1,13 +1,20 @@
-# A hybrid of 52M parameters for a card of 8 GB; its layers and width are in fit.py's SIZES, its steps in TRAINING.
+# A hybrid of 52M parameters for a card of 8 GB: 9 layers of width 512.
 #   at rest      52M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 0.8 GB
 #   activations  112 KB a token and layer in bf16: 4 x 1024 tokens x 9 layers = 4.0 GB
-#   at the peak  4.9 GB without gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
+#   at the peak  4.9 GB without gradient checkpointing, for a vocabulary of 16,384
+#                (all counted by mambino/train/memory.py, not measured)
 #   a step       128 sequences x 1024 tokens = 131,072 tokens
-from mambino.train import memory as fit
-
+#   the run      8,000 steps x 131,072 tokens = 1.0 billion, 20 a parameter (Hoffmann et al. 2022)
 out_dir = 'out-hybrid-8gb'
+
 model = 'hybrid'
 size = '50m'
-vram = '8'
 block_size = 1024
-globals().update(fit.TRAINING[size])     # tokens a step, learning rate, steps, evaluations
+
+vram = '8'              # GB: as many sequences at once as fit
+tokens_per_step = 128 * 1024
+learning_rate = 1e-3
+max_iters = 8000
+warmup_iters = 200
+eval_interval = 500
+eval_iters = 100

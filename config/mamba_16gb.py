@@ -1,13 +1,20 @@
-# A Mamba-2 of 148M parameters for a card of 16 GB; its layers and width are in fit.py's SIZES, its steps in TRAINING.
+# A Mamba-2 of 148M parameters for a card of 16 GB: 36 layers of width 768.
 #   at rest      148M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 2.2 GB
 #   activations  3 KB a token and layer in bf16: 16 x 2048 tokens x 36 layers = 3.7 GB
-#   at the peak  9.4 GB with gradient checkpointing, for a vocabulary of 16,384 (all counted by fit.py, not measured)
+#   at the peak  9.4 GB with gradient checkpointing, for a vocabulary of 16,384
+#                (all counted by mambino/train/memory.py, not measured)
 #   a step       128 sequences x 2048 tokens = 262,144 tokens
-from mambino.train import memory as fit
-
+#   the run      11,500 steps x 262,144 tokens = 3.0 billion, 20 a parameter (Hoffmann et al. 2022)
 out_dir = 'out-mamba-16gb'
+
 model = 'mamba'
 size = '150m'
-vram = '16'
 block_size = 2048
-globals().update(fit.TRAINING[size])     # tokens a step, learning rate, steps, evaluations
+
+vram = '16'             # GB: as many sequences at once as fit
+tokens_per_step = 128 * 2048
+learning_rate = 6e-4
+max_iters = 11500
+warmup_iters = 200
+eval_interval = 500
+eval_iters = 100

@@ -1,9 +1,12 @@
-# Characters of Shakespeare on a laptop's CPU, past the loss nanoGPT's CPU command reaches (1.88), in an eighth of its time.
-#   18 sequences x 64 characters = 1,152 tokens a step; 200 steps see 230,000 characters, a quarter of the text
+# Characters of Shakespeare on a laptop's CPU, past the loss nanoGPT's CPU command reaches (1.88),
+# in an eighth of its time.
+#   18 sequences x 64 characters = 1,152 tokens a step; 200 steps: a quarter of the text
 # first: python prepare.py input.txt --tokenizer=char --out=data/shakespeare_char
-# Val loss, and seconds of the whole process on two cores: 1.860, 1.864, 1.892 (three seeds) in 7.7; with 220 steps 1.843, -, 1.879 in
-# 8.6; with 240 steps 1.831, 1.844 in 9.0. What was no better: 768 or 1,536 tokens a step, a state of 16, a rate of 2e-2, one layer of 128.
-# --model=gpt --max_iters=300 --rope_theta=100: 1.856 in 12.6. --model=hybrid --max_iters=220: 1.807 in 15.7.
+# Val loss, and seconds of the whole process on two cores: 1.860, 1.864, 1.892 (three seeds) in 7.7;
+# with 220 steps 1.843, -, 1.879 in 8.6; with 240 steps 1.831, 1.844 in 9.0. What was no better: 768
+# or 1,536 tokens a step, a state of 16, a rate of 2e-2, one layer of 128.
+# --model=gpt --max_iters=300 --rope_theta=100: 1.856 in 12.6. --model=hybrid --max_iters=220: 1.807
+#   in 15.7.
 out_dir = 'out-shakespeare-cpu'
 dataset = 'shakespeare_char'
 

@@ -13,7 +13,8 @@ from mambino.weights import loading
 from mambino.export import to_peft
 from mambino.weights import adapters
 from mambino.weights import checkpoint
-from mambino.train import memory as fit
+from mambino.train.begin import SIZES
+from mambino.train.memory import estimate
 from mambino.language_model import linear_cross_entropy
 from helpers.models import CONFIG, MODELS, PEERS, V, assert_close, build, perturb, tokens
 from helpers.runs import files, launch, metrics, refused, same_run, script, train
@@ -98,7 +99,7 @@ def test_merged_is_unmerged_and_steps_are_forward(name):
 
 def test_lora_is_small_on_a_model_of_50_million():
     for kind in KINDS:
-        size = fit.SIZES[kind, '50m'] | ({} if kind == 'mamba' else dict(n_head=8))
+        size = SIZES[kind, '50m'] | ({} if kind == 'mamba' else dict(n_head=8))
         own, all_of_them = [], []
         for n_layer in (1, 2):                              # both grow by as much with each layer
             with torch.device('meta'):
@@ -482,6 +483,6 @@ def test_two_processes_train_as_one(based):
 
 def test_memory_of_an_adapter():
     config = dict(n_layer=4, n_embd=64, n_head=2, vocab_size=512)
-    whole, part = (fit.estimate('gpt', config, 4, 64, device='cpu', dtype='float32', adapter=how) for how in (None, LORA))
+    whole, part = (estimate('gpt', config, 4, 64, device='cpu', dtype='float32', adapter=how) for how in (None, LORA))
     assert part['gradients'] < 0.2 * whole['gradients'] and part['optimizer'] < 0.2 * whole['optimizer'] and part['total'] < whole['total']
-    assert fit.estimate('mamba', dict(n_layer=4, n_embd=64, vocab_size=512), 2, 64, device='cpu', dtype='float32', adapter=PREFIX)['optimizer'] > 0
+    assert estimate('mamba', dict(n_layer=4, n_embd=64, vocab_size=512), 2, 64, device='cpu', dtype='float32', adapter=PREFIX)['optimizer'] > 0

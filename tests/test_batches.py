@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from mambino.train.batches import IGNORE, ROUND, Dataset, Mixture, open_dataset, quotas_of, shuffled, val_result
+from mambino.train.batches import (
+    IGNORE,
+    ROUND,
+    Dataset,
+    Mixture,
+    open_dataset,
+    quotas_of,
+    shuffled,
+    val_result,
+)
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """make(train, val): a dataset whose tokens are their own positions, so that a batch tells where it was read; with `first`
-    to count from, it also tells from which dataset."""
+    """make(train, val): a dataset whose tokens are their own positions, so that a batch tells where
+    it was read; with `first` to count from, it also tells from which dataset."""
     def make(train=1000, val=100, name='positions', first=0):
         os.makedirs(tmp_path / name, exist_ok=True)
         paths = {}
@@ -24,14 +33,19 @@ def dataset(tmp_path):
     return make
 
 
-@pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 100, 255, 256, 257, 1000, 4097, 65537])
+@pytest.mark.parametrize(
+    'n', [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 100, 255, 256, 257, 1000, 4097, 65537]
+)
 def test_shuffled_is_a_permutation_that_the_key_names(n):
     orders = [shuffled(np.arange(n), n, key) for key in ((1, 0), (1, 1), (2, 0), (1, 0))]
     for order in orders:
         assert order.dtype == np.int64 and (np.sort(order) == np.arange(n)).all()
     assert (orders[0] == orders[3]).all()
     if n >= 31:
-        assert not any((a == b).all() for a, b in [orders[:2], orders[1:3], (orders[0], orders[2]), (orders[0], np.arange(n))])
+        assert not any(
+            (a == b).all()
+            for a, b in [orders[:2], orders[1:3], (orders[0], orders[2]), (orders[0], np.arange(n))]
+        )
     one = [int(shuffled(np.array([i]), n, (1, 0))[0]) for i in range(min(n, 50))]
     assert one == orders[0][:50].tolist()  # each number alone goes where it goes among the others
 
@@ -45,11 +59,15 @@ def test_shuffled_is_shuffled():
         assert len(np.unique(np.diff(order))) > n / 4
 
 
-@pytest.mark.parametrize('tokens, block_size', [(1000, 16), (1000, 7), (33, 16), (17, 16), (18, 16), (48, 16), (100, 99), (500, 1)])
+@pytest.mark.parametrize(
+    'tokens, block_size',
+    [(1000, 16), (1000, 7), (33, 16), (17, 16), (18, 16), (48, 16), (100, 99), (500, 1)],
+)
 def test_an_epoch_visits_every_window_once(dataset, tokens, block_size):
     data = dataset(tokens)
     n = data.windows(block_size)
-    assert n >= 1 and tokens - n * block_size <= 2 * block_size + 1  # at most two windows are left out
+    # at most two windows are left out
+    assert n >= 1 and tokens - n * block_size <= 2 * block_size + 1
     orders, shifts = set(), set()
     for epoch in range(6):
         x, _ = data.batch(np.arange(epoch * n, (epoch + 1) * n), block_size, 1337)
@@ -81,7 +99,9 @@ def test_a_batch_depends_on_seed_and_numbers_alone(dataset):
     np.random.seed(3), torch.manual_seed(3)  # neither is asked
     state = np.random.get_state()[1].copy(), torch.get_rng_state()
     once_more = data.batch(numbers, 16, 1337)
-    assert (np.random.get_state()[1] == state[0]).all() and torch.equal(torch.get_rng_state(), state[1])
+    assert (np.random.get_state()[1] == state[0]).all() and torch.equal(
+        torch.get_rng_state(), state[1]
+    )
     for other in (again, once_more):
         assert torch.equal(x, other[0]) and torch.equal(y, other[1])
     assert not torch.equal(x, data.batch(numbers, 16, 1338)[0])
@@ -94,15 +114,25 @@ def test_ranks_and_micro_batches_share_the_same_step(dataset, world, micro_steps
     data, sequences, step = dataset(), 12, 7
     whole = data.batch(np.arange(step * sequences, (step + 1) * sequences), 16, 1)[0]
     share = sequences // world // micro_steps
-    parts = [data.batch(step * sequences + (rank * micro_steps + micro) * share + np.arange(share), 16, 1)[0]
-             for rank in range(world) for micro in range(micro_steps)]
+    parts = [
+        data.batch(
+            step * sequences + (rank * micro_steps + micro) * share + np.arange(share), 16, 1
+        )[0]
+        for rank in range(world)
+        for micro in range(micro_steps)
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize('world', [1, 3])
 @pytest.mark.parametrize('batch_size', [1, 3, 8, 100])
-@pytest.mark.parametrize('tokens, block_size', [(100, 16), (97, 16), (98, 16), (96, 16), (17, 16), (5, 16), (50, 1), (1000, 33)])
-def test_evaluation_covers_every_token_but_the_first(dataset, tokens, block_size, batch_size, world):
+@pytest.mark.parametrize(
+    'tokens, block_size',
+    [(100, 16), (97, 16), (98, 16), (96, 16), (17, 16), (5, 16), (50, 1), (1000, 33)],
+)
+def test_evaluation_covers_every_token_but_the_first(
+    dataset, tokens, block_size, batch_size, world
+):
     data, targets = dataset(val=tokens), []
     for rank in range(world):
         for x, y in data.val_batches(batch_size, block_size, 0, rank, world):
@@ -110,7 +140,8 @@ def test_evaluation_covers_every_token_but_the_first(dataset, tokens, block_size
             assert 1 <= len(x) <= batch_size and x.shape[1] == block_size
             counts = y != IGNORE
             assert (y[counts] == x[counts] + 1).all() and (x >= 0).all()
-            assert (counts[:, :-1] >= counts[:, 1:]).all()  # what does not count comes last, so no target sees it
+            # what does not count comes last, so no target sees it
+            assert (counts[:, :-1] >= counts[:, 1:]).all()
             targets += y[counts].tolist()
     assert sorted(targets) == list(range(1, tokens))
     if world == 1:
@@ -139,7 +170,14 @@ def test_a_dataset_alone_reads_what_it_always_read(dataset):
 @pytest.fixture
 def mixture(dataset):
     """Three datasets, 55 % 30 % 15 %, of 61, 30 and 11 windows of 16 tokens."""
-    return Mixture([dataset(1000, name='a'), dataset(500, name='c', first=1000), dataset(200, name='b', first=1500)], [11, 6, 3])
+    return Mixture(
+        [
+            dataset(1000, name='a'),
+            dataset(500, name='c', first=1000),
+            dataset(200, name='b', first=1500),
+        ],
+        [11, 6, 3],
+    )
 
 
 def owner(x):
@@ -152,24 +190,40 @@ def test_quotas_are_the_weights_to_a_ten_thousandth():
     cases = [rng.random(n) + 1e-3 for n in (1, 2, 3, 7, 50) for _ in range(20)]
     for weights in cases:
         quotas = quotas_of(list(weights))
-        assert sum(quotas) == ROUND and np.abs(np.array(quotas) - ROUND * weights / weights.sum()).max() < 1
-        assert quotas_of([float(f'{quota / ROUND:g}') for quota in quotas]) == quotas  # what the name says is what was meant
+        assert (
+            sum(quotas) == ROUND
+            and np.abs(np.array(quotas) - ROUND * weights / weights.sum()).max() < 1
+        )
+        # what the name says is what was meant
+        assert quotas_of([float(f'{quota / ROUND:g}') for quota in quotas]) == quotas
     assert quotas_of([0.6, 0.4]) == (6000, 4000) and quotas_of([1, 1, 1]) == (3334, 3333, 3333)
-    assert quotas_of([1e-9, 1, 1e-300]) == (1, 9998, 1) and quotas_of([1e308, 1e308, 1e308, 1e308]) == (2500,) * 4
+    assert (
+        quotas_of([1e-9, 1, 1e-300]) == (1, 9998, 1)
+        and quotas_of([1e308, 1e308, 1e308, 1e308]) == (2500,) * 4
+    )
 
 
 def test_shares_are_exact_in_a_round_and_near_at_any_moment(mixture):
     weights, n = np.array([0.55, 0.15, 0.3]), 3 * ROUND
     x, _ = mixture.batch(np.arange(n), 16, 7)
-    drawn = (owner(x)[:, None] == torch.arange(3)).numpy().cumsum(0)  # (n, parts) after each sequence
+    # (n, parts) after each sequence
+    drawn = (owner(x)[:, None] == torch.arange(3)).numpy().cumsum(0)
     for i in range(n):
         if (i + 1) % ROUND == 0:
             assert (drawn[i] == (i + 1) * weights).all()
     deviation = np.abs(drawn - np.arange(1, n + 1)[:, None] * weights)
-    assert (deviation < 4.5 * np.sqrt(np.minimum(np.arange(1, n + 1), ROUND / 4)[:, None] * weights * (1 - weights)) + 1).all()
-    for i in (1, 2, 77, ROUND - 1, ROUND, ROUND + 1, n - 5):  # the share that is told is the share that was drawn
+    assert (
+        deviation
+        < 4.5
+        * np.sqrt(np.minimum(np.arange(1, n + 1), ROUND / 4)[:, None] * weights * (1 - weights))
+        + 1
+    ).all()
+    # the share that is told is the share that was drawn
+    for i in (1, 2, 77, ROUND - 1, ROUND, ROUND + 1, n - 5):
         assert mixture.shares(i, 7) == dict(zip('abc', drawn[i - 1] / i))
-    assert mixture.shares(0, 7) == dict(a=0, b=0, c=0) and mixture.shares(100, 7) != mixture.shares(100, 8)
+    assert mixture.shares(0, 7) == dict(a=0, b=0, c=0) and mixture.shares(100, 7) != mixture.shares(
+        100, 8
+    )
     assert mixture.shares(10**12, 7) == dict(zip('abc', weights))
     rounds = drawn[ROUND - 1::ROUND] - drawn[ROUND // 2 - 1::ROUND]
     assert len(set(rounds[:, 0])) > 1                          # no two rounds have one order
@@ -189,11 +243,13 @@ def test_a_mixture_depends_on_seed_and_numbers_alone(mixture):
     numbers = np.arange(ROUND - 24, ROUND + 24)
     x, y = mixture.batch(numbers, 16, 1337)
     a, b, c = mixture.parts
-    again = Mixture([c, b, a], [0.3, 0.15, 0.55])              # written in another order, to another sum
+    again = Mixture([c, b, a], [0.3, 0.15, 0.55])  # written in another order, to another sum
     assert again.name == mixture.name == 'a:0.55,b:0.15,c:0.3'
     assert all(torch.equal(*pair) for pair in zip((x, y), again.batch(numbers, 16, 1337)))
-    for share in (1, 8, 16):                                   # ranks and micro-batches
-        pieces = [mixture.batch(numbers[i:i + share], 16, 1337) for i in reversed(range(0, 48, share))]
+    for share in (1, 8, 16):  # ranks and micro-batches
+        pieces = [
+            mixture.batch(numbers[i : i + share], 16, 1337) for i in reversed(range(0, 48, share))
+        ]
         assert torch.equal(torch.cat([piece[0] for piece in reversed(pieces)]), x)
     assert not torch.equal(x, mixture.batch(numbers, 16, 1338)[0])
     assert not torch.equal(owner(x), owner(mixture.batch(numbers, 16, 1338)[0]))
@@ -201,14 +257,22 @@ def test_a_mixture_depends_on_seed_and_numbers_alone(mixture):
 
 
 def test_the_loss_of_a_mixture_is_the_one_on_what_it_draws(mixture, dataset):
-    sums = [(2.0 * 100, 100, 400), (1.0 * 900, 900, 900), (3.0 * 50, 50, 100)]  # nats, targets, bytes
+    # nats, targets, bytes
+    sums = [(2.0 * 100, 100, 400), (1.0 * 900, 900, 900), (3.0 * 50, 50, 100)]
     result, loss = val_result(mixture, sums), 0.55 * 2 + 0.15 * 1 + 0.3 * 3
-    assert result.pop('bits_per_byte') == pytest.approx(loss / math.log(2) / (0.55 * 4 + 0.15 * 1 + 0.3 * 2))
+    assert result.pop('bits_per_byte') == pytest.approx(
+        loss / math.log(2) / (0.55 * 4 + 0.15 * 1 + 0.3 * 2)
+    )
     assert result.pop('perplexity') == pytest.approx(math.exp(loss))
-    assert result == pytest.approx({'val_loss': loss, 'val_loss/a': 2, 'val_loss/b': 1, 'val_loss/c': 3})
+    assert result == pytest.approx(
+        {'val_loss': loss, 'val_loss/a': 2, 'val_loss/b': 1, 'val_loss/c': 3}
+    )
     assert val_result(mixture, [(nats, n, 0) for nats, n, _ in sums])['bits_per_byte'] is None
-    assert val_result(dataset(), [(0.7, 3, 11)]) == dict(  # alone: to the last bit what it always was
-        val_loss=0.7 / 3, perplexity=math.exp(0.7 / 3), bits_per_byte=0.7 / math.log(2) / 11)
+    assert val_result(
+        dataset(), [(0.7, 3, 11)]
+    ) == dict(  # alone: to the last bit what it always was
+        val_loss=0.7 / 3, perplexity=math.exp(0.7 / 3), bits_per_byte=0.7 / math.log(2) / 11
+    )
 
 
 @pytest.fixture
@@ -219,16 +283,31 @@ def bare(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize('text, name', {
-    'a:1,b:3': 'a:0.25,b:0.75', 'b:.75,a:.25': 'a:0.25,b:0.75', ' b:3e0 , ./data/a/:1': 'a:0.25,b:0.75', 'b,a': 'a:0.25,b:0.75',
-    'a:1,b:2': 'a:0.3333,b:0.6667', 'b,elsewhere/c/,a': 'a:0.2,b:0.6,elsewhere/c:0.2', 'a:1e9,b:1': 'a:0.9999,b:0.0001',
-    'a': 'a', 'a:7': 'a', 'data/a': 'a', './elsewhere/c/': 'elsewhere/c'}.items())
+@pytest.mark.parametrize(
+    'text, name',
+    {
+        'a:1,b:3': 'a:0.25,b:0.75',
+        'b:.75,a:.25': 'a:0.25,b:0.75',
+        ' b:3e0 , ./data/a/:1': 'a:0.25,b:0.75',
+        'b,a': 'a:0.25,b:0.75',
+        'a:1,b:2': 'a:0.3333,b:0.6667',
+        'b,elsewhere/c/,a': 'a:0.2,b:0.6,elsewhere/c:0.2',
+        'a:1e9,b:1': 'a:0.9999,b:0.0001',
+        'a': 'a',
+        'a:7': 'a',
+        'data/a': 'a',
+        './elsewhere/c/': 'elsewhere/c',
+    }.items(),
+)
 def test_a_mixture_has_one_name_however_it_is_written(bare, text, name):
     data = open_dataset(text, 3000)
     assert data.name == name and isinstance(data, Mixture if ',' in text else Dataset)
     again = open_dataset(name, 3000)  # as a resumed run does
     assert again.name == name
-    assert all(torch.equal(*pair) for pair in zip(data.batch(np.arange(40), 16, 1), again.batch(np.arange(40), 16, 1)))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(data.batch(np.arange(40), 16, 1), again.batch(np.arange(40), 16, 1))
+    )
     assert sum(part.tokens['train'] for part in data.parts) == data.tokens['train']
 
 
@@ -242,11 +321,25 @@ def test_a_folder_may_have_any_name(bare, name):
         assert open_dataset(f'a:1,{name}:3', 1000).name == f'{name}:0.75,a:0.25'
 
 
-@pytest.mark.parametrize('text, words', {
-    'a:1,b': 'all of them weight none', 'a,b:1': 'all of them weight none', 'a:0,b:1': 'weight of a above 0',
-    'a:1,b:-2': 'weight of b above 0', 'a:nan,b:1': 'weight of a', 'a:inf,b:1': 'weight of a', 'a,': 'name is missing',
-    ',': 'name is missing', 'a,b,a': 'a twice', 'a:1,./data/a:2': 'a twice', 'a,bb': 'data/bb no such dataset',
-    'a,b:x': 'data/b:x no such dataset', 'a:0': 'weight of a', 'a;b': 'data/a;b no such dataset'}.items())
+@pytest.mark.parametrize(
+    'text, words',
+    {
+        'a:1,b': 'all of them weight none',
+        'a,b:1': 'all of them weight none',
+        'a:0,b:1': 'weight of a above 0',
+        'a:1,b:-2': 'weight of b above 0',
+        'a:nan,b:1': 'weight of a',
+        'a:inf,b:1': 'weight of a',
+        'a,': 'name is missing',
+        ',': 'name is missing',
+        'a,b,a': 'a twice',
+        'a:1,./data/a:2': 'a twice',
+        'a,bb': 'data/bb no such dataset',
+        'a,b:x': 'data/b:x no such dataset',
+        'a:0': 'weight of a',
+        'a;b': 'data/a;b no such dataset',
+    }.items(),
+)
 def test_a_mixture_that_cannot_be_is_one_line(bare, capsys, text, words):
     with pytest.raises(SystemExit) as end:
         open_dataset(text, 3000)

@@ -4,18 +4,26 @@ import copy
 import pytest
 import torch
 
+from mambino.train.begin import build_optimizers
+from mambino.train.muon import Muon, orthogonalize
+from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, MambaConfig
-from mambino.train.muon import Muon, orthogonalize, row_kinds
 
-SHAPES = [(16, 16), (16, 48), (48, 16), (16, 16), (24, 40)]  # two batches of several, wide and tall together
+# two batches of several, wide and tall together
+SHAPES = [(16, 16), (16, 48), (48, 16), (16, 16), (24, 40)]
 
 
-@pytest.mark.parametrize('how', [dict(adjust_lr_fn='match_rms_adamw'), dict(), dict(nesterov=False, momentum=0.8)])
+@pytest.mark.parametrize(
+    'how', [dict(adjust_lr_fn='match_rms_adamw'), dict(), dict(nesterov=False, momentum=0.8)]
+)
 def test_makes_the_steps_of_torchs_muon(how):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     torchs, start = copy.deepcopy(ours), copy.deepcopy(ours)
-    optimizers = [kind(params, lr=0.05, weight_decay=0.1, **how) for kind, params in ((Muon, ours), (torch.optim.Muon, torchs))]
+    optimizers = [
+        kind(params, lr=0.05, weight_decay=0.1, **how)
+        for kind, params in ((Muon, ours), (torch.optim.Muon, torchs))
+    ]
     for _ in range(4):
         for p, q in zip(ours, torchs):
             p.grad = torch.randn(p.shape)
@@ -24,8 +32,10 @@ def test_makes_the_steps_of_torchs_muon(how):
             optimizer.step()
     for p, q, s in zip(ours, torchs, start):  # torch computes in bf16, three digits
         assert (p - q).norm() < 0.02 * (q - s).norm()
-    for p, q in zip(ours, torchs):            # so that either goes on from the other's checkpoint
-        torch.testing.assert_close(optimizers[0].state[p]['momentum_buffer'], optimizers[1].state[q]['momentum_buffer'])
+    for p, q in zip(ours, torchs):  # so that either goes on from the other's checkpoint
+        torch.testing.assert_close(
+            optimizers[0].state[p]['momentum_buffer'], optimizers[1].state[q]['momentum_buffer']
+        )
 
 
 def test_orthogonalize_keeps_the_directions_and_evens_the_sizes():
@@ -63,7 +73,35 @@ def test_rows_are_matrices_of_their_own(rows):
     assert optimizers[0].state_dict()['param_groups'][0]['rows'] == [rows]
 
 
-def test_the_kinds_in_a_mamba_2_are_told_apart():
-    net = Mamba(MambaConfig(n_layer=2, n_embd=32, state_size=8, head_dim=16, vocab_size=20))
-    kinds = row_kinds(net)
-    assert [kinds[block.mixer.in_proj.weight] for block in net.backbone.layers] == [[64, 64, 8, 8, 4]] * 2 and len(kinds) == 2
+@pytest.mark.parametrize(
+    'model, kinds',
+    [
+        (
+            Mamba(MambaConfig(n_layer=2, n_embd=32, state_size=8, head_dim=16, vocab_size=20)),
+            [64, 64, 8, 8, 4],
+        ),
+        (
+            Hybrid(
+                HybridConfig(
+                    n_layer=2, n_embd=32, n_head=2, state_size=8, ssm_head_dim=16, vocab_size=20
+                )
+            ),
+            [64, 64, 8, 8, 4],
+        ),
+        (
+            Hybrid(
+                HybridConfig(
+                    n_layer=2, n_embd=32, n_head=2, ssm_head_dim=16, vocab_size=20, low_rank=4
+                )
+            ),
+            None,
+        ),
+        (Mamba(MambaConfig(version=1, n_layer=2, n_embd=32, vocab_size=20)), None),
+    ],
+)
+def test_the_kinds_in_a_mamba_2_are_told_apart(model, kinds):
+    group = build_optimizers(model, 'muon')[1].param_groups[0]
+    assert len(group['rows']) == len(group['params'])
+    assert [rows for rows in group['rows'] if rows] == ([kinds] * 2 if kinds else [])
+    for p, rows in zip(group['params'], group['rows'], strict=True):
+        assert rows is None or sum(rows) == len(p)

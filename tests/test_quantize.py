@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from mambino.weights import loading
 from mambino.weights import checkpoint
-from mambino.train import memory as fit
+from mambino.train.begin import SIZES
 from mambino.kernels import native
 from mambino.kernels import cpu
 from mambino.weights import quantize
@@ -202,7 +202,7 @@ def test_state_dict_round_trip(name, how, capsys):
 @pytest.mark.parametrize("kind", ["gpt", "mamba", "hybrid"])
 def test_size(kind, how, limit):
     """Of 50 million parameters, without computing any."""
-    config = dict(fit.SIZES[kind, "50m"], vocab_size=16384, **(dict(n_head=8) if kind != "mamba" else {}))
+    config = dict(SIZES[kind, "50m"], vocab_size=16384, **(dict(n_head=8) if kind != "mamba" else {}))
     with torch.device("meta"):
         net = checkpoint.build(kind, config)
     size = lambda: sum({id(t): t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())}.values())

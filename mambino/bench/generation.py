@@ -12,7 +12,7 @@ import tempfile
 from statistics import median
 
 from mambino.bench.turns import HERE, all_times, contest, ratio, with_before
-from mambino.train.memory import SIZES
+from mambino.train.begin import SIZES
 
 KINDS = ('gpt', 'mamba', 'hybrid', 'mamba1')
 

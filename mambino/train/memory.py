@@ -1,21 +1,23 @@
-"""How much memory a training run takes, before it takes it; the micro-batch that fits; and sizes that suit a machine.
+"""How much memory a training run takes, before it takes it; and how many sequences are computed at
+once, so that it suffices.
 
-    found = estimate('gpt', dict(n_layer=12, n_head=8, n_embd=512, vocab_size=16384), batch=8, T=1024)
-    batch, checkpointing = choose('gpt', config, sequences=128, T=1024, budget=available_memory('cuda'))
+    parts = estimate('gpt', dict(n_layer=12, n_embd=512, vocab_size=16384), batch=8, T=1024)
+    n, checkpointing, parts = largest_micro_batch('gpt', config, sequences=128, T=1024, budget=8e9)
 
-No formula for activations is in here. One step of training runs on fake tensors, which have sizes and lifetimes but no data
-(FakeTensorMode), and every storage that is born or dies is counted: this is the exact peak of what is alive, whatever the models do.
+No formula for activations is in here. One step of training runs on fake tensors, which have sizes
+and lifetimes but no data (FakeTensorMode), and every storage that is born or dies is counted: this
+is the exact peak of what is alive, whatever the models do.
 
-    steps with 1 and 2 layers, 1 and 2 sequences ─► peak of each stretch of the step ─► linear in both ─► the largest
+    steps with 1 and 2 layers, 1 and 2 sequences ─► peak of each stretch ─► linear in both ─► the largest
 
-A stretch (the first layer's backward, the loss, the optimizer, …) is linear in layers and sequences; their maximum is not. The models
-take their CPU paths, also for a GPU. Not counted is what libraries take for themselves, and memory that is held but not used: measured
-on a CPU, the peak of the process is 1 to 2% above the estimate with MALLOC_MMAP_THRESHOLD_=65536 in the environment, and 17 to 67%
-above it without, because glibc keeps what is freed. No GPU was measured.
+A stretch (the first layer's backward, the loss, the optimizer, …) is linear in layers and
+sequences; their maximum is not. The models take their CPU paths, also for a GPU. Not counted is
+what libraries take for themselves, and memory that is held but not used: measured on a CPU, the
+peak of the process is 1 to 2% above the estimate with MALLOC_MMAP_THRESHOLD_=65536 in the
+environment, and 17 to 67% above it without, because glibc keeps what is freed. No GPU was measured.
 """
 import dataclasses
-import math
-import types
+import re
 import weakref
 from bisect import bisect_right
 from contextlib import nullcontext
@@ -26,271 +28,375 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambino import machine
-from mambino.weights import adapters
-from mambino.weights import checkpoint
+from mambino.configurator import fail
 from mambino.kernels import portable
 from mambino.kernels.anywhere import loss_chunk
-from mambino.configurator import fail
-from mambino.train.muon import Muon
+from mambino.train import processes
+from mambino.train.begin import BATCH_SIZE, build_optimizers
+from mambino.weights import adapters, checkpoint
 
-SIZES = {           # of about so many parameters, with a vocabulary of 16,384
-    ('gpt', '50m'): dict(n_layer=13, n_embd=512),
-    ('gpt', '150m'): dict(n_layer=20, n_embd=768),
-    ('gpt', '400m'): dict(n_layer=30, n_embd=1024),
-    ('mamba', '50m'): dict(n_layer=24, n_embd=512),
-    ('mamba', '150m'): dict(n_layer=36, n_embd=768),
-    ('mamba', '400m'): dict(n_layer=36, n_embd=1280),
-    ('hybrid', '50m'): dict(n_layer=9, n_embd=512),
-    ('hybrid', '150m'): dict(n_layer=13, n_embd=768),
-    ('hybrid', '400m'): dict(n_layer=20, n_embd=1024),
-}
-OFTEN = dict(warmup_iters=200, eval_interval=500, eval_iters=100)
-TRAINING = {        # 20 tokens a parameter (Hoffmann et al. 2022): 1.0, 3.0 and 7.9 billion
-    '50m': dict(tokens_per_step=2**17, learning_rate=1e-3, max_iters=8000, **OFTEN),
-    '150m': dict(tokens_per_step=2**18, learning_rate=6e-4, max_iters=11500, **OFTEN),
-    '400m': dict(tokens_per_step=2**19, learning_rate=3e-4, max_iters=15000, **OFTEN),
-}
-BATCH = 16          # sequences at once where memory has them
-SHARE = 0.92        # of the memory found is used: the rest is for what libraries take and for holes between blocks
-ENOUGH = 4096       # tokens at once that keep a GPU busy; fewer are worth the third more work that checkpointing costs
-SHORT = 32          # tokens of a Mamba-1's sequences in its simulation, and 64: its loop over time is slow on fake tensors, too
+# of the memory there is: the rest is for what libraries take and for holes between blocks
+USABLE = 0.92
+USABLE_CPU = 0.6    # a CPU's allocator keeps much of what is freed
+# tokens at once that keep a GPU busy; fewer are worth the third more work that checkpointing costs
+ENOUGH = 4096
+# tokens of a Mamba-1's sequences in its simulation, and 64: its loop over time is slow on fake
+# tensors, too
+SHORT = 32
 STRETCHES = ('step', 'forward', 'loss', 'head', 'top', 'bottom', 'embedding')
+PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'temporary')
 
 
-# --- counting ---------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of storages alive, and their peak in each stretch of a step; `stretch` names the present one."""
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One step of training that is simulated."""
+    kind: str
+    config: tuple               # of the model: (field, value) pairs
+    batch: int                  # sequences at once
+    T: int                      # tokens in each
+    # 'cpu', or another kind: then without the kernels that are compiled for a CPU
+    device: str = 'cuda'
+    dtype: str = 'bfloat16'
+    optimizer: str = 'adamw'
+    checkpointing: bool = False
+    accumulate: bool = True     # gradients stay from micro-step to micro-step
+    adapter: tuple = ()         # (name, value) pairs of what a checkpoint says of one
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages alive, and their peak in each stretch of a step; `stretch` names
+    the present one."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.stretch, self.peaks, self.known = 0, 'build', {}, set()
+        self.now = 0
+        self.stretch = 'build'
+        self.peaks = {}                                     # stretch → bytes
+        self.known = set()                                  # the storages that are counted
 
     def enter(self, stretch, *_):
         self.stretch = stretch
         self.peaks[stretch] = max(self.now, self.peaks.get(stretch, 0))
 
-    def free(self, key, size):
+    def release(self, key, size):
         self.known.remove(key)
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.stretch == 'build' and func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0                                      # initialisation may ask for a number; no matter which
+            return 1.0  # initialisation may ask for a number; no matter which
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+                self.count(tensor.untyped_storage())
         self.enter(self.stretch)
         return out
 
-
-def simulate(fake, kind, config, batch, T, device, dtype, optimizer, checkpointing, accumulate, adapter=()):
-    """One step of training → {name: bytes}: what stands (weights, gradients, optimizer, activations), and a peak a stretch.
-
-    fake: on tensors without data. config, adapter: tuples of (field, value). device: 'cpu', or another kind: then without the kernels that
-    are compiled for a CPU."""
-    with nullcontext() if device == 'cpu' else portable():
-        return steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate, adapter)
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            weakref.finalize(storage, self.release, key, size)
 
 
-def steps(fake, kind, config, batch, T, dtype, optimizer, checkpointing, accumulate, adapter):
-    with torch.random.fork_rng(devices=[]), fake_tensor.FakeTensorMode() if fake else nullcontext(), Live() as live:
-        net = checkpoint.build(kind, dict(config))
-        if adapter:
-            adapters.add_adapter(net, dict(adapter))
-        net.gradient_checkpointing = checkpointing
-        for module in net.modules():                        # attention keeps a seed of its dropout, no mask; but here it would ask
-            if isinstance(getattr(module, 'dropout', None), float):  # for that number, or take the (T, T) path of a CPU
-                module.dropout = 0.0
-        found = dict(weights=live.now)
-        idx = torch.randint(net.config.vocab_size, (batch, T))
-        groups = net.optim_groups(0.1, muon=optimizer == 'muon')
-        optimizers = [torch.optim.AdamW([g for g in groups if g['kind'] == 'adamw'], fused=True)]
-        if optimizer == 'muon':
-            optimizers.append(Muon([g for g in groups if g['kind'] == 'muon'], adjust_lr_fn='match_rms_adamw'))
+def simulate(workload, fake=True):
+    """One step of training → {name: bytes}: what stands (weights, gradients, optimizer,
+    activations), and a peak a stretch.
+
+    fake: on tensors without data."""
+    tensors = fake_tensor.FakeTensorMode() if fake else nullcontext()
+    kernels = nullcontext() if workload.device == 'cpu' else portable()
+    with kernels, torch.random.fork_rng(devices=[]), tensors, LiveBytes() as live:
+        net = build(workload)
+        sizes = dict(weights=live.now)
+        idx = torch.randint(net.config.vocab_size, (workload.batch, workload.T))
+        optimizers = build_optimizers(net, workload.optimizer)
 
         before = live.now
         for p in net.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        found['gradients'] = live.now - before
+        sizes['gradients'] = live.now - before
+
         before = live.now
         live.enter('step')
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for opt in optimizers:
             opt.step()
-        found['optimizer'] = live.now - before
-        if not accumulate:
+        sizes['optimizer'] = live.now - before
+        if not workload.accumulate:
             net.zero_grad(set_to_none=True)
 
-        layers = next(module for name, module in net.named_modules() if name.endswith('layers'))
-
-        def mark(i, layer, args, out):
-            """The gradient that reaches a layer's output begins its backward; the one that leaves the first ends them all."""
-            out = out[0] if isinstance(out, tuple) else out
-            if out.requires_grad and live.stretch in ('forward', 'loss'):
-                out.register_hook(partial(live.enter, f'backward {i}'))
-                if i == 0 and args[0].requires_grad:        # not under an adapter
-                    args[0].register_hook(partial(live.enter, 'embedding'))
-                if i == len(layers) - 1:
-                    live.enter('loss')
-        for i, layer in enumerate(layers):
-            layer.register_forward_hook(partial(mark, i))
+        last_layer = mark_stretches(net, live)
         before = live.now
         live.enter('forward')
-        with machine.autocast('cpu', dtype):
+        with machine.autocast('cpu', workload.dtype):
             loss = net(idx, idx)[1]
-        found['activations'] = live.now - before
+        sizes['activations'] = live.now - before
         live.enter('head')
         loss.backward()
         live.enter('embedding')
-    peaks = live.peaks
-    return found | {name: peaks.get(name, 0) for name in ('step', 'forward', 'loss', 'head', 'embedding')} | dict(
-        top=peaks.get(f'backward {len(layers) - 1}', 0), bottom=peaks.get('backward 0', 0))
+    peaks = {name: live.peaks.get(name, 0) for name in STRETCHES}
+    peaks['top'] = live.peaks.get(f'backward {last_layer}', 0)
+    peaks['bottom'] = live.peaks.get('backward 0', 0)
+    return sizes | peaks
+
+
+def build(workload):
+    """The model of a workload, with its adapter."""
+    net = checkpoint.build(workload.kind, dict(workload.config))
+    if workload.adapter:
+        adapters.add_adapter(net, dict(workload.adapter))
+    net.gradient_checkpointing = workload.checkpointing
+    # attention keeps a seed of its dropout, no mask; but here it would ask
+    for module in net.modules():
+        # for that number, or take the (T, T) path of a CPU
+        if isinstance(getattr(module, 'dropout', None), float):
+            module.dropout = 0.0
+    return net
+
+
+def mark_stretches(net, live):
+    """Hooks that name the stretches from the first layer's forward to its backward; returns the
+    number of the last layer."""
+    layers = next(module for name, module in net.named_modules() if name.endswith('layers'))
+    last_layer = len(layers) - 1
+
+    def mark(i, layer, args, out):
+        """The gradient that reaches a layer's output begins its backward; the one that leaves the
+        first ends them all."""
+        out = out[0] if isinstance(out, tuple) else out
+        if not out.requires_grad or live.stretch not in ('forward', 'loss'):
+            return
+        out.register_hook(partial(live.enter, f'backward {i}'))
+        if i == 0 and args[0].requires_grad:                # not under an adapter
+            args[0].register_hook(partial(live.enter, 'embedding'))
+        if i == last_layer:
+            live.enter('loss')
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(partial(mark, i))
+    return last_layer
 
 
 @lru_cache(None)
-def corner(kind, config, n_layer, batch, T, *how):
-    """`simulate` with so many layers. A model whose course depends on its data (a router's) runs for real."""
-    config = (*config, ('n_layer', n_layer))
+def peaks_of(workload):
+    """`simulate`, once for each workload. A model whose course depends on its data (a router's)
+    runs for real."""
     try:
-        return simulate(True, kind, config, batch, T, *how)
+        return simulate(workload, fake=True)
     except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
-        return simulate(False, kind, config, batch, T, *how)
+        return simulate(workload, fake=False)
 
 
-def extend(axes, measure, *at):
-    """measure(x, y, …) → {name: bytes}, at a point from its values at two corners on each axis: [(low, high, where), …]."""
-    if not axes:
-        return measure(*at)
-    low, high, x = axes[0]
+def extrapolate(x, low, high, measure):
+    """measure(x) → {name: bytes}, which grows linearly, from its values at low and at high."""
     if x in (low, high):
-        return extend(axes[1:], measure, *at, x)
-    a, b = extend(axes[1:], measure, *at, low), extend(axes[1:], measure, *at, high)
+        return measure(x)
+    a, b = measure(low), measure(high)
     return {name: a[name] + (b[name] - a[name]) * (x - low) / (high - low) for name in a}
 
 
-# --- what the zeros stand for -----------------------------------------------------------------------------------------
+# --- what a run takes -----------------------------------------------------------------------------
 
-def fill(settings, explicit, device, world, shortest):
-    """{name: value} of train.py's settings that are left to the machine, or follow from others: sizes and steps. explicit: those that were
-    said. device: 'cpu', 'cuda' or 'mps'. shortest: tokens of the smallest split. Ends the program in a line where they contradict."""
-    s = types.SimpleNamespace(**settings)
-    gigabytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30 if device == 'cuda' else 0
-    if device == 'cpu':         # some minutes on a laptop
-        sizes = dict(n_layer=4, n_embd=256, block_size=256, tokens_per_step=4096, max_iters=400)
-    elif gigabytes < 20:        # 8 to 16 GB, or Apple's
-        sizes = dict(n_layer=12, n_embd=512, block_size=512, tokens_per_step=2**15, max_iters=5000)
-    else:
-        sizes = dict(n_layer=12, n_embd=768, block_size=1024, tokens_per_step=2**17, max_iters=10000)
-    sizes |= SIZES.get((s.model, s.size), {})
-    n_embd = s.n_embd or sizes['n_embd']
-    n_head = s.n_head or max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
-    max_iters, T = s.max_iters or sizes['max_iters'], s.block_size
-    if not T:                   # a small text need not fill a large window
-        T = min(sizes['block_size'], 1 << max(3, (shortest - 1).bit_length() - 1))
+def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer='adamw',
+             checkpointing=False, accumulate=True, world=1, shards=1, adapter=None):
+    """The peak of training and what it is made of, in bytes: {'weights', 'gradients', 'optimizer',
+    'activations', 'temporary', 'total'}. Activations are what the backward pass needs; temporary is
+    all else that is alive at the peak.
 
-    asked = (explicit.get('batch_size') or BATCH) * T * s.gradient_accumulation_steps   # whatever memory made of it
-    whole = math.lcm(s.batch_size or 1, world) * T
-    tokens = s.tokens_per_step or asked or -(-sizes['tokens_per_step'] // whole) * whole
-    if tokens % T:
-        fail(f'tokens_per_step={tokens} must be a multiple of block_size={T}, such as {max(1, round(tokens / T)) * T}')
-    if asked not in (0, tokens):
-        fail(f'tokens_per_step={tokens} is not batch_size * block_size * gradient_accumulation_steps = {asked}: leave out one of them')
-    if tokens // T % world:
-        fail(f'{tokens // T} sequences a step cannot be shared by {world} processes: set --tokens_per_step to a multiple of {T * world}')
-    return dict(n_layer=s.n_layer or sizes['n_layer'], n_embd=n_embd, n_head=n_head, block_size=T, max_iters=max_iters,
-                warmup_iters=s.warmup_iters if s.warmup_iters >= 0 else min(100, max_iters // 10), tokens_per_step=tokens,
-                gradient_accumulation_steps=0)              # tokens_per_step says it; a later run may cut the same step otherwise
-
-
-# --- what is asked ----------------------------------------------------------------------------------------------------
-
-def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer='adamw', checkpointing=False, accumulate=True,
-             processes=1, shards=1, adapter=None):
-    """The peak of training and what it is made of, in bytes: {'weights', 'gradients', 'optimizer', 'activations', 'temporary',
-    'total'}. Activations are what the backward pass needs; temporary is all else that is alive at the peak.
-
-    config: the model's, a dict. batch: sequences of T tokens at once. device: 'cpu', 'cuda' or 'mps'. accumulate: gradients stay from
-    micro-step to micro-step. processes: with more than one, DistributedDataParallel keeps the gradients a second time. shards: with FSDP each of so many has its share
-    of weights, gradients and optimizer, and two layers and the embedding whole. adapter: what a checkpoint says of one, which alone has
-    gradients then.
-    A second or two the first time."""
-    processes = 1 if shards > 1 else processes
-    full = dataclasses.asdict(checkpoint.MODELS[kind][1](**config))
-    n_layer = full.pop('n_layer')
-    some = -(-2 * loss_chunk(full['vocab_size']) // T)    # sequences that make the loss of two chunks: fewer, and it is not linear
-    axis, times = (some, 2 * some, batch) if batch >= some else (batch, batch, batch), lambda n: T
-    if full.get('version') == 1 and T > 4 * SHORT:          # the same tokens in shorter and more sequences: nearly the same memory
-        axis, times = (batch * T // (2 * SHORT), batch * T // SHORT, batch), lambda n: batch * T // n
-    found = extend([(1, 2, n_layer), axis], lambda layers, n: corner(
-        kind, tuple(full.items()), layers, n, times(n), device, dtype, optimizer, checkpointing, accumulate,
-        tuple((adapter or {}).items())))
-    where = max(STRETCHES, key=found.get)
-    parts = dict(weights=found['weights'], optimizer=found['optimizer'],
-                 gradients=found['gradients'] * ((accumulate or where in ('step', 'bottom', 'embedding')) + (processes > 1)),
-                 activations=found['activations'] * (where in ('forward', 'loss', 'head', 'top')))
-    total = found[where] + found['gradients'] * (processes > 1)
+    config: the model's, a dict. batch: sequences of T tokens at once. device: 'cpu', 'cuda' or
+    'mps'. accumulate: gradients stay from micro-step to micro-step. world: of more than one process
+    DistributedDataParallel keeps the gradients a second time. shards: with FSDP each of so many has
+    its share of weights, gradients and optimizer, and two layers and the embedding complete.
+    adapter: what a checkpoint says of one, which alone has gradients then. A second or two the
+    first time."""
+    copies = world > 1 and shards == 1  # DistributedDataParallel has its own gradients
+    config = dataclasses.asdict(checkpoint.MODELS[kind][1](**config))
+    workload = Workload(
+        kind, tuple(config.items()), batch, T, device, dtype, optimizer, checkpointing, accumulate,
+        tuple((adapter or {}).items()))
+    sizes = extrapolate(config['n_layer'], 1, 2, partial(with_layers, workload))
+    at_peak = max(STRETCHES, key=sizes.get)
+    total = sizes[at_peak] + sizes['gradients'] * copies
+    gradients_there = accumulate or at_peak in ('step', 'bottom', 'embedding')
+    activations_there = at_peak in ('forward', 'loss', 'head', 'top')
+    parts = dict(
+        weights=sizes['weights'],
+        optimizer=sizes['optimizer'],
+        gradients=sizes['gradients'] * (gradients_there + copies),
+        activations=sizes['activations'] * activations_there)
     parts['temporary'] = total - sum(parts.values())
     if shards > 1:
-        whole = 2 * parts['weights'] / n_layer + 4 * full['vocab_size'] * full['n_embd']
-        parts.update({name: parts[name] / shards for name in ('weights', 'gradients', 'optimizer')}, temporary=parts['temporary'] + whole)
-    return {name: int(size) for name, size in (parts | dict(total=sum(parts.values()))).items()}
+        two_layers = 2 * parts['weights'] / config['n_layer']
+        embedding = 4 * config['vocab_size'] * config['n_embd']
+        parts['temporary'] += two_layers + embedding
+        for name in ('weights', 'gradients', 'optimizer'):
+            parts[name] /= shards
+    parts['total'] = sum(parts.values())
+    return {name: int(size) for name, size in parts.items()}
 
 
-def choose(kind, config, sequences, T, budget, checkpointing=None, share=SHARE, needed=ENOUGH, **how):
-    """(micro-batch, checkpointing, estimate) of the largest micro-batch that divides this process's sequences of a step and fits.
+def with_layers(workload, n_layer):
+    """The peaks of a workload's model with so many layers, from two smaller batches."""
+    config = dict(workload.config, n_layer=n_layer)
+    batch, T = workload.batch, workload.T
+    # sequences that make the loss of two chunks: fewer, and it is not linear
+    low = -(-2 * loss_chunk(config['vocab_size']) // T)
+    high = 2 * low
+    if batch < low:
+        low = high = batch
+    tokens = None
+    # the same tokens in shorter and more sequences: nearly the same memory
+    if config.get('version') == 1 and T > 4 * SHORT:
+        tokens = batch * T
+        low, high = tokens // (2 * SHORT), tokens // SHORT
 
-    budget: bytes, of which a share may be used. checkpointing: with or without it; None: without if `needed` tokens are then computed at
-    once; else with it, where that makes at least twice as many. how: the other arguments of `estimate`. Ends the program in a line if nothing fits."""
+    def measure(sequences):
+        length = tokens // sequences if tokens else T
+        smaller = dict(config=tuple(config.items()), batch=sequences, T=length)
+        return peaks_of(dataclasses.replace(workload, **smaller))
+    return extrapolate(batch, low, high, measure)
+
+
+def largest_micro_batch(kind, config, sequences, T, budget, checkpointing=None, share=USABLE,
+                        needed=ENOUGH, **workload):
+    """(micro-batch, checkpointing, estimate) of the largest micro-batch that divides this process's
+    sequences of a step and fits.
+
+    budget: bytes, of which a share may be used. checkpointing: with or without it; None: without if
+    `needed` tokens are then computed at once; else with it, where that makes at least twice as
+    many. workload: the other arguments of `estimate`. Ends the program in a line if nothing
+    fits."""
     limit = share * budget
-    sizes = [n for n in range(1, sequences + 1) if sequences % n == 0]
-    fits, options = {}, (False, True) if checkpointing is None else (checkpointing,)
+    sizes = divisors(sequences)
+    options = (False, True) if checkpointing is None else (checkpointing,)
+    fitting = {}                                            # checkpointing → what is returned
     for checkpointing in options:
-        def found(n):
-            return estimate(kind, config, n, T, checkpointing=checkpointing, accumulate=n < sequences, **how)
-        enough = bisect_right(sizes, limit, key=lambda n: found(n)['total'])
-        if enough:
-            n = sizes[enough - 1]
-            fits[checkpointing] = n, checkpointing, found(n)
+        def estimated(n, checkpointing=checkpointing):
+            return estimate(kind, config, n, T, checkpointing=checkpointing,
+                            accumulate=n < sequences, **workload)
+        n_fitting = bisect_right(sizes, limit, key=lambda n: estimated(n)['total'])
+        if n_fitting:
+            n = sizes[n_fitting - 1]
+            fitting[checkpointing] = n, checkpointing, estimated(n)
             if not checkpointing and n * T >= min(needed, sequences * T):
-                return fits[False]
-    if not fits:
-        least = found(1)
-        at_rest = least['total'] - least['activations'] - least['temporary']
-        what = '--n_layer or --n_embd' if at_rest > limit else '--block_size, or --n_layer or --n_embd'
-        fail(f'one sequence of {T} tokens takes {least["total"] / 2**30:.2f} GB, {"even with" if options[-1] else "without"} gradient '
-             f'checkpointing; that is '
-             f'{(least["total"] - limit) / 2**30:.2f} GB more than the {share:.0%} of {budget / 2**30:.2f} GB that may be '
-             f'used: halve {what}')
-    if True in fits and (False not in fits or fits[True][0] >= 2 * fits[False][0]):
-        return fits[True]
-    return fits[False]
+                return fitting[False]
+    if not fitting:
+        refuse(estimated(1), T, budget, share, options[-1])
+    if True in fitting and (False not in fitting or fitting[True][0] >= 2 * fitting[False][0]):
+        return fitting[True]
+    return fitting[False]
 
 
-def plan(kind, config, parameters, batch, sequences, free, checkpointing, fixed, device, T, **how):
-    """(micro-batch, checkpointing, line for the reader) of a run with so many bytes free, that would take `batch` sequences at once, and
-    must if `fixed`. parameters: how many the model has. checkpointing: None leaves it to the memory. how: the other arguments of `estimate`."""
-    rough = 20 * parameters + 500 * batch * T * config['n_layer'] * config['n_embd']
-    if rough < 0.1 * free and (fixed or device == 'cpu'):   # an estimate takes a second or two
-        return batch, bool(checkpointing), f'memory: less than {rough / 2**30 + 0.1:.1f} GB, of {free / 2**30:.1f} GB free'
-    how, share = how | dict(T=T, device=device), 0.6 if device == 'cpu' else SHARE
-    try:
-        found = estimate(kind, config, batch, checkpointing=bool(checkpointing), accumulate=batch < sequences, **how)
-        if not fixed and (device != 'cpu' or found['total'] > share * free):
-            batch, checkpointing, found = choose(kind, config, sequences, budget=free, checkpointing=checkpointing, share=share, **how)
-    except Exception as error:                              # must not stop a run that may well fit
-        return batch, bool(checkpointing), f'memory: no estimate ({type(error).__name__}: {error})'
-    return batch, bool(checkpointing), describe(found, free, batch, checkpointing, device)
+def divisors(n):
+    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]
 
 
-def describe(found, budget, batch, checkpointing, device='cuda'):
+def refuse(parts, T, budget, share, checkpointing):
+    """Ends the program in a line that says how much is missing. parts: the estimate of one sequence
+    of T tokens."""
+    limit = share * budget
+    at_rest = parts['total'] - parts['activations'] - parts['temporary']
+    advice = '--n_layer or --n_embd' if at_rest > limit else '--block_size, or --n_layer or --n_embd'
+    with_or_not = 'even with' if checkpointing else 'without'
+    total, missing = parts['total'] / 2**30, (parts['total'] - limit) / 2**30
+    fail(f'one sequence of {T} tokens takes {total:.2f} GB, {with_or_not} gradient checkpointing; '
+         f'that is {missing:.2f} GB more than the {share:.0%} of {budget / 2**30:.2f} GB '
+         f'that may be used: halve {advice}')
+
+
+def memory_line(parts, budget, batch, checkpointing, device='cuda'):
     """The estimate as a line for the reader."""
-    parts = ' + '.join(f'{name} {found[name] / 2**30:.2f}' for name in ('weights', 'gradients', 'optimizer', 'activations', 'temporary'))
-    return (f'memory: {parts} = {found["total"] / 2**30:.2f} GB' + (f' of {budget / 2**30:.1f} GB free' if budget else '')
+    sizes = ' + '.join(f'{name} {parts[name] / 2**30:.2f}' for name in PARTS)
+    return (f'memory: {sizes} = {parts["total"] / 2**30:.2f} GB'
+            + (f' of {budget / 2**30:.1f} GB free' if budget else '')
             + f'; micro-batch {batch}, {"with" if checkpointing else "no"} gradient checkpointing'
             + ('; a CPU\'s allocator may hold a third more' if device == 'cpu' else ''))
+
+
+# --- what train.py asks ---------------------------------------------------------------------------
+
+def choose_micro_batch(settings, net, adapter=None):
+    """(micro_batch, line): how many of this process's sequences of a step are computed at once, and
+    what is said of the memory.
+
+    Of train.py's `settings` batch_size and gradient_checkpointing are filled in. adapter: what
+    adapters.begin_adapter returned."""
+    block_size, device = settings['block_size'], settings['device']
+    sequences = settings['tokens_per_step'] // block_size // processes.WORLD
+    if settings['vram'] == 'auto':
+        free = machine.available_memory(device)
+    else:
+        free = float(settings['vram']) * 2**30
+    free = free and processes.least(free)                   # all cut their steps alike
+    named = settings['batch_size']
+    micro_batch = max(n for n in divisors(sequences) if n <= (named or BATCH_SIZE))
+    checkpointing = settings['gradient_checkpointing']
+    line = ''
+    if free and not settings['eval_only']:
+        workload = dict(
+            T=block_size, device=device.partition(':')[0], dtype=settings['dtype'],
+            optimizer=settings['optimizer'], world=processes.WORLD,
+            shards=processes.WORLD if processes.SHARDED else 1, adapter=adapter)
+        micro_batch, checkpointing, line = fit_to_memory(
+            settings['model'], checkpoint.config_of(net), net.num_params(), micro_batch, sequences,
+            free, checkpointing, bool(named), **workload)
+    if named >= 2 * micro_batch and micro_batch < sequences:
+        processes.say(f'note: {sequences} sequences a step can only be cut '
+                      f'into micro-batches of {micro_batch}, not {named}')
+    settings['batch_size'] = named or micro_batch
+    settings['gradient_checkpointing'] = bool(checkpointing)
+    return micro_batch, line
+
+
+def fit_to_memory(kind, config, parameters, batch, sequences, free, checkpointing, fixed,
+                  device, T, **workload):
+    """(micro-batch, checkpointing, line) with so many bytes free, where `batch` sequences would be
+    computed at once, and must if `fixed`. parameters: how many the model has. checkpointing: None
+    leaves it to the memory. workload: as in `estimate`."""
+    rough = 20 * parameters + 500 * batch * T * config['n_layer'] * config['n_embd']
+    if rough < 0.1 * free and (fixed or device == 'cpu'):   # an estimate takes a second or two
+        line = f'memory: less than {rough / 2**30 + 0.1:.1f} GB, of {free / 2**30:.1f} GB free'
+        return batch, bool(checkpointing), line
+    workload |= dict(T=T, device=device)
+    share = USABLE_CPU if device == 'cpu' else USABLE
+    try:
+        parts = estimate(kind, config, batch, checkpointing=bool(checkpointing),
+                         accumulate=batch < sequences, **workload)
+        if not fixed and (device != 'cpu' or parts['total'] > share * free):
+            batch, checkpointing, parts = largest_micro_batch(
+                kind, config, sequences, budget=free, checkpointing=checkpointing, share=share, **workload)
+    except Exception as error:                              # must not stop a run that may well fit
+        return batch, bool(checkpointing), f'memory: no estimate ({type(error).__name__}: {error})'
+    return batch, bool(checkpointing), memory_line(parts, free, batch, checkpointing, device)
+
+
+def smaller_micro_batch(error, micro_batch, sequences, checkpointing):
+    """The micro-batch to go on with after an error of a step: the next smaller one that divides
+    this process's sequences.
+
+    An error that does not tell of memory is raised again; where nothing smaller can be done the
+    program ends in a line."""
+    # only CUDA's is an OutOfMemoryError
+    if not re.search('out of memory|allocate memory|ALLOC_FAILED', str(error)):
+        raise error
+    # several processes cannot agree on it in the middle of a step
+    if micro_batch == 1 or processes.WORLD > 1:
+        advice = 'halve --block_size, --n_layer or --n_embd'
+        if not checkpointing:
+            advice = 'go on with --gradient_checkpointing=True'
+        if micro_batch > 1:
+            advice = f'go on with --batch_size={micro_batch // 2}: the steps stay the same'
+        fail(f'out of memory with {micro_batch} sequences at once; {advice}')
+    smaller = max(n for n in divisors(sequences) if n < micro_batch)
+    processes.say(f'\nout of memory: going on with micro-batches of {smaller}, '
+                  f'{sequences // smaller} a step')
+    return smaller
+
+
+def release(net):
+    """Gives back what a step has taken that cannot be finished."""
+    net.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()

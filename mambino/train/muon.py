@@ -2,10 +2,11 @@
 
     optimizer = Muon(matrices, lr=1e-2, adjust_lr_fn='match_rms_adamw')
 
-Muon replaces the update of a matrix by the nearest orthogonal one: U V^T instead of U S V^T, by five Newton-Schulz steps.
-torch does so one matrix after another, in bf16. A small model has dozens of small matrices of few shapes; all of one shape in one
-batched product, in fp32 where bf16 is slow, take a fifth of the time on a CPU. State and settings are torch's.
-With FSDP a process has some rows of each matrix; it gets the others for as long as it takes.
+Muon replaces the update of a matrix by the nearest orthogonal one: U V^T instead of U S V^T, by
+five Newton-Schulz steps. torch does so one matrix after another, in bf16. A small model has dozens
+of small matrices of few shapes; all of one shape in one batched product, in fp32 where bf16 is
+slow, take a fifth of the time on a CPU. State and settings are torch's. With FSDP a process has
+some rows of each matrix; it gets the others for as long as it takes.
 """
 import torch
 import torch.nn as nn
@@ -14,12 +15,14 @@ from model_mamba import Mamba2Mixer
 
 
 def row_kinds(net):
-    """{parameter: [rows of each kind]} of the matrices that are several in one: each kind of rows gets an update of its own.
+    """{parameter: [rows of each kind]} of the matrices that are several in one: each kind of rows
+    gets an update of its own.
 
     A Mamba-2's in_proj stacks the matrices of z, x, B, C and dt."""
     kinds = {}
     for module in net.modules():
-        if isinstance(module, Mamba2Mixer) and isinstance(module.in_proj, nn.Linear):      # a low-rank one is no such stack
+        # a low-rank one is no such stack
+        if isinstance(module, Mamba2Mixer) and isinstance(module.in_proj, nn.Linear):
             E = module.out_proj.in_features
             H = module.A_log.numel()
             GN = (module.in_proj.out_features - 2 * E - H) // 2
@@ -28,55 +31,71 @@ def row_kinds(net):
 
 
 def orthogonalize(g, coefficients, steps, eps, dtype):
-    """Newton-Schulz: (n, rows, columns) with rows <= columns → about U V^T of each, singular values in 0.5 to 1.5."""
+    """Newton-Schulz: (n, rows, columns) with rows <= columns → about U V^T of each, singular values
+    in 0.5 to 1.5."""
     a, b, c = coefficients
     x = g.to(dtype)
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)            # no singular value above 1
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT                                                         # (n, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)           # b gram + c gram²
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
 class Muon(torch.optim.Muon):
-    """torch's settings and state. A group may have 'rows': for each of its parameters None, or the numbers of rows of the kinds of things
-    that it stacks, which are orthogonalised by themselves."""
-    AT_ONCE = 8     # matrices that are whole at the same time with FSDP, whose point is that they are not
+    """torch's settings and state. A group may have 'rows': for each of its parameters None, or as
+    in `row_kinds` the numbers of rows of the kinds of things that it stacks, which are
+    orthogonalised by themselves."""
+    # matrices that are complete at the same time with FSDP, whose point is that they are not
+    AT_ONCE = 8
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            pairs = [(p, rows) for p, rows in zip(group['params'], group.get('rows') or [None] * len(group['params']))
-                     if p.grad is not None]
-            at_once = self.AT_ONCE if pairs and hasattr(pairs[0][0], 'full_tensor') else len(pairs)
+            rows = group.get('rows') or [None] * len(group['params'])
+            pairs = [(p, kinds) for p, kinds in zip(group['params'], rows) if p.grad is not None]
+            sharded = bool(pairs) and hasattr(pairs[0][0], 'full_tensor')
+            at_once = self.AT_ONCE if sharded else len(pairs)
             for i in range(0, len(pairs), at_once):
                 self.update(group, pairs[i:i + at_once])
 
     def update(self, group, pairs):
-        """One step of some parameters."""
-        updates, shapes = [], {}                                                # (rows, columns), rows <= columns → matrices
-        for p, rows in pairs:
-            state = self.state[p]
-            if not state:
-                state['momentum_buffer'] = torch.zeros_like(p)
-            buffer = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-            update = p.grad.lerp(buffer, group['momentum']) if group['nesterov'] else buffer.clone()
-            updates.append(update.full_tensor() if hasattr(p, 'full_tensor') else update)
-            for part in updates[-1].split(rows or len(updates[-1])):
-                shapes.setdefault(tuple(sorted(part.shape)), []).append(part)
-        for parts in shapes.values():                                           # in the place of the updates
-            even = orthogonalize(torch.stack([part.mT if part.shape[0] > part.shape[1] else part for part in parts]),
-                                 group['ns_coefficients'], group['ns_steps'], group['eps'],
-                                 torch.float32 if parts[0].device.type == 'cpu' else torch.bfloat16)
-            for part, x in zip(parts, even):
-                rows, columns = part.shape
-                scale = max(1, rows / columns) ** 0.5                           # the original's, for learning rates near 0.02
-                if group['adjust_lr_fn'] == 'match_rms_adamw':                  # as large as AdamW's (Liu et al. 2025)
-                    scale = 0.2 * max(rows, columns) ** 0.5
-                torch.mul(x.mT if rows > columns else x, scale, out=part)
+        """One step of some parameters. pairs: (parameter, its kinds of rows or None)."""
+        updates = []
+        by_shape = {}  # (rows, columns), rows <= columns → matrices
+        for p, kinds in pairs:
+            update = self.momentum(group, p)
+            updates.append(update)
+            for part in update.split(kinds or len(update)):
+                by_shape.setdefault(tuple(sorted(part.shape)), []).append(part)
+        for parts in by_shape.values():
+            self.orthogonalize_in_place(group, parts)
         for (p, _), update in zip(pairs, updates):
-            if hasattr(p, 'full_tensor'):                                       # this process's rows of it
-                from torch.distributed.tensor import distribute_tensor          # a second to import
+            if hasattr(p, 'full_tensor'):  # this process's rows of it
+                from torch.distributed.tensor import distribute_tensor  # a second to import
                 update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
             p.mul_(1 - group['lr'] * group['weight_decay'])
             p.add_(update, alpha=-group['lr'])
+
+    def momentum(self, group, p):
+        """The update of a parameter before it is orthogonalised, all rows of it."""
+        state = self.state[p]
+        if not state:
+            state['momentum_buffer'] = torch.zeros_like(p)
+        buffer = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+        update = p.grad.lerp(buffer, group['momentum']) if group['nesterov'] else buffer.clone()
+        return update.full_tensor() if hasattr(p, 'full_tensor') else update
+
+    def orthogonalize_in_place(self, group, parts):
+        """Puts in the place of each of these matrices, all of one shape or its transpose, its
+        orthogonal and scaled one."""
+        dtype = torch.float32 if parts[0].device.type == 'cpu' else torch.bfloat16
+        wide = torch.stack([part.mT if part.shape[0] > part.shape[1] else part for part in parts])
+        orthogonal = orthogonalize(wide, group['ns_coefficients'], group['ns_steps'], group['eps'], dtype)
+        for part, x in zip(parts, orthogonal):
+            rows, columns = part.shape
+            scale = max(1, rows / columns) ** 0.5  # the original's, for learning rates near 0.02
+            if group['adjust_lr_fn'] == 'match_rms_adamw':  # as large as AdamW's (Liu et al. 2025)
+                scale = 0.2 * max(rows, columns) ** 0.5
+            torch.mul(x.mT if rows > columns else x, scale, out=part)

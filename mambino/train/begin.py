@@ -1,0 +1,393 @@
+"""What a run of train.py begins from, and what its settings come to.
+
+    origin = find_origin(settings, explicit)    # a run to go on with, a model to tune, or neither
+    data = open_data(settings, explicit, origin)
+    fill_unset(settings, explicit, data)        # sizes and steps that nobody named
+    net, adapter = build_model(settings, explicit, origin, data)
+
+    flags, recipe ─► settings ◄─ the checkpoint in out_dir: what the run was begun with
+                         │    ◄─ the machine: sizes that suit it
+                         ▼
+                     the model ─► its optimizers ─► the Progress of the run
+
+`settings` is {name: value} of all of train.py's settings; the first three functions complete it in
+place. `explicit` has those that a config file or a flag named. What contradicts ends the program in
+a line.
+"""
+import dataclasses
+import math
+import os
+import re
+import sys
+
+import numpy as np
+import torch
+
+from mambino import kernels, machine
+from mambino.configurator import fail, require
+from mambino.sample.text import encode_prompt
+from mambino.train import batches, processes
+from mambino.train.muon import Muon, row_kinds
+from mambino.train.progress import Progress, best_of, latest_of, remembered
+from mambino.weights import adapters, checkpoint, loading
+from mambino.weights.checkpoint import MODELS
+
+SIZES = {           # of about so many parameters, with a vocabulary of 16,384
+    ('gpt', '50m'): dict(n_layer=13, n_embd=512),
+    ('gpt', '150m'): dict(n_layer=20, n_embd=768),
+    ('gpt', '400m'): dict(n_layer=30, n_embd=1024),
+    ('mamba', '50m'): dict(n_layer=24, n_embd=512),
+    ('mamba', '150m'): dict(n_layer=36, n_embd=768),
+    ('mamba', '400m'): dict(n_layer=36, n_embd=1280),
+    ('hybrid', '50m'): dict(n_layer=9, n_embd=512),
+    ('hybrid', '150m'): dict(n_layer=13, n_embd=768),
+    ('hybrid', '400m'): dict(n_layer=20, n_embd=1024),
+}
+BATCH_SIZE = 16     # sequences at once where memory has room for them
+
+# The model's settings that only training reads: they may change from run to run.
+OF_TRAINING = ('dropout', 'capacity_factor', 'aux_loss', 'z_loss')
+
+
+@dataclasses.dataclass
+class Origin:
+    """What a run begins from. Neither: from nothing; both: an adapter in training, and the model it
+    stands beside."""
+    ckpt: dict | None = None        # the checkpoint of this very run
+    base: dict | None = None        # another model, as loading.load_base gives it
+
+    @property
+    def model(self):
+        """{'kind', 'config', …} of the model there is already; None where a new one is made."""
+        return self.ckpt or self.base
+
+    @property
+    def in_shards(self):
+        """The folder from which each process reads its share of the tensors; None if all are here."""
+        return self.ckpt and self.ckpt.get('shards')
+
+
+# --- a run to go on with, or a model to begin with ------------------------------------------------
+
+def find_origin(settings, explicit):
+    """The Origin that out_dir and init_from name. A resumed run's settings are filled in; what
+    makes the model cannot change."""
+    out_dir, init_from = settings['out_dir'], settings['init_from']
+    latest = latest_of(out_dir)
+    names_model = init_from not in ('auto', 'resume', 'scratch')
+    own_paths = [os.path.realpath(path) for path in (out_dir, latest, best_of(out_dir))]
+    if names_model and os.path.realpath(init_from) in own_paths:
+        fail(f'init_from={init_from} is out_dir itself: name another --out_dir for what is made '
+             'of that model, or leave out --init_from to go on')
+    goes_on = init_from != 'scratch' and os.path.exists(latest)
+    if settings['eval_only'] or init_from == 'resume' or goes_on:
+        return resume(settings, explicit)
+    if names_model:
+        return fine_tune(settings, explicit)
+    return Origin()
+
+
+def resume(settings, explicit):
+    """The Origin of a run that goes on, in `settings` those it was begun with; refuses others that
+    were named."""
+    out_dir, init_from = settings['out_dir'], settings['init_from']
+    latest = latest_of(out_dir)
+    path = out_dir if settings['eval_only'] else latest
+    ckpt = checkpoint.load_checkpoint(path, read_shards=settings['parallel'] != 'fsdp')
+    checkpoint.refuse_quantized(ckpt, out_dir)
+    for name, value in remembered(ckpt['settings']).items():
+        if name in settings and name not in explicit:
+            settings[name] = value
+
+    named = SIZES.get((settings['model'], explicit.get('size')), {}) | named_for_model(explicit)
+    if explicit.get('block_size'):
+        named['block_size'] = explicit['block_size']
+    was = {name: ckpt['settings'].get(name) for name in ('model', 'optimizer', *adapters.SETTINGS)}
+    was |= ckpt['config']
+    for name in [name for name in was if name in named]:
+        refuse_change(f'{latest} holds a run', name, was[name], named[name], settings['adapter'])
+
+    base = None
+    if ckpt.get('adapter'):
+        source = '' if init_from in ('auto', 'resume', 'scratch') else init_from
+        base = loading.base_of(ckpt, source)
+    return Origin(ckpt, base)
+
+
+def fine_tune(settings, explicit):
+    """The Origin of a run that begins with another model's weights; refuses settings that this
+    model does not have."""
+    init_from = settings['init_from']
+    if not os.path.exists(init_from.removeprefix('hf:')):
+        fail(f'init_from={init_from} must be auto, resume or scratch, '
+             'or the out_dir of another run, or hf: and a folder of transformers')
+    base = loading.load_base(init_from)
+    settings['model'] = base['kind']
+    settings['block_size'] = settings['block_size'] or base['block_size']
+    named = SIZES.get((base['kind'], settings['size']), {}) | named_for_model(explicit)
+    was = {'model': base['kind']} | base['config']
+    for name in [name for name in was if name in named]:
+        holder = f'{init_from} holds a model'
+        refuse_change(holder, name, was[name], named[name], settings['adapter'])
+    return Origin(base=base)
+
+
+def is_unset(name, value):
+    """Whether this value of a setting leaves it to the machine, or to the model's own default."""
+    nothing = -1 if name == 'window' else 0
+    return value == '' or (type(value) is int and value == nothing)
+
+
+def named_for_model(explicit):
+    """What of `explicit` must be as it was for a model that there is. An adapter's settings mean
+    something when empty, too."""
+    may_change = (*OF_TRAINING, 'vocab_size', 'block_size')
+    return {name: value for name, value in explicit.items()
+            if name in adapters.SETTINGS or not (is_unset(name, value) or name in may_change)}
+
+
+def refuse_change(holder, name, was, now, adapter):
+    """Ends the program if a setting that makes a run, or a model, what it is has another value
+    now."""
+    if was == now:
+        return
+    advice = 'choose another --out_dir, or begin anew with --init_from=scratch'
+    if adapter:
+        advice = 'or choose another --out_dir'
+    fail(f'{holder} with {name}={was}, not {now}: leave the setting out to go on with it, {advice}')
+
+
+# --- settings: what they may be, and what the unset ones stand for --------------------------------
+
+POSITIVE = (
+    'learning_rate', 'eval_interval', 'log_interval', 'n_groups', 'rope_theta', 'lora_rank',
+    'lora_alpha', 'prefix_length')
+NOT_NEGATIVE = (
+    'vocab_size', 'n_layer', 'n_embd', 'block_size', 'n_head', 'n_kv_head', 'state_size', 'n_expert',
+    'max_iters', 'intermediate_size', 'low_rank', 'batch_size', 'gradient_accumulation_steps',
+    'tokens_per_step', 'weight_decay', 'grad_clip', 'lr_decay_iters', 'min_lr', 'eval_iters',
+    'patience', 'sample_interval', 'profile')
+
+
+def check_settings(settings, origin):
+    """Ends the program at the first setting that cannot be, or does not go with an adapter."""
+    size, vram, checkpointing = (settings[name] for name in ('size', 'vram', 'gradient_checkpointing'))
+    sizes = sorted({size for _, size in SIZES}, key=lambda size: int(size[:-1]))
+    gigabytes = re.fullmatch(r'\d+\.?\d*', vram)
+    fractions = ('dropout', 'beta1', 'beta2', 'lora_dropout')
+    require(settings, {
+        'one of ' + ', '.join(MODELS): dict(model=settings['model'] in MODELS),
+        'empty, or one of ' + ', '.join(sizes): dict(
+            size=not size or (settings['model'], size) in SIZES),
+        'ddp or fsdp': dict(parallel=settings['parallel'] in ('ddp', 'fsdp')),
+        'empty, lora or prefix': dict(adapter=settings['adapter'] in ('', 'lora', 'prefix')),
+        'adamw or muon': dict(optimizer=settings['optimizer'] in ('adamw', 'muon')),
+        'cosine or wsd': dict(schedule=settings['schedule'] in ('cosine', 'wsd')),
+        'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and float(vram) > 0)),
+        'true, false or left out': dict(gradient_checkpointing=checkpointing in (None, True, False)),
+        'more than 0': {name: settings[name] > 0 for name in POSITIVE},
+        '-1 or more': {name: settings[name] >= -1 for name in ('warmup_iters', 'window')},
+        'at least 0 and below 1': {name: 0 <= settings[name] < 1 for name in fractions},
+        'from 0 to 1': dict(decay_fraction=0 <= settings['decay_fraction'] <= 1),
+        'from 0 to 2**31': dict(seed=0 <= settings['seed'] < 2**31),
+        '0 or more': {name: settings[name] >= 0 for name in NOT_NEGATIVE},
+    })
+    if settings['adapter']:
+        adapters.check_settings(settings, origin.base)
+
+
+def fill_unset(settings, explicit, data):
+    """Gives the settings that are left to the machine, or follow from others, their values: sizes,
+    steps and precision."""
+    device = settings['device']
+    sizes = sizes_for(device) | SIZES.get((settings['model'], settings['size']), {})
+    if not settings['block_size']:                  # a small text need not fill a large window
+        shortest = min(n for part in data.parts for n in part.tokens.values())
+        largest = 1 << max(3, (shortest - 1).bit_length() - 1)
+        settings['block_size'] = min(sizes['block_size'], largest)
+    for name in ('n_layer', 'n_embd', 'max_iters'):
+        settings[name] = settings[name] or sizes[name]
+    if not settings['n_head']:                      # of some 64 channels
+        n_embd = settings['n_embd']
+        settings['n_head'] = max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
+    if settings['warmup_iters'] < 0:
+        settings['warmup_iters'] = min(100, settings['max_iters'] // 10)
+    settings['tokens_per_step'] = tokens_per_step(settings, explicit, sizes['tokens_per_step'])
+    # tokens_per_step says it; a later run may cut the same step otherwise
+    settings['gradient_accumulation_steps'] = 0
+    settings['dtype'] = machine.choose_dtype(settings['dtype'], device)
+    if settings['adapter'] == 'prefix':
+        settings['gradient_checkpointing'] = False  # its caches are written only once
+    block_size = settings['block_size']
+    for part in data.parts:
+        for split, n in part.tokens.items():
+            if n <= block_size:
+                fail(f'{part.paths[split]}: has {n} tokens, and one window takes block_size + 1 = '
+                     f'{block_size + 1}: lower --block_size, or prepare more text')
+
+
+def sizes_for(device):
+    """{name: value} of a model and its steps that suit the machine."""
+    if device == 'cpu':         # some minutes on a laptop
+        return dict(n_layer=4, n_embd=256, block_size=256, tokens_per_step=4096, max_iters=400)
+    gigabytes = 0
+    if device.startswith('cuda'):
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gigabytes = card.total_memory / 2**30
+    if gigabytes < 20:          # 8 to 16 GB, or Apple's
+        return dict(n_layer=12, n_embd=512, block_size=512, tokens_per_step=2**15, max_iters=5000)
+    return dict(n_layer=12, n_embd=768, block_size=1024, tokens_per_step=2**17, max_iters=10000)
+
+
+def tokens_per_step(settings, explicit, suggested):
+    """The tokens of a step: as they were named, by themselves or as batch_size * block_size *
+    gradient_accumulation_steps; else about as many as suggested. Whole sequences, as many for each
+    process."""
+    T, world = settings['block_size'], processes.WORLD
+    # not what memory made of it in an earlier run
+    batch_size = explicit.get('batch_size') or BATCH_SIZE
+    product = batch_size * T * settings['gradient_accumulation_steps']
+    unit = math.lcm(settings['batch_size'] or 1, world) * T
+    tokens = settings['tokens_per_step'] or product or math.ceil(suggested / unit) * unit
+    if tokens % T:
+        nearest = max(1, round(tokens / T)) * T
+        fail(f'tokens_per_step={tokens} must be a multiple of block_size={T}, such as {nearest}')
+    if product not in (0, tokens):
+        fail(f'tokens_per_step={tokens} is not batch_size * block_size * '
+             f'gradient_accumulation_steps = {product}: leave out one of them')
+    if tokens // T % world:
+        fail(f'{tokens // T} sequences a step cannot be shared by {world} processes: '
+             f'set --tokens_per_step to a multiple of {T * world}')
+    return tokens
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+def open_data(settings, explicit, origin):
+    """The dataset, or the mixture, of a run; its tokenizer must be that of the model there is."""
+    dataset = settings['dataset'] or batches.newest_dataset()
+    data = batches.open_dataset(dataset, settings['vocab_size'], settings['data_dtype'])
+    settings['dataset'] = data.name  # of a mixture one string, however its user wrote it
+    ckpt, base = origin.ckpt, origin.base
+    out_dir, init_from = settings['out_dir'], settings['init_from']
+    # who says 'resume' may go on with other text
+    may_change = init_from == 'resume' or settings['eval_only']
+    if ckpt and 'dataset' in explicit and not may_change:
+        holder = f'{latest_of(out_dir)} holds a run'
+        refuse_change(holder, 'dataset', ckpt['settings']['dataset'], data.name, settings['adapter'])
+    if settings['sample_interval'] and data.tokenizer:
+        # better now than hours into the run
+        encode_prompt(data.tokenizer, settings['sample_start'], 'sample_start')
+    identity = data.tokenizer and data.tokenizer.sha256()
+    if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != identity:
+        fail(f'dataset {data.name} has another tokenizer than the run in {out_dir}: name the dataset '
+             f'that run was trained on ({ckpt["settings"]["dataset"]}), or choose another --out_dir')
+    if base and base['tokenizer'] and base['tokenizer'].sha256() != identity:
+        fail(f'dataset {data.name} has another tokenizer than {init_from}: '
+             f'prepare the text anew with --tokenizer={base["tokenizer_path"]}')
+    return data
+
+
+# --- the model and what moves it ------------------------------------------------------------------
+
+def build_model(settings, explicit, origin, data):
+    """(net, adapter): the model on the CPU with the weights it begins with, and what its
+    checkpoints say of an adapter, or None."""
+    torch.manual_seed(settings['seed'])
+    try:
+        net = checkpoint.build(settings['model'], model_config(settings, explicit, origin, data))
+    except ValueError as error:
+        fail(error)
+    if origin.model and not origin.in_shards:
+        # of an adapter's run, what it stands beside
+        net.load_state_dict((origin.base or origin.ckpt)['weights'])
+    if not settings['adapter']:
+        return net, None
+    length = min(settings['prefix_length'], settings['block_size'])
+    # (length,) a text for a prefix to begin with
+    prefix_ids = data.batch(np.arange(1), length, settings['seed'])[0][0]
+    source = settings['init_from']
+    return net, adapters.begin_adapter(net, settings, source, origin.ckpt, origin.base, prefix_ids)
+
+
+def model_config(settings, explicit, origin, data):
+    """{field: value} for the model's config: of the model there is, what training may not change;
+    else of the settings."""
+    kind = settings['model']
+    fields = {name: {field.name for field in dataclasses.fields(config)}
+              for name, (_, config) in MODELS.items()}
+    flags = [arg.lstrip('-').partition('=')[0] for arg in sys.argv if arg.startswith('--')]
+    flags = [flag.replace('-', '_') for flag in flags]
+    for name in explicit:  # a config file may serve several models, a flag is meant
+        of_another = name not in fields[kind] and any(name in names for names in fields.values())
+        if of_another and name in flags:
+            fail(f'{name} means nothing to a {kind} model; leave it out')
+    if origin.model:
+        changes = {name: settings[name] for name in OF_TRAINING if name in fields[kind]}
+        config = origin.model['config'] | changes | dict(block_size=settings['block_size'])
+        if data.vocab_size > config['vocab_size']:
+            holder = f'the run in {settings["out_dir"]}' if origin.ckpt else settings['init_from']
+            fail(f'dataset {data.name} has a vocabulary of {data.vocab_size}, '
+                 f'{holder} one of {config["vocab_size"]}')
+        return config
+    config = {name: value for name, value in settings.items()
+              if name in fields[kind] and not is_unset(name, value)}
+    config['vocab_size'] = data.vocab_size
+    if data.vocab_size > 1000:
+        config['vocab_size'] = math.ceil(data.vocab_size / 64) * 64         # a rounder matrix
+    return config
+
+
+def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95),
+                     fused=True):
+    """[AdamW], or [AdamW, Muon]: Muon for the hidden matrices, AdamW for the rest."""
+    groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')
+    adamw_groups = [group for group in groups if group['kind'] == 'adamw']
+    muon_groups = [group for group in groups if group['kind'] == 'muon']
+    optimizers = [torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=betas, fused=fused)]
+    if muon_groups:
+        rows = row_kinds(net)
+        for group in muon_groups:
+            group['rows'] = [rows.get(p) for p in group['params']]
+        optimizers.append(Muon(muon_groups, lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
+    return optimizers
+
+
+def restore(origin, optimizers, scaler, out_dir):
+    """The Progress of a run; if it goes on, the optimizers and the scaler of fp16 are as they were,
+    too."""
+    progress = Progress()
+    ckpt = origin.ckpt
+    if ckpt:
+        for opt, saved in zip(optimizers, ckpt['optimizers']):
+            said_now = [{name: value for name, value in group.items() if name != 'params'}
+                        for group in opt.param_groups]
+            opt.load_state_dict(processes.shares(opt, saved, origin.in_shards))
+            for group, values in zip(opt.param_groups, said_now):
+                group.update(values)                # what is said now holds, not what was saved
+        if ckpt['scaler']:
+            scaler.load_state_dict(ckpt['scaler'])
+        progress = Progress(**ckpt['counters'])
+    if processes.summed(progress.step)[0] != progress.step * processes.WORLD:
+        fail('the processes are at different steps: '
+             f'{out_dir} must be one folder that all machines see')
+    return progress
+
+
+def compiled_model(net, x, y, device, dtype, adapter):
+    """The model as torch.compile makes it, tried on a batch x, y (B, T); the model itself where
+    that does not work."""
+    if processes.SHARDED or (adapter and adapter['type'] == 'prefix'):
+        setting = 'parallel=fsdp' if processes.SHARDED else 'adapter=prefix'
+        processes.say(f'note: torch.compile is left out with --{setting}')
+        return net
+    try:
+        compiled = kernels.compiled(net)
+        with machine.autocast(device, dtype):
+            compiled(x, y)[1].backward()
+        net.zero_grad(set_to_none=True)
+        return compiled
+    except Exception as error:
+        name = type(error).__name__
+        processes.say(f'torch.compile does not work here ({name}); going on without')
+        return net

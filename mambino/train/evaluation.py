@@ -1,0 +1,48 @@
+"""What a model is worth so far: its loss on text it was not trained on, and a piece of its own.
+
+Neither touches the training: evaluation draws no random numbers, a sample draws from a generator of
+its own."""
+import torch
+
+from mambino import machine
+from mambino.sample.generation import generate
+from mambino.sample.text import Writer, encode_prompt
+from mambino.train import batches, processes
+from mambino.train.processes import say, summed
+
+
+@torch.no_grad()
+def evaluate(net, data, batch_size, block_size, eval_iters, device, dtype):
+    """{'val_loss', 'perplexity', 'bits_per_byte'} on the val split of each dataset in `data`, the
+    same tokens each time.
+
+    batch_size: sequences at once, which makes no difference but in memory. eval_iters: batches of
+    each split; 0: all."""
+    net.eval()
+    sums = []  # (nats, targets, bytes of text) of each dataset
+    for part in data.parts:
+        nats, targets, text_bytes = 0.0, 0, 0
+        own_batches = part.val_batches(batch_size, block_size, eval_iters, processes.RANK, processes.WORLD)
+        for x, y in processes.in_step(own_batches):         # (B, T) each
+            with machine.autocast(device, dtype):
+                loss = net(x.to(device), y.to(device))[1]
+            counted = y[y >= 0]
+            nats += loss.item() * len(counted)
+            targets += len(counted)
+            if part.token_bytes is not None:
+                text_bytes += int(part.token_bytes[counted.numpy()].sum())
+        sums.append(summed(nats, targets, text_bytes))
+    net.train()
+    return batches.val_result(data, sums)
+
+
+def show_sample(net, tokenizer, prompt, step, seed, device):
+    """Prints a piece of text from the model as it is, the same for the same weights."""
+    net.eval()
+    writer = Writer(tokenizer)
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = encode_prompt(tokenizer, prompt, 'sample_start')
+    for row in generate(net, ids, 1, 200, tokenizer.vocab_size, temperature=0.8, top_k=200, generator=generator):
+        writer.feed(int(row))
+    net.train()
+    say(f'--- sample at step {step}\n{prompt}{writer.text}\n---')
