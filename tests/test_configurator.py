@@ -54,7 +54,8 @@ def script(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(script, capsys):
-    """Returns refuse(*argv) -> the one line on stderr, after checking that it is one and that the status is 2."""
+    """Returns refuse(*argv) -> the one line on stderr, after checking that it is one and that the status is
+    2."""
     def refuse(*argv, **more):
         with pytest.raises(SystemExit) as stop:
             script(*argv, **more)
@@ -179,11 +180,13 @@ def test_require_names_the_first_setting_that_is_wrong(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err == 'error: seed=-1 must be 0 or more\n'
 
 def test_as_a_program(tmp_path):
-    (tmp_path / 'script.py').write_text(SCRIPT.replace('if False', 'if True') + 'print(batch_size)\n', encoding='utf-8')
+    source = SCRIPT.replace('if False', 'if True') + 'print(batch_size)\n'
+    (tmp_path / 'script.py').write_text(source, encoding='utf-8')
     env = {**os.environ, 'PYTHONPATH': ROOT}
 
     def run(*argv):
-        return subprocess.run([sys.executable, 'script.py', *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+        command = [sys.executable, 'script.py', *argv]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     wrong = run('--batch_sise=3')
     assert wrong.returncode == 2 and wrong.stdout == ''
     assert wrong.stderr == "error: --batch_sise=3: unknown setting 'batch_sise' (did you mean --batch_size?)\n"

@@ -1,6 +1,8 @@
-"""quantize.py: what rounding loses, that every path computes with the same rounded weights, what is written and what is refused.
+"""quantize.py: what rounding loses, that every path computes with the same rounded weights, what is
+written and what is refused.
 
-And the one-token kernels of native.cpp, which generation on a CPU goes through, against forward and the plain operations.
+And the one-token kernels of native.cpp, which generation on a CPU goes through, against forward and the
+plain operations.
 """
 import copy
 import io
@@ -8,16 +10,13 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-
-from mambino.weights import loading
-from mambino.weights import checkpoint
-from mambino.train.begin import SIZES
-from mambino.kernels import native
-from mambino.kernels import cpu
-from mambino.weights import quantize
 from helpers.models import perturb, tokens
 
-SIZE = dict(vocab_size=97, n_layer=2, n_embd=48)            # 48 columns are no whole group, 3 heads share one key head
+from mambino.kernels import cpu, native
+from mambino.train.begin import SIZES
+from mambino.weights import checkpoint, loading, quantize
+
+SIZE = dict(vocab_size=97, n_layer=2, n_embd=48)    # 48 columns are no whole group
 MODELS = {
     "gpt": ("gpt", dict(SIZE, n_head=3, n_kv_head=1, intermediate_size=80)),
     "gpt-untied-window": ("gpt", dict(SIZE, n_head=3, qk_norm=True, window=5, tie_embeddings=False)),
@@ -25,10 +24,11 @@ MODELS = {
     "mamba1": ("mamba", dict(SIZE, version=1)),
     "mamba2": ("mamba", dict(SIZE, n_embd=64, head_dim=16, state_size=16, n_groups=2, conv_kernel=3)),
     "hybrid": ("hybrid", dict(SIZE, n_head=3, ssm_head_dim=16, state_size=32, window=5)),
-    "hybrid-parallel": ("hybrid", dict(SIZE, n_head=3, ssm_head_dim=16, state_size=16, layout="parallel", low_rank=24, tie_embeddings=False)),
+    "hybrid-parallel": ("hybrid", dict(SIZE, n_head=3, ssm_head_dim=16, state_size=16, layout="parallel",
+                                       low_rank=24, tie_embeddings=False)),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
-every_way = pytest.mark.parametrize("how", quantize.PRECISIONS)
+every_precision = pytest.mark.parametrize("precision", quantize.PRECISIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,8 @@ def test_int8_is_within_half_a_step_a_row():
 
 
 def test_int4_has_the_least_error_of_the_known_ways():
-    """Against rounding to the range of each group, and against gguf's Q4_0, if it is there, with half our group."""
+    """Against rounding to the range of each group, and against gguf's Q4_0, if it is there, with half our
+    group."""
     weight = torch.randn(64, 256) * torch.logspace(-6, 3, 64)[:, None]
     kept = quantize.Linear(weight.shape, "int4").fill(weight)
     assert kept.codes.numel() + 2 * kept.scales.numel() == weight.numel() * 4.5 / 8
@@ -80,8 +81,11 @@ def test_int4_has_the_least_error_of_the_known_ways():
     assert gain.max() < 1 and gain.mean() < 0.9
     gguf = pytest.importorskip("gguf")
     q4 = gguf.GGMLQuantizationType.Q4_0
-    theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), q4), q4).copy())
-    assert (error / weight.square().mean(1)).mean() < ((theirs - weight).square().mean(1) / weight.square().mean(1)).mean()
+    theirs = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), q4), q4)
+    theirs = torch.from_numpy(theirs.copy())
+    their_error = (theirs - weight).square().mean(1)
+    size = weight.square().mean(1)
+    assert (error / size).mean() < (their_error / size).mean()
 
 
 def test_int4_keeps_what_16_numbers_can_say():
@@ -94,11 +98,12 @@ def test_int4_keeps_what_16_numbers_can_say():
     assert not quantize.Linear(constant.shape, "int4").fill(0 * constant).weight.any()
 
 
-@every_way
+@every_precision
 @pytest.mark.parametrize("rows, columns", [(7, 64), (64, 130), (33, 48), (4, 200), (1, 1)])
-def test_products_are_those_of_the_rounded_matrix(how, rows, columns, plain):
-    kept = quantize.Linear((rows, columns), how).fill(torch.randn(rows, columns))
-    inputs = [torch.randn(n, columns) for n in (1, 2, 3, 4, 7, 16, 32, 33)] + [torch.randn(2, 3, columns), torch.randn(columns, 5).t()]
+def test_products_are_those_of_the_rounded_matrix(precision, rows, columns, plain):
+    kept = quantize.Linear((rows, columns), precision).fill(torch.randn(rows, columns))
+    inputs = [torch.randn(n, columns) for n in (1, 2, 3, 4, 7, 16, 32, 33)]
+    inputs += [torch.randn(2, 3, columns), torch.randn(columns, 5).t()]
     fast = [kept(x) for x in inputs]
     plain()
     for x, y in zip(inputs, fast):
@@ -118,18 +123,19 @@ def test_many_rows_go_over_all_threads():
 # --- models
 
 @every_model
-@every_way
-def test_a_quantized_model_generates_as_it_reads(name, how, plain):
+@every_precision
+def test_a_quantized_model_generates_as_it_reads(name, precision, plain):
     """Its logits token by token are those of one that has the rounded weights in fp32, however it computes."""
     net, idx = build(name), tokens(3, 24)
-    rounded, before = quantize.quantize_model(copy.deepcopy(net), how), net(idx)[0]
+    rounded, before = quantize.quantize_model(copy.deepcopy(net), precision), net(idx)[0]
     want = rounded(idx)[0]
-    assert 0 < (want - before).abs().max() < (1 if how == "int4" else 0.1) * before.abs().max()
+    assert 0 < (want - before).abs().max() < (1 if precision == "int4" else 0.1) * before.abs().max()
     dense = copy.deepcopy(net)
     for path, module in rounded.named_modules():
         if isinstance(module, quantize.Matrix):
-            target = dense.get_submodule(path) if not path.endswith(("experts.gate_up_proj", "experts.down_proj")) else None
-            (target.weight if target is not None else dense.get_parameter(path)).data.copy_(module.weight)
+            is_stack = path.endswith(("experts.gate_up_proj", "experts.down_proj"))
+            target = dense.get_parameter(path) if is_stack else dense.get_submodule(path).weight
+            target.data.copy_(module.weight)
     near(want, dense(idx)[0])
     for n in (1, 20):
         state, got = None, []
@@ -137,7 +143,8 @@ def test_a_quantized_model_generates_as_it_reads(name, how, plain):
             logits, state = rounded.step(chunk, state)
             got.append(logits)
         near(torch.cat(got, 1), want, 1e-4)
-    near(rounded.step(idx[:, :1], copy.deepcopy(state))[0], dense.step(idx[:, :1], copy.deepcopy(state))[0], 1e-4)
+    got = rounded.step(idx[:, :1], copy.deepcopy(state))[0]
+    near(got, dense.step(idx[:, :1], copy.deepcopy(state))[0], 1e-4)
     _, loss = rounded(idx, idx)
     near(loss, F.cross_entropy(want.flatten(0, 1), idx.flatten()))
     plain()
@@ -150,7 +157,11 @@ def test_rows_at_different_positions_step_as_alone(name, plain):
     net, idx = build(name), tokens(2, 30)
     states = [net.step(idx[i:i + 1, :n])[1] for i, n in enumerate((4, 11))]
     size = max(state["k.0"].shape[2] for state in states) if "k.0" in states[0] else 0
-    wide = [{k: F.pad(v, (0, 0, 0, size - v.shape[2])) if k[:2] in ("k.", "v.") else v for k, v in state.items()} for state in states]
+
+    def widened(name, value):
+        is_cache = name[:2] in ("k.", "v.")
+        return F.pad(value, (0, 0, 0, size - value.shape[2])) if is_cache else value
+    wide = [{k: widened(k, v) for k, v in state.items()} for state in states]
     state = {k: torch.cat([w[k] for w in wide]) for k in wide[0]}
     again = copy.deepcopy(state)
     got = []
@@ -180,11 +191,11 @@ def test_a_step_leaves_a_learned_beginning_alone():
 
 
 @every_model
-@every_way
-def test_state_dict_round_trip(name, how, capsys):
+@every_precision
+def test_state_dict_round_trip(name, precision, capsys):
     net = build(name)
-    ckpt = dict(kind=MODELS[name][0], config=checkpoint.config_of(net), quantized=how)
-    quantize.quantize_model(net, how)
+    ckpt = dict(kind=MODELS[name][0], config=checkpoint.config_of(net), quantized=precision)
+    quantize.quantize_model(net, precision)
     file = io.BytesIO()
     torch.save(ckpt | dict(weights=net.state_dict()), file)
     file.seek(0)
@@ -193,22 +204,27 @@ def test_state_dict_round_trip(name, how, capsys):
     assert torch.equal(again(idx)[0], net(idx)[0])
     tied = net.config.tie_embeddings
     assert (again.lm_head.codes is again.embedding().codes) == tied
-    with pytest.raises(SystemExit):                         # codes of another kind are not taken for these
-        loading.model_of(ckpt | dict(weights=net.state_dict(), quantized="int8" if how == "int4" else "int4"))
+    other = "int8" if precision == "int4" else "int4"
+    with pytest.raises(SystemExit):                 # codes of another kind are not taken for these
+        loading.model_of(ckpt | dict(weights=net.state_dict(), quantized=other))
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("how, limit", [("int8", 0.30), ("int4", 0.18)])
+@pytest.mark.parametrize("precision, limit", [("int8", 0.30), ("int4", 0.18)])
 @pytest.mark.parametrize("kind", ["gpt", "mamba", "hybrid"])
-def test_size(kind, how, limit):
+def test_size(kind, precision, limit):
     """Of 50 million parameters, without computing any."""
-    config = dict(SIZES[kind, "50m"], vocab_size=16384, **(dict(n_head=8) if kind != "mamba" else {}))
+    heads = {} if kind == "mamba" else dict(n_head=8)
+    config = dict(SIZES[kind, "50m"], vocab_size=16384, **heads)
     with torch.device("meta"):
         net = checkpoint.build(kind, config)
-    size = lambda: sum({id(t): t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())}.values())
+
+    def size():
+        tensors = (*net.parameters(), *net.buffers())
+        return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
     before = size()
     with torch.device("meta"):
-        quantize.prepare_quantized(net, how)
+        quantize.prepare_quantized(net, precision)
     assert size() < limit * before
 
 
@@ -219,9 +235,10 @@ def test_what_stays_exact(name):
     quantize.quantize_model(net, "int4")
     kept = {n for n in net.state_dict() if n in before}
     lost = {n for n in before if n not in kept}
-    assert all(n.endswith("_proj.weight") or "experts." in n or "embed" in n or n.startswith("lm_head") or ".down." in n or ".up." in n
-               for n in lost), lost
-    assert not any("dt_proj" in n or "norm" in n or n.endswith(("mlp.gate.weight", "controller.weight")) for n in lost)
+    assert all(n.endswith("_proj.weight") or n.startswith("lm_head")
+               or any(part in n for part in ("experts.", "embed", ".down.", ".up.")) for n in lost), lost
+    exact = ("mlp.gate.weight", "controller.weight")
+    assert not any("dt_proj" in n or "norm" in n or n.endswith(exact) for n in lost)
     assert all(torch.equal(net.state_dict()[n], before[n]) for n in kept)
 
 

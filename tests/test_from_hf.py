@@ -1,4 +1,5 @@
-"""hf.py: what transformers saved gives its logits here, in every form it is saved in; all else is refused in one line."""
+"""from_hf.py: what transformers saved gives its logits here, in every form it is saved in; all else is
+refused in one line."""
 import importlib
 import json
 import os
@@ -8,22 +9,24 @@ import sys
 
 import pytest
 import torch
-
-from mambino.weights import checkpoint
-from mambino.weights import from_hf as hf
-from mambino.weights import tensor_files
-from mambino import tokenizer
-from model_gpt import GPTConfig
 from helpers.models import LLAMA, PEERS, V, assert_close, theirs, tokens
+
+from mambino import tokenizer
+from mambino.weights import checkpoint, tensor_files
+from mambino.weights import from_hf as hf
+from model_gpt import GPTConfig
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
-MIXTRAL = 'Mixtral', dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=20, attn_implementation='eager')
-QWEN3_MOE = 'Qwen3Moe', dict(LLAMA, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True,
-                             use_sliding_window=True, sliding_window=20, attn_implementation='eager')
+MIXTRAL = 'Mixtral', dict(
+    LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=20, attn_implementation='eager')
+QWEN3_MOE = 'Qwen3Moe', dict(
+    LLAMA, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True,
+    use_sliding_window=True, sliding_window=20, attn_implementation='eager')
 SOURCES = {name: peer[:2] for name, peer in PEERS.items() if 'mixtral' not in name}
-SOURCES['qwen3-window'] = 'Qwen3', dict(LLAMA, head_dim=16, use_sliding_window=True, sliding_window=20, max_window_layers=0,
-                                        attn_implementation='eager')
+SOURCES['qwen3-window'] = 'Qwen3', dict(
+    LLAMA, head_dim=16, use_sliding_window=True, sliding_window=20, max_window_layers=0,
+    attn_implementation='eager')
 NORM, FILE = 'model.norm.weight', 'model.safetensors'
 HAS_EXPERTS = 'n_expert' in GPTConfig.__dataclass_fields__
 UNLIMITED = dict(capacity_factor=0)  # the settings with which no expert ever drops a token
@@ -73,9 +76,11 @@ def change_header(folder, change):
 def save_bin(folder, state, shards):
     """state as pytorch_model.bin, or in so many files with an index."""
     names = sorted(state)
-    files = {name: f'pytorch_model-{i % shards}.bin' if shards > 1 else 'pytorch_model.bin' for i, name in enumerate(names)}
+    files = {name: f'pytorch_model-{i % shards}.bin' if shards > 1 else 'pytorch_model.bin'
+             for i, name in enumerate(names)}
     for file in set(files.values()):
-        torch.save({name: state[name] for name in names if files[name] == file}, os.path.join(folder, file))
+        tensors = {name: state[name] for name in names if files[name] == file}
+        torch.save(tensors, os.path.join(folder, file))
     if shards > 1:
         with open(os.path.join(folder, 'pytorch_model.bin.index.json'), 'w') as f:
             json.dump({'weight_map': files}, f)
@@ -114,7 +119,8 @@ def test_experts_are_stacked(source, shard, original_names, tmp_path):
         assert torch.equal(weights.pop(name, model.lm_head.weight), tensor), name
     assert not weights
     kind, config = hf.to_ours(json.loads((tmp_path / 'config.json').read_text()))
-    assert (kind, config['n_expert'], config['n_expert_active'], config['window']) == ('gpt', 4, 2 if source is MIXTRAL else 3, 20)
+    got = kind, config['n_expert'], config['n_expert_active'], config['window']
+    assert got == ('gpt', 4, 2 if source is MIXTRAL else 3, 20)
     if HAS_EXPERTS:
         assert_same_logits(tmp_path, model)
 
@@ -129,7 +135,8 @@ def test_original_checkpoints_of_mamba(name, tmp_path):
     state = {key.replace('embeddings', 'embedding'): tensor for key, tensor in model.state_dict().items()}
     save_bin(tmp_path, state, 1)
     ssm = {'layer': 'Mamba2', 'd_state': 16, 'headdim': 12, 'chunk_size': 8} if name == 'mamba2' else {}
-    config = dict(d_model=72, n_layer=2, vocab_size=V, ssm_cfg=ssm, rms_norm=True, fused_add_norm=True, pad_vocab_size_multiple=16)
+    config = dict(d_model=72, n_layer=2, vocab_size=V, ssm_cfg=ssm, rms_norm=True, fused_add_norm=True,
+                  pad_vocab_size_multiple=16)
     (tmp_path / 'config.json').write_text(json.dumps(config))
     assert assert_same_logits(tmp_path, model)['vocab_size'] == 112
     edit(tmp_path, ssm_cfg={'layer': 'Mamba3'})
@@ -181,7 +188,8 @@ def test_configs_of_older_transformers(copy):
     folder = copy('llama')
     new = hf.load_hf(folder)[1]
     assert new['rope_theta'] == 500
-    edit(folder, remove=['rope_parameters', 'head_dim', 'attention_bias', 'mlp_bias'], rope_theta=500.0, rope_scaling=None)
+    edit(folder, remove=['rope_parameters', 'head_dim', 'attention_bias', 'mlp_bias'], rope_theta=500.0,
+         rope_scaling=None)
     assert hf.load_hf(folder)[1] == new
     edit(folder, remove=['rope_theta'])
     assert hf.load_hf(folder)[1] == {**new, 'rope_theta': 10000}
@@ -235,7 +243,9 @@ FULL, SLIDING = ['full_attention'] * 2, ['sliding_attention'] * 2
     ('mixtral', {}, 0),
     ('mixtral', dict(sliding_window=20), 20),
     ('qwen3_moe', dict(sliding_window=20, norm_topk_prob=True), 0),
-    ('qwen3_moe', dict(sliding_window=20, norm_topk_prob=True, use_sliding_window=True, max_window_layers=28), 20),  # of every layer
+    # of every layer
+    ('qwen3_moe', dict(sliding_window=20, norm_topk_prob=True, use_sliding_window=True,
+                       max_window_layers=28), 20),
     ('qwen3', dict(sliding_window=20, max_window_layers=0), 0),
     ('qwen3', dict(sliding_window=20, use_sliding_window=False, layer_types=FULL), 0),
     ('qwen3', dict(sliding_window=20, use_sliding_window=True), 0),  # from layer 28 on
@@ -254,8 +264,8 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
 
 
 @pytest.mark.parametrize('name, changes, says', [
-    ('llama', dict(model_type='gpt_neox'), 'model_type="gpt_neox": supported are llama, qwen3, mistral, mixtral, qwen3_moe, '
-     'mambino_hybrid, mamba, mamba2'),
+    ('llama', dict(model_type='gpt_neox'), 'model_type="gpt_neox": supported are llama, qwen3, mistral, '
+     'mixtral, qwen3_moe, mambino_hybrid, mamba, mamba2'),
     ('llama', dict(model_type='falcon_h1'), 'model_type="falcon_h1": its embeddings are not normed'),
     ('llama', dict(model_type='mambino_hybrid', gate='yes'), 'gate="yes": must be true or false'),
     ('llama', dict(model_type='mambino_hybrid', layout=3), 'layout=3: must be a string'),
@@ -279,7 +289,8 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
     ('mistral', dict(layer_types=['full_attention', 'sliding_attention']), 'layer_types=.*sliding_window is 20'),
     ('qwen3', dict(layer_types=['full_attention', 'sliding_attention']), 'layer_types'),
     ('qwen3', dict(layer_types=['sliding_attention'] * 2), 'layer_types.*sliding_window is not used'),
-    ('qwen3', dict(layer_types=None, use_sliding_window=True, sliding_window=20, max_window_layers=1), 'max_window_layers=1'),
+    ('qwen3', dict(layer_types=None, use_sliding_window=True, sliding_window=20, max_window_layers=1),
+     'max_window_layers=1'),
     ('mixtral', dict(num_local_experts='four'), 'num_local_experts="four"'),
     ('qwen3_moe', dict(norm_topk_prob=False), 'norm_topk_prob=false'),
     ('qwen3_moe', dict(decoder_sparse_step=2), 'decoder_sparse_step=2'),
@@ -310,7 +321,8 @@ def test_what_a_missing_key_stands_for():
     with pytest.raises(ValueError, match='norm_topk_prob=false'):
         hf.to_ours(config)
     kind, ours = hf.to_ours({**config, 'norm_topk_prob': True})
-    assert (kind, ours['n_expert'], ours['n_expert_active'], ours['intermediate_size'], ours['norm_eps']) == ('gpt', 128, 8, 768, 1e-6)
+    assert kind == 'gpt' and (ours['n_expert'], ours['n_expert_active']) == (128, 8)
+    assert (ours['intermediate_size'], ours['norm_eps']) == (768, 1e-6)
 
 
 DAMAGES = {
@@ -318,16 +330,24 @@ DAMAGES = {
     'config.json: cannot be read': lambda d: truncate(d / 'config.json', 50),
     'config.json: not a JSON object': lambda d: (d / 'config.json').write_text('[]'),
     'holds no weights, none of model.safetensors': lambda d: os.remove(d / FILE),
-    'model.safetensors: cannot be read: cut short: .*ends at': lambda d: truncate(d / FILE, os.path.getsize(d / FILE) - 1),
-    'model.safetensors: cannot be read: no safetensors file, or cut short': lambda d: truncate(d / FILE, 100),
+    'model.safetensors: cannot be read: cut short: .*ends at':
+        lambda d: truncate(d / FILE, os.path.getsize(d / FILE) - 1),
+    'model.safetensors: cannot be read: no safetensors file, or cut short':
+        lambda d: truncate(d / FILE, 100),
     'model.safetensors: cannot be read: no safetensors': lambda d: truncate(d / FILE, 0),
-    'model.norm.weight has dtype F8_E4M3': lambda d: change_header(d, lambda h: h[NORM].update(dtype='F8_E4M3')),
-    r'damaged: model.norm.weight of shape \[63\]': lambda d: change_header(d, lambda h: h[NORM].update(shape=[63])),
-    r"model.safetensors: cannot be read: KeyError\('dtype'\)": lambda d: change_header(d, lambda h: h[NORM].pop('dtype')),
+    'model.norm.weight has dtype F8_E4M3':
+        lambda d: change_header(d, lambda h: h[NORM].update(dtype='F8_E4M3')),
+    r'damaged: model.norm.weight of shape \[63\]':
+        lambda d: change_header(d, lambda h: h[NORM].update(shape=[63])),
+    r"model.safetensors: cannot be read: KeyError\('dtype'\)":
+        lambda d: change_header(d, lambda h: h[NORM].pop('dtype')),
     'model.norm.weight is missing': lambda d: change_header(d, lambda h: h.pop(NORM)),
-    'extra.weight is not part': lambda d: change_header(d, lambda h: h.update({'extra.weight': h[NORM]})),
-    r'model.embed_tokens.weight has shape \(97, 64\), .* should be \(99, 64\)': lambda d: edit(d, vocab_size=99),
-    r'model.layers.1.input_layernorm.weight \(and 8 more\) is not part': lambda d: edit(d, num_hidden_layers=1),
+    'extra.weight is not part':
+        lambda d: change_header(d, lambda h: h.update({'extra.weight': h[NORM]})),
+    r'model.embed_tokens.weight has shape \(97, 64\), .* should be \(99, 64\)':
+        lambda d: edit(d, vocab_size=99),
+    r'model.layers.1.input_layernorm.weight \(and 8 more\) is not part':
+        lambda d: edit(d, num_hidden_layers=1),
     'lm_head.weight is missing': lambda d: edit(d, tie_word_embeddings=False),
 }
 
