@@ -72,11 +72,23 @@ def config(name, text):
     return 'config/' + name
 
 @pytest.mark.parametrize('flag, value', [
-    ('--batch_size=2', 2), ('--batch-size=2', 2), ('--batch_size=1e4', 10_000), ('--batch_size=4096.0', 4096),
+    ('--batch_size=2', 2),
+    ('--batch-size=2', 2),
+    ('--batch_size=1e4', 10_000),
+    ('--batch_size=4096.0', 4096),
     ('--batch_size=100_000', 100_000), ('--batch_size=-1', -1), ('--learning_rate=1', 1.0),
-    ('--learning_rate=1e-3', 1e-3), ('--learning_rate=inf', float('inf')), ('--compile', True), ('--compile=ON', True),
-    ('--compile=yes', True), ('--compile=1', True), ('--compile=False', False), ('--dataset=1e4', '1e4'),
-    ('--dataset=', ''), ('--dataset=a=b=c', 'a=b=c'), ('--dataset=[1]', '[1]'), ('--dtype=None', 'None'),
+    ('--learning_rate=1e-3', 1e-3),
+    ('--learning_rate=inf', float('inf')),
+    ('--compile', True),
+    ('--compile=ON', True),
+    ('--compile=yes', True),
+    ('--compile=1', True),
+    ('--compile=False', False),
+    ('--dataset=1e4', '1e4'),
+    ('--dataset=', ''),
+    ('--dataset=a=b=c', 'a=b=c'),
+    ('--dataset=[1]', '[1]'),
+    ('--dtype=None', 'None'),
     ('--device=cuda:0', 'cuda:0'), ('--device=none', None), ('--device=3', 3),
 ])
 def test_flag_keeps_the_type(script, flag, value):
@@ -87,13 +99,21 @@ def test_flag_keeps_the_type(script, flag, value):
 
 @pytest.mark.parametrize('flag, words', [
     ('--lerning_rate=3', "unknown setting 'lerning_rate' (did you mean --learning_rate?)"),
-    ('--later=3', "unknown setting 'later'"), ('--_hidden=3', 'unknown setting'), ('--UPPER=3', 'unknown setting'),
+    ('--later=3', "unknown setting 'later'"),
+    ('--_hidden=3', 'unknown setting'),
+    ('--UPPER=3', 'unknown setting'),
     ('--betas=3', 'unknown setting'), ('--inputs=3', 'unknown setting'),
-    ('--batch_size=1.5', 'whole number'), ('--batch_size=inf', 'whole number'), ('--batch_size=1e999', 'whole number'),
+    ('--batch_size=1.5', 'whole number'),
+    ('--batch_size=inf', 'whole number'),
+    ('--batch_size=1e999', 'whole number'),
     ('--batch_size=nan', 'nan'), ('--batch_size=', 'whole number'), ('--batch_size=two', "'two'"),
-    ('--batch_size=True', 'whole number'), ('--learning_rate=nan', 'nan'), ('--learning_rate=x', 'number'),
+    ('--batch_size=True', 'whole number'),
+    ('--learning_rate=nan', 'nan'),
+    ('--learning_rate=x', 'number'),
     ('--learning_rate=' + '1' * 400, 'a number'),
-    ('--compile=maybe', 'true or false'), ('--compile=2', 'true or false'), ('--dataset', '--dataset=value'),
+    ('--compile=maybe', 'true or false'),
+    ('--compile=2', 'true or false'),
+    ('--dataset', '--dataset=value'),
     ('-batch_size=2', '--name=value'), ('batch_size=2', '--batch_size=2'), ('--', '--name=value'),
 ])
 def test_flag_refused(refused, flag, words):
@@ -121,9 +141,12 @@ def test_explicit_even_if_equal_to_the_default(script, capsys):
     ('batch_size = "3"\n', 'config/a.py:1: batch_size: expected a whole number'),
     ('batch_size = True\n', 'whole number'), ('batch_size = 2.5\n', 'whole number'),
     ('learning_rate = float("nan")\n', 'nan'), ('learning_rate = "1e-3"\n', 'a number'),
-    ('dataset = 3\n', 'a string'), ('compile = "yes"\n', 'true or false'), ('batch_size = None\n', 'whole number'),
+    ('dataset = 3\n', 'a string'),
+    ('compile = "yes"\n', 'true or false'),
+    ('batch_size = None\n', 'whole number'),
     ('x = 1\n_y = 1 / 0\n', 'config/a.py:2: ZeroDivisionError: division by zero'),
-    ('batch_size = = 2\n', 'config/a.py:1: SyntaxError'), ('import no_such_module_at_all\n', 'config/a.py:1: Module'),
+    ('batch_size = = 2\n', 'config/a.py:1: SyntaxError'),
+    ('import no_such_module_at_all\n', 'config/a.py:1: Module'),
 ])
 def test_file_refused(refused, text, words):
     assert words in refused(config('a.py', text))

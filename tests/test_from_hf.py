@@ -54,7 +54,8 @@ def edit(folder, remove=(), **changes):
     with open(path) as f:
         config = json.load(f)
     with open(path, 'w') as f:
-        json.dump({key: value for key, value in {**config, **changes}.items() if key not in remove}, f)
+        changed = {**config, **changes}
+        json.dump({key: value for key, value in changed.items() if key not in remove}, f)
 
 
 def truncate(path, size):
@@ -132,7 +133,8 @@ def test_original_checkpoints_of_mamba(name, tmp_path):
     settings = {**settings, 'layer_norm_epsilon': 1e-5, 'n_groups': 1}
     model = theirs(kind, settings)
     model.resize_token_embeddings(112)
-    state = {key.replace('embeddings', 'embedding'): tensor for key, tensor in model.state_dict().items()}
+    state = {key.replace('embeddings', 'embedding'): tensor
+             for key, tensor in model.state_dict().items()}
     save_bin(tmp_path, state, 1)
     ssm = {'layer': 'Mamba2', 'd_state': 16, 'headdim': 12, 'chunk_size': 8} if name == 'mamba2' else {}
     config = dict(d_model=72, n_layer=2, vocab_size=V, ssm_cfg=ssm, rms_norm=True, fused_add_norm=True,
@@ -152,7 +154,8 @@ def saved(tmp_path_factory):
     def save(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            theirs(*{'mixtral': MIXTRAL, 'qwen3_moe': QWEN3_MOE, **SOURCES}[name]).save_pretrained(folders[name])
+            sources = {'mixtral': MIXTRAL, 'qwen3_moe': QWEN3_MOE, **SOURCES}
+            theirs(*sources[name]).save_pretrained(folders[name])
         return folders[name]
     return save
 
@@ -195,7 +198,8 @@ def test_configs_of_older_transformers(copy):
     assert hf.load_hf(folder)[1] == {**new, 'rope_theta': 10000}
     folder = copy('mamba2')
     new = hf.load_hf(folder)[1]
-    edit(folder, time_step_limit=[0.0, float('inf')], rms_norm=True, norm_before_gate=False, time_step_rank='auto')
+    edit(folder, time_step_limit=[0.0, float('inf')], rms_norm=True, norm_before_gate=False,
+         time_step_rank='auto')
     assert hf.load_hf(folder)[1] == new
 
 
@@ -217,7 +221,8 @@ def test_tensors_in_any_order_in_the_file(copy):
             header[name] = header.pop(name)
     change_header(folder, turn_round)
     got = hf.load_hf(folder)[2]
-    assert list(got)[:3] != list(want)[:3] and all(torch.equal(got[name], want[name]) for name in want)
+    assert list(got)[:3] != list(want)[:3]
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_tokenizer(copy, refusal):
@@ -286,7 +291,8 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
     ('llama', dict(num_hidden_layers=1.5), 'num_hidden_layers=1.5'),
     ('llama', dict(num_key_value_heads=3), 'n_kv_head=3'),
     ('llama', dict(tie_word_embeddings='yes'), 'tie_word_embeddings="yes"'),
-    ('mistral', dict(layer_types=['full_attention', 'sliding_attention']), 'layer_types=.*sliding_window is 20'),
+    ('mistral', dict(layer_types=['full_attention', 'sliding_attention']),
+     'layer_types=.*sliding_window is 20'),
     ('qwen3', dict(layer_types=['full_attention', 'sliding_attention']), 'layer_types'),
     ('qwen3', dict(layer_types=['sliding_attention'] * 2), 'layer_types.*sliding_window is not used'),
     ('qwen3', dict(layer_types=None, use_sliding_window=True, sliding_window=20, max_window_layers=1),
@@ -301,7 +307,8 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
     ('mamba2', dict(use_bias=True), 'use_bias=true'),
     ('mamba2', dict(use_conv_bias=False), 'use_conv_bias=false'),
     ('mamba2', dict(time_step_limit=[0.0, 0.1]), r'time_step_limit=\[0.0, 0.1\]'),
-    ('mamba2', dict(time_step_limit=[0.001, {'__float__': 'Infinity'}]), r'time_step_limit=\[0.001, Infinity\]'),
+    ('mamba2', dict(time_step_limit=[0.001, {'__float__': 'Infinity'}]),
+     r'time_step_limit=\[0.001, Infinity\]'),
     ('mamba2', dict(rms_norm=False), 'rms_norm=false'),
     ('mamba2', dict(norm_before_gate=True), 'norm_before_gate=true'),
     ('mamba2', dict(head_dim=7), 'head_dim'),
@@ -362,10 +369,12 @@ def test_damaged_folders(says, copy, refusal):
 def test_damaged_shards_and_heads(copy, refusal, tmp_path):
     theirs(*SOURCES['llama']).save_pretrained(tmp_path / 'shards', max_shard_size='20KB')
     index = 'model.safetensors.index.json'
-    path = next(path for path in sorted((tmp_path / 'shards').iterdir()) if path.name.startswith('model-00002'))
+    path = next(path for path in sorted((tmp_path / 'shards').iterdir())
+                if path.name.startswith('model-00002'))
     os.remove(path)
     assert f'{path}: no such file, but {index} names it' in refusal(tmp_path / 'shards')
-    (tmp_path / 'shards' / index).write_text(json.dumps({'weight_map': {NORM: '../outside.safetensors'}}))
+    weight_map = {NORM: '../outside.safetensors'}
+    (tmp_path / 'shards' / index).write_text(json.dumps({'weight_map': weight_map}))
     (tmp_path / 'outside.safetensors').write_bytes(b'')
     assert 'shards/outside.safetensors: no such file' in refusal(tmp_path / 'shards')
     (tmp_path / 'shards' / index).write_text('{}')

@@ -15,19 +15,21 @@ def trained(net):
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
-def adapted(name, kind='lora', **how):
+def adapted(name, kind='lora', **settings):
     """A perturbed model, and a copy with a perturbed adapter."""
     base = perturb(build(name))
     net = copy.deepcopy(base)
-    adapters.add_lora(net, **how) if kind == 'lora' else adapters.add_prefix(net, 7)
+    adapters.add_lora(net, **settings) if kind == 'lora' else adapters.add_prefix(net, 7)
     for p in trained(net).values():
         p.data += 0.1 * torch.randn_like(p)
     return base, net
 
 
-def saved(net, how, base):
+def saved(net, spec, base):
     """A checkpoint of an adapter, as train.py makes it."""
     kind = next(kind for kind, (model, _) in checkpoint.MODELS.items() if isinstance(net, model))
-    how = how | dict(base='base', base_at='base', base_fingerprint=checkpoint.fingerprint(base.state_dict()))
-    return dict(kind=kind, config=checkpoint.config_of(net), adapter=how,
-                weights={name: t.clone() for name, t in adapters.AdapterState(net, how).state_dict().items()})
+    fingerprint = checkpoint.fingerprint(base.state_dict())
+    spec = spec | dict(base='base', base_at='base', base_fingerprint=fingerprint)
+    state = adapters.AdapterState(net, spec).state_dict()
+    weights = {name: tensor.clone() for name, tensor in state.items()}
+    return dict(kind=kind, config=checkpoint.config_of(net), adapter=spec, weights=weights)
