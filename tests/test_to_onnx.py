@@ -7,14 +7,15 @@ import sys
 
 import pytest
 import torch
-
-from mambino.export import graphs
-from mambino.kernels import cpu
-from mambino.export import to_onnx
-from mambino.export import to_torchscript
-from mambino import tokenizer
-from model_mamba import ssd
 from helpers.models import V, assert_close, build, every_model, perturb, tokens
+
+from mambino import tokenizer
+from mambino.export import graphs, to_onnx, to_torchscript
+from mambino.export.compare import silent
+from mambino.kernels import registry, substituted
+from mambino.language_model import rms_norm
+from model_gpt import GPTConfig, MoE, swiglu
+from model_mamba import selective_scan, ssd
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
@@ -32,7 +33,7 @@ def test_a_graph_computes_what_the_model_does(name):
     net, idx = model(name), tokens(3, sum(CUTS))
     want = net.step(idx)[0]
     assert want.std() > 0.3                                                     # else closeness would mean little
-    with graphs.plain():
+    with silent(), torch.no_grad():
         for graph in (graphs.Graph(net), graphs.Graph(net, scripted=True)):
             past, parts = graph.empty(3), []
             for piece in idx.split(CUTS, 1):
@@ -43,18 +44,47 @@ def test_a_graph_computes_what_the_model_does(name):
                 assert past[0].tolist() == [sum(CUTS)] and past[1].shape[2] == graph.window
         names = graph.names()
         assert len(names[0]) == len(names[1]) == len(past)
-        assert names[0][-1].endswith('.1' if graph.recurs else '.1.value') and names[1][-1].startswith('present')
-        assert_close(graphs.Whole(net)(idx), want, 1e-5)
+        assert names[0][-1].endswith('.1' if 'ssm.1' in graph.sizes else '.1.value') and names[1][-1].startswith('present')
+        assert_close(graphs.FullGraph(net)(idx), want, 1e-5)
 
+
+# --- what graphs.py has anew is what the models define
 
 def test_a_long_step_of_mamba2_is_cut_in_chunks():
     x, dt, B, C = torch.randn(2, 70, 4, 8), torch.rand(2, 70, 4), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
     A, h = -torch.rand(4) * 16, torch.randn(2, 4, 8, 16)
-    with graphs.silent():
+    with silent():
         scripted = torch.jit.script(graphs.ssd)
-    for got in (graphs.ssd(x, dt, A, B, C, h, 16), graphs.ssd_chunk(x, dt, A, B, C, h), scripted(x, dt, A, B, C, h, 16)):
-        for one, other in zip(got, ssd(x, dt, A, B, C, 16, h)):
-            assert_close(one, other)
+    one_chunk = graphs.ssd_chunk(x, dt, A, B, C, h)
+    for got in (graphs.ssd(x, dt, A, B, C, 16, h), one_chunk, scripted(x, dt, A, B, C, 16, h)):
+        for result, defined in zip(got, ssd.definition(x, dt, A, B, C, 16, h)):
+            assert_close(result, defined)
+
+
+def test_the_scan_of_mamba1():
+    x, dt, B, C = torch.randn(2, 70, 12), torch.rand(2, 70, 12), torch.randn(2, 70, 8), torch.randn(2, 70, 8)
+    A, h = -torch.rand(12, 8) * 16, torch.randn(2, 8, 12)
+    with silent():
+        scripted = torch.jit.script(graphs.selective_scan)
+    for scan in (graphs.selective_scan, scripted):
+        for result, defined in zip(scan(x, dt, A, B, C, h), selective_scan.definition(x, dt, A, B, C, h)):
+            assert_close(result, defined)
+
+
+@torch.no_grad()
+def test_every_expert():
+    moe = MoE(GPTConfig(n_embd=32, n_head=2, n_expert=8, n_expert_active=3, intermediate_size=24)).eval()
+    for p in moe.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(2, 30, 32)
+    assert_close(graphs.EveryExpert(moe)(x)[0], moe(x)[0], 1e-3)
+
+
+def test_a_graph_shares_the_weights():
+    net = model('gpt-experts')
+    graph = graphs.Graph(net)
+    ours = dict(net.named_parameters())
+    assert all(p is ours[name] for name, p in graph.net.named_parameters()) and isinstance(net.model.layers[0].mlp, MoE)
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +128,7 @@ def test_onnx(name, tok, tmp_path, capfd, needs_onnx):
 
 
 def test_onnx_int8_and_weights_beside_the_file(tmp_path, capfd, monkeypatch, needs_onnx):
-    monkeypatch.setattr(to_onnx, 'INSIDE', 0)
+    monkeypatch.setattr(to_onnx, 'LARGEST', 0)
     net = model('mamba1', n_embd=128, n_layer=1)
     to_onnx.write(net, None, tmp_path, 'int8')
     assert capfd.readouterr() == ('', '')
@@ -123,12 +153,33 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_nothing_stays_swapped():
-    before = cpu._allowed, logging.root.manager.disable, torch.is_grad_enabled()
-    with pytest.raises(ZeroDivisionError), graphs.plain():
-        assert not cpu.applies(torch.zeros(16)) and not torch.is_grad_enabled()
-        1 / 0
-    assert before == (cpu._allowed, logging.root.manager.disable, torch.is_grad_enabled())
+def test_nothing_stays_swapped(tmp_path):
+    def switches():
+        return registry._substitutes, logging.root.manager.disable, torch.is_grad_enabled()
+
+    def fail_within(*_):
+        if registry._substitutes is not None:                                   # else it is the first step, for the sizes
+            assert registry._substitutes.keys() == {'attention', 'selective_scan', 'ssd'}
+            assert logging.root.manager.disable == logging.WARNING and not torch.is_grad_enabled()
+            raise ZeroDivisionError
+    net, before = model('mamba1'), switches()
+    net.lm_head.register_forward_hook(fail_within)
+    with pytest.raises(ZeroDivisionError):
+        to_torchscript.write(net, None, tmp_path)
+    assert before == switches() and before[0] is None
+
+
+def test_no_kernel_computes_within(monkeypatch):
+    def kernel(*_):
+        raise AssertionError
+    x, weight = torch.randn(3, 32), torch.ones(32)
+    monkeypatch.setattr(registry, 'ENABLED', True)
+    for name in registry.KERNELS:
+        monkeypatch.setitem(registry.KERNELS, name, [kernel])
+    with substituted(swiglu=lambda gate, up: 'another'):
+        assert swiglu(x, x) == 'another' and torch.equal(rms_norm(x, weight, 1e-5), rms_norm.definition(x, weight, 1e-5))
+    with pytest.raises(AssertionError):
+        swiglu(x, x)
 
 
 # --- TorchScript

@@ -1,249 +1,287 @@
-"""A model as one graph of plain tensor operations, for formats that keep a graph: ONNX (to_onnx.py) and TorchScript (to_torchscript.py).
+"""A model as one graph of tensor operations, for formats that keep a graph: to_onnx, to_torchscript.
 
     logits, present = Graph(net)(ids, Graph(net).empty(B))      # the state of `past` goes in, what it has become comes out
-    logits = Whole(net)(ids)                                    # a whole sequence at once
+    logits = FullGraph(net)(ids)                                # a whole sequence at once
 
-The parameters and the modules that work on each token alone are the model's own. What has a state is here again, with nothing that
-depends on data or is planned on the CPU, for any number B of sequences, t of new tokens and S of tokens in a key/value cache:
+What is computed are the model's own layers, called as its `step` calls them. A graph cannot hold what depends on data or is
+planned on the CPU, so for any number B of sequences, t of new tokens and S of tokens in a cache there are here anew:
 
-    ids (B, t) ──► embedding ──► layers: attend, scan, ssd ──► norm ──► logits (B, t, V)
-                    past, a list of tensors ──┘   └──► present, the same list after these tokens
+    caches of keys and values           grow by concatenation; cache.KVStep plans them
+    selective_scan, ssd                 their loops over time must stay loops: the definitions would be unrolled
+    attention                           the definition, with each key head read once for all query heads it serves
+    MoE                                 every expert computes every token: how many it gets would depend on data
+
+    ids (B, t) ──► embedding ──► layers ──► norm ──► logits (B, t, V)
+             past, a list of tensors ──┘└──► present, the same list after these tokens
 
     position (1,) int64     tokens seen so far; only with a sliding window, whose caches do not tell it
-    key, value (B, K, S, P) of each layer with attention; of a window the last tokens only. Keys are rotated
-    conv (B, K-1, C)        of each layer with a Mamba: the last inputs of its convolution
+    k, v (B, G, S, P)       of each layer with attention; of a window the last tokens only. Keys are rotated
+    conv (B, K-1, E)        of each layer with a Mamba: the last inputs of its convolution
     ssm                     the state of its recurrence: (B, N, E) of Mamba-1, (B, H, P, N) of Mamba-2
 
-Letters of the shapes as in the models' files. Experts are all computed for all tokens, and weighted by the router: the same result.
-`beside` runs what came of a graph and the model.
+Letters of the shapes as in the models' files.
 """
-import itertools
-import statistics
-import time
-import types
-from contextlib import contextmanager
+import copy
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
+from mambino.export.classes import check_modules, kind_of, look_up
+from mambino.kernels import substituted
 from mambino.weights import checkpoint
-from mambino.kernels import portable
-from model_gpt import apply_rope
-from model_mamba import split_heads
-from mambino.export.compare import agree, difference, greedy, silent
+from model_gpt import GPT, MoE, swiglu
+from model_hybrid import Hybrid
+from model_mamba import Mamba
+
+TOOL = 'a graph'
+NAMES = {   # of a layer's state: what it is called where it goes in, and where it comes out
+    'k': ('past_key_values.{}.key', 'present.{}.key'),
+    'v': ('past_key_values.{}.value', 'present.{}.value'),
+    'conv': ('past_conv.{}', 'present_conv.{}'),
+    'ssm': ('past_ssm.{}', 'present_ssm.{}'),
+}
 
 
-@contextmanager
-def plain():
-    """Within, silently, operations on a CPU are PyTorch's, not those of native.cpp, which no graph could hold."""
-    with portable(), silent(), torch.no_grad():
-        yield
+# --- operations with a loop, in the part of Python that TorchScript keeps --------------------------
 
-
-# --- what has a state; in the part of Python that TorchScript knows ------------------------------------------------------
-
-def smaller(a: int, b: int) -> int:
-    if torch.jit.is_scripting():
-        return min(a, b)
-    return torch.sym_min(a, b)
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int, kept: int):
-    """Queries (B, H, t, P) attend to a cache (B, K, S, P) and, causally, to the new k, v (B, K, t, P) → (B, H, t, P), new cache.
-    window: so many last tokens each sees, itself included. kept: so many the new cache has at most; of both 0 is all."""
-    keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)           # (B, K, n, P)
-    B, K, n, P = keys.shape
-    t = q.shape[2]
-    j = torch.arange(n, device=q.device)
-    i = j[n - t:, None]
-    hidden = j > i
-    if window > 0:
-        hidden = hidden | (j <= i - window)
-    q = q.reshape(B, K, q.shape[1] // K, t, P) * P ** -0.5                      # (B, K, H/K, t, P)
-    weights = (q @ keys[:, :, None].transpose(3, 4)).masked_fill(hidden, -float('inf')).softmax(-1)
-    y = (weights @ values[:, :, None]).flatten(1, 2)
-    if kept > 0:
-        start = n - smaller(n, kept)
-        keys, values = keys[:, :, start:], values[:, :, start:]
-    return y, keys, values
-
-
-def scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, h: torch.Tensor):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t: Mamba-1's recurrence. x, dt (B, t, E), A (N, E), B, C (B, t, N),
-    h (B, N, E) → y (B, t, E), last h."""
+def selective_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+                   state: torch.Tensor):
+    """See model_mamba.selective_scan."""
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting():
-            return exported_scan(x, dt, A, B, C, h)
+            return exported_scan(x, dt, A, B, C, state)
+    A = A.t().contiguous()                                                      # (N, E)
+    h = state
     ys: list[torch.Tensor] = []
-    for i in range(x.shape[1]):
-        h = torch.exp(dt[:, i, None] * A) * h + B[:, i, :, None] * (dt[:, i] * x[:, i])[:, None]
-        ys.append((C[:, i, None] @ h)[:, 0])
+    for t in range(x.shape[1]):
+        h = torch.exp(dt[:, t, None] * A) * h + B[:, t, :, None] * (dt[:, t] * x[:, t])[:, None]
+        ys.append((C[:, t, None] @ h)[:, 0])
     return torch.stack(ys, 1), h
 
 
-def exported_scan(x, dt, A, B, C, h):
+def exported_scan(x, dt, A, B, C, state):
     """The same for torch.export, which would unroll the loop."""
-    def step(h, now):
-        u, dt, B, C = now
-        h = torch.exp(dt[:, None] * A) * h + B[:, :, None] * u[:, None]
+    A = A.t().contiguous()
+
+    def step(h, inputs):
+        dt_x, dt, B, C = inputs                                                 # (B, E), (B, E), (B, N), (B, N)
+        h = torch.exp(dt[:, None] * A) * h + B[:, :, None] * dt_x[:, None]
         return h, (C[:, None] @ h)[:, 0]
-    h, y = torch._higher_order_ops.scan(step, h.contiguous(), tuple(u.transpose(0, 1) for u in (dt * x, dt, B, C)))
+    inputs = tuple(u.transpose(0, 1) for u in (dt * x, dt, B, C))               # time first
+    h, y = torch._higher_order_ops.scan(step, state.contiguous(), inputs)
     return y.transpose(0, 1), h
 
 
-def ssd(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, h: torch.Tensor, chunk: int):
-    """The same with one A a head: Mamba-2's. x (B, t, H, P), dt (B, t, H), A (H), B, C (B, t, G, N), h (B, H, P, N) → y (B, t, H, P),
-    last h. An exported graph has one chunk of all t tokens: chunks of symbolic sizes make an export take three times as long."""
+def ssd(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk_size: int,
+        state: torch.Tensor):
+    """See model_mamba.ssd. An exported graph has one chunk of all tokens: chunks of symbolic sizes make an export take three
+    times as long."""
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting():
-            return ssd_chunk(x, dt, A, B, C, h)
+            return ssd_chunk(x, dt, A, B, C, state)
     ys: list[torch.Tensor] = []
-    for i in range(0, x.shape[1], chunk):
-        y, h = ssd_chunk(x[:, i:i + chunk], dt[:, i:i + chunk], A, B[:, i:i + chunk], C[:, i:i + chunk], h)
+    for i in range(0, x.shape[1], chunk_size):
+        end = i + chunk_size
+        y, state = ssd_chunk(x[:, i:end], dt[:, i:end], A, B[:, i:end], C[:, i:end], state)
         ys.append(y)
-    return torch.cat(ys, 1), h
+    return torch.cat(ys, 1), state
 
 
 def ssd_chunk(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, h: torch.Tensor):
-    """The products within a chunk, and with the state before it: Mamba-2 (Dao & Gu 2024), listing 1."""
-    G, R, t = B.shape[2], A.shape[0] // B.shape[2], x.shape[1]                  # R heads a group
-    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2)                 # (B, H, t); fp64: differences of large sums
-    hidden = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-    decay = (sums[..., :, None] - sums[..., None, :]).float().masked_fill(hidden, -float('inf')).exp()  # (B, H, t, t): from j to i
-    B, C = B.transpose(1, 2)[:, :, None], C.transpose(1, 2)[:, :, None]         # (B, G, 1, t, N)
-    x = (x * dt[..., None]).transpose(1, 2).unflatten(1, (G, R))                # (B, G, R, t, P)
-    y = (C @ B.transpose(3, 4) * decay.unflatten(1, (G, R))) @ x
-    y = y + C @ h.unflatten(1, (G, R)).transpose(3, 4) * sums.float().exp().unflatten(1, (G, R))[..., None]
+    """One chunk of all Q tokens: x (B, Q, H, P), dt (B, Q, H), A (H), B, C (B, Q, G, N), h (B, H, P, N) → y (B, Q, H, P), h."""
+    Q = x.shape[1]
+    G = B.shape[2]
+    R = A.shape[0] // G                                                         # heads a group
+    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2)                 # (B, H, Q); fp64: differences of large sums
+    hidden = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
+    decay = (sums[..., :, None] - sums[..., None, :]).float()                   # (B, H, Q, Q): from token j to i
+    decay = decay.masked_fill(hidden, -float('inf')).exp().unflatten(1, (G, R))
+    from_start = sums.float().exp().unflatten(1, (G, R))[..., None]             # (B, G, R, Q, 1)
     to_end = (sums[..., -1:] - sums).float().exp().unflatten(1, (G, R))[..., None]
-    added = (x * to_end).transpose(3, 4) @ B                                    # (B, G, R, P, N)
-    return y.flatten(1, 2).transpose(1, 2), h * sums[..., -1].float().exp()[..., None, None] + added.flatten(1, 2)
+    over_chunk = sums[..., -1].float().exp()[..., None, None]                   # (B, H, 1, 1)
+
+    B = B.transpose(1, 2)[:, :, None]                                           # (B, G, 1, Q, N)
+    C = C.transpose(1, 2)[:, :, None]
+    dt_x = (x * dt[..., None]).transpose(1, 2).unflatten(1, (G, R))             # (B, G, R, Q, P)
+    y = (C @ B.transpose(3, 4) * decay) @ dt_x                                  # within the chunk
+    y = y + C @ h.unflatten(1, (G, R)).transpose(3, 4) * from_start             # from the state before it
+    added = (dt_x * to_end).transpose(3, 4) @ B                                 # (B, G, R, P, N)
+    return y.flatten(1, 2).transpose(1, 2), h * over_chunk + added.flatten(1, 2)
 
 
-# --- the parts of a layer -------------------------------------------------------------------------------------------------
-
-def experts(moe, x):
-    """All experts on all tokens, weighted by the router, whose weight is 0 for all but k. (B, t, D) → (B, t, D)."""
-    probs = moe.gate(x).softmax(-1)
-    weights, chosen = probs.topk(moe.config.n_expert_active)                    # (B, t, k)
-    weights = torch.zeros_like(probs).scatter(-1, chosen, weights / weights.sum(-1, keepdim=True))
-    gate, up = (x[:, None] @ moe.experts.gate_up_proj.mT).chunk(2, -1)          # (B, E, t, I)
-    y = (F.silu(gate) * up) @ moe.experts.down_proj.mT                          # (B, E, t, D)
-    return (y * weights.transpose(1, 2)[..., None]).sum(1)
 
 
-def convolved(conv, x, past):
-    """silu of the causal convolution of x (B, t, C) after past (B, K-1, C) → (B, t, C), new past."""
-    whole = torch.cat((past, x), 1)
-    return F.silu(F.conv1d(whole.mT, conv.weight, conv.bias, groups=conv.weight.shape[0]).mT), whole[:, x.shape[1]:]
+# --- attention --------------------------------------------------------------------------------------
+
+def attention(q, k, v, window=0, dropout=0.0, mask=None):
+    """See model_gpt.attention; a mask there must be, window and dropout may not."""
+    G, P = k.shape[2:]
+    R = q.shape[2] // G                                                         # query heads of a key head
+    q = (q * P ** -0.5).transpose(1, 2).unflatten(1, (G, R))                    # (B, G, R, t, P)
+    k, v = (u.transpose(1, 2)[:, :, None] for u in (k, v))                      # (B, G, 1, S, P)
+    weights = torch.where(mask, q @ k.transpose(3, 4), -torch.inf).softmax(-1)  # (B, G, R, t, S)
+    return (weights @ v).flatten(1, 2).transpose(1, 2).flatten(2)               # (B, t, H P)
+
+
+# --- caches -----------------------------------------------------------------------------------------
+
+class Caches:
+    """What cache.KVStep is to attention, for a graph: t new tokens after S in caches (B, G, S, P), which grow by concatenation.
+
+    window: so many last tokens each token sees, itself included. kept: so many the new caches hold at most. Of both 0 is all."""
+    is_first = False                                                            # attend to the caches, be they empty
+
+    def __init__(self, t, S, window, kept, device):
+        self.kept = kept
+        j = torch.arange(S + t, device=device)
+        i = j[S:, None]
+        seen = j <= i
+        if window:
+            seen = seen & (j > i - window)
+        self.mask = seen[None, None]                                            # (1, 1, t, S + t)
+
+    def append(self, cache, k, v):
+        """Puts k, v (B, t, G, P) behind the caches {'k', 'v'} → keys and values (B, S + t, G, P) to attend to."""
+        keys = torch.cat((cache['k'], k.transpose(1, 2)), 2)
+        values = torch.cat((cache['v'], v.transpose(1, 2)), 2)
+        cache['k'], cache['v'] = self.last(keys), self.last(values)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def last(self, tokens):
+        """Of tokens (B, G, n, P) what the next step may see."""
+        if not self.kept:
+            return tokens
+        if torch.compiler.is_exporting():                                       # which must know how many these are
+            n = tokens.shape[2]
+            return tokens[:, :, n - torch.sym_min(n, self.kept):]
+        return tokens[:, :, -self.kept:]
+
+
+# --- experts ----------------------------------------------------------------------------------------
+
+class EveryExpert(nn.Module):
+    """MoE, by all experts on all tokens, weighted by the router, whose weight is 0 for all but k. x (B, t, D) → (B, t, D), None."""
+
+    def __init__(self, moe):
+        super().__init__()
+        self.k = moe.config.n_expert_active
+        self.gate = moe.gate
+        self.experts = moe.experts
+
+    def forward(self, x):
+        probs = self.gate(x).softmax(-1)                                        # (B, t, experts)
+        weights, chosen = probs.topk(self.k)                                    # (B, t, k)
+        weights = weights / weights.sum(-1, keepdim=True)
+        weights = torch.zeros_like(probs).scatter(-1, chosen, weights)          # (B, t, experts)
+        gate, up = (x[:, None] @ self.experts.gate_up_proj.mT).chunk(2, -1)     # (B, experts, t, I) each
+        y = swiglu(gate, up) @ self.experts.down_proj.mT                        # (B, experts, t, D)
+        return (y * weights.transpose(1, 2)[..., None]).sum(1), None
+
+
+def with_every_expert(net):
+    """A copy of the model, with the same parameters, whose MoE are EveryExpert."""
+    net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, MoE):
+                setattr(module, name, EveryExpert(child))
+    return net
+
+
+# --- the graph --------------------------------------------------------------------------------------
+
+def gpt_hidden_states(net, ids, state, rope, caches):
+    x = net.model.embed_tokens(ids)                                             # (B, t, D)
+    for i, layer in enumerate(net.model.layers):
+        x, _ = net.run_layer(i, layer, state, x, rope, caches)
+    return net.model.norm(x)
+
+
+def mamba_hidden_states(net, ids, state, rope, caches):
+    return net.hidden_states(ids, state)[0]
+
+
+def hybrid_hidden_states(net, ids, state, rope, caches):
+    x = net.model.embed_norm(net.model.embed_tokens(ids))                       # (B, t, D)
+    for i, layer in enumerate(net.model.layers):
+        x = net.run_layer(i, layer, state, x, rope, caches)
+    return net.model.norm(x)
+
+
+HIDDEN_STATES = {GPT: gpt_hidden_states, Mamba: mamba_hidden_states, Hybrid: hybrid_hidden_states}
 
 
 class Graph(nn.Module):
     """ids (B, t) int64, past: a list as `names` and `empty` say → logits (B, t, V), present: the list to go on with.
 
-    scripted: with the functions above as TorchScript keeps them, for torch.jit.trace; else for torch.export. Use it in `plain`."""
+    scripted: with loops as TorchScript keeps them, for torch.jit.trace; else for torch.export. ValueError for a model with parts that
+    have not been seen here."""
 
     def __init__(self, net, scripted=False):
         super().__init__()
+        check_modules(net, TOOL)
         if net.initial_state:
-            raise ValueError('a learned prefix is a state before the first token, which a graph cannot begin with; export the model '
-                             'without it, or tune with LoRA, which is merged into the weights')
-        self.net, self.c = net, net.config
-        self.body = net.backbone if hasattr(net, 'backbone') else net.model
-        attention = self.c.attention if hasattr(self.c, 'attention') else None if hasattr(self.c, 'version') else self.c
-        self.window = self.kept = attention.window if attention else 0
-        self.attends, self.recurs = attention is not None, attention is not self.c
-        if attention:
-            P = attention.head_dim
-            self.register_buffer('inv_freq', attention.rope_theta ** (-torch.arange(0, P, 2, dtype=torch.float32) / P), persistent=False)
-        as_is = torch.jit.script if scripted else lambda function: function
-        self.attend, self.ssd, self.scan = (as_is(function) for function in (attend, ssd, scan))
+            raise ValueError('a learned prefix is a state before the first token, which a graph cannot begin with; '
+                             'export the model without it, or tune with LoRA, which is merged into the weights')
+        self.net = with_every_expert(net)
+        self.hidden_states = look_up(HIDDEN_STATES, net, TOOL)
+        _, state = net.step(torch.zeros(1, 1, dtype=torch.long))
+        del state['pos']
+        self.sizes = {name: u.shape[1:] for name, u in state.items()}           # {'conv.0': (K-1, E), …}, in the order of the list
+        self.attends = 'k.0' in state
+        self.window = net.config.window if self.attends else 0
+        self.kept = self.window
+        if self.attends:
+            P = net.config.head_dim
+            inv_freq = net.config.rope_theta ** (-torch.arange(0, P, 2, dtype=torch.float32) / P)
+            self.register_buffer('inv_freq', inv_freq, persistent=False)        # another library's power would round otherwise
+        loops = dict(selective_scan=selective_scan, ssd=ssd)
+        if scripted:
+            loops = {name: torch.jit.script(loop) for name, loop in loops.items()}
+        self.operations = dict(loops, attention=attention)
 
     def names(self):
         """What the tensors of the list are called, in its order, where they go in and where they come out."""
-        each = ['key', 'value'] * self.attends + ['conv', 'ssm'] * self.recurs
-        all_ = [(i, name) for i in range(self.c.n_layer) for name in each]
-        return tuple([f'{when}_position'] * bool(self.window) + [
-            f'{cache}.{i}.{name}' if name in ('key', 'value') else f'{when}_{name}.{i}' for i, name in all_]
-            for when, cache in (('past', 'past_key_values'), ('present', 'present')))
+        past = ['past_position'] if self.window else []
+        present = ['present_position'] if self.window else []
+        for name in self.sizes:
+            part, _, i = name.partition('.')
+            past_name, present_name = NAMES[part]
+            past.append(past_name.format(i))
+            present.append(present_name.format(i))
+        return past, present
 
     def empty(self, B):
         """The list before the first token of B sequences."""
-        past = [torch.zeros(1, dtype=torch.long)] * bool(self.window)
-        for layer in self.body.layers:
-            if self.attends:
-                P = layer.self_attn.head_dim
-                past += [torch.zeros(B, self.c.n_kv_head, 0, P)] * 2
-            if self.recurs:
-                mixer = layer.mamba if self.attends else layer.mixer
-                C, _, K = mixer.conv1d.weight.shape
-                N = (C - mixer.split[0]) // (2 * mixer.groups) if hasattr(mixer, 'groups') else mixer.split[1]
-                past += [torch.zeros(B, K - 1, C),
-                         torch.zeros(B, mixer.split[2], mixer.head_dim, N) if hasattr(mixer, 'groups') else torch.zeros(B, N, C)]
+        past = [torch.zeros(1, dtype=torch.long)] if self.window else []
+        for name, size in self.sizes.items():
+            if name[0] in 'kv':
+                G, _, P = size
+                size = G, 0, P
+            past.append(torch.zeros(B, *size))
         return past
 
-    def attention(self, module, x, rope, past, present):
-        q, k, v = (proj(x).unflatten(-1, (-1, module.head_dim)) for proj in (module.q_proj, module.k_proj, module.v_proj))
-        if module.qk_norm:
-            q, k = module.q_norm(q), module.k_norm(k)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
-        y, keys, values = self.attend(*(u.transpose(1, 2) for u in (q, k, v)), next(past), next(past), self.window, self.kept)
-        present += [keys, values]
-        return module.o_proj(y.transpose(1, 2).flatten(2))
-
-    def mamba1(self, mixer, x, past, present):
-        x, z = mixer.in_proj(x).chunk(2, dim=-1)                                # (B, t, E) each
-        x, conv = convolved(mixer.conv1d, x, next(past))
-        dt, B, C = mixer.x_proj(x).split(mixer.split, dim=-1)
-        dt = F.softplus(mixer.dt_proj(dt) + mixer.dt_proj.bias)
-        y, ssm = self.scan(x, dt, -mixer.A_log.exp().t().contiguous(), B, C, next(past))
-        present += [conv, ssm]
-        return mixer.out_proj((y + x * mixer.D) * F.silu(z))
-
-    def mamba2(self, mixer, x, past, present):
-        z, xBC, dt = mixer.in_proj(x).split(mixer.split, dim=-1)
-        xBC, conv = convolved(mixer.conv1d, xBC, next(past))
-        x, B, C = split_heads(xBC, dt.shape[-1], mixer.groups, mixer.head_dim)
-        y, ssm = self.ssd(x, F.softplus(dt + mixer.dt_bias), -mixer.A_log.exp(), B, C, next(past), mixer.chunk_size)
-        present += [conv, ssm]
-        return mixer.out_proj(mixer.norm((y + x * mixer.D[:, None]).flatten(2), z))
-
-    def layer(self, layer, x, rope, past, present):
-        if not self.attends:
-            mixer = self.mamba1 if self.c.version == 1 else self.mamba2
-            return x + mixer(layer.mixer, layer.norm(x), past, present)
-        h = layer.input_layernorm(x)
-        attended = self.attention(layer.self_attn, h, rope, past, present)
-        if not self.recurs:
-            x = x + attended
-            h = layer.post_attention_layernorm(x)
-            return x + (experts(layer.mlp, h) if layer.sparse else layer.mlp(h))
-        outputs = [self.mamba2(layer.mamba, h, past, present), attended]
-        if layer.parallel:
-            return x + layer.residual_scale * layer.mix(h, outputs + [layer.mlp(h)])
-        x = x + layer.residual_scale * layer.mix(h, outputs)
-        y = layer.mlp(layer.pre_mlp_layernorm(x))
-        return x + layer.mlp_residual_scale * (y if layer.mlp_norm is None else layer.mlp_norm(y))
-
     def forward(self, ids, past):
-        t, before, rope, present = ids.shape[1], iter(past), None, []
+        t = ids.shape[1]
+        past = list(past)
+        present = []
+        seen = past.pop(0) if self.window else None
+        state = dict(zip(self.sizes, past))
+        rope = caches = None
         if self.attends:
-            seen = next(before) if self.window else past[0].shape[2]
+            S = state['k.0'].shape[2]
             if self.window:
                 present.append(seen + t)
-            positions = torch.arange(t, device=ids.device) + seen
+            positions = torch.arange(t, device=ids.device) + (seen if self.window else S)
             angles = positions.float()[:, None, None] * self.inv_freq           # (t, 1, P/2)
             rope = angles.cos(), angles.sin()
-        x = self.net.embedding()(ids)                                           # (B, t, D)
-        if 'embed_norm' in self.body:
-            x = self.body['embed_norm'](x)
-        for layer in self.body.layers:
-            x = self.layer(layer, x, rope, before, present)
-        x = (self.body.norm_f if 'norm_f' in self.body else self.body.norm)(x)
-        return self.net.lm_head(x), present
+            caches = Caches(t, S, self.window, self.kept, ids.device)
+        with substituted(**self.operations):
+            logits = self.net.lm_head(self.hidden_states(self.net, ids, state, rope, caches))
+        return logits, present + [state[name] for name in self.sizes]
 
 
-class Whole(nn.Module):
+class FullGraph(nn.Module):
     """ids (B, T) int64 → logits (B, T, V)."""
 
     def __init__(self, net):
@@ -253,55 +291,17 @@ class Whole(nn.Module):
 
     def forward(self, ids):
         past = self.steps.empty(1)
-        return self.steps(ids, [u if u.dtype == torch.long else u.expand(ids.shape[0], *u.shape[1:]) for u in past])[0]
+        past = [u if u.dtype == torch.long else u.expand(ids.shape[0], *u.shape[1:]) for u in past]
+        return self.steps(ids, past)[0]
 
 
 def example(graph):
     """(ids, past) to export a graph with: no size that may change is 0 or 1."""
-    cached = [torch.zeros(*u.shape[:2], 7, u.shape[3]) if u.ndim == 4 and not u.numel() else u for u in graph.empty(3)]
-    return torch.zeros(3, 5, dtype=torch.long), cached
+    past = [u if u.numel() else u.new_zeros(*u.shape[:2], 7, u.shape[3]) for u in graph.empty(3)]
+    return torch.zeros(3, 5, dtype=torch.long), past
 
 
 def metadata(net, tok):
     """What a program that has only the file wants to know of the model: names and values, all strings."""
-    kind = next(kind for kind, (model, _) in checkpoint.MODELS.items() if type(net) is model)
-    found = {'window': 0, **checkpoint.config_of(net), 'kind': kind, 'eot': tok.eot if tok else ''}
-    return {name: str(value) for name, value in found.items()}
-
-
-# --- what came of it ------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def beside(net, tok, start, step, whole, n=64):
-    """The model and what came of its graphs: `step(ids, past)` → (logits, present) with `start(B)` for the past of no tokens, and
-    `whole(ids)` → logits. → dict(logits: the largest difference, in shares of the largest logit if that is above 1; greedy: '64 of 64';
-    same: whether all are; note: the time of a token)."""
-    draw = torch.Generator().manual_seed(0)
-    V, off = net.config.vocab_size, []
-    for B, T in ((1, 1), (2, 5), (3, 83), (1, max(300, min(getattr(net.config, 'window', 0), 2000) + 9))):
-        ids = torch.randint(V, (B, T), generator=draw)
-        want, past, parts = net.step(ids)[0], start(B), []
-        pieces = [3, 1, 1, 20, 1, 40, 1, T]                                     # some tokens at once, and one by one
-        for end, size in zip(itertools.accumulate(pieces), pieces):
-            piece = ids[:, end - size:end]
-            if piece.shape[1]:
-                logits, past = step(piece, past)
-                parts.append(logits)
-        off += [difference(got, want) / max(1.0, want.abs().max().item()) for got in (torch.cat(parts, 1), whole(ids))]
-    prompt, texts, times = ids[0, :8].tolist(), [], []
-    for begin, run in ((lambda B: None, net.step), (start, step)):
-        times.append([])
-        texts.append(greedy(types.SimpleNamespace(step=timed(run, begin, times[-1])), prompt, n, tok.vocab_size if tok else V))
-    ours, theirs = (1000 * statistics.median(some[1:]) for some in times)
-    return dict(logits=max(off), greedy=agree(*texts), same=texts[0] == texts[1],
-                note=f'a token takes {theirs:.2f} ms there, {ours:.2f} ms here; logits are compared in shares of the largest')
-
-
-def timed(step, start, times):
-    """A step that begins with `start` and writes down its seconds."""
-    def run(ids, state):
-        began = time.perf_counter()
-        result = step(ids, start(len(ids)) if state is None else state)
-        times.append(time.perf_counter() - began)
-        return result
-    return run
+    values = {'window': 0, **checkpoint.config_of(net), 'kind': kind_of(net), 'eot': tok.eot if tok else ''}
+    return {name: str(value) for name, value in values.items()}

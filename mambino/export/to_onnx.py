@@ -1,21 +1,21 @@
 """A model in ONNX, which onnxruntime runs in many languages and on many devices, without PyTorch.
 
     python export.py --format=onnx
-    session = onnxruntime.InferenceSession('step.onnx'); logits, *present = session.run(None, {'input_ids': ids, **past})
+    session = onnxruntime.InferenceSession('step.onnx')
+    logits, *present = session.run(None, {'input_ids': ids, **past})
 
-    step.onnx     input_ids (B, t), past_… ──► logits (B, t, V), present_…: the prompt in one step or several, then token by token
+    step.onnx     input_ids (B, t), past_… ──► logits (B, t, V), present_…: a prompt in one step or several, then by token
     model.onnx    input_ids (B, T) ──► logits (B, T, V): whole sequences
 
-What a past is says graphs.py. Each present goes into the next step as the past of its place; before
-the first token the caches of keys and values are empty (S = 0), all others are zeros. All sequences
-of a batch have seen the same number of tokens. The model's settings are among the metadata of both
-files. Both are made of one export: in model.onnx the pasts are made of zeros. Attention and Mamba-2
-take time and memory with the square of the tokens of a step: a text of thousands goes faster
-through step.onnx, some hundred at once.
+What a past is says graphs.py. Each present goes into the next step as the past of its place; before the first token the
+caches of keys and values are empty (S = 0), all others are zeros. All sequences of a batch have seen the same number of
+tokens. The model's settings are among the metadata of both files. Both are made of one export: in model.onnx the pasts are
+made of zeros. Attention and Mamba-2 take time and memory with the square of the tokens of a step: a text of thousands goes
+faster through step.onnx, some hundred at once.
 
-int8: onnxruntime's dynamic quantisation of the matrix products, weights by column, activations as
-they come; the projections that time steps are made of alone and routers stay in fp32. In the hidden
-layers of a small model that moves logits by some percent of the largest.
+int8: onnxruntime's dynamic quantisation of the matrix products, weights by column, activations as they come; the projections
+that time steps are made of alone and routers stay in fp32. In the hidden layers of a small model that moves logits by some
+percent of the largest.
 """
 import importlib
 import os
@@ -23,130 +23,161 @@ import os
 import torch
 
 from mambino.export import graphs
+from mambino.export.compare import compare_steps, silent
 
 PACKAGES = 'onnx onnxscript onnxruntime'
 FILES = 'step.onnx', 'model.onnx'
-EXACT = ('x_proj', 'dt_proj', 'gate', 'controller')  # modules that int8 leaves alone
-LIMIT = {'': 1e-4, 'int8': 0.1}     # of the largest logit
-# bytes of weights in the file itself, whose limit is 2 GB; more lie beside it in ….data
-INSIDE = 1.8e9
+EXACT = ('x_proj', 'dt_proj', 'gate', 'controller')     # modules that int8 leaves alone
+LIMIT = {'': 1e-4, 'int8': 0.1}                         # of the largest logit
+LARGEST = 1.8e9     # bytes of weights in the file itself, whose limit is 2 GB; more lie beside it in ….data
 
 
-def exported(net, tok):
-    """The graph of a step."""
-    for package in ('onnx', 'onnxscript'):  # torch.onnx needs them, and would say so later
+# --- what is written --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def exported_step(net, tok):
+    """The graph of a step, an onnx_ir.Model."""
+    for package in ('onnx', 'onnxscript'):                                      # torch.onnx needs them, and says so late
         importlib.import_module(package)
     graph = graphs.Graph(net).eval()
-    past, present = graph.names()
-    ids, state = graphs.example(graph)
-    B, t, S = (torch.export.Dim(name) for name in ('batch', 'tokens', 'past'))
-    shapes = [{} if u.dtype == torch.long else {0: B, 2: S} if '.key' in name or '.value' in name else {0: B}
-              for u, name in zip(state, past)]
-    with graphs.plain():
-        program = torch.onnx.export(graph, (ids, state), dynamo=True, dynamic_shapes=dict(ids={0: B, 1: t}, past=shapes),
-                                    input_names=['input_ids', *past], output_names=['logits', *present], verbose=False)
+    ids, past = graphs.example(graph)
+    past_names, present_names = graph.names()
+    batch, tokens, slots = (torch.export.Dim(name) for name in ('batch', 'tokens', 'past'))
+    past_shapes = []
+    for name, tensor in zip(past_names, past):
+        if tensor.dtype == torch.long:                                          # the position
+            past_shapes.append({})
+        elif name.endswith(('.key', '.value')):
+            past_shapes.append({0: batch, 2: slots})
+        else:
+            past_shapes.append({0: batch})
+    with silent():
+        program = torch.onnx.export(
+            graph, (ids, past), dynamo=True, verbose=False, dynamic_shapes=dict(ids={0: batch, 1: tokens}, past=past_shapes),
+            input_names=['input_ids', *past_names], output_names=['logits', *present_names])
     program.model.producer_name = 'mambino'
     program.model.metadata_props.update(graphs.metadata(net, tok))
     return program.model
 
 
 def begin_with_nothing(model):
-    """Changes the graph of a step to that of a whole sequence: its pasts are what is there before
-    the first token."""
+    """Changes the graph of a step to that of a whole sequence: its pasts are what is there before the first token."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
     graph = model.graph
     ids, *pasts = graph.inputs
-    nodes = [ir.node('Shape', [ids], dict(start=0, end=1))]
+    batch = ir.node('Shape', [ids], dict(start=0, end=1))
+    nodes = [batch]
 
     def constant(name, values):
         value = ir.Value(name=name, const_value=ir.tensor(values, dtype=ir.DataType.INT64, name=name))
-        value.shape, value.dtype = ir.Shape([len(values)]), ir.DataType.INT64
+        value.shape = ir.Shape([len(values)])
+        value.dtype = ir.DataType.INT64
         graph.initializers[name] = value
         return value
+
     for past in pasts:
-        if past.dtype == ir.DataType.INT64:
+        if past.dtype == ir.DataType.INT64:                                     # the position
             zeros = constant(f'{past.name}.zero', [0])
         else:
-            sizes = [n if isinstance(n, int) else 0 for n in past.shape[1:]]
-            nodes.append(ir.node('Concat', [nodes[0].outputs[0], constant(f'{past.name}.sizes', sizes)], dict(axis=0)))
-            nodes.append(ir.node('ConstantOfShape', [nodes[-1].outputs[0]]))
-            zeros = nodes[-1].outputs[0]
+            sizes = constant(f'{past.name}.sizes', [n if isinstance(n, int) else 0 for n in past.shape[1:]])
+            shape = ir.node('Concat', [batch.outputs[0], sizes], dict(axis=0))
+            fill = ir.node('ConstantOfShape', [shape.outputs[0]])
+            nodes += [shape, fill]
+            zeros = fill.outputs[0]
         ir.convenience.replace_all_uses_with(past, zeros)
     graph.insert_before(graph[0], nodes)
     del graph.inputs[1:], graph.outputs[1:]
     RemoveUnusedNodesPass()(model)
-    for node in graph.all_nodes():  # shapes that were said of a step
+    for node in graph.all_nodes():                                              # shapes that were said of a step
         for value in node.outputs:
             if value not in graph.outputs:
                 value.shape = None
 
 
-def save(model, path, outside):
+def save(model, path, beside):
+    """beside: whether the weights go into a file of their own."""
     import onnx_ir
-    onnx_ir.save(model, path, external_data=os.path.basename(path) + '.data' if outside else None)
+    onnx_ir.save(model, path, external_data=os.path.basename(path) + '.data' if beside else None)
 
 
-def save_int8(model, path, outside):
+def save_int8(model, path, beside):
     """The file with int8 matrices; of large ones, too, the products must be with constants."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxscript.optimizer import fold_constants
     fold_constants(model, input_size_limit=2**40, output_size_limit=2**40)
-    exact = [node.name for node in model.graph if node.op_type == 'MatMul'
-             and any(f".{part}'" in node.metadata_props.get('pkg.torch.onnx.name_scopes', '') for part in EXACT)]
-    whole = path + '.fp32'
-    save(model, whole, outside)
-    with graphs.silent():
-        quantize_dynamic(whole, path, op_types_to_quantize=['MatMul'], per_channel=True, weight_type=QuantType.QInt8,
-                         nodes_to_exclude=exact, use_external_data_format=outside)
-    for file in [whole] + [whole + '.data'] * outside:
+    exact = [node.name for node in model.graph if node.op_type == 'MatMul' and is_exact(node)]
+    unrounded = path + '.fp32'
+    save(model, unrounded, beside)
+    with silent():                              # unsigned: the sums of signed ones overflow on a CPU without VNNI
+        quantize_dynamic(unrounded, path, op_types_to_quantize=['MatMul'], per_channel=True, weight_type=QuantType.QUInt8,
+                         nodes_to_exclude=exact, use_external_data_format=beside)
+    for file in [unrounded] + [unrounded + '.data'] * beside:
         os.remove(file)
 
 
+def is_exact(node):
+    """Whether a node comes from a module that int8 leaves alone."""
+    scopes = node.metadata_props.get('pkg.torch.onnx.name_scopes', '')
+    return any(f".{module}'" in scopes for module in EXACT)
+
+
 def write(net, tok, folder, quantize='', **_):
-    """step.onnx, model.onnx, tokenizer.json. ValueError for what ONNX cannot be given."""
+    """Writes step.onnx, model.onnx, tokenizer.json. ValueError for what ONNX cannot be given."""
     if quantize not in LIMIT:
         raise ValueError(f'ONNX files are written in fp32 or int8, not {quantize}: take --quantize=int8, or GGUF for 4 bits')
     if quantize:
-        importlib.import_module('onnxruntime')  # before the long work
-    model = exported(net, tok)
-    outside = 4 * net.num_params() > INSIDE
-    for name in FILES:
-        if name == 'model.onnx':
-            begin_with_nothing(model)
-        (save_int8 if quantize else save)(model, os.path.join(folder, name), outside)
+        importlib.import_module('onnxruntime')                                  # before the long work
+    model = exported_step(net, tok)
+    beside = 4 * net.num_params() > LARGEST
+    save_file = save_int8 if quantize else save
+    step_file, full_file = FILES
+    save_file(model, os.path.join(folder, step_file), beside)
+    begin_with_nothing(model)
+    save_file(model, os.path.join(folder, full_file), beside)
     if tok:
         tok.save(folder)
-
-
-def session(path):
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-    return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-
-
-def verify(net, tok, folder, quantize='', **_):
-    """Both files in onnxruntime, beside the model: logits of whole sequences and of steps, and
-    greedy text."""
-    import onnxruntime
-    step, whole = (session(os.path.join(folder, name)) for name in FILES)
-    pasts = step.get_inputs()[1:]
-
-    def start(B):
-        sizes = [[B if n == 'batch' else n if isinstance(n, int) else 0 for n in past.shape] for past in pasts]
-        return [torch.zeros(size, dtype=torch.long if past.type == 'tensor(int64)' else torch.float32).numpy()
-                for size, past in zip(sizes, pasts)]
-
-    def run(ids, past):
-        logits, *present = step.run(None, {'input_ids': ids.numpy(), **{u.name: value for u, value in zip(pasts, past)}})
-        return torch.from_numpy(logits), present
-    found = graphs.beside(net, tok, start, run, lambda ids: torch.from_numpy(whole.run(None, {'input_ids': ids.numpy()})[0]))
-    same = found.pop('same') or bool(quantize)
-    limit = LIMIT[quantize]
-    return dict(tool=f'onnxruntime {onnxruntime.__version__}', limit=limit, ok=same and found['logits'] <= limit, **found)
 
 
 def opening(name, **_):
     """The lines that open the files, for the card."""
     return f'import onnxruntime\nmodel = onnxruntime.InferenceSession({FILES[1]!r})     # step.onnx goes token by token'
+
+
+# --- the proof --------------------------------------------------------------------------------------
+
+def session(path):
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+
+
+def verify(net, tok, folder, quantize='', **_):
+    """Both files in onnxruntime, beside the model: logits of whole sequences and of steps, and greedy text. → a check, see
+    compare.py."""
+    import onnxruntime
+    step, full = (session(os.path.join(folder, name)) for name in FILES)
+    pasts = step.get_inputs()[1:]
+
+    def empty(B):
+        past = []
+        for tensor in pasts:
+            size = [B if n == 'batch' else n if isinstance(n, int) else 0 for n in tensor.shape]
+            dtype = torch.long if tensor.type == 'tensor(int64)' else torch.float32
+            past.append(torch.zeros(size, dtype=dtype).numpy())
+        return past
+
+    def run_step(ids, past):
+        inputs = {tensor.name: value for tensor, value in zip(pasts, past)}
+        logits, *present = step.run(None, {'input_ids': ids.numpy(), **inputs})
+        return torch.from_numpy(logits), present
+
+    def run_full(ids):
+        return torch.from_numpy(full.run(None, {'input_ids': ids.numpy()})[0])
+
+    check = compare_steps(net, tok, empty, run_step, run_full)
+    same = check.pop('same') or bool(quantize)                                  # rounding may change the text
+    limit = LIMIT[quantize]
+    return dict(tool=f'onnxruntime {onnxruntime.__version__}', limit=limit, ok=same and check['logits'] <= limit, **check)

@@ -1,17 +1,16 @@
-"""A model as TorchScript and as a torch.export program: code and weights in a file, for PyTorch
-without these scripts, Python or C++.
+"""A model as TorchScript and as a torch.export program: code and weights in a file, for PyTorch without these scripts, in
+Python or C++.
 
     python export.py --format=torchscript
     step = torch.jit.load('step.ts'); logits, past = step(ids, step.empty(1)); logits, past = step(ids, past)
     model = torch.export.load('model.pt2').module(); logits = model(ids)
 
-step.ts is the stateful step of graphs.py, traced: ids (B, t), the list `past` → logits (B, t, V),
-the list to go on with, for any B and t. Its functions with a state are compiled from their source,
-so no size and no number of steps of the trace is left in it. `empty(B)` makes the first past. The
-file of torch.jit.load(…, _extra_files={'model.json': ''}) has the settings and names of the list.
+step.ts is the stateful step of graphs.py, traced: ids (B, t), the list `past` → logits (B, t, V), the list to go on with, for
+any B and t. Its loops are compiled from their source, so no size and no number of steps of the trace is left in it.
+`empty(B)` makes the first past. The file of torch.jit.load(…, _extra_files={'model.json': ''}) has the settings and names of
+the list.
 
-model.pt2 is the whole-sequence graph, ids (B, T) → logits (B, T, V). PyTorch means torch.export to
-follow TorchScript.
+model.pt2 is the whole-sequence graph, ids (B, T) → logits (B, T, V). PyTorch means torch.export to follow TorchScript.
 """
 import copy
 import io
@@ -21,6 +20,7 @@ import os
 import torch
 
 from mambino.export import graphs
+from mambino.export.compare import compare_steps, silent
 
 PACKAGES = ''
 FILES = 'step.ts', 'model.pt2'
@@ -32,7 +32,8 @@ class Step(torch.nn.Module):
 
     def __init__(self, traced, past: list[torch.Tensor]):
         super().__init__()
-        self.traced, self.counts = traced, past[0].dtype == torch.long
+        self.traced = traced
+        self.has_position = past[0].dtype == torch.long
         self.sizes: list[list[int]] = [list(u.shape) for u in past]
 
     def forward(self, ids: torch.Tensor, past: list[torch.Tensor]):
@@ -42,49 +43,61 @@ class Step(torch.nn.Module):
     def empty(self, B: int) -> list[torch.Tensor]:
         past: list[torch.Tensor] = []
         for i, size in enumerate(self.sizes):
-            if self.counts and i == 0:
+            if self.has_position and i == 0:
                 past.append(torch.zeros(1, dtype=torch.long))
             else:
                 past.append(torch.zeros([B] + size[1:]))
         return past
 
 
-def save(path, how, *what, **more):
+def save(path, save_to, program, **options):
     """By way of memory: where torch writes to the disk itself, a full one ends the process."""
     buffer = io.BytesIO()
-    how(*what, buffer, **more)
+    save_to(program, buffer, **options)
     with open(path, 'wb') as f:
         f.write(buffer.getbuffer())
 
 
+def traced_step(net):
+    """The step as TorchScript, and the names of its list where it goes in and where it comes out."""
+    graph = graphs.Graph(net, scripted=True).eval()
+    traced = torch.jit.trace(graph, graphs.example(graph), strict=False, check_trace=False)
+    return torch.jit.script(Step(traced, graph.empty(1))), graph.names()
+
+
+def exported_program(net):
+    """The whole-sequence graph by torch.export, for any number of sequences and tokens."""
+    graph = graphs.FullGraph(net).eval()
+    ids, _ = graphs.example(graph.steps)
+    sizes = {0: torch.export.Dim('batch'), 1: torch.export.Dim('tokens')}
+    return torch.export.export(graph, (ids,), dynamic_shapes=(sizes,))
+
+
+@torch.no_grad()
 def write(net, tok, folder, quantize='', **_):
-    """step.ts, model.pt2, tokenizer.json. ValueError for what TorchScript cannot be given."""
+    """Writes step.ts, model.pt2, tokenizer.json. ValueError for what TorchScript cannot be given."""
     if quantize:
-        raise ValueError(f'TorchScript files are written in fp32, not {quantize}: leave --quantize empty, or take ONNX for int8')
-    net = copy.deepcopy(net).requires_grad_(False)  # so that nobody has to say no_grad
-    with graphs.plain():
-        graph = graphs.Graph(net, scripted=True).eval()
-        step = torch.jit.script(Step(torch.jit.trace(graph, graphs.example(graph), strict=False, check_trace=False), graph.empty(1)))
-        past, present = graph.names()
-        about = json.dumps(dict(graphs.metadata(net, tok), past=past, present=present))
-        save(os.path.join(folder, FILES[0]), torch.jit.save, step, _extra_files={'model.json': about})
-        ids = graphs.example(graph)[0]
-        program = torch.export.export(graphs.Whole(net).eval(), (ids,), dynamic_shapes=(
-            {0: torch.export.Dim('batch'), 1: torch.export.Dim('tokens')},))
-        save(os.path.join(folder, FILES[1]), torch.export.save, program)
+        raise ValueError(f'TorchScript files are written in fp32, not {quantize}: leave --quantize empty, '
+                         'or take ONNX for int8')
+    net = copy.deepcopy(net).requires_grad_(False)                              # so that nobody has to say no_grad
+    with silent():
+        step, (past, present) = traced_step(net)
+        facts = json.dumps(dict(graphs.metadata(net, tok), past=past, present=present))
+        save(os.path.join(folder, FILES[0]), torch.jit.save, step, _extra_files={'model.json': facts})
+        save(os.path.join(folder, FILES[1]), torch.export.save, exported_program(net))
     if tok:
         tok.save(folder)
 
 
 def verify(net, tok, folder, quantize='', **_):
-    """Both files, loaded again, beside the model: logits of whole sequences and of steps, and
-    greedy text."""
-    with graphs.silent():
+    """Loads both files again, beside the model: logits of whole sequences and of steps, and greedy text. → a check, see
+    compare.py."""
+    with silent():
         step = torch.jit.load(os.path.join(folder, FILES[0]))
-        whole = torch.export.load(os.path.join(folder, FILES[1])).module()
-        found = graphs.beside(net, tok, step.empty, step, whole)
-    same = found.pop('same')
-    return dict(tool=f'torch {torch.__version__} from the files alone', limit=LIMIT, ok=same and found['logits'] <= LIMIT, **found)
+        full = torch.export.load(os.path.join(folder, FILES[1])).module()
+        check = compare_steps(net, tok, step.empty, step, full)
+    ok = check.pop('same') and check['logits'] <= LIMIT
+    return dict(tool=f'torch {torch.__version__} from the files alone', limit=LIMIT, ok=ok, **check)
 
 
 def opening(name, **_):

@@ -12,9 +12,9 @@ import torch
 
 from mambino.kernels import anywhere, cpu, cuda, native  # noqa: F401, to offer their kernels
 from mambino.kernels.cpu import portable
-from mambino.kernels.registry import ENABLED, KERNELS, fast
+from mambino.kernels.registry import ENABLED, KERNELS, fast, substituted
 
-__all__ = ['compiled', 'describe_kernels', 'fast', 'portable']
+__all__ = ['compiled', 'describe_kernels', 'fast', 'portable', 'substituted']
 
 
 def describe_kernels(device='cpu'):

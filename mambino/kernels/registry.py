@@ -13,11 +13,13 @@ computes. With MAMBINO_KERNELS=0 in the environment there are no kernels: every 
 same, later. """
 import functools
 import os
+from contextlib import contextmanager
 
 ENABLED = os.environ.get('MAMBINO_KERNELS') != '0'
 ORDER = ('cpu', 'cuda', 'anywhere')     # the files in which kernels stand, as they are asked
 KERNELS = {}                            # {name of an operation: its kernels, in that order}
 DEFINITIONS = {}                        # {name of an operation: its definition}
+_substitutes = None                     # {name of an operation: a function}, within `substituted`
 
 
 def kernel(function):
@@ -36,6 +38,8 @@ def fast(definition):
 
     @functools.wraps(definition)
     def operation(*args, **kwargs):
+        if _substitutes is not None:
+            return _substitutes.get(name, definition)(*args, **kwargs)
         for candidate in KERNELS.get(name, ()) if ENABLED else ():
             result = candidate(*args, **kwargs)
             if result is not NotImplemented:
@@ -44,3 +48,15 @@ def fast(definition):
 
     operation.definition = definition
     return operation
+
+
+@contextmanager
+def substituted(**functions):
+    """Within, an operation is the function of its name, else its definition; no kernel computes. For a graph, which cannot hold
+    kernels, nor some of the definitions."""
+    global _substitutes
+    before, _substitutes = _substitutes, functions
+    try:
+        yield
+    finally:
+        _substitutes = before
