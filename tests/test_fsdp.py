@@ -131,8 +131,8 @@ def same_run(a, b):
     assert sorted(os.listdir(a)) == sorted(os.listdir(b)) == ['best.pt', 'ckpt.pt', 'metrics.jsonl']
 
 
-# With experts in float64: an expert sees few of so few tokens, and where its gradient is little more than rounding AdamW
-# divides that by its own size. In float32 one process is 1.2e-5 from itself with micro-batches of 4 in the place of 8.
+# With experts in float64: an expert sees few of so few tokens, and where its gradient is little more than rounding
+# AdamW divides that by its own size. In float32 one process with micro-batches of 4 is 1.2e-5 from one of 8.
 CASES = [
     'gpt adamw --gradient_checkpointing=True',
     'gpt muon --n_layer=3 --n_expert=4 --aux_loss=0 --capacity_factor=0',

@@ -17,7 +17,8 @@ MODELS = {
     "gpt": (GPT, GPT_SIZE),
     "gpt-gqa-window": (GPT, dict(GPT_SIZE, n_kv_head=2, window=WINDOW)),
     "gpt-qknorm-untied": (GPT, dict(GPT_SIZE, n_kv_head=1, head_dim=16, qk_norm=True, tie_embeddings=False)),
-    "gpt-experts": (GPT, dict(GPT_SIZE, n_expert=8, n_expert_active=4, intermediate_size=16)),  # fewer: bf16 would choose others
+    # with fewer active ones bf16 would choose others
+    "gpt-experts": (GPT, dict(GPT_SIZE, n_expert=8, n_expert_active=4, intermediate_size=16)),
     "mamba1": (Mamba, dict(SSM_SIZE, version=1)),
     "mamba2": (Mamba, dict(SSM_SIZE, head_dim=16)),
     "mamba2-groups-untied": (Mamba, dict(SSM_SIZE, head_dim=8, n_groups=2, tie_embeddings=False)),
@@ -51,20 +52,23 @@ def assert_close(got, want, tolerance=1e-4):
 
 
 def assert_same(run, reference, inputs, through=None):
-    """run in fp32 and reference in float64: outputs, and gradients of all inputs, differ by 1e-5 of their largest value.
-    through: index of the output that the gradients come from; None: all."""
+    """run in fp32 and reference in float64: outputs, and gradients of all inputs, differ by 1e-5 of
+    their largest value. through: index of the output that the gradients come from; None: all."""
     results = []
     for function, dtype in ((run, torch.float32), (reference, torch.float64)):
         leaves = [u.to(dtype).requires_grad_() for u in inputs]
         outputs = function(*leaves)
         torch.manual_seed(1)
         pairs = [(u, torch.randn(u.shape).to(dtype)) for u in outputs]
-        ends, weights = zip(*(pairs if through is None else [pairs[through]]))
-        results.append([*outputs, *torch.autograd.grad(ends, leaves, weights, allow_unused=True, materialize_grads=True)])
+        sources, weights = zip(*(pairs if through is None else [pairs[through]]))
+        gradients = torch.autograd.grad(
+            sources, leaves, weights, allow_unused=True, materialize_grads=True)
+        results.append([*outputs, *gradients])
     for i, (got, want) in enumerate(zip(*results)):
         name = f"output {i}" if i < len(outputs) else f"gradient of input {i - len(outputs)}"
         assert got.dtype == torch.float32 and torch.isfinite(got).all(), f"{name} is not finite fp32"
-        error = ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()  # exp(-800) has no digits in fp32
+        largest = want.abs().max().clamp(min=1e-30)         # exp(-800) has no digits in fp32
+        error = ((got - want).abs().max() / largest).item()
         assert error <= 1e-5, f"{name} is off by {error:.2g} of its largest value"
 
 
@@ -83,9 +87,12 @@ PEERS = {
     "qwen3": ("Qwen3", dict(LLAMA, head_dim=24), GPT, dict(OURS, qk_norm=True, head_dim=24)),
     "qwen3-untied": ("Qwen3", dict(LLAMA, head_dim=16, tie_word_embeddings=False),
                      GPT, dict(OURS, qk_norm=True, tie_embeddings=False)),
-    "mistral": ("Mistral", dict(LLAMA, sliding_window=WINDOW, attn_implementation="eager"), GPT, dict(OURS, window=WINDOW)),
-    "mixtral": ("Mixtral", dict(EXPERTS, num_key_value_heads=4), GPT, dict(OURS, n_kv_head=4, n_expert=4)),
-    "mixtral-gqa": ("Mixtral", dict(EXPERTS, num_experts_per_tok=3), GPT, dict(OURS, n_expert=4, n_expert_active=3)),
+    "mistral": ("Mistral", dict(LLAMA, sliding_window=WINDOW, attn_implementation="eager"),
+                GPT, dict(OURS, window=WINDOW)),
+    "mixtral": ("Mixtral", dict(EXPERTS, num_key_value_heads=4),
+                GPT, dict(OURS, n_kv_head=4, n_expert=4)),
+    "mixtral-gqa": ("Mixtral", dict(EXPERTS, num_experts_per_tok=3),
+                    GPT, dict(OURS, n_expert=4, n_expert_active=3)),
     "mamba1": ("Mamba", SSM, Mamba, dict(OURS2, version=1)),
     "mamba1-untied": ("Mamba", dict(SSM, conv_kernel=3, expand=3, tie_word_embeddings=False),
                       Mamba, dict(OURS2, version=1, conv_kernel=3, expand=3, tie_embeddings=False)),
@@ -124,6 +131,8 @@ def random_dt(kind, shape):
     if kind == "usual":
         return torch.empty(shape).uniform_(1e-3, 0.1)
     if kind == "extreme":
-        return torch.exp(torch.empty(shape).uniform_(math.log(1e-7), math.log(500))).clamp(1e-6, 50)  # often the ends
-    t = torch.arange(shape[1])[:, None]                                         # 'cliff': great steps among tiny ones, but
-    return torch.where(t % 40 == 5, 50.0, 1e-6).expand(shape).clone()           # not at the end: only zeros would be left
+        logs = torch.empty(shape).uniform_(math.log(1e-7), math.log(500))
+        return torch.exp(logs).clamp(1e-6, 50)              # often the ends
+    # 'cliff': great steps among tiny ones, but not at the end, where only zeros would be left
+    t = torch.arange(shape[1])[:, None]
+    return torch.where(t % 40 == 5, 50.0, 1e-6).expand(shape).clone()

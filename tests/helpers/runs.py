@@ -14,8 +14,8 @@ import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-TINY = '--dataset=tiny --n_layer=1 --n_embd=32 --block_size=16 --batch_size=2 --device=cpu --dtype=float32 --eval_interval=5 ' \
-       '--log_interval=1 --max_iters=20 --tokens_per_step=64'
+TINY = ('--dataset=tiny --n_layer=1 --n_embd=32 --block_size=16 --batch_size=2 --tokens_per_step=64 --max_iters=20 '
+        '--eval_interval=5 --log_interval=1 --device=cpu --dtype=float32')
 TIMES = {'seconds', 'tokens_per_s', 'mfu', 'memory', 'time'}  # what no two runs have in common
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='POSIX signals and limits')
 
@@ -40,13 +40,14 @@ def train(*lines, status=0):
     assert script('train.py', TINY, *lines) == status
 
 
-def launch(*lines, before='', module='', **how):
+def launch(*lines, before='', module='', **options):
     """The same in a process of its own, after the Python statements `before`."""
     code = f'{before}\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    begin = ['-m', *module.split()] if module else ['-c', code]
+    python = [sys.executable, *(['-m', *module.split()] if module else ['-c', code])]
+    command = [*python, os.path.join(ROOT, 'train.py'), *shlex.split(' '.join((TINY, *lines)))]
     env = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'}
-    return subprocess.Popen([sys.executable, *begin, os.path.join(ROOT, 'train.py'), *shlex.split(' '.join((TINY, *lines)))],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8', env=env, **how)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8',
+                            env=env, **options)
 
 
 def wait_for_lines(process, n, log='out/metrics.jsonl'):
