@@ -107,8 +107,7 @@ def test_append_that_is_killed(corpus):
     prepare(corpus, 'new.jsonl', '--append', '--out=data/y')
     for block in 1, 3:
         driven(
-            corpus,
-            DIES.format(commit=True, block=block),
+            corpus, DIES.format(commit=True, block=block),
             'new.jsonl', '--append', '--out=data/x', code=9)
         assert files(corpus / 'data' / 'x') == old
     prepare(corpus, 'new.jsonl', '--append', '--out=data/x')

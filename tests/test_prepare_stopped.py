@@ -245,8 +245,7 @@ def test_going_on_in_the_middle_of_encoding(corpus, commit):
     prepare(corpus, 'mine', '--vocab_size=300', '--out=data/a')
     for block in (1, 4):
         driven(
-            corpus,
-            DIES.format(commit=commit, block=block),
+            corpus, DIES.format(commit=commit, block=block),
             'mine', '--vocab_size=300', '--out=data/b', code=9)
     assert not (corpus / 'data' / 'b').exists()
     said = driven(corpus, 'spool.BLOCK = 20_000', 'mine', '--vocab_size=300', '--out=data/b')
@@ -263,12 +262,10 @@ def test_another_run_between_is_not_mistaken_for_this_one(corpus):
     write(corpus / 'mine' / 'rows.jsonl', jsonl(*(prose(500, i) for i in range(300))))
     prepare(corpus, 'mine', '--tokenizer=byte', '--out=data/a')
     driven(
-        corpus,
-        DIES.format(commit=True, block=4),
+        corpus, DIES.format(commit=True, block=4),
         'mine', '--tokenizer=byte', '--out=data/b', code=9)
     driven(
-        corpus,
-        DIES.format(commit=False, block=2),
+        corpus, DIES.format(commit=False, block=2),
         'mine', '--vocab_size=300', '--out=data/b', code=9)
     driven(corpus, 'spool.BLOCK = 20_000', 'mine', '--tokenizer=byte', '--out=data/b')
     assert files(corpus / 'data' / 'a') == files(corpus / 'data' / 'b')
