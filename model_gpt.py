@@ -14,7 +14,8 @@ an expert takes at most. Parameters have the names and shapes of transformers' L
 MixtralForCausalLM), so `load_state_dict` works in both directions.
 
 What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner,
-where it can. """
+where it can.
+"""
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

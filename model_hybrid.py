@@ -22,7 +22,8 @@ size the gate costs nothing and gains nothing.
 `scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, for
 decoders): the depth then leaves the size of an update unchanged. `low_rank=r` makes every
 projection a product of two thin matrices. The parts come from model_gpt.py and model_mamba.py; the
-letters of the shapes are theirs. """
+letters of the shapes are theirs.
+"""
 from dataclasses import dataclass
 
 import torch

@@ -22,7 +22,8 @@ of the reference implementation (state-spaces/mamba), on which quality depends m
 things here.
 
 What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner,
-where it can. """
+where it can.
+"""
 import math
 from dataclasses import dataclass
 

@@ -15,7 +15,8 @@ came before:
                     └────────────────────────────────────────────────────────────────┘
 
 In mambino/sample/ generation.py does that, for many rows at once; text.py turns ids into text;
-sessions.py keeps a state for later; terminal.py is what is shown. """
+sessions.py keeps a state for later; terminal.py is what is shown.
+"""
 import os
 import sys
 from functools import partial

@@ -7,7 +7,8 @@ layers.
 
 Without a window slot s of a cache (B, G, S, P) holds position s, and S grows by doubling. With one
 it is a ring of S = window slots: slot s holds the latest position p with p % S = s. Caches are
-written in place. Letters of the shapes: B batch, G key heads, S slots, P head size. """
+written in place. Letters of the shapes: B batch, G key heads, S slots, P head size.
+"""
 import functools
 
 import torch

@@ -130,3 +130,26 @@ def net(request):
     """A small model of each kind."""
     from helpers.sampling import small_net
     return small_net(request.param)
+
+
+@pytest.fixture(params=['compiled', 'anywhere', 'defined'])
+def way(request, monkeypatch):
+    """How operations are computed: by native.cpp; by PyTorch, where there is no compiler; by the definitions alone, as
+    with MAMBINO_KERNELS=0."""
+    import torch
+
+    from mambino.kernels import cpu, native, registry
+
+    def as_many_as_items(n, work):
+        """Threads are used however small the work."""
+        return max(1, min(torch.get_num_threads(), n))
+
+    if request.param == 'anywhere':
+        monkeypatch.setattr(native, 'library', lambda: None)
+    if request.param == 'defined':
+        monkeypatch.setattr(registry, 'ENABLED', False)
+    monkeypatch.setattr(cpu, 'thread_count', as_many_as_items)
+    monkeypatch.setattr(native, 'thread_count', as_many_as_items)
+    if request.param == 'compiled' and native.library() is None:
+        pytest.skip('no C++ compiler here: native.cpp is not tested')
+    return request.param

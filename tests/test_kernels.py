@@ -12,9 +12,9 @@ from helpers.models import V, assert_close, assert_same, perturb, random_dt, rec
 import model_gpt
 import model_mamba
 from mambino import language_model
-from mambino.kernels import anywhere, cpu, native, registry
+from mambino.kernels import anywhere, registry
 from mambino.language_model import RMSNorm, linear_cross_entropy, rms_norm
-from model_gpt import apply_rope, attention, rope_tables, swiglu
+from model_gpt import apply_rope, rope_tables, swiglu
 from model_mamba import causal_conv1d, gated_rms_norm, mamba1_scan, mamba2_scan, selective_scan, ssd
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
@@ -27,23 +27,6 @@ OPERATIONS = {
 }
 MODULES = {name: module for module, names in OPERATIONS.items() for name in names.split()}  # where each is defined
 every_way = pytest.mark.usefixtures("way")
-
-
-@pytest.fixture(params=["compiled", "anywhere", "defined"])
-def way(request, monkeypatch):
-    """By native.cpp; by PyTorch where there is no compiler; by the definitions alone, as with
-    MAMBINO_KERNELS=0."""
-    if request.param == "anywhere":
-        monkeypatch.setattr(native, "library", lambda: None)
-    if request.param == "defined":
-        monkeypatch.setattr(registry, "ENABLED", False)
-    monkeypatch.setattr(
-        cpu, "thread_count", lambda n, work: max(1, min(torch.get_num_threads(), n))
-    )  # however small the work
-    monkeypatch.setattr(native, "thread_count", cpu.thread_count)
-    if request.param == "compiled" and native.library() is None:
-        pytest.skip("no C++ compiler here: native.cpp is not tested")
-    return request.param
 
 
 def raw_dt(kind, shape):
@@ -187,94 +170,6 @@ def test_linear_cross_entropy(chunk):
     )
     nothing = loss(x.requires_grad_(), weight, torch.full_like(targets, -1))
     assert nothing == 0 and torch.autograd.grad(nothing, x)[0].count_nonzero() == 0
-
-
-def visible(T, window):
-    i = torch.arange(T)
-    return (i[:, None] >= i) & (i[:, None] - i < (window or T))
-
-
-@every_way
-@pytest.mark.parametrize("size", [1, 4])                        # of the scores
-@pytest.mark.parametrize("window", [0, 1, 7, 64, 100, 1000])
-@pytest.mark.parametrize(
-    "threads, B, T, H, G, P",
-    [(1, 2, 1, 2, 1, 16), (2, 1, 63, 3, 3, 32), (3, 2, 129, 4, 2, 16), (1, 1, 330, 2, 1, 64)],
-)
-def test_attention(threads, B, T, H, G, P, window, size):
-    torch.set_num_threads(threads)
-    inputs = [torch.randn(B, T, H, P) * size, torch.randn(B, T, G, P), torch.randn(B, T, G, P)]
-
-    def reference(q, k, v):
-        k, v = (u.repeat_interleave(H // G, 2) for u in (k, v))
-        scores = torch.einsum("bihp,bjhp->bhij", q, k) / math.sqrt(P)
-        weights = scores.masked_fill(~visible(T, window), -math.inf).softmax(-1)
-        return [torch.einsum("bhij,bjhp->bihp", weights, v).flatten(2)]
-
-    if T == 1 or window == 1:  # one key each: q and k do not matter
-        q, k, v = inputs
-        got = attention(q.requires_grad_(), k.requires_grad_(), v, window)
-        assert all(g.abs().max() < 1e-4 for g in torch.autograd.grad(got.sum(), (q, k)))
-        assert_same(lambda v: [attention(q.detach(), k.detach(), v, window)],
-                    lambda v: reference(q.detach().double(), k.detach().double(), v), [v])
-    else:
-        assert_same(lambda q, k, v: [attention(q, k, v, window)], reference, inputs)
-
-
-@every_way
-def test_attention_of_very_low_scores():
-    q, k, v = (
-        torch.full((1, 70, 1, 16), -60.0),
-        torch.full((1, 70, 1, 16), 60.0),
-        torch.randn(1, 70, 1, 16),
-    )  # scores of -14,400
-    means = v.cumsum(1) / torch.arange(1, 71)[:, None, None]
-    torch.testing.assert_close(attention(q, k, v), means.flatten(2))
-
-
-@every_way
-def test_attention_dropout():
-    """The weights that stay are those that stay in the backward pass too, and a share of `dropout`
-    goes."""
-    T, P = 130, 16
-    q, k = torch.randn(2, 1, T, 2, P).unbind()
-    weights = torch.empty(1, T, 2, T)
-    for start in range(0, T, P):  # v as unit vectors shows the weights
-        v = torch.zeros(1, T, 2, P)
-        v[0, range(start, min(T, start + P)), :, range(min(P, T - start))] = 1
-        torch.manual_seed(5)
-        weights[..., start:start + P] = attention(q, k, v, dropout=0.3).view(1, T, 2, P)[..., :min(P, T - start)]
-    whole = torch.stack(
-        [
-            (q[0, :, h] @ k[0, :, h].T / P**0.5).masked_fill(~visible(T, 0), -math.inf).softmax(-1)
-            for h in range(2)
-        ],
-        1,
-    )
-    kept = (weights[0] > 0).float()
-    seen = visible(T, 0)[:, None].expand(T, 2, T)
-    assert abs(1 - kept[seen].mean() - 0.3) < 0.02
-    torch.testing.assert_close(weights[0], whole * kept / 0.7, atol=1e-6, rtol=1e-4)
-
-    def run(q, k, v):
-        torch.manual_seed(5)
-        return [attention(q.float(), k.float(), v.float(), dropout=0.3)]
-
-    def reference(q, k, v):
-        w = torch.stack(
-            [
-                (q[0, :, h] @ k[0, :, h].T / P**0.5)
-                .masked_fill(~visible(T, 0), -math.inf)
-                .softmax(-1)
-                for h in range(2)
-            ]
-        )
-        w = w * kept.transpose(0, 1) / 0.7
-        return [torch.stack([w[h] @ v[0, :, h] for h in range(2)], 1)[None].flatten(2)]
-
-    assert_same(run, reference, [q, k, torch.randn(1, T, 2, P)])
-    torch.manual_seed(6)
-    assert (attention(q, k, v, dropout=0.3) > 0).ne(weights[..., -v.shape[-1]:].flatten(2) > 0).any()
 
 
 @every_way

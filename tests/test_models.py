@@ -3,7 +3,8 @@ cut into steps.
 
 All on a CPU with models of a few thousand parameters. Weights are perturbed wherever values are
 compared, since at initialisation norms, biases, D and gates are ones and zeros and would hide a
-mistake in their use. """
+mistake in their use.
+"""
 import io
 import math
 import random

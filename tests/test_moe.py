@@ -2,7 +2,8 @@
 every kind of model.
 
 What every model promises (transformers' logits, step equal to forward, training) test_models.py
-tests for experts, too. """
+tests for experts, too.
+"""
 import math
 from collections import defaultdict
 

@@ -184,7 +184,8 @@ def test_no_kernel_computes_within(monkeypatch):
 
 # --- TorchScript
 
-ALONE = """
+ALONE =
+"""
 import json, sys, torch
 for name in json.loads(sys.argv[1]):
     about = {'model.json': ''}

@@ -10,7 +10,8 @@ definitions, and far less of it.
     experts_swiglu          fixed shapes: no GPU is waited for
 
 Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G groups or key
-heads, P head size, N state size, Q chunk, V vocabulary. """
+heads, P head size, N state size, Q chunk, V vocabulary.
+"""
 import math
 
 import torch

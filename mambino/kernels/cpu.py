@@ -6,7 +6,8 @@ passes to native.cpp, whose items torch's threads share. The functions marked `@
 names and arguments of the definitions in the models' files.
 
 Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G groups or key
-heads, P head size, N state size, Q chunk, V vocabulary. """
+heads, P head size, N state size, Q chunk, V vocabulary.
+"""
 from contextlib import contextmanager
 
 import torch

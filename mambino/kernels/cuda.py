@@ -3,7 +3,8 @@ the right numbers, flex_attention for windows, grouped products for experts, and
 compiled chunk by chunk.
 
 mamba-ssm's Triton parts are enough; its CUDA extension need not have been built. Letters of the
-shapes as in anywhere.py. """
+shapes as in anywhere.py.
+"""
 import functools
 import importlib
 import importlib.util

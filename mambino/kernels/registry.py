@@ -10,7 +10,8 @@
 
 A call asks the kernels of that name one after another; where none applies, the definition itself
 computes. With MAMBINO_KERNELS=0 in the environment there are no kernels: every number stays the
-same, later. """
+same, later.
+"""
 import functools
 import os
 from contextlib import contextmanager
@@ -52,8 +53,8 @@ def fast(definition):
 
 @contextmanager
 def substituted(**functions):
-    """Within, an operation is the function of its name, else its definition; no kernel computes. For a graph, which cannot hold
-    kernels, nor some of the definitions."""
+    """Within, an operation is the function of its name, else its definition; no kernel computes.
+    For a graph, which cannot hold kernels, nor some of the definitions."""
     global _substitutes
     before, _substitutes = _substitutes, functions
     try:

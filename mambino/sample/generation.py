@@ -13,7 +13,8 @@ none depends on its neighbours:
     prompt ids ──► prefill ──► state, logits ──► draw ──► ids ──► advance ──► state, logits ──► draw …
 
 Letters of the shapes: B rows, t tokens of a step, V vocabulary, K key/value heads, S cache slots, P
-head size. """
+head size.
+"""
 from itertools import count
 
 import torch

@@ -4,7 +4,8 @@
         ...                                                     # fp32, whatever it was in the file
 
 A safetensors file is 8 bytes for the length of a header, the header in JSON, the tensors. Its
-package is not needed, and no code in a file is ever run. """
+package is not needed, and no code in a file is ever run.
+"""
 import json
 import math
 import os
