@@ -83,7 +83,8 @@ adapters = ''           # out_dirs of adapters of this model, or folders of peft
                         # weight: out-a,out-b:0.5
 stream = True           # show the (first) sample while it is generated
 
-explicit = configure(globals())     # of the settings those that the user gave
+with quiet_end():
+    explicit = configure(globals())     # of the settings those that the user gave
 
 # --- what cannot be
 require(globals(), {
@@ -118,12 +119,12 @@ for one, others in EXCLUDES.items():
         if used[one] and used[other]:
             fail(f'{one}={globals()[one]} and {other}={globals()[other]} do not go together: leave out one '
                  'of them')
-for one, other in dict(chat='interactive', fork='session').items():
-    if globals()[one] and not globals()[other]:
-        fail(f'{one}={globals()[one]} needs --{other} too')
 if beams > 1 and (num_samples > beams or not max_new_tokens):
     fail(f'beams={beams} find as many texts, of a length that is known before: '
          f'num_samples={num_samples} must be at most beams, max_new_tokens={max_new_tokens} at least 1')
+for one, other in dict(chat='interactive', fork='session').items():
+    if globals()[one] and not globals()[other]:
+        fail(f'{one}={globals()[one]} needs --{other} too')
 if (interactive or score == '-') and sys.stdin is None:
     fail('there is no standard input to read from: it was closed')
 
@@ -145,9 +146,9 @@ with quiet_end():
         parts = [(ckpt, 1.0), *extra]
         tensors = {f'{n}.{name}.{weight}': tensor for n, (part, weight) in enumerate(parts)
                    for name, tensor in part['weights'].items()}
-        model_print = fingerprint(tensors)
-        text, path, goes_on = open_session(out_dir, session, fork, seed, model_print, where)
-        save = partial(text.save, path, model_print)
+        model_fingerprint = fingerprint(tensors)
+        text, path, goes_on = open_session(out_dir, session, fork, seed, model_fingerprint, where)
+        save = partial(text.save, path, model_fingerprint)
     if goes_on and 'seed' in explicit:
         text.generator.manual_seed(seed)
     opening = start if 'start' in explicit or not (goes_on or interactive) else ''
