@@ -4,11 +4,13 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from helpers.models import perturb
-from helpers.runs import cut, refused, script
+from helpers.runs import ROOT, cut, refused, script
 from helpers.sampling import KINDS, open_run
 
 from mambino.sample import generation
@@ -81,6 +83,16 @@ def test_prompts_from_lines(run, kind):
         flags = f'--start=LINES:lines.txt --num_samples=2 --batch_size={size} --stream=False'
         assert run(kind, flags) == drawn
     assert drawn.startswith(run(kind, '--start=e --num_samples=2'))
+
+
+@pytest.mark.parametrize('flags', ['--help', '--start=e --num_samples=300 --max_new_tokens=60'])
+def test_who_has_read_enough_ends_it_quietly(flags):
+    """As `head` does, in a pipe."""
+    program = [sys.executable, '-u', os.path.join(ROOT, 'sample.py'), '--out_dir=char', '--device=cpu']
+    process = subprocess.Popen([*program, *flags.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait() == 0
 
 
 # --- beams, logprobs, a score ---------------------------------------------------------------------
