@@ -93,26 +93,26 @@ def test_targets_are_the_next_tokens(dataset):
 
 
 def test_a_batch_depends_on_seed_and_numbers_alone(dataset):
-    data, numbers = dataset(), np.arange(40, 88)
-    x, y = data.batch(numbers, 16, 1337)
-    again = dataset().batch(numbers, 16, 1337)
+    data, indices = dataset(), np.arange(40, 88)
+    x, y = data.batch(indices, 16, 1337)
+    again = dataset().batch(indices, 16, 1337)
     np.random.seed(3), torch.manual_seed(3)  # neither is asked
     state = np.random.get_state()[1].copy(), torch.get_rng_state()
-    once_more = data.batch(numbers, 16, 1337)
+    once_more = data.batch(indices, 16, 1337)
     assert (np.random.get_state()[1] == state[0]).all() and torch.equal(
         torch.get_rng_state(), state[1]
     )
     for other in (again, once_more):
         assert torch.equal(x, other[0]) and torch.equal(y, other[1])
-    assert not torch.equal(x, data.batch(numbers, 16, 1338)[0])
-    assert not torch.equal(x, data.batch(numbers + 48, 16, 1337)[0])
-    assert (numbers == np.arange(40, 88)).all()
+    assert not torch.equal(x, data.batch(indices, 16, 1338)[0])
+    assert not torch.equal(x, data.batch(indices + 48, 16, 1337)[0])
+    assert (indices == np.arange(40, 88)).all()
 
 
 @pytest.mark.parametrize('world, micro_steps', [(1, 3), (2, 1), (3, 2), (6, 1)])
 def test_ranks_and_micro_batches_share_the_same_step(dataset, world, micro_steps):
     data, sequences, step = dataset(), 12, 7
-    whole = data.batch(np.arange(step * sequences, (step + 1) * sequences), 16, 1)[0]
+    together = data.batch(np.arange(step * sequences, (step + 1) * sequences), 16, 1)[0]
     share = sequences // world // micro_steps
     parts = [
         data.batch(
@@ -121,7 +121,7 @@ def test_ranks_and_micro_batches_share_the_same_step(dataset, world, micro_steps
         for rank in range(world)
         for micro in range(micro_steps)
     ]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), together)
 
 
 @pytest.mark.parametrize('world', [1, 3])
@@ -150,13 +150,13 @@ def test_evaluation_covers_every_token_but_the_first(
 
 def test_a_shorter_evaluation_is_the_beginning_of_the_whole(dataset):
     data = dataset(val=500)
-    whole = list(data.val_batches(4, 16))
+    everything = list(data.val_batches(4, 16))
     for n in (1, 3, 99):
         part = list(data.val_batches(4, 16, n))
-        assert len(part) == min(n, len(whole))
-        assert all(torch.equal(a, b) for p, w in zip(part, whole) for a, b in zip(p, w))
+        assert len(part) == min(n, len(everything))
+        assert all(torch.equal(a, b) for p, w in zip(part, everything) for a, b in zip(p, w))
     shared = [batch for rank in range(3) for batch in data.val_batches(4, 16, 5, rank, 3)]
-    assert sorted(int(x[0, 0]) for x, _ in shared) == [int(x[0, 0]) for x, _ in whole[:5]]
+    assert sorted(int(x[0, 0]) for x, _ in shared) == [int(x[0, 0]) for x, _ in everything[:5]]
 
 
 def test_a_dataset_alone_reads_what_it_always_read(dataset):
@@ -233,27 +233,27 @@ def test_each_dataset_of_a_mixture_is_read_as_if_alone(mixture):
     """In its own order, epoch by epoch, each window once in each; whatever comes between."""
     x, y = mixture.batch(np.arange(ROUND - 700, ROUND + 700), 16, 7)
     assert (y == x + 1).all() and x.is_contiguous() and y.is_contiguous()
-    before, whole = mixture.counts(ROUND - 700, 7), mixture.counts(ROUND + 700, 7)
+    before, after = mixture.counts(ROUND - 700, 7), mixture.counts(ROUND + 700, 7)
     for i, part in enumerate(mixture.parts):
-        alone = part.batch(np.arange(before[i], whole[i]), 16, 7)
+        alone = part.batch(np.arange(before[i], after[i]), 16, 7)
         assert torch.equal(x[owner(x) == i], alone[0]) and torch.equal(y[owner(x) == i], alone[1])
 
 
 def test_a_mixture_depends_on_seed_and_numbers_alone(mixture):
-    numbers = np.arange(ROUND - 24, ROUND + 24)
-    x, y = mixture.batch(numbers, 16, 1337)
+    indices = np.arange(ROUND - 24, ROUND + 24)
+    x, y = mixture.batch(indices, 16, 1337)
     a, b, c = mixture.parts
     again = Mixture([c, b, a], [0.3, 0.15, 0.55])  # written in another order, to another sum
     assert again.name == mixture.name == 'a:0.55,b:0.15,c:0.3'
-    assert all(torch.equal(*pair) for pair in zip((x, y), again.batch(numbers, 16, 1337)))
+    assert all(torch.equal(*pair) for pair in zip((x, y), again.batch(indices, 16, 1337)))
     for share in (1, 8, 16):  # ranks and micro-batches
         pieces = [
-            mixture.batch(numbers[i : i + share], 16, 1337) for i in reversed(range(0, 48, share))
+            mixture.batch(indices[i : i + share], 16, 1337) for i in reversed(range(0, 48, share))
         ]
         assert torch.equal(torch.cat([piece[0] for piece in reversed(pieces)]), x)
-    assert not torch.equal(x, mixture.batch(numbers, 16, 1338)[0])
-    assert not torch.equal(owner(x), owner(mixture.batch(numbers, 16, 1338)[0]))
-    assert (numbers == np.arange(ROUND - 24, ROUND + 24)).all()
+    assert not torch.equal(x, mixture.batch(indices, 16, 1338)[0])
+    assert not torch.equal(owner(x), owner(mixture.batch(indices, 16, 1338)[0]))
+    assert (indices == np.arange(ROUND - 24, ROUND + 24)).all()
 
 
 def test_the_loss_of_a_mixture_is_the_one_on_what_it_draws(mixture, dataset):

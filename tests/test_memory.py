@@ -81,14 +81,14 @@ def measured(
         'MALLOC_MMAP_THRESHOLD_': '65536',
         'MALLOC_TRIM_THRESHOLD_': '65536',
     }
-    run = subprocess.run(
+    process = subprocess.run(
         [sys.executable, '-c', MEASURE, json.dumps(job)],
         capture_output=True,
         text=True,
         env=env,
         check=True,
     )
-    return int(run.stdout)
+    return int(process.stdout)
 
 
 @pytest.mark.skipif(

@@ -14,14 +14,14 @@ SHAPES = [(16, 16), (16, 48), (48, 16), (16, 16), (24, 40)]
 
 
 @pytest.mark.parametrize(
-    'how', [dict(adjust_lr_fn='match_rms_adamw'), dict(), dict(nesterov=False, momentum=0.8)]
+    'options', [dict(adjust_lr_fn='match_rms_adamw'), dict(), dict(nesterov=False, momentum=0.8)]
 )
-def test_makes_the_steps_of_torchs_muon(how):
+def test_makes_the_steps_of_torchs_muon(options):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     torchs, start = copy.deepcopy(ours), copy.deepcopy(ours)
     optimizers = [
-        kind(params, lr=0.05, weight_decay=0.1, **how)
+        kind(params, lr=0.05, weight_decay=0.1, **options)
         for kind, params in ((Muon, ours), (torch.optim.Muon, torchs))
     ]
     for _ in range(4):
@@ -60,8 +60,8 @@ def test_a_parameter_without_gradient_stays():
 def test_rows_are_matrices_of_their_own(rows):
     stacked = torch.nn.Parameter(torch.randn(20, 8))
     alone = [torch.nn.Parameter(part.clone()) for part in stacked.detach().split(rows)]
-    how = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn='match_rms_adamw')
-    optimizers = Muon([dict(params=[stacked], rows=[rows])], **how), Muon(alone, **how)
+    options = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn='match_rms_adamw')
+    optimizers = Muon([dict(params=[stacked], rows=[rows])], **options), Muon(alone, **options)
     for _ in range(3):
         gradient = torch.randn(20, 8)
         stacked.grad = gradient

@@ -147,27 +147,23 @@ def test_a_model_too_large_for_the_memory(here, capsys):
 
 def pieces(said, out):
     """(micro-batch, checkpointing) as the output says them; the checkpoint agrees."""
-    found = (
-        int(re.findall(r' tokens \(1 x \d+ x (\d+) x 64\)', said)[-1]),
-        'with gradient checkpointing' in said,
-    )
+    micro_batch = int(re.findall(r' tokens \(1 x \d+ x (\d+) x 64\)', said)[-1])
+    checkpointing = 'with gradient checkpointing' in said
     settings = load(f'{out}/ckpt.pt')['settings']
-    assert (
-        settings['batch_size'],
-        settings['gradient_checkpointing'],
-    ) == found and 'vram' not in settings
-    return found
+    assert settings['batch_size'] == micro_batch and 'vram' not in settings
+    assert settings['gradient_checkpointing'] == checkpointing
+    return micro_batch, checkpointing
 
 
 def test_less_memory_changes_the_pieces_but_not_the_steps(here, capsys):
-    found = {}
+    cuts = {}
     for out, flags in dict(much='--vram=4', less='--vram=0.03', little='--vram=0.0135',
                            plain='--vram=0.0135 --gradient_checkpointing=False').items():
         assert script('train.py', LARGE, flags, f'--out_dir={out}') == 0
-        found[out] = pieces(capsys.readouterr().out, out)
-    assert found['much'] == (16, False) and found['less'] in [(16, True), (8, False)]
-    assert found['little'] == (8, True) and found['plain'] in [(4, False), (2, False)]
-    for out in found:
+        cuts[out] = pieces(capsys.readouterr().out, out)
+    assert cuts['much'] == (16, False) and cuts['less'] in [(16, True), (8, False)]
+    assert cuts['little'] == (8, True) and cuts['plain'] in [(4, False), (2, False)]
+    for out in cuts:
         for key in ('loss', 'val_loss'):
             assert metrics(out, key) == pytest.approx(metrics('much', key), abs=1e-5)
 

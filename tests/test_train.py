@@ -277,11 +277,11 @@ def test_weight_decay_can_change_on_the_way(here):
 def test_more_tokens_a_step_go_on_where_the_text_was(here, monkeypatch):
     from mambino.train import batches
     seen, batch = [], batches.Dataset.batch
-    monkeypatch.setattr(
-        batches.Dataset,
-        'batch',
-        lambda self, numbers, *rest: (seen.extend(numbers), batch(self, numbers, *rest))[1],
-    )
+
+    def watched(self, indices, *rest):
+        seen.extend(indices)
+        return batch(self, indices, *rest)
+    monkeypatch.setattr(batches.Dataset, 'batch', watched)
     train('--model=gpt --max_iters=5')
     train('--model=gpt --max_iters=10 --tokens_per_step=128')
     used = list(dict.fromkeys(seen))          # each run fetches one step ahead

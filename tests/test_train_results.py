@@ -121,22 +121,21 @@ def test_patience_stops_early(here, capsys):
 def test_a_mixture_is_drawn_and_evaluated_by_its_weights(here, capsys, monkeypatch):
     seen, batch = {'tiny': [], 'more': []}, batches.Dataset.batch
 
-    def watched(self, numbers, *rest):
-        seen[self.name].extend(numbers)
-        return batch(self, numbers, *rest)
+    def watched(self, indices, *rest):
+        seen[self.name].extend(indices)
+        return batch(self, indices, *rest)
     monkeypatch.setattr(batches.Dataset, 'batch', watched)
     train('--model=gpt --dataset=tiny:3,more:1')
     said, lines = capsys.readouterr().out, metrics()
     assert load()['settings']['dataset'] == 'more:0.25,tiny:0.75'
-    for name, numbers in seen.items():
-        assert numbers == list(range(len(numbers)))  # each its own text, from the beginning
+    for indices in seen.values():
+        assert indices == list(range(len(indices)))  # each its own text, from the beginning
     last = lines[-1]
     assert last['drawn/tiny'] == 1 - last['drawn/more'] and last['step'] == 20
-    assert sum(
-        map(len, seen.values())
-    ) == 82 and all(  # the last micro-batch was fetched for a step that did not come
-        0 <= len(numbers) - 80 * last[f'drawn/{name}'] <= 2 for name, numbers in seen.items()
-    )
+    # the last micro-batch was fetched for a step that did not come
+    assert sum(map(len, seen.values())) == 82
+    for name, indices in seen.items():
+        assert 0 <= len(indices) - 80 * last[f'drawn/{name}'] <= 2
     assert (
         said.count('drawn: ') == 4
         and f'drawn: more {last["drawn/more"]:.1%}  tiny {last["drawn/tiny"]:.1%}\n' in said

@@ -45,8 +45,8 @@ class Loader:
 
     def fetch(self, step_start, offset):
         first = step_start + self.rank * self.sequences + offset
-        numbers = np.arange(first, first + self.micro_batch)
-        x, y = self.data.batch(numbers, self.block_size, self.seed)
+        indices = np.arange(first, first + self.micro_batch)
+        x, y = self.data.batch(indices, self.block_size, self.seed)
         # pinned memory goes over while the GPU still works on the last batch
         if self.device.startswith('cuda'):
             x, y = x.pin_memory(), y.pin_memory()
