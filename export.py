@@ -1,19 +1,19 @@
 """Hands a trained model to other tools: writes the files they read, then opens them with the tool
 itself and compares.
 
-    python export.py --out_dir=out --format=hf                        # → out-hf/, for transformers, vLLM, lm-eval, …
-    python export.py --format=gguf --quantize=int8 --to=phone         # → phone/model-q8_0.gguf for llama.cpp
+    python export.py --out_dir=out --format=hf                 # → out-hf/, for transformers, vLLM, …
+    python export.py --format=gguf --quantize=int8 --to=phone  # → phone/model-q8_0.gguf, for llama.cpp
 
-    out_dir/best.pt ─► model, its adapter merged in ─► a writer for each format ─► to.partial/ ─► checks ─► to/
-                                                       to_hf, to_gguf, to_onnx, …                 logits, greedy text, ids
+    out_dir/best.pt ─► model, ─► a writer for each format ─► to.partial/ ─► checks ─► to/
+         its adapter merged in   to_hf, to_gguf, to_onnx, …                 logits, greedy text, ids
 
-    hf            config.json, model.safetensors, tokenizer.json …        transformers
-    gguf          model-f32.gguf, model-q8_0.gguf or model-q4_0.gguf      llama.cpp and what is built on it
-    onnx          model.onnx for whole texts, step.onnx token by token    onnxruntime
-    torchscript   step.ts, with its code inside                           torch alone, or libtorch in C++
-    safetensors   weights.safetensors, our tensor names                   anything that reads tensors
-    native        best.pt: quantised, or an adapter merged                sample.py --out_dir=…
-    peft          adapter_config.json, adapter_model.safetensors          peft; for what `train.py --adapter=` made
+    hf            config.json, model.safetensors, tokenizer.json …      transformers
+    gguf          model-f32.gguf, model-q8_0.gguf, model-q4_0.gguf      llama.cpp, what is built on it
+    onnx          model.onnx for whole texts, step.onnx by token        onnxruntime
+    torchscript   step.ts, with its code inside                         torch alone, or libtorch in C++
+    safetensors   weights.safetensors, our tensor names                 anything that reads tensors
+    native        best.pt: quantised, or an adapter merged              sample.py --out_dir=…
+    peft          adapter_config.json, adapter_model.safetensors        peft, for train.py's adapters
 
 What a tool cannot compute exactly as this model does is refused, and the nearest thing that works
 is named. A check that fails leaves the files in to.partial, and the exit status is 1. (Of a folder
@@ -25,10 +25,25 @@ import sys
 import torch
 
 from mambino.configurator import configure, fail
-from mambino.export import to_gguf, to_hf, to_native, to_onnx, to_peft, to_safetensors, to_torchscript
+from mambino.export import (
+    to_gguf,
+    to_hf,
+    to_native,
+    to_onnx,
+    to_peft,
+    to_safetensors,
+    to_torchscript,
+)
 from mambino.export.card import card, summary
 from mambino.export.compare import silent
-from mambino.export.folders import check_folder, name_of, new_folder, partial_of, put_in_place, size_of
+from mambino.export.folders import (
+    check_folder,
+    name_of,
+    new_folder,
+    partial_of,
+    put_in_place,
+    size_of,
+)
 from mambino.weights import adapters
 from mambino.weights.checkpoint import load_checkpoint, refuse_quantized, tokenizer_of
 from mambino.weights.loading import model_of
@@ -37,14 +52,21 @@ out_dir = 'out'  # folder of train.py's checkpoints (its best one is taken), or 
 format = 'hf'           # hf, gguf, onnx, torchscript, safetensors, native, peft; several: hf,gguf
 to = ''                 # the folder to write; '': out_dir's name and the formats, such as out-hf
 quantize = ''           # 'int8' or 'int4' weights; '' keeps all 32 bits
-base = ''               # for peft: the base model's name for its users, a folder or on the hub; '': where we would export it
-verify = True           # open what was written with the tool it is for, where that is installed, and compare
+base = ''               # for peft: where its users find the base; '': where we would export it
+verify = True           # open what was written with the tool it is for, if installed, and compare
 force = False           # write into a folder that is not empty, over files of the same names
 
-# A format is a module with write, which fills a folder; verify, which opens it with the tool it is for; opening, the lines
-# that open it; and PACKAGES, what pip must install for that.
-FORMATS = dict(hf=to_hf, gguf=to_gguf, onnx=to_onnx, torchscript=to_torchscript, safetensors=to_safetensors, native=to_native,
-               peft=to_peft)
+# A format is a module with write, which fills a folder; verify, which opens it with the tool it is
+# for; opening, the lines that open it; and PACKAGES, what pip must install for that.
+FORMATS = {
+    'hf': to_hf,
+    'gguf': to_gguf,
+    'onnx': to_onnx,
+    'torchscript': to_torchscript,
+    'safetensors': to_safetensors,
+    'native': to_native,
+    'peft': to_peft,
+}
 
 
 def main():
@@ -54,8 +76,8 @@ def main():
     folder = to or '-'.join([name_of(out_dir), *formats, *filter(None, [quantize])])
     check_folder(folder, out_dir, 'native' in formats, force)
     if 'peft' in formats and not ckpt.get('adapter'):
-        fail(f'format=peft is for adapters, and {out_dir} holds a whole model: --format=hf, or train one with: '
-             f'python train.py config/finetune_lora.py --init_from={out_dir}')
+        fail(f'format=peft is for adapters, and {out_dir} holds a whole model: --format=hf, or '
+             f'train one with: python train.py config/finetune_lora.py --init_from={out_dir}')
 
     net, tok = model_of(ckpt), tokenizer_of(ckpt)
     if ckpt.get('adapter') and formats != ['peft']:
@@ -66,7 +88,8 @@ def main():
     net.requires_grad_(False)
 
     partial = partial_of(folder)
-    job = dict(net=net, tok=tok, folder=partial, quantize=quantize, ckpt=ckpt, base=base or exported_base(ckpt))
+    job = dict(net=net, tok=tok, folder=partial, quantize=quantize, ckpt=ckpt)
+    job['base'] = base or exported_base(ckpt)
     with new_folder(partial, folder):
         for name in formats:
             write(name, job)
@@ -75,7 +98,8 @@ def main():
         ok = all(result is None or result['ok'] for result in checks.values())
         paths = put_in_place(partial, folder) if ok else []
     if not ok:
-        print(f'error: what was written does not compute what {out_dir} does; it stays in {partial} for a look', file=sys.stderr)
+        print(f'error: what was written does not compute what {out_dir} does; it stays in '
+              f'{partial} for a look', file=sys.stderr)
         sys.exit(1)
     for path in paths:
         print(f'{path}  {size_of(path)}')
@@ -93,7 +117,8 @@ def check_settings(formats, quantize):
     if quantize not in ('', 'int8', 'int4'):
         fail(f'quantize={quantize} must be int8, int4 or empty')
     if {'hf', 'peft'} <= {*formats}:
-        fail('format=hf,peft: transformers would add the adapter to weights that have it already; export them into two folders')
+        fail('format=hf,peft: transformers would add the adapter to weights that have it already; '
+             'export them into two folders')
 
 
 def exported_base(ckpt):
@@ -135,13 +160,15 @@ def check(name, job):
 def missing(name, error):
     """What to install for a format whose import failed."""
     package = error.name or error
-    return f'needs a package that is not installed ({package}): pip install {FORMATS[name].PACKAGES or package}'
+    packages = FORMATS[name].PACKAGES or package
+    return f'needs a package that is not installed ({package}): pip install {packages}'
 
 
 def write_card(name, job, checks):
     openings = {format_name: FORMATS[format_name].opening(name, **job) for format_name in checks}
     text = card(name, job['net'], job['ckpt'], openings, checks)
-    with open(os.path.join(job['folder'], 'README.md'), 'w', encoding='utf-8', errors='backslashreplace') as f:
+    path = os.path.join(job['folder'], 'README.md')
+    with open(path, 'w', encoding='utf-8', errors='backslashreplace') as f:
         f.write(text)
 
 

@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 import torch
-
-from mambino.weights import loading
-from mambino.weights import checkpoint
-from mambino.export import to_hf
 from helpers.runs import refused, script, write_text
+
+from mambino.export import to_hf
+from mambino.weights import checkpoint, loading
 
 MODELS = dict(gpt='--model=gpt --n_head=2 --n_kv_head=1 --qk_norm=True', mamba='--model=mamba --state_size=16',
               hybrid='--model=hybrid --n_head=2 --window=16 --state_size=16')

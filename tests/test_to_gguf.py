@@ -5,15 +5,13 @@ import sys
 
 import pytest
 import torch
+from helpers.models import perturb
 
-from mambino.export import compare
-from mambino.export import gguf_tokenizer
-from mambino.export import to_gguf
 from mambino import tokenizer
+from mambino.export import compare, gguf_tokenizer, to_gguf
 from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, MambaConfig
-from helpers.models import perturb
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 

@@ -7,17 +7,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import CONFIG, GPT_SIZE, HYBRID_SIZE, SSM_SIZE, WINDOW, V, assert_close, perturb, tokens
 
+from mambino import tokenizer
+from mambino.export import to_hf
+from mambino.export.compare import greedy, some_texts
 from mambino.weights import from_hf as hf
 from mambino.weights.tensor_files import read_safetensors
-from mambino.export import to_hf
-from mambino import tokenizer
-from mambino.export.compare import greedy, some_texts
 from model_gpt import GPT
 from model_hybrid import Hybrid
 from model_mamba import Mamba
-from helpers.models import (CONFIG, GPT_SIZE, HYBRID_SIZE, SSM_SIZE, V, WINDOW, assert_close, perturb,
-                            tokens)
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 

@@ -11,7 +11,8 @@ import os
 from mambino.export.folders import name_of
 
 # settings to show
-OF_TRAINING = 'optimizer learning_rate schedule tokens_per_step block_size dropout dtype seed'.split()
+OF_TRAINING = ('optimizer', 'learning_rate', 'schedule', 'tokens_per_step', 'block_size', 'dropout',
+               'dtype', 'seed')
 
 
 def card(name, net, ckpt, openings, checks):
@@ -22,8 +23,9 @@ def card(name, net, ckpt, openings, checks):
     if 'hf' in openings:                                                        # what the hub reads
         lines += ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---']
     lines += [f'# {name}', '']
-    lines += [f'A {ckpt["kind"]} language model of {net.num_params() / 1e6:.1f}M parameters: {c["n_layer"]} layers of width '
-              f'{c["n_embd"]}, a vocabulary of {c["vocab_size"]}, trained on windows of {c["block_size"]} tokens with Mambino.', '']
+    lines += [f'A {ckpt["kind"]} language model of {net.num_params() / 1e6:.1f}M parameters: '
+              f'{c["n_layer"]} layers of width {c["n_embd"]}, a vocabulary of {c["vocab_size"]}, '
+              f'trained on windows of {c["block_size"]} tokens with Mambino.', '']
     if ckpt.get('adapter'):
         base = os.path.basename(name_of(ckpt['adapter']['base']))
         merged = '' if 'peft' in openings else ', merged into its weights'
@@ -34,20 +36,24 @@ def card(name, net, ckpt, openings, checks):
         lines += [f'{format_name}:', '', f'```{language}', opening, '```', '']
     lines += ['## Training', '', *training(ckpt), '']
     lines += ['## Evaluation', '', 'On the val split, by steps:', '', *evaluation(ckpt), '']
-    lines += ['## Checks', '', *(f'- {format_name}: {summary(check)}' for format_name, check in checks.items()), '']
+    results = [f'- {format_name}: {summary(check)}' for format_name, check in checks.items()]
+    lines += ['## Checks', '', *results, '']
     return '\n'.join(lines)
 
 
 def training(ckpt):
     """The rows of a table: data, settings, sizes."""
     settings, metadata = ckpt['settings'], ckpt['metadata']
-    rows = {'data': ', '.join(os.path.basename(os.path.normpath(part)) for part in settings['dataset'].split(',')),
+    datasets = [os.path.basename(os.path.normpath(part)) for part in settings['dataset'].split(',')]
+    rows = {'data': ', '.join(datasets),
             'steps': f'{metadata["step"]:,}',
             'tokens': f'{metadata["tokens_seen"]:,}',
             'time': f'{metadata["seconds"] / 60:,.1f} minutes on {metadata["device"]}'}
     rows |= {key: settings[key] for key in OF_TRAINING}
-    sizes = {key: value for key, value in sorted(ckpt['config'].items()) if key not in ('block_size', 'dropout')}
-    return ['| what | value |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in [*rows.items(), *sizes.items()])]
+    sizes = ((key, value) for key, value in sorted(ckpt['config'].items())
+             if key not in ('block_size', 'dropout'))                           # settings have those
+    lines = [f'| {key} | {value} |' for key, value in (*rows.items(), *sizes)]
+    return ['| what | value |', '| --- | --- |', *lines]
 
 
 def evaluation(ckpt):

@@ -1,8 +1,8 @@
 """Which of our classes the exporters know. What a table does not hold is refused by its name, and
 never taken for something else.
 
-    tensors = look_up({Mamba1Mixer: mamba1_tensors, …}, block.mixer, 'llama.cpp')     # ValueError if it is neither
-    check_modules(net, 'llama.cpp')                                                   # ValueError if any part of the model is new
+    tensors = look_up({Mamba1Mixer: mamba1_tensors, …}, block.mixer, 'llama.cpp')
+    check_modules(net, 'llama.cpp')         # ValueError if any part of the model is new here
 
 A class is looked up itself, never its bases: a subclass is there because it computes something
 else.
@@ -18,9 +18,10 @@ from mambino.weights.checkpoint import MODELS
 CONTAINERS = {nn.ModuleDict, nn.ModuleList, nn.Dropout}  # dropout: none in a finished model
 PARTS = {
     nn.Linear, nn.Embedding, RMSNorm,
-    model_gpt.GPT, model_gpt.Layer, model_gpt.Attention, model_gpt.SwiGLU, model_gpt.MoE, model_gpt.Experts,
-    model_mamba.Mamba, model_mamba.Block, model_mamba.Mamba1Mixer, model_mamba.Mamba2Mixer, model_mamba.Conv1d, model_mamba.TimeStep,
-    model_mamba.GatedRMSNorm,
+    model_gpt.GPT, model_gpt.Layer, model_gpt.Attention, model_gpt.SwiGLU,
+    model_gpt.MoE, model_gpt.Experts,
+    model_mamba.Mamba, model_mamba.Block, model_mamba.Mamba1Mixer, model_mamba.Mamba2Mixer,
+    model_mamba.Conv1d, model_mamba.TimeStep, model_mamba.GatedRMSNorm,
     model_hybrid.Hybrid, model_hybrid.Layer, model_hybrid.LowRank,
 }
 
@@ -47,7 +48,8 @@ def look_up_alike(table, modules, tool):
     check_classes(modules, table, tool)
     classes = {type(module) for module in modules}
     if len(classes) > 1:
-        raise ValueError(f'{tool} has no model that mixes {" and ".join(sorted(cls.__name__ for cls in classes))}')
+        names = sorted(cls.__name__ for cls in classes)
+        raise ValueError(f'{tool} has no model that mixes {" and ".join(names)}')
     return table[classes.pop()]
 
 
@@ -56,7 +58,8 @@ def check_modules(net, tool):
     for path, module in net.named_modules():
         if type(module) not in PARTS | CONTAINERS:
             where = f' ({path})' if path else ''
-            raise ValueError(f'{tool} has no {type(module).__name__}{where}: the exporters have not been taught what it computes')
+            raise ValueError(f'{tool} has no {type(module).__name__}{where}: the exporters have not '
+                             'been taught what it computes')
 
 
 def kind_of(net):

@@ -23,10 +23,12 @@ from contextlib import contextmanager
 import torch
 
 PIECES = [
-    'a', 'The', ' the', '\n', '\n\n', '  ', '\t', '    ', '\r\n', ' def f(x):', 'return', '_name', '0', '1234567890', ' 3.14', '!', '"',
-    "'s", "don't", '...', '{}', '->', '#!/', '\\n', 'é', 'ß', ' Ünï', 'Ω', 'привет', ' мир', '中文', '日本語', '한국어', 'العربية', 'עברית',
-    'हिन्दी', '😀', '👩‍👩‍👧', '🇩🇪', '\u200b', '\xa0', '\u3000', '\u2028', '\ufeff', 'e\u0301', '<|endoftext|>', '<|im_start|>', '</s>',
-    '<s>', '▁', 'Ġ', '\x00', '\x7f', 'A' * 40, ' ' * 17, '=' * 30, 'https://example.org/?q=1&b=2', 'x' * 3 + '1' * 3]
+    'a', 'The', ' the', '\n', '\n\n', '  ', '\t', '    ', '\r\n', ' def f(x):', 'return', '_name',
+    '0', '1234567890', ' 3.14', '!', '"', "'s", "don't", '...', '{}', '->', '#!/', '\\n',
+    'é', 'ß', ' Ünï', 'Ω', 'привет', ' мир', '中文', '日本語', '한국어', 'العربية', 'עברית', 'हिन्दी',
+    '😀', '👩‍👩‍👧', '🇩🇪', '\u200b', '\xa0', '\u3000', '\u2028', '\ufeff', 'e\u0301',
+    '<|endoftext|>', '<|im_start|>', '</s>', '<s>', '▁', 'Ġ', '\x00', '\x7f', 'A' * 40, ' ' * 17,
+    '=' * 30, 'https://example.org/?q=1&b=2', 'x' * 3 + '1' * 3]
 
 
 # --- what to try ----------------------------------------------------------------------------------
@@ -46,7 +48,8 @@ def some_texts(tok, n):
     tokens = [text for text in tokens if text and '\ufffd' not in text]
     n_of_tokens = min(n // 2, len(tokens))
     pieces = tokens if tok.kind == 'char' else PIECES
-    mixed = [''.join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(n - 1 - n_of_tokens)]
+    n_mixed = n - 1 - n_of_tokens
+    mixed = [''.join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(n_mixed)]
     apart = '' if tok.kind == 'char' else '\n'  # so that each stands alone, and is one token again
     return ['', *mixed, *(apart.join(tokens[i::n_of_tokens]) for i in range(n_of_tokens))]
 
@@ -119,8 +122,8 @@ def compare_steps(net, tok, empty, step, full, n=64):
     ours = Timed(net.step, lambda B: None)
     theirs = Timed(step, empty)
     texts = [greedy(timed, prompt, n, n_ids) for timed in (ours, theirs)]
-    note = (f'a token takes {theirs.milliseconds():.2f} ms there, {ours.milliseconds():.2f} ms here; '
-            'logits are compared in shares of the largest')
+    note = (f'a token takes {theirs.milliseconds():.2f} ms there, {ours.milliseconds():.2f} ms '
+            'here; logits are compared in shares of the largest')
     return dict(logits=max(differences), greedy=agree(*texts), same=texts[0] == texts[1], note=note)
 
 

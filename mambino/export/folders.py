@@ -35,15 +35,17 @@ def check_folder(folder, source, is_checkpoint, force):
     if os.path.lexists(folder) and not os.path.isdir(folder):
         fail(f'{folder}: is a file; name a folder with --to')
     if is_checkpoint and os.path.realpath(folder) == os.path.realpath(source):
-        fail(f'{folder}: is where the model itself lies, whose best.pt would be lost; name another folder with --to')
+        fail(f'{folder}: is where the model itself lies, whose best.pt would be lost; name another '
+             'folder with --to')
     try:
         if os.path.isdir(folder) and os.listdir(folder) and not force:
-            fail(f'{folder}: is not empty; name another folder with --to, or write over the files there with --force')
+            fail(f'{folder}: is not empty; name another folder with --to, or write over the files '
+                 'there with --force')
     except OSError as error:
         fail(f'{folder}: cannot be read: {error.strerror}')
     if os.path.lexists(partial):
-        fail(f'{partial}: is in the way. If an export left it that failed or was killed, remove it; '
-             'else name another folder with --to')
+        fail(f'{partial}: is in the way. If an export left it that failed or was killed, remove '
+             'it; else name another folder with --to')
 
 
 @contextmanager

@@ -1,18 +1,19 @@
 """A tokenizer as a GGUF file tells llama.cpp of it: GPT-2's byte-level BPE, of which char and byte
 vocabularies are special cases.
 
-    settings = vocabulary(tok, net.config.vocab_size)       # {'model', 'tokens', 'token_type', 'merges', …}, without tokenizer.ggml.
+    settings = vocabulary(tok, net.config.vocab_size)       # {'model', 'tokens', 'merges', …}
 """
 import json
 
 from mambino.tokenizer import BYTE_TO_CHAR, CHAT
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5   # tokenizer.ggml.token_type
-# a merge that UTF-8 cannot meet: llama.cpp wants a list of them, and gguf writes no
+# A merge that UTF-8 cannot meet: llama.cpp wants a list of them, and gguf writes no empty one.
 NEVER = BYTE_TO_CHAR[255] + ' ' + BYTE_TO_CHAR[255]
-                                                        # empty one
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = ("{% for message in messages %}"
+          "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+          "{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def merges_of_bytes(tok):
@@ -30,9 +31,11 @@ def merges_of_characters(tok):
 
 def merges_of_bpe(tok):
     if tok.fast is None:
-        raise ValueError('its tokenizer cuts text into words otherwise than GPT-2, and llama.cpp knows only the schemes it has a name for; '
-                         '--format=hf writes any, or train on data prepared with --tokenizer=bpe')
-    return [merge if isinstance(merge, str) else ' '.join(merge) for merge in json.loads(tok.text)['model']['merges']]
+        raise ValueError('its tokenizer cuts text into words otherwise than GPT-2, and llama.cpp '
+                         'knows only the schemes it has a name for; --format=hf writes any, or train '
+                         'on data prepared with --tokenizer=bpe')
+    merges = json.loads(tok.text)['model']['merges']
+    return [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
 
 
 MERGES = {'byte': merges_of_bytes, 'char': merges_of_characters, 'bpe': merges_of_bpe}
@@ -54,8 +57,9 @@ def vocabulary(tok, size):
             tokens[i], types[i] = ''.join(BYTE_TO_CHAR[byte] for byte in token), NORMAL
         elif i in special:
             tokens[i], types[i] = special[i], CONTROL
-    settings = {'model': 'gpt2', 'pre': 'gpt-2', 'tokens': tokens, 'token_type': types, 'merges': merges,
-                'bos_token_id': tok.eot, 'eos_token_id': tok.eot, 'add_bos_token': False}
+    settings = {'model': 'gpt2', 'pre': 'gpt-2', 'tokens': tokens, 'token_type': types,
+                'merges': merges, 'bos_token_id': tok.eot, 'eos_token_id': tok.eot,
+                'add_bos_token': False}
     ids = {name: i for i, name in special.items()}
     if all(name in ids for name in CHAT):
         settings['eot_token_id'] = ids[CHAT[1]]

@@ -1,23 +1,25 @@
-"""A model as one graph of tensor operations, for formats that keep a graph: to_onnx, to_torchscript.
+"""A model as one graph of tensor operations, for formats that keep a graph: to_onnx,
+to_torchscript.
 
-    logits, present = Graph(net)(ids, Graph(net).empty(B))      # the state of `past` goes in, what it has become comes out
+    logits, present = Graph(net)(ids, Graph(net).empty(B))      # a step: past in, present out
     logits = FullGraph(net)(ids)                                # a whole sequence at once
 
-What is computed are the model's own layers, called as its `step` calls them. A graph cannot hold what depends on data or is
-planned on the CPU, so for any number B of sequences, t of new tokens and S of tokens in a cache there are here anew:
+What is computed are the model's own layers, called as its `step` calls them. A graph cannot hold
+what depends on data or is planned on the CPU, so for any number B of sequences, t of new tokens and
+S of tokens in a cache there are here anew:
 
-    caches of keys and values           grow by concatenation; cache.KVStep plans them
-    selective_scan, ssd                 their loops over time must stay loops: the definitions would be unrolled
-    attention                           the definition, with each key head read once for all query heads it serves
-    MoE                                 every expert computes every token: how many it gets would depend on data
+    caches of keys and values   grow by concatenation; cache.KVStep plans them
+    attention                   reads a key head once for all the query heads that it serves
+    selective_scan, ssd         with loops that stay loops; those of the definitions would be unrolled
+    MoE                         every expert computes every token; how many are its own depends on data
 
     ids (B, t) ──► embedding ──► layers ──► norm ──► logits (B, t, V)
              past, a list of tensors ──┘└──► present, the same list after these tokens
 
-    position (1,) int64     tokens seen so far; only with a sliding window, whose caches do not tell it
-    k, v (B, G, S, P)       of each layer with attention; of a window the last tokens only. Keys are rotated
-    conv (B, K-1, E)        of each layer with a Mamba: the last inputs of its convolution
-    ssm                     the state of its recurrence: (B, N, E) of Mamba-1, (B, H, P, N) of Mamba-2
+    position (1,) int64   tokens seen so far; only with a sliding window, whose caches do not tell it
+    k, v (B, G, S, P)     of each layer with attention; of a window the last tokens. Keys are rotated
+    conv (B, K-1, E)      of each layer with a Mamba: the last inputs of its convolution
+    ssm                   the state of its recurrence: (B, N, E) of Mamba-1, (B, H, P, N) of Mamba-2
 
 Letters of the shapes as in the models' files.
 """
@@ -25,6 +27,7 @@ import copy
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from mambino.export.classes import check_modules, kind_of, look_up
 from mambino.kernels import substituted
@@ -42,17 +45,16 @@ NAMES = {   # of a layer's state: what it is called where it goes in, and where 
 }
 
 
-# --- operations with a loop, in the part of Python that TorchScript keeps --------------------------
+# --- operations with a loop, in the part of Python that TorchScript keeps -------------------------
 
-def selective_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-                   state: torch.Tensor):
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor):
     """See model_mamba.selective_scan."""
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting():
             return exported_scan(x, dt, A, B, C, state)
     A = A.t().contiguous()                                                      # (N, E)
     h = state
-    ys: list[torch.Tensor] = []
+    ys: list[Tensor] = []
     for t in range(x.shape[1]):
         h = torch.exp(dt[:, t, None] * A) * h + B[:, t, :, None] * (dt[:, t] * x[:, t])[:, None]
         ys.append((C[:, t, None] @ h)[:, 0])
@@ -64,7 +66,7 @@ def exported_scan(x, dt, A, B, C, state):
     A = A.t().contiguous()
 
     def step(h, inputs):
-        dt_x, dt, B, C = inputs                                                 # (B, E), (B, E), (B, N), (B, N)
+        dt_x, dt, B, C = inputs  # (B, E), (B, E), (B, N), (B, N)
         h = torch.exp(dt[:, None] * A) * h + B[:, :, None] * dt_x[:, None]
         return h, (C[:, None] @ h)[:, 0]
     inputs = tuple(u.transpose(0, 1) for u in (dt * x, dt, B, C))               # time first
@@ -72,14 +74,13 @@ def exported_scan(x, dt, A, B, C, state):
     return y.transpose(0, 1), h
 
 
-def ssd(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk_size: int,
-        state: torch.Tensor):
-    """See model_mamba.ssd. An exported graph has one chunk of all tokens: chunks of symbolic sizes make an export take three
-    times as long."""
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, state: Tensor):
+    """See model_mamba.ssd. An exported graph has one chunk of all tokens: chunks of symbolic sizes
+    make an export take three times as long."""
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting():
             return ssd_chunk(x, dt, A, B, C, state)
-    ys: list[torch.Tensor] = []
+    ys: list[Tensor] = []
     for i in range(0, x.shape[1], chunk_size):
         end = i + chunk_size
         y, state = ssd_chunk(x[:, i:end], dt[:, i:end], A, B[:, i:end], C[:, i:end], state)
@@ -87,14 +88,16 @@ def ssd(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: 
     return torch.cat(ys, 1), state
 
 
-def ssd_chunk(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, h: torch.Tensor):
-    """One chunk of all Q tokens: x (B, Q, H, P), dt (B, Q, H), A (H), B, C (B, Q, G, N), h (B, H, P, N) → y (B, Q, H, P), h."""
+def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor):
+    """One chunk of all Q tokens: x (B, Q, H, P), dt (B, Q, H), A (H), B, C (B, Q, G, N), h (B, H,
+    P, N) → y (B, Q, H, P), h."""
     Q = x.shape[1]
     G = B.shape[2]
     R = A.shape[0] // G                                                         # heads a group
-    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2)                 # (B, H, Q); fp64: differences of large sums
+    # (B, H, Q); fp64: differences of large sums
+    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2)
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    decay = (sums[..., :, None] - sums[..., None, :]).float()                   # (B, H, Q, Q): from token j to i
+    decay = (sums[..., :, None] - sums[..., None, :]).float()  # (B, H, Q, Q): from token j to i
     decay = decay.masked_fill(hidden, -float('inf')).exp().unflatten(1, (G, R))
     from_start = sums.float().exp().unflatten(1, (G, R))[..., None]             # (B, G, R, Q, 1)
     to_end = (sums[..., -1:] - sums).float().exp().unflatten(1, (G, R))[..., None]
@@ -104,32 +107,34 @@ def ssd_chunk(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tenso
     C = C.transpose(1, 2)[:, :, None]
     dt_x = (x * dt[..., None]).transpose(1, 2).unflatten(1, (G, R))             # (B, G, R, Q, P)
     y = (C @ B.transpose(3, 4) * decay) @ dt_x                                  # within the chunk
-    y = y + C @ h.unflatten(1, (G, R)).transpose(3, 4) * from_start             # from the state before it
+    y = y + C @ h.unflatten(1, (G, R)).transpose(3, 4) * from_start  # from the state before it
     added = (dt_x * to_end).transpose(3, 4) @ B                                 # (B, G, R, P, N)
     return y.flatten(1, 2).transpose(1, 2), h * over_chunk + added.flatten(1, 2)
 
 
 
 
-# --- attention --------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 def attention(q, k, v, window=0, dropout=0.0, mask=None):
     """See model_gpt.attention; a mask there must be, window and dropout may not."""
     G, P = k.shape[2:]
-    R = q.shape[2] // G                                                         # query heads of a key head
+    R = q.shape[2] // G  # query heads of a key head
     q = (q * P ** -0.5).transpose(1, 2).unflatten(1, (G, R))                    # (B, G, R, t, P)
     k, v = (u.transpose(1, 2)[:, :, None] for u in (k, v))                      # (B, G, 1, S, P)
     weights = torch.where(mask, q @ k.transpose(3, 4), -torch.inf).softmax(-1)  # (B, G, R, t, S)
     return (weights @ v).flatten(1, 2).transpose(1, 2).flatten(2)               # (B, t, H P)
 
 
-# --- caches -----------------------------------------------------------------------------------------
+# --- caches ---------------------------------------------------------------------------------------
 
 class Caches:
-    """What cache.KVStep is to attention, for a graph: t new tokens after S in caches (B, G, S, P), which grow by concatenation.
+    """What cache.KVStep is to attention, for a graph: t new tokens after S in caches (B, G, S, P),
+    which grow by concatenation.
 
-    window: so many last tokens each token sees, itself included. kept: so many the new caches hold at most. Of both 0 is all."""
-    is_first = False                                                            # attend to the caches, be they empty
+    window: so many last tokens each token sees, itself included. kept: so many the new caches hold
+    at most. Of both 0 is all."""
+    is_first = False  # attend to the caches, be they empty
 
     def __init__(self, t, S, window, kept, device):
         self.kept = kept
@@ -141,7 +146,8 @@ class Caches:
         self.mask = seen[None, None]                                            # (1, 1, t, S + t)
 
     def append(self, cache, k, v):
-        """Puts k, v (B, t, G, P) behind the caches {'k', 'v'} → keys and values (B, S + t, G, P) to attend to."""
+        """Puts k, v (B, t, G, P) behind the caches {'k', 'v'} → keys and values (B, S + t, G, P) to
+        attend to."""
         keys = torch.cat((cache['k'], k.transpose(1, 2)), 2)
         values = torch.cat((cache['v'], v.transpose(1, 2)), 2)
         cache['k'], cache['v'] = self.last(keys), self.last(values)
@@ -151,16 +157,17 @@ class Caches:
         """Of tokens (B, G, n, P) what the next step may see."""
         if not self.kept:
             return tokens
-        if torch.compiler.is_exporting():                                       # which must know how many these are
+        if torch.compiler.is_exporting():  # which must know how many these are
             n = tokens.shape[2]
             return tokens[:, :, n - torch.sym_min(n, self.kept):]
         return tokens[:, :, -self.kept:]
 
 
-# --- experts ----------------------------------------------------------------------------------------
+# --- experts --------------------------------------------------------------------------------------
 
 class EveryExpert(nn.Module):
-    """MoE, by all experts on all tokens, weighted by the router, whose weight is 0 for all but k. x (B, t, D) → (B, t, D), None."""
+    """MoE, by all experts on all tokens, weighted by the router, whose weight is 0 for all but k. x
+    (B, t, D) → (B, t, D), None."""
 
     def __init__(self, moe):
         super().__init__()
@@ -173,7 +180,8 @@ class EveryExpert(nn.Module):
         weights, chosen = probs.topk(self.k)                                    # (B, t, k)
         weights = weights / weights.sum(-1, keepdim=True)
         weights = torch.zeros_like(probs).scatter(-1, chosen, weights)          # (B, t, experts)
-        gate, up = (x[:, None] @ self.experts.gate_up_proj.mT).chunk(2, -1)     # (B, experts, t, I) each
+        # (B, experts, t, I) each
+        gate, up = (x[:, None] @ self.experts.gate_up_proj.mT).chunk(2, -1)
         y = swiglu(gate, up) @ self.experts.down_proj.mT                        # (B, experts, t, D)
         return (y * weights.transpose(1, 2)[..., None]).sum(1), None
 
@@ -188,7 +196,7 @@ def with_every_expert(net):
     return net
 
 
-# --- the graph --------------------------------------------------------------------------------------
+# --- the graph ------------------------------------------------------------------------------------
 
 def gpt_hidden_states(net, ids, state, rope, caches):
     x = net.model.embed_tokens(ids)                                             # (B, t, D)
@@ -212,36 +220,41 @@ HIDDEN_STATES = {GPT: gpt_hidden_states, Mamba: mamba_hidden_states, Hybrid: hyb
 
 
 class Graph(nn.Module):
-    """ids (B, t) int64, past: a list as `names` and `empty` say → logits (B, t, V), present: the list to go on with.
+    """ids (B, t) int64, past: a list as `names` and `empty` say → logits (B, t, V), present: the
+    list to go on with.
 
-    scripted: with loops as TorchScript keeps them, for torch.jit.trace; else for torch.export. ValueError for a model with parts that
-    have not been seen here."""
+    scripted: with loops as TorchScript keeps them, for torch.jit.trace; else for torch.export.
+    ValueError for a model with parts that have not been seen here."""
 
     def __init__(self, net, scripted=False):
         super().__init__()
         check_modules(net, TOOL)
         if net.initial_state:
-            raise ValueError('a learned prefix is a state before the first token, which a graph cannot begin with; '
-                             'export the model without it, or tune with LoRA, which is merged into the weights')
+            raise ValueError('a learned prefix is a state before the first token, which a graph cannot '
+                             'begin with; export the model without it, or tune with LoRA, which is '
+                             'merged into the weights')
         self.net = with_every_expert(net)
         self.hidden_states = look_up(HIDDEN_STATES, net, TOOL)
         _, state = net.step(torch.zeros(1, 1, dtype=torch.long))
         del state['pos']
-        self.sizes = {name: u.shape[1:] for name, u in state.items()}           # {'conv.0': (K-1, E), …}, in the order of the list
+        # {'conv.0': (K-1, E), …}, in the order of the list
+        self.sizes = {name: u.shape[1:] for name, u in state.items()}
         self.attends = 'k.0' in state
         self.window = net.config.window if self.attends else 0
         self.kept = self.window
         if self.attends:
             P = net.config.head_dim
             inv_freq = net.config.rope_theta ** (-torch.arange(0, P, 2, dtype=torch.float32) / P)
-            self.register_buffer('inv_freq', inv_freq, persistent=False)        # another library's power would round otherwise
+            # another library's power would round otherwise
+            self.register_buffer('inv_freq', inv_freq, persistent=False)
         loops = dict(selective_scan=selective_scan, ssd=ssd)
         if scripted:
             loops = {name: torch.jit.script(loop) for name, loop in loops.items()}
         self.operations = dict(loops, attention=attention)
 
     def names(self):
-        """What the tensors of the list are called, in its order, where they go in and where they come out."""
+        """What the tensors of the list are called, in its order, where they go in and where they
+        come out."""
         past = ['past_position'] if self.window else []
         present = ['present_position'] if self.window else []
         for name in self.sizes:
@@ -286,8 +299,8 @@ class FullGraph(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.steps = Graph(net)                                                 # `graph` is a name that torch.export needs itself
-        self.steps.kept = 0                                                     # nobody reads the caches, and all sizes are simple
+        self.steps = Graph(net)  # `graph` is a name that torch.export needs itself
+        self.steps.kept = 0  # nobody reads the caches, and all sizes are simple
 
     def forward(self, ids):
         past = self.steps.empty(1)
@@ -302,6 +315,8 @@ def example(graph):
 
 
 def metadata(net, tok):
-    """What a program that has only the file wants to know of the model: names and values, all strings."""
-    values = {'window': 0, **checkpoint.config_of(net), 'kind': kind_of(net), 'eot': tok.eot if tok else ''}
+    """What a program that has only the file wants to know of the model: names and values, all
+    strings."""
+    values = {'window': 0, **checkpoint.config_of(net)}
+    values |= {'kind': kind_of(net), 'eot': tok.eot if tok else ''}
     return {name: str(value) for name, value in values.items()}

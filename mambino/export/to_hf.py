@@ -1,19 +1,20 @@
 """Writes a model as a folder that Hugging Face's transformers opens, and proves it with
 transformers itself.
 
-    python export.py --out_dir=out --format=hf                                # export.py calls write, then verify
+    python export.py --out_dir=out --format=hf
     AutoModelForCausalLM.from_pretrained('out-hf'); AutoTokenizer.from_pretrained('out-hf')
 
 Each model becomes the class of transformers that computes exactly the same:
 
-    GPT                      Llama; with a window Mistral, with qk_norm Qwen3; with experts Mixtral, with both Qwen3Moe
-    Mamba                    Mamba, Mamba2
-    plain hybrid             FalconH1, into whose matrices goes what the class lacks: see hybrid_as_falcon_h1
-    any other hybrid         modeling_mambino.py, which is copied into the folder (trust_remote_code=True)
+    GPT                 Llama; with a window Mistral, with qk_norm Qwen3; with experts Mixtral,
+                        with both Qwen3Moe
+    Mamba               Mamba, Mamba2
+    plain hybrid        FalconH1, into whose matrices goes what the class lacks
+    any other hybrid    modeling_mambino.py, which is copied into the folder (trust_remote_code=True)
 
-    config, state dict ──► to_transformers ──► config.json         the class and its settings, all of them explicit
-                                           └─► model.safetensors   fp32, in the class's names
-    tokenizer          ──► tokenizer.json, tokenizer_config.json, generation_config.json
+    net ──► to_transformers ──► config.json         the class and its settings, all of them explicit
+                            └─► model.safetensors   fp32, in the class's names
+    tok ──► tokenizer.json, tokenizer_config.json, generation_config.json
 
 The tokenizer there takes text for text as ours does: "<|endoftext|>" in it is thirteen characters,
 never the end of a document; that id is `eos_token_id`. Seen to hold with transformers 5.23 and
@@ -73,22 +74,25 @@ def convert_gpt(net, weights):
         keys['sliding_window'] = c.window or None
     if c.qk_norm:
         layer_type = 'sliding_attention' if c.window else 'full_attention'
-        keys |= dict(use_sliding_window=c.window > 0, max_window_layers=0, layer_types=[layer_type] * c.n_layer)
+        keys |= dict(use_sliding_window=c.window > 0, max_window_layers=0,
+                     layer_types=[layer_type] * c.n_layer)
     if c.n_expert:
-        keys |= dict(num_experts_per_tok=c.n_expert_active, num_local_experts=c.n_expert, router_aux_loss_coef=c.aux_loss)
+        keys |= dict(num_experts_per_tok=c.n_expert_active, num_local_experts=c.n_expert,
+                     router_aux_loss_coef=c.aux_loss)
         weights = split_experts(weights, *EXPERTS[model_type])
     if name == 'Qwen3Moe':
-        keys |= dict(num_experts=c.n_expert, moe_intermediate_size=c.intermediate_size, norm_topk_prob=True, decoder_sparse_step=1,
-                     mlp_only_layers=[])
+        keys |= dict(num_experts=c.n_expert, moe_intermediate_size=c.intermediate_size,
+                     norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
     return keys, weights
 
 
 def attention_keys(c):
+    rope = dict(rope_type='default', rope_theta=c.rope_theta)                   # as transformers 5 has it
     return dict(
-        hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        head_dim=c.head_dim, intermediate_size=c.intermediate_size, max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, rope_parameters=dict(rope_type='default', rope_theta=c.rope_theta), hidden_act='silu',
-        attention_bias=False, mlp_bias=False)
+        hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, intermediate_size=c.intermediate_size,
+        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        rope_parameters=rope, hidden_act='silu', attention_bias=False, mlp_bias=False)
 
 
 def split_experts(weights, block, gate, up, down):
@@ -100,7 +104,9 @@ def split_experts(weights, block, gate, up, down):
         experts = f'{layer}.{block}.experts'
         if part == 'experts.gate_up_proj':
             for e, gate_up in enumerate(tensor):                                # (2 I, D)
-                split[f'{experts}.{e}.{gate}.weight'], split[f'{experts}.{e}.{up}.weight'] = gate_up.chunk(2)
+                gate_matrix, up_matrix = gate_up.chunk(2)
+                split[f'{experts}.{e}.{gate}.weight'] = gate_matrix
+                split[f'{experts}.{e}.{up}.weight'] = up_matrix
         elif part == 'experts.down_proj':
             for e, matrix in enumerate(tensor):                                 # (D, I)
                 split[f'{experts}.{e}.{down}.weight'] = matrix
@@ -113,31 +119,37 @@ def split_experts(weights, block, gate, up, down):
 
 def convert_mamba(net, weights):
     c = net.config
-    keys = dict(hidden_size=c.n_embd, num_hidden_layers=c.n_layer, state_size=c.state_size, expand=c.expand, conv_kernel=c.conv_kernel,
-                layer_norm_epsilon=c.norm_eps, use_bias=False, use_conv_bias=True, hidden_act='silu', residual_in_fp32=True)
+    keys = dict(hidden_size=c.n_embd, num_hidden_layers=c.n_layer, state_size=c.state_size,
+                expand=c.expand, conv_kernel=c.conv_kernel, layer_norm_epsilon=c.norm_eps,
+                use_bias=False, use_conv_bias=True, hidden_act='silu', residual_in_fp32=True)
     mixer_keys = look_up_alike(MAMBA_KEYS, [block.mixer for block in net.backbone.layers], TOOL)
     return keys | mixer_keys(c), weights
 
 
 def mamba1_keys(c):
-    return dict(architectures=['MambaForCausalLM'], model_type='mamba', intermediate_size=c.expand * c.n_embd,
-                time_step_rank=c.time_step_rank)
+    return dict(architectures=['MambaForCausalLM'], model_type='mamba',
+                intermediate_size=c.expand * c.n_embd, time_step_rank=c.time_step_rank)
 
 
 def mamba2_keys(c):
-    return dict(architectures=['Mamba2ForCausalLM'], model_type='mamba2', num_heads=c.expand * c.n_embd // c.head_dim, head_dim=c.head_dim,
-                n_groups=c.n_groups, chunk_size=c.chunk_size, rms_norm=True, norm_before_gate=False)
+    return dict(architectures=['Mamba2ForCausalLM'], model_type='mamba2',
+                num_heads=c.expand * c.n_embd // c.head_dim, head_dim=c.head_dim, n_groups=c.n_groups,
+                chunk_size=c.chunk_size, rms_norm=True, norm_before_gate=False)
 
 
 def convert_hybrid(net, weights):
     c = net.config
     check_classes([layer.mamba for layer in net.model.layers], {Mamba2Mixer}, TOOL)
-    if c.layout == 'sequential' and not (c.gate or c.branch_norm or c.window or c.qk_norm or c.low_rank):
+    lacking = c.gate or c.branch_norm or c.window or c.qk_norm or c.low_rank
+    if c.layout == 'sequential' and not lacking:
         return hybrid_as_falcon_h1(c, weights)
-    keys = {name: value for name, value in vars(c).items() if name not in ('tie_embeddings', 'dropout')}
+    left_out = ('tie_embeddings', 'dropout')
+    keys = {name: value for name, value in vars(c).items() if name not in left_out}
     module = MODELING.removesuffix('.py')
-    auto_map = {'AutoConfig': f'{module}.MambinoConfig', 'AutoModelForCausalLM': f'{module}.MambinoForCausalLM'}
-    return keys | dict(architectures=['MambinoForCausalLM'], model_type='mambino_hybrid', auto_map=auto_map), weights
+    keys |= dict(architectures=['MambinoForCausalLM'], model_type='mambino_hybrid')
+    keys['auto_map'] = {'AutoConfig': f'{module}.MambinoConfig',
+                        'AutoModelForCausalLM': f'{module}.MambinoForCausalLM'}
+    return keys, weights
 
 
 def hybrid_as_falcon_h1(c, weights):
@@ -156,18 +168,20 @@ def hybrid_as_falcon_h1(c, weights):
         elif name == 'model.embed_tokens.weight':
             rms = torch.rsqrt(tensor.square().mean(-1, keepdim=True) + c.norm_eps)
             tensor = tensor * rms * weights['model.embed_norm.weight']
-        name = name.replace('.mlp.', '.feed_forward.').replace('pre_mlp_layernorm', 'pre_ff_layernorm')
+        name = name.replace('.mlp.', '.feed_forward.')
+        name = name.replace('pre_mlp_layernorm', 'pre_ff_layernorm')
         folded['model.final_layernorm.weight' if name == 'model.norm.weight' else name] = tensor
     if c.tie_embeddings:
         folded['lm_head.weight'] = weights['model.embed_tokens.weight']
     inner = c.expand * c.n_embd
     multipliers = 'lm_head embedding key attention_in attention_out ssm_in ssm_out'.split()
     keys = attention_keys(c) | dict(
-        architectures=['FalconH1ForCausalLM'], model_type='falcon_h1', tie_word_embeddings=False, mamba_d_ssm=inner,
-        mamba_expand=c.expand, mamba_n_heads=inner // c.ssm_head_dim, mamba_d_head=c.ssm_head_dim, mamba_n_groups=c.n_groups,
-        mamba_d_state=c.state_size, mamba_d_conv=c.conv_kernel, mamba_chunk_size=c.chunk_size, mamba_conv_bias=True,
-        mamba_proj_bias=False, projectors_bias=False, mamba_rms_norm=True, mamba_norm_before_gate=False, mlp_multipliers=[1.0, 1.0],
-        ssm_multipliers=[1.0] * 5)
+        architectures=['FalconH1ForCausalLM'], model_type='falcon_h1', tie_word_embeddings=False,
+        mamba_d_ssm=inner, mamba_expand=c.expand, mamba_n_heads=inner // c.ssm_head_dim,
+        mamba_d_head=c.ssm_head_dim, mamba_n_groups=c.n_groups, mamba_d_state=c.state_size,
+        mamba_d_conv=c.conv_kernel, mamba_chunk_size=c.chunk_size, mamba_conv_bias=True,
+        mamba_proj_bias=False, projectors_bias=False, mamba_rms_norm=True, mamba_norm_before_gate=False,
+        mlp_multipliers=[1.0, 1.0], ssm_multipliers=[1.0] * 5)
     return keys | {f'{name}_multiplier': 1.0 for name in multipliers}, folded
 
 
@@ -194,19 +208,23 @@ def write_tokenizer(tok, folder, block_size):
         write_json(folder, 'tokenizer.json', spec | removed)
     eot = Tokenizer.from_str(tok.text).id_to_token(tok.eot)
     write_json(folder, 'tokenizer_config.json', dict(
-        tokenizer_class='PreTrainedTokenizerFast', bos_token=eot, eos_token=eot, pad_token=eot, model_max_length=block_size,
-        split_special_tokens=True, clean_up_tokenization_spaces=False, padding_side='left'))
+        tokenizer_class='PreTrainedTokenizerFast', bos_token=eot, eos_token=eot, pad_token=eot,
+        model_max_length=block_size, split_special_tokens=True, clean_up_tokenization_spaces=False,
+        padding_side='left'))
 
 
 def check_exact(net, tok, quantize):
     """ValueError if the model cannot be written exactly."""
     if quantize:
-        raise ValueError(f'quantize={quantize}: a Hugging Face folder is written in fp32; quantise it where it is loaded (bitsandbytes, '
-                         'torchao), or choose --format=gguf or --format=native')
+        raise ValueError(f'quantize={quantize}: a Hugging Face folder is written in fp32; quantise it '
+                         'where it is loaded (bitsandbytes, torchao), or choose --format=gguf or '
+                         '--format=native')
     if net.initial_state is not None:
-        raise ValueError('a learned prefix has no place in the weights of a Hugging Face folder; keep it as an adapter, --format=peft')
+        raise ValueError('a learned prefix has no place in the weights of a Hugging Face folder; keep '
+                         'it as an adapter, --format=peft')
     if tok is not None and tok.vocab_size > net.config.vocab_size:
-        raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only {net.config.vocab_size}')
+        raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only '
+                         f'{net.config.vocab_size}')
 
 
 def write(net, tok, folder, quantize='', **_):
@@ -216,14 +234,16 @@ def write(net, tok, folder, quantize='', **_):
     keys, weights = to_transformers(net)
     eot = tok.eot if tok else None
     ids = dict(bos_token_id=eot, eos_token_id=eot)
-    write_json(folder, 'config.json', {**keys, **ids, 'pad_token_id': None, 'torch_dtype': 'float32', 'dtype': 'float32'})
+    dtypes = dict(torch_dtype='float32', dtype='float32')                       # transformers 4 and 5
+    write_json(folder, 'config.json', {**keys, **ids, 'pad_token_id': None, **dtypes})
     generation = {**ids, 'pad_token_id': eot}
     if tok and tok.vocab_size < net.config.vocab_size:  # ids that stand for nothing are never drawn
         generation['suppress_tokens'] = list(range(tok.vocab_size, net.config.vocab_size))
     write_json(folder, 'generation_config.json', generation)
     save_safetensors(os.path.join(folder, WEIGHTS), weights, {'format': 'pt'})
     if keys['model_type'] == 'mambino_hybrid':
-        shutil.copyfile(os.path.join(os.path.dirname(os.path.abspath(__file__)), MODELING), os.path.join(folder, MODELING))
+        here = os.path.dirname(os.path.abspath(__file__))
+        shutil.copyfile(os.path.join(here, MODELING), os.path.join(folder, MODELING))
     if tok:
         write_tokenizer(tok, folder, net.config.block_size)
 
@@ -233,9 +253,11 @@ def opening(name, tok, folder, **_):
     now."""
     trust = ', trust_remote_code=True' if os.path.exists(os.path.join(folder, MODELING)) else ''
     if not tok:
-        return f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({name!r}{trust})'
+        return ('from transformers import AutoModelForCausalLM\n'
+                f'model = AutoModelForCausalLM.from_pretrained({name!r}{trust})')
     return ('from transformers import AutoModelForCausalLM, AutoTokenizer\n'
-            f'model, tok = AutoModelForCausalLM.from_pretrained({name!r}{trust}), AutoTokenizer.from_pretrained({name!r}{trust})')
+            f'model, tok = AutoModelForCausalLM.from_pretrained({name!r}{trust}), '
+            f'AutoTokenizer.from_pretrained({name!r}{trust})')
 
 
 # --- proof ----------------------------------------------------------------------------------------
@@ -249,7 +271,8 @@ def same_ids(tok, folder, trust_remote_code):
     theirs = opened(texts, padding=False, truncation=False)['input_ids']
     same = 0
     for their_ids, our_ids in zip(theirs, tok.encode_batch(texts)):
-        same += their_ids == our_ids.tolist() and opened.decode(their_ids, skip_special_tokens=True) == tok.decode(their_ids)
+        same_text = opened.decode(their_ids, skip_special_tokens=True) == tok.decode(their_ids)
+        same += their_ids == our_ids.tolist() and same_text
     return same, len(texts)
 
 
@@ -259,7 +282,8 @@ def same_tokens(net, opened, prompt, n, vocab_size, limit):
     are different ones: so it counts as all."""
     ours = greedy(net, prompt.tolist(), n, vocab_size)
     opened.generation_config.eos_token_id = None  # it goes on after the end of a text, as we do
-    theirs = opened.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=n, do_sample=False)
+    theirs = opened.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]),
+                             max_new_tokens=n, do_sample=False)
     theirs = theirs[0, len(prompt):]
     for i, (our_token, their_token) in enumerate(zip(ours, theirs.tolist())):
         if our_token != their_token:
@@ -281,8 +305,9 @@ def verify(net, tok, folder, quantize='', **_):
     transformers.utils.logging.disable_progress_bar()
     try:
         with silent():
-            opened, loading = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, dtype=torch.float32,
-                                                                   output_loading_info=True)
+            opened, loading = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, dtype=torch.float32,
+                output_loading_info=True)
             opened.eval()
             idx = some_ids(net, 2, 64 + window)  # a window must be seen to end
             ours = net(idx)[0]
@@ -292,11 +317,15 @@ def verify(net, tok, folder, quantize='', **_):
             same, texts = same_ids(tok, folder, trust_remote_code) if tok else (0, 0)
     finally:
         transformers.utils.logging.enable_progress_bar()
-    misfits = sorted(map(str, {*loading['missing_keys'], *loading['unexpected_keys'], *loading['mismatched_keys']}))
+    misfits = {*loading['missing_keys'], *loading['unexpected_keys'], *loading['mismatched_keys']}
+    misfits = sorted(map(str, misfits))
     name = type(opened).__name__
-    note = f'tensors that do not fit {name}: {", ".join(misfits)}' if misfits else f'opened as {name}'
+    note = f'opened as {name}'
+    if misfits:
+        note = f'tensors that do not fit {name}: {", ".join(misfits)}'
     ok = not misfits and off <= limit and equal == n and same == texts
-    check = dict(tool=f'transformers {transformers.__version__}', logits=off, limit=limit, greedy=f'{equal} of {n}', note=note, ok=ok)
+    check = dict(tool=f'transformers {transformers.__version__}', logits=off, limit=limit,
+                 greedy=f'{equal} of {n}', note=note, ok=ok)
     if tok:
         check['ids'] = f'{same} of {texts}'
     return check

@@ -28,8 +28,8 @@ def write(net, tok, folder, quantize='', *, ckpt, **_):
     """Writes best.pt into the folder, with all but the weights from ckpt, the checkpoint that net
     was made of."""
     contents = {name: ckpt[name] for name in sorted(checkpoint.CONTENTS - {'format'})}
-    contents |= dict(weights=rounded(net, quantize).state_dict(), config=checkpoint.config_of(net), quantized=quantize or None)
-    contents |= dict(optimizers=[], scaler=None, rng=None)
+    contents |= dict(weights=rounded(net, quantize).state_dict(), config=checkpoint.config_of(net))
+    contents |= dict(quantized=quantize or None, optimizers=[], scaler=None, rng=None)
     contents['settings'] = ckpt['settings'] | dict(adapter='')  # which is in the weights now
     checkpoint.save_checkpoint(os.path.join(folder, FILE), contents)
 

@@ -4,18 +4,19 @@
     session = onnxruntime.InferenceSession('step.onnx')
     logits, *present = session.run(None, {'input_ids': ids, **past})
 
-    step.onnx     input_ids (B, t), past_… ──► logits (B, t, V), present_…: a prompt in one step or several, then by token
+    step.onnx     input_ids (B, t), past_… ──► logits (B, t, V), present_…: a prompt, then by token
     model.onnx    input_ids (B, T) ──► logits (B, T, V): whole sequences
 
-What a past is says graphs.py. Each present goes into the next step as the past of its place; before the first token the
-caches of keys and values are empty (S = 0), all others are zeros. All sequences of a batch have seen the same number of
-tokens. The model's settings are among the metadata of both files. Both are made of one export: in model.onnx the pasts are
-made of zeros. Attention and Mamba-2 take time and memory with the square of the tokens of a step: a text of thousands goes
-faster through step.onnx, some hundred at once.
+What a past is says graphs.py. Each present goes into the next step as the past of its place; before
+the first token the caches of keys and values are empty (S = 0), all others are zeros. All sequences
+of a batch have seen the same number of tokens. The model's settings are among the metadata of both
+files. Both are made of one export: in model.onnx the pasts are made of zeros. Attention and Mamba-2
+take time and memory with the square of the tokens of a step: a text of thousands goes faster
+through step.onnx, some hundred at once.
 
-int8: onnxruntime's dynamic quantisation of the matrix products, weights by column, activations as they come; the projections
-that time steps are made of alone and routers stay in fp32. In the hidden layers of a small model that moves logits by some
-percent of the largest.
+int8: onnxruntime's dynamic quantisation of the matrix products, weights by column, activations as
+they come; the projections that time steps are made of alone and routers stay in fp32. In the hidden
+layers of a small model that moves logits by some percent of the largest.
 """
 import importlib
 import os
@@ -29,21 +30,22 @@ PACKAGES = 'onnx onnxscript onnxruntime'
 FILES = 'step.onnx', 'model.onnx'
 EXACT = ('x_proj', 'dt_proj', 'gate', 'controller')     # modules that int8 leaves alone
 LIMIT = {'': 1e-4, 'int8': 0.1}                         # of the largest logit
-LARGEST = 1.8e9     # bytes of weights in the file itself, whose limit is 2 GB; more lie beside it in ….data
+# bytes of weights in the file itself, whose limit is 2 GB; more lie beside it in ….data
+LARGEST = 1.8e9
 
 
-# --- what is written --------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 @torch.no_grad()
 def exported_step(net, tok):
     """The graph of a step, an onnx_ir.Model."""
-    for package in ('onnx', 'onnxscript'):                                      # torch.onnx needs them, and says so late
+    for package in ('onnx', 'onnxscript'):  # torch.onnx needs them, and says so late
         importlib.import_module(package)
     graph = graphs.Graph(net).eval()
     ids, past = graphs.example(graph)
     past_names, present_names = graph.names()
     batch, tokens, slots = (torch.export.Dim(name) for name in ('batch', 'tokens', 'past'))
-    past_shapes = []
+    past_shapes = []                                                            # which sizes may change
     for name, tensor in zip(past_names, past):
         if tensor.dtype == torch.long:                                          # the position
             past_shapes.append({})
@@ -53,7 +55,8 @@ def exported_step(net, tok):
             past_shapes.append({0: batch})
     with silent():
         program = torch.onnx.export(
-            graph, (ids, past), dynamo=True, verbose=False, dynamic_shapes=dict(ids={0: batch, 1: tokens}, past=past_shapes),
+            graph, (ids, past), dynamo=True, verbose=False,
+            dynamic_shapes=dict(ids={0: batch, 1: tokens}, past=past_shapes),
             input_names=['input_ids', *past_names], output_names=['logits', *present_names])
     program.model.producer_name = 'mambino'
     program.model.metadata_props.update(graphs.metadata(net, tok))
@@ -61,7 +64,8 @@ def exported_step(net, tok):
 
 
 def begin_with_nothing(model):
-    """Changes the graph of a step to that of a whole sequence: its pasts are what is there before the first token."""
+    """Changes the graph of a step to that of a whole sequence: its pasts are what is there before
+    the first token."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
     graph = model.graph
@@ -70,7 +74,8 @@ def begin_with_nothing(model):
     nodes = [batch]
 
     def constant(name, values):
-        value = ir.Value(name=name, const_value=ir.tensor(values, dtype=ir.DataType.INT64, name=name))
+        tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
+        value = ir.Value(name=name, const_value=tensor)
         value.shape = ir.Shape([len(values)])
         value.dtype = ir.DataType.INT64
         graph.initializers[name] = value
@@ -80,7 +85,8 @@ def begin_with_nothing(model):
         if past.dtype == ir.DataType.INT64:                                     # the position
             zeros = constant(f'{past.name}.zero', [0])
         else:
-            sizes = constant(f'{past.name}.sizes', [n if isinstance(n, int) else 0 for n in past.shape[1:]])
+            sizes = [n if isinstance(n, int) else 0 for n in past.shape[1:]]
+            sizes = constant(f'{past.name}.sizes', sizes)
             shape = ir.node('Concat', [batch.outputs[0], sizes], dict(axis=0))
             fill = ir.node('ConstantOfShape', [shape.outputs[0]])
             nodes += [shape, fill]
@@ -89,7 +95,7 @@ def begin_with_nothing(model):
     graph.insert_before(graph[0], nodes)
     del graph.inputs[1:], graph.outputs[1:]
     RemoveUnusedNodesPass()(model)
-    for node in graph.all_nodes():                                              # shapes that were said of a step
+    for node in graph.all_nodes():  # shapes that were said of a step
         for value in node.outputs:
             if value not in graph.outputs:
                 value.shape = None
@@ -109,9 +115,10 @@ def save_int8(model, path, beside):
     exact = [node.name for node in model.graph if node.op_type == 'MatMul' and is_exact(node)]
     unrounded = path + '.fp32'
     save(model, unrounded, beside)
-    with silent():                              # unsigned: the sums of signed ones overflow on a CPU without VNNI
-        quantize_dynamic(unrounded, path, op_types_to_quantize=['MatMul'], per_channel=True, weight_type=QuantType.QUInt8,
-                         nodes_to_exclude=exact, use_external_data_format=beside)
+    with silent():  # unsigned: the sums of signed ones overflow on a CPU without VNNI
+        quantize_dynamic(unrounded, path, op_types_to_quantize=['MatMul'], per_channel=True,
+                         weight_type=QuantType.QUInt8, nodes_to_exclude=exact,
+                         use_external_data_format=beside)
     for file in [unrounded] + [unrounded + '.data'] * beside:
         os.remove(file)
 
@@ -125,9 +132,10 @@ def is_exact(node):
 def write(net, tok, folder, quantize='', **_):
     """Writes step.onnx, model.onnx, tokenizer.json. ValueError for what ONNX cannot be given."""
     if quantize not in LIMIT:
-        raise ValueError(f'ONNX files are written in fp32 or int8, not {quantize}: take --quantize=int8, or GGUF for 4 bits')
+        raise ValueError(f'ONNX files are written in fp32 or int8, not {quantize}: take '
+                         '--quantize=int8, or GGUF for 4 bits')
     if quantize:
-        importlib.import_module('onnxruntime')                                  # before the long work
+        importlib.import_module('onnxruntime')  # before the long work
     model = exported_step(net, tok)
     beside = 4 * net.num_params() > LARGEST
     save_file = save_int8 if quantize else save
@@ -141,10 +149,11 @@ def write(net, tok, folder, quantize='', **_):
 
 def opening(name, **_):
     """The lines that open the files, for the card."""
-    return f'import onnxruntime\nmodel = onnxruntime.InferenceSession({FILES[1]!r})     # step.onnx goes token by token'
+    return ('import onnxruntime\n'
+            f'model = onnxruntime.InferenceSession({FILES[1]!r})     # step.onnx goes token by token')
 
 
-# --- the proof --------------------------------------------------------------------------------------
+# --- the proof ------------------------------------------------------------------------------------
 
 def session(path):
     import onnxruntime
@@ -155,8 +164,8 @@ def session(path):
 
 
 def verify(net, tok, folder, quantize='', **_):
-    """Both files in onnxruntime, beside the model: logits of whole sequences and of steps, and greedy text. → a check, see
-    compare.py."""
+    """Both files in onnxruntime, beside the model: logits of whole sequences and of steps, and
+    greedy text. → a check, see compare.py."""
     import onnxruntime
     step, full = (session(os.path.join(folder, name)) for name in FILES)
     pasts = step.get_inputs()[1:]
@@ -178,6 +187,7 @@ def verify(net, tok, folder, quantize='', **_):
         return torch.from_numpy(full.run(None, {'input_ids': ids.numpy()})[0])
 
     check = compare_steps(net, tok, empty, run_step, run_full)
-    same = check.pop('same') or bool(quantize)                                  # rounding may change the text
+    same = check.pop('same') or bool(quantize)  # rounding may change the text
     limit = LIMIT[quantize]
-    return dict(tool=f'onnxruntime {onnxruntime.__version__}', limit=limit, ok=same and check['logits'] <= limit, **check)
+    ok = same and check['logits'] <= limit
+    return dict(tool=f'onnxruntime {onnxruntime.__version__}', limit=limit, ok=ok, **check)

@@ -2,10 +2,11 @@
 it, to compare.
 
     python export.py --out_dir=out-lora --format=peft --base=out-hf
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('out-hf'), 'out-lora-peft')
+    base = AutoModelForCausalLM.from_pretrained('out-hf')
+    model = PeftModel.from_pretrained(base, 'out-lora-peft')
 
-    the adapter's checkpoint ──► adapter_config.json            its type and settings, and where its users find the base
-                             └─► adapter_model.safetensors      its tensors, under peft's names
+    the adapter's checkpoint ──► adapter_config.json         its type and settings, where the base is
+                             └─► adapter_model.safetensors   its tensors, under peft's names
 
 Letters of the shapes: B batch, K key/value heads, n length of a prefix, P head size.
 """
@@ -23,9 +24,13 @@ from mambino.weights.checkpoint import build
 
 PACKAGES = 'peft'
 LIMIT = 1e-4
-NO_LORA = {     # kind of model: {matrix on which a LoRA would not count: why}; other kinds have not the names of transformers' class
+# Kinds of model that have the names of transformers' class: {a matrix where a LoRA would not count: why}
+NO_LORA = {
     'gpt': {},
-    'mamba': {'out_proj': 'peft refuses a LoRA on', 'dt_proj': 'transformers would not see a LoRA on'},
+    'mamba': {
+        'out_proj': 'peft refuses a LoRA on',
+        'dt_proj': 'transformers would not see a LoRA on',
+    },
 }
 
 
@@ -35,25 +40,30 @@ def lora(ckpt):
     paths = {name.rpartition('.lora_')[0] for name in ckpt['weights']}
     for matrix, why in NO_LORA[ckpt['kind']].items():
         if any(path.endswith(matrix) for path in paths):
-            raise ValueError(f'{why} the {matrix} of a Mamba: export the merged model, or leave it out of --lora_targets')
+            raise ValueError(f'{why} the {matrix} of a Mamba: export the merged model, or leave it '
+                             'out of --lora_targets')
     targets = [name.strip() for name in adapter['targets'].split(',') if name.strip()]
-    settings = dict(peft_type='LORA', r=adapter['rank'], lora_alpha=adapter['alpha'], lora_dropout=adapter['dropout'],
-                    target_modules=targets or sorted({adapters.short_name(path) for path in paths}), bias='none', fan_in_fan_out=False)
-    return settings, {'base_model.model.' + name: tensor for name, tensor in ckpt['weights'].items()}
+    targets = targets or sorted({adapters.short_name(path) for path in paths})
+    settings = dict(peft_type='LORA', r=adapter['rank'], lora_alpha=adapter['alpha'],
+                    lora_dropout=adapter['dropout'], target_modules=targets, bias='none',
+                    fan_in_fan_out=False)
+    tensors = {'base_model.model.' + name: tensor for name, tensor in ckpt['weights'].items()}
+    return settings, tensors
 
 
 def prefix(ckpt):
     """→ (peft's settings, {its name: tensor}) of a prefix's checkpoint."""
     config = ckpt['config']
     if ckpt['kind'] != 'gpt':
-        raise ValueError('peft has no format for a Mamba\'s prefix, a learned first state: use it with sample.py, or tune with '
-                         '--adapter=lora')
+        raise ValueError('peft has no format for a Mamba\'s prefix, a learned first state: use it '
+                         'with sample.py, or tune with --adapter=lora')
     width = config['n_kv_head'] * config['head_dim']
-    settings = dict(peft_type='PREFIX_TUNING', num_virtual_tokens=ckpt['adapter']['length'], token_dim=width,
-                    num_transformer_submodules=1, num_attention_heads=config['n_kv_head'], num_layers=config['n_layer'],
+    settings = dict(peft_type='PREFIX_TUNING', num_virtual_tokens=ckpt['adapter']['length'],
+                    token_dim=width, num_transformer_submodules=1,
+                    num_attention_heads=config['n_kv_head'], num_layers=config['n_layer'],
                     encoder_hidden_size=width, prefix_projection=False)
-    # (K, n, P) each
-    caches = [ckpt['weights'][f'prefix.{name}.{i}'][0] for i in range(config['n_layer']) for name in 'kv']
+    caches = [ckpt['weights'][f'prefix.{name}.{i}'][0]                          # (K, n, P) each
+              for i in range(config['n_layer']) for name in 'kv']
     embeddings = torch.stack(caches).permute(2, 0, 1, 3).flatten(1)  # (n, 2 n_layer K P)
     return settings, {'prompt_embeddings': embeddings}
 
@@ -68,10 +78,11 @@ def write(net, tok, folder, quantize='', *, ckpt, base, **_):
     if quantize:
         raise ValueError('an adapter is small as it is; leave out --quantize')
     if adapter['type'] not in ADAPTERS:
-        raise ValueError(f'peft\'s {adapter["type"]} has not been taught here, only {", ".join(ADAPTERS)}')
+        raise ValueError(f'peft\'s {adapter["type"]} has not been taught here, only '
+                         f'{", ".join(ADAPTERS)}')
     if ckpt['kind'] not in NO_LORA:
-        raise ValueError(f'transformers has no model with a {ckpt["kind"]}\'s names, so peft cannot load its adapter: export the merged '
-                         'model')
+        raise ValueError(f'transformers has no model with a {ckpt["kind"]}\'s names, so peft cannot '
+                         'load its adapter: export the merged model')
     with torch.device('meta'):
         # ValueError if transformers has no such base
         to_hf.to_transformers(build(ckpt['kind'], ckpt['config']))

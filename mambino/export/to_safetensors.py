@@ -3,7 +3,8 @@
     python export.py --format=safetensors
     weights = safetensors.torch.load_file('weights.safetensors')
 
-    metadata    {'kind', 'config', 'tokenizer'}, the last two as JSON: checkpoint.build(kind, config).load_state_dict(weights)
+    metadata    {'kind', 'config', 'tokenizer'}, the last two as JSON:
+                checkpoint.build(kind, config).load_state_dict(weights)
 
 The file is written without the package of that name: 8 bytes for the length of a header, the header
 in JSON, the tensors.
@@ -29,7 +30,8 @@ def save_safetensors(path, weights, metadata):
     end = 0
     for name, tensor in weights.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = dict(dtype=dtype_names[tensor.dtype], shape=list(tensor.shape), data_offsets=[begin, end])
+        header[name] = dict(dtype=dtype_names[tensor.dtype], shape=list(tensor.shape),
+                            data_offsets=[begin, end])
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8)
     with open(path, 'wb') as f:
@@ -41,7 +43,8 @@ def save_safetensors(path, weights, metadata):
 def write(net, tok, folder, quantize='', **_):
     """Writes weights.safetensors into the folder. ValueError if it is to be quantised."""
     if quantize:
-        raise ValueError('these weights stay in 32 bits; quantised ones go into --format=native or gguf')
+        raise ValueError('these weights stay in 32 bits; quantised ones go into --format=native or '
+                         'gguf')
     metadata = dict(format='pt', kind=kind_of(net), config=json.dumps(checkpoint.config_of(net)))
     if tok:
         metadata['tokenizer'] = tok.text
@@ -60,7 +63,8 @@ def verify(net, tok, folder, quantize='', **_):
     if net.config.tie_embeddings:
         del weights['lm_head.weight']
     read = load_file(os.path.join(folder, FILE))
-    same = read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
+    same = read.keys() == weights.keys()
+    same = same and all(torch.equal(read[name], weights[name]) for name in weights)
     note = f'{len(read)} tensors, equal bit for bit' if same else 'tensors differ'
     return dict(tool=f'safetensors {safetensors.__version__}', ok=same, note=note)
 

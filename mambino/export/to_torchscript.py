@@ -1,16 +1,18 @@
-"""A model as TorchScript and as a torch.export program: code and weights in a file, for PyTorch without these scripts, in
-Python or C++.
+"""A model as TorchScript and as a torch.export program: code and weights in a file, for PyTorch
+without these scripts, in Python or C++.
 
     python export.py --format=torchscript
-    step = torch.jit.load('step.ts'); logits, past = step(ids, step.empty(1)); logits, past = step(ids, past)
+    step = torch.jit.load('step.ts')
+    logits, past = step(ids, step.empty(1)); logits, past = step(ids, past)
     model = torch.export.load('model.pt2').module(); logits = model(ids)
 
-step.ts is the stateful step of graphs.py, traced: ids (B, t), the list `past` → logits (B, t, V), the list to go on with, for
-any B and t. Its loops are compiled from their source, so no size and no number of steps of the trace is left in it.
-`empty(B)` makes the first past. The file of torch.jit.load(…, _extra_files={'model.json': ''}) has the settings and names of
-the list.
+step.ts is the stateful step of graphs.py, traced: ids (B, t), the list `past` → logits (B, t, V),
+the list to go on with, for any B and t. Its loops are compiled from their source, so no size and no
+number of steps of the trace is left in it. `empty(B)` makes the first past. The file of
+torch.jit.load(…, _extra_files={'model.json': ''}) has the settings and names of the list.
 
-model.pt2 is the whole-sequence graph, ids (B, T) → logits (B, T, V). PyTorch means torch.export to follow TorchScript.
+model.pt2 is the whole-sequence graph, ids (B, T) → logits (B, T, V). PyTorch means torch.export to
+follow TorchScript.
 """
 import copy
 import io
@@ -59,7 +61,8 @@ def save(path, save_to, program, **options):
 
 
 def traced_step(net):
-    """The step as TorchScript, and the names of its list where it goes in and where it comes out."""
+    """The step as TorchScript, and the names of its list where it goes in and where it comes
+    out."""
     graph = graphs.Graph(net, scripted=True).eval()
     traced = torch.jit.trace(graph, graphs.example(graph), strict=False, check_trace=False)
     return torch.jit.script(Step(traced, graph.empty(1))), graph.names()
@@ -75,23 +78,25 @@ def exported_program(net):
 
 @torch.no_grad()
 def write(net, tok, folder, quantize='', **_):
-    """Writes step.ts, model.pt2, tokenizer.json. ValueError for what TorchScript cannot be given."""
+    """Writes step.ts, model.pt2, tokenizer.json. ValueError for what TorchScript cannot be
+    given."""
     if quantize:
-        raise ValueError(f'TorchScript files are written in fp32, not {quantize}: leave --quantize empty, '
-                         'or take ONNX for int8')
-    net = copy.deepcopy(net).requires_grad_(False)                              # so that nobody has to say no_grad
+        raise ValueError(f'TorchScript files are written in fp32, not {quantize}: leave --quantize '
+                         'empty, or take ONNX for int8')
+    net = copy.deepcopy(net).requires_grad_(False)  # so that nobody has to say no_grad
     with silent():
         step, (past, present) = traced_step(net)
         facts = json.dumps(dict(graphs.metadata(net, tok), past=past, present=present))
-        save(os.path.join(folder, FILES[0]), torch.jit.save, step, _extra_files={'model.json': facts})
-        save(os.path.join(folder, FILES[1]), torch.export.save, exported_program(net))
+        step_path, full_path = (os.path.join(folder, file) for file in FILES)
+        save(step_path, torch.jit.save, step, _extra_files={'model.json': facts})
+        save(full_path, torch.export.save, exported_program(net))
     if tok:
         tok.save(folder)
 
 
 def verify(net, tok, folder, quantize='', **_):
-    """Loads both files again, beside the model: logits of whole sequences and of steps, and greedy text. → a check, see
-    compare.py."""
+    """Loads both files again, beside the model: logits of whole sequences and of steps, and greedy
+    text. → a check, see compare.py."""
     with silent():
         step = torch.jit.load(os.path.join(folder, FILES[0]))
         full = torch.export.load(os.path.join(folder, FILES[1])).module()
