@@ -1,4 +1,5 @@
-"""classes.py: what an exporter has not been taught is refused by its name, by every format, and no file is left."""
+"""classes.py: what an exporter has not been taught is refused by its name, by every format, and no
+file is left."""
 import os
 
 import pytest
@@ -17,9 +18,8 @@ from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, MambaConfig
 FORMATS = dict(hf=to_hf, gguf=to_gguf, onnx=to_onnx, torchscript=to_torchscript)
 every_format = pytest.mark.parametrize('name', FORMATS)
 SIZES = dict(vocab_size=64, n_layer=2, n_embd=32, block_size=32)
-PLAIN = dict(
-    n_head=2, gate=False, branch_norm=False, window=0, ssm_head_dim=16, state_size=16
-)  # what llama.cpp has too
+# what llama.cpp has too
+PLAIN = dict(n_head=2, gate=False, branch_norm=False, window=0, ssm_head_dim=16, state_size=16)
 
 
 class Mamba3Mixer(Mamba2Mixer):
@@ -105,11 +105,9 @@ def test_what_is_no_checkpoint_has_no_kind(tmp_path):
 def test_an_adapter_of_a_new_kind(tmp_path, monkeypatch):
     adapter = dict(type='lora', rank=1, alpha=1.0, dropout=0.0, targets='')
     config = vars(MambaConfig(**SIZES, head_dim=16))
-    for changes, word in (
-        (dict(kind='diffusion'), 'diffusion'),
-        (dict(adapter=dict(adapter, type='bottleneck')), 'bottleneck'),
-        (dict(config=dict(config, version=3)), 'Mamba3Mixer'),
-    ):
+    for changes, word in ((dict(kind='diffusion'), 'diffusion'),
+                          (dict(adapter=dict(adapter, type='bottleneck')), 'bottleneck'),
+                          (dict(config=dict(config, version=3)), 'Mamba3Mixer')):
         monkeypatch.setitem(model_mamba.MIXERS, 3, Mamba3Mixer)
         ckpt = dict(kind='mamba', config=config, weights={}, adapter=adapter) | changes
         with pytest.raises(ValueError, match=word):

@@ -1,4 +1,5 @@
-"""to_gguf.py: what llama.cpp, gguf's reader and transformers find in our files is our model; what cannot be exact is refused."""
+"""to_gguf.py: what llama.cpp, gguf's reader and transformers find in our files is our model; what
+cannot be exact is refused."""
 import ctypes
 import json
 import sys
@@ -21,21 +22,26 @@ PLAIN = dict(gate=False, branch_norm=False, window=0, n_head=4)
 NETS = {
     'gpt': lambda: GPT(GPTConfig(**SIZES, n_head=4, n_kv_head=2, head_dim=32, intermediate_size=96)),
     'gpt-untied': lambda: GPT(GPTConfig(**SIZES, n_head=4, tie_embeddings=False, rope_theta=500.0)),
-    'qk-norm': lambda: GPT(GPTConfig(**SIZES, n_head=2, n_kv_head=1, head_dim=128, qk_norm=True, norm_eps=1e-3)),
+    'qk-norm': lambda: GPT(GPTConfig(**SIZES, n_head=2, n_kv_head=1, head_dim=128, qk_norm=True,
+                                     norm_eps=1e-3)),
     'experts': lambda: GPT(GPTConfig(**SIZES, n_head=4, n_expert=4, intermediate_size=96)),
-    'experts-qk-norm': lambda: GPT(GPTConfig(**SIZES, n_head=2, head_dim=128, n_expert=4, n_expert_active=3, qk_norm=True,
-                                             intermediate_size=768)),
+    'experts-qk-norm': lambda: GPT(GPTConfig(**SIZES, n_head=2, head_dim=128, n_expert=4, n_expert_active=3,
+                                             qk_norm=True, intermediate_size=768)),
     'window': lambda: GPT(GPTConfig(**SIZES, n_head=4, n_kv_head=2, window=24, rope_theta=500.0)),
     'window-qk-norm': lambda: GPT(GPTConfig(**SIZES, n_head=4, window=24, qk_norm=True)),
     'mamba1': lambda: Mamba(MambaConfig(**SIZES, version=1)),
     'mamba2': lambda: Mamba(MambaConfig(**SIZES)),
-    'mamba2-groups': lambda: Mamba(MambaConfig(**SIZES, expand=3, head_dim=32, n_groups=2, state_size=20, tie_embeddings=False)),
+    'mamba2-groups': lambda: Mamba(MambaConfig(**SIZES, expand=3, head_dim=32, n_groups=2, state_size=20,
+                                               tie_embeddings=False)),
     'hybrid': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, n_kv_head=2)),
-    'hybrid-thin': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, low_rank=16, ssm_head_dim=32, n_groups=2, tie_embeddings=False)),
+    'hybrid-thin': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, low_rank=16, ssm_head_dim=32, n_groups=2,
+                                               tie_embeddings=False)),
 }
-ARCHITECTURES = {'gpt': 'llama', 'qk-norm': 'qwen3', 'experts': 'llama', 'experts-qk-norm': 'qwen3moe', 'window': 'mimo2',
-                 'window-qk-norm': 'qwen3', 'mamba1': 'mamba', 'mamba2': 'mamba2', 'hybrid': 'falcon-h1'}
-TEXT = "The quick brown fox isn't naïve; it jumps over 1234 lazy dogs, we'll see: Ελλάδα, 日本語 🙂 ½ e\u0301 ...  \n\n\tfoo(bar) == {baz}\n"
+ARCHITECTURES = {'gpt': 'llama', 'qk-norm': 'qwen3', 'experts': 'llama', 'experts-qk-norm': 'qwen3moe',
+                 'window': 'mimo2', 'window-qk-norm': 'qwen3', 'mamba1': 'mamba', 'mamba2': 'mamba2',
+                 'hybrid': 'falcon-h1'}
+TEXT = ("The quick brown fox isn't naïve; it jumps over 1234 lazy dogs, we'll see: Ελλάδα, 日本語 🙂 ½ "
+        "e\u0301 ...  \n\n\tfoo(bar) == {baz}\n")
 
 
 @pytest.fixture(scope='module', params=NETS)
@@ -71,17 +77,20 @@ def test_every_tensor_is_in_the_file(named, quantize, bpe, tmp_path, without_lla
     to_gguf.write(net, bpe, tmp_path, quantize)
     assert [path.name for path in tmp_path.iterdir()] == [to_gguf.FILES[quantize]]
     found = to_gguf.verify(net, bpe, tmp_path, quantize)
-    assert found['ok'] and to_gguf.all_of(found['tensors']) and 'not there' in found['note'] and found['logits'] is None
+    assert found['ok'] and to_gguf.all_of(found['tensors'])
+    assert 'not there' in found['note'] and found['logits'] is None
     reader = gguf.GGUFReader(tmp_path / to_gguf.FILES[quantize])
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert len(kinds) == int(found['tensors'].split()[0])
     if name in ARCHITECTURES:
         assert setting(reader, 'general.architecture') == ARCHITECTURES[name]
     if name == 'window-qk-norm':
-        assert 'ends at the window of 24' in found['note'] and setting(reader, 'qwen3.context_length') == 24
+        assert 'ends at the window of 24' in found['note']
+        assert setting(reader, 'qwen3.context_length') == 24
     matrices = {'': 'F32', 'int8': 'Q8_0', 'int4': 'Q4_0'}[quantize]
+    exact = 'norm', 'conv', 'ssm_dt', 'ssm_a', 'ssm_d', 'bias', 'gate_inp'
     for tensor, kind in kinds.items():
-        if any(part in tensor for part in ('norm', 'conv', 'ssm_dt', 'ssm_a', 'ssm_d', 'bias', 'gate_inp')):
+        if any(part in tensor for part in exact):
             assert kind == 'F32', tensor
         elif tensor in ('token_embd.weight', 'output.weight') and quantize:
             assert kind == 'Q8_0', tensor
@@ -90,7 +99,8 @@ def test_every_tensor_is_in_the_file(named, quantize, bpe, tmp_path, without_lla
     before = net.embedding().weight[5, 7].item()
     net.embedding().weight.data[5, 7] += 1
     try:
-        assert not to_gguf.verify(net, bpe, tmp_path, quantize)['ok']  # a proof that could not fail would be none
+        # a proof that could not fail would be none
+        assert not to_gguf.verify(net, bpe, tmp_path, quantize)['ok']
     finally:
         net.embedding().weight.data[5, 7] = before
 
@@ -99,19 +109,23 @@ def test_odd_rows_are_f16(tmp_path):
     net = perturb(GPT(GPTConfig(vocab_size=50, n_layer=1, n_embd=40, n_head=2, block_size=1)).eval())
     to_gguf.write(net, None, tmp_path, 'int4')
     assert to_gguf.verify(net, None, tmp_path, 'int4')['ok']
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / 'model-q4_0.gguf').tensors}
-    assert kinds['blk.0.attn_q.weight'] == kinds['token_embd.weight'] == 'F16' and kinds['blk.0.ffn_down.weight'] == 'Q4_0'
+    reader = gguf.GGUFReader(tmp_path / 'model-q4_0.gguf')
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds['blk.0.attn_q.weight'] == kinds['token_embd.weight'] == 'F16'
+    assert kinds['blk.0.ffn_down.weight'] == 'Q4_0'
 
 
-@pytest.mark.parametrize('name, quantize', [('gpt', ''), ('gpt-untied', ''), ('gpt-untied', 'int8'), ('qk-norm', ''),
-                                            ('experts-qk-norm', ''), ('mamba1', ''), ('mamba1', 'int8')])
+@pytest.mark.parametrize('name, quantize', [
+    ('gpt', ''), ('gpt-untied', ''), ('gpt-untied', 'int8'), ('qk-norm', ''), ('experts-qk-norm', ''),
+    ('mamba1', ''), ('mamba1', 'int8')])
 def test_transformers_reads_it(name, quantize, bpe, tmp_path):
     transformers = pytest.importorskip('transformers')
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     net, idx = build(name), torch.randint(280, (2, 60))
     to_gguf.write(net, bpe, tmp_path, quantize)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=to_gguf.FILES[quantize], dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=to_gguf.FILES[quantize], dtype=torch.float32).eval()
     with torch.no_grad():
         want, got = net(idx)[0], theirs(idx).logits
     error = ((got - want).abs().max() / want.std()).item()
@@ -126,26 +140,35 @@ def test_settings_of_the_tokenizer(bpe, tmp_path):
     tokens, types = (setting(reader, f'tokenizer.ggml.{key}') for key in ('tokens', 'token_type'))
     assert len(tokens) == len(types) == 288 and len(set(tokens)) == 288
     for i, (token, kind) in enumerate(zip(tokens, types)):
-        said = b'' if kind != gguf_tokenizer.NORMAL else bytes(tokenizer.CHAR_TO_BYTE[c] for c in token)
+        said = b''
+        if kind == gguf_tokenizer.NORMAL:
+            said = bytes(tokenizer.CHAR_TO_BYTE[c] for c in token)
         assert said == (bpe.token_bytes(i) if i < bpe.vocab_size else b'')
-    assert tokens[bpe.eot] == '<|endoftext|>' and types.count(gguf_tokenizer.CONTROL) == 3 and types.count(gguf_tokenizer.UNUSED) == 288 - bpe.vocab_size
-    assert setting(reader, 'tokenizer.ggml.eos_token_id') == bpe.eot and setting(reader, 'tokenizer.ggml.add_bos_token') is False
-    assert setting(reader, 'tokenizer.ggml.pre') == 'gpt-2' and '<|im_start|>' in setting(reader, 'tokenizer.chat_template')
+    assert tokens[bpe.eot] == '<|endoftext|>' and types.count(gguf_tokenizer.CONTROL) == 3
+    assert types.count(gguf_tokenizer.UNUSED) == 288 - bpe.vocab_size
+    assert setting(reader, 'tokenizer.ggml.eos_token_id') == bpe.eot
+    assert setting(reader, 'tokenizer.ggml.add_bos_token') is False
+    assert setting(reader, 'tokenizer.ggml.pre') == 'gpt-2'
+    assert '<|im_start|>' in setting(reader, 'tokenizer.chat_template')
     merges = json.loads(bpe.text)['model']['merges']
-    assert setting(reader, 'tokenizer.ggml.merges') == [m if isinstance(m, str) else ' '.join(m) for m in merges]
+    merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
+    assert setting(reader, 'tokenizer.ggml.merges') == merges
 
 
 def test_chat_template_is_chatml():
     jinja2 = pytest.importorskip('jinja2')
     messages = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
-    said = jinja2.Template(gguf_tokenizer.CHATML).render(messages=messages, add_generation_prompt=True)
-    assert said == '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n'
+    template = jinja2.Template(gguf_tokenizer.CHATML)
+    said = template.render(messages=messages, add_generation_prompt=True)
+    assert said == ('<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n'
+                    '<|im_start|>assistant\n')
 
 
 @pytest.mark.parametrize('net, says', [
     (lambda: Mamba(MambaConfig(**SIZES, expand=3, version=1)), 'expand=2, not 3'),
     (lambda: Hybrid(HybridConfig(**SIZES, n_head=4)), 'gate=True, branch_norm=True;.*--format=hf'),
-    (lambda: Hybrid(HybridConfig(**SIZES, **{**PLAIN, 'window': 32}, layout='parallel')), 'layout=parallel, window=32'),
+    (lambda: Hybrid(HybridConfig(**SIZES, **{**PLAIN, 'window': 32}, layout='parallel')),
+     'layout=parallel, window=32'),
     (lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, qk_norm=True)), 'qk_norm=True'),
 ])
 def test_models_that_llama_cpp_does_not_compute(net, says, tmp_path):
@@ -196,14 +219,19 @@ def test_llama_cpp_computes_the_same(named, quantize, bpe, tmp_path):
 def test_llama_cpp_gives_the_same_ids(kind, tmp_path):
     llama_cpp = pytest.importorskip('llama_cpp')
     texts = [TEXT + ''.join(compare.PIECES)]
-    tok = kind and (tokenizer.build_tokenizer('bpe', texts * 3, 1200) if kind == 'gpt2-like' else tokenizer.build_tokenizer(kind, texts))
-    net = perturb(GPT(GPTConfig(vocab_size=tok.vocab_size if tok else 100, n_layer=1, n_embd=32, n_head=1, block_size=64)).eval())
+    if kind == 'gpt2-like':
+        tok = tokenizer.build_tokenizer('bpe', texts * 3, 1200)
+    else:
+        tok = kind and tokenizer.build_tokenizer(kind, texts)
+    sizes = dict(n_layer=1, n_embd=32, n_head=1, block_size=64)
+    net = perturb(GPT(GPTConfig(vocab_size=tok.vocab_size if tok else 100, **sizes)).eval())
     to_gguf.write(net, tok, tmp_path, '')
     found = to_gguf.verify(net, tok, tmp_path, '')
     assert found['ok'] and found.get('ids') == (tok and '200 of 200'), found
     llm = llama_cpp.Llama(str(tmp_path / 'model-f32.gguf'), verbose=False)
     said = ctypes.create_string_buffer(1000)
-    for i in range(tok.vocab_size if tok else 0):  # and what an id stands for; llm.detokenize cuts tokens of more than 32 bytes
+    # and what an id stands for; llm.detokenize cuts tokens of more than 32 bytes
+    for i in range(tok.vocab_size if tok else 0):
         n = llama_cpp.llama_token_to_piece(llm._model.vocab, i, said, 1000, 0, False)
         assert said.raw[:n] == tok.token_bytes(i)
     llm.close()

@@ -1,4 +1,5 @@
-"""to_hf.py: transformers opens what it wrote, finds our logits, our greedy tokens, our token ids; hf.py reads it back bit for bit."""
+"""to_hf.py: transformers opens what it wrote, finds our logits, our greedy tokens, our token ids;
+hf.py reads it back bit for bit."""
 import json
 import os
 import subprocess
@@ -7,8 +8,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import CONFIG, GPT_SIZE, HYBRID_SIZE, SSM_SIZE, WINDOW, V, assert_close, perturb, tokens
+from helpers.models import (
+    CONFIG,
+    GPT_SIZE,
+    HYBRID_SIZE,
+    SSM_SIZE,
+    WINDOW,
+    V,
+    assert_close,
+    perturb,
+    tokens,
+)
 
+import model_hybrid
 from mambino import tokenizer
 from mambino.export import to_hf
 from mambino.export.compare import greedy, some_texts
@@ -16,11 +28,12 @@ from mambino.weights import from_hf as hf
 from mambino.weights.tensor_files import read_safetensors
 from model_gpt import GPT
 from model_hybrid import Hybrid
-from model_mamba import Mamba
+from model_mamba import Mamba, ssd
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
 transformers = pytest.importorskip('transformers')
+modeling_mambino = pytest.importorskip('mambino.export.modeling_mambino')
 PLAIN = dict(HYBRID_SIZE, gate=False, branch_norm=False, window=0)
 EXPERTS = dict(GPT_SIZE, n_expert=4, intermediate_size=24)
 UNTIED = dict(tie_embeddings=False)
@@ -33,15 +46,20 @@ CASES = {  # the class that it must become, our model, its config
     'mixtral': ('Mixtral', GPT, dict(EXPERTS, n_kv_head=2)),
     'mixtral-window': ('Mixtral', GPT, dict(EXPERTS, n_expert_active=1, window=WINDOW, **UNTIED)),
     'qwen3moe': ('Qwen3Moe', GPT, dict(EXPERTS, n_kv_head=2, head_dim=12, qk_norm=True)),
-    'qwen3moe-window': ('Qwen3Moe', GPT, dict(EXPERTS, n_expert_active=3, qk_norm=True, window=WINDOW, **UNTIED)),
+    'qwen3moe-window': ('Qwen3Moe', GPT, dict(EXPERTS, n_expert_active=3, qk_norm=True, window=WINDOW,
+                                              **UNTIED)),
     'mamba1': ('Mamba', Mamba, dict(SSM_SIZE, version=1)),
-    'mamba1-untied': ('Mamba', Mamba, dict(SSM_SIZE, version=1, expand=3, conv_kernel=3, time_step_rank=5, **UNTIED)),
+    'mamba1-untied': ('Mamba', Mamba, dict(SSM_SIZE, version=1, expand=3, conv_kernel=3, time_step_rank=5,
+                                           **UNTIED)),
     'mamba2': ('Mamba2', Mamba, dict(SSM_SIZE, head_dim=16)),
-    'mamba2-untied': ('Mamba2', Mamba, dict(SSM_SIZE, head_dim=8, n_groups=2, expand=3, conv_kernel=3, **UNTIED)),
+    'mamba2-untied': ('Mamba2', Mamba, dict(SSM_SIZE, head_dim=8, n_groups=2, expand=3, conv_kernel=3,
+                                            **UNTIED)),
     'falcon': ('FalconH1', Hybrid, dict(PLAIN, n_kv_head=2)),
-    'falcon-untied': ('FalconH1', Hybrid, dict(PLAIN, n_groups=2, expand=3, head_dim=12, conv_kernel=3, **UNTIED)),
+    'falcon-untied': ('FalconH1', Hybrid, dict(PLAIN, n_groups=2, expand=3, head_dim=12, conv_kernel=3,
+                                               **UNTIED)),
     'hybrid': ('Mambino', Hybrid, HYBRID_SIZE),
-    'hybrid-parallel': ('Mambino', Hybrid, dict(HYBRID_SIZE, layout='parallel', n_kv_head=2, qk_norm=True, n_groups=2, conv_kernel=3)),
+    'hybrid-parallel': ('Mambino', Hybrid, dict(HYBRID_SIZE, layout='parallel', n_kv_head=2, qk_norm=True,
+                                                n_groups=2, conv_kernel=3)),
     'hybrid-plain-window': ('Mambino', Hybrid, dict(PLAIN, window=2, conv_kernel=1)),
     'hybrid-low-rank': ('Mambino', Hybrid, dict(HYBRID_SIZE, low_rank=8, window=0, expand=3, **UNTIED)),
 }
@@ -53,7 +71,8 @@ def quiet(tmp_path_factory):
     """No progress bars, and no modelling files in the cache of whoever runs this."""
     transformers.utils.logging.set_verbosity_error()
     patch = pytest.MonkeyPatch()
-    patch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path_factory.mktemp('modules')))
+    cache = str(tmp_path_factory.mktemp('modules'))
+    patch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', cache)
     patch.setattr(sys, 'path', list(sys.path))
     yield
     patch.undo()
@@ -61,8 +80,11 @@ def quiet(tmp_path_factory):
 
 def build(name, vocab_size=V, **changes):
     _, cls, settings = CASES[name]
-    settings = {'vocab_size': vocab_size, 'norm_eps': 1e-3, 'block_size': 50, **settings, **changes}  # sizes that are no default
-    return perturb(cls(CONFIG[cls](**settings if cls is Mamba else {'rope_theta': 500.0, **settings}))).eval()
+    # sizes that are no default
+    settings = {'vocab_size': vocab_size, 'norm_eps': 1e-3, 'block_size': 50, **settings, **changes}
+    if cls is not Mamba:
+        settings = {'rope_theta': 500.0, **settings}
+    return perturb(cls(CONFIG[cls](**settings))).eval()
 
 
 def written(name, folder, tok=None, **changes):
@@ -76,16 +98,18 @@ def opened(folder):
 
 
 def bpe(size=300):
-    return tokenizer.build_tokenizer('bpe', ['the quick brown fox jumps over the lazy dog. ' * 20], vocab_size=size)
+    text = 'the quick brown fox jumps over the lazy dog. ' * 20
+    return tokenizer.build_tokenizer('bpe', [text], vocab_size=size)
 
 
-# --- every model ------------------------------------------------------------------------------------------------------
+# --- every model ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', CASES)
 def test_transformers_computes_the_same(name, tmp_path):
     net = written(name, tmp_path)
     found = to_hf.verify(net, None, tmp_path)
-    assert found['ok'] and found['logits'] <= 1e-5 and found['greedy'] == '64 of 64' and 'ids' not in found, found
+    assert found['ok'] and found['logits'] <= 1e-5 and found['greedy'] == '64 of 64', found
+    assert 'ids' not in found
     assert found['note'] == f'opened as {CASES[name][0]}ForCausalLM'
     assert os.path.exists(tmp_path / 'modeling_mambino.py') == (CASES[name][0] == 'Mambino')
     assert not (tmp_path / 'tokenizer.json').exists()
@@ -96,10 +120,13 @@ def test_read_back_bit_for_bit(name, tmp_path):
     net = written(name, tmp_path)
     kind, config, weights, _ = hf.load_hf(tmp_path)
     wanted = net.state_dict()
-    assert weights.keys() == wanted.keys() and all(torch.equal(weights[key], wanted[key]) for key in wanted)
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
     assert kind == {GPT: 'gpt', Mamba: 'mamba', Hybrid: 'hybrid'}[CASES[name][1]]
-    lost = {'chunk_size', 'block_size'} if kind == 'mamba' else set()  # of speed and training; Mamba's classes have no such key
-    assert {key: config[key] for key in config if key not in lost} == {key: u for key, u in vars(net.config).items() if key not in lost}
+    # of speed and training; Mamba's classes have no such key
+    lost = {'chunk_size', 'block_size'} if kind == 'mamba' else set()
+    ours = {key: value for key, value in vars(net.config).items() if key not in lost}
+    assert {key: value for key, value in config.items() if key not in lost} == ours
 
 
 @pytest.mark.parametrize('name', ['llama', 'mixtral', 'hybrid', 'falcon', 'mamba2'])
@@ -111,7 +138,7 @@ def test_the_file_is_safetensors(name, tmp_path):
         theirs = {key: f.get_tensor(key) for key in f.keys()}
     ours = dict(read_safetensors(tmp_path / FILE))
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
-    assert 'lm_head.weight' not in ours or name == 'falcon'                     # a tied matrix lies there once
+    assert 'lm_head.weight' not in ours or name == 'falcon'  # a tied matrix lies there once
     numbers = net.num_params() + (net.embedding().weight.numel() if name == 'falcon' else 0)
     assert 0 < os.path.getsize(tmp_path / FILE) - 4 * numbers < 20_000
     assert int.from_bytes((tmp_path / FILE).read_bytes()[:8], 'little') % 8 == 0
@@ -123,7 +150,8 @@ def test_config_says_all_that_older_readers_look_for(tmp_path):
     assert config['rope_theta'] == config['rope_parameters']['rope_theta'] == 500
     assert config['torch_dtype'] == config['dtype'] == 'float32'
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    same = set(config) - {'torch_dtype', 'dtype', 'rope_theta', 'architectures', 'model_type', 'mlp_bias'}
+    same = set(config) - {'torch_dtype', 'dtype', 'rope_theta', 'architectures', 'model_type',
+                          'mlp_bias'}
     assert {key: getattr(theirs, key) for key in same} == {key: config[key] for key in same}
 
 
@@ -147,12 +175,13 @@ def test_what_cannot_be_written(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-# --- the proof can fail -----------------------------------------------------------------------------------------------
+# --- the proof can fail ---------------------------------------------------------------------------
 
 def change(folder, name, by=0.05):
     weights = dict(read_safetensors(folder / FILE))
-    weights = {key: tensor + by if key == name else tensor for key, tensor in weights.items()} if by else \
-        {key: tensor for key, tensor in weights.items() if key != name}
+    changed = weights.pop(name)
+    if by:
+        weights[name] = changed + by
     to_hf.save_safetensors(folder / FILE, weights, {'format': 'pt'})
 
 
@@ -164,10 +193,12 @@ def test_verify_sees_what_is_wrong(tmp_path):
     found = to_hf.verify(net, tok, tmp_path)
     assert not found['ok'] and found['logits'] > found['limit'] and found['ids'] == '1000 of 1000'
     change(tmp_path, 'model.norm.weight', by=None)
-    assert 'tensors that do not fit LlamaForCausalLM: model.norm.weight' in to_hf.verify(net, tok, tmp_path)['note']
+    note = to_hf.verify(net, tok, tmp_path)['note']
+    assert 'tensors that do not fit LlamaForCausalLM: model.norm.weight' in note
     to_hf.write(net, tok, tmp_path)
     settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(dict(settings, split_special_tokens=False)))
+    settings['split_special_tokens'] = False
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
     found = to_hf.verify(net, tok, tmp_path)
     assert not found['ok'] and found['logits'] <= found['limit'] and found['ids'] != '1000 of 1000'
     other = opened(tmp_path)
@@ -175,10 +206,11 @@ def test_verify_sees_what_is_wrong(tmp_path):
     assert to_hf.same_tokens(net, other, tokens(8), 64, V, 1e-4) < 64
 
 
-# --- tokenizers -------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 def foreign():
-    """A tokenizer.json of another make: Llama's, which adds a token at the beginning, and cuts and fills up texts."""
+    """A tokenizer.json of another make: Llama's, which adds a token at the beginning, and cuts and
+    fills up texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     tok = Tokenizer(models.BPE(unk_token='<unk>'))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -198,12 +230,15 @@ TOKENIZERS = {'bpe': bpe, 'byte': lambda: tokenizer.build_tokenizer('byte'), 'fo
 def test_tokenizers(kind, tmp_path):
     tok = TOKENIZERS[kind]()
     texts = some_texts(tok, 1000)
-    assert len(texts) == 1000 and len(set(texts)) > 700 and (kind == 'char' or sum('<|endoftext|>' in text for text in texts) > 50)
+    assert len(texts) == 1000 and len(set(texts)) > 700
+    assert kind == 'char' or sum('<|endoftext|>' in text for text in texts) > 50
     net = written('mamba2', tmp_path, tok, vocab_size=tok.vocab_size)
     assert to_hf.same_ids(tok, tmp_path, False) == (1000, 1000)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in ('the fox', '<|endoftext|>', 'fox<|endoftext|>the'):            # the end of a document cannot be forged
-        assert theirs(text)['input_ids'] == tok.encode(text).tolist() and tok.eot not in theirs(text)['input_ids']
+    # the end of a document cannot be forged
+    for text in ('the fox', '<|endoftext|>', 'fox<|endoftext|>the'):
+        ids = theirs(text)['input_ids']
+        assert ids == tok.encode(text).tolist() and tok.eot not in ids
     assert theirs.eos_token_id == theirs.pad_token_id == tok.eot and theirs.padding_side == 'left'
     assert theirs.decode([*tok.encode('the fox'), tok.eot], skip_special_tokens=True) == 'the fox'
     assert opened(tmp_path).generation_config.eos_token_id == tok.eot
@@ -216,7 +251,8 @@ def test_tokenizers(kind, tmp_path):
 def test_ids_that_stand_for_nothing_are_never_drawn(tmp_path):
     tok = tokenizer.build_tokenizer('byte')
     net = build('llama-untied', 300)
-    net.lm_head.weight.data[257:] = 5 * net.lm_head.weight.data[:43]            # else they would be the likeliest
+    # else they would be the likeliest
+    net.lm_head.weight.data[257:] = 5 * net.lm_head.weight.data[:43]
     to_hf.write(net, tok, tmp_path)
     found = to_hf.verify(net, tok, tmp_path)
     assert found['ok'] and found['greedy'] == '64 of 64', found
@@ -227,7 +263,7 @@ def test_ids_that_stand_for_nothing_are_never_drawn(tmp_path):
     assert model.generate(prompt, max_new_tokens=30, do_sample=False).max() >= 257
 
 
-# --- the modelling file -----------------------------------------------------------------------------------------------
+# --- the modelling file ---------------------------------------------------------------------------
 
 OWN = [name for name, case in CASES.items() if case[0] == 'Mambino']
 
@@ -244,21 +280,28 @@ def test_modelling_file(name, tmp_path):
     for row, n in ((0, 5), (1, 30)):
         assert_close(logits[row, n:], net(idx[row:row + 1, n:])[0][0])
     lengths = []
-    model.lm_head.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    got = model.generate(idx, attention_mask=mask, max_new_tokens=30, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+
+    def write_down(module, args):
+        lengths.append(args[0].shape[1])
+    model.lm_head.register_forward_pre_hook(write_down)
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(write_down)
+    got = model.generate(idx, attention_mask=mask, max_new_tokens=30, do_sample=False,
+                         return_dict_in_generate=True, pad_token_id=0)
     assert lengths == [75, 1] + [1, 1] * 29
     for row, n in ((0, 5), (1, 30)):
         assert got.sequences[row, 75:].tolist() == greedy(net, idx[row, n:].tolist(), 30)
     state, window = got.past_key_values.layers[1], net.config.window
     assert got.past_key_values.seen == 104 and state['k'].shape[2] == (window - 1 if window else 104)
     longer = torch.cat((got.sequences, tokens(2, 3)), 1)
-    more = model(longer[:, 104:], past_key_values=got.past_key_values, attention_mask=torch.cat((mask, mask.new_ones(2, 33)), 1)).logits
+    longer_mask = torch.cat((mask, mask.new_ones(2, 33)), 1)
+    more = model(longer[:, 104:], past_key_values=got.past_key_values, attention_mask=longer_mask).logits
     assert_close(more[1], net(longer[1:, 30:])[0][0, -4:])
-    beams = [model.generate(idx[:, :9], attention_mask=torch.ones_like(idx[:, :9]), num_beams=3, max_new_tokens=12, do_sample=False,
-                            use_cache=cache, pad_token_id=0) for cache in (True, False)]
+    beams = [model.generate(idx[:, :9], attention_mask=torch.ones_like(idx[:, :9]), num_beams=3,
+                            max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0)
+             for cache in (True, False)]
     assert torch.equal(*beams)
-    assert model.masks(mask, 75, type(got.past_key_values)(2), 'cpu')[0].any(-1).all()  # padding too: a softmax over nothing is NaN
+    # padding too: a softmax over nothing is NaN
+    assert model.masks(mask, 75, type(got.past_key_values)(2), 'cpu')[0].any(-1).all()
     with pytest.raises(ValueError, match='pad on the left'):
         model(idx, attention_mask=mask.flip(1))
     with pytest.raises(ValueError, match='covers 75 tokens; it must cover all 109'):
@@ -267,6 +310,16 @@ def test_modelling_file(name, tmp_path):
         model(idx, position_ids=idx)
     rounded = model.to(torch.bfloat16)(idx).logits.float()
     assert (rounded - net(idx)[0]).norm() <= 0.05 * rounded.norm()
+
+
+def test_its_ssd_is_the_definition():
+    """Within chunks and from chunk to chunk; its B and C are of heads, not of groups."""
+    x, dt, A = torch.randn(2, 50, 4, 8), torch.rand(2, 50, 4), -4 * torch.rand(4)
+    B, C = torch.randn(2, 2, 50, 4, 16)
+    state = torch.randn(2, 4, 8, 16)
+    defined = ssd.definition(x, dt, A, B, C, 16, state)
+    for result, wanted in zip(modeling_mambino.ssd(x, dt, A, B, C, state, 16), defined):
+        assert_close(result, wanted)
 
 
 @pytest.mark.parametrize('name', OWN)
@@ -299,11 +352,14 @@ def test_a_folder_is_all_that_is_needed(tmp_path):
         transformers.utils.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained('model', trust_remote_code=True)
         tok = transformers.AutoTokenizer.from_pretrained('model', trust_remote_code=True)
-        print(model.generate(**tok('the fox', return_tensors='pt'), max_new_tokens=9, do_sample=False, eos_token_id=None)[0].tolist())
-        assert 'model_hybrid' not in sys.modules and not any(path == %r for path in sys.path)
-    ''' % os.path.dirname(os.path.abspath(to_hf.__file__))
-    env = {**os.environ, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-I', '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        inputs = tok('the fox', return_tensors='pt')
+        ids = model.generate(**inputs, max_new_tokens=9, do_sample=False, eos_token_id=None)
+        print(ids[0].tolist())
+        assert 'model_hybrid' not in sys.modules and not any(path == ROOT for path in sys.path)
+    '''.replace('ROOT', repr(os.path.dirname(os.path.abspath(model_hybrid.__file__))))
+    env = os.environ | {'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-I', '-c', code], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ids = tok.encode('the fox').tolist()
     assert json.loads(done.stdout) == ids + greedy(net, ids, 9)

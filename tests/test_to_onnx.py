@@ -1,4 +1,5 @@
-"""graphs.py, to_onnx.py, to_torchscript.py: onnxruntime, and PyTorch without these scripts, compute what the models do."""
+"""graphs.py, to_onnx.py, to_torchscript.py: onnxruntime, and PyTorch without these scripts, compute
+what the models do."""
 import json
 import logging
 import os
@@ -19,7 +20,8 @@ from model_mamba import selective_scan, ssd
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
-KINDS = {'gpt-gqa-window': dict(n_layer=1, qk_norm=True, n_expert=4, intermediate_size=16), 'mamba1': dict(n_layer=1),
+KINDS = {'gpt-gqa-window': dict(n_layer=1, qk_norm=True, n_expert=4, intermediate_size=16),
+         'mamba1': dict(n_layer=1),
          'mamba2-groups-untied': dict(n_layer=1), 'hybrid-parallel': dict(n_layer=1)}
 CUTS = 1, 30, 1, 1, 17, 33          # more in all than the window and than several chunks
 
@@ -32,7 +34,7 @@ def model(name, **changes):
 def test_a_graph_computes_what_the_model_does(name):
     net, idx = model(name), tokens(3, sum(CUTS))
     want = net.step(idx)[0]
-    assert want.std() > 0.3                                                     # else closeness would mean little
+    assert want.std() > 0.3  # else closeness would mean little
     with silent(), torch.no_grad():
         for graph in (graphs.Graph(net), graphs.Graph(net, scripted=True)):
             past, parts = graph.empty(3), []
@@ -44,14 +46,16 @@ def test_a_graph_computes_what_the_model_does(name):
                 assert past[0].tolist() == [sum(CUTS)] and past[1].shape[2] == graph.window
         names = graph.names()
         assert len(names[0]) == len(names[1]) == len(past)
-        assert names[0][-1].endswith('.1' if 'ssm.1' in graph.sizes else '.1.value') and names[1][-1].startswith('present')
+        assert names[0][-1].endswith('.1' if 'ssm.1' in graph.sizes else '.1.value')
+        assert names[1][-1].startswith('present')
         assert_close(graphs.FullGraph(net)(idx), want, 1e-5)
 
 
 # --- what graphs.py has anew is what the models define
 
 def test_a_long_step_of_mamba2_is_cut_in_chunks():
-    x, dt, B, C = torch.randn(2, 70, 4, 8), torch.rand(2, 70, 4), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
+    x, dt = torch.randn(2, 70, 4, 8), torch.rand(2, 70, 4)
+    B, C = torch.randn(2, 2, 70, 2, 16)
     A, h = -torch.rand(4) * 16, torch.randn(2, 4, 8, 16)
     with silent():
         scripted = torch.jit.script(graphs.ssd)
@@ -62,18 +66,21 @@ def test_a_long_step_of_mamba2_is_cut_in_chunks():
 
 
 def test_the_scan_of_mamba1():
-    x, dt, B, C = torch.randn(2, 70, 12), torch.rand(2, 70, 12), torch.randn(2, 70, 8), torch.randn(2, 70, 8)
+    x, dt = torch.randn(2, 70, 12), torch.rand(2, 70, 12)
+    B, C = torch.randn(2, 2, 70, 8)
     A, h = -torch.rand(12, 8) * 16, torch.randn(2, 8, 12)
     with silent():
         scripted = torch.jit.script(graphs.selective_scan)
+    defined = selective_scan.definition(x, dt, A, B, C, h)
     for scan in (graphs.selective_scan, scripted):
-        for result, defined in zip(scan(x, dt, A, B, C, h), selective_scan.definition(x, dt, A, B, C, h)):
-            assert_close(result, defined)
+        for result, wanted in zip(scan(x, dt, A, B, C, h), defined):
+            assert_close(result, wanted)
 
 
 @torch.no_grad()
 def test_every_expert():
-    moe = MoE(GPTConfig(n_embd=32, n_head=2, n_expert=8, n_expert_active=3, intermediate_size=24)).eval()
+    config = GPTConfig(n_embd=32, n_head=2, n_expert=8, n_expert_active=3, intermediate_size=24)
+    moe = MoE(config).eval()
     for p in moe.parameters():
         torch.nn.init.normal_(p)
     x = torch.randn(2, 30, 32)
@@ -84,12 +91,14 @@ def test_a_graph_shares_the_weights():
     net = model('gpt-experts')
     graph = graphs.Graph(net)
     ours = dict(net.named_parameters())
-    assert all(p is ours[name] for name, p in graph.net.named_parameters()) and isinstance(net.model.layers[0].mlp, MoE)
+    assert all(p is ours[name] for name, p in graph.net.named_parameters())
+    assert isinstance(net.model.layers[0].mlp, MoE)
 
 
 @pytest.fixture(scope='module')
 def tok():
-    return tokenizer.build_tokenizer('char', [''.join(chr(97 + i) for i in range(20))])   # fewer ids than the model
+    # fewer ids than the model
+    return tokenizer.build_tokenizer('char', [''.join(chr(97 + i) for i in range(20))])
 
 
 # --- ONNX
@@ -114,15 +123,17 @@ def test_onnx(name, tok, tmp_path, capfd, needs_onnx):
         graph = onnx.load(tmp_path / file)
         onnx.checker.check_model(graph)
         facts = {p.key: p.value for p in graph.metadata_props}
-        assert facts['kind'] == name.split('-')[0].rstrip('12') and facts['vocab_size'] == str(V) and facts['eot'] == str(tok.eot)
+        assert facts['kind'] == name.split('-')[0].rstrip('12')
+        assert facts['vocab_size'] == str(V) and facts['eot'] == str(tok.eot)
         assert facts['window'] == str(getattr(net.config, 'window', 0))
     graph = onnx.load(tmp_path / 'step.onnx').graph
-    given, made = [value.name for value in graph.input], [value.name for value in graph.output]
+    inputs, outputs = [value.name for value in graph.input], [value.name for value in graph.output]
     if name == 'gpt-gqa-window':
-        assert given == ['input_ids', 'past_position', 'past_key_values.0.key', 'past_key_values.0.value']
-        assert made == ['logits', 'present_position', 'present.0.key', 'present.0.value']
+        assert inputs == ['input_ids', 'past_position', 'past_key_values.0.key', 'past_key_values.0.value']
+        assert outputs == ['logits', 'present_position', 'present.0.key', 'present.0.value']
     if name == 'mamba1':
-        assert given == ['input_ids', 'past_conv.0', 'past_ssm.0'] and made == ['logits', 'present_conv.0', 'present_ssm.0']
+        assert inputs == ['input_ids', 'past_conv.0', 'past_ssm.0']
+        assert outputs == ['logits', 'present_conv.0', 'present_ssm.0']
         perturb(net, 0.01)
         assert not to_onnx.verify(net, tok, tmp_path, '')['ok']                 # the check is one
 
@@ -133,7 +144,8 @@ def test_onnx_int8_and_weights_beside_the_file(tmp_path, capfd, monkeypatch, nee
     to_onnx.write(net, None, tmp_path, 'int8')
     assert capfd.readouterr() == ('', '')
     assert sorted(os.listdir(tmp_path)) == ['model.onnx', 'model.onnx.data', 'step.onnx', 'step.onnx.data']
-    assert sum(os.path.getsize(tmp_path / name) for name in ('step.onnx', 'step.onnx.data')) < 0.6 * 4 * net.num_params()
+    size = sum(os.path.getsize(tmp_path / name) for name in ('step.onnx', 'step.onnx.data'))
+    assert size < 0.6 * 4 * net.num_params()
     check = to_onnx.verify(net, None, tmp_path, 'int8')
     assert check['ok'] and 1e-4 < check['logits'] <= check['limit'], check
 
@@ -158,7 +170,7 @@ def test_nothing_stays_swapped(tmp_path):
         return registry._substitutes, logging.root.manager.disable, torch.is_grad_enabled()
 
     def fail_within(*_):
-        if registry._substitutes is not None:                                   # else it is the first step, for the sizes
+        if registry._substitutes is not None:  # else it is the first step, for the sizes
             assert registry._substitutes.keys() == {'attention', 'selective_scan', 'ssd'}
             assert logging.root.manager.disable == logging.WARNING and not torch.is_grad_enabled()
             raise ZeroDivisionError
@@ -177,7 +189,8 @@ def test_no_kernel_computes_within(monkeypatch):
     for name in registry.KERNELS:
         monkeypatch.setitem(registry.KERNELS, name, [kernel])
     with substituted(swiglu=lambda gate, up: 'another'):
-        assert swiglu(x, x) == 'another' and torch.equal(rms_norm(x, weight, 1e-5), rms_norm.definition(x, weight, 1e-5))
+        assert swiglu(x, x) == 'another'
+        assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm.definition(x, weight, 1e-5))
     with pytest.raises(AssertionError):
         swiglu(x, x)
 
@@ -189,7 +202,8 @@ ALONE =
 import json, sys, torch
 for name in json.loads(sys.argv[1]):
     about = {'model.json': ''}
-    step, whole = torch.jit.load(name + '/step.ts', _extra_files=about), torch.export.load(name + '/model.pt2').module()
+    step = torch.jit.load(name + '/step.ts', _extra_files=about)
+    whole = torch.export.load(name + '/model.pt2').module()
     given = torch.load(name + '/ids.pt')
     past, parts = step.empty(len(given)), []
     for piece in given.split([1, 30, 1, 1, 17, 33], 1):
@@ -211,9 +225,9 @@ def test_torchscript_needs_nothing_of_ours(tok, tmp_path):
         assert all(p.requires_grad for p in net.parameters())
         torch.save(given, tmp_path / name / 'ids.pt')
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
-    run = subprocess.run([sys.executable, '-I', '-W', 'ignore', '-c', ALONE, json.dumps(list(nets))], cwd=tmp_path, env=environment,
-                         capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.strip() == '[]', run.stderr
+    command = [sys.executable, '-I', '-W', 'ignore', '-c', ALONE, json.dumps(list(nets))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == '[]', done.stderr
     for name, net in nets.items():
         want = net.step(given)[0]
         for got in torch.load(tmp_path / name / 'logits.pt'):

@@ -1,17 +1,14 @@
-"""Mambino's hybrid of Mamba-2, attention and SwiGLU for transformers, where none of its classes fits. Needs torch and transformers alone.
+"""Mambino's hybrid of Mamba-2, attention and SwiGLU for transformers, which has no such class.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.generate(**tokenizer('Once upon a time', return_tensors='pt'), max_new_tokens=100)
 
-This file lies in the folder of an exported model, whose config.json names it. It is plain PyTorch, made to be read: for training at
-speed there is Mambino itself. Parameters have the names and shapes they have there. What it computes, of each layer:
+It is plain PyTorch, made to be read; parameters have Mambino's names and shapes. A layer computes
 
-    layout='parallel'     x + scale * sum_b gate_b(x) norm_b(branch_b(norm(x))),  b over SSM, attention and MLP
-    layout='sequential'   the same with SSM and attention alone, then an MLP in a residual step of its own
+    layout='parallel'    x + scale * sum_b gate_b(x) norm_b(branch_b(norm(x))), b over SSM, attention, MLP
+    layout='sequential'  the same with SSM and attention alone, then an MLP in a residual step of its own
 
-Letters of the shapes: B batch, T time, D model width, E inner width, H heads, K key/value heads, P head size, G groups, N state size,
-S keys, V vocabulary.
-"""
+B batch, T time, D width, E inner width, H heads, K key/value heads, P head size, G groups, N state size, S keys."""
 from collections import OrderedDict
 
 import torch
@@ -23,11 +20,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 class MambinoConfig(PretrainedConfig):
     model_type = 'mambino_hybrid'
-    attribute_map = {'hidden_size': 'n_embd', 'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head',
-                     'num_key_value_heads': 'n_kv_head', 'max_position_embeddings': 'block_size'}
-    fields = dict(layout='sequential', gate=True, branch_norm=True, low_rank=0, block_size=1024, vocab_size=256, n_layer=2, n_embd=64,
-                  n_head=4, n_kv_head=4, head_dim=16, window=0, qk_norm=False, rope_theta=10000.0, intermediate_size=192, norm_eps=1e-5,
-                  state_size=16, expand=2, ssm_head_dim=16, n_groups=1, conv_kernel=4, chunk_size=64)
+    attribute_map = dict(hidden_size='n_embd', num_hidden_layers='n_layer', num_attention_heads='n_head',
+                         num_key_value_heads='n_kv_head', max_position_embeddings='block_size')
+    fields = dict(layout='sequential', gate=True, branch_norm=True, low_rank=0, block_size=1024, vocab_size=256,
+                  n_layer=2, n_embd=64, n_head=4, n_kv_head=4, head_dim=16, window=0, qk_norm=False,
+                  rope_theta=10000.0, intermediate_size=192, norm_eps=1e-5, state_size=16, expand=2,
+                  ssm_head_dim=16, n_groups=1, conv_kernel=4, chunk_size=64)
 
     def __init__(self, tie_word_embeddings=True, **settings):
         for name, default in self.fields.items():
@@ -36,8 +34,7 @@ class MambinoConfig(PretrainedConfig):
 
 
 class State:
-    """What stands for the tokens so far: of each layer 'conv' (B, K-1, E+2GN), 'ssm' (B, H, P, N), and 'k', 'v' (B, K, S, P)."""
-
+    """The tokens so far, of each layer: conv (B, K-1, E+2GN), ssm (B, H, P, N), k, v (B, K, S, P)."""
     is_compileable = is_croppable = False                                       # generate() asks
 
     def __init__(self, n_layer):
@@ -48,21 +45,23 @@ class State:
 
     def reorder_cache(self, rows):
         """Beam search: row i goes on from what was row rows[i]."""
-        self.layers = [{name: u.index_select(0, rows.to(u.device)) for name, u in layer.items()} for layer in self.layers]
+        self.layers = [{name: u[rows.to(u.device)] for name, u in layer.items()} for layer in self.layers]
 
 
-def projection(config, inner, outer):
-    if not config.low_rank:
+def projection(c, inner, outer):
+    if not c.low_rank:
         return nn.Linear(inner, outer, bias=False)
-    return nn.Sequential(OrderedDict(down=nn.Linear(inner, config.low_rank, bias=False), up=nn.Linear(config.low_rank, outer, bias=False)))
+    return nn.Sequential(OrderedDict(down=nn.Linear(inner, c.low_rank, bias=False),
+                                     up=nn.Linear(c.low_rank, outer, bias=False)))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over each of so many groups of the last dimension; statistics in fp32."""
+    """x / rms(x) * weight, over each of so many groups of the last dimension, in fp32."""
 
     def __init__(self, dim, eps, groups=1):
         super().__init__()
-        self.weight, self.eps, self.groups = nn.Parameter(torch.ones(dim)), eps, groups
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.groups = eps, groups
 
     def forward(self, x):
         y = x.float().unflatten(-1, (self.groups, -1))
@@ -70,19 +69,20 @@ class RMSNorm(nn.Module):
         return (y.flatten(-2) * self.weight).to(x.dtype)
 
 
-def scan(x, dt, A, B, C, state, chunk_size):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t (Mamba-2, Dao & Gu 2024): within chunks by matrix products, from chunk to
-    chunk by the state. x (B, T, H, P), dt (B, T, H), A (H), B, C (B, T, H, N), state (B, H, P, N) → y like x, state."""
-    ys = []
-    for x, dt, B, C in zip(*(u.split(chunk_size, 1) for u in (x, dt, B, C))):
-        decay = (dt * A).cumsum(1)                                              # (B, T, H) logarithms, from before the chunk
-        between = decay[:, :, None] - decay[:, None]                            # (B, T, T, H) from the second time to the first
-        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[:, :, None]
-        weights = torch.einsum('bthn,bshn->btsh', C, B) * between.masked_fill(~past, -torch.inf).exp() * dt[:, None]
-        ys.append(torch.einsum('btsh,bshp->bthp', weights, x)
-                  + torch.einsum('bthn,bhpn->bthp', C, state) * decay.exp()[..., None])
-        left = ((decay[:, -1:] - decay).exp() * dt)[..., None] * x              # of each token, at the end of the chunk
-        state = decay[:, -1].exp()[..., None, None] * state + torch.einsum('bshp,bshn->bhpn', left, B)
+def ssd(x, dt, A, B, C, state, chunk_size):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t, by chunks (Mamba-2, Dao & Gu 2024).
+
+    x (B, T, H, P), dt (B, T, H), A (H), B, C (B, T, H, N), state (B, H, P, N) → y like x, state."""
+    ys, chunks = [], zip(*(u.split(chunk_size, 1) for u in (x, dt, B, C)))
+    for x, dt, B, C in chunks:
+        a = (dt * A).cumsum(1)                                  # (B, T, H) logarithm of the decay so far
+        later = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).triu(1)
+        between = (a[:, :, None] - a[:, None]).masked_fill(later[:, :, None], -torch.inf)
+        weights = torch.einsum('bthn,bshn->btsh', C, B) * between.exp() * dt[:, None]
+        y = torch.einsum('btsh,bshp->bthp', weights, x)
+        ys.append(y + torch.einsum('bthn,bhpn->bthp', C, state) * a.exp()[..., None])
+        left = x * ((a[:, -1:] - a).exp() * dt)[..., None]      # of each token, at the end of the chunk
+        state = a[:, -1].exp()[..., None, None] * state + torch.einsum('bshp,bshn->bhpn', left, B)
     return torch.cat(ys, 1), state
 
 
@@ -92,34 +92,32 @@ class Mamba2(nn.Module):
         D, E, GN = c.n_embd, c.expand * c.n_embd, c.n_groups * c.state_size
         self.config, self.H = c, E // c.ssm_head_dim
         self.rows, self.parts = [E, E + 2 * GN, self.H], [E, GN, GN]
-        self.in_proj = projection(c, D, sum(self.rows))                         # rows [z; x, B, C; dt]
+        self.in_proj = projection(c, D, sum(self.rows))         # rows [z; x, B, C; dt]
         self.conv1d = nn.Conv1d(E + 2 * GN, E + 2 * GN, c.conv_kernel, groups=E + 2 * GN)
-        self.dt_bias, self.A_log = nn.Parameter(torch.zeros(self.H)), nn.Parameter(torch.zeros(self.H))
+        self.dt_bias, self.A_log = (nn.Parameter(torch.zeros(self.H)) for _ in range(2))
         self.D = nn.Parameter(torch.ones(self.H))
         self.norm = RMSNorm(E, c.norm_eps, c.n_groups)
         self.out_proj = projection(c, E, D)
 
     def forward(self, x, real, state):
-        """x (B, T, D) → (B, T, D). real: (B, T, 1), 0 at padding, which must leave the state as it is; or None."""
+        """x (B, T, D) → (B, T, D). real (B, T, 1): 0 at padding, which leaves the state as it is; or 1."""
         c, before = self.config, self.config.conv_kernel - 1
-        z, xBC, dt = self.in_proj(x if real is None else x * real).split(self.rows, -1)
+        z, xBC, dt = self.in_proj(x * real).split(self.rows, -1)
         xBC = torch.cat((state.get('conv', xBC.new_zeros(len(x), before, xBC.shape[-1])), xBC), 1)
         state['conv'] = xBC[:, xBC.shape[1] - before:]
         xBC = F.silu(self.conv1d(xBC.mT).mT).float()
-        dt = F.softplus(dt.float() + self.dt_bias)                              # (B, T, H)
-        dt = dt if real is None else dt * real
+        dt = F.softplus(dt.float() + self.dt_bias) * real       # (B, T, H)
         x, B, C = xBC.split(self.parts, -1)
-        x = x.unflatten(-1, (self.H, -1))                                       # (B, T, H, P)
+        x = x.unflatten(-1, (self.H, -1))                       # (B, T, H, P)
         B, C = (u.unflatten(-1, (c.n_groups, -1)).repeat_interleave(self.H // c.n_groups, 2) for u in (B, C))
         ssm = state.get('ssm', x.new_zeros(len(x), self.H, c.ssm_head_dim, c.state_size))
-        y, state['ssm'] = scan(x, dt, -self.A_log.float().exp(), B, C, ssm, c.chunk_size)
-        y = (y + self.D[:, None] * x).flatten(2) * F.silu(z.float())            # (B, T, E)
+        y, state['ssm'] = ssd(x, dt, -self.A_log.float().exp(), B, C, ssm, c.chunk_size)
+        y = (y + self.D[:, None] * x).flatten(2) * F.silu(z.float())    # (B, T, E)
         return self.out_proj(self.norm(y).to(z.dtype))
 
 
-def rotate(x, rope):
+def rotate(x, cos, sin):
     """Rotary positions; pairs are (i, i + P/2), as in Llama. x (B, T, H, P)"""
-    cos, sin = rope
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -130,18 +128,19 @@ class Attention(nn.Module):
         D, P = c.n_embd, c.head_dim
         self.config = c
         self.q_proj, self.o_proj = projection(c, D, c.n_head * P), projection(c, c.n_head * P, D)
-        self.k_proj, self.v_proj = projection(c, D, c.n_kv_head * P), projection(c, D, c.n_kv_head * P)
-        self.q_norm, self.k_norm = (RMSNorm(P, c.norm_eps) if c.qk_norm else nn.Identity() for _ in 'qk')
+        self.k_proj, self.v_proj = (projection(c, D, c.n_kv_head * P) for _ in 'kv')
+        Norm = RMSNorm if c.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = Norm(P, c.norm_eps), Norm(P, c.norm_eps)
 
     def forward(self, x, rope, mask, state):
-        """x (B, T, D) → (B, T, D); mask (B or 1, 1, T, S) over the keys of the state and the new ones."""
-        c = self.config
-        q, k, v = (f(x).unflatten(-1, (-1, c.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)       # (B, T, H or K, P)
+        """x (B, T, D) → (B, T, D); mask (B or 1, 1, T, S) over the state's keys and the new ones."""
+        c, P = self.config, self.config.head_dim
+        q, k, v = (f(x).unflatten(-1, (-1, P)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)     # (B, T, H or K, P)
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))
         if 'k' in state:
             k, v = torch.cat((state['k'], k), 2), torch.cat((state['v'], v), 2)
-        first = max(0, k.shape[2] - c.window + 1) if c.window else 0            # the next token sees window - 1 of these
+        first = max(0, k.shape[2] - c.window + 1) if c.window else 0    # the next sees window - 1
         state['k'], state['v'] = k[:, :, first:], v[:, :, first:]
         k, v = (u.repeat_interleave(c.n_head // c.n_kv_head, 1) for u in (k, v))
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
@@ -160,15 +159,17 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.parallel, branches = c.layout == 'parallel', 3 if c.layout == 'parallel' else 2
+        self.parallel = c.layout == 'parallel'
+        branches = 3 if self.parallel else 2
         self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
         self.mamba, self.self_attn, self.mlp = Mamba2(c), Attention(c), MLP(c)
-        self.branch_norms = nn.ModuleList(RMSNorm(c.n_embd, c.norm_eps) if c.branch_norm else nn.Identity() for _ in range(branches))
+        Norm = RMSNorm if c.branch_norm else nn.Identity
+        self.branch_norms = nn.ModuleList(Norm(c.n_embd, c.norm_eps) for _ in range(branches))
         self.controller = nn.Linear(c.n_embd, branches) if c.gate else None
         self.residual_scale = nn.Parameter(torch.ones(c.n_embd))
         if not self.parallel:
             self.pre_mlp_layernorm = RMSNorm(c.n_embd, c.norm_eps)
-            self.mlp_norm = RMSNorm(c.n_embd, c.norm_eps) if c.branch_norm else nn.Identity()
+            self.mlp_norm = Norm(c.n_embd, c.norm_eps)
             self.mlp_residual_scale = nn.Parameter(torch.ones(c.n_embd))
 
     def forward(self, x, rope, mask, real, state):
@@ -180,7 +181,7 @@ class Layer(nn.Module):
         if self.controller is None:
             mixed = sum(outputs) / len(outputs)
         else:
-            weights = self.controller(h).float().softmax(-1).to(x.dtype)        # (B, T, branches)
+            weights = self.controller(h).float().softmax(-1).to(x.dtype)    # (B, T, branches)
             mixed = sum(weights[..., i, None] * y for i, y in enumerate(outputs))
         x = x + self.residual_scale * mixed
         return x if self.parallel else x + self.mlp_residual_scale * self.mlp_norm(self.mlp(self.pre_mlp_layernorm(x)))
@@ -189,62 +190,60 @@ class Layer(nn.Module):
 class MambinoForCausalLM(PreTrainedModel, GenerationMixin):
     config_class, base_model_prefix, _no_split_modules = MambinoConfig, 'model', ['Layer']
     _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
-    _supports_sdpa = _is_stateful = True                                        # a state cannot be cut back to fewer tokens
+    _supports_sdpa = _is_stateful = True                        # a state cannot be cut to fewer tokens
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, c):
+        super().__init__(c)
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
-            embed_norm=RMSNorm(config.n_embd, config.norm_eps),
-            layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
-            norm=RMSNorm(config.n_embd, config.norm_eps),
-        ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            embed_tokens=nn.Embedding(c.vocab_size, c.n_embd),
+            embed_norm=RMSNorm(c.n_embd, c.norm_eps),
+            layers=nn.ModuleList(Layer(c) for _ in range(c.n_layer)),
+            norm=RMSNorm(c.n_embd, c.norm_eps)))
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
-        return False                                                            # forward makes a State of its own
+        return False                                            # forward makes a State of its own
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **others):
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **_):
         seen = past_key_values.seen if past_key_values is not None else 0
-        return dict(input_ids=input_ids[:, seen:], past_key_values=past_key_values, attention_mask=attention_mask, use_cache=use_cache,
-                    logits_to_keep=1)
+        return dict(input_ids=input_ids[:, seen:], past_key_values=past_key_values,
+                    attention_mask=attention_mask, use_cache=use_cache, logits_to_keep=1)
 
     def masks(self, attention_mask, T, state, device):
-        """What attention may see, (B or 1, 1, T, S); and which of the new tokens are real, (B, T, 1), or None for all."""
+        """What attention may see (B or 1, 1, T, S); which new tokens are real (B, T, 1), or 1 for all."""
         cached = state.layers[0]['k'].shape[2] if state.seen else 0
-        query = torch.arange(T, device=device)[:, None]                         # counted from the first new token
+        query = torch.arange(T, device=device)[:, None]         # counted from the first new token
         key = torch.arange(-cached, T, device=device)
-        mask = key <= query                                                     # (T, S)
-        if self.config.window:
-            mask &= key > query - self.config.window
+        mask = key <= query                                     # (T, S)
+        mask &= key > query - (self.config.window or cached + T)
         if attention_mask is None:
-            return mask[None, None], None
-        if attention_mask.shape[1] != state.seen + T:
-            raise ValueError(f'attention_mask covers {attention_mask.shape[1]} tokens; it must cover all {state.seen + T}, old and new')
+            return mask[None, None], 1
+        if (n := attention_mask.shape[1]) != state.seen + T:
+            raise ValueError(f'attention_mask covers {n} tokens; it must cover all {state.seen + T}, old and new')
         if T > 1 and bool((attention_mask.diff() < 0).any()):
-            raise ValueError('padding after the text would end up in the state: pad on the left, tokenizer.padding_side = "left"')
+            raise ValueError('padding after the text would end up in the state: pad on the left, padding_side="left"')
         real = attention_mask.bool()
-        mask = mask & real[:, None, -mask.shape[1]:] | (key == query)           # padding sees itself, or softmax would have no key
+        mask = mask & real[:, None, -mask.shape[1]:] | (key == query)   # padding sees itself, not nothing
         return mask[:, None], real[:, state.seen:, None]
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=None, logits_to_keep=0,
-                position_ids=None, **others):
-        """input_ids (B, T), after the tokens that past_key_values stands for, → logits (B, T, V), or of the last logits_to_keep alone."""
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None,
+                use_cache=None, logits_to_keep=0, position_ids=None, **others):
+        """input_ids (B, T), after those of past_key_values → logits (B, T, V), or the last ones'."""
         if position_ids is not None:
-            raise ValueError('position_ids: this model counts positions itself; several texts in one row would run into each other')
+            raise ValueError('position_ids: this model counts itself; several texts in one row would run together')
         c, T = self.config, input_ids.shape[1]
         state = State(c.n_layer) if past_key_values is None else past_key_values
         mask, real = self.masks(attention_mask, T, state, input_ids.device)
-        frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=input_ids.device).float() / c.head_dim)
-        angles = torch.arange(state.seen, state.seen + T, device=input_ids.device).float()[:, None, None] * frequencies
-        rope = angles.cos(), angles.sin()                                       # (T, 1, P/2); distances count, so padding may shift all
-        x = self.model.embed_norm(self.model.embed_tokens(input_ids))           # (B, T, D)
+        inv_freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=input_ids.device).float() / c.head_dim)
+        angles = torch.arange(state.seen, state.seen + T, device=input_ids.device).float()[:, None, None] * inv_freq
+        rope = angles.cos(), angles.sin()                       # (T, 1, P/2); padding may shift all
+        x = self.model.embed_norm(self.model.embed_tokens(input_ids))   # (B, T, D)
         for layer, layer_state in zip(self.model.layers, state.layers):
             x = layer(x, rope, mask, real, layer_state)
         state.seen += T
         logits = self.lm_head(self.model.norm(x)[:, -logits_to_keep:])
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=c.vocab_size, **others)
+        loss = None if labels is None else self.loss_function(logits, labels, c.vocab_size, **others)
         keep = not self.training if use_cache is None else use_cache
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=state if keep else None)
+        return CausalLMOutputWithPast(loss, logits, past_key_values=state if keep else None)
