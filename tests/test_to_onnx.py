@@ -197,8 +197,7 @@ def test_no_kernel_computes_within(monkeypatch):
 
 # --- TorchScript
 
-ALONE =
-"""
+ALONE = """
 import json, sys, torch
 for name in json.loads(sys.argv[1]):
     about = {'model.json': ''}
