@@ -48,7 +48,7 @@ from mambino.weights import adapters
 from mambino.weights.checkpoint import load_checkpoint, refuse_quantized, tokenizer_of
 from mambino.weights.loading import model_of
 
-out_dir = 'out'  # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
+out_dir = 'out'         # folder of train.py's checkpoints (the best is taken), or a checkpoint file
 format = 'hf'           # hf, gguf, onnx, torchscript, safetensors, native, peft; several: hf,gguf
 to = ''                 # the folder to write; '': out_dir's name and the formats, such as out-hf
 quantize = ''           # 'int8' or 'int4' weights; '' keeps all 32 bits

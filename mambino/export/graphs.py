@@ -66,7 +66,7 @@ def exported_scan(x, dt, A, B, C, state):
     A = A.t().contiguous()
 
     def step(h, inputs):
-        dt_x, dt, B, C = inputs  # (B, E), (B, E), (B, N), (B, N)
+        dt_x, dt, B, C = inputs                                                 # (B, E) or (B, N)
         h = torch.exp(dt[:, None] * A) * h + B[:, :, None] * dt_x[:, None]
         return h, (C[:, None] @ h)[:, 0]
     inputs = tuple(u.transpose(0, 1) for u in (dt * x, dt, B, C))               # time first
@@ -89,15 +89,14 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int,
 
 
 def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor):
-    """One chunk of all Q tokens: x (B, Q, H, P), dt (B, Q, H), A (H), B, C (B, Q, G, N), h (B, H,
-    P, N) → y (B, Q, H, P), h."""
+    """One chunk of all Q tokens: x (B, Q, H, P), dt (B, Q, H), A (H), B, C (B, Q, G, N),
+    h (B, H, P, N) → y (B, Q, H, P), h."""
     Q = x.shape[1]
     G = B.shape[2]
     R = A.shape[0] // G                                                         # heads a group
-    # (B, H, Q); fp64: differences of large sums
-    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2)
+    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2)                 # (B, H, Q), see segsum
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    decay = (sums[..., :, None] - sums[..., None, :]).float()  # (B, H, Q, Q): from token j to i
+    decay = (sums[..., :, None] - sums[..., None, :]).float()                   # (B, H, Q, Q)
     decay = decay.masked_fill(hidden, -float('inf')).exp().unflatten(1, (G, R))
     from_start = sums.float().exp().unflatten(1, (G, R))[..., None]             # (B, G, R, Q, 1)
     to_end = (sums[..., -1:] - sums).float().exp().unflatten(1, (G, R))[..., None]
@@ -107,11 +106,9 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor)
     C = C.transpose(1, 2)[:, :, None]
     dt_x = (x * dt[..., None]).transpose(1, 2).unflatten(1, (G, R))             # (B, G, R, Q, P)
     y = (C @ B.transpose(3, 4) * decay) @ dt_x                                  # within the chunk
-    y = y + C @ h.unflatten(1, (G, R)).transpose(3, 4) * from_start  # from the state before it
+    y = y + C @ h.unflatten(1, (G, R)).transpose(3, 4) * from_start             # from before it
     added = (dt_x * to_end).transpose(3, 4) @ B                                 # (B, G, R, P, N)
     return y.flatten(1, 2).transpose(1, 2), h * over_chunk + added.flatten(1, 2)
-
-
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -119,7 +116,7 @@ def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor)
 def attention(q, k, v, window=0, dropout=0.0, mask=None):
     """See model_gpt.attention; a mask there must be, window and dropout may not."""
     G, P = k.shape[2:]
-    R = q.shape[2] // G  # query heads of a key head
+    R = q.shape[2] // G                                                         # queries' heads of a key's
     q = (q * P ** -0.5).transpose(1, 2).unflatten(1, (G, R))                    # (B, G, R, t, P)
     k, v = (u.transpose(1, 2)[:, :, None] for u in (k, v))                      # (B, G, 1, S, P)
     weights = torch.where(mask, q @ k.transpose(3, 4), -torch.inf).softmax(-1)  # (B, G, R, t, S)
@@ -134,7 +131,7 @@ class Caches:
 
     window: so many last tokens each token sees, itself included. kept: so many the new caches hold
     at most. Of both 0 is all."""
-    is_first = False  # attend to the caches, be they empty
+    is_first = False    # attend to the caches, be they empty
 
     def __init__(self, t, S, window, kept, device):
         self.kept = kept
@@ -157,7 +154,7 @@ class Caches:
         """Of tokens (B, G, n, P) what the next step may see."""
         if not self.kept:
             return tokens
-        if torch.compiler.is_exporting():  # which must know how many these are
+        if torch.compiler.is_exporting():                                       # which must know a number
             n = tokens.shape[2]
             return tokens[:, :, n - torch.sym_min(n, self.kept):]
         return tokens[:, :, -self.kept:]
@@ -166,8 +163,8 @@ class Caches:
 # --- experts --------------------------------------------------------------------------------------
 
 class EveryExpert(nn.Module):
-    """MoE, by all experts on all tokens, weighted by the router, whose weight is 0 for all but k. x
-    (B, t, D) → (B, t, D), None."""
+    """MoE, by all experts on all tokens, weighted by the router, whose weight is 0 for all but k.
+    x (B, t, D) → (B, t, D), None."""
 
     def __init__(self, moe):
         super().__init__()
@@ -180,8 +177,8 @@ class EveryExpert(nn.Module):
         weights, chosen = probs.topk(self.k)                                    # (B, t, k)
         weights = weights / weights.sum(-1, keepdim=True)
         weights = torch.zeros_like(probs).scatter(-1, chosen, weights)          # (B, t, experts)
-        # (B, experts, t, I) each
-        gate, up = (x[:, None] @ self.experts.gate_up_proj.mT).chunk(2, -1)
+        gate_up = x[:, None] @ self.experts.gate_up_proj.mT                     # (B, experts, t, 2I)
+        gate, up = gate_up.chunk(2, -1)
         y = swiglu(gate, up) @ self.experts.down_proj.mT                        # (B, experts, t, D)
         return (y * weights.transpose(1, 2)[..., None]).sum(1), None
 
@@ -191,7 +188,7 @@ def with_every_expert(net):
     net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
     for module in list(net.modules()):
         for name, child in module.named_children():
-            if isinstance(child, MoE):
+            if type(child) is MoE:
                 setattr(module, name, EveryExpert(child))
     return net
 
@@ -299,8 +296,8 @@ class FullGraph(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.steps = Graph(net)  # `graph` is a name that torch.export needs itself
-        self.steps.kept = 0  # nobody reads the caches, and all sizes are simple
+        self.steps = Graph(net)     # `graph` is a name that torch.export needs itself
+        self.steps.kept = 0         # nobody reads the caches, and all sizes are simple
 
     def forward(self, ids):
         past = self.steps.empty(1)
