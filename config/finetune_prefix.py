@@ -1,6 +1,6 @@
 # Tunes a finished model to other text by a learned beginning: keys and values of 16 tokens that
 # never were, or a Mamba's first state.
-# first, with the model's own tokenizer: python prepare.py more.txt --tokenizer=data/first --out=data/second
+# first: python prepare.py more.txt --tokenizer=data/first --out=data/second  # the model's own
 # then:  python train.py config/finetune_prefix.py --init_from=out --dataset=second \
 #            --out_dir=out-prefix
 # It reaches less than LoRA: where config/finetune_lora.py says 1.577, 16 tokens came to 1.767 at a

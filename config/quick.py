@@ -1,5 +1,5 @@
-# A first model in a few minutes on a laptop's CPU: Mamba-2 on Python's own sources. ./run.sh uses it.
-#   8 sequences x 256 tokens = 2,048 tokens a step; 500 steps see 1.0M of the 2.4M tokens in the train split
+# A first model in a few minutes on a laptop's CPU: Mamba-2 on Python's own sources, for ./run.sh.
+#   8 sequences x 256 tokens = 2,048 tokens a step; 500 steps see 1.0M of 2.4M tokens to train on
 out_dir = 'out-quick'
 dataset = 'stdlib'
 
