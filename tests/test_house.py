@@ -146,6 +146,16 @@ def test_length_of_lines():
     assert wide <= 0.05 * lines, f'{wide} of {lines} lines have more than 100 columns'
 
 
+def test_the_loop_of_train_is_on_one_screen():
+    """At most 60 lines of loop, under at most 150 of set-up, which begins below the settings."""
+    tree = ast.parse(read('train.py'))
+    loop, = [node for node in tree.body if isinstance(node, ast.While)]
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    below_settings = min(node.lineno for node in functions)
+    assert loop.end_lineno - loop.lineno + 1 <= 60
+    assert loop.lineno - below_settings <= 150
+
+
 def settings_of(path):
     """Names in small letters that a script assigns above the line that calls
     configure(globals())."""
