@@ -237,12 +237,8 @@ class ConvSilu(Function):
 
 @kernel
 def causal_conv1d(x, weight, bias, state=None):
-    B, T, E = x.shape
-    K = weight.shape[-1]
-    if state is None and T < K - 1:
-        state = x.new_zeros(B, K - 1, E)
-    if state is not None:
-        x = torch.cat((state.to(x.dtype), x), 1)                # (B, K-1 + T, E)
+    T, K = x.shape[1], weight.shape[-1]
+    x = cpu.with_past(x, state, K)
     weight = weight[:, 0].t().to(x.dtype).contiguous()          # (K, E)
     bias = bias.to(x.dtype)
     if torch.compiler.is_compiling():  # the compiler fuses the steps by itself

@@ -342,16 +342,22 @@ class ConvSilu(Function):
         return grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 
+def with_past(x, state, K):
+    """x (B, T, E) after the K-1 inputs before it, (B, K-1, E): → (B, K-1 + T, E). Where there are
+    none, x alone if it is long enough to fill the next state."""
+    B, T, E = x.shape
+    if state is None and T < K - 1:
+        state = x.new_zeros(B, K - 1, E)
+    return x if state is None else torch.cat((state.to(x.dtype), x), 1)
+
+
 @kernel
 def causal_conv1d(x, weight, bias, state=None):
     K = weight.shape[-1]
     if K != 4 or not applies(x, bias):
         return NotImplemented
-    B, T, E = x.shape
-    if state is None and T < K - 1:
-        state = x.new_zeros(B, K - 1, E)
-    if state is not None:
-        x = torch.cat((state.to(x.dtype), x), 1)                # (B, K-1 + T, E)
+    T = x.shape[1]
+    x = with_past(x, state, K)
     y = compute(ConvSilu, x, weight[:, 0].t(), bias)
     return y[:, x.shape[1] - T:], x[:, x.shape[1] - K + 1:].clone()  # a copy: a view would keep all of x
 
