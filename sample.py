@@ -36,7 +36,7 @@ from mambino.sample.terminal import (
     show_samples,
     show_score,
 )
-from mambino.sample.text import chat_marks, encode_prompt, prompts_of, without_mark
+from mambino.sample.text import chat_marks, encode_prompt, prompts_of, stops_of, without_mark
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
 from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
 from mambino.weights.quantize import PRECISIONS
@@ -47,8 +47,8 @@ start = '\n'            # the prompt; FILE:path: that file is it, LINES:path: ea
                         # <|endoftext|> starts a new document
 num_samples = 1         # of each prompt, drawn side by side
 max_new_tokens = 500    # 0: without end, until a stop or Ctrl-C
-stop = ''               # stop at this text (\n is a newline); several are separated by |;
-                        # end-of-text always stops
+stop = ''               # stop at this text; several are separated by |, a mark such as <|end|> is
+                        # one; \n is a newline, \| a bar, \\ a backslash; end-of-text always stops
 batch_size = 16         # rows at most side by side; as one is done, the next begins
 # --- how to choose the next token
 temperature = 0.8       # below 1 is more careful, above 1 wilder; 0: always the likeliest token
@@ -161,7 +161,7 @@ with quiet_end():
         sampling=dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
-        stops=[s.replace('\\n', '\n') for s in stop.split('|') if s],
+        stops=stops_of(stop),
         logprobs=logprobs,
         stream=stream,
     )

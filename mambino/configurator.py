@@ -19,6 +19,7 @@ import builtins
 import difflib
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -189,6 +190,25 @@ def checked(value, default, where):
     if not fits:
         fail(f'{where}: expected {wanted}, not {value!r}')
     return type(default)(value)
+
+
+def split_list(text, separator, whole=''):
+    r"""The parts of a setting that holds several, 'a,b' → ['a', 'b'], as they stand between the
+    separators: spaces stay, and so do parts that are empty.
+
+    A backslash before the separator makes it an ordinary character: r'a\,b' → ['a,b']. What else
+    begins with a backslash stays as it is, r'\\' too, for in r'a\\,b' the comma separates. whole: a
+    regular expression for what is never cut."""
+    pieces = rf'{whole}|\\.|.' if whole else r'\\.|.'
+    parts = ['']
+    for piece in re.findall(pieces, text, re.DOTALL):
+        if piece == separator:
+            parts.append('')
+        elif piece == '\\' + separator:
+            parts[-1] += separator
+        else:
+            parts[-1] += piece
+    return parts
 
 
 # --- config files ---------------------------------------------------------------------------------

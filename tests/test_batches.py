@@ -316,9 +316,12 @@ def test_a_mixture_has_one_name_however_it_is_written(bare, text, name):
 def test_a_folder_may_have_any_name(bare, name):
     shutil.copytree('data/a', f'data/{name}')
     assert isinstance(data := open_dataset(name, 1000), Dataset) and data.name == name
-    if ',' not in name and '1' not in name:
-        assert open_dataset(f'a,{name}', 1000).name == f'{name}:0.5,a:0.5'
-        assert open_dataset(f'a:1,{name}:3', 1000).name == f'{name}:0.75,a:0.25'
+    shutil.copytree('data/a', 'data/q')
+    written = name.replace(',', r'\,')
+    for text in (f'{written},q', f'q:1,{written}:1', f'q:0.5,{written}:0.5'):
+        mixture = open_dataset(text, 1000)
+        assert {part.name for part in mixture.parts} == {name, 'q'} and mixture.weights == [0.5, 0.5]
+        assert open_dataset(mixture.name, 1000).name == mixture.name
 
 
 @pytest.mark.parametrize(

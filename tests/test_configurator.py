@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mambino.configurator import configure, fail, require
+from mambino.configurator import configure, fail, require, split_list
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -201,6 +201,21 @@ def test_require_names_the_first_setting_that_is_wrong(capsys):
         require(settings, {'a name': dict(dataset=True), '0 or more': dict(batch_size=True, seed=False),
                            '1 or more': dict(batch_size=False)})
     assert stop.value.code == 2 and capsys.readouterr().err == 'error: seed=-1 must be 0 or more\n'
+
+@pytest.mark.parametrize('text, parts', [
+    ('', ['']),
+    ('a', ['a']),
+    (' a,b ,', [' a', 'b ', '']),
+    (r'a\,b,c', ['a,b', 'c']),
+    (r'a\\,b', [r'a\\', 'b']),
+    (r'a\\\,b', [r'a\\,b']),
+    (r'C:\runs\a,\\host\b', [r'C:\runs\a', r'\\host\b']),
+    ('a\\', ['a\\']),
+    ('a\nb,\\\n', ['a\nb', '\\\n']),
+])
+def test_a_list_may_hold_its_separator(text, parts):
+    assert split_list(text, ',') == parts
+    assert split_list(text.replace(',', '|'), '|') == [part.replace(',', '|') for part in parts]
 
 def test_as_a_program(tmp_path):
     source = SCRIPT.replace('if False', 'if True') + 'print(batch_size)\n'

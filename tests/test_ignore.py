@@ -38,6 +38,7 @@ def test_exclude(here):
     assert every - kept('src/**/c.txt') == {'m/src/build/c.txt'}
     # the word of the command line is above that of a file
     assert kept('!a.txt') - every == {'m/a.txt'}
+    assert every - kept(r'[\,é].txt') == {'n/é.txt'}  # a comma that separates nothing
     assert every - kept('?.txt') == {'m/build/b.txt', 'm/src/build/c.txt', 'n/é.txt'}
     assert kept('*', 'm/a.txt', 'm/a.log') == {'m/a.txt', 'm/a.log'}  # named
     skipped = look('m', exclude='build,a.*')[1]

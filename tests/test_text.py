@@ -5,7 +5,7 @@ import pytest
 from helpers.sampling import KINDS, open_run
 
 from mambino import tokenizer
-from mambino.sample.text import Writer, encode_prompt
+from mambino.sample.text import Writer, encode_prompt, stops_of
 
 
 def write(ids_or_text, stops=(), tok=None):
@@ -74,3 +74,23 @@ def test_end_of_text_in_the_prompt():
         tok = open_run(kind)[1]
         assert encode_prompt(tok, '<|endoftext|>e') == [tok.eot, *tok.encode('e')]
         assert encode_prompt(tok, '<|endoftext|>') == [tok.eot]
+
+
+@pytest.mark.parametrize('setting, stops', [
+    ('', []),
+    ('a|b', ['a', 'b']),
+    ('||a|', ['a']),
+    (r'\n\n|User:', ['\n\n', 'User:']),
+    (r'\|', ['|']),
+    (r'a\|b|c', ['a|b', 'c']),
+    ('\\\\', ['\\']),
+    (r'\\n', [r'\n']),
+    (r'\\|\|', ['\\', '|']),
+    (r'\d', [r'\d']),
+    ('<|never|>', ['<|never|>']),
+    ('<|im_end|>|<|im_start|>|end', ['<|im_end|>', '<|im_start|>', 'end']),
+    ('a<|b', ['a<', 'b']),
+    ('<|>', ['<', '>']),
+])
+def test_the_setting_stop(setting, stops):
+    assert stops_of(setting) == stops

@@ -25,7 +25,7 @@ import os
 import stat
 from typing import NamedTuple
 
-from mambino.configurator import fail
+from mambino.configurator import fail, split_list
 from mambino.prepare.ignore import compile_rules, is_ignored, read_gitignore
 
 
@@ -109,7 +109,7 @@ def find(inputs, exclude='', gitignore=True, max_file_mb=256.0):
     sources = {}     # real path -> Source
     skipped = {}     # real path -> (path, reason)
     walked = set()   # real paths of folders
-    excludes = compile_rules(pattern.lstrip() for pattern in exclude.split(','))
+    excludes = compile_rules(pattern.lstrip() for pattern in split_list(exclude, ','))
     named = [(real, path, '') for real, path in files.items()]
     for limit, candidates in (None, named), (max_file_mb, walk(folders, excludes, gitignore, walked)):
         for real, path, reason in candidates:

@@ -6,12 +6,15 @@
         print(writer.feed(i), end='')       # whole characters only, and nothing of a stop string
     print(writer.close())
 """
+import re
 import sys
 
-from mambino.configurator import fail
+from mambino.configurator import fail, split_list
 from mambino.tokenizer import CHAT
 
 CONTEXT = 16            # tokens before a text that its first characters may hang on
+MARK = r'<\|[^\s<>|]+\|>'               # a special token, as <|im_end|>: its bars separate nothing
+ESCAPES = {r'\n': '\n', r'\\': '\\'}     # in the setting `stop`
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -62,6 +65,14 @@ def encode_prompt(tok, text, setting='start'):
 def without_mark(prompt):
     """A prompt as it is shown: without an <|endoftext|> at its beginning."""
     return prompt.removeprefix('<|endoftext|>')
+
+
+def stops_of(setting):
+    r"""The texts of the setting `stop`: 'a|b' → ['a', 'b'], r'\n' → a newline, r'\|' → a bar, r'\\' → a
+    backslash, '<|end|>' → itself."""
+    stops = [re.sub(r'\\.', lambda match: ESCAPES.get(match[0], match[0]), part, flags=re.DOTALL)
+             for part in split_list(setting, '|', MARK)]
+    return [stop for stop in stops if stop]
 
 
 # --- conversations --------------------------------------------------------------------------------

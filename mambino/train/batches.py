@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from mambino import tokenizer
-from mambino.configurator import fail
+from mambino.configurator import fail, split_list
 
 IGNORE = -1     # a target that does not count
 ROUND = 10_000  # sequences in which each dataset of a mixture has exactly its share
@@ -141,7 +141,8 @@ class Mixture:
         self.parts = [part for part, _ in by_name]
         self.quotas = quotas_of([weight for _, weight in by_name])
         self.weights = [quota / ROUND for quota in self.quotas]         # what is really drawn
-        self.name = ','.join(f'{part.name}:{weight:g}' for part, weight in zip(self.parts, self.weights))
+        names = [part.name.replace(',', r'\,') for part in self.parts]  # as open_dataset() reads it
+        self.name = ','.join(f'{name}:{weight:g}' for name, weight in zip(names, self.weights))
         self.tokens = {split: sum(part.tokens[split] for part in parts) for split in parts[0].tokens}
         self.vocab_size = max(part.vocab_size for part in parts)
         self.tokenizer = self.parts[0].tokenizer
@@ -278,12 +279,12 @@ def newest_dataset(root='data'):
 
 def open_dataset(text, vocab_size=0, dtype='int32', root='data'):
     """The dataset data/<text>, or the folder `text`, or a mixture of such: 'code:0.6,docs:0.4' (any
-    weights above 0), or 'code,docs' (as much of each as it has tokens, as if they were one).
-    Whatever is wrong ends the program in a line."""
+    weights above 0), or 'code,docs' (as much of each as it has tokens, as if they were one). A comma
+    in a name is written as \\,. Whatever is wrong ends the program in a line."""
     items = [(text, None)]
     # else a folder may have any name
     if not os.path.isdir(os.path.join(root, text)) and not os.path.isdir(text):
-        items = [named_weight(item.strip()) for item in text.split(',')]
+        items = [named_weight(item.strip(), root) for item in split_list(text, ',')]
     for name, weight in items:
         if not name:
             fail(f'dataset={text}: a name is missing; write --dataset=code:0.6,docs:0.4')
@@ -316,9 +317,12 @@ def check_parts(text, parts):
                  f'--tokenizer={folders[a]} --out={folders[b]}')
 
 
-def named_weight(item):
-    """'code:0.6' → ('code', 0.6); 'code' → ('code', None), and so is a path with a colon."""
+def named_weight(item, root):
+    """'code:0.6' → ('code', 0.6); 'code' → ('code', None), and so is a path with a colon, or a
+    folder of that very name."""
     name, _, number = item.rpartition(':')
+    if os.path.isdir(os.path.join(root, item)) or os.path.isdir(item):
+        return item, None
     try:
         return (name, float(number)) if name else (item, None)
     except ValueError:

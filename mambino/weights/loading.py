@@ -11,7 +11,7 @@ of transformers.
 import os
 import re
 
-from mambino.configurator import fail
+from mambino.configurator import fail, split_list
 from mambino.machine import autocast, choose_dtype
 from mambino.weights.adapters import attach_adapter, merge_adapters
 from mambino.weights.checkpoint import build, fingerprint, load_checkpoint, refuse_quantized, tokenizer_of
@@ -67,7 +67,7 @@ def load_base(source):
 def folder_of_dataset(name):
     """Where a dataset lies: in data/, or a path; of a mixture, all of one tokenizer, its first
     one."""
-    first = re.sub(r':[^:,]*$', '', name.split(',')[0])
+    first = re.sub(r':[^:,]*$', '', split_list(name, ',')[0])
     folders = [os.path.join(root, dataset) for dataset in (name, first) for root in ('data', '')]
     return next(filter(os.path.isdir, folders), folders[0])
 
@@ -111,9 +111,11 @@ def merged_weights(ckpt, source):
 
 
 def load_adapters(setting):
-    """[(checkpoint, weight), …] of the setting `adapters`, out-a,out-b:0.5."""
+    """[(checkpoint, weight), …] of the setting `adapters`, out-a,out-b:0.5; a comma in a name is
+    written as \\,."""
     loaded = []
-    for part in filter(None, setting.split(',')):
+    parts = [setting] if os.path.exists(setting) else split_list(setting, ',')
+    for part in filter(None, parts):
         path, _, weight = part.rpartition(':')
         if not path or os.path.exists(part):
             path = part
