@@ -1,0 +1,91 @@
+"""sniff.py: what a file is by its content."""
+import io
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.readers import make_pdf, write
+
+from mambino.prepare import sniff
+from mambino.prepare.encodings import Skip
+
+
+def zipped(**files):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w') as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace('__', '/'), content)
+    return out.getvalue()
+
+
+def ole(name):
+    """The beginning of an Office file before 2007 that has this name in its directory."""
+    head = bytearray(1024)
+    head[:8] = sniff.OLE
+    head[30] = 9
+    head[512:512 + 2 * len(name)] = name.encode('utf-16-le')
+    return bytes(head)
+
+
+def parquet():
+    out = io.BytesIO()
+    pq.write_table(pa.table({'text': ['one']}), out)
+    return out.getvalue()
+
+
+KINDS = {
+    'pdf': make_pdf(['text']),
+    'parquet': parquet(),
+    'docx': zipped(**{'[Content_Types].xml': '', 'word__document.xml': ''}),
+    'pptx': zipped(**{'ppt__presentation.xml': '', '[Content_Types].xml': ''}),
+    'xlsx': zipped(**{'[Content_Types].xml': '', 'xl__workbook.xml': ''}),
+    'odt': zipped(mimetype='application/vnd.oasis.opendocument.text', **{'content.xml': ''}),
+    'epub': zipped(mimetype='application/epub+zip'),
+    'zip': zipped(**{'a.txt': 'text'}),
+    'rtf': b'{\\rtf1 text}',
+    'html': b'\xef\xbb\xbf\n<!-- saved --><!DOCTYPE HTML><html><p>text',
+    'email': b'From ann@example.org Mon Jan  2 10:00:00 2023\nSubject: text\n\ntext\n',
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_content_decides(tmp_path, kind):
+    for name, named in ('a.txt', 'text'), ('a.csv', 'csv'), (f'a.{kind}', kind), ('a', 'text'):
+        notes = []
+        assert sniff.kind_of(named, str(write(tmp_path / name, KINDS[kind])), notes) == kind
+        assert len(notes) == (named != kind)
+        assert all(note.endswith('whatever its name says') for note in notes)
+
+
+@pytest.mark.parametrize('data, reason', [
+    (b'\x89PNG\r\n\x1a\n' + bytes(99), 'a PNG image'),
+    (b'\xff\xd8\xff\xe0' + bytes(99), 'a JPEG image'),
+    (b'\x7fELF\2\1\1' + bytes(99), 'a program'),
+    (b'MZ\x90\0\3' + bytes(99), 'a program'),
+    (b'SQLite format 3\0' + bytes(99), 'a SQLite database'),
+    (b'7z\xbc\xaf\x27\x1c' + bytes(99), 'a 7z archive: unpack it first'),
+    (ole('WordDocument'), 'old Word format: save it as docx'),
+    (ole('Workbook'), 'old Excel format: save it as xlsx'),
+    (ole('PowerPoint Document'), 'old PowerPoint format: save it as pptx'),
+    (ole('EncryptedPackage'), 'encrypted'),
+    (zipped(**{'[Content_Types].xml': '', 'xl__workbook.bin': ''}), 'binary Excel format: save it as xlsx'),
+    (KINDS['docx'][:60], 'damaged docx')])
+def test_what_nobody_reads_is_named(tmp_path, data, reason):
+    with pytest.raises(Skip) as why:
+        sniff.kind_of('docx', str(write(tmp_path / 'a.docx', data)), [])
+    assert str(why.value) == reason
+
+
+@pytest.mark.parametrize('named, text', [
+    ('text', 'From here on it rained.\nNote: all day.\n'),
+    ('text', 'PARENTS and GIFTS, MZ and BM, Rar and PKs\n'),
+    ('text', 'We write <!doctype html> at the top of a page, <html> below.\n'),
+    ('text', 'From 0123456789abcdef0123456789abcdef01234567 Mon Sep 17 00:00:00 2001\nFrom: Ann\n'),
+    ('code', '<!doctype html>\n<p>{{ name }}</p>\n'),
+    ('csv', 'id,text\n1,%PDF-1.4\n'),
+    ('text', '')])
+def test_texts_stay_what_their_names_say(tmp_path, named, text):
+    notes = []
+    assert sniff.kind_of(named, str(write(tmp_path / 'a.txt', text)), notes) == named
+    assert not notes
