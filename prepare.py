@@ -6,6 +6,7 @@ that made them.
     python prepare.py --inspect data/mine                   # what is in a dataset; is it sound?
 
     find         sources.py      files, folders and patterns ──► sources, in an order of their own
+    look         survey.py       tables: which column has the text? large ones are cut into parts
     extract      readers.py      sources ──► documents: clean text, on disk; in many processes
     decide       corpus.py       copies are dropped; train or val
     tokenizer    vocabulary.py   a given one, or one trained on a sample
@@ -27,7 +28,7 @@ of the arguments, or how often the run was interrupted.
 import os
 
 from mambino.configurator import configure, fail, require
-from mambino.prepare import extract, output, pool, report, sources, stdlib, vocabulary
+from mambino.prepare import extract, output, pool, report, sources, stdlib, survey, vocabulary
 from mambino.prepare.corpus import Corpus, TooLittle
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
@@ -104,12 +105,15 @@ def main():
         seed = base.get('split_seed', split_seed)
         fraction = base.get('val_fraction', val_fraction)
 
-        # extract
+        # look
         options = {'text_column': text_column, 'max_file_mb': max_file_mb, 'pdf': pdf,
                    'file_seconds': file_seconds, 'file_memory_mb': file_memory_mb}
-        tasks = extract.make_tasks(files, work, options, seed, chars=tokenizer == 'char')
+        files, plans, unusable = survey.survey(files, options)
+
+        # extract
+        tasks = extract.make_tasks(files, plans, work, options, seed, chars=tokenizer == 'char')
         reports = extract.extract(tasks, work)
-        skipped = report.sort_skipped(skipped, reports)
+        skipped = report.sort_skipped(skipped + unusable, reports)
 
         # decide
         corpus = Corpus(tasks, reports, work)

@@ -28,7 +28,7 @@ from helpers.readers import (
 )
 
 from mambino.prepare import isolate, pdf_text, sources
-from mambino.prepare.encodings import Skip
+from mambino.prepare.files import Notes, Skip
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -218,7 +218,7 @@ def test_whoever_stops_reading_leaves_nothing_behind(driver, tmp_path):
     process = isolate._process
     path = write(tmp_path / 'b.pdf', '%PDF-1.4 ' + 'fine ' * 1000)
     documents = isolate.read(
-        sources.Source(str(path), 'pdf', 0, 0), OPTIONS | {'pdf': 'pypdfium2'}, []
+        sources.Source(str(path), 'pdf', 0, 0), OPTIONS | {'pdf': 'pypdfium2'}, Notes()
     )
     next(documents)
     documents.close()
@@ -233,7 +233,7 @@ def test_the_reader_goes_when_its_parent_is_killed(driver, tmp_path, what, monke
     source, options = sources.Source(str(path), 'pdf', 0, 0), OPTIONS | {'pdf': 'pypdfium2'}
     program = (
         f'from mambino.prepare.isolate import *; from mambino.prepare.sources import Source; '
-        f'list(read({source}, {options}, []))'
+        f'list(read({source}, {options}, Notes()))'
     )
     parent = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT)
     until = time.monotonic() + 10

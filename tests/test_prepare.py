@@ -225,7 +225,7 @@ def test_where_it_is_cut_is_seen_nowhere(tmp_path, kind):
         write(tmp_path / 'in' / f'{i}.txt', text().replace('\0', '').replace('\x1c', '') + '.')
     prepare(tmp_path, 'in', f'--tokenizer={kind}', '--vocab_size=500', '--out=data/x')
     assert len(dataset(tmp_path / 'data' / 'x').all) > 1400
-    small = 'spool.PIECE, spool.LONGEST, spool.BLOCK = {}\nencodings.CHUNK = {}\nextract.TASK_FILES = 7'
+    small = 'spool.PIECE, spool.LONGEST, spool.BLOCK = {}\nfiles.CHUNK = {}\nextract.TASK_FILES = 7'
     for sizes, chunk in ((20, 400, 90), 64), ((40, 300, 1), 100):
         argv = ('in', f'--tokenizer={kind}', '--vocab_size=500', '--out=data/y')
         driven(tmp_path, small.format(sizes, chunk), *argv)

@@ -360,7 +360,7 @@ def refuse(path, *args, **more):
     if str(path) == {os.path.join('mine', '1', '1.txt')!r}:
         raise OSError(5, 'Input/output error')
     return real(path, *args, **more)
-encodings.open = refuse
+files.open = refuse
 ''' + DIES_EARLY
 
     driven(corpus, fails, 'mine', '--tokenizer=byte', '--out=data/b', code=9)

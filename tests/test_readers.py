@@ -19,7 +19,7 @@ from helpers.readers import (
     write,
 )
 
-from mambino.prepare import encodings, isolate
+from mambino.prepare import files, isolate
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -92,7 +92,7 @@ def test_bytes_that_do_not_fit(tmp_path):
 
 
 def test_newlines_and_long_lines(tmp_path):
-    n = encodings.CHUNK
+    n = files.CHUNK
     assert read(write(tmp_path / 'a.txt', b'a\r\nb\rc\n\r\nd\r'))[0] == ['a\nb\nc\n\nd\n']
     for k in range(n - 2, n + 2):  # \r\n on both sides of the end of a chunk
         assert read(write(tmp_path / 'b.txt', b'x' * k + b'\r\n' + b'y\r\n' * 9))[0] == [

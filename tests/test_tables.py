@@ -11,7 +11,7 @@ import pytest
 from helpers.readers import OPTIONS, read, reason, save_arrow, write
 
 from mambino.prepare import hub, isolate, sources, tables
-from mambino.prepare.encodings import Skip
+from mambino.prepare.files import Notes, Skip
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -237,7 +237,7 @@ def test_a_dataset_of_the_hub(monkeypatch):
     def read_hub(**options):
         return [
             text
-            for text, _ in isolate.read(sources.Source('hf:a/b', 'hf', 0, 0), OPTIONS | options, [])
+            for text, _ in isolate.read(sources.Source('hf:a/b', 'hf', 0, 0), OPTIONS | options, Notes())
         ]
     monkeypatch.setattr(hub, 'open_hf', lambda spec: rows)
     assert (

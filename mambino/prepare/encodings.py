@@ -1,21 +1,17 @@
-"""What the bytes of a file say: unpacked, their encoding guessed where need be, and cleaned.
+"""What the bytes of a file say: their encoding, guessed where need be, and the text cleaned.
 
     encoding = encodings.encoding_of('old.txt', notes)      # 'utf-8-sig', 'cp1252', ...
-    for data in encodings.chunks('book.txt.gz'): ...        # bytes, unpacked
 
-    file ──► open_bytes: .gz .bz2 .xz .zst unpacked ──► encoding_of ──► text ──► clean
-                                                          └► what is no text: Skip('binary')
+    bytes ──► encoding_of ──► text ──► clean
+                └► what is no text: Skip('binary')
 """
-import bz2
 import codecs
-import gzip
 import io
 import itertools
-import lzma
-import os
 import re
 
-CHUNK = 1 << 20        # bytes or characters that a reader takes at once
+from mambino.prepare.files import Skip, chunks, open_bytes
+
 SAMPLE_CHUNKS = 16     # so many tell the encoding of a table
 GUESS_BYTES = 1 << 16  # so many of the doubtful ones tell an old encoding
 
@@ -31,52 +27,6 @@ HIGH = bytes(range(128, 256))
 # eth and thorn
 WESTERN = ('€‚„…‘’“”•–—™œŒ¡£§©«®°´·»¿\xa0'
            'àáâãäåæçèéêëìíîïñòóôõöøùúûüÿßÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜ').encode('cp1252')
-
-
-class Skip(Exception):
-    """This file cannot be used; the message is the reason, a few words that can be counted."""
-
-
-# -----------------------------------------------------------------------------
-# Bytes
-
-def open_zst(path, mode):
-    """As gzip.open."""
-    import pyarrow
-    return pyarrow.CompressedInputStream(open(path, mode), 'zstd')
-
-
-PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': open_zst}
-
-
-def extension_of(path):
-    """The last extension, in lower case: '.gz' of Notes.TXT.GZ."""
-    return os.path.splitext(path)[1].lower()
-
-
-def open_bytes(path):
-    """The file, unpacked if its name says that it is packed."""
-    opener = PACKED.get(extension_of(path), open)
-    return opener(path, 'rb')
-
-
-def open_text(path, encoding, newline=None):
-    """The same as text; what does not fit the encoding becomes U+FFFD."""
-    return io.TextIOWrapper(open_bytes(path), encoding, 'replace', newline=newline)
-
-
-def chunks(path, max_bytes=0):
-    """The bytes of a file in chunks of CHUNK. Skip where a packed file holds more than `max_bytes`,
-    unless that is 0.
-    """
-    packed = extension_of(path) in PACKED
-    size = 0
-    with open_bytes(path) as f:
-        while data := f.read(CHUNK):
-            size += len(data)
-            if packed and max_bytes and size > max_bytes:
-                raise Skip(f'larger than {max_bytes / 1e6:g} MB unpacked')
-            yield data
 
 
 # -----------------------------------------------------------------------------
@@ -121,6 +71,11 @@ def encoding_of(path, notes, sample=False, max_bytes=0):
         raise Skip('unknown encoding')
     notes.append(f'encoding guessed: {encoding}')
     return encoding
+
+
+def open_text(path, encoding, newline=None):
+    """The same as text; what does not fit the encoding becomes U+FFFD."""
+    return io.TextIOWrapper(open_bytes(path), encoding, 'replace', newline=newline)
 
 
 def is_utf8(parts, complete):

@@ -1,7 +1,7 @@
 """From sources to documents: the sources are dealt out to tasks, and those are done in many
 processes.
 
-    tasks = extract.make_tasks(sources, work, options, seed=1337, chars=False)
+    tasks = extract.make_tasks(sources, plans, work, options, seed=1337, chars=False)
     reports = extract.extract(tasks, work)    # of spool.extract, in the order of the tasks
 
 What a task is called says all that its result depends on: so a run that goes on finds what an
@@ -19,28 +19,29 @@ TASK_BYTES = 8_000_000  # sources are read in tasks of about so much,
 TASK_FILES = 200        # and of at most so many
 
 
-def make_tasks(sources, work, options, seed, chars):
-    """The tasks for spool.extract. options: text_column, max_file_mb, pdf ('auto', or a key of
-    pdf_text.ENGINES), file_seconds, file_memory_mb; seed: of the documents' hashes; chars: whether to
-    collect the characters.
+def make_tasks(sources, plans, work, options, seed, chars):
+    """The tasks for spool.extract. plans: of survey.survey, one a source. options:
+    text_column, max_file_mb, pdf ('auto', or a key of pdf_text.ENGINES), file_seconds,
+    file_memory_mb; seed: of the documents' hashes; chars: whether to collect the characters.
     """
     engine, engine_version = pdf_engine(options['pdf'])
     options = options | {'pdf': engine}
     tasks = []
     cost = 0
-    for source, shard in with_shards(sources):
+    for source, plan in in_parts(sources, plans):
         more = max(source.size * 20, 1_000_000) if source.kind == 'pdf' else source.size
         is_full = not tasks or cost + more > TASK_BYTES or len(tasks[-1]['sources']) >= TASK_FILES
         if is_full or source.kind == 'hf':
             cost = 0
             tasks.append({
-                'folder': work, 'cwd': os.getcwd(), 'sources': [], 'seed': seed, 'chars': chars,
-                'options': options | ({'shard': shard} if shard else {}),
+                'folder': work, 'cwd': os.getcwd(), 'sources': [], 'plans': [], 'seed': seed, 'chars': chars,
+                'options': options,
             })
         tasks[-1]['sources'].append(list(source))
+        tasks[-1]['plans'].append(plan)
         cost += more
     for task in tasks:
-        result_depends_on = [task[name] for name in ('sources', 'seed', 'chars', 'options')]
+        result_depends_on = [task[name] for name in ('sources', 'plans', 'seed', 'chars', 'options')]
         task['key'] = spool.digest([spool.FORMAT, [engine, engine_version], result_depends_on])[:32]
     return tasks
 
@@ -57,12 +58,14 @@ def pdf_engine(wanted):
     fail(f'pdf={wanted}: this package is not installed: pip install {name}')
 
 
-def with_shards(sources):
-    """Yields (source, None), and for a streamed dataset (source, shard) for each of its shards."""
-    for source in sources:
-        shards = shards_of(source.path) if source.kind == 'hf' else [None]
-        for shard in shards:
-            yield source, shard
+def in_parts(sources, plans):
+    """Yields (source, plan), and for a streamed dataset one for each of its shards."""
+    for source, plan in zip(sources, plans):
+        if source.kind == 'hf':
+            for shard in shards_of(source.path):
+                yield source, plan | {'shard': shard}
+        else:
+            yield source, plan
 
 
 def shards_of(spec):

@@ -5,7 +5,7 @@ hf:name:config:split.
 """
 import itertools
 
-from mambino.prepare.encodings import Skip
+from mambino.prepare.files import Skip
 from mambino.prepare.tables import FIRST_ROWS, choose_column, holds_text, no_column, rows_of
 
 

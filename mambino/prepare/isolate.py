@@ -6,7 +6,7 @@ process of their own.
     this process ──► a line of JSON: [kind, path, options] ──► reader process, with limits of
                  ◄── frames: a letter, a length, UTF-8 ◄────── memory and of computing time
                      T a piece of text, L the last piece of a document
-                     N a note, S skip, E end of the file
+                     N a line for the notes, F the rest of them, S skip, E end of the file
 
 The reader process serves file after file. Where one is its end, that file is skipped with the
 reason, and the next gets a new process. Where it had read other files before it crashed or ran out
@@ -23,8 +23,9 @@ import sys
 import threading
 import time
 
-from mambino.prepare import encodings
-from mambino.prepare.encodings import Skip, clean
+from mambino.prepare import files
+from mambino.prepare.encodings import clean
+from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import guarded
 
 # kind -> the library that its reader imports; options['pdf'] says which one for PDF
@@ -46,7 +47,7 @@ _deadline = None  # when to kill it, in time.monotonic()
 def read(source, options, notes):
     """Yields (text, last): the documents of one source, the last piece of each marked, clean. Skip
     is all that it raises for a bad file (and Unreachable for hf:); what is worth knowing of a file
-    that is taken is appended to `notes`. A file that breaks after some documents keeps those: then
+    that is taken is appended to `notes`, a Notes. A file that breaks after some documents keeps those: then
     the last text may be the beginning of a document that never ends. options: text_column,
     max_file_mb, pdf ('pypdf' or 'pypdfium2'), file_seconds, file_memory_mb.
     """
@@ -63,6 +64,7 @@ def read(source, options, notes):
                 pending = '\r'
             yield clean(text), last
             documents += last
+            notes.taken += last
     except Skip as reason:
         if not documents:
             raise
@@ -74,6 +76,7 @@ def isolated(kind, path, options, notes):
     global _deadline
     # the reader process limits its own computing, where it can; this limit, of the clock, is for the rest
     patience = options['file_seconds'] * (4 if hasattr(signal, 'SIGXCPU') else 1)
+    lost, facts = {}, {}
     passed_on = 0  # pieces that were yielded, maybe from a process that died since
     while True:
         is_new, process = start_reader()
@@ -88,6 +91,8 @@ def isolated(kind, path, options, notes):
                 letter, text = next_frame(process.stdout)
                 if letter == b'N':
                     said.append(text)
+                elif letter == b'F':
+                    lost, facts = json.loads(text)
                 elif letter in (b'T', b'L'):
                     number += 1
                     if number > passed_on:
@@ -110,6 +115,8 @@ def isolated(kind, path, options, notes):
             if not is_new:  # what was read before may be to blame
                 continue
         notes += said
+        notes.lost |= lost
+        notes.facts |= facts
         if letter == b'S':
             raise Skip(text)
         return
@@ -211,10 +218,10 @@ def answer(stream, kind, path, options):
         data = text.encode('utf-8', 'surrogatepass')
         stream.write(FRAME.pack(letter, len(data)) + data)
 
-    notes = []
+    notes = Notes()
     last_frame = (b'E', '')
     seconds = options['file_seconds']
-    chunk = encodings.CHUNK
+    chunk = files.CHUNK
     try:
         began = time.process_time()
         pages = 0
@@ -234,6 +241,7 @@ def answer(stream, kind, path, options):
         last_frame = (b'S', NO_MEMORY)
     for note in notes:
         say(b'N', note)
+    say(b'F', json.dumps([notes.lost, notes.facts]))
     say(*last_frame)
     stream.flush()
 

@@ -7,7 +7,8 @@ import contextlib
 import functools
 import re
 
-from mambino.prepare.encodings import Skip, clean
+from mambino.prepare.encodings import clean
+from mambino.prepare.files import Skip
 
 LIGATURES = {0xfb00 + i: letters for i, letters in enumerate('ff fi fl ffi ffl st st'.split())}
 

@@ -18,7 +18,8 @@ import json
 import os
 import re
 
-from mambino.prepare.encodings import Skip, open_bytes, read_text
+from mambino.prepare.encodings import read_text
+from mambino.prepare.files import Skip, open_bytes
 from mambino.prepare.hub import Unreachable, read_hf
 from mambino.prepare.pdf_text import read_pdf
 from mambino.prepare.tables import LONGEST_ROW, read_arrow, read_csv, read_json, read_jsonl, read_parquet

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow
 
 from mambino.prepare import isolate
-from mambino.prepare.encodings import Skip
+from mambino.prepare.files import Notes, Skip, judge
 from mambino.prepare.readers import READERS
 from mambino.prepare.sources import Source
 from mambino.tokenizer import SEAM, load_tokenizer
@@ -169,8 +169,8 @@ class Spool:
 
 def extract(task):
     """Reads the sources of a task and leaves their documents in `folder`. Returns the bytes of the
-    sources. task: folder, key, cwd, sources, seed, chars (whether to collect the characters),
-    options (of isolate.read).
+    sources. task: folder, key, cwd, sources, plans (of survey, one a source), seed, chars (whether to
+    collect the characters), options (of isolate.read).
     """
     path = os.path.join(task['folder'], task['key'])
     work = f'{path}.{os.getpid()}.tmp'
@@ -197,17 +197,20 @@ def read_sources(task, spool):
     """Writes the documents of a task to the spool, closes it, and returns the report."""
     report = {'files': {}, 'skipped': [], 'notes': [], 'suspects': [], 'again': False}
     chars = set()
-    for source in map(Source._make, task['sources']):
+    for source, plan in zip(map(Source._make, task['sources']), task['plans']):
         spool.start(KINDS.index(source.kind))
-        notes = []
+        notes = Notes()
         source_chars = set()
         try:
-            for text, last in isolate.read(source, task['options'], notes):
+            for text, last in isolate.read(source, task['options'] | plan, notes):
                 spool.add(text, last)
                 if task['chars']:
                     source_chars.update(text)
             if not spool.documents:
                 raise Skip('empty')
+            reason, lines = judge(notes.taken, notes.lost)
+            if reason:
+                raise Skip(reason)
         except Skip as reason:
             spool.forget()
             report['skipped'].append({'file': source.path, 'reason': str(reason)})
@@ -216,7 +219,7 @@ def read_sources(task, spool):
             continue
         chars |= source_chars
         report['files'][source.kind] = report['files'].get(source.kind, 0) + 1
-        report['notes'] += [{'file': source.path, 'note': note} for note in notes]
+        report['notes'] += [{'file': source.path, 'note': note} for note in [*notes, *lines]]
         score, why = suspicion(spool.head)
         if why:
             report['suspects'].append([round(score, 3), source.path, why])

@@ -11,8 +11,9 @@ import itertools
 import json
 import re
 
-from mambino.prepare import encodings
-from mambino.prepare.encodings import Skip, encoding_of, open_bytes, open_text, read_text
+from mambino.prepare import files
+from mambino.prepare.encodings import encoding_of, open_text, read_text
+from mambino.prepare.files import Skip, open_bytes
 
 LONGEST_ROW = 1 << 26  # characters of a line of JSON, which is parsed as a whole
 ROWS = 32              # of a table, that are in memory at once: each may be a book
@@ -118,7 +119,7 @@ def read_jsonl(path, options, notes):
                 if len(line) == LONGEST_ROW and line[-1] != '\n':
                     bad += 1
                     while line and line[-1] != '\n':  # to its end
-                        line = f.readline(encodings.CHUNK)
+                        line = f.readline(files.CHUNK)
                 elif not line.isspace():
                     try:
                         yield json.loads(line)
@@ -173,7 +174,7 @@ def read_csv(path, options, notes):
     csv.field_size_limit(LONGEST_ROW)
     wanted = options['text_column']
     with open_text(path, encoding_of(path, notes, sample=True), newline='') as f:
-        head = f.readline(encodings.CHUNK)
+        head = f.readline(files.CHUNK)
         delimiter = max('\t,;|', key=head.count)
         if delimiter not in head:
             delimiter = '\x1f'  # one column: a row is a line, whatever is in it

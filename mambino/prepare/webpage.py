@@ -6,7 +6,8 @@ import codecs
 import html.parser
 import re
 
-from mambino.prepare.encodings import chunks, encoding_of, open_text
+from mambino.prepare.encodings import encoding_of, open_text
+from mambino.prepare.files import chunks
 
 BLOCKS = '''
     address article aside body caption center dd details dialog div dt fieldset figcaption figure

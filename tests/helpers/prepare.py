@@ -74,7 +74,7 @@ DRIVER = '''
 import os, runpy, sys
 sys.path.insert(0, {root!r})
 if __name__ == '__main__':
-    from mambino.prepare import encodings, extract, output, spool, stdlib, vocabulary
+    from mambino.prepare import extract, files, output, spool, stdlib, vocabulary
 {patch}
     runpy.run_path(os.path.join({root!r}, 'prepare.py'), run_name='__main__')
 '''

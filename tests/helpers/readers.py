@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mambino.prepare import isolate, sources
-from mambino.prepare.encodings import Skip
+from mambino.prepare.files import Notes, Skip, judge
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 OPTIONS = dict(text_column='', max_file_mb=256, pdf='pypdf', file_seconds=20, file_memory_mb=1024)
@@ -25,7 +25,7 @@ def read(path, **options):
     """(documents, notes) of a file."""
     path = str(path)
     kind = sources.kind_of(os.path.basename(path))[0] or 'text'
-    notes, documents, parts = [], [], []
+    notes, documents, parts = Notes(), [], []
     for text, last in isolate.read(sources.Source(path, kind, 0, 0), OPTIONS | options, notes):
         text.encode('utf-8')  # there is nothing in it that UTF-8 cannot hold
         assert '\r' not in text and '\0' not in text
@@ -33,7 +33,10 @@ def read(path, **options):
         if last:
             documents.append(''.join(parts))
             parts = []
-    return documents, notes
+    reason, lines = judge(notes.taken, notes.lost)
+    if reason:
+        raise Skip(reason)
+    return documents, [*notes, *lines]
 
 
 def reason(path, **options):
