@@ -5,8 +5,8 @@ hf:name:config:split.
 """
 import itertools
 
+from mambino.prepare.columns import FIRST_ROWS, choose_column, holds_text, no_column, rows_of
 from mambino.prepare.files import Skip
-from mambino.prepare.tables import FIRST_ROWS, choose_column, holds_text, no_column, rows_of
 
 
 class Unreachable(Exception):

@@ -5,7 +5,9 @@
     file ──► READERS[kind] ──► documents ──► isolate.read(): clean()
                │    encodings.py   text, code, data: bytes, unpacked, of whatever encoding
                │    webpage.py     html
-               │    tables.py      jsonl, json, csv, parquet, arrow
+               │    json_rows.py   jsonl, json
+               │    csv_rows.py    csv
+               │    arrow_rows.py  parquet, arrow
                │    pdf_text.py    pdf
                │    hub.py         hf:, streamed
                └► whatever is wrong with a file becomes Skip(reason) ──► documents before that are kept
@@ -18,11 +20,14 @@ import json
 import os
 import re
 
+from mambino.prepare.arrow_rows import read_arrow, read_parquet
+from mambino.prepare.columns import LONGEST_ROW
+from mambino.prepare.csv_rows import read_csv
 from mambino.prepare.encodings import read_text
 from mambino.prepare.files import Skip, open_bytes
 from mambino.prepare.hub import Unreachable, read_hf
+from mambino.prepare.json_rows import read_json, read_jsonl
 from mambino.prepare.pdf_text import read_pdf
-from mambino.prepare.tables import LONGEST_ROW, read_arrow, read_csv, read_json, read_jsonl, read_parquet
 from mambino.prepare.webpage import read_html
 
 
