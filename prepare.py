@@ -28,7 +28,7 @@ of the arguments, or how often the run was interrupted.
 import os
 
 from mambino.configurator import configure, fail, require
-from mambino.prepare import extract, output, pool, report, sources, stdlib, survey, vocabulary
+from mambino.prepare import declared, extract, output, pool, report, sources, stdlib, survey, vocabulary
 from mambino.prepare.corpus import Corpus, TooLittle
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
@@ -46,6 +46,7 @@ max_file_mb = 256.0   # larger files found in folders are skipped, most are dump
                       # you name are not (packed ones are, if they hold more)
 text_column = ''      # of parquet, jsonl, csv, arrow and hf; '' is the only one, or one called text,
                       # content, body, ...
+encoding = ''         # of texts and tables, where you know it: gbk, cp1251, ...; '' is found out
 dedupe = True         # drop documents that are exactly like an earlier one; near copies stay
 pdf = 'auto'          # pypdf; or pypdfium2, faster, a package of its own; auto: that when installed
 file_seconds = 60.0   # of computing that a PDF or an HTML page may take; for a PDF half a second
@@ -77,6 +78,7 @@ def main():
         '0 or more': dict(max_file_mb=max_file_mb >= 0),
         '0, or the number of processes': dict(workers=0 <= workers < 1000),
         'local or ray': dict(engine=engine in pool.ENGINES)})
+    declared.check_encoding(encoding)
     if inspect:
         for path in inputs or fail('--inspect: name a dataset: python prepare.py --inspect data/mine'):
             report.inspect(path)
@@ -106,7 +108,7 @@ def main():
         fraction = base.get('val_fraction', val_fraction)
 
         # look
-        options = {'text_column': text_column, 'max_file_mb': max_file_mb, 'pdf': pdf,
+        options = {'text_column': text_column, 'encoding': encoding, 'max_file_mb': max_file_mb, 'pdf': pdf,
                    'file_seconds': file_seconds, 'file_memory_mb': file_memory_mb}
         files, plans, unusable = survey.survey(files, options)
 

@@ -42,7 +42,7 @@ def test_jsonl(tmp_path):
         documents, notes = check(odd)
         assert documents == [odd] and len(notes) <= 1
     assert check('caf\xe9\n'.encode('cp1252'))[1] == [
-        'no clear text column; taken as plain text', 'encoding guessed: cp1252',
+        'no clear text column; taken as plain text', 'encoding guessed: cp1252, as in "café"',
     ]
     assert (
         reason(write(tmp_path / 'b.jsonl', lines({'a': 'x'})), text_column='b')

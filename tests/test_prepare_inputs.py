@@ -60,7 +60,7 @@ def test_every_skipped_file_has_its_reason(tmp_path):
     reasons = {os.path.basename(entry['file']): entry['reason'] for entry in made.meta['skipped']}
     assert reasons == {**{name: reason for name, (_, reason) in bad.items()}, '.git': 'hidden'}
     assert [(os.path.basename(n['file']), n['note']) for n in made.meta['notes']] == [
-        ('old.txt', 'encoding guessed: cp1252')
+        ('old.txt', 'encoding guessed: cp1252, as in "Der Bär trägt"')
     ]
     assert 'skipped 10:' in said and '2 hidden' in said
 
@@ -249,7 +249,7 @@ def test_what_looks_odd_is_named(corpus):
     said = prepare(corpus, 'mine', '--tokenizer=byte')
     meta = dataset(corpus / 'data' / 'mine').meta
     assert {os.path.basename(note['file']): note['note'] for note in meta['notes']} == \
-        {'latin.txt': 'encoding guessed: cp1252', 'rows.jsonl': '1 lines were no JSON'}
+        {'latin.txt': 'encoding guessed: cp1252, as in "Der Bär trägt Käse."', 'rows.jsonl': '1 lines were no JSON'}
     assert meta['suspects']
     assert os.path.basename(meta['suspects'][0][1]) == 'base64.txt'
     assert 'base64.txt' in said

@@ -13,7 +13,7 @@ def read_csv(path, options, notes):
     """A document a row, if the header names a text column; else plain text."""
     csv.field_size_limit(LONGEST_ROW)
     wanted = options['text_column']
-    with open_text(path, encoding_of(path, notes, sample=True), newline='') as f:
+    with open_text(path, encoding_of(path, notes, options, 'csv'), newline='') as f:
         head = f.readline(files.CHUNK)
         delimiter = max('\t,;|', key=head.count)
         if delimiter not in head:

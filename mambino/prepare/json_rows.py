@@ -39,7 +39,7 @@ def read_jsonl(path, options, notes):
     """A document a line: its text column, or the line itself if it is a string. Without such a
     column: plain text.
     """
-    encoding = encoding_of(path, notes, sample=True)
+    encoding = encoding_of(path, notes, options, 'jsonl')
     bad = 0
 
     def read_rows():

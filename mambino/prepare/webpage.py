@@ -2,12 +2,10 @@
 
     for text, last in webpage.read_html('page.html', options, notes): ...    # one document
 """
-import codecs
 import html.parser
 import re
 
 from mambino.prepare.encodings import encoding_of, open_text
-from mambino.prepare.files import chunks
 
 BLOCKS = '''
     address article aside body caption center dd details dialog div dt fieldset figcaption figure
@@ -75,30 +73,10 @@ class Page(html.parser.HTMLParser):
 
 def read_html(path, options, notes):
     """What a browser would show of it."""
-    encoding = encoding_of(path, notes, max_bytes=options['max_file_mb'] * 1e6)
-    if not encoding.startswith('utf'):
-        declared = declared_encoding(path)
-        if declared:  # the page knows better
-            encoding = declared
-            notes.clear()
+    encoding = encoding_of(path, notes, options, 'html', options['max_file_mb'] * 1e6)
     page = Page()
     with open_text(path, encoding) as f:
         while text := f.read(1 << 16):
             page.feed(text)
     page.close()
     yield page.text(), True
-
-
-def declared_encoding(path):
-    """The encoding that a page says it has; None where it says nothing, or what cannot be."""
-    head = next(chunks(path), b'')[:4096]
-    declared = re.search(rb'charset\s*=\s*["\']?\s*([\w.:-]+)', head, re.I)
-    if not declared:
-        return None
-    try:
-        name = codecs.lookup(declared[1].decode()).name
-        if b'<p>'.decode(name) != '<p>' or name == 'utf-8':
-            return None
-    except (LookupError, ValueError):
-        return None
-    return 'cp1252' if name in ('iso8859-1', 'ascii') else name  # as browsers do

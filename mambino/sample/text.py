@@ -10,6 +10,8 @@ import re
 import sys
 
 from mambino.configurator import fail, split_list
+from mambino.prepare.encodings import read_whole
+from mambino.prepare.files import Notes, Skip
 from mambino.tokenizer import CHAT
 
 CONTEXT = 16            # tokens before a text that its first characters may hang on
@@ -20,15 +22,17 @@ ESCAPES = {r'\n': '\n', r'\\': '\\'}     # in the setting `stop`
 # --- prompts --------------------------------------------------------------------------------------
 
 def read_text(path, setting):
-    """The text of a file, or of standard input for '-'. One that is none ends the program in a line
-    that begins with `setting`."""
-    from_stdin = path == '-'
+    """The text of a file, or of standard input for '-', opened as prepare.py opens it; what was
+    guessed or is damaged is said on stderr. What is no text ends the program in a line that begins
+    with `setting`."""
+    notes = Notes()
     try:
-        file = sys.stdin.fileno() if from_stdin else path
-        with open(file, encoding='utf-8', closefd=not from_stdin) as f:
-            return f.read()
-    except (OSError, ValueError) as error:
+        text = read_whole(path, notes)
+    except (OSError, Skip) as error:
         fail(f'{setting}: cannot be read as text: {error}')
+    for note in notes:
+        print(f'{setting}: {note}', file=sys.stderr)
+    return text
 
 
 def prompts_of(start):
