@@ -12,9 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mambino.configurator import fail
 from mambino.prepare import hub, pool, report, spool
-from mambino.prepare.pdf_text import ENGINES
+from mambino.prepare.pdf_engines import ENGINES
 from mambino.prepare.sources import Source
 
+# what is read may depend on whether these are installed, and on their versions
+PACKAGES = ('pypdfium2', 'pypdf', 'cryptography', 'mammoth', 'python-pptx', 'openpyxl', 'striprtf')
 TASK_BYTES = 8_000_000  # sources are read in tasks of about so much,
 TASK_FILES = 200        # and of at most so many
 
@@ -24,8 +26,8 @@ def make_tasks(sources, plans, work, options, seed, chars):
     text_column, max_file_mb, pdf ('auto', or a key of pdf_text.ENGINES), file_seconds,
     file_memory_mb; seed: of the documents' hashes; chars: whether to collect the characters.
     """
-    engine, engine_version = pdf_engine(options['pdf'])
-    options = options | {'pdf': engine}
+    engine, other = pdf_engines(options['pdf'])
+    options = options | {'pdf': engine, 'pdf_other': other}
     tasks = []
     cost = 0
     for source, plan in in_parts(sources, plans):
@@ -42,20 +44,29 @@ def make_tasks(sources, plans, work, options, seed, chars):
         cost += more
     for task in tasks:
         result_depends_on = [task[name] for name in ('sources', 'plans', 'seed', 'chars', 'options')]
-        task['key'] = spool.digest([spool.FORMAT, [engine, engine_version], result_depends_on])[:32]
+        task['key'] = spool.digest([spool.FORMAT, [version_of(name) for name in PACKAGES], result_depends_on])[:32]
     return tasks
 
 
-def pdf_engine(wanted):
-    """(name, version) of the package that reads PDFs."""
+def pdf_engines(wanted):
+    """(name of the package that reads PDFs, that of the one that is tried on a page it cannot read
+    or ''). One that is asked for by its name reads alone.
+    """
     if wanted not in ('auto', *ENGINES):
         fail(f'pdf={wanted}: it is auto, pypdf or pypdfium2')
-    for name in ['pypdfium2', 'pypdf'] if wanted == 'auto' else [wanted]:
-        try:
-            return name, version(name)
-        except PackageNotFoundError:
-            pass
-    fail(f'pdf={wanted}: this package is not installed: pip install {name}')
+    names = ['pypdfium2', 'pypdf'] if wanted == 'auto' else [wanted]
+    installed = [name for name in names if version_of(name)]
+    if not installed:
+        fail(f'pdf={wanted}: this package is not installed: pip install {names[-1]}')
+    return (*installed, '')[:2]
+
+
+def version_of(package):
+    """Of an installed package; '' where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ''
 
 
 def in_parts(sources, plans):

@@ -231,7 +231,7 @@ def answer(stream, kind, path, options):
                 is_end = last and start + chunk >= len(text)
                 say(b'L' if is_end else b'T', text[start:start + chunk])
             if kind == 'pdf':  # a book of thousands of pages may take its time, one page may not
-                pages += 1
+                pages += not text  # it says so for each that it has read
                 limit('RLIMIT_CPU', began + seconds + pages / 2 + 1)
             if last and time.monotonic() > renewed + seconds / 10:
                 renewed = limit_seconds(seconds)  # a billion rows may take their time

@@ -85,8 +85,8 @@ def make_pdf(pages, font='Helvetica', encryption=None):
     return bytes(pdf.output())
 
 
-def raw_pdf(content, extra='', page=''):
-    """A PDF by hand, without a table of references: both engines find their way."""
+def raw_pdf(content, extra='', page='', more=()):
+    """A PDF by hand. more: further objects, as bytes; the first of them is number 6."""
     if isinstance(content, str):
         stream = b'<< /Length %d >>\nstream\n%s\nendstream'
         content = stream % (len(content), content.encode('latin-1'))
@@ -97,6 +97,7 @@ def raw_pdf(content, extra='', page=''):
         f'/Resources << /Font << /F 5 0 R >> >> {page} >>'.encode(),
         content,
         b'<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>',
+        *more,
     ]
     out = b'%PDF-1.7\n'
     offsets = []
@@ -104,8 +105,9 @@ def raw_pdf(content, extra='', page=''):
         offsets.append(len(out))
         out += b'%d 0 obj\n%s\nendobj\n' % (i, text)
     table = ''.join(f'{offset:010d} 00000 n \n' for offset in offsets)
-    trailer = f'trailer << /Size 6 /Root 1 0 R {extra} >>\nstartxref\n{len(out)}\n%%EOF'
-    return out + f'xref\n0 6\n0000000000 65535 f \n{table}{trailer}'.encode()
+    n = len(objects) + 1
+    trailer = f'trailer << /Size {n} /Root 1 0 R {extra} >>\nstartxref\n{len(out)}\n%%EOF'
+    return out + f'xref\n0 {n}\n0000000000 65535 f \n{table}{trailer}'.encode()
 
 
 def flate(data, times=1):
