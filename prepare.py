@@ -28,7 +28,7 @@ of the arguments, or how often the run was interrupted.
 import os
 
 from mambino.configurator import configure, fail, require
-from mambino.prepare import declared, extract, output, pool, report, sources, stdlib, survey, vocabulary
+from mambino.prepare import account, declared, extract, output, pool, report, screen, sources, stdlib, vocabulary
 from mambino.prepare.corpus import Corpus, TooLittle
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
@@ -39,14 +39,16 @@ append = False        # add to the dataset in `out`, with its tokenizer, instead
 dry_run = False       # only list what would be taken and what not
 inspect = False       # the inputs are datasets: show and check them
 # --- what is taken ---
-exclude = ''          # what else to leave out of folders, as in a .gitignore: 'build/,*.log';
-                      # JUNK in sources.py is what always is
+exclude = ''          # what else to leave out of folders, as in a .gitignore: 'build/,*.log'; '!*.svg'
+                      # has back what JUNK and SECRETS in sources.py leave out
 gitignore = True      # leave out what .gitignore files in the folders name
 max_file_mb = 256.0   # larger files found in folders are skipped, most are dumps; tables and files
                       # you name are not (packed ones are, if they hold more)
 text_column = ''      # of parquet, jsonl, csv, arrow and hf; '' is the only one, or one called text,
                       # content, body, ...
 encoding = ''         # of texts and tables, where you know it: gbk, cp1251, ...; '' is found out
+document_separator = ''  # what stands between the documents in one text file, say <|endoftext|>; \n is
+                      # a newline
 dedupe = True         # drop documents that are exactly like an earlier one; near copies stay
 pdf = 'auto'          # pypdf; or pypdfium2, faster, a package of its own; auto: that when installed
 file_seconds = 60.0   # of computing that a PDF or an HTML page may take; for a PDF half a second
@@ -87,9 +89,11 @@ def main():
     target = out or os.path.join('data', output.name_of(inputs))
     folder = os.path.realpath(target)
 
+    separator = screen.separator_of(document_separator)
+
     # find
     if inputs:
-        files, skipped = sources.find(inputs, f'{sources.JUNK},{exclude}', gitignore, max_file_mb)
+        files, skipped = sources.find(inputs, exclude, gitignore, max_file_mb)
     else:
         files, skipped = stdlib.find_stdlib()
     skipped = [entry for entry in skipped if not output.is_own(entry['file'], folder)]
@@ -109,16 +113,20 @@ def main():
 
         # look
         options = {'text_column': text_column, 'encoding': encoding, 'max_file_mb': max_file_mb, 'pdf': pdf,
-                   'file_seconds': file_seconds, 'file_memory_mb': file_memory_mb}
-        files, plans, unusable = survey.survey(files, options)
+                   'file_seconds': file_seconds, 'file_memory_mb': file_memory_mb,
+                   'document_separator': separator}
+        files, plans, unusable = extract.look(files, work, options)
 
         # extract
         tasks = extract.make_tasks(files, plans, work, options, seed, chars=tokenizer == 'char')
         reports = extract.extract(tasks, work)
-        skipped = report.sort_skipped(skipped + unusable, reports)
+        total = account.settle(tasks, reports)
+        skipped = report.sort_skipped(skipped + unusable + total['skipped'])
+        if separator and not total['separators']:
+            fail(f'document_separator={document_separator}: it is in none of the texts')
 
         # decide
-        corpus = Corpus(tasks, reports, work)
+        corpus = Corpus(tasks, reports, total['dropped'], work)
         if not len(corpus.rows):
             raise TooLittle(report.nothing_readable(inputs, skipped))
         corpus.decide(fraction, dedupe, **output.decided_before(base))
@@ -128,13 +136,13 @@ def main():
 
         # tokenizer
         tok = vocabulary.make_tokenizer(
-            fixed_tokenizer, tokenizer, vocab_size, sample_mb, seed, corpus, reports, work)
+            fixed_tokenizer, tokenizer, vocab_size, sample_mb, seed, corpus, total['chars'], work)
 
         # encode
         written = output.encode(corpus, tok, work, base)
 
         # publish
-        meta = output.describe(inputs, base, tok, corpus, reports, skipped, written, seed, fraction)
+        meta = output.describe(inputs, base, tok, corpus, total, skipped, written, seed, fraction)
         output.publish(work, folder, meta, tok)
 
     report.show(folder, meta, tok)

@@ -36,8 +36,16 @@ NO = ('false', '0', 'no', 'off')
 
 def fail(message):
     """One line to stderr and exit status 2: for everything that a user can cause."""
-    print('error: ' + ' '.join(str(message).split('\n')), file=sys.stderr)
+    print('error: ' + shown(' '.join(str(message).split('\n'))), file=sys.stderr)
     raise SystemExit(2)
+
+
+def shown(text):
+    r"""A text from outside as a terminal may have it: control characters, which could move its cursor
+    or hide what it shows, as \x1b, and so what is no character at all."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 def require(namespace, conditions):

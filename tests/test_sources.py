@@ -189,7 +189,7 @@ def test_every_kind(here):
     }
     for name in {**expected, **unknown}:
         write(here / 'm' / name)
-    kept, skipped = look('m')
+    kept, skipped = look('m', exclude='!*.svg,!*.env')
     assert names(kept) == expected
     assert names(skipped) == {
         name: f'unknown type {extension}' for name, extension in unknown.items()
@@ -219,7 +219,7 @@ def test_size_and_time(here):
     write(here / 'm' / 'a.txt', 'twelve bytes')
     os.utime(here / 'm' / 'a.txt', ns=(1, 1_700_000_000_123_456_700))
     (source,), _ = find(['m'])
-    assert source == (os.path.join('m', 'a.txt'), 'text', 12, os.stat('m/a.txt').st_mtime_ns)
+    assert source[:4] == (os.path.join('m', 'a.txt'), 'text', 12, os.stat('m/a.txt').st_mtime_ns)
     assert abs(source.stamp - 1_700_000_000_123_456_700) < 2e9
 
 

@@ -1,7 +1,7 @@
 """Which documents are used, and which are val: decided when all are known and before one is
 encoded.
 
-    corpus = Corpus(tasks, reports, work)          # of all tasks of spool.extract
+    corpus = Corpus(tasks, reports, dropped, work) # of all tasks of spool.extract
     corpus.decide(val_fraction=0.1, dedupe=True)   # or what adds to a dataset that is there
     corpus.use                                     # DROP, TRAIN or VAL for each row
     corpus.limit                                   # documents with a hash below are val
@@ -28,13 +28,16 @@ class Corpus:
     each.
     """
 
-    def __init__(self, tasks, reports, work):
+    def __init__(self, tasks, reports, dropped, work):
+        """dropped: {key of a task: [(begin, end) of rows that are not wanted]}."""
         path = os.path.join(work, 'all.rows')
         self.blocks = []  # (key, (offset, packed, unpacked))
         with open(path, 'wb') as f:
             for task, report in zip(tasks, reports):
                 rows = np.fromfile(os.path.join(work, task['key'] + '.rows'), ROW)
                 rows['block'] += len(self.blocks)
+                for begin, end in reversed(dropped.get(task['key'], [])):
+                    rows = np.delete(rows, slice(begin, end))
                 f.write(rows.tobytes())
                 self.blocks += [(task['key'], block) for block in report['blocks']]
         size = os.path.getsize(path) // ROW.itemsize

@@ -1,18 +1,23 @@
 """From sources to documents: the sources are dealt out to tasks, and those are done in many
 processes.
 
+    sources, plans, unusable = extract.look(sources, work, options)
     tasks = extract.make_tasks(sources, plans, work, options, seed=1337, chars=False)
     reports = extract.extract(tasks, work)    # of spool.extract, in the order of the tasks
 
+    source ──► unit: a file, or a part of a large one ──► task: several units, up to TASK_BYTES
+
 What a task is called says all that its result depends on: so a run that goes on finds what an
-earlier one has done.
+earlier one has done. The largest are done first, so that none is left to be read alone at the end.
 """
+import json
 import os
 from importlib.metadata import PackageNotFoundError, version
 
 from mambino.configurator import fail
-from mambino.prepare import hub, pool, report, spool
+from mambino.prepare import hub, pool, spool, survey
 from mambino.prepare.pdf_engines import ENGINES
+from mambino.prepare.progress import Progress
 from mambino.prepare.sources import Source
 
 # what is read may depend on whether these are installed, and on their versions
@@ -21,30 +26,60 @@ TASK_BYTES = 8_000_000  # sources are read in tasks of about so much,
 TASK_FILES = 200        # and of at most so many
 
 
+def look(sources, work, options):
+    """survey.survey(sources, options), or what it said when it was asked the same before."""
+    path = os.path.join(work, 'looked')
+    versions = [version_of(name) for name in PACKAGES]
+    asked = spool.digest([spool.JOURNAL, versions, [list(source) for source in sources], options])
+    answer = answer_to(asked, path)
+    if answer is None:
+        with Progress('looking', also=f'at {len(sources):,} files'):
+            usable, plans, unusable = survey.survey(sources, options)
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            json.dump([asked, [usable, plans, unusable]], f)
+        os.replace(path + '.tmp', path)
+        answer = answer_to(asked, path)  # as a run that goes on will find it
+    usable, plans, unusable = answer
+    return [Source(*source) for source in usable], plans, unusable
+
+
+def answer_to(asked, path):
+    """What was found out by an earlier run that asked the same; else None."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            before, answer = json.load(f)
+        return answer if before == asked else None
+    except (OSError, ValueError):
+        return None
+
+
 def make_tasks(sources, plans, work, options, seed, chars):
     """The tasks for spool.extract. plans: of survey.survey, one a source. options:
     text_column, max_file_mb, pdf ('auto', or a key of pdf_text.ENGINES), file_seconds,
-    file_memory_mb; seed: of the documents' hashes; chars: whether to collect the characters.
+    file_memory_mb, document_separator; seed: of the documents' hashes; chars: whether to collect the
+    characters.
     """
     engine, other = pdf_engines(options['pdf'])
     options = options | {'pdf': engine, 'pdf_other': other}
     tasks = []
-    cost = 0
-    for source, plan in in_parts(sources, plans):
-        more = max(source.size * 20, 1_000_000) if source.kind == 'pdf' else source.size
-        is_full = not tasks or cost + more > TASK_BYTES or len(tasks[-1]['sources']) >= TASK_FILES
+    for source, plan, part, size in units_of(sources, plans):
+        more = max(size * 20, 1_000_000) if source.kind == 'pdf' else size
+        is_full = not tasks or tasks[-1]['cost'] + more > TASK_BYTES or len(tasks[-1]['sources']) >= TASK_FILES
         if is_full or source.kind == 'hf':
-            cost = 0
             tasks.append({
-                'folder': work, 'cwd': os.getcwd(), 'sources': [], 'plans': [], 'seed': seed, 'chars': chars,
-                'options': options,
+                'folder': work, 'cwd': os.getcwd(), 'seed': seed, 'chars': chars, 'options': options, 'cost': 0,
+                'sources': [], 'plans': [], 'parts': [], 'sizes': [],
             })
-        tasks[-1]['sources'].append(list(source))
-        tasks[-1]['plans'].append(plan)
-        cost += more
+        task = tasks[-1]
+        task['sources'].append(list(source))
+        task['plans'].append(plan)
+        task['parts'].append(part)
+        task['sizes'].append(size)
+        task['cost'] += more
     for task in tasks:
-        result_depends_on = [task[name] for name in ('sources', 'plans', 'seed', 'chars', 'options')]
-        task['key'] = spool.digest([spool.FORMAT, [version_of(name) for name in PACKAGES], result_depends_on])[:32]
+        depends_on = [task[name] for name in ('sources', 'plans', 'parts', 'seed', 'chars', 'options')]
+        versions = [version_of(name) for name in PACKAGES]
+        task['key'] = spool.digest([spool.JOURNAL, versions, depends_on])[:32]
     return tasks
 
 
@@ -69,14 +104,23 @@ def version_of(package):
         return ''
 
 
-def in_parts(sources, plans):
-    """Yields (source, plan), and for a streamed dataset one for each of its shards."""
+def units_of(sources, plans):
+    """Yields (source, plan, [number of a part, of how many] or None, bytes): one for each source, or
+    one for each of its parts or shards.
+    """
     for source, plan in zip(sources, plans):
+        name = 'part'
+        parts = plan.get('parts')
         if source.kind == 'hf':
-            for shard in shards_of(source.path):
-                yield source, plan | {'shard': shard}
-        else:
-            yield source, plan
+            name = 'shard'
+            parts = shards_of(source.path)
+        if not parts:
+            yield source, plan, None, source.size
+            continue
+        shared = {key: value for key, value in plan.items() if key != 'parts'}
+        for i, part in enumerate(parts):
+            size = source.size * (i + 1) // len(parts) - source.size * i // len(parts)
+            yield source, shared | {name: part}, [i, len(parts)], size
 
 
 def shards_of(spec):
@@ -98,11 +142,11 @@ def extract(tasks, work):
     todo = [task for task in tasks if not reports[task['key']] or reports[task['key']]['again']]
     if len(todo) < len(tasks):
         print(f'going on: {len(tasks) - len(todo):,} of {len(tasks):,} parts were read before')
-    total = sum(Source(*source).size for task in todo for source in task['sources'])
-    progress = report.Progress('reading', total)
-    for size in pool.map_tasks(spool.extract, todo, window=64):
-        progress.add(size)
-    progress.close()
+    todo.sort(key=lambda task: -task['cost'])
+    total = sum(sum(task['sizes']) for task in todo)
+    with Progress('reading', total, lambda: spool.unfinished(work)) as progress:
+        for size in pool.map_tasks(spool.extract, todo, window=64, in_order=False):
+            progress.add(size)
     for task in todo:
         reports[task['key']] = spool.report_of(work, task['key'])
     return [reports[task['key']] for task in tasks]

@@ -10,6 +10,7 @@ What a stopped or killed run has done in the workplace, the same command does no
 """
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -22,9 +23,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mambino.configurator import fail
-from mambino.prepare import pool, report, spool
+from mambino.prepare import pool, report, screen, spool
 from mambino.prepare.corpus import HASH, TooLittle
 from mambino.prepare.hub import Unreachable
+from mambino.prepare.progress import Progress
 from mambino.prepare.sources import LOCK, OURS, PARTIAL
 from mambino.prepare.spool import FORMAT, SIDES
 from mambino.tokenizer import UnknownCharacter, build_tokenizer, load_tokenizer
@@ -340,12 +342,11 @@ def encode(corpus, tok, work, base):
     wanted = [i for i in range(first, blocks) if corpus.use[corpus.rows_of(i)].any()]
     sizes = [corpus.blocks[i][1][2] for i in wanted]
     tasks = (encode_task(corpus, i, tok, work) for i in wanted)
-    progress = report.Progress('encoding', sum(sizes))
-    results = pool.map_tasks(spool.encode, tasks, window=4 * pool.processes())
-    for i, size, result in zip(wanted, sizes, results):
-        output.add(i, result)
-        progress.add(size)
-    progress.close()
+    with Progress('encoding', sum(sizes)) as progress:
+        results = pool.map_tasks(spool.encode, tasks, window=4 * pool.processes())
+        for i, size, result in zip(wanted, sizes, results):
+            output.add(i, result)
+            progress.add(size)
     return output.close()
 
 
@@ -368,10 +369,10 @@ def encode_task(corpus, i, tok, work):
 # -----------------------------------------------------------------------------
 # meta.json
 
-def describe(inputs, base, tok, corpus, reports, skipped, written, split_seed, val_fraction):
-    """meta.json: nothing in it says when, where or by how many it was made."""
-    notes = [note for report_ in reports for note in report_['notes']]
-    suspects = [suspect for report_ in reports for suspect in report_['suspects']]
+def describe(inputs, base, tok, corpus, account, skipped, written, split_seed, val_fraction):
+    """meta.json: nothing in it says when, where or by how many it was made. account: of
+    account.settle.
+    """
     sources = sorted(set(inputs)) or [f'Python {platform.python_version()} standard library']
     return {
         'format': FORMAT, 'dtype': 'int32', 'vocab_size': tok.vocab_size, 'eot': tok.eot,
@@ -382,16 +383,36 @@ def describe(inputs, base, tok, corpus, reports, skipped, written, split_seed, v
         # the first document of each split is half of one
         'halves': not corpus.limit or base.get('halves', False),
         'sources': base.get('sources', []) + sources,
-        'kinds': count_kinds(base, corpus, reports, written),
+        'kinds': count_kinds(base, corpus, account, written),
+        'decided': base.get('decided', []) + decided(account),
         'copies': base.get('copies', 0) + corpus.copies,
-        'suspects': spool.worst(suspects + base.get('suspects', [])),
+        'suspects': screen.worst(account['suspects'] + base.get('suspects', [])),
         'sha256': written.sha256,
-        'notes': base.get('notes', []) + notes,
+        # the same for the same data, whatever it is called
+        'content': content_of(written.sha256, tok.sha256()),
+        'notes': base.get('notes', []) + account['notes'],
         'skipped': base.get('skipped', []) + skipped,
     }
 
 
-def count_kinds(base, corpus, reports, written):
+def content_of(sha256, tokenizer):
+    """What a dataset is known by: the sha256 of those of its files and of its tokenizer."""
+    lines = [f'{name} {sha256[name]}\n' for name in sorted(sha256)]
+    return hashlib.sha256(''.join([*lines, f'tokenizer {tokenizer}\n']).encode()).hexdigest()
+
+
+def decided(account):
+    """[{'kind', 'facts', 'files', 'sample'}]: how the files were read, by kind, the most frequent
+    first.
+    """
+    items = []
+    for decision, (files, sample) in account['decided'].items():
+        kind, facts = json.loads(decision)
+        items.append({'kind': kind, 'facts': facts, 'files': files, 'sample': sample})
+    return sorted(items, key=lambda item: (spool.KINDS.index(item['kind']), -item['files']))
+
+
+def count_kinds(base, corpus, account, written):
     """{kind: {'files', 'documents', 'characters', 'tokens'}} of the kinds that occur."""
     columns = ('files', 'documents', 'characters', 'tokens')
     table = {kind: dict.fromkeys(columns, 0) for kind in spool.KINDS}
@@ -404,6 +425,5 @@ def count_kinds(base, corpus, reports, written):
     add(base.get('kinds', {}))
     add(corpus.totals())
     add({kind: {'tokens': n} for kind, n in zip(spool.KINDS, written.kinds)})
-    for report_ in reports:
-        add({kind: {'files': n} for kind, n in report_['files'].items()})
+    add({kind: {'files': n} for kind, n in account['files'].items()})
     return {kind: counts for kind, counts in table.items() if any(counts.values())}

@@ -1,12 +1,12 @@
 """The same function on many tasks: in this process, in many on this machine, or on a Ray cluster.
 
     pool.begin('local', processes=4)                       # or 'ray'
-    for result in pool.map_tasks(function, tasks, window=16): ...
+    for result in pool.map_tasks(function, tasks, window=16): ...                    # in their order
+    for result in pool.map_tasks(function, tasks, window=16, in_order=False): ...    # as they come
     pool.stop()
 
-Results come in the order of the tasks, and no more tasks than the window holds are under way or
-waiting to be fetched, so that memory is bounded however many there are. A function is one of a
-module, and its arguments and results can be pickled.
+No more tasks than the window holds are under way or waiting to be fetched, so that memory is bounded
+however many there are. A function is one of a module, and its arguments and results can be pickled.
 """
 import collections
 import functools
@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from mambino.configurator import fail
@@ -47,23 +47,30 @@ def processes():
     return _processes
 
 
-def map_tasks(function, tasks, window):
-    """Yields function(task) for each task, in order; at most `window` of them are under way or
-    waiting to be fetched.
+def map_tasks(function, tasks, window, in_order=True):
+    """Yields function(task) for each task, in order or as they are done; at most `window` of them are
+    under way or waiting to be fetched.
     """
     if _engine == 'local' and _processes == 1:
         yield from map(function, tasks)
         return
-    start, fetch = ENGINES[_engine](function)
+    start, fetch, first_done = ENGINES[_engine](function)
     if _engine == 'ray':
         window *= 4  # a cluster is wider than this machine
     waiting = collections.deque()
+
+    def take():
+        """The result of one of those that are waiting."""
+        task = waiting[0] if in_order else first_done(list(waiting))
+        waiting.remove(task)
+        return fetch(task)
+
     for task in tasks:
         waiting.append(start(task))
         if len(waiting) >= window:
-            yield fetch(waiting.popleft())
+            yield take()
     while waiting:
-        yield fetch(waiting.popleft())
+        yield take()
 
 
 def new_pool(n):
@@ -74,16 +81,21 @@ def new_pool(n):
 
 def on_pool(function):
     """(function that starts a task in one of the processes; function that waits for what that
-    returned, for the result)
+    returned, for the result; function that waits for the first of several to be done, and returns it)
     """
     global _pool
     if _pool is None:
         _pool = new_pool(_processes)
-    return functools.partial(submit, _pool, function), Future.result
+
+    def first_done(futures):
+        done = wait(futures, return_when=FIRST_COMPLETED).done
+        return next(future for future in futures if future in done)
+
+    return functools.partial(submit, _pool, function), Future.result, first_done
 
 
 def on_ray(function):
-    """The same two on Ray."""
+    """The same three on Ray."""
     import ray
     if not ray.is_initialized():
         start_ray(ray)
@@ -96,7 +108,10 @@ def on_ray(function):
         except ray.exceptions.RayError as error:
             raise BrokenProcessPool(str(error)) from None
 
-    return ray.remote(num_cpus=1, max_retries=2)(function).remote, fetch
+    def first_done(references):
+        return ray.wait(references, num_returns=1)[0][0]
+
+    return ray.remote(num_cpus=1, max_retries=2)(function).remote, fetch, first_done
 
 
 ENGINES = {'local': on_pool, 'ray': on_ray}

@@ -1,4 +1,4 @@
-"""What prepare.py says: progress, the closing tables, and a look into a dataset that is there.
+"""What prepare.py says: the closing tables, and a look into a dataset that is there.
 
     python prepare.py --inspect data/mine      # report.inspect
     python prepare.py my_folder --dry_run      # report.show_plan
@@ -7,51 +7,16 @@ import collections
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-import time
+import textwrap
 
 import numpy as np
 
-from mambino.configurator import fail
+from mambino.configurator import fail, shown
 from mambino.prepare.spool import FORMAT, hash_pair, new_hash
 from mambino.tokenizer import load_tokenizer
-
-
-class Progress:
-    """One line that is rewritten on a terminal; elsewhere a line every half minute, and one at the
-    end.
-    """
-
-    def __init__(self, label, total):
-        self.label = label
-        self.total = total  # bytes
-        self.done = 0
-        self.began = time.time()
-        self.shown = 0.0
-
-    def add(self, size):
-        self.done += size
-        is_terminal = sys.stdout.isatty()
-        now = time.time()
-        is_due = now - self.shown >= (0.2 if is_terminal else 30)
-        if is_due and now - self.began >= (0.5 if is_terminal else 30):
-            self.shown = now
-            seconds_left = (self.total - self.done) / max(self.done / (now - self.began), 1)
-            self.show(f'{seconds_left:5.0f} s left')
-
-    def close(self):
-        if self.total:
-            self.show(f'in {time.time() - self.began:.1f} s', last=True)
-
-    def show(self, remark, last=False):
-        rate = self.done / max(time.time() - self.began, 1e-3)
-        amount = f'{self.done / 1e6:9.1f} of {self.total / 1e6:.1f} MB'
-        line = f'{self.label:<9} {amount} {rate / 1e6:7.1f} MB/s  {remark}'
-        if sys.stdout.isatty():
-            print(f'\r{line:<72}', end='\n' if last else '', flush=True)
-        else:
-            print(line, flush=True)
 
 
 def sha256(path):
@@ -66,19 +31,54 @@ def sha256(path):
 # -----------------------------------------------------------------------------
 # What was left out
 
-def sort_skipped(skipped, reports):
+def sort_skipped(skipped):
     """Those that were skipped when looking for them, and those when reading them, in an order of
     their own.
     """
-    entries = skipped + [entry for report in reports for entry in report['skipped']]
-    return sorted(entries, key=lambda entry: (os.fsencode(entry['file']), entry['reason']))
+    return sorted(skipped, key=lambda entry: (os.fsencode(entry['file']), entry['reason']))
 
 
-def reasons(skipped, most=8):
-    """How often each reason, the most frequent first."""
-    counts = collections.Counter(entry['reason'] for entry in skipped).most_common()
-    dots = ', ...' if len(counts) > most else ''
-    return ', '.join(f'{n:,} {reason}' for reason, n in counts[:most]) + dots
+def alike(text):
+    """What texts have in common that say the same of different files: numbers, what is quoted, what
+    stands in brackets or behind a colon may differ.
+    """
+    if text.startswith('unknown type'):
+        return 'unknown type'
+    text = re.sub(r'"[^"]*"|\([^)]*\)', '()', text)
+    return re.sub(r'\d[\d,.]*', '#', text.partition(': ')[0])
+
+
+def groups_of(entries, name):
+    """[entries that say alike], those with the most first; name: 'reason' or 'note'."""
+    groups = collections.defaultdict(list)
+    for entry in entries:
+        groups[alike(entry[name])].append(entry)
+    return sorted(groups.values(), key=lambda group: -len(group))
+
+
+def reason_of(group, most=500):
+    """What the entries of a group say, on one line, and where they differ, how often each:
+    'unknown type .jpg (6), .png (3)'. most: characters of what differs.
+    """
+    counts = collections.Counter(entry['reason'] for entry in group).most_common()
+    texts = [text for text, _ in counts]
+    if len(texts) == 1:
+        return texts[0]
+    before = re.match(r'(.*[ (])?', os.path.commonprefix(texts))[0]
+    rest = [text.removeprefix(before)[::-1] for text in texts]
+    behind = re.match(r'(.*[ ),;])?', os.path.commonprefix(rest))[0][::-1]
+    parts = [f'{text[::-1].removesuffix(behind)} ({n:,})' for text, (_, n) in zip(rest, counts)]
+    shown_parts = parts[:1]
+    for part in parts[1:]:
+        if sum(map(len, shown_parts)) < most:
+            shown_parts.append(part)
+    dots = ', ...' if len(shown_parts) < len(parts) else ''
+    return before + ', '.join(shown_parts) + dots + behind
+
+
+def reasons(skipped):
+    """How often each reason, the most frequent first, on one line."""
+    return ', '.join(f'{len(group):,} {reason_of(group)}' for group in groups_of(skipped, 'reason'))
 
 
 def nothing_readable(inputs, skipped):
@@ -87,18 +87,34 @@ def nothing_readable(inputs, skipped):
     return f'{", ".join(inputs) or "standard library"}: nothing readable{why}'
 
 
+def show_skipped(skipped):
+    """A line for each reason: how many files, and one of them."""
+    print(f'skipped {len(skipped):,}:')
+    for group in groups_of(skipped, 'reason'):
+        also = '' if len(group) == 1 else ', ...'
+        show_row(f'{len(group):>9,}  ', f'{reason_of(group)}: {group[0]["file"]}{also}')
+
+
+def show_row(head, text):
+    """A line that is wrapped under its own text; head: what stands before it, no wider than 40."""
+    width = max(40, shutil.get_terminal_size((120, 24)).columns - len(head))
+    lines = textwrap.wrap(shown(text), width, break_on_hyphens=False) or ['']
+    for i, line in enumerate(lines):
+        print((head if i == 0 else ' ' * len(head)) + line)
+
+
 def show_plan(sources, skipped):
     """What prepare.py would read, and what not."""
     for source in sources:
-        print(f'{source.kind:<9}{source.size:>15,}  {source.path}')
+        print(f'{source.kind:<9}{source.size:>15,}  {shown(source.path)}')
     for entry in skipped:
-        print(f'skip {entry["file"]}: {entry["reason"]}')
+        print(shown(f'skip {entry["file"]}: {entry["reason"]}'))
     print(f'\n{"":<9}{"files":>9}{"bytes":>18}')
     for kind in sorted({source.kind for source in sources}):
         sizes = [source.size for source in sources if source.kind == kind]
         print(f'{kind:<9}{len(sizes):>9,}{sum(sizes):>18,}')
     if skipped:
-        print(f'skipped {len(skipped):,}: {reasons(skipped)}')
+        show_skipped(skipped)
     print('nothing was read or written; without --dry_run, files may still turn out to be binary, '
           'empty or broken')
 
@@ -123,29 +139,65 @@ def show(folder, meta, tok):
               'or set --val_fraction')
     if meta['copies']:
         print(f'dropped {meta["copies"]:,} exact copies; near copies are left alone')
+    if meta.get('decided'):
+        show_decided(meta['decided'])
     if meta['skipped']:
-        print(f'skipped {len(meta["skipped"]):,}: {reasons(meta["skipped"])}; meta.json names them')
+        show_skipped(meta['skipped'])
     if meta['notes']:
         show_notes(meta['notes'])
     if meta['suspects']:
         print('most suspicious:')
         for _, path, why in meta['suspects']:
-            print(f'  {path}: {why}')
+            print(shown(f'  {path}: {why}'))
     show_windows(folder, meta, tok)
 
 
-def show_notes(notes, most=6):
-    """How often each note was made; those that begin with a number differ only in that."""
-    texts = []
-    for entry in notes:
-        note = entry['note']
-        if note[:1].isdigit():
-            note = ''.join('#' if c.isdigit() else c for c in note)
-        texts.append(note)
-    counts = collections.Counter(texts).most_common()
-    dots = ', ...' if len(counts) > most else ''
-    most_common = ', '.join(f'{n:,} {note}' for note, n in counts[:most])
-    print(f'noted on {len(notes):,} files: {most_common}{dots}')
+def show_decided(decided, most=30):
+    """How the files were read: a line for what was decided of each kind, with a beginning of the text
+    that was taken.
+    """
+    print('\nread as:')
+    rows = [(item['kind'], facts_of(item), f'{item["files"]:,} files') for item in decided[:most]]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    width = shutil.get_terminal_size((120, 24)).columns
+    for item, (kind, facts, files) in zip(decided, rows):
+        head = f'{kind:<{widths[0]}}  {facts:<{min(widths[1], 50)}}  {files:>{widths[2]}}  '
+        room = max(20, width - len(head) - 2)
+        print(f'{head}"{excerpt(item["sample"], min(room, 60))}"')
+    if len(decided) > most:
+        print(f'and in {len(decided) - most:,} more ways, which meta.json lists')
+
+
+def facts_of(item):
+    """What was decided, in a few words: 'column text, cp1252'."""
+    facts = item['facts']
+    words = []
+    for name, value in facts.items():
+        if name == 'columns':
+            words.append(f'column{"s" * ("," in value or "+" in value)} {value}')
+        elif value != item['kind']:
+            words.append(value)
+    return shown(', '.join(words))
+
+
+def excerpt(sample, length):
+    """The beginning of a text on one line."""
+    line = shown(' '.join(sample.split()))
+    return line if len(line) <= length else line[:length - 1] + '…'
+
+
+def show_notes(notes):
+    """A line for notes that say alike: on how many files, the first one as it is."""
+    print(f'noted on {len({entry["file"] for entry in notes}):,} files:')
+    for group in groups_of(notes, 'note'):
+        first = group[0]
+        total = ''
+        numbers = [re.match(r'(\d[\d,]*) ', entry['note']) for entry in group]
+        if len(group) > 1 and all(numbers):
+            n = sum(int(number[1].replace(',', '')) for number in numbers)
+            total = f'; {n:,} in all'
+        also = '' if len(group) == 1 else f' (and {len(group) - 1:,} more files{total})'
+        show_row(f'{len(group):>9,}  ', f'{first["file"]}: {first["note"]}{also}')
 
 
 def show_windows(folder, meta, tok, n=3, length=80):

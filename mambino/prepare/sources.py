@@ -35,6 +35,7 @@ class Source(NamedTuple):
     kind: str   # a key of EXTENSIONS, or hf
     size: int   # bytes on disk, 0 where unknown
     stamp: int  # time of the last change in ns, 0 where unknown
+    named: bool = False  # by the person: then nothing speaks against it
 
 
 # kind -> extensions. Each stands in one place only, also those that several formats share (.m, .pp).
@@ -76,7 +77,13 @@ COMPRESSED = {'.gz', '.bz2', '.xz', '.zst'}  # around any kind but the following
 BINARY = {'pdf', 'parquet', 'arrow'}         # they compress on their own
 STREAMED = {'jsonl', 'csv', 'parquet', 'arrow'}  # row by row, so memory does not mind their size
 # what is junk in every folder, as in a .gitignore; --exclude='!*.lock' has those back
-JUNK = '__pycache__/,node_modules/,site-packages/,*.min.js,*.min.css,*.map,*.lock,package-lock.json'
+JUNK = ('__pycache__/,node_modules/,site-packages/,*.min.js,*.min.css,*.bundle.js,*.chunk.js,*.map,*.svg,'
+        '*.lock,package-lock.json')
+# what nobody means to publish, as a model may; --exclude='!*.pem' has those back
+SECRETS = ('.env,.env.*,*.env,*.pem,*.key,*.ppk,*.p8,*.p12,*.pfx,*.jks,*.keystore,*.kdbx,*.ovpn,id_rsa*,'
+           'id_dsa*,id_ecdsa*,id_ed25519*,.netrc,_netrc,.npmrc,.pypirc,.pgpass,.htpasswd,.git-credentials,'
+           'credentials.json,client_secret*.json,service-account*.json,service_account*.json,secrets.yml,'
+           'secrets.yaml,secrets.json,secrets.toml')
 
 # the files of a dataset
 OURS = {
@@ -93,7 +100,8 @@ SAVED_WITH = ('state.json', 'dataset_info.json')  # what Hugging Face's save_to_
 
 def find(inputs, exclude='', gitignore=True, max_file_mb=256.0):
     """What there is to read in `inputs`: files, folders, patterns, hf: specifications. `exclude`
-    holds .gitignore patterns, separated by commas, relative to each folder among them. Returns
+    holds .gitignore patterns, separated by commas, relative to each folder among them, and adds to
+    JUNK and SECRETS. Returns
     (list of Source, list of {'file', 'reason'}); a folder that is left out is one entry. Ends the
     program where an input leads nowhere.
     """
@@ -109,7 +117,7 @@ def find(inputs, exclude='', gitignore=True, max_file_mb=256.0):
     sources = {}     # real path -> Source
     skipped = {}     # real path -> (path, reason)
     walked = set()   # real paths of folders
-    excludes = compile_rules(pattern.lstrip() for pattern in split_list(exclude, ','))
+    excludes = Excludes(exclude)
     named = [(real, path, '') for real, path in files.items()]
     for limit, candidates in (None, named), (max_file_mb, walk(folders, excludes, gitignore, walked)):
         for real, path, reason in candidates:
@@ -121,7 +129,9 @@ def find(inputs, exclude='', gitignore=True, max_file_mb=256.0):
             else:
                 keep(skipped, real, (path, reason))
 
-    in_order = [sources[real] for real in sorted(sources, key=os.fsencode)]
+    in_order = [
+        sources[real]._replace(named=real in files) for real in sorted(sources, key=os.fsencode)
+    ]
     in_order += [Source(spec, 'hf', 0, 0) for spec in sorted(hub)]
     # what is skipped on one way and read on another, say as a hidden file that was named, is read
     real_paths = sorted(skipped.keys() - sources.keys() - walked, key=os.fsencode)
@@ -169,11 +179,14 @@ def walk(folders, excludes, gitignore, walked):
             real = real_path(entry.path) if is_link else os.path.join(folder, entry.name)
             is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
             below = inside + entry.name
-            excluded = is_ignored(below, is_folder, [(0, excludes)])
-            if entry.name.startswith('.'):
+            excluded = excludes.match(below, is_folder)
+            is_secret = excluded is not True and excludes.is_secret(below, is_folder)
+            if is_secret and excluded is None:
+                yield real, entry.path, f'a secret ({matching(SECRETS, below)}); name the file to have it read'
+            elif entry.name.startswith('.') and not is_secret:
                 yield real, entry.path, 'hidden'
             elif excluded:
-                yield real, entry.path, 'excluded'
+                yield real, entry.path, excludes.reason(below, is_folder)
             elif excluded is None and is_ignored(below, is_folder, rules):
                 yield real, entry.path, 'ignored by .gitignore'
             elif is_folder:
@@ -181,6 +194,37 @@ def walk(folders, excludes, gitignore, walked):
                 queue.append((real, entry.path, below + '/', rules))
             else:
                 yield real, entry.path, asides.get(entry.name, '')
+
+
+class Excludes:
+    """What is left out of folders: by the person's own patterns, and else as junk or as a secret."""
+
+    def __init__(self, exclude):
+        own = [pattern.lstrip() for pattern in split_list(exclude, ',')]
+        self.own = [(0, compile_rules(own))]
+        self.all = [(0, compile_rules([*JUNK.split(','), *own]))]
+        self.secrets = [(0, compile_rules(SECRETS.split(',')))]
+
+    def match(self, path, is_folder):
+        """As is_ignored: True, False where a pattern with '!' has it back, or None."""
+        return is_ignored(path, is_folder, self.all)
+
+    def is_secret(self, path, is_folder):
+        return not is_folder and bool(is_ignored(path, False, self.secrets))
+
+    def reason(self, path, is_folder):
+        """Why it is left out."""
+        if is_ignored(path, is_folder, self.own):
+            return 'excluded'
+        return f'excluded by default ({matching(JUNK, path, is_folder)})'
+
+
+def matching(patterns, path, is_folder=False):
+    """The first of the patterns, separated by commas, that matches."""
+    for pattern in patterns.split(','):
+        if is_ignored(path, is_folder, [(0, compile_rules([pattern]))]):
+            return pattern
+    return ''
 
 
 def real_path(path):

@@ -17,25 +17,27 @@ so that its ids are those of the whole.
 import hashlib
 import json
 import os
-import string
 import struct
-import zlib
+import time
 
 import numpy as np
 import pyarrow
 
-from mambino.prepare import isolate
-from mambino.prepare.files import Notes, Skip, judge
+from mambino.prepare import account, isolate, screen
+from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import READERS
 from mambino.prepare.sources import Source
 from mambino.tokenizer import SEAM, load_tokenizer
 
-FORMAT = 2         # of a dataset, and of the journal on the way there
+FORMAT = 2         # of a dataset
+JOURNAL = 3        # of the reports on the way there
 PIECE = 1 << 18    # characters: where the text goes on, a piece ends at the first seam beyond
 LONGEST = 1 << 20  # characters: without a seam it ends here
 BLOCK = 1 << 21    # bytes of text that are packed, and later encoded, together
 JUDGED = 1 << 13   # characters: so much of a source's beginning tells whether it looks odd
-LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))
+SAMPLE = 80        # characters of its text, to be shown
+KNOWN = 50_000     # documents of a source, that later ones are compared with
+PULSE = 0.5        # seconds after which a task says how far it is
 KINDS = list(READERS)  # their order is that of the numbers in `kind`
 ENDINGS = ('.text', '.rows', '.json')    # the report last: it says that the others are there
 ROW = np.dtype([
@@ -86,8 +88,12 @@ class Spool:
         self.write_rows()
         self.kind = kind
         self.mark = self.rows_file.tell()
+        self.bytes = 0      # of its text
         self.documents = 0
-        self.head = ''  # the beginning of the source, to judge it by
+        self.known = set()  # hashes of its documents
+        self.copies = 0     # documents that are among the known
+        self.head = ''      # the beginning of the source, to judge it by
+        self.sample = ''    # that of its first document, to be shown
         self.start_document()
 
     def forget(self):
@@ -99,6 +105,11 @@ class Spool:
         self.rows_file.truncate()
         self.documents = 0
 
+    def rows_of_source(self):
+        """[begin, end] of its rows in the file."""
+        self.write_rows()
+        return [self.mark // ROW.itemsize, self.rows_file.tell() // ROW.itemsize]
+
     def start_document(self):
         self.text = ''     # not yet cut into pieces
         self.pieces = []   # (block, size, at, chars)
@@ -109,6 +120,10 @@ class Spool:
         """Takes more of the current document."""
         if len(self.head) < JUDGED:
             self.head += text[:JUDGED - len(self.head)]
+            if not self.documents and len(self.sample) < SAMPLE:
+                self.sample += text[:SAMPLE - len(self.sample)]
+            if last and not self.head.endswith('\n'):
+                self.head += '\n'
         self.text += text
         # no more than LONGEST is looked at: what is cut depends on the text, not on how it came
         while len(self.text) > LONGEST:
@@ -118,12 +133,18 @@ class Spool:
             self.cut(len(self.text))
             if not self.blank:
                 self.end_document()
+            elif not self.documents:
+                self.sample = ''
             self.start_document()
 
     def end_document(self):
         """Writes the rows of the current document."""
         self.documents += 1
         pair = hash_pair(self.hash)
+        if pair[0] in self.known:
+            self.copies += 1
+        elif len(self.known) < KNOWN:
+            self.known.add(pair[0])
         for part, piece in enumerate(self.pieces):
             is_last = part == len(self.pieces) - 1
             self.rows.append((*pair, *piece, part, is_last, self.kind))
@@ -140,6 +161,7 @@ class Spool:
         self.pieces.append((len(self.blocks), len(data), self.size, len(piece)))
         self.waiting.append(data)
         self.size += len(data)
+        self.bytes += len(data)
         if self.size >= BLOCK:
             self.write_block()
 
@@ -169,16 +191,18 @@ class Spool:
 
 def extract(task):
     """Reads the sources of a task and leaves their documents in `folder`. Returns the bytes of the
-    sources. task: folder, key, cwd, sources, plans (of survey, one a source), seed, chars (whether to
-    collect the characters), options (of isolate.read).
+    sources. task: folder, key, cwd, seed, chars (whether to collect the characters), options (of
+    isolate.read); and lists: sources, plans (of survey), parts ([number, of how many] or None), sizes
+    (bytes of each source or part).
     """
     path = os.path.join(task['folder'], task['key'])
     work = f'{path}.{os.getpid()}.tmp'
     if os.getcwd() != task['cwd']:
         os.chdir(task['cwd'])  # on another machine of a cluster
     spool = Spool(work, task['seed'])
+    pulse = Pulse(work + '.at')
     try:
-        report = read_sources(task, spool)
+        report = read_sources(task, spool, pulse)
         with open(work + '.json', 'w', encoding='utf-8') as f:
             json.dump(report, f)
         for ending in ENDINGS:
@@ -190,48 +214,99 @@ def extract(task):
             if os.path.exists(work + ending):
                 os.remove(work + ending)
         raise
-    return sum(Source(*source).size for source in task['sources'])
+    finally:
+        pulse.end()
+    return sum(task['sizes'])
 
 
-def read_sources(task, spool):
+class Pulse:
+    """Says in a file how many bytes of a task are done, for the one who waits for it."""
+
+    def __init__(self, path):
+        self.path = path
+        self.said = time.monotonic()
+        self.before = 0  # bytes of the sources that are done
+
+    def beat(self, size, most):
+        """size: of the text that has come of a source; most: bytes that the source has."""
+        now = time.monotonic()
+        if now - self.said > PULSE:
+            self.said = now
+            try:
+                with open(self.path, 'w') as f:
+                    f.write(str(self.before + min(size, most)))
+            except OSError:
+                pass  # a full disk, say; it is only for show
+
+    def end(self):
+        if os.path.exists(self.path):
+            os.remove(self.path)
+
+
+def unfinished(folder):
+    """Bytes of the tasks at work in `folder` that are done, by their pulse."""
+    total = 0
+    for name in os.listdir(folder):
+        if name.endswith('.tmp.at'):
+            try:
+                with open(os.path.join(folder, name)) as f:
+                    total += int(f.read() or 0)
+            except (OSError, ValueError):
+                pass  # it has ended
+    return total
+
+
+def read_sources(task, spool, pulse):
     """Writes the documents of a task to the spool, closes it, and returns the report."""
-    report = {'files': {}, 'skipped': [], 'notes': [], 'suspects': [], 'again': False}
-    chars = set()
-    for source, plan in zip(map(Source._make, task['sources']), task['plans']):
-        spool.start(KINDS.index(source.kind))
-        notes = Notes()
-        source_chars = set()
-        try:
-            for text, last in isolate.read(source, task['options'] | plan, notes):
-                spool.add(text, last)
-                if task['chars']:
-                    source_chars.update(text)
-            if not spool.documents:
-                raise Skip('empty')
-            reason, lines = judge(notes.taken, notes.lost)
-            if reason:
-                raise Skip(reason)
-        except Skip as reason:
-            spool.forget()
-            report['skipped'].append({'file': source.path, 'reason': str(reason)})
-            if getattr(reason.__context__, 'errno', None):
-                report['again'] = True  # the disk's fault: it may be better next time
-            continue
-        chars |= source_chars
-        report['files'][source.kind] = report['files'].get(source.kind, 0) + 1
-        report['notes'] += [{'file': source.path, 'note': note} for note in [*notes, *lines]]
-        score, why = suspicion(spool.head)
-        if why:
-            report['suspects'].append([round(score, 3), source.path, why])
+    report = account.new_report() | {'parts': [], 'again': False}
+    units = zip(map(Source._make, task['sources']), task['plans'], task['parts'], task['sizes'])
+    for source, plan, part, size in units:
+        entry, again = read_source(task, source, plan, part, size, spool, pulse)
+        report['again'] |= again
+        if part:
+            report['parts'].append(entry)
+        else:
+            entry = account.whole([entry])
+            account.book(report, entry)
+            if entry['skip']:
+                spool.forget()
+        pulse.before += size
     sizes = spool.close()
-    report.update(blocks=spool.blocks, chars=''.join(sorted(chars)), sizes=sizes)
-    report['suspects'] = worst(report['suspects'])
-    return report
+    return report | {'blocks': spool.blocks, 'sizes': sizes}
 
 
-def worst(suspects, most=10):
-    """The most suspicious of [score, path, why], in an order of their own."""
-    return sorted(suspects, key=lambda suspect: (-suspect[0], suspect[1]))[:most]
+def read_source(task, source, plan, part, size, spool, pulse):
+    """Writes the documents of one source, or of one part of it, to the spool. (its entry for
+    account.py, whether the disk was at fault, so that it may be better next time)
+    """
+    spool.start(KINDS.index(source.kind))
+    notes = Notes()
+    options = task['options'] | plan
+    view = screen.Screen(source, options.get('document_separator', ''))
+    chars = set()
+    reason = ''
+    again = False
+    try:
+        for text, last in view.passed(isolate.read(source, options, notes)):
+            spool.add(text, last)
+            pulse.beat(spool.bytes, size)
+            if task['chars']:
+                chars.update(text)
+        view.judge(spool.head, notes, is_beginning=not part or part[0] == 0)
+    except Skip as skip:
+        spool.forget()
+        chars.clear()
+        reason = str(skip)
+        again = bool(getattr(skip.__context__, 'errno', None))
+    score, why = screen.suspicion(spool.head)
+    entry = {
+        'file': source.path, 'kind': source.kind, 'part': part, 'rows': spool.rows_of_source(),
+        'documents': spool.documents, 'copies': spool.copies, 'separators': view.separators(),
+        'taken': notes.taken, 'lost': notes.lost, 'facts': notes.facts, 'notes': list(notes),
+        'skip': reason, 'suspect': [round(score, 3), why], 'sample': spool.sample,
+        'chars': ''.join(sorted(chars)),
+    }
+    return entry, again
 
 
 def report_of(folder, key):
@@ -246,34 +321,6 @@ def report_of(folder, key):
         return report if report['sizes'] == sizes else None
     except (OSError, ValueError):
         return None
-
-
-def suspicion(head):
-    """(score, why) a source may be no text worth learning, judged by its beginning; why is '' where
-    nothing is odd.
-    """
-    if len(head) < 200:
-        return 0, ''
-    data = head.encode('utf-8')
-    chars_a_line = len(head) / (head.count('\n') + 1)
-    packed = len(zlib.compress(data, 1)) / len(data)
-    broken = head.count('\ufffd') / len(head)
-    letters = 1 - len(data.translate(None, LETTERS)) / len(data)
-    spaces = 1 - len(data.translate(None, b' \t\n')) / len(data)
-    reasons = []
-    if broken > 0.001:
-        reasons.append((20 * broken, f'{100 * broken:.1f}% of it are replacement characters'))
-    if packed > 0.7 and len(data) > 2000:
-        reasons.append((packed, f'hardly compressible ({packed:.2f}): encoded or encrypted data?'))
-    if packed < 0.04:
-        reasons.append((1 - packed, f'repeats itself ({1 / packed:.0f} times compressible)'))
-    if letters < 0.25:
-        reasons.append((1 - letters, f'only {100 * letters:.0f}% letters'))
-    if spaces < 0.02:
-        reasons.append((0.8 - spaces, f'hardly any spaces ({100 * spaces:.1f}%)'))
-    if chars_a_line > 2000:
-        reasons.append((min(1, chars_a_line / 1e4), f'lines of {int(chars_a_line):,} characters'))
-    return max(reasons, default=(0, ''))
 
 
 # -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import time
 
 from mambino.prepare import pool, spool
+from mambino.prepare.progress import Progress
 from mambino.tokenizer import build_tokenizer, load_tokenizer
 
 TRAINED = ('char', 'bpe')
@@ -23,9 +24,9 @@ def fixed_tokenizer(kind, vocab_size):
     return None
 
 
-def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, reports, work):
+def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, chars, work):
     """The tokenizer, in `work`/tokenizer: `fixed`, or if that is None one of this kind that is
-    built now, unless a run before this one did that.
+    built now, unless a run before this one did that. chars: all characters, for kind 'char'.
     """
     folder = os.path.join(work, 'tokenizer')
     stamp = os.path.join(folder, 'made_of')
@@ -42,14 +43,16 @@ def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, repor
     if fixed:
         fixed.save(folder)
     elif kind == 'char':
-        build_tokenizer('char', [report['chars'] for report in reports]).save(folder)
+        build_tokenizer('char', [chars]).save(folder)
     else:
         sample = list(corpus.sample(sample_mb))
         task = {'work': work, 'folder': folder, 'sample': sample, 'vocab_size': vocab_size}
-        if pool.processes() == 1 or len(sample) < 20:
-            train_bpe(task)
-        else:
-            pool.apart(train_bpe, task)
+        size = sum(int(rows['size'].sum()) for _, _, rows, _ in sample)
+        with Progress('tokenizer', also=f'trained on {size / 1e6:,.1f} MB'):
+            if pool.processes() == 1 or len(sample) < 20:
+                train_bpe(task)
+            else:
+                pool.apart(train_bpe, task)
     tok = fixed or load_tokenizer(folder)
     with open(stamp, 'w', encoding='utf-8') as f:
         f.write(made_of)
