@@ -1,0 +1,343 @@
+"""How a csv file writes its rows: delimiter, quotes, escapes, header. Found by trying, never assumed.
+
+    dialect, rows = csv_dialect.find(csv_dialect.sample(path, encoding))    # None: no table
+
+    sample ──► for each delimiter, each way of quoting: how many rows have one number of cells,
+               how many quoted cells do not end as they should ──► the best
+                 └► what stands before the header, whether there is one, what the columns look like
+"""
+import collections
+import os
+import re
+from typing import NamedTuple
+
+from mambino.prepare import csv_header
+from mambino.prepare.csv_records import NULL, Dialect, lines_of, masked, misfit, split
+from mambino.prepare.encodings import open_text
+from mambino.prepare.files import CHUNK, PACKED, Skip, extension_of
+
+HEADS = (1 << 18, 1 << 21, 1 << 24)  # characters of the beginning that are looked at: more where rows are long
+ROWS = 3         # fewer are too few to tell,
+PIECES = 4       # and so many places after that beginning are looked at,
+PIECE = 1 << 16  # with so many bytes each
+ONE_COLUMN = '\x1f'
+DELIMITERS = ['\t', ONE_COLUMN, '\x01', '|', ';', '^', '~', '¦', ',']
+FITTING = 0.8    # share of rows that have as many cells as the most of them
+WIDE = ('utf-16', 'utf-32', 'iso2022', 'iso-2022', 'hz', 'utf-7')  # a line cannot be found in their bytes
+EXCEL = re.compile(r'"?sep=(.)"?\s*$', re.I)
+
+
+# -----------------------------------------------------------------------------
+# A sample
+
+class Sample(NamedTuple):
+    """Texts of whole lines from a file."""
+    pieces: list  # of its beginning, then of places spread over it
+    is_all: bool  # there is no more of it
+
+
+def is_wide(encoding):
+    """Whether line ends of an encoding are not bytes that nothing else has."""
+    return encoding.lower().replace('_', '-').startswith(WIDE)
+
+
+def sample(path, encoding, head=HEADS[0]):
+    """The Sample of a file. head: characters of its beginning."""
+    with open_text(path, encoding) as f:
+        text = f.read(head)
+        text += f.readline(CHUNK * 16)
+        is_all = head == HEADS[-1] or not f.read(1)  # of more than that, no more is looked at
+    pieces = [text.removeprefix('\ufeff')]
+    size = os.path.getsize(path)
+    if is_all or extension_of(path) in PACKED or is_wide(encoding) or size < 2 * (head + PIECES * PIECE):
+        return Sample(pieces, is_all)
+    with open(path, 'rb') as f:
+        for i in range(1, PIECES + 1):
+            f.seek(head + (size - head) * i // (PIECES + 1))
+            data = f.read(PIECE).replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+            _, _, data = data.partition(b'\n')
+            data, _, _ = data.rpartition(b'\n')
+            if data:
+                pieces.append(data.decode(encoding, 'replace') + '\n')
+    return Sample(pieces, False)
+
+
+# -----------------------------------------------------------------------------
+# Trying a dialect
+
+class Tally:
+    """What comes out where a sample is read with a dialect."""
+
+    def __init__(self, sample, dialect, trusting=True):
+        self.dialect = dialect
+        self.trusting = trusting  # quoted cells may have lines that look like rows
+        self.records = []  # of the first piece, then of the others
+        self.improper = 0  # quotes at the beginning of cells that do not end as they should
+        self.proper = 0
+        self.needed = 0
+        for i, piece in enumerate(sample.pieces):
+            self.read(lines_of(masked(piece, dialect)), sample.is_all)
+            if not i:
+                self.is_short = len(self.records) < ROWS and not sample.is_all
+        widths = collections.Counter(len(record.cells) for record in self.records)
+        self.widths = widths
+        self.width = max(widths, key=lambda width: (widths[width], width), default=0)
+        self.fit = widths[self.width] / max(1, len(self.records))
+
+    def read(self, lines, is_all):
+        """Adds the records of a piece."""
+        at = 0
+        delimiter = self.dialect.delimiter
+        counts = collections.Counter(filter(None, (line.count(delimiter) for line in lines)))
+        common = max(counts, key=counts.get, default=0)
+
+        def line_at(i):
+            nonlocal is_cut
+            is_cut = is_cut or at + i >= len(lines)
+            return lines[at + i] if at + i < len(lines) else ''
+
+        def are_rows(some):
+            return common and sum(line.count(delimiter) == common for line in some) > 0.8 * len(some)
+
+        while at < len(lines):
+            if not lines[at].strip():
+                at += 1
+                continue
+            is_cut = False
+            record = split(line_at, self.dialect, len(lines) + 1)
+            if record is None and is_cut and not is_all and not are_rows(lines[at + 1:]):
+                return  # it goes on behind the sample
+            if record is not None and not self.trusting and record.lines > 5:
+                if are_rows(lines[at + 1:at + record.lines]):
+                    record = None
+            if record is None:
+                record = split(line_at, self.dialect, 1, lenient=True)
+                self.improper += 1
+            self.proper += record.quoted
+            self.needed += record.needed
+            self.records.append(record)
+            at += record.lines
+
+    @property
+    def bad(self):
+        """Share of records with another number of cells than most, or with quotes that do not fit."""
+        return (1 - self.fit) + self.improper / max(1, len(self.records))
+
+
+def tried(sample, dialect):
+    """Its Tally. Only where all quotes fit, there may be tables within cells."""
+    tally = Tally(sample, dialect)
+    if tally.is_short:
+        raise Empty('no row ends')
+    return tally if not tally.improper else Tally(sample, dialect, trusting=False)
+
+
+def quoting(sample, delimiter):
+    """The Tally of the best way to quote, with this delimiter."""
+    text = ''.join(sample.pieces)
+    plain = Tally(sample, Dialect(delimiter, ''))
+    if is_escaped(text, plain):
+        plain = Tally(sample, Dialect(delimiter, '', escape=True, letters=True))
+    tries = []
+    for quote in '"', "'":
+        if not re.search(f'(?:^|{re.escape(delimiter)}) *{quote}', text, re.M):
+            continue
+        tries.append(tried(sample, Dialect(delimiter, quote)))
+        if '\\' + quote in text or '\\\n' in text or NULL in text:
+            letters = only_letters(text)
+            tries.append(tried(sample, Dialect(delimiter, quote, escape=True, letters=letters)))
+    tries = [tally for tally in tries if tally.dialect.quote == '"' or tally.needed > 2]
+    if not tries:
+        if not plain.dialect.escape and '"' not in text and delimiter != ONE_COLUMN:
+            return Tally(sample, Dialect(delimiter))  # there may be quotes later
+        return plain
+    best = min(tries, key=lambda tally: tally.bad)
+    if plain.fit >= FITTING and plain.width > 1 or delimiter == ONE_COLUMN:
+        is_mixed = best.proper < 0.9 * len(best.records)
+        is_usual = delimiter in ',;' and best.improper < 0.05 * len(best.records)
+        if best.improper > best.needed + 0.2 * best.proper and not is_usual:
+            return plain
+        if not best.needed and is_mixed and delimiter not in ',;':
+            return plain
+    return best
+
+
+def only_letters(text):
+    r"""Whether each backslash of a text escapes something, as in \n, \t, \\."""
+    backslashes = re.findall(r'\\(.|\n)', text)
+    return bool(backslashes) and all(c in 'ntr0bZN\\"\'\n\t' for c in backslashes)
+
+
+def is_escaped(text, plain):
+    """Whether the backslashes of a text without quotes are escapes: databases write so."""
+    if '\\' not in text or plain.dialect.delimiter == ONE_COLUMN:
+        return False
+    is_null = any(NULL in (cell.strip() for cell in record.cells) for record in plain.records)
+    return only_letters(text) and (is_null or text.count('\\') > 2)
+
+
+# -----------------------------------------------------------------------------
+# The dialect
+
+class Empty(Skip):
+    """A header, and no whole row below it."""
+
+
+def of_file(path, encoding):
+    """What find() has for a file, from as much of it as that needs."""
+    for head in HEADS:
+        looked_at = sample(path, encoding, head)
+        is_last = looked_at.is_all
+        try:
+            found = find(looked_at)
+        except Empty:
+            if is_last:
+                raise
+            continue
+        if is_last or found and len(found[1]) >= ROWS:
+            return found
+
+
+def find(sample):
+    """(Dialect, [rows] of the sample's beginning); None where it is no table. Skip where it is one
+    that cannot be read: no rows, or too many that do not fit.
+    """
+    lines = lines_of(sample.pieces[0])
+    skip = 0
+    delimiters = DELIMITERS
+    if lines and (excel := EXCEL.match(lines[0])):
+        skip = 1
+        delimiters = [excel[1]]
+    blank_or_comment = re.compile(r'\s*$|#')
+    while skip < len(lines) and blank_or_comment.match(lines[skip]):
+        skip += 1
+    comments = any(line.startswith('#') for line in lines[:skip])
+    if skip == len(lines):
+        return None
+    sample = sample._replace(pieces=[''.join(lines[skip:]), *sample.pieces[1:]])
+    tallies = []
+    for delimiter in delimiters:
+        if delimiter != ONE_COLUMN and delimiter in sample.pieces[0]:
+            tallies.append(quoting(sample, delimiter))
+    usual_alone = lines[skip].strip().strip('"').lower() in csv_header.USUAL
+    good = [tally for tally in tallies if is_table(tally, usual_alone)]
+    if good:
+        return finished(max(good, key=rank), skip, comments, lines)
+    one = one_column(sample)
+    if one:
+        return finished(one, skip, comments, lines)
+    for tally in tallies:
+        if tally.records and len(tally.records[0].cells) > 1 and csv_header.is_sure(tally.records[0].cells):
+            return unquoted_rest(tally, sample, skip, comments, lines)
+    return None
+
+
+def rank(tally):
+    """Higher for the better of two that both seem right."""
+    first = len(tally.records[0].cells)
+    return first == tally.width, round(tally.fit, 1), tally.width, -DELIMITERS.index(tally.dialect.delimiter) \
+        if tally.dialect.delimiter in DELIMITERS else 0
+
+
+def is_table(tally, usual_alone):
+    """Whether the rows have one number of cells, above 1; a file of few must also have a header."""
+    n = len(tally.records)
+    if tally.width < 2 or n - tally.widths[tally.width] > max(1, (1 - FITTING) * n):
+        return False
+    first = tally.records[0].cells
+    if len(first) == 1 and usual_alone:
+        return False  # the header of one column
+    if len(first) > 1 and csv_header.is_sure(first) and has_prose_after(tally, len(first)):
+        return False
+    if n < 5:
+        heads = [record.cells for record in tally.records if len(record.cells) == tally.width]
+        names = heads[0]
+        is_likely = csv_header.names_of(names) or csv_header.numeric(names)
+        return csv_header.is_sure(names) or bool(tally.fit == 1 and is_likely)
+    return True
+
+
+def has_prose_after(tally, width):
+    """Whether most rows go on, behind as many cells as the header has, with what follows a comma in
+    a sentence.
+    """
+    rows = [record.cells for record in tally.records[1:]]
+    longer = [row for row in rows if len(row) > width]
+    spaced = [row for row in longer if row[width].startswith(' ') and not row[1].startswith(' ')]
+    return tally.width > width + 1 or len(spaced) > FITTING * len(rows)
+
+
+def one_column(sample):
+    """The Tally of a table of one column; None where it is a text like another."""
+    tally = quoting(sample, ONE_COLUMN)
+    if len(tally.records) < 2:
+        return None
+    first = tally.records[0].cells[0].strip()
+    if tally.proper >= 0.9 * (len(tally.records) - 1):
+        return tally
+    if first.lower() in csv_header.USUAL:
+        return tally
+    is_spaced = re.search(r'\n\s*\n.', sample.pieces[0])
+    if re.fullmatch('[a-z][a-z0-9_]{0,29}', first) and not is_spaced and len(tally.records) > 2:
+        return tally
+    return None
+
+
+def unquoted_rest(tally, sample, skip, comments, lines):
+    """A table with a header whose rows do not fit it: those of a last column that is not quoted and
+    has delimiters are taken; Skip for others.
+    """
+    width = len(tally.records[0].cells)
+    rows = tally.records[1:]
+    other = collections.Counter(len(record.cells) for record in rows)
+    if other and min(other) >= width and not tally.proper:
+        dialect = Dialect(tally.dialect.delimiter, '', rest=True, names=('',) * width)
+        again = Tally(sample, dialect)
+        kinds = csv_header.kinds_of([record.cells for record in again.records[1:]], width)
+        if again.fit == 1 and kinds[-1] in 'tp' and set(kinds[:-1]) <= set('nw'):
+            return finished(again, skip, comments, lines)
+    del other[width]
+    n, count = max(((n, count) for n, count in other.items()), key=lambda item: item[1], default=(0, 0))
+    if not count:
+        return None
+    raise Skip(f'{count:,} of the first {len(rows):,} {misfit(n, width)}')
+
+
+def finished(tally, skip, comments, lines):
+    """(Dialect, rows) with what can be said of the header and the columns."""
+    width = tally.width
+    dialect = tally.dialect
+    records = list(tally.records)
+    while len(records) > 1 and csv_header.is_title(records[0].cells, width):
+        skip += records.pop(0).lines
+        while skip < len(lines) and not lines[skip].strip():
+            skip += 1
+    marked = [i for i, line in enumerate(lines[:skip]) if line.startswith('#')]
+    if marked and not csv_header.names_of(records[0].cells):  # '#id,text' is a header
+        cells = split([lines[marked[-1]].lstrip('# ')].__getitem__, dialect, 1, lenient=True).cells
+        if len(cells) == width:
+            skip = marked[-1]
+            records.insert(0, records[0]._replace(cells=cells))
+    rows = [record.cells for record in records if len(record.cells) == width]
+    first = records[0].cells
+    below = [row for row in rows if row is not first]
+    if skip < len(lines) and len(rows) == 0:
+        raise Empty('no rows that fit the header')
+    kinds = csv_header.kinds_of(below or rows, width)
+    header = csv_header.is_header(first, below, kinds)
+    if header and not below:
+        raise Empty('empty: no rows below the header')
+    if not header:
+        below = rows
+        first = [''] * width
+    if len(first) == width - 1:
+        is_trailing = all(not row[-1].strip() for row in below)
+        first = first + [''] if is_trailing else ['row'] + first
+    if len(first) == width + 1 and not first[-1].strip():
+        first = first[:-1]
+    if len(first) != width:
+        raise Skip(f'{len(below):,} of the first {len(records) - 1:,} {misfit(width, len(first))}')
+    dialect = dialect._replace(
+        blanks=csv_header.has_blanks(below), comments=comments, skip=skip, header=header,
+        names=tuple(csv_header.distinct(first)), kinds=kinds)
+    return dialect, below
