@@ -113,51 +113,6 @@ def test_what_came_before_the_break_is_kept(tmp_path):
 # -----------------------------------------------------------------------------
 # Text with a structure
 
-def html(tmp_path, page):
-    return read(write(tmp_path / 'page.html', page))[0][0]
-
-
-def test_html_is_what_a_browser_shows(tmp_path):
-    page = '''<!DOCTYPE html><html><head><title>The  title</title><style>p { color: red }</style>
-        <script>if (a < b) x("<p>no</p>")</script></head>
-        <body><!-- nor this --><h1>Head &amp; shoulders</h1><p>One &lt;b&gt; <b>bo</b>ld
-        word,&nbsp;&#8364; &#x20AC;.<p>Two<br>lines</p><ul><li>first<li> second </ul><svg><text>no</text></svg>
-        <table><tr><td>a</td><td>b</td></tr><tr><td>c<td>d</table><pre>
-def f():
-    return  1
-
-
-# end</pre>after <noscript>no</noscript><![foo[ x ]]> all'''
-    assert html(tmp_path, page) == '''The title
-
-Head & shoulders
-
-One <b> bold word,\xa0€ €.
-
-Two
-lines
-
-first
-second
-
-a\tb
-c\td
-
-def f():
-    return  1
-
-
-# end
-
-after all
-'''
-    assert html(tmp_path, 'no tag at all') == 'no tag at all\n' and html(tmp_path, '<p> </p>') == ''
-    # the parser gets it in pieces
-    long = '<p>' + 'word ' * 50_000 + '</p>' + '<pre>  kept</pre>' * 3
-    assert html(tmp_path, long) == 'word ' * 49_999 + 'word' + '\n\n  kept' * 3 + '\n'
-    assert html(tmp_path, '<p>a<object>no<br><p>no</object>b') == 'ab\n'
-
-
 def test_notebooks_of_both_formats(tmp_path):
     cells = [
         {'cell_type': 'markdown', 'source': ['# Title\n', 'text']},

@@ -33,7 +33,7 @@ LIBRARIES = {
     'pdf': None,
     'parquet': 'pyarrow.parquet',
     'arrow': 'pyarrow.parquet',
-    'html': 'html.parser',
+    'html': 'html',
 }
 NO_MEMORY = 'needs too much memory'
 FRAME = struct.Struct('<cI')
