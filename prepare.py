@@ -28,7 +28,8 @@ of the arguments, or how often the run was interrupted.
 import os
 
 from mambino.configurator import configure, fail, require
-from mambino.prepare import account, declared, extract, output, pool, report, screen, sources, stdlib, vocabulary
+from mambino.prepare import declared, extract, output, pool, report, screen, sources, stdlib, unused, vocabulary
+from mambino.prepare.account import settle
 from mambino.prepare.corpus import Corpus, TooLittle
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
@@ -81,6 +82,8 @@ def main():
         '0, or the number of processes': dict(workers=0 <= workers < 1000),
         'local or ray': dict(engine=engine in pool.ENGINES)})
     declared.check_encoding(encoding)
+    for line in unused.settings(explicit, inputs, tokenizer, append):
+        print(line)
     if inspect:
         for path in inputs or fail('--inspect: name a dataset: python prepare.py --inspect data/mine'):
             report.inspect(path)
@@ -88,7 +91,6 @@ def main():
 
     target = out or os.path.join('data', output.name_of(inputs))
     folder = os.path.realpath(target)
-
     separator = screen.separator_of(document_separator)
 
     # find
@@ -96,6 +98,8 @@ def main():
         files, skipped = sources.find(inputs, exclude, gitignore, max_file_mb)
     else:
         files, skipped = stdlib.find_stdlib()
+    if unused.excludes_nothing(exclude, skipped):
+        print(unused.said('exclude', 'nothing in the folders that are read is called so'))
     skipped = [entry for entry in skipped if not output.is_own(entry['file'], folder)]
     if dry_run:
         report.show_plan(files, skipped)
@@ -120,16 +124,18 @@ def main():
         # extract
         tasks = extract.make_tasks(files, plans, work, options, seed, chars=tokenizer == 'char')
         reports = extract.extract(tasks, work)
-        total = account.settle(tasks, reports)
+        total = settle(tasks, reports)
         skipped = report.sort_skipped(skipped + unusable + total['skipped'])
         if separator and not total['separators']:
-            fail(f'document_separator={document_separator}: it is in none of the texts')
+            fail(f'document_separator={document_separator}: it is in none of the texts; leave it out')
 
         # decide
         corpus = Corpus(tasks, reports, total['dropped'], work)
         if not len(corpus.rows):
             raise TooLittle(report.nothing_readable(inputs, skipped))
         corpus.decide(fraction, dedupe, **output.decided_before(base))
+        if 'split_seed' in explicit and not corpus.limit:
+            print(unused.said('split_seed', 'one document is split by position'))
         if not corpus.use.any():
             print(f'nothing new: all {corpus.copies:,} documents are in {target} already')
             return

@@ -39,21 +39,28 @@ def sort_skipped(skipped):
 
 
 def alike(text):
-    """What texts have in common that say the same of different files: numbers, what is quoted, what
-    stands in brackets or behind a colon may differ.
+    """What texts have in common that say the same of different files: numbers, what is quoted and what
+    stands in brackets may differ.
     """
-    if text.startswith('unknown type'):
-        return 'unknown type'
     text = re.sub(r'"[^"]*"|\([^)]*\)', '()', text)
-    return re.sub(r'\d[\d,.]*', '#', text.partition(': ')[0])
+    return re.sub(r'(?<![\w-])\d[\d,.]*', '#', text)
 
 
-def groups_of(entries, name):
-    """[entries that say alike], those with the most first; name: 'reason' or 'note'."""
+def kind_of_reason(reason):
+    """The same of a reason, whose names may differ as well."""
+    return 'unknown type' if reason.startswith('unknown type') else alike(reason.partition(': ')[0])
+
+
+def grouped(entries, key):
+    """[entries of one key], those with the most first."""
     groups = collections.defaultdict(list)
     for entry in entries:
-        groups[alike(entry[name])].append(entry)
+        groups[key(entry)].append(entry)
     return sorted(groups.values(), key=lambda group: -len(group))
+
+
+def by_reason(skipped):
+    return grouped(skipped, lambda entry: kind_of_reason(entry['reason']))
 
 
 def reason_of(group, most=500):
@@ -78,7 +85,7 @@ def reason_of(group, most=500):
 
 def reasons(skipped):
     """How often each reason, the most frequent first, on one line."""
-    return ', '.join(f'{len(group):,} {reason_of(group)}' for group in groups_of(skipped, 'reason'))
+    return ', '.join(f'{len(group):,} {reason_of(group)}' for group in by_reason(skipped))
 
 
 def nothing_readable(inputs, skipped):
@@ -90,7 +97,7 @@ def nothing_readable(inputs, skipped):
 def show_skipped(skipped):
     """A line for each reason: how many files, and one of them."""
     print(f'skipped {len(skipped):,}:')
-    for group in groups_of(skipped, 'reason'):
+    for group in by_reason(skipped):
         also = '' if len(group) == 1 else ', ...'
         show_row(f'{len(group):>9,}  ', f'{reason_of(group)}: {group[0]["file"]}{also}')
 
@@ -157,7 +164,7 @@ def show_decided(decided, most=30):
     that was taken.
     """
     print('\nread as:')
-    rows = [(item['kind'], facts_of(item), f'{item["files"]:,} files') for item in decided[:most]]
+    rows = [(item['kind'], facts_of(item), files_in_words(item['files'])) for item in decided[:most]]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     width = shutil.get_terminal_size((120, 24)).columns
     for item, (kind, facts, files) in zip(decided, rows):
@@ -166,6 +173,10 @@ def show_decided(decided, most=30):
         print(f'{head}"{excerpt(item["sample"], min(room, 60))}"')
     if len(decided) > most:
         print(f'and in {len(decided) - most:,} more ways, which meta.json lists')
+
+
+def files_in_words(n):
+    return '1 file' if n == 1 else f'{n:,} files'
 
 
 def facts_of(item):
@@ -188,15 +199,15 @@ def excerpt(sample, length):
 
 def show_notes(notes):
     """A line for notes that say alike: on how many files, the first one as it is."""
-    print(f'noted on {len({entry["file"] for entry in notes}):,} files:')
-    for group in groups_of(notes, 'note'):
+    print(f'noted on {files_in_words(len({entry["file"] for entry in notes}))}:')
+    for group in grouped(notes, lambda entry: alike(entry['note'])):
         first = group[0]
         total = ''
         numbers = [re.match(r'(\d[\d,]*) ', entry['note']) for entry in group]
         if len(group) > 1 and all(numbers):
             n = sum(int(number[1].replace(',', '')) for number in numbers)
             total = f'; {n:,} in all'
-        also = '' if len(group) == 1 else f' (and {len(group) - 1:,} more files{total})'
+        also = '' if len(group) == 1 else f' (and {len(group) - 1:,} more{total})'
         show_row(f'{len(group):>9,}  ', f'{first["file"]}: {first["note"]}{also}')
 
 
