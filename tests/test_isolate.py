@@ -245,7 +245,7 @@ def test_a_hostile_folder(tmp_path):
     write(folder / 'nuls.txt', bytes(5000))
     write(
         folder / 'long.jsonl',
-        '{"text": "short"}\n{"text": "' + 'x' * 70_000_000 + '"}\n{"text": "short too"}\n')
+        '{"text": "short"}\n' * 9 + '{"text": "' + 'x' * 70_000_000 + '"}\n{"text": "short too"}\n')
     write(folder / 'nested.json', '[' * 1_000_000)
     write(folder / 'nested.html', '<div>' * 100_000 + 'deep')
     write(folder / 'open.html', '<a ' * 100_000 + '<!--')

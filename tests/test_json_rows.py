@@ -1,9 +1,15 @@
-"""json_rows.py: a document a row, whatever form of JSON it is."""
+"""json_rows.py, json_values.py and json_look.py: a document a row, whatever form of JSON it is."""
 import json
 
-from helpers.readers import read, reason, write
+import pytest
+from helpers.readers import OPTIONS, read, reason, write
 
-from mambino.prepare import json_rows
+from mambino.prepare import isolate, json_look, json_rows, json_values, survey
+from mambino.prepare.files import Notes
+from mambino.prepare.sources import Source
+
+ROWS = [{'id': i, 'text': f'Story {i}: the baker has bread.', 'url': f'https://example.org/{i}'} for i in range(30)]
+TEXTS = [row['text'] for row in ROWS]
 
 
 def lines(*rows):
@@ -24,7 +30,7 @@ def test_jsonl(tmp_path):
         )
     )
     assert documents == ['one\nmore', 'two 😀 \ufffd ']
-    assert notes == ['3 rows without text in text', '1 lines were no JSON']
+    assert notes == ['3 rows without text in text', '1 lines were no JSON (first: line 3)']
     assert check(lines({'id': 'x', 'Content': 'so'}))[0] == ['so']
     assert check(lines({'n': 1, 'sentence': 'the only one'}))[0] == ['the only one']
     assert check(lines({'text': ['two', 'lines']}))[0] == ['two\nlines']
@@ -33,46 +39,138 @@ def test_jsonl(tmp_path):
     assert check(lines({'text': 'BOM'}).encode('utf-8-sig'))[0] == ['BOM']
     assert check(json.dumps({'text': 'ж'}, ensure_ascii=False).encode('utf-16'))[0] == ['ж']
     assert check(lines({'text': 'u2028 \u2028'}))[0] == ['u2028 \u2028']
-    for odd in (
-        lines({'a': 'x', 'b': 'y'}),
-        lines([1, 2]),
-        'not JSON\nat all\n',
-        lines({'a': 1}) * 30,
-        '[' * 100_000, '1' * 5000 + '\n'):
-        documents, notes = check(odd)
-        assert documents == [odd] and len(notes) <= 1
-    assert check('caf\xe9\n'.encode('cp1252'))[1] == [
-        'no clear text column; taken as plain text', 'encoding guessed: cp1252, as in "café"',
-    ]
-    assert (
-        reason(write(tmp_path / 'b.jsonl', lines({'a': 'x'})), text_column='b')
-        == 'no column b among: a'
-    )
+    assert check('not JSON\nat all\n') == (['not JSON\nat all\n'], ['no JSON in it: taken as plain text'])
+    for odd, why in (
+        (lines({'a': 'x', 'b': 'y'}), 'no clear text column among: a, b; say which with --text_column=a'),
+        (lines([1, 2], [3, 4]), 'no clear text column among: 0, 1'),
+        (lines({'a': 1}) * 30, 'no clear text column among: a'),
+        ('[' * 100_000, 'broken JSON'),
+        ('{' + '1' * 5000 + '\n', 'broken JSON'),
+        (lines({'text': None}) * 3, 'no text in text'),
+        ("{'text': 'so it goes'}\n" * 9,
+         "its rows are Python's, with single quotes, and not JSON: write them with json.dumps"),
+        (lines({'text': 'good text'}) * 7 + '{"bad\n' * 3,
+         'most of it is lost: 3 lines were no JSON (first: line 8) of 10'),
+    ):
+        assert reason(write(tmp_path / 'a.jsonl', odd)) == why
 
 
 def test_a_line_of_jsonl_that_is_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, 'LONGEST_ROW', 1000)
-    long = [{'text': 'x' * n} for n in (980, 985, 990, 1200, 2500)]
-    documents, notes = read(write(tmp_path / 'a.jsonl', lines({'text': 'a'}, *long, {'text': 'b'})))
+    long = [{'text': 'x ' * (n // 2)} for n in (980, 984, 990, 1200, 2500)]
+    rows = [*long, *[{'text': 'b'}] * 9]
+    documents, notes = read(write(tmp_path / 'a.jsonl', lines({'text': 'a'}, *rows)))
     # {"text": ""} takes 12
-    assert documents == ['a', 'x' * 980, 'x' * 985, 'b'] and notes == ['3 lines were no JSON']
+    assert [len(text) for text in documents] == [1, 980, 984] + [1] * 9
+    assert notes == ['3 lines were too long']
 
 
-def test_json(tmp_path):
-    def check(content):
-        return read(write(tmp_path / 'a.json', content))
-    rows = [{'id': 1, 'text': 'one'}, {'id': 2}, 3] + [{'text': f'{i}'} for i in range(30)]
-    for indent in (None, 1):
-        documents, notes = check(json.dumps(rows[:2] + rows[3:] + rows[2:3], indent=indent))
-        assert documents == ['one'] + [str(i) for i in range(30)]
-        assert notes == ['2 rows without text in text']
+FORMS = {
+    'lines': lines(*ROWS),
+    'no end': lines(*ROWS).rstrip('\n'),
+    'windows': lines(*ROWS).replace('\n', '\r\n'),
+    'old': lines(*ROWS).replace('\n', '\r'),
+    'blank lines': '\n\n' + lines(*ROWS).replace('\n', '\n\n \n'),
+    'commas': lines(*ROWS).replace('\n', ',\n'),
+    'array': json.dumps(ROWS),
+    'indented': json.dumps(ROWS, indent=2),
+    'a row a line': '[\n' + lines(*ROWS).replace('\n', ',\n').rstrip(',\n') + '\n]\n',
+    'a comma too many': '[' + lines(*ROWS).replace('\n', ',\n') + ']',
+    'two arrays': json.dumps(ROWS[:10]) + '\n' + json.dumps(ROWS[10:]),
+    'one after another': ''.join(map(json.dumps, ROWS)),
+    'indented objects': '\n'.join(json.dumps(row, indent=4) for row in ROWS),
+    'record separators': ''.join(f'\x1e{json.dumps(row)}\n' for row in ROWS),
+    'not a number': lines(*({**row, 'score': float('nan')} for row in ROWS)),
+    'data': json.dumps({'version': 1, 'data': ROWS}),
+    'deep': json.dumps({'response': {'status': 'ok', 'docs': ROWS}, 'took': 3}, indent=1),
+    'splits': json.dumps({'train': ROWS[:20], 'test': ROWS[20:]}),
+    'keys': json.dumps({f'a{i}': row for i, row in enumerate(ROWS)}),
+    'columns': json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    'numbered columns': json.dumps({name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]}),
+    'split': json.dumps({'columns': list(ROWS[0]), 'data': [list(row.values()) for row in ROWS]}),
+    'header': json.dumps([list(ROWS[0])] + [list(row.values()) for row in ROWS]),
+    'header in lines': lines(list(ROWS[0]), *(list(row.values()) for row in ROWS)),
+    'lists': lines(*(list(row.values()) for row in ROWS)),
+    'bom': '\ufeff' + lines(*ROWS),
+    'bom array': '\ufeff' + json.dumps(ROWS),
+    'tabs': lines(*ROWS).replace('the baker', 'the\tbaker'),
+}
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_the_form_is_found_whatever_the_name(tmp_path, form):
+    want = [text.replace('the baker', 'the\tbaker') for text in TEXTS] if form == 'tabs' else TEXTS
+    for name in 'a.json', 'a.jsonl', 'a.txt', 'dump':
+        assert read(write(tmp_path / name, FORMS[form])) == (want, []), name
+    for encoding in 'utf-16', 'utf-8':
+        assert read(write(tmp_path / 'a.json', FORMS[form].encode(encoding)))[0] == want, encoding
+
+
+def test_large_objects_are_read_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_look, 'HEAD', 500)
+    monkeypatch.setattr(json_values, 'CHUNK', 100)
+    for form in FORMS:
+        if 'column' in form or form in ('split', 'lists') or 'header' in form:
+            continue
+        assert read(write(tmp_path / 'a.json', FORMS[form]))[0] == [
+            text.replace('the baker', 'the\tbaker') if form == 'tabs' else text for text in TEXTS], form
+
+
+def test_what_is_no_table(tmp_path):
+    settings = [{'name': f'option {i}', 'on': True} for i in range(20)]
     for plain in (
-        '[]', '{"text": "one"}', '[1, 2]', '[{"only": "x"}]', '[{"text": 1}]', '', '[', '[{]',
-        '[' * 100_000, '3'):
-        assert check(plain)[0] == [plain]
+        '[]', '{"text": "one"}', '[1, 2]', '[{"only": "x"}]', '[{"text": 1}]', '[', '[{]',
+        '[' * 100_000, '3', json.dumps(settings),
+        json.dumps({'name': 'a', 'scripts': {'run': 'x'}, 'files': ['a', 'b']}),
+        json.dumps({'type': 'FeatureCollection', 'features': [{'geometry': {'at': [i, i]}} for i in range(9)]})):
+        assert read(write(tmp_path / 'a.json', plain))[0] == [plain]
+    many = json.dumps(settings * 10)
+    assert reason(write(tmp_path / 'a.json', many)) == (
+        'no clear text column among: name, on; say which with --text_column=name')
+    assert len(read(tmp_path / 'a.json', text_column='name')[0]) == 200
+    log = '[Intro]\nla la\n{"a": 1}\n' * 9
+    assert read(write(tmp_path / 'a.txt', log))[0] == [log]
 
 
-def test_a_column_of_a_usual_name_may_begin_empty(tmp_path):
-    rows = [{'url': f'http://{i}', 'text': None if i < 25 else f'text {i}'} for i in range(40)]
-    path = write(tmp_path / 'a.jsonl', '\n'.join(map(json.dumps, rows)))
-    assert read(path) == ([f'text {i}' for i in range(25, 40)], ['25 rows without text in text'])
+def test_damage_is_counted(tmp_path):
+    rows = [json.dumps(row) for row in ROWS]
+    rows[6] = rows[6][:-9]
+    documents, notes = read(write(tmp_path / 'a.json', '[\n' + ',\n'.join(rows) + '\n]'))
+    assert documents == TEXTS[:6] + TEXTS[7:]
+    assert notes == ['1 rows were no JSON (first: line 8)']
+    documents, notes = read(write(tmp_path / 'a.json', json.dumps(ROWS)[:-30]))
+    assert documents == TEXTS[:29] and notes == ['stopped after 29 documents: truncated']
+
+
+def test_a_folder_of_objects(tmp_path):
+    paths = [write(tmp_path / f'{i}.json', json.dumps({'title': f'Page {i}', 'text': TEXTS[i] * 3})) for i in range(9)]
+    kept, plans, skipped = survey.survey([Source(str(path), 'data', 1, 0, False) for path in paths], OPTIONS)
+    assert not skipped
+    documents = [text for source, plan in zip(kept, plans) for text, _ in isolate.read(source, OPTIONS | plan, Notes())]
+    assert documents == [text * 3 for text in TEXTS[:9]]
+
+
+def test_parts_give_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_look, 'PART_BYTES', 300)
+    rows = [json.dumps({'text': 'naïve ' * (i % 60) + str(i)}, ensure_ascii=False) for i in range(200)]
+    rows[77] = '{"broken'
+    path = str(write(tmp_path / 'a.jsonl', '\ufeff' + '\n'.join(rows)))
+    (source,), (plan,), _ = survey.survey([Source(path, 'jsonl', 1, 0, False)], OPTIONS)
+    assert len(plan['parts']) > 20
+    whole, notes = read(path)
+    parts, in_parts = [], Notes()
+    for part in plan['parts']:
+        parts += [text for text, _ in isolate.read(source, OPTIONS | plan | {'part': part}, in_parts)]
+    assert parts == whole and len(whole) == 199
+    assert list(in_parts.lost) == ['lines were no JSON (first: line 78)']
+    for cut in 150, 301:  # a part begins with the first line that begins in it
+        two = [[0, cut], [cut, plan['parts'][-1][1]]]
+        assert whole == [
+            text for part in two for text, _ in isolate.read(source, OPTIONS | plan | {'part': part}, Notes())]
+
+
+def test_rows_as_they_stand(tmp_path):
+    text = lines({'id': 1, 'b': 'x'}, {'b':  'y'})
+    assert read(write(tmp_path / 'a.jsonl', text), text_column='*')[0] == text.split('\n')[:2]
+    assert read(write(tmp_path / 'a.json', json.dumps(ROWS)), text_column='*')[0] == [
+        json.dumps(row) for row in ROWS]

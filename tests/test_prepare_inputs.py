@@ -248,11 +248,12 @@ def test_inspect(corpus, capsys):
 def test_what_looks_odd_is_named(corpus):
     write(corpus / 'mine' / 'base64.txt', os.urandom(3000).hex())
     write(corpus / 'mine' / 'latin.txt', 'Der Bär trägt Käse.\n'.encode('cp1252') * 20)
-    write(corpus / 'mine' / 'rows.jsonl', jsonl('good') + 'bad\n' + jsonl('good as well'))
+    write(corpus / 'mine' / 'rows.jsonl', jsonl('good', 'better') + 'bad\n' + jsonl('good as well', 'so so', 'bye'))
     said = prepare(corpus, 'mine', '--tokenizer=byte')
     meta = dataset(corpus / 'data' / 'mine').meta
     assert {os.path.basename(note['file']): note['note'] for note in meta['notes']} == \
-        {'latin.txt': 'encoding guessed: cp1252, as in "Der Bär trägt Käse."', 'rows.jsonl': '1 lines were no JSON'}
+        {'latin.txt': 'encoding guessed: cp1252, as in "Der Bär trägt Käse."',
+         'rows.jsonl': '1 lines were no JSON (first: line 3)'}
     assert meta['suspects']
     assert os.path.basename(meta['suspects'][0][1]) == 'base64.txt'
     assert 'base64.txt' in said

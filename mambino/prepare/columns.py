@@ -1,29 +1,298 @@
-"""Which column of a table has the text, and the texts in it.
+"""Which columns of a table have the text: by what is in them, and by their names.
 
-    column = columns.choose_column(names, texts, wanted)    # None: it is not clear
+    columns.choose(profile)                   # (['text'], ''), or (None, 'no clear text column among: ...')
+    columns.wanted(profile, 'Question,answer') # the same for what a person asks for
 
-    rows ──► which column has the text? the wanted one, one with a usual name, or the only one
-               ├► its values, as documents
-               └► it is not clear: Skip for parquet and arrow, plain text for the others
+    profile of the rows ──► a usual name (text, content, ...), and a text in it?
+                            ├► a conversation (messages, conversations, ...)?
+                            ├► two that belong together (question and answer, instruction and output)?
+                            ├► one that is prose, and three times as much as any other?
+                            └► it is not clear: Skip, naming the columns and --text_column
+
+Never ids, URLs, dates, hashes, categories, names of files or JSON, whatever the column is called.
 """
+import difflib
+import re
+
+from mambino.configurator import split_list
+from mambino.prepare import looks
+from mambino.prepare.cells import AS_IT_STANDS, text_of
 from mambino.prepare.files import Skip
+from mambino.prepare.looks import is_category, trouble, words_a_row
 
 LONGEST_ROW = 1 << 26  # characters of a line of JSON, which is parsed as a whole
 ROWS = 32              # of a table, that are in memory at once: each may be a book
-FIRST_ROWS = 20        # so many tell which column has the text
-COLUMNS = 'text content body document article story passage code'.split()  # what people call it
+SAMPLE_ROWS = 1000     # so many, at most, tell which column has the text
+PROSE = 3              # words a row: less is a name, a label or a title
+CLEAR = 3              # so many times the words of any other column, and it is the one
+
+# what people call the column with the text
+COLUMNS = 'text content body document article story passage'.split()
+# and what they call it where it may also be something else; so do names that end in one of COLUMNS
+WEAK = '''code message sentence caption transcript transcription abstract comment review post tweet poem
+          lyrics utterance paragraph chapter essay letter selftext fulltext wikitext markdown lines'''.split()
+TALKS = 'messages conversations conversation dialog dialogue dialogs dialogues chat turns'.split()
+# one of each of these belong together, in this order; (optional ones) come from the same table
+BEFORE = ['system', 'system_prompt', 'context']
+ASKED = ['instruction', 'question', 'problem', 'prompt', 'query', 'input', 'inputs', 'human', 'user', 'source']
+MORE = 'input'  # after an instruction
+ANSWERED = ['output', 'response', 'completion', 'answer', 'answers.text', 'answers', 'solution', 'chosen',
+            'target', 'targets', 'assistant', 'bot', 'reply']
+ONLY_WITH = {'source': ['target'], 'human': ['assistant', 'bot'], 'user': ['assistant', 'bot']}
 
 
-def text_of(value):
-    """The text in a cell of a table: a str, or a list of them, one a line; None for anything else.
+def shown(name):
+    """A name as it can be printed: control characters escaped, and cut where it is very long."""
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(name))
+    return text if len(text) <= 40 else text[:37] + '...'
+
+
+def form_of(columns, profile):
+    """What is taken of a row, in words: 'question + answer', 'conversation in messages'."""
+    parts = []
+    for name in columns:
+        column = profile.get(name)
+        talks = column and column['talks'] > 0.5 * column['text']
+        parts.append(f'conversation in {shown(name)}' if talks else shown(name))
+    return 'rows as they stand' if columns == [AS_IT_STANDS] else ' + '.join(parts)
+
+
+# -----------------------------------------------------------------------------
+# What a table tells by itself
+
+def choose(profile):
+    """(names of the columns to read, '') or (None, why it is not clear, with what to do)."""
+    candidates = {}
+    for name, column in profile.items():
+        if column['text'] and not trouble(column):
+            candidates[name] = column
+    for choice in usual, talking, paired, usually, empty, clearest:
+        columns = choice(profile, candidates)
+        if columns:
+            return columns, ''
+    return None, unclear(profile, candidates)
+
+
+def usual(profile, candidates):
+    """[a column with one of COLUMNS for its name], of several the one with the most words."""
+    named = by_rank(candidates, COLUMNS)
+    return best_of(named, candidates)
+
+
+def usually(profile, candidates):
+    """The same with a name that often, but not always, is that of the text; only one that other
+    columns do not dwarf.
     """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        return value.decode('utf-8', 'replace')
-    if isinstance(value, list) and value and all(isinstance(line, (str, bytes)) for line in value):
-        return '\n'.join(map(text_of, value))
+    named = by_rank(candidates, WEAK)
+    named += [name for name in candidates if name not in named and ends_as_usual(name)]
+    most = max(map(words_a_row, candidates.values()), default=0)
+    named = [name for name in named if CLEAR * max(1, words_a_row(candidates[name])) >= most]
+    return best_of(named, candidates)
+
+
+def best_of(named, candidates):
+    """[the first of some names with a third of the words that the best one has]; None where it holds
+    no more than a word or two, and another column is prose.
+    """
+    named = [name for name in named if not is_category(candidates[name], 0.02)]
+    if not named:
+        return None
+    most = max(words_a_row(candidates[name]) for name in named)
+    first = next(name for name in named if CLEAR * words_a_row(candidates[name]) >= most)
+    own = words_a_row(candidates[first])
+    others = [words_a_row(column) for name, column in candidates.items() if name not in named]
+    is_dwarfed = own < PROSE and max(others, default=0) >= max(PROSE, CLEAR * own)
+    return None if is_dwarfed else [first]
+
+
+def talking(profile, candidates):
+    """[the column with the conversations]"""
+    for name in by_rank(candidates, TALKS):
+        if candidates[name]['talks'] > 0.5 * candidates[name]['text']:
+            return [name]
     return None
+
+
+def paired(profile, candidates):
+    """[what is asked, what is answered, and what belongs to them]"""
+    by_name = {name.lower(): name for name in reversed(profile)}
+
+    def get(name):
+        """The column that is called so, if it has text, or nothing at all so far."""
+        column = by_name.get(name)
+        if column in candidates or column and not (profile[column]['text'] or profile[column]['other']):
+            return column
+        return None
+
+    for asked in filter(get, ASKED):
+        answers = [name for name in ANSWERED if get(name) and name in ONLY_WITH.get(asked, ANSWERED)]
+        if not answers or asked == 'source' and 'source' not in map(str.lower, candidates):
+            continue
+        pair = [get(asked), get(answers[0])]
+        if not set(pair) <= set(candidates) or sum(words_a_row(candidates[name]) for name in pair) < PROSE:
+            continue
+        if asked == 'source' and any(words_a_row(candidates[name]) < PROSE for name in pair):
+            continue  # where a text is from
+        answer = candidates[pair[1]]
+        if answer['talks'] > 0.5 * answer['text'] and not candidates[pair[0]]['talks']:
+            return pair[1:]  # a conversation begins with what was asked
+        before = [get(name) for name in BEFORE if get(name)][:2]
+        more = [get(MORE)] if asked == 'instruction' and get(MORE) else []
+        return before + pair[:1] + more + pair[1:]
+    return None
+
+
+def empty(profile, candidates):
+    """[a column with one of COLUMNS for its name that has nothing in it]: this table has no text yet,
+    rather than one elsewhere.
+    """
+    named = by_rank(profile, COLUMNS)
+    return next(([name] for name in named if not profile[name]['text'] and not profile[name]['other']), None)
+
+
+def clearest(profile, candidates):
+    """[the one column of prose], or the only column there is."""
+    amounts = sorted(((words_a_row(column), name) for name, column in candidates.items()), reverse=True)
+    if not amounts:
+        return None
+    words, name = amounts[0]
+    if len(profile) == 1:
+        return [name]
+    second = amounts[1][0] if len(amounts) > 1 else 0
+    is_prose = words >= PROSE and not is_category(candidates[name])
+    return [name] if is_prose and words >= CLEAR * second else None
+
+
+def by_rank(candidates, names):
+    """The candidates with one of these names, in the order of the names."""
+    by_name = {}
+    for name in candidates:
+        by_name.setdefault(name.lower(), name)
+    return [by_name[name] for name in names if name in by_name]
+
+
+def ends_as_usual(name):
+    """Whether the last word of a name is one of COLUMNS: review_text, pageContent, meta.body."""
+    words = re.findall(r'[A-Z]?[a-z]+|[A-Z]+', name)
+    return bool(words) and words[-1].lower() in COLUMNS
+
+
+def names_of(profile, most=8):
+    """The names of the columns, as a list in words."""
+    dots = ', ...' if len(profile) > most else ''
+    return ', '.join(map(shown, list(profile)[:most])) + dots
+
+
+def unclear(profile, candidates):
+    """The reason that there is no clear column, and the remedy."""
+    if candidates:
+        best = max(candidates, key=lambda name: words_a_row(candidates[name]))
+        return f'no clear text column among: {names_of(profile)}; say which with --text_column={shown(best)}'
+    held = {name: trouble(column) for name, column in profile.items()}
+    lists = [name for name, what in held.items() if what.startswith(('lists', 'objects', 'JSON', 'single'))]
+    named = by_rank(profile, [*TALKS, *COLUMNS, *WEAK])
+    for name in [*named, *lists]:
+        if held[name]:
+            what = held[name]
+            if what == 'lists of numbers' and re.search('id|token', name.lower()):
+                what = 'token ids'
+            return f'no clear text column among: {names_of(profile)} ({shown(name)} holds {what}: no text found)'
+    return f'no clear text column among: {names_of(profile)}'
+
+
+# -----------------------------------------------------------------------------
+# What a person asks for
+
+def wanted(profile, setting):
+    """(names of the columns that --text_column=... names, '') or (None, why not). A column of exactly
+    that name comes first, then several with commas between them; small and capital letters may
+    differ.
+    """
+    if setting == AS_IT_STANDS:
+        return [setting], ''
+    whole = find_column(profile, setting)
+    names = [setting] if whole else [name.strip() for name in split_list(setting, ',')]
+    columns = []
+    for name in names:
+        column = whole or find_column(profile, name)
+        if not column:
+            return None, missing(profile, name)
+        columns.append(column)
+    for name in columns:
+        column = profile[name]
+        what = trouble(column)
+        if not column['text'] and column['other'] and (what != 'numbers' or len(columns) == 1):
+            return None, f'{shown(name)} holds {what}: no text found'
+    return columns, ''
+
+
+def find_column(profile, name):
+    """The column that is meant, or None."""
+    if name in profile:
+        return name
+    near = [column for column in profile if column.lower() == name.lower()]
+    return near[0] if len(near) == 1 else None
+
+
+def missing(profile, name):
+    """Why a column that was asked for cannot be had, with what is there instead."""
+    inside = [column for column in profile if column.startswith(name + '.')]
+    if inside:
+        return f'{shown(name)} holds {names_of(dict.fromkeys(inside))}; say which with --text_column={shown(inside[0])}'
+    near = difflib.get_close_matches(name, profile, n=1)
+    hint = f', did you mean {shown(near[0])}?' if near else ''
+    return f'no column {shown(name)} among: {names_of(profile)}{hint}'
+
+
+def add_all(profiles):
+    """The profiles of several files as one."""
+    total = {}
+    for profile in profiles:
+        looks.add(total, profile)
+    return total
+
+
+# -----------------------------------------------------------------------------
+# The files of a folder
+
+def choose_together(profiles):
+    """{key: (columns, why not)} for the profiles of files that lie together, {key: profile}: the best
+    columns of them all, for those that have them; then those of the files that are left.
+    """
+    choices = {}
+    left = dict(profiles)
+    while left:
+        columns, _ = choose(add_all(left.values()))
+        fitting = [key for key, profile in left.items() if columns and has_columns(profile, columns)]
+        if not fitting:
+            break
+        for key in fitting:
+            choices[key] = columns, ''
+            del left[key]
+    by_names = {}
+    for key, profile in left.items():
+        by_names.setdefault(tuple(sorted(profile)), []).append(key)
+    for keys in by_names.values():  # those of one kind, at least
+        choice = choose(add_all(left[key] for key in keys))
+        for key in keys:
+            choices[key] = choice
+    return choices
+
+
+def has_columns(profile, columns):
+    """Whether a file has these columns, with text in them or nothing at all."""
+    return all(name in profile and not trouble(profile[name]) for name in columns)
+
+
+def is_rich(profile, columns):
+    """Whether there is so much text in these columns that nobody takes it for settings."""
+    return sum(words_a_row(profile[name]) for name in columns if name in profile) >= 8
+
+
+# -----------------------------------------------------------------------------
+# For readers that choose on their own, until they are given a plan
+
+FIRST_ROWS = 20
 
 
 def choose_column(names, texts, wanted):

@@ -33,7 +33,7 @@ MARKS = {
 ESCAPED = ('iso2022_jp', 'iso2022_jp_ext', 'iso2022_jp_2', 'iso2022_kr', 'hz')
 ASCII = bytes(range(128))
 BETWEEN = re.compile(rb'[\0-/]')  # bytes that are part of no longer character in any encoding
-CONTROL = bytes(b for b in range(32) if b not in b'\t\n\f\r\b\x0e\x0f\x1b')
+CONTROL = bytes(b for b in range(32) if b not in b'\t\n\f\r\b\x0e\x0f\x1b\x1e')
 REPLACEMENT = '\ufffd'.encode()  # a text may have it on purpose
 MOST_WRONG = 0.001   # share of the bytes that need not fit an encoding that was said or declared
 MOST_DAMAGED = 0.05  # share of the bytes beyond ASCII that need not fit UTF-8
@@ -299,6 +299,7 @@ def open_text(path, encoding, newline=None):
 def read_text(path, options, notes):
     """The whole file is one document: yields (text, last), in pieces."""
     max_bytes = options['max_file_mb'] * 1e6
+    notes += options.get('said', [])  # what survey.py found out about it
     encoding = encoding_of(path, notes, options, max_bytes=max_bytes)
     decoder = codecs.getincrementaldecoder(encoding)('replace')
     for data in chunks(path, max_bytes):

@@ -6,6 +6,7 @@
 """
 import bz2
 import gzip
+import io
 import lzma
 import os
 
@@ -35,9 +36,15 @@ class Notes(list):
 
 
 def judge(taken, lost):
-    """(why a file is better left out or '', lines for its notes) from its Notes.taken and lost."""
+    """(why a file is better left out or '', lines for its notes) from its Notes.taken and lost. Of
+    parts that lost the same, '... (first: line 7)' and '... (first: line 90)', the first one counts.
+    """
     bad = sum(lost.values())
-    lines = [f'{n:,} {what}' for what, n in lost.items()]
+    same = {}
+    for what, n in lost.items():
+        key = what.partition(' (first: ')[0]
+        same.setdefault(key, [what, 0])[1] += n
+    lines = [f'{n:,} {what}' for what, n in same.values()]
     if bad > MOST_LOST * (taken + bad):
         return f'most of it is lost: {", ".join(lines)} of {taken + bad:,}', []
     return '', lines
@@ -46,10 +53,89 @@ def judge(taken, lost):
 # -----------------------------------------------------------------------------
 # Bytes
 
+# how a packed file begins, and by whom it is unpacked; a key of PACKED, or whose it is
+SIGNATURES = [
+    (b'\x1f\x8b', '.gz'),
+    (b'\xfd7zXZ\0', '.xz'),
+    (b'\x28\xb5\x2f\xfd', '.zst'),
+    (b'\x04\x22\x4d\x18', 'lz4'),
+    (b'\x02\x21\x4c\x18', 'lz4'),
+    (b'\x1f\x9d', 'compress (.Z)'),
+    (b'LZIP', 'lzip'),
+    (b'\x89LZO\0', 'lzop'),
+    (b'\xff\x06\0\0sNaPpY', 'snappy'),
+]
+SKIPPABLE = b'\x2a\x4d\x18'  # of a frame of zstd that holds no text, behind a byte 0x50 to 0x5f
+WIDEST = 27  # a window of 2 ** 27 bytes is what zstd itself allows without being asked
+
+
 def open_zst(path, mode):
-    """As gzip.open."""
-    import pyarrow
-    return pyarrow.CompressedInputStream(open(path, mode), 'zstd')
+    """As gzip.open. Skip where its window is wider than what can be read without another package."""
+    window = window_of(path)
+    if window <= 1 << WIDEST:
+        import pyarrow
+        return io.BufferedReader(pyarrow.CompressedInputStream(open(path, mode), 'zstd'), CHUNK)
+    try:
+        from compression import zstd  # of Python 3.14
+        return zstd.ZstdFile(path, options={zstd.DecompressionParameter.window_log_max: 31})
+    except ImportError:
+        pass
+    try:
+        import zstandard
+    except ImportError:
+        raise Skip(f'zstd window of {window / 2 ** 20:,.0f} MB: unpack it with zstd -d --long=31, '
+                   'or pip install zstandard') from None
+    frames = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    return io.BufferedReader(Frames(open(path, mode), frames.decompressobj), CHUNK)
+
+
+class Frames(io.RawIOBase):
+    """The bytes in the frames of a zstd file, one after the other. EOFError where it ends within one.
+    """
+
+    def __init__(self, f, new_frame):
+        super().__init__()
+        self.f = f
+        self.new_frame = new_frame
+        self.frame = None   # the one that is being unpacked
+        self.packed = b''
+        self.waiting = b''  # unpacked, and not yet taken
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.waiting:
+            if not self.packed:
+                self.packed = self.f.read(1 << 12)  # it may unpack to ten thousand times as much
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError('truncated')
+                return 0
+            self.frame = self.frame or self.new_frame()
+            self.waiting = self.frame.decompress(self.packed)
+            self.packed = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+        n = min(len(buffer), len(self.waiting))
+        buffer[:n] = self.waiting[:n]
+        self.waiting = self.waiting[n:]
+        return n
+
+    def close(self):
+        self.f.close()
+        super().close()
+
+
+def window_of(path):
+    """Bytes of the window of the first frame of a zstd file."""
+    with open(path, 'rb') as f:
+        while (head := f.read(8))[1:4] == SKIPPABLE:
+            f.seek(int.from_bytes(head[4:8], 'little'), os.SEEK_CUR)
+    if len(head) < 6 or head[4] & 0x20:  # one segment: the window is its size
+        return 0
+    base = 1 << (10 + (head[5] >> 3))
+    return base + base // 8 * (head[5] & 7)
 
 
 PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': open_zst}
@@ -60,17 +146,50 @@ def extension_of(path):
     return os.path.splitext(path)[1].lower()
 
 
+def packing_of(path):
+    """How a file is packed, by its first bytes: a key of PACKED; '' where it is not. Skip where nobody
+    unpacks that here.
+    """
+    with open(path, 'rb') as f:
+        return packing_in(f.read(10), path)
+
+
+def packing_in(head, path):
+    """The same, of the first 10 bytes."""
+    if head[1:4] == SKIPPABLE and head[0] >> 4 == 5:
+        return '.zst'
+    if head.startswith(b'BZh') and head[4:] in (b'1AY&SY', b'\x17\x72\x45\x38\x50\x90'):
+        return '.bz2'
+    for signature, name in SIGNATURES:
+        if head.startswith(signature):
+            if name in PACKED:
+                return name
+            raise Skip(f'packed with {name}: unpack it first')
+    if extension_of(path) == '.br' and head and head[0] & 0x80:
+        raise Skip('packed with brotli: unpack it first')
+    return ''
+
+
 def open_bytes(path):
-    """The file, unpacked if its name says that it is packed."""
-    opener = PACKED.get(extension_of(path), open)
-    return opener(path, 'rb')
+    """The file, unpacked if it is packed, whatever it is called."""
+    f = open(path, 'rb')
+    try:
+        packing = packing_in(f.read(10), path)
+    except BaseException:
+        f.close()
+        raise
+    if packing:
+        f.close()
+        return PACKED[packing](path, 'rb')
+    f.seek(0)
+    return f
 
 
 def chunks(path, max_bytes=0):
     """The bytes of a file in chunks of CHUNK. Skip where a packed file holds more than `max_bytes`,
     unless that is 0.
     """
-    packed = extension_of(path) in PACKED
+    packed = packing_of(path) != ''
     size = 0
     with open_bytes(path) as f:
         while data := f.read(CHUNK):

@@ -1,97 +1,152 @@
-"""Reads rows of JSON, a document a row: a row a line, or a list of them.
+"""Reads rows of JSON, a document a row, whatever form they have.
 
-    for text, last in json_rows.read_jsonl('rows.jsonl', {'text_column': ''}, notes): ...
+    for text, last in json_rows.read_json('rows.jsonl', options | plan, notes): ...    # plan: of survey.py
+
+    lines                    each parsed on its own: one that is broken costs no other
+    arrays, values, objects  json_values.py: one value after the other is in memory
 """
-import itertools
+import codecs
 import json
-import re
 
 from mambino.prepare import files
-from mambino.prepare.columns import COLUMNS, FIRST_ROWS, LONGEST_ROW, choose_column, holds_text, no_column, rows_of
-from mambino.prepare.encodings import encoding_of, open_text, read_text
-from mambino.prepare.files import open_bytes
-
-
-def table_of(read_rows, options, notes, usual_name=False):
-    """rows_of the text column of rows of JSON, or of the rows where they are strings; None where it
-    is not clear which. read_rows: a function that reads them, from the first one. usual_name: only
-    a column with one of COLUMNS will do.
-    """
-    first = list(itertools.islice(read_rows(), FIRST_ROWS))
-    dicts = [row for row in first if isinstance(row, dict)]
-    if not dicts:
-        strings = first and all(isinstance(row, str) for row in first)
-        return rows_of(read_rows(), 'a line', notes) if strings and not usual_name else None
-    names = list(dict.fromkeys(name for row in dicts for name in row))
-    texts = [name for name in names if holds_text(dicts, name)]
-    if usual_name:
-        texts = [name for name in texts if name.lower() in COLUMNS]
-    column = choose_column(names, texts, options['text_column'])
-    if column is None and options['text_column'] and not usual_name:
-        raise no_column(names, options['text_column'])
-    if column is None:
-        return None
-    values = (row.get(column) if isinstance(row, dict) else None for row in read_rows())
-    return rows_of(values, column, notes)
-
-
-def read_jsonl(path, options, notes):
-    """A document a line: its text column, or the line itself if it is a string. Without such a
-    column: plain text.
-    """
-    encoding = encoding_of(path, notes, options, 'jsonl')
-    bad = 0
-
-    def read_rows():
-        nonlocal bad
-        bad = 0
-        with open_text(path, encoding) as f:
-            while line := f.readline(LONGEST_ROW):
-                if len(line) == LONGEST_ROW and line[-1] != '\n':
-                    bad += 1
-                    while line and line[-1] != '\n':  # to its end
-                        line = f.readline(files.CHUNK)
-                elif not line.isspace():
-                    try:
-                        yield json.loads(line)
-                    except (ValueError, RecursionError):
-                        bad += 1
-
-    rows = table_of(read_rows, options, notes)
-    if rows is None:
-        bad = 0
-        notes[:] = ['no clear text column; taken as plain text']
-        rows = read_text(path, options, notes)
-    yield from rows
-    if bad:
-        notes.append(f'{bad:,} lines were no JSON')
+from mambino.prepare.cells import AS_IT_STANDS, rows_of
+from mambino.prepare.columns import LONGEST_ROW
+from mambino.prepare.encodings import open_text
+from mambino.prepare.files import Skip, open_bytes
+from mambino.prepare.json_look import as_dict, is_wide
+from mambino.prepare.json_objects import rows_of_columns
+from mambino.prepare.json_values import DECODER, Values
 
 
 def read_json(path, options, notes):
-    """Plain text; but a list of objects with a text column is a table, as in jsonl."""
-    rows = None
-    with open_bytes(path) as f:
-        data = f.read(LONGEST_ROW + 1)
-    begins_as_list = data[:1000].lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'['
-    if len(data) <= LONGEST_ROW and begins_as_list:
-        text = data.decode('utf-8-sig', 'replace')
-        del data  # it may be large
-        try:
-            # being the only column is not enough here
-            rows = table_of(lambda: items_of(text), options, notes, usual_name=True)
-        except (ValueError, RecursionError):
-            pass
-    yield from rows or read_text(path, options, notes)
-
-
-def items_of(text):
-    """The items of a list in JSON, one after the other: all at once they would need many times the
-    memory of the text.
+    """A document a row. options: a plan of survey.py among them; and 'part', [first byte, last + 1]
+    of a file that is read in parts.
     """
-    decoder = json.JSONDecoder()
-    between = re.compile(r'[ \t\r\n]*,?[ \t\r\n]*')
-    at = between.match(text, text.index('[') + 1).end()
-    while text[at:at + 1] != ']':
-        item, at = decoder.raw_decode(text, at)
-        yield item
-        at = between.match(text, at).end()
+    if options.get('part', [0])[0] == 0:
+        notes += options.get('said', [])
+    if options['layout'] == 'lines' and options['columns'] == [AS_IT_STANDS]:
+        rows = (line.strip() for line, _ in lines_of(path, options) if line)
+    elif options['layout'] == 'lines':
+        rows = rows_in_lines(path, options, notes)
+    elif options['layout'] == 'columns':
+        rows = whole_table(path, options)
+    else:
+        rows = other_rows(path, options, notes)
+    yield from rows_of(rows, options, notes)
+
+
+def rows_in_lines(path, options, notes):
+    """Yields the row in each line."""
+    names = options['names']
+    decode = DECODER.decode
+    lost = 0
+    first = 0
+    long = 0
+    try:
+        for line, number in lines_of(path, options):
+            if line is None:
+                long += 1
+                continue
+            try:
+                row = decode(line)
+            except (ValueError, RecursionError):
+                if not line.isspace():
+                    lost += 1
+                    first = first or number
+                continue
+            if type(row) is not dict:
+                if row == names:
+                    continue  # the header
+                row = as_dict(row, names)
+            yield row
+    finally:
+        if lost:
+            first += lines_before(path, options)
+            notes.lose(lost, f'lines were no JSON (first: line {first:,})')
+        notes.lose(long, 'lines were too long')
+
+
+def lines_before(path, options):
+    """How many lines there are before this part of a file."""
+    left = options.get('part', [0])[0]
+    lines = 0
+    if left:
+        with open(path, 'rb') as f:
+            while left and (data := f.read(min(left, files.CHUNK))):
+                lines += data.count(b'\n')
+                left -= len(data)
+    return lines
+
+
+def lines_of(path, options):
+    """Yields (line, its number) of a file, or of a part of it: those that begin there. One that is
+    longer than LONGEST_ROW is None.
+    """
+    encoding = options['encoding']
+    if is_wide(encoding):
+        with open_text(path, encoding) as f:
+            for number, (line, _) in enumerate(whole_lines(f, '\n'), 1):
+                yield line and line.removeprefix('\ufeff'), number
+        return
+    start, end = options.get('part') or (0, None)
+    mark = codecs.BOM_UTF8 if encoding == 'utf-8-sig' else b''
+    encoding = 'utf-8' if mark else encoding
+    with open_bytes(path) as f:
+        at = begin_part(f, start)
+        for number, (line, size) in enumerate(whole_lines(f, b'\n'), 1):
+            if end is not None and at >= end:
+                break
+            if at == 0 and mark and line:
+                line = line.removeprefix(mark)
+            at += size
+            yield line if line is None else line.decode(encoding, 'replace'), number
+
+
+def begin_part(f, start):
+    """Goes to the first line that begins at `start` or behind it. Returns where that is."""
+    if not start:
+        return 0
+    f.seek(start - 1)
+    return start - 1 + next((size for _, size in whole_lines(f, b'\n')), 0)
+
+
+def whole_lines(f, newline):
+    """Yields (line, its length) of an open file; (None, its length) of one that is too long."""
+    while line := f.readline(LONGEST_ROW):
+        size = len(line)
+        if size == LONGEST_ROW and line[-1:] != newline:
+            line = None
+            while more := f.readline(files.CHUNK):
+                size += len(more)
+                if more[-1:] == newline:
+                    break
+        yield line, size
+
+
+def whole_table(path, options):
+    """The rows of columns that lie side by side in one object."""
+    with open_text(path, options['encoding']) as f:
+        text = f.read(LONGEST_ROW + 1)
+    if len(text) > LONGEST_ROW:
+        raise Skip('one JSON object of more than 64 MB: write it as JSON lines')
+    try:
+        return rows_of_columns(json.loads(text.lstrip('\ufeff'), strict=False))
+    except ValueError:
+        raise Skip('broken JSON') from None
+
+
+def other_rows(path, options, notes):
+    """Yields the rows in an array or an object, or that just follow each other."""
+    names = options['names']
+    with open_text(path, options['encoding']) as f:
+        values = Values(f, notes)
+        if options['layout'] == 'object':
+            rows = values.inside(options['inside'], options.get('keyed', False))
+        else:
+            rows = values.each(is_array=options['layout'] == 'array')
+        for row in rows:
+            if type(row) is not dict:
+                if row == names:
+                    continue
+                row = as_dict(row, names)
+            yield row

@@ -5,7 +5,7 @@
     file ──► READERS[kind] ──► documents ──► isolate.read(): clean()
                │    encodings.py   text, code, data: bytes, unpacked, of whatever encoding
                │    webpage.py     html
-               │    json_rows.py   jsonl, json
+               │    json_rows.py   jsonl, and json: rows in other forms
                │    csv_rows.py    csv
                │    arrow_rows.py  parquet, arrow
                │    pdf_text.py    pdf
@@ -18,7 +18,6 @@ pieces. A new format is a function and a line in READERS, and its extensions in 
 """
 import json
 import os
-import re
 
 from mambino.prepare.arrow_rows import read_arrow, read_parquet
 from mambino.prepare.columns import LONGEST_ROW
@@ -26,15 +25,9 @@ from mambino.prepare.csv_rows import read_csv
 from mambino.prepare.encodings import read_text
 from mambino.prepare.files import Skip, open_bytes
 from mambino.prepare.hub import Unreachable, read_hf
-from mambino.prepare.json_rows import read_json, read_jsonl
+from mambino.prepare.json_rows import read_json
 from mambino.prepare.pdf_text import read_pdf
 from mambino.prepare.webpage import read_html
-
-
-def read_data(path, options, notes):
-    """Plain text; but JSON may be a table."""
-    is_json = re.search(r'\.json(\.\w+)?$', path.lower())
-    yield from read_json(path, options, notes) if is_json else read_text(path, options, notes)
 
 
 def read_notebook(path, options, notes):
@@ -57,10 +50,11 @@ def read_notebook(path, options, notes):
 READERS = {
     'text': read_text,
     'code': read_text,
-    'data': read_data,
+    'data': read_text,
     'html': read_html,
     'notebook': read_notebook,
-    'jsonl': read_jsonl,
+    'jsonl': read_json,
+    'json': read_json,
     'csv': read_csv,
     'pdf': read_pdf,
     'parquet': read_parquet,

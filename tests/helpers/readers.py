@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pyarrow.parquet as pq
 import pytest
 
-from mambino.prepare import isolate, sources
+from mambino.prepare import isolate, sources, survey
 from mambino.prepare.files import Notes, Skip, judge
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -26,7 +26,11 @@ def read(path, **options):
     path = str(path)
     kind = sources.kind_of(os.path.basename(path))[0] or 'text'
     notes, documents, parts = Notes(), [], []
-    for text, last in isolate.read(sources.Source(path, kind, 0, 0), OPTIONS | options, notes):
+    options = OPTIONS | options
+    kept, plans, skipped = survey.survey([sources.Source(path, kind, 0, 0)], options)
+    if skipped:
+        raise Skip(skipped[0]['reason'])
+    for text, last in isolate.read(kept[0], options | plans[0], notes):
         text.encode('utf-8')  # there is nothing in it that UTF-8 cannot hold
         assert '\r' not in text and '\0' not in text
         parts.append(text)

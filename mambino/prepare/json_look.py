@@ -1,0 +1,256 @@
+"""Recognizes rows of JSON by what a file holds, whatever it is called.
+
+    found = json_look.look('dump.json.gz', 'data', options)     # None: no rows of JSON
+    found['plan']                                      # what read_json needs: {'layout': 'lines', ...}
+
+    lines      a row a line; damage costs no more than its line, and parts of the file can be read alone
+    values     rows one after the other, indented or not, with commas, RS or blanks between them
+    array      [row, row, ...]
+    object     {"version": 1, "data": [row, ...]}; or the rows by their keys: {"a1": row, "a2": row}
+    columns    {"id": [1, 2], "text": ["a", "b"]}
+
+A row is an object; or a list, with or without names above it; or a string.
+"""
+import itertools
+import os
+import re
+
+from mambino.prepare import files
+from mambino.prepare.cells import text_of
+from mambino.prepare.columns import LONGEST_ROW, SAMPLE_ROWS
+from mambino.prepare.encodings import encoding_of, open_text
+from mambino.prepare.files import Notes, Skip
+from mambino.prepare.json_objects import look_inside
+from mambino.prepare.json_values import DECODER, Broken, Values
+from mambino.prepare.looks import profile_of
+
+HEAD = 1 << 18        # characters that tell the layout
+SAMPLE = 1 << 22      # characters of rows that are looked at, at the beginning;
+PLACES = 10           # and in so many places of a large file,
+PLACE_ROWS = 20       # so many rows in each
+PLACE = 1 << 20       # bytes in which these should be
+PART_BYTES = 8_000_000  # of a large file, that are read together
+BEGINS = re.compile(r'\s*(?:\x1e|//[^\n]*\n|#[^\n]*\n|\s)*[\[{"]')
+WIDE = ('utf-16', 'utf_16', 'utf-32', 'utf_32', 'iso2022', 'hz')  # line ends are not one byte there
+NAMES = {'lines': 'JSON lines', 'values': 'JSON values', 'array': 'JSON array', 'object': 'list in a JSON object',
+         'columns': 'columns in a JSON object'}
+
+
+def look(path, named, options):
+    """{'kind', 'format', 'plan', 'profile', 'rows'} of a file with rows of JSON: their profile, of
+    looks.py, and how many were looked at. None where it has none. named: the kind by its name.
+    Skip for one that cannot be read.
+    """
+    if not begins_as_json(path, named):
+        return None
+    notes = Notes()
+    encoding = encoding_of(path, notes, options, 'jsonl')
+    with open_text(path, encoding, newline='') as f:
+        head = f.read(HEAD)
+    plan = {'encoding': encoding, 'said': list(notes), 'names': []}
+    layout = {'layout': 'lines'}
+    share = 0.9 if named == 'text' else 0.5
+    rows = list(line_rows(path, encoding)) if are_lines(head, share) else []
+    if not rows or all(is_array(row) for row in rows):
+        layout, rows = other_rows(path, encoding, share)
+    if not rows:
+        return no_rows(head, named)
+    plan |= layout
+    plan['names'] = plan['names'] or names_of(rows)
+    dicts = [as_dict(row, plan['names']) for row in rows]
+    if plan['layout'] == 'lines':
+        plan['parts'] = parts_of(path, encoding)
+    return {
+        'kind': 'jsonl' if plan['layout'] == 'lines' else 'json',
+        'format': NAMES[plan['layout']],
+        'plan': plan,
+        'facts': notes.facts,
+        'profile': profile_of(dicts),
+        'rows': len(rows),
+        'alone': plan.pop('alone', False),
+    }
+
+
+def begins_as_json(path, named):
+    """Whether the first characters may be those of rows of JSON."""
+    if named == 'jsonl':
+        return True
+    try:
+        with files.open_bytes(path) as f:
+            head = f.read(1 << 12)
+    except Exception:  # whoever reads it says what is wrong with it
+        return False
+    return bool(BEGINS.match(head.decode('latin-1').removeprefix('ï»¿').replace('\0', '').lstrip('þÿ')))
+
+
+def are_lines(head, share):
+    """Whether this share of the first lines is JSON."""
+    lines = head.split('\n')
+    if len(lines) > 1 and len(head) >= HEAD:
+        lines.pop()  # it goes on
+    lines = [line for line in lines if line and not line.isspace()]
+    values = [parsed(line) for line in lines[:200]]
+    good = [value for value in values if value is not None]
+    if len(lines) == 1 and not (isinstance(good[0] if good else None, dict) and '\n' in head):
+        return False  # all of it in one line: an array, or an object of them
+    return bool(good) and len(good) >= share * len(values)
+
+
+def is_array(value):
+    """Whether a value is a list of rows, and not one of the turns of a conversation."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and text_of(value) is None
+
+
+def parsed(line):
+    """What a line says in JSON; None where it is none, or null."""
+    try:
+        return DECODER.decode(line.lstrip('\ufeff'))
+    except (ValueError, RecursionError):
+        return None
+
+
+def no_rows(head, named):
+    """None, for what is no JSON at all; Skip where it seemed to be."""
+    if named != 'jsonl':
+        return None
+    if re.match(r"\s*\[?\s*\{\s*'", head):
+        raise Skip("its rows are Python's, with single quotes, and not JSON: write them with json.dumps")
+    if BEGINS.match(head):
+        raise Skip('broken JSON')
+    return None
+
+
+# -----------------------------------------------------------------------------
+# Some rows
+
+def line_rows(path, encoding):
+    """Yields some rows of a file that has one in each line: of its beginning, and of places all over
+    it where that is quick.
+    """
+    size = 0
+    taken = 0
+    with open_text(path, encoding) as f:
+        while taken < SAMPLE_ROWS // 2 and size < SAMPLE and (line := f.readline(LONGEST_ROW)):
+            size += len(line)
+            row = parsed(line)
+            if row is not None:
+                taken += 1
+                yield row
+    size = os.path.getsize(path)
+    if size < 2 * SAMPLE or is_packed(path) or is_wide(encoding):
+        return
+    with open(path, 'rb') as f:
+        for i in range(1, PLACES + 1):
+            f.seek(size * i // (PLACES + 1))
+            f.readline(PLACE)
+            lines = (f.readline(PLACE) for _ in range(PLACE_ROWS))
+            rows = (parsed(line.decode(encoding, 'replace')) for line in lines if line)
+            yield from (row for row in rows if row is not None)
+
+
+def is_packed(path):
+    """Whether the bytes on disk are not those of the text."""
+    return files.packing_of(path) != ''
+
+
+def is_wide(encoding):
+    """Whether a line does not end with the one byte that ends it in ASCII."""
+    return encoding.lower().startswith(WIDE)
+
+
+def other_rows(path, encoding, share):
+    """({'layout', ...}, some rows) of a file that has no row a line; no rows where less than this
+    share of them is JSON.
+    """
+    with open_text(path, encoding) as f:
+        values = Values(f, Notes())
+        first = values.peek()
+        if first == '{':
+            found = single_object(values)
+            if found:
+                return found
+    with open_text(path, encoding) as f:
+        values = Values(f, Notes())
+        rows = []
+        try:
+            for row in itertools.islice(values.each(is_array=first == '['), SAMPLE_ROWS):
+                rows.append(row)
+                if values.position() > SAMPLE:
+                    break
+        except Skip:
+            pass  # the rows before that place can be read
+        if len(rows) < share * (len(rows) + values.bad):
+            rows = []
+    return {'layout': 'array' if first == '[' else 'values'}, rows
+
+
+def single_object(values):
+    """({'layout', ...}, rows) of a text that is one object; None where there are several."""
+    try:
+        value = values.value(HEAD)
+        if values.peek():
+            return None
+    except Broken:
+        return None
+    except EOFError as error:
+        if str(error) != 'too long':
+            return None
+        value = None  # large: looked at piece by piece
+    found = look_inside(values, value)
+    if found:
+        return found
+    return ({'layout': 'values', 'alone': True}, [value]) if value else None
+
+
+# -----------------------------------------------------------------------------
+# Rows that are no objects
+
+def names_of(rows):
+    """The names of the columns of rows that are lists: of the first row, where it has them."""
+    lists = [row for row in rows if isinstance(row, list)]
+    if len(lists) < 0.9 * len(rows) or all(isinstance(row[0], dict) for row in lists if row):
+        return []
+    first = lists[0]
+    are_names = first and all(isinstance(name, str) and 0 < len(name) <= 40 for name in first)
+    others = [row for row in lists[1:] if len(row) == len(first)]
+    if not are_names or len(set(first)) < len(first) or not others:
+        return [str(i) for i in range(max(map(len, lists)))]
+    values = [[row[i] for row in others] for i in range(len(first))]
+    is_header = all(name not in column for name, column in zip(first, values)) and (
+        any(not isinstance(value, str) for column in values for value in column)
+        or all(re.fullmatch(r'[\w .-]+', name) for name in first))
+    return first if is_header else [str(i) for i in range(len(first))]
+
+
+def as_dict(row, names):
+    """A row by its columns. names: those of rows that are lists, if they are."""
+    if isinstance(row, dict):
+        return row
+    if isinstance(row, str):
+        return {'string': row}
+    if isinstance(row, list):
+        return dict(zip(names, row)) if names else {'turns': row}
+    return {}
+
+
+# -----------------------------------------------------------------------------
+# Parts
+
+def parts_of(path, encoding):
+    """[[first byte, last byte + 1], ...] of a file that is read in parts, each beginning with a line;
+    [] for one that is not.
+    """
+    size = os.path.getsize(path)
+    if size < 2 * PART_BYTES or is_packed(path) or is_wide(encoding):
+        return []
+    starts = [0]
+    with open(path, 'rb') as f:
+        for at in range(PART_BYTES, size - PART_BYTES // 2, PART_BYTES):
+            if at <= starts[-1]:
+                continue  # in a line that is longer than a part
+            f.seek(at - 1)
+            while (line := f.readline(files.CHUNK)) and line[-1:] != b'\n':
+                pass
+            if f.tell() < size:
+                starts.append(f.tell())
+    return [[start, end] for start, end in zip(starts, starts[1:] + [size])]
