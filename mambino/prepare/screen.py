@@ -19,7 +19,7 @@ FEWEST_BASE64 = 200                # characters: shorter ones may be an example
 KEY = re.compile(r'\s*-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----')
 BUNDLE = re.compile(r'__webpack_(?:require|modules|exports)__|\bwebpackChunk|webpackBootstrap')
 TAG = re.compile(r'</?[A-Za-z][^<>]{0,500}>|<!--|-->')
-BASE64 = 'base64,'
+BASE64 = ';base64,'
 DIGITS = r'[A-Za-z0-9+/=_%-]'
 LONG_BASE64 = re.compile(f'(?<={BASE64}){DIGITS}{{{FEWEST_BASE64},}}')
 BEGUN_BASE64 = re.compile(rf'{BASE64}{DIGITS}{{0,{FEWEST_BASE64 - 1}}}\Z')
@@ -105,13 +105,12 @@ class Counter:
         self.n = 0
 
     def add(self, text, last):
-        self.n += text.count(self.text)
+        if self.text in text:
+            self.n += text.count(self.text)
         if self.tail:
             self.n += (self.tail + text[:self.beyond]).count(self.text)
-        if last:
-            self.tail = ''
-        else:
-            self.tail = (self.tail + text[-self.beyond:])[-self.beyond:]
+        if self.tail or not last:
+            self.tail = '' if last else (self.tail + text[-self.beyond:])[-self.beyond:]
 
 
 class LongLines:
@@ -135,7 +134,7 @@ class LongLines:
 
 
 class Base64Cutter:
-    """Cuts what follows `base64,`: pictures and fonts inside a text."""
+    """Cuts what follows `;base64,`: pictures and fonts inside a text."""
 
     def __init__(self):
         self.held = ''          # may be the beginning of one
@@ -144,8 +143,9 @@ class Base64Cutter:
 
     def cut(self, text, last):
         """The piece of text without them, but for what must wait for the next piece."""
-        if not self.held and not self.is_inside and last and BASE64 not in text:
-            return text
+        if not self.held and not self.is_inside and last:
+            if ';' not in text or BASE64 not in text:  # the first is seen ten times as fast
+                return text
         if self.is_inside:
             end = MORE_BASE64.match(text).end()
             self.size += end

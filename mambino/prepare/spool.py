@@ -75,7 +75,7 @@ class Spool:
     def __init__(self, path, seed):
         self.file = open(path + '.text', 'wb')
         self.rows_file = open(path + '.rows', 'wb')
-        self.seed = seed
+        self.new_hash = new_hash(seed).copy
         self.blocks = []   # (offset, packed, unpacked)
         self.rows = []     # tuples in the order of ROW, still to write
         self.waiting = []  # pieces of the block to come
@@ -114,7 +114,7 @@ class Spool:
         self.text = ''     # not yet cut into pieces
         self.pieces = []   # (block, size, at, chars)
         self.blank = True
-        self.hash = new_hash(self.seed)
+        self.hash = self.new_hash()
 
     def add(self, text, last):
         """Takes more of the current document."""
@@ -156,7 +156,7 @@ class Spool:
         piece = self.text[:n]
         self.text = self.text[n:]
         data = piece.encode('utf-8')
-        self.blank = self.blank and not piece.strip()
+        self.blank = self.blank and (not piece or piece.isspace())
         self.hash.update(data)
         self.pieces.append((len(self.blocks), len(data), self.size, len(piece)))
         self.waiting.append(data)
