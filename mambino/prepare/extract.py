@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from mambino.configurator import fail
 from mambino.prepare import hub, pool, spool, survey
 from mambino.prepare.pdf_engines import ENGINES
-from mambino.prepare.progress import Progress
+from mambino.prepare.progress import Progress, in_words
 from mambino.prepare.sources import Source
 
 # what is read may depend on whether these are installed, and on their versions
@@ -33,7 +33,7 @@ def look(sources, work, options):
     asked = spool.digest([spool.JOURNAL, versions, [list(source) for source in sources], options])
     answer = answer_to(asked, path)
     if answer is None:
-        with Progress('looking', also=f'at {len(sources):,} files'):
+        with Progress('looking', also=f'at {in_words(len(sources))}'):
             usable, plans, unusable = survey.survey(sources, options)
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
             json.dump([asked, [usable, plans, unusable]], f)

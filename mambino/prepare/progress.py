@@ -17,6 +17,11 @@ ELSEWHERE = 10.0   # and in a file or a pipe
 BEGINS = 0.5       # seconds before there is anything to see on a terminal
 
 
+def in_words(n):
+    """A number of files."""
+    return '1 file' if n == 1 else f'{n:,} files'
+
+
 class Progress:
     """label: what is done; total: bytes, 0 where nobody can tell; inside: a function that returns how
     many bytes of the unfinished work are done; also: said behind the label, until the end.

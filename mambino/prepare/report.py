@@ -15,6 +15,7 @@ import textwrap
 import numpy as np
 
 from mambino.configurator import fail, shown
+from mambino.prepare.progress import in_words
 from mambino.prepare.spool import FORMAT, hash_pair, new_hash
 from mambino.tokenizer import load_tokenizer
 
@@ -164,7 +165,7 @@ def show_decided(decided, most=30):
     that was taken.
     """
     print('\nread as:')
-    rows = [(item['kind'], facts_of(item), files_in_words(item['files'])) for item in decided[:most]]
+    rows = [(item['kind'], facts_of(item), in_words(item['files'])) for item in decided[:most]]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     width = shutil.get_terminal_size((120, 24)).columns
     for item, (kind, facts, files) in zip(decided, rows):
@@ -173,10 +174,6 @@ def show_decided(decided, most=30):
         print(f'{head}"{excerpt(item["sample"], min(room, 60))}"')
     if len(decided) > most:
         print(f'and in {len(decided) - most:,} more ways, which meta.json lists')
-
-
-def files_in_words(n):
-    return '1 file' if n == 1 else f'{n:,} files'
 
 
 def facts_of(item):
@@ -199,7 +196,7 @@ def excerpt(sample, length):
 
 def show_notes(notes):
     """A line for notes that say alike: on how many files, the first one as it is."""
-    print(f'noted on {files_in_words(len({entry["file"] for entry in notes}))}:')
+    print(f'noted on {in_words(len({entry["file"] for entry in notes}))}:')
     for group in grouped(notes, lambda entry: alike(entry['note'])):
         first = group[0]
         total = ''

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow
 
 from mambino.prepare import account, isolate, screen
-from mambino.prepare.files import Notes, Skip
+from mambino.prepare.files import PACKED, Notes, Skip, extension_of
 from mambino.prepare.readers import READERS
 from mambino.prepare.sources import Source
 from mambino.tokenizer import SEAM, load_tokenizer
@@ -37,6 +37,7 @@ BLOCK = 1 << 21    # bytes of text that are packed, and later encoded, together
 JUDGED = 1 << 13   # characters: so much of a source's beginning tells whether it looks odd
 SAMPLE = 80        # characters of its text, to be shown
 KNOWN = 50_000     # documents of a source, that later ones are compared with
+PACKING = 4        # times smaller than its text is a packed file, about
 PULSE = 0.5        # seconds after which a task says how far it is
 KINDS = list(READERS)  # their order is that of the numbers in `kind`
 ENDINGS = ('.text', '.rows', '.json')    # the report last: it says that the others are there
@@ -228,7 +229,7 @@ class Pulse:
         self.before = 0  # bytes of the sources that are done
 
     def beat(self, size, most):
-        """size: of the text that has come of a source; most: bytes that the source has."""
+        """size: of what has come of a source, about; most: bytes that the source has."""
         now = time.monotonic()
         if now - self.said > PULSE:
             self.said = now
@@ -283,13 +284,14 @@ def read_source(task, source, plan, part, size, spool, pulse):
     notes = Notes()
     options = task['options'] | plan
     view = screen.Screen(source, options.get('document_separator', ''))
+    packing = PACKING if extension_of(source.path) in PACKED else 1
     chars = set()
     reason = ''
     again = False
     try:
         for text, last in view.passed(isolate.read(source, options, notes)):
             spool.add(text, last)
-            pulse.beat(spool.bytes, size)
+            pulse.beat(spool.bytes // packing, size)
             if task['chars']:
                 chars.update(text)
         view.judge(spool.head, notes, is_beginning=not part or part[0] == 0)

@@ -48,7 +48,7 @@ def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, chars
         sample = list(corpus.sample(sample_mb))
         task = {'work': work, 'folder': folder, 'sample': sample, 'vocab_size': vocab_size}
         size = sum(int(rows['size'].sum()) for _, _, rows, _ in sample)
-        with Progress('tokenizer', also=f'trained on {size / 1e6:,.1f} MB'):
+        with Progress('tokenizer', also=f'is trained on {size / 1e6:,.1f} MB'):
             if pool.processes() == 1 or len(sample) < 20:
                 train_bpe(task)
             else:
