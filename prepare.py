@@ -9,7 +9,7 @@ that made them.
     look         survey.py       tables: which column has the text? large ones are cut into parts
     extract      readers.py      sources ──► documents: clean text, on disk; in many processes
     decide       corpus.py       copies are dropped; train or val
-    tokenizer    vocabulary.py   a given one, or one trained on a sample
+    tokenizer    vocabulary.py   a given one, tried on a sample (trial.py), or one trained on it
     encode       output.py       documents ──► ids; in many processes
     publish      output.py       <out>/{train,val}.bin, .idx, .hash, meta.json, tokenizer.json
 
@@ -31,6 +31,7 @@ from mambino.configurator import configure, fail, require
 from mambino.prepare import declared, extract, output, pool, report, screen, sources, stdlib, unused, vocabulary
 from mambino.prepare.account import settle
 from mambino.prepare.corpus import Corpus, TooLittle
+from mambino.prepare.trial import try_tokenizer
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
 inputs = []
@@ -143,6 +144,7 @@ def main():
         # tokenizer
         tok = vocabulary.make_tokenizer(
             fixed_tokenizer, tokenizer, vocab_size, sample_mb, seed, corpus, total['chars'], work)
+        total['notes'] += try_tokenizer(tok, tokenizer, corpus, work)
 
         # encode
         written = output.encode(corpus, tok, work, base)

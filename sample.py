@@ -15,7 +15,7 @@ came before:
                     └────────────────────────────────────────────────────────────────┘
 
 In mambino/sample/ generation.py does that, for many rows at once; text.py turns ids into text;
-sessions.py keeps a state for later; terminal.py is what is shown.
+sessions.py keeps a state for later; score.py says how likely a text is; terminal.py is what is shown.
 """
 import os
 import sys
@@ -25,6 +25,7 @@ os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 
 from mambino.configurator import configure, fail, require
 from mambino.machine import choose_device
+from mambino.sample.score import show_score
 from mambino.sample.sessions import Session, open_session
 from mambino.sample.terminal import (
     Dialogue,
@@ -34,7 +35,6 @@ from mambino.sample.terminal import (
     say,
     show_beams,
     show_samples,
-    show_score,
 )
 from mambino.sample.text import chat_marks, encode_prompt, prompts_of, stops_of, without_mark
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
@@ -174,7 +174,7 @@ with quiet_end():
             end_ids = chat_marks(tok)[1:] if chat else ()
             converse(Dialogue(net, tok, text, options, end_ids), ''.join(prompts), chat, save)
         elif session:
-            ids = encode_prompt(tok, prompts[0]) if prompts else []
+            ids = encode_prompt(tok, prompts[0], begins=not goes_on) if prompts else []
             if stream and prompts:
                 say(without_mark(prompts[0]))
             Dialogue(net, tok, text, options).answer(ids)

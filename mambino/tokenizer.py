@@ -13,86 +13,127 @@ of single characters), 'byte' (256 bytes, no merges), 'bpe' (everything else).
                            ▲         │
     load_tokenizer, from_state       └──► save, state, sha256
 
+tokenizer_json.py reads what others wrote there, detokenizer.py makes text of any ids.
+
 Input is always ordinary text: "<|endoftext|>" written in a document becomes the tokens of those
 thirteen characters, never the end-of-text id, so that data cannot forge the end of a document. The
-end-of-text id decodes to ''.
+end-of-text id decodes to ''. So do the ids that a text begins with, `bos`, which only a foreign
+tokenizer has, one whose post-processor puts them there: every document in a dataset, every text
+that is scored and every prompt begins with them.
 """
-import codecs
 import hashlib
 import json
 import os
-import re
 
 import numpy as np
 import tiktoken
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers.decoders import DecodeStream
 
 from mambino.configurator import fail
+from mambino.detokenizer import Pieces, Stream, WindowStream, pieces_of
+from mambino.seams import WORD, cut
+from mambino.tokenizer_json import (
+    BYTE_TO_CHAR,
+    EOT,
+    EOT_NAMES,
+    FILE,
+    config_beside,
+    end_of_text,
+    find_merges,
+    gpt2_ranks,
+    hidden,
+    marks_of,
+    read_text,
+    without_prefix,
+    without_training,
+)
 
-FILE = 'tokenizer.json'
 EVERY_CHARACTER = r'[\s\S]'  # the pattern by which a char tokenizer is known
-EOT = '<|endoftext|>'
 CHAT = ['<|im_start|>', '<|im_end|>']  # ChatML's marks around a message, kept free in a BPE trained here
-# what other people's tokenizers call the end of a text, in order of preference
-EOT_NAMES = [EOT, '<|end_of_text|>', '</s>', '<eos>', '<|eos|>', '<｜end▁of▁sentence｜>', '<|im_end|>', '[SEP]']
 # GPT-2's way to cut text into words: contractions, letters, digits, other signs, white space; ++
 # never gives back
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# what tokenizer.json may say of a BPE and GPT-2's does not
-NOT_GPT2 = ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback', 'ignore_merges')
-PIECE = 1 << 18  # characters that are encoded at once: little enough to stay in cache
-RUN = 10_000     # a longer "word" is cut: a million spaces overflow the stack of tiktoken's regex
-WORD = 256       # nothing longer is learnt: the time that a BPE takes to train grows with the square of a word's length
-# no GPT-2 word goes from non-space to space, so a cut here changes no id; only Python has U+001C to
-# U+001F for spaces
-SEAM = re.compile(r'\S(?=[^\S\x1c-\x1f])')
-
-# GPT-2 writes a byte as a printable character: itself where it is one, else the next free one from 256 on
-_printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_others = [b for b in range(256) if b not in _printable]
-BYTE_TO_CHAR = {**{b: chr(b) for b in _printable}, **{b: chr(256 + i) for i, b in enumerate(_others)}}
-CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 class UnknownCharacter(ValueError):
-    """A character that a char tokenizer has no id for."""
+    """A text that a tokenizer has no ids for."""
 
 
 class Tokenizer:
-    """What all kinds share. A subclass sets kind, vocab_size, eot and table (id -> bytes), and
-    encodes.
+    """What all kinds share. A subclass sets kind, vocab_size, eot, bos and pieces (id -> bytes),
+    and encodes.
     """
 
-    def __init__(self, text, vocab_size, eot, table):
+    def __init__(self, text, vocab_size, eot, pieces, bos=()):
         self.text = text              # the tokenizer.json
         self.vocab_size = vocab_size  # all ids are below
         self.eot = eot                # end-of-text id
-        self.table = table            # list of bytes, b'' for special tokens; None if the ids are not bytes
+        self.bos = list(bos)          # ids that a text begins with; [] for most
+        self.pieces = pieces          # what ids stand for; None where only the library can decode
+        self.table = pieces and pieces.table  # list of bytes, b'' for special tokens
 
-    def encode_batch(self, texts):
-        """list of str -> list of int32 arrays."""
-        return [self.encode(text) for text in texts]
+    def opening(self):
+        """The ids that a document begins with in a dataset: bos, but not if that is what the
+        document before has ended with.
+        """
+        return [] if self.bos == [self.eot] else self.bos
+
+    def context(self):
+        """The ids that stand before every text that a model was trained on: its beginning, or the
+        end of the text before.
+        """
+        return self.bos or [self.eot]
+
+    def encode_batch(self, texts, begins=True):
+        """list of str -> list of int32 arrays. begins: whether they begin a text; else what a
+        tokenizer would put before a text, a space, is left out.
+        """
+        return [self.encode(text, begins) for text in texts]
 
     def token_bytes(self, i):
-        """The bytes that one id stands for; b'' for end-of-text and other special tokens."""
-        return self.table[int(self._checked([i])[0])]
+        """The bytes that one id stands for; b'' for end-of-text and other special tokens, None
+        where that hangs on the ids beside it.
+        """
+        i = self._checked([i])[0]
+        return None if self.table is None else self.table[i]
 
-    def decode(self, ids):
+    def decode(self, ids, begins=True):
         """Ids -> str. Bytes that are no UTF-8 become U+FFFD. ValueError for an id this vocabulary
-        does not have.
+        does not have. begins: whether the first id begins a text.
         """
-        return b''.join([self.table[i] for i in self._checked(ids)]).decode('utf-8', 'replace')
+        ids = self._checked(ids)
+        if self.pieces and not (self.pieces.prefixed or self.pieces.suffixed):
+            return b''.join([self.table[i] for i in ids]).decode('utf-8', 'replace')
+        stream = self.stream(begins)
+        return ''.join([stream.feed(i) for i in ids]) + stream.flush()
 
-    def stream(self):
+    def stream(self, begins=True):
         """An object with feed(id) -> str and flush() -> str, which together say what decode would.
+        No id is an error.
         """
-        return Stream(self)
+        return Stream(self.pieces, {self.eot, *self.bos}, begins)
+
+    def name_of(self, i):
+        """What the vocabulary calls an id."""
+        return HFTokenizer.from_str(self.text).id_to_token(int(i)) or f'[{i}]'
+
+    def whole(self, ids, start, end):
+        """(start, end) of a part of ids, moved outwards to where characters begin and end."""
+        def is_inside(i):
+            raw = self.table[int(ids[i])] if self.table and 0 < i < len(ids) else b''
+            return 0x80 <= raw[0] < 0xC0 if raw else False
+
+        first, last = start, end
+        while is_inside(first) and start - first < 3:
+            first -= 1
+        while is_inside(last) and last - end < 3:
+            last += 1
+        return first, last
 
     def state(self):
         """A dict of plain values for a checkpoint; from_state() is the way back."""
-        return {'kind': self.kind, 'json': self.text}
+        return {'kind': self.kind, 'json': self.text, 'eot': self.eot, 'bos': self.bos}
 
     def sha256(self):
         return hashlib.sha256(self.text.encode('utf-8')).hexdigest()
@@ -116,20 +157,6 @@ class Tokenizer:
         return ids
 
 
-class Stream:
-    """Decodes id by id. A character whose bytes are not complete yet is held back."""
-
-    def __init__(self, tok):
-        self.tok = tok
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-
-    def feed(self, i):
-        return self.decoder.decode(self.tok.token_bytes(i))
-
-    def flush(self):
-        return self.decoder.decode(b'', final=True)
-
-
 class CharTokenizer(Tokenizer):
     """An id for each character of the texts it was built from."""
     kind = 'char'
@@ -137,11 +164,11 @@ class CharTokenizer(Tokenizer):
     def __init__(self, text):
         vocab = json.loads(text)['model']['vocab']
         table = [c.encode('utf-8') for c in vocab] + [b'']
-        super().__init__(text, len(vocab) + 1, len(vocab), table)
+        super().__init__(text, len(vocab) + 1, len(vocab), Pieces(table))
         self.ids = np.full(0x110000, -1, dtype=np.int32)  # code point -> id
         self.ids[[ord(c) for c in vocab]] = list(vocab.values())
 
-    def encode(self, text):
+    def encode(self, text, begins=True):
         points = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
         ids = self.ids[points]
         if ids.size and ids.min() < 0:
@@ -155,9 +182,9 @@ class ByteTokenizer(Tokenizer):
     kind = 'byte'
 
     def __init__(self, text):
-        super().__init__(text, 257, 256, [bytes([b]) for b in range(256)] + [b''])
+        super().__init__(text, 257, 256, Pieces([bytes([b]) for b in range(256)] + [b'']))
 
-    def encode(self, text):
+    def encode(self, text, begins=True):
         return np.frombuffer(text.encode('utf-8'), dtype=np.uint8).astype(np.int32)
 
 
@@ -168,162 +195,74 @@ class BPETokenizer(Tokenizer):
     """
     kind = 'bpe'
 
-    def __init__(self, text):
-        spec = json.loads(text)
-        self.hf = HFTokenizer.from_str(text)
-        self.hf.encode_special_tokens = True  # special tokens written in the input are ordinary text
-        self.hf.no_padding()
-        self.hf.no_truncation()
-        added = {token['content']: token for token in spec['added_tokens']}
+    def __init__(self, text, eot=None, bos=()):
+        """eot: the end-of-text id; None: it is known by its name."""
+        spec = json.loads(without_training(text))
+        self.hf = open_hf(spec)
         vocab = self.hf.get_vocab(with_added_tokens=True)
-        eot = next((name for name in EOT_NAMES if name in vocab), None)
         if eot is None:
-            raise ValueError('it has no end-of-text token (none of ' + ' '.join(EOT_NAMES) + ')')
+            eot = next((vocab[name] for name in EOT_NAMES if name in vocab), None)
+        if eot is None:
+            raise ValueError('it has no end-of-text token (none of ' + ' '.join(EOT_NAMES) + '); add one with '
+                             "transformers: tok.add_special_tokens({'eos_token': '</s>'}), and save it anew")
+        pieces = pieces_of(spec, vocab)
+        for i in (eot, *bos) if pieces else ():
+            pieces.table[i] = b''
+        super().__init__(text, max(vocab.values()) + 1, eot, pieces, bos)
 
-        table = None
-        if 'ByteLevel' in json.dumps(spec['decoder']):
-            table = [b''] * (max(vocab.values()) + 1)
-            for token, i in vocab.items():
-                if token not in added and CHAR_TO_BYTE.keys() >= set(token):
-                    table[i] = bytes(CHAR_TO_BYTE[c] for c in token)
-                elif token not in added or not added[token]['special']:
-                    table[i] = token.encode('utf-8')
-        super().__init__(text, max(vocab.values()) + 1, vocab[eot], table)
-
-        ranks = gpt2_ranks(spec, added)
+        model = spec['model']
+        self.unknown = model.get('unk_id', vocab.get(model.get('unk_token')))   # the id for text without one; or None
+        ranks = gpt2_ranks(spec)
         self.fast = None
+        self.encoders = {}      # Hugging Face's for a text that begins (True) or goes on (False)
         if ranks is not None:
             self.fast = tiktoken.Encoding('bpe', pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        else:
+            secret = hidden(spec, {eot, *bos})
+            self.encoders[True] = self.hf if secret is spec else open_hf(secret)
+            goes_on = without_prefix(secret)
+            self.encoders[False] = self.encoders[True] if goes_on == secret else open_hf(goes_on)
 
-    def encode(self, text):
-        return self.encode_batch([text])[0]
+    def encode(self, text, begins=True):
+        return self.encode_batch([text], begins)[0]
 
-    def encode_batch(self, texts):
-        if self.fast is None:
-            encodings = self.hf.encode_batch(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        return [self._encode_pieces(cut(text)) for text in texts]
+    def encode_batch(self, texts, begins=True):
+        if self.fast:
+            return [self._encode_pieces(cut(text)) for text in texts]
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in self._encode_hf(texts, begins)]
+
+    def _encode_hf(self, texts, begins=True):
+        try:
+            return self.encoders[begins].encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # a vocabulary without anything for unknown text
+            raise UnknownCharacter(f'it has no ids for this text ({error})') from None
+
+    def there_and_back(self, text):
+        """(what comes back of a text, how many of its characters became the id for unknown ones)"""
+        if self.fast:
+            return self.decode(self.encode(text)), 0
+        encoding = self._encode_hf([text])[0]
+        chars = sum(end - start for i, (start, end) in zip(encoding.ids, encoding.offsets) if i == self.unknown)
+        return self.decode(encoding.ids), chars
 
     def _encode_pieces(self, pieces):
         ids = [self.fast.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
         return np.concatenate(ids).astype(np.int32) if ids else np.zeros(0, np.int32)
 
-    def decode(self, ids):
-        if self.table:
-            return super().decode(ids)
-        return self.hf.decode(self._checked(ids), skip_special_tokens=True)
+    def name_of(self, i):
+        return self.hf.id_to_token(int(i)) or f'[{i}]'
 
-    def token_bytes(self, i):
-        if self.table:
-            return super().token_bytes(i)
-        return self.decode([i]).encode('utf-8')
-
-    def stream(self):
-        return super().stream() if self.table else ForeignStream(self)
+    def stream(self, begins=True):
+        return super().stream(begins) if self.pieces else WindowStream(self.hf, {self.eot, *self.bos})
 
 
-class ForeignStream:
-    """Stream for a tokenizer whose ids are not bytes: its own library knows what belongs together.
-    """
-
-    def __init__(self, tok):
-        self.tok = tok
-        self.ids = []
-        self.text = ''  # what was returned
-        self.decoder = DecodeStream(skip_special_tokens=True)
-
-    def feed(self, i):
-        self.ids += self.tok._checked([i])
-        new = self.decoder.step(self.tok.hf, self.ids[-1]) or ''
-        self.text += new
-        return new
-
-    def flush(self):
-        text = self.tok.decode(self.ids)
-        return text[len(self.text):] if text.startswith(self.text) else ''
-
-
-def long_runs(n):
-    """A GPT-2 word is all in one of two classes: regular expressions for n or more characters of
-    one, and for n // 2 of one, which a run of n has at a multiple of n // 2.
-    """
-    long = rf'[^\W_]{{{n},}}|[\W_]{{{n},}}'
-    half = rf'[^\W_]{{{n // 2}}}|[\W_]{{{n // 2}}}'
-    return re.compile(long), re.compile(half)
-
-
-LONG = {n: long_runs(n) for n in (RUN, WORD)}
-
-
-def cut(text, longest=RUN):
-    """Pieces of about PIECE characters whose ids, one after another, are the ids of the whole; only
-    within a run of `longest` characters of one class, which nobody would call a word, does a cut
-    change the ids (never the text they stand for).
-    """
-    pieces = []
-    start = 0
-    while len(text) - start > PIECE:
-        seam = SEAM.search(text, start + PIECE)
-        end = seam.end() if seam else len(text)
-        pieces.append(text[start:end])
-        start = end
-    pieces.append(text[start:])
-    return [part for piece in pieces if piece for part in cut_runs(piece, longest)]
-
-
-def cut_runs(piece, longest):
-    """The parts of a piece in which no run of one class is longer than `longest`."""
-    long, half = LONG[longest]
-    if not any(half.match(piece, i) for i in range(0, len(piece), longest // 2)):
-        return [piece]  # much faster than looking for a long one
-    parts = []
-    done = 0
-    for match in long.finditer(piece):
-        for end in range(match.start() + longest, match.end(), longest):
-            parts.append(piece[done:end])
-            done = end
-    parts.append(piece[done:])
-    return parts
-
-
-def gpt2_ranks(spec, added):
-    """{bytes: id} for tiktoken if this tokenizer.json is GPT-2's scheme with ids in the order of
-    the merges, else None.
-    """
-    model = spec['model']
-    split = spec['pre_tokenizer'] or {}
-    if model['type'] != 'BPE' or any(model.get(name) for name in NOT_GPT2) or spec['normalizer']:
-        return None
-    if not all(token['special'] for token in added.values()):
-        return None
-    if split.get('type') != 'ByteLevel' or split.get('add_prefix_space') or not split.get('use_regex', True):
-        return None
-    words = {token: i for token, i in model['vocab'].items() if token not in added}
-    if any(c not in CHAR_TO_BYTE for token in words for c in token):
-        return None
-    ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in words.items()}
-    merges = [tuple(merge.split(' ') if isinstance(merge, str) else merge) for merge in model['merges']]
-    has_all_bytes = all(bytes([b]) in ranks for b in range(256))
-    return ranks if has_all_bytes and find_merges(ranks) == merges else None
-
-
-def find_merges(ranks):
-    """The merge list of a byte-level BPE, as pairs of strings in GPT-2's alphabet, from its {bytes:
-    rank}: a token is the merge of the two parts that are left when its bytes are merged by all
-    earlier ranks. None if there are no such two.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            best = pairs.index(min(pairs))
-            if pairs[best] >= rank:
-                return None
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(''.join(BYTE_TO_CHAR[b] for b in part) for part in parts))
-    return merges
+def open_hf(spec):
+    """Hugging Face's tokenizer, for which special tokens written in a text are ordinary text."""
+    hf = HFTokenizer.from_str(json.dumps(spec))
+    hf.encode_special_tokens = True
+    hf.no_padding()
+    hf.no_truncation()
+    return hf
 
 
 def byte_level(vocab, merges):
@@ -341,38 +280,65 @@ def finish(hf, special=(EOT,)):
     return from_text(hf.to_str(pretty=True))
 
 
-def from_text(text):
-    """The tokenizer that a tokenizer.json describes. ValueError if it cannot be one."""
+def from_text(text, eot=None, bos=()):
+    """The tokenizer that a tokenizer.json describes. eot, bos: the ids that end and begin a text
+    with it; by default what was so before anybody wrote them down: a known name, and none.
+    ValueError if it cannot be one.
+    """
     try:
         spec = json.loads(text)
         model = spec['model']
-        split = spec['pre_tokenizer'] or {}
+        split = spec.get('pre_tokenizer') or {}
         if model['type'] == 'WordLevel' and split.get('pattern') == {'Regex': EVERY_CHARACTER}:
             return CharTokenizer(text)
         if model['type'] == 'BPE' and model['vocab'] == {c: b for b, c in BYTE_TO_CHAR.items()}:
             return ByteTokenizer(text)
-        return BPETokenizer(text)
+        return BPETokenizer(text, eot, bos)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'not a tokenizer.json ({type(error).__name__}: {error})') from None
-    except Exception as error:  # the tokenizers library raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and what is none where it panics
         raise ValueError(str(error)) from None
 
 
 def from_state(state):
-    """The way back from Tokenizer.state()."""
-    return from_text(state['json'])
+    """The way back from Tokenizer.state(), also from one of a version that did not know bos."""
+    return from_text(state['json'], state.get('eot'), state.get('bos', ()))
 
 
 def load_tokenizer(path):
-    """The tokenizer in a tokenizer.json, or in a folder that holds one."""
+    """The tokenizer in a tokenizer.json, or in a folder that holds one. That of a dataset is as the
+    dataset was made with it; of any other, its training settings are off, and what ends and begins
+    a text is what it says itself.
+    """
     file = os.path.join(path, FILE) if os.path.isdir(path) else path
+    text = read_text(path)
+    folder = os.path.dirname(os.path.abspath(file))
     try:
-        with open(file, 'rb') as f:
-            return from_text(f.read().decode('utf-8'))
-    except FileNotFoundError:
-        fail(f'{file}: no such tokenizer')
-    except (OSError, ValueError) as error:
+        meta = meta_beside(folder, text)
+        if meta:
+            return from_text(text, meta.get('eot'), meta.get('bos', ()))
+        text = without_training(text)
+        spec = json.loads(text)
+        spec.setdefault('added_tokens', [])
+        begin, _ = marks_of(spec)
+        return from_text(text, end_of_text(spec, config_beside(folder)), begin)
+    except (KeyError, TypeError, AttributeError) as error:
+        fail(f'{file}: cannot be used as a tokenizer: not a tokenizer.json ({type(error).__name__}: {error})')
+    except ValueError as error:
         fail(f'{file}: cannot be used as a tokenizer: {error}')
+
+
+def meta_beside(folder, text):
+    """meta.json of the dataset in a folder that was made with this tokenizer.json, else None."""
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            meta = json.load(f)
+        is_its = meta['tokenizer']['sha256'] == hashlib.sha256(text.encode('utf-8')).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return meta if is_its else None
 
 
 def build_tokenizer(kind, texts=(), vocab_size=4096):

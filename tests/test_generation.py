@@ -183,7 +183,7 @@ def test_beyond_block_size_a_token_sees_a_window_however_it_is_read():
         _, state, _ = prefill(net, ids[:place])
         got = prefill(net, ids[place:], state)[0][0]
         torch.testing.assert_close(got, want[-1], atol=1e-4, rtol=0)
-    assert len(torch.cat(list(token_losses(net, ids, 5)))) == 70
+    assert len(torch.cat(list(token_losses(net, ids, [5])))) == 70
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def test_a_learned_beginning_comes_first(net):
         ids.append(int(net(torch.tensor([ids]))[0][0, -1, :50].argmax()))
     assert [int(i) for i in generate(net, ids[:3], 1, 9, 50, temperature=0)] == ids[3:]
     assert [int(i) for i in generate(net, [1], 1, 40, 50, temperature=0)]   # and beyond block_size
-    nats = torch.cat(list(token_losses(net, ids[1:], ids[0])))
+    nats = torch.cat(list(token_losses(net, ids[1:], ids[:1])))
     loss = net(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[1]
     assert nats.mean().item() == pytest.approx(loss.item(), abs=1e-4)
 
@@ -260,12 +260,12 @@ def test_repetition_penalty_is_that_of_transformers(pair):
 def test_token_losses_are_the_loss_of_transformers(pair, monkeypatch):
     our, their = pair
     ids = torch.randint(V, (90,))
-    nats = torch.cat(list(token_losses(our, ids.tolist(), 9)))
+    nats = torch.cat(list(token_losses(our, ids.tolist(), [9])))
     whole = torch.cat((torch.tensor([9]), ids))
     loss = their(whole[None], labels=whole[None]).loss
     assert nats.mean().item() == pytest.approx(loss.item(), abs=1e-5)
     monkeypatch.setattr(generation, 'PREFILL', 7)
-    torch.testing.assert_close(torch.cat(list(token_losses(our, ids, 9))), nats, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(list(token_losses(our, ids, [9]))), nats, atol=1e-4, rtol=0)
     want = torch.log_softmax(their(whole[None, :-1]).logits[0, -1], -1)
     (own, others), = logprobs_of(prefill(our, whole[:-1])[0], ids[-1:], 3, V)
     assert own == pytest.approx(want[ids[-1]].item(), abs=1e-4)

@@ -10,6 +10,7 @@ from helpers.models import perturb
 
 from mambino import tokenizer
 from mambino.export import compare, gguf_tokenizer, to_gguf
+from mambino.tokenizer_json import CHAR_TO_BYTE
 from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, MambaConfig
@@ -142,7 +143,7 @@ def test_settings_of_the_tokenizer(bpe, tmp_path):
     for i, (token, kind) in enumerate(zip(tokens, types)):
         said = b''
         if kind == gguf_tokenizer.NORMAL:
-            said = bytes(tokenizer.CHAR_TO_BYTE[c] for c in token)
+            said = bytes(CHAR_TO_BYTE[c] for c in token)
         assert said == (bpe.token_bytes(i) if i < bpe.vocab_size else b'')
     assert tokens[bpe.eot] == '<|endoftext|>' and types.count(gguf_tokenizer.CONTROL) == 3
     assert types.count(gguf_tokenizer.UNUSED) == 288 - bpe.vocab_size

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mambino import tokenizer
+from mambino import seams, tokenizer
 
 SOURCE = open(os.__file__, encoding='utf-8').read()
 VARIED = [
@@ -136,7 +136,7 @@ def test_long_texts_are_cut_where_no_id_changes(bpe):
             ['word', ' ', '\n', '  ', '12', ' x', '...', '日本', "'s"], k=600_000
         )
     )
-    assert len(tokenizer.cut(text)) > 3
+    assert len(seams.cut(text)) > 3
     assert np.array_equal(bpe.encode(text), bpe.fast.encode_ordinary(text))
 
 
@@ -165,12 +165,12 @@ def test_a_million_without_a_break(bpe, run):
 
 
 @pytest.mark.parametrize('before', [0, 1234, 2499, 70_001])
-@pytest.mark.parametrize('length', [tokenizer.RUN + 1, tokenizer.RUN * 3 // 2, tokenizer.RUN * 5])
+@pytest.mark.parametrize('length', [seams.RUN + 1, seams.RUN * 3 // 2, seams.RUN * 5])
 def test_no_run_is_left_too_long(before, length):
     text = 'a b ' * before + 'x' * length + ' c' * 10
-    pieces = tokenizer.cut(text)
+    pieces = seams.cut(text)
     assert ''.join(pieces) == text
-    assert max(piece.count('x') for piece in pieces) <= tokenizer.RUN
+    assert max(piece.count('x') for piece in pieces) <= seams.RUN
 
 
 def test_char_ids():

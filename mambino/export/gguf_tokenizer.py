@@ -57,9 +57,12 @@ def vocabulary(tok, size):
             tokens[i], types[i] = ''.join(BYTE_TO_CHAR[byte] for byte in token), NORMAL
         elif i in special:
             tokens[i], types[i] = special[i], CONTROL
+    if len(tok.bos) > 1:
+        raise ValueError(f'a text begins with {len(tok.bos)} tokens, and llama.cpp puts one there; --format=hf '
+                         'writes any')
     settings = {'model': 'gpt2', 'pre': 'gpt-2', 'tokens': tokens, 'token_type': types,
-                'merges': merges, 'bos_token_id': tok.eot, 'eos_token_id': tok.eot,
-                'add_bos_token': False}
+                'merges': merges, 'bos_token_id': tok.context()[0], 'eos_token_id': tok.eot,
+                'add_bos_token': bool(tok.bos)}
     ids = {name: i for i, name in special.items()}
     if all(name in ids for name in CHAT):
         settings['eot_token_id'] = ids[CHAT[1]]

@@ -316,4 +316,6 @@ def metadata(net, tok):
     strings."""
     values = {'window': 0, **checkpoint.config_of(net)}
     values |= {'kind': kind_of(net), 'eot': tok.eot if tok else ''}
+    if tok and tok.bos:
+        values['bos'] = ' '.join(map(str, tok.bos))     # what every text begins with
     return {name: str(value) for name, value in values.items()}

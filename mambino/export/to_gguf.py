@@ -155,7 +155,7 @@ def compare_llama_cpp(llm, net, tok, quantize, T, n):
     check['greedy'] = f'{agreed} of {n}'
     if tok:
         texts = some_texts(tok, 200)
-        same = sum(llm.tokenize(text.encode(), special=False) == tok.encode(text).tolist()
+        same = sum(llm.tokenize(text.encode(), special=False) == [*tok.bos, *tok.encode(text).tolist()]
                    for text in texts)
         check['ids'] = f'{same} of {len(texts)}'
     return check

@@ -30,6 +30,7 @@ import torch
 from mambino.export.classes import check_classes, check_modules, look_up, look_up_alike
 from mambino.export.compare import difference, greedy, silent, some_ids, some_texts
 from mambino.export.to_safetensors import save_safetensors
+from mambino.tokenizer_json import beginning_only, marks_of
 from mambino.weights.from_hf import EXPERTS
 from model_gpt import GPT
 from model_hybrid import Hybrid
@@ -200,15 +201,20 @@ def write_json(folder, name, value):
 def write_tokenizer(tok, folder, block_size):
     """tokenizer.json, without what would add tokens that our training never saw, and how
     transformers is to use it."""
-    from tokenizers import Tokenizer
     spec = json.loads(tok.text)
-    removed = dict(post_processor=None, truncation=None, padding=None)
+    processor = spec.get('post_processor')
+    if not tok.bos:
+        processor = None
+    elif marks_of(spec)[1]:             # an end behind every prompt
+        processor = beginning_only(processor)
+    changed = dict(post_processor=processor, truncation=None, padding=None)
     tok.save(folder)
-    if any(spec.get(name) for name in removed):
-        write_json(folder, 'tokenizer.json', spec | removed)
-    eot = Tokenizer.from_str(tok.text).id_to_token(tok.eot)
+    if any(spec.get(name) != value for name, value in changed.items()):
+        write_json(folder, 'tokenizer.json', spec | changed)
+    eot = tok.name_of(tok.eot)
     write_json(folder, 'tokenizer_config.json', dict(
-        tokenizer_class='PreTrainedTokenizerFast', bos_token=eot, eos_token=eot, pad_token=eot,
+        tokenizer_class='PreTrainedTokenizerFast', eos_token=eot, pad_token=eot,
+        bos_token=tok.name_of(tok.context()[0]),
         model_max_length=block_size, split_special_tokens=True, clean_up_tokenization_spaces=False,
         padding_side='left'))
 
@@ -233,7 +239,7 @@ def write(net, tok, folder, quantize='', **_):
     check_exact(net, tok, quantize)
     keys, weights = to_transformers(net)
     eot = tok.eot if tok else None
-    ids = dict(bos_token_id=eot, eos_token_id=eot)
+    ids = dict(bos_token_id=tok.context()[0] if tok else None, eos_token_id=eot)
     dtypes = dict(torch_dtype='float32', dtype='float32')                       # transformers 4 and 5
     write_json(folder, 'config.json', {**keys, **ids, 'pad_token_id': None, **dtypes})
     generation = {**ids, 'pad_token_id': eot}
@@ -271,8 +277,9 @@ def same_ids(tok, folder, trust_remote_code):
     theirs = opened(texts, padding=False, truncation=False)['input_ids']
     same = 0
     for their_ids, our_ids in zip(theirs, tok.encode_batch(texts)):
-        same_text = opened.decode(their_ids, skip_special_tokens=True) == tok.decode(their_ids)
-        same += their_ids == our_ids.tolist() and same_text
+        their_text = opened.decode(their_ids, skip_special_tokens=True)
+        same_text = their_text.strip(' ') == tok.decode(their_ids).strip(' ')   # one may be the tokenizer's own
+        same += their_ids == [*tok.bos, *our_ids.tolist()] and same_text
     return same, len(texts)
 
 

@@ -89,7 +89,7 @@ def workplace(folder, target, tokenizer):
         fail(error)
     except UnknownCharacter as error:
         is_finished = True
-        fail(f'tokenizer={tokenizer}: {error}')
+        fail(f'tokenizer={tokenizer}: {error}; choose another, or train one on these texts with --tokenizer=bpe')
     except Unreachable as error:
         fail(f'{error}{GOES_ON}')
     except BrokenProcessPool:
@@ -333,7 +333,7 @@ class Output:
 
 def encode(corpus, tok, work, base):
     """Encodes the blocks that the journal has not yet, in many processes. Returns Written."""
-    made_of = spool.digest([tok.sha256(), corpus.decision(), base.get('sha256')])
+    made_of = spool.digest([tok.sha256(), tok.eot, tok.bos, corpus.decision(), base.get('sha256')])
     output = Output(work, made_of, base)
     first = output.state['block']
     blocks = len(corpus.blocks)
@@ -362,7 +362,7 @@ def encode_task(corpus, i, tok, work):
     return {
         'folder': work, 'key': key, 'block': block, 'rows': corpus.rows[used], 'use': corpus.use[used],
         'tokenizer': (os.path.join(work, 'tokenizer', 'tokenizer.json'), tok.sha256()),
-        'closing': [tok.eot] if corpus.limit else [], 'cut': cut,
+        'opening': tok.opening(), 'closing': [tok.eot] if corpus.limit else [], 'cut': cut,
     }
 
 
@@ -376,6 +376,7 @@ def describe(inputs, base, tok, corpus, account, skipped, written, split_seed, v
     sources = sorted(set(inputs)) or [f'Python {platform.python_version()} standard library']
     return {
         'format': FORMAT, 'dtype': 'int32', 'vocab_size': tok.vocab_size, 'eot': tok.eot,
+        **({'bos': tok.bos} if tok.bos else {}),
         'tokenizer': {'kind': tok.kind, 'file': 'tokenizer.json', 'sha256': tok.sha256()},
         'splits': written.splits, 'split_seed': split_seed, 'val_fraction': val_fraction,
         # a document whose hash is below is val; null: split by position

@@ -27,7 +27,8 @@ from mambino.prepare import account, isolate, screen
 from mambino.prepare.files import PACKED, Notes, Skip, extension_of
 from mambino.prepare.readers import READERS
 from mambino.prepare.sources import Source
-from mambino.tokenizer import SEAM, load_tokenizer
+from mambino.seams import SEAM
+from mambino.tokenizer import load_tokenizer
 
 FORMAT = 2         # of a dataset
 JOURNAL = 3        # of the reports on the way there
@@ -363,14 +364,15 @@ _tokenizers = {}  # sha256 → Tokenizer
 
 def encode(task):
     """The ids of a block. task: folder, key, block; rows: those that are used, and `use`, TRAIN or
-    VAL for each; tokenizer: (path, sha256); closing: list of ids after each document; cut: None or
-    (number of a row, characters): where val begins. Returns {TRAIN: Side.result(), VAL:
+    VAL for each; tokenizer: (path, sha256); opening, closing: lists of ids before and after each
+    document; cut: None or (number of a row, characters): where val begins. Returns {TRAIN: Side.result(), VAL:
     Side.result(), 'kinds': tokens by kind, 'bytes': by side}.
     """
     path, sha256 = task['tokenizer']
     if sha256 not in _tokenizers:
         _tokenizers[sha256] = load_tokenizer(path)
     tok = _tokenizers[sha256]
+    opening = np.array(task['opening'], np.int32)
     closing = np.array(task['closing'], np.int32)
     rows = task['rows']
     row_kinds = rows['kind'].tolist()
@@ -378,8 +380,10 @@ def encode(task):
     sides = {TRAIN: Side(), VAL: Side()}
     kinds = np.zeros(len(KINDS), np.int64)
 
-    def add(side, i, text, last):
-        ids = tok.encode(text)
+    def add(side, i, text, first, last):
+        ids = tok.encode(text, begins=first)
+        if first:
+            ids = np.concatenate([opening, ids])
         if last:
             ids = np.concatenate([ids, closing])
             side.offsets.append(side.tokens + len(ids))
@@ -390,12 +394,13 @@ def encode(task):
         kinds[row_kinds[i]] += len(ids)
 
     data = read_block(task['folder'], task['key'], task['block'])
-    pieces = zip(pieces_of(data, rows), task['use'].tolist(), rows['last'].tolist())
-    for i, (text, use, last) in enumerate(pieces):
+    firsts = (rows['part'] == 0).tolist()
+    pieces = zip(pieces_of(data, rows), task['use'].tolist(), firsts, rows['last'].tolist())
+    for i, (text, use, first, last) in enumerate(pieces):
         if i == cut_row:
-            add(sides[TRAIN], i, text[:cut_chars], True)
-            add(sides[VAL], i, text[cut_chars:], last)
+            add(sides[TRAIN], i, text[:cut_chars], first, True)
+            add(sides[VAL], i, text[cut_chars:], True, last)    # a half begins as a text of its own does
         else:
-            add(sides[use], i, text, last)
+            add(sides[use], i, text, first, last)
     results = {name: side.result(rows) for name, side in sides.items()}
     return results | {'kinds': kinds, 'bytes': {name: side.bytes for name, side in sides.items()}}

@@ -327,12 +327,30 @@ def beam_search(net, prompt, beams, max_new_tokens, vocab_size, is_end, length_p
 
 
 @torch.no_grad()
-def token_losses(net, ids, first):
-    """Yields the nats (t,) of ids, an array or tensor, chunk after chunk; the first one's after the
-    token `first`."""
+def token_losses(net, ids, before):
+    """Yields the nats (t,) of ids, a list, array or tensor, chunk after chunk; the first one's
+    after the ids `before`."""
     ids = torch.as_tensor(ids, dtype=torch.long)
-    inputs = torch.cat((torch.tensor([first]), ids[:-1]))
-    state = None
+    *read, last = before
+    state = prefill(net, read)[1] if read else None
+    inputs = torch.cat((torch.tensor([last]), ids[:-1]))
     for idx, targets in zip(chunks(net, inputs), chunks(net, ids)):     # (1, t) each
         logits, state = step(net, idx, state)
         yield require_finite(F.cross_entropy(logits[0].float(), targets[0], reduction='none'))
+
+
+@torch.no_grad()
+def window_losses(net, ids, before, rows=8):
+    """Yields the nats of ids, some windows after others, as train.py evaluates: windows of
+    block_size tokens, each read on its own, the first from the ids `before`; `rows` at once."""
+    device = next(net.parameters()).device
+    T = net.config.block_size
+    sequence = torch.tensor([*before, *ids])
+    targets = sequence[1:].clone()
+    targets[:len(before) - 1] = -1                          # what begins a text is given
+    padding = -len(targets) % T
+    x = F.pad(sequence[:-1], (0, padding)).view(-1, T)      # (windows, T)
+    y = F.pad(targets, (0, padding), value=-1).view(-1, T)
+    for idx, targets in zip(x.split(rows), y.split(rows)):
+        loss = net(idx.to(device), targets.to(device))[1]
+        yield require_finite(loss).item() * int((targets >= 0).sum())

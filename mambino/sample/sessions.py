@@ -43,7 +43,7 @@ class Session:
             self.tokens.pop()
             self.unread = []
         if not ids and not self.unread:
-            ids = [tok.eot]                                 # nothing at all: a new document
+            ids = tok.context()                             # nothing at all: a new document
         self.tokens.extend(ids)
         logits, self.state, _ = prefill(net, [*self.unread, *ids], self.state)
         self.unread = []

@@ -4,14 +4,11 @@ conversation, rates.
     options = Options(sampling=dict(temperature=0.8, top_k=200), max_new_tokens=500)
     show_samples(net, tok, prompts, num_samples=3, batch_size=16, seed=1337, options=options)
     show_beams(net, tok, prompts, num_samples=1, beams=4, length_penalty=1.0, options=options)
-    show_score(net, tok, 'book.txt')
     Dialogue(net, tok, session, options).answer(ids)        # goes on with a session's text
     converse(dialogue, opening, save)                       # … line by line, as it is typed
 
 Text goes to stdout; rates, progress and hints, which are not part of it, to stderr.
 """
-import heapq
-import math
 import os
 import signal
 import sys
@@ -23,19 +20,17 @@ from dataclasses import dataclass
 import torch
 
 from mambino.configurator import fail
-from mambino.sample.generation import Rows, beam_search, logprobs_of, prefill, token_losses
+from mambino.sample.generation import Rows, beam_search, logprobs_of, prefill
 from mambino.sample.text import (
     CONTEXT,
     Writer,
     chat_turn,
     encode_prompt,
-    read_text,
     token_text,
     without_mark,
 )
 
 RULE = '---------------'
-SURPRISES = 10                      # tokens that a score lists
 
 
 @dataclass
@@ -228,7 +223,7 @@ def show_beams(net, tok, texts, num_samples, beams, length_penalty, options):
     longest = max((len(stop.encode()) for stop in options.stops), default=0)
 
     def is_end(ids):
-        end = tok.decode(ids[-longest - 4:])                # a token is a byte or more
+        end = tok.decode(ids[-longest - 4:], begins=False)  # a token is a byte or more
         return ids[-1] == tok.eot or any(stop in end for stop in options.stops)
 
     for text in texts:
@@ -298,15 +293,17 @@ def converse(dialogue, opening, chat, save):
     are messages."""
     tok = dialogue.tok
     system = [('system', opening)] if chat and opening else []
-    ids = encode_prompt(tok, opening) if opening and not chat else []
+    session = dialogue.session
+    ids = encode_prompt(tok, opening, begins=not session.tokens) if opening and not chat else []
     if sys.stdin.isatty():
         print('Enter sends a line, Ctrl-C ends an answer, Ctrl-D the conversation', file=sys.stderr)
     while (line := read_typed()) is not None:
         try:
             if chat:
-                turn = chat_turn(tok, system + [('user', line)], first=not dialogue.session.tokens)
+                turn = chat_turn(tok, system + [('user', line)], first=not session.tokens)
             else:
-                turn = ids + tok.encode(line).tolist()
+                begins = not (session.tokens or ids)
+                turn = ids + (tok.bos if begins and line else []) + tok.encode(line, begins).tolist()
         except ValueError as error:
             print(f'{error}; say it otherwise', file=sys.stderr)
             continue
@@ -339,49 +336,3 @@ def read_typed():
         except UnicodeDecodeError as error:
             fail(f'standard input is not UTF-8: {error}')
     return '\n'.join([line.removesuffix('\\') for line in lines[:-1]] + lines[-1:])
-
-
-# --- how likely a text is -------------------------------------------------------------------------
-
-def show_score(net, tok, path):
-    """Prints how well the model predicts a text, as a document of its own, and the tokens that it
-    expected least."""
-    text = read_text(path, f'score={path}')
-    try:
-        ids = tok.encode(text)
-    except ValueError as error:
-        fail(f'score={path}: {error}; score another text, or with another model')
-    if not len(ids):
-        fail(f'score={path}: is empty, there is nothing to score')
-    total = 0.0                         # nats
-    seen = 0                            # tokens
-    worst = []                          # (nats, position)
-    began = time.perf_counter()
-    for nats in token_losses(net, ids, tok.eot):            # (t,)
-        nats = nats.cpu()
-        total += nats.double().sum().item()
-        values, index = nats.topk(min(SURPRISES, len(nats)))
-        positions = (index + seen).tolist()
-        worst = heapq.nlargest(SURPRISES, worst + list(zip(values.tolist(), positions)))
-        seen += len(nats)
-        if sys.stderr.isatty():
-            show_progress(seen, len(ids), time.perf_counter() - began)
-
-    loss = total / len(ids)
-    perplexity = math.exp(loss) if loss < 99 else math.inf  # no float can hold more
-    print(f'tokens      {len(ids):,}')
-    print(f'loss        {loss:.4f} nats/token')
-    print(f'perplexity  {perplexity:,.2f}')
-    print(f'bits/byte   {total / math.log(2) / len(text.encode()):.4f}')
-    print('\nleast expected, in nats:')
-    for nats, at in worst:
-        before = repr(tok.decode(ids[max(0, at - 12):at]))[1:-1]
-        after = repr(tok.decode(ids[at + 1:at + 6]))[1:-1]
-        print(f'{nats:7.2f}  {before}  >>{token_text(tok, ids[at])[1:-1]}<<  {after}')
-
-
-def show_progress(seen, total, seconds):
-    """A line that changes, with rate and time left."""
-    rate = seen / seconds
-    line = f'{seen:,} of {total:,} tokens, {rate:,.0f} tokens/s, {(total - seen) / rate:,.0f} s left   '
-    print('\r' + line, end='\n' if seen == total else '', file=sys.stderr, flush=True)

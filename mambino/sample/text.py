@@ -50,18 +50,20 @@ def prompts_of(start):
     return [start]
 
 
-def encode_prompt(tok, text, setting='start'):
-    """Ids of a prompt; <|endoftext|> at its beginning is the end-of-text id. Unusable text ends the
-    program in a line that names the setting it came from."""
+def encode_prompt(tok, text, setting='start', begins=True):
+    """Ids of a prompt. begins: whether it begins a text, else it goes on with one; <|endoftext|> at
+    its beginning always begins a new one. Unusable text ends the program in a line that names the
+    setting it came from."""
     if not text:
         fail(f'{setting} is empty: give a prompt, as in --{setting}="Once upon a time"; a newline alone '
              'will do')
-    ids = []
+    ids = tok.bos if begins else []
     if text.startswith('<|endoftext|>'):
-        ids = [tok.eot]
+        ids = tok.context() if begins else [tok.eot, *tok.opening()]
         text = without_mark(text)
+        begins = True
     try:
-        return ids + tok.encode(text).tolist()
+        return ids + tok.encode(text, begins).tolist()
     except ValueError as error:
         fail(f'{setting}: {error}, in {text[:60]!r}; choose another --{setting}')
 
@@ -95,20 +97,29 @@ def chat_turn(tok, messages, first):
     """The ids of messages [(role, text), …] in ChatML and of the beginning of the answer. first:
     else an answer ends here."""
     begin, end = chat_marks(tok)
-    newline = tok.encode('\n').tolist()
-    ids = [] if first else [end, *newline]
+
+    def encode(text):
+        return tok.encode(text, begins=False).tolist()
+
+    newline = encode('\n')
+    ids = [*tok.bos] if first else [end, *newline]
     for role, text in messages:
-        ids += [begin, *tok.encode(f'{role}\n{text}').tolist(), end, *newline]
-    return ids + [begin, *tok.encode('assistant\n').tolist()]
+        ids += [begin, *encode(f'{role}\n{text}'), end, *newline]
+    return ids + [begin, *encode('assistant\n')]
 
 
 # --- from ids to text -----------------------------------------------------------------------------
 
 def token_text(tok, i):
-    """A token as a table shows it: in quotes; bytes that are no characters as bytes."""
+    """A token as a table shows it: in quotes; bytes that are no characters as bytes; of one that
+    stands for nothing its name."""
     if i == tok.eot:
         return '<|endoftext|>'
     raw = tok.token_bytes(i)
+    if raw is None:                     # only the library can tell
+        return repr(tok.decode([i], begins=False))
+    if not raw:
+        return tok.name_of(i)
     try:
         return repr(raw.decode('utf-8'))
     except UnicodeDecodeError:

@@ -30,7 +30,7 @@ def evaluate(net, data, batch_size, block_size, eval_iters, device, dtype):
             nats += loss.item() * len(counted)
             targets += len(counted)
             if part.token_bytes is not None:
-                text_bytes += int(part.token_bytes[counted.numpy()].sum())
+                text_bytes += part.token_bytes[counted.numpy()].sum()
         sums.append(summed(nats, targets, text_bytes))
     net.train()
     return batches.val_result(data, sums)
@@ -39,9 +39,9 @@ def evaluate(net, data, batch_size, block_size, eval_iters, device, dtype):
 def show_sample(net, tokenizer, prompt, step, seed, device):
     """Prints a piece of text from the model as it is, the same for the same weights."""
     net.eval()
-    writer = Writer(tokenizer)
-    generator = torch.Generator(device).manual_seed(seed)
     ids = encode_prompt(tokenizer, prompt, 'sample_start')
+    writer = Writer(tokenizer, before=ids)
+    generator = torch.Generator(device).manual_seed(seed)
     for row in generate(net, ids, 1, 200, tokenizer.vocab_size, temperature=0.8, top_k=200, generator=generator):
         writer.feed(int(row))
     net.train()

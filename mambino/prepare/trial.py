@@ -1,0 +1,127 @@
+"""What a tokenizer that was made for other texts loses of these: found on a sample, before all of
+them are encoded.
+
+    notes = trial.try_tokenizer(tok, 'path/to/it', corpus, work)    # [] where the text comes back
+
+A tokenizer may lack characters, turn capitals into small letters, drop accents, newlines or spaces.
+A model never learns what is lost there. So it is said, on the screen and in meta.json; and where
+most of the text is unknown to the tokenizer, nothing is made at all.
+"""
+import unicodedata
+from collections import Counter
+
+from mambino.prepare import spool
+from mambino.prepare.corpus import TooLittle
+
+SAMPLE_MB = 1.0     # so much is tried, as evenly taken from the documents as for training a tokenizer
+MOST = 20_000       # characters of a piece that are tried,
+STRETCHES = 10      # in so many stretches
+HOPELESS = 0.5      # of the characters unknown: no dataset
+SMALL = 1e-4        # a loss of so little of a text is not worth a word
+OTHERS = 'choose another, or train one on these texts with --tokenizer=bpe'
+
+
+def try_tokenizer(tok, name, corpus, work):
+    """The note on what it does not give back, which is printed too: [{'file', 'note'}], [] for
+    nothing. TooLittle where it does not know most of the text. name: the tokenizer as the person
+    wrote it."""
+    if tok.kind != 'bpe' or tok.fast:       # all bytes have ids, and come back
+        return []
+    losses = Losses()
+    for text in sample_texts(corpus, work):
+        losses.add(text, *tok.there_and_back(text))
+    if losses.hopeless() > HOPELESS:
+        raise TooLittle(f'tokenizer={name}: {percent(losses.hopeless())} of the characters of these texts are unknown '
+                        f'to it; {OTHERS}')
+    reasons = losses.reasons()
+    if not reasons:
+        return []
+    note = 'the tokenizer does not give the text back: ' + ', '.join(reasons)
+    print(f'tokenizer {name}: {note.removeprefix("the tokenizer ")}; {OTHERS}')
+    return [{'file': 'tokenizer.json', 'note': note}]
+
+
+def sample_texts(corpus, work):
+    """Yields parts of some pieces of train documents, always the same ones."""
+    sample = list(corpus.sample(SAMPLE_MB))
+    if not sample:                          # few and large pieces, and none was drawn
+        sample = [(key, block, rows[:1], last_chars) for key, block, rows, last_chars in corpus.sample(1e9)][:1]
+    for key, block, rows, last_chars in sample:
+        pieces = list(spool.pieces_of(spool.read_block(work, key, block), rows))
+        pieces[-1] = pieces[-1][:last_chars]
+        for text in pieces:
+            if len(text) <= MOST:
+                yield text
+            else:                           # evenly from all of it
+                for start in range(0, len(text), len(text) // STRETCHES):
+                    yield text[start:start + MOST // STRETCHES]
+
+
+class Losses:
+    """What was lost of texts, in characters."""
+
+    def __init__(self):
+        self.counts = Counter()     # of what there was
+        self.lost = Counter()       # of that, what did not come back; keys: see add()
+
+    def add(self, text, back, unknown):
+        """A text, what came back of it, and how many of its characters were unknown."""
+        white = sum(map(text.count, ' \t\n'))
+        self.counts.update({'newlines': text.count('\n'), 'tabs': text.count('\t'), 'spaces': text.count(' '),
+                            'characters': len(text) - white})
+        self.lost['unknown'] += unknown
+        if back == text:
+            return
+        missing = Counter(text) - Counter(back)
+        for name, c in ('newlines', '\n'), ('tabs', '\t'), ('spaces', ' '):
+            self.lost[name] += missing.pop(c, 0)
+        self.lost['added'] += max(0, back.count(' ') - text.count(' '))
+        exact = missing.total()
+        small = lacking(text.lower(), back.lower())
+        plain = lacking(without_accents(text.lower()), without_accents(back.lower()))
+        self.lost['capitals'] += max(0, exact - small)
+        self.lost['accents'] += max(0, small - plain)
+        self.lost['others'] += max(0, min(exact, plain) - unknown)
+
+    def hopeless(self):
+        """The share of characters, without white space, of which nothing is left."""
+        gone = max(self.lost['unknown'], self.lost['unknown'] + self.lost['others'])
+        return min(1.0, gone / max(1, self.counts['characters']))
+
+    def reasons(self):
+        """What is lost, in words, the worst first."""
+        characters = max(1, self.counts['characters'])
+        reasons = []
+        if self.lost['unknown']:
+            share = self.lost['unknown'] / characters
+            reasons.append(f'{percent(share)} of the characters are unknown to it')
+        for name, words in (
+                ('others', '{} of the characters come back as others or not at all'),
+                ('capitals', 'capitals become small letters ({} of the characters)'),
+                ('accents', 'accents are dropped ({} of the characters)'),
+                ('added', 'spaces are put where none were ({} of the characters)')):
+            share = self.lost[name] / characters
+            if share > SMALL:
+                reasons.append(words.format(percent(share)))
+        for name in ('newlines', 'tabs', 'spaces'):
+            share = self.lost[name] / max(1, self.counts[name])
+            if share > SMALL and self.lost[name] / (characters + self.counts[name]) > SMALL:
+                reasons.append(f'{percent(share)} of the {name} are lost')
+        return reasons
+
+
+def lacking(text, back):
+    """How many characters of a text, but for white space, are not in what came back."""
+    missing = Counter(text) - Counter(back)
+    return sum(n for c, n in missing.items() if c not in ' \t\n')
+
+
+def without_accents(text):
+    """A text without the marks above and below its letters."""
+    return ''.join(c for c in unicodedata.normalize('NFD', text) if not unicodedata.combining(c))
+
+
+def percent(share):
+    """0.342 → '34%', 0.0034 → '0.34%', 1.0 → '100%'."""
+    number = 100 * share
+    return f'{number:.0f}%' if number >= 1 else f'{number:.2g}%'

@@ -1,0 +1,96 @@
+"""How likely a text is to a model, and what it expected least.
+
+    show_score(net, tok, 'book.txt')
+
+The figures are those of train.py's evaluation: of the same text, with the same model, they are the
+same numbers. The text begins as a document does in the data, behind end-of-text or with the ids that
+begin a text, and is read in windows of block_size tokens, each on its own:
+
+    text ──► ids ──► windows ──► nats of each ──► loss, perplexity, bits a byte of the text
+              └────► one after another, with all that stands before ──► what was expected least
+"""
+import heapq
+import math
+import sys
+import time
+
+from mambino.configurator import fail
+from mambino.sample.generation import token_losses, window_losses
+from mambino.sample.text import read_text, token_text
+
+SURPRISES = 10          # tokens that a score lists
+BEFORE, AFTER = 12, 5   # tokens beside them
+
+
+def show_score(net, tok, path):
+    """Prints how well the model predicts a text, as a document of its own, and the tokens that it
+    expected least."""
+    text = read_text(path, f'score={path}')
+    try:
+        ids = tok.encode(text).tolist()
+    except ValueError as error:
+        fail(f'score={path}: {error}; score another text, or with another model')
+    if not ids:
+        fail(f'score={path}: is empty, there is nothing to score')
+    before = tok.context()
+    size = len(text.encode('utf-8'))
+    total = sum(window_losses(net, ids, before))
+    print(f'tokens      {len(ids):,}')
+    print(f'loss        {total / len(ids):.4f} nats/token')
+    print(f'perplexity  {perplexity(total / len(ids)):,.2f}')
+    print(f'bits/byte   {total / math.log(2) / size:.4f}')
+
+    total, worst = surprises(net, ids, before)
+    if len(ids) > net.config.block_size:
+        print(f'in windows of {net.config.block_size} tokens, as train.py evaluates; with all the text before a token: '
+              f'{total / len(ids):.4f} nats/token, {total / math.log(2) / size:.4f} bits/byte')
+    print('\nleast expected, in nats:')
+    for nats, at in worst:
+        left, token, right = around(tok, ids, at)
+        print(f'{nats:7.2f}  {left}  >>{token}<<  {right}')
+
+
+def perplexity(loss):
+    """e to the loss, or infinity where no float can hold it."""
+    return math.exp(loss) if loss < 99 else math.inf
+
+
+def surprises(net, ids, before):
+    """(nats of all ids, [(nats, position), …] of those that were expected least), each with all
+    the text before it."""
+    total = 0.0
+    seen = 0                            # tokens
+    worst = []
+    began = time.perf_counter()
+    for nats in token_losses(net, ids, before):             # (t,)
+        nats = nats.cpu()
+        total += nats.double().sum().item()
+        values, index = nats.topk(min(SURPRISES, len(nats)))
+        positions = (index + seen).tolist()
+        worst = heapq.nlargest(SURPRISES, worst + list(zip(values.tolist(), positions)))
+        seen += len(nats)
+        if sys.stderr.isatty():
+            show_progress(seen, len(ids), time.perf_counter() - began)
+    return total, worst
+
+
+def around(tok, ids, at):
+    """[what stands before a token, itself, what stands behind it] as a table shows it. Of a token
+    that is a part of a character, that character and which bytes of it are meant."""
+    first, last = tok.whole(ids, at, at + 1)
+    start, _ = tok.whole(ids, max(0, first - BEFORE), first)
+    _, end = tok.whole(ids, last, min(len(ids), last + AFTER))
+    shown = [repr(tok.decode(ids[a:b], begins=a == 0))[1:-1]
+             for a, b in ((start, first), (first, last), (last, end))]
+    if (first, last) != (at, at + 1):
+        shown[1] += f' [{tok.token_bytes(ids[at]).hex(" ")}]'
+    elif not shown[1]:
+        shown[1] = token_text(tok, ids[at])
+    return shown
+
+
+def show_progress(seen, total, seconds):
+    """A line that changes, with rate and time left."""
+    rate = seen / seconds
+    line = f'{seen:,} of {total:,} tokens, {rate:,.0f} tokens/s, {(total - seen) / rate:,.0f} s left   '
+    print('\r' + line, end='\n' if seen == total else '', file=sys.stderr, flush=True)

@@ -1,0 +1,271 @@
+"""What a tokenizer.json says, whoever made it.
+
+    text = read_text('folder/tokenizer.json')       # or the program ends in a line that says what to do
+    text = without_training(text)                   # what was there to train with is off
+    spec = json.loads(text)
+    begin, end = marks_of(spec)                     # the ids it puts around a text: ([1], [2])
+    eot = end_of_text(spec, config_beside('folder'))
+    ranks = gpt2_ranks(spec)                        # {bytes: id}, where it is GPT-2's scheme
+
+A tokenizer.json (of the tokenizers library) is a pipeline: normalizer, pre_tokenizer, model,
+post_processor, and a decoder for the way back, which detokenizer.py reads.
+"""
+import json
+import os
+
+from mambino.configurator import fail
+
+FILE = 'tokenizer.json'
+EOT = '<|endoftext|>'
+# what other people's tokenizers call the end of a text, in order of preference
+EOT_NAMES = [EOT, '<|end_of_text|>', '</s>', '<eos>', '<|eos|>', '<｜end▁of▁sentence｜>', '<|im_end|>', '[SEP]']
+# what tokenizer.json may say of a BPE and GPT-2's does not
+NOT_GPT2 = ('continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback', 'ignore_merges')
+CONVERT = ("make one with transformers: python -c \"from transformers import AutoTokenizer as A; "
+           "A.from_pretrained('FOLDER').save_pretrained('NEW')\", and give --tokenizer=NEW")
+# what else lies where a tokenizer.json is looked for
+OTHERS = ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model', 'vocab.json', 'merges.txt', 'vocab.txt',
+          'tokenizer_config.json')
+
+# GPT-2 writes a byte as a printable character: itself where it is one, else the next free one from 256 on
+_printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_others = [b for b in range(256) if b not in _printable]
+BYTE_TO_CHAR = {**{b: chr(b) for b in _printable}, **{b: chr(256 + i) for i, b in enumerate(_others)}}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+def read_text(path):
+    """The text of the tokenizer.json at `path`, a file or the folder that holds one: UTF-8, UTF-16
+    or UTF-32, with a byte order mark or without. What is none ends the program in a line."""
+    file = os.path.join(path, FILE) if os.path.isdir(path) else path
+    try:
+        with open(file, 'rb') as f:
+            raw = f.read()
+    except FileNotFoundError:
+        there = sorted(name for name in OTHERS if os.path.exists(os.path.join(path, name)))
+        if there:
+            fail(f'{file}: missing; {" and ".join(there)} alone are not enough, {CONVERT}')
+        fail(f'{file}: no such tokenizer')
+    except OSError as error:
+        fail(f'{file}: cannot be used as a tokenizer: {error}')
+    try:
+        text = raw.decode(json.detect_encoding(raw)).removeprefix('\ufeff')
+        spec = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        fail(f'{file}: cannot be used as a tokenizer: {what_else(raw, error)}')
+    if not isinstance(spec, dict) or not isinstance(spec.get('model'), dict):
+        fail(f'{file}: cannot be used as a tokenizer: JSON, but no tokenizer.json, which has a model in it; where '
+             f'there is none, {CONVERT}')
+    return text
+
+
+def what_else(raw, error):
+    """What a file is that is no JSON, and what to do about it. raw: its bytes; error: of json."""
+    head = raw[:4096]
+    if not raw:
+        return 'the file is empty'
+    if head[:1] == b'\n' and (b'<unk>' in head or b'<pad>' in head or '▁'.encode() in head):
+        return f'a SentencePiece model; {CONVERT}'
+    if head[:2] == b'\x1f\x8b' or head[:4] == b'PK\x03\x04' or head[:4] == b'\x28\xb5\x2f\xfd':
+        return 'packed; unpack it first'
+    lines = head.split(b'\n')
+    if lines[0].startswith(b'#version') or all(len(line.split(b' ')) == 2 for line in lines[:3]):
+        return f'a list of merges or ranks, no tokenizer.json; {CONVERT}'
+    return f'no JSON ({error}); {CONVERT}'
+
+
+def config_beside(folder):
+    """What transformers' tokenizer_config.json in a folder says; {} where there is none."""
+    try:
+        with open(os.path.join(folder, 'tokenizer_config.json'), 'rb') as f:
+            config = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+# --- what it does with a text ---------------------------------------------------------------------
+
+def without_training(text):
+    """The text of a tokenizer.json without what only training the tokenizer's model was to see:
+    dropout, sampling, truncation, padding. The very same text where there is nothing of it."""
+    spec = json.loads(text)
+    model = spec['model']
+    trained_with = [name for name in ('dropout', 'alpha', 'nbest_size') if model.get(name)]
+    cut_with = [name for name in ('truncation', 'padding') if spec.get(name)]
+    if not trained_with and not cut_with:
+        return text
+    for name in trained_with:
+        model[name] = None
+    for name in cut_with:
+        spec[name] = None
+    return json.dumps(spec, ensure_ascii=False, indent=2)
+
+
+def marks_of(spec):
+    """(ids that its post-processor puts before a text, ids that it puts behind it)."""
+    return marks_around(spec.get('post_processor') or {})
+
+
+def marks_around(processor):
+    """As marks_of, of one processor, which may be a row of others."""
+    before, after = [], []
+    if processor.get('type') == 'Sequence':
+        for part in processor['processors']:
+            begin, end = marks_around(part)
+            before = begin + before
+            after = after + end
+    elif processor.get('type') in ('BertProcessing', 'RobertaProcessing'):
+        before = [processor['cls'][1]]
+        after = [processor['sep'][1]]
+    elif processor.get('type') == 'TemplateProcessing':
+        side = before
+        for piece in processor['single']:
+            if 'Sequence' in piece:
+                side = after
+            else:
+                side += processor['special_tokens'][piece['SpecialToken']['id']]['ids']
+    return before, after
+
+
+def end_of_text(spec, config):
+    """The id that ends a text, by what the tokenizer itself says: its post-processor, else
+    `config`, its tokenizer_config.json; else by its name. It is not what begins a text, unless
+    there is nothing else; None where there is nothing at all."""
+    vocab = vocabulary(spec)
+    begin, end = marks_of(spec)
+    if end:
+        named = [i for i in end if i in {vocab.get(name) for name in EOT_NAMES}]
+        return (named or end)[-1]
+    said = config.get('eos_token')
+    if isinstance(said, dict):          # as older versions write an added token
+        said = said.get('content')
+    ids = [vocab[name] for name in (said, *EOT_NAMES) if name in vocab]
+    return next((i for i in ids if i not in begin), begin[-1] if begin else None)
+
+
+def vocabulary(spec):
+    """{token: id} of the model and of what was added to it."""
+    vocab = spec['model'].get('vocab') or {}
+    if isinstance(vocab, list):         # of a Unigram, with scores
+        vocab = {token: i for i, (token, _) in enumerate(vocab)}
+    return {**vocab, **{token['content']: token['id'] for token in spec['added_tokens']}}
+
+
+def beginning_only(processor):
+    """A post-processor without the marks that it puts behind a text; None where nothing is left."""
+    kind = (processor or {}).get('type')
+    if kind == 'Sequence':
+        parts = [part for part in map(beginning_only, processor['processors']) if part]
+        return {**processor, 'processors': parts} if parts else None
+    if kind in ('BertProcessing', 'RobertaProcessing'):
+        name, i = processor['cls']
+        single = [{'SpecialToken': {'id': name, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]
+        special = {name: {'id': name, 'ids': [i], 'tokens': [name]}}
+    elif kind == 'TemplateProcessing':
+        at = next(n for n, piece in enumerate(processor['single']) if 'Sequence' in piece)
+        single = processor['single'][:at + 1]
+        special = processor['special_tokens']
+    else:
+        return processor or None
+    pair = [*single, {'Sequence': {'id': 'B', 'type_id': 0}}]
+    return {'type': 'TemplateProcessing', 'single': single, 'pair': pair, 'special_tokens': special}
+
+
+def without_prefix(spec):
+    """The same tokenizer for text that goes on: without the space that it puts before a text; equal
+    to `spec` where it puts none there."""
+    steps = {name: unprefixed(spec[name]) for name in ('normalizer', 'pre_tokenizer') if spec.get(name)}
+    return {**spec, **steps}
+
+
+def unprefixed(step):
+    """A normalizer or pre-tokenizer that puts nothing before a text; None where it did nothing
+    else."""
+    if step['type'] == 'Prepend':
+        return None
+    if step['type'] == 'Sequence':
+        name = 'normalizers' if 'normalizers' in step else 'pretokenizers'
+        parts = [part for part in map(unprefixed, step[name]) if part]
+        return {**step, name: parts} if parts else None
+    if step['type'] == 'Metaspace' and prepends(step):
+        rest = {key: value for key, value in step.items() if key != 'add_prefix_space'}
+        return {**rest, 'prepend_scheme': 'never'}
+    if step['type'] == 'ByteLevel' and step.get('add_prefix_space'):
+        return {**step, 'add_prefix_space': False}
+    return step
+
+
+def prepends(metaspace):
+    """Whether a Metaspace step puts its mark before a text; old ones say it otherwise."""
+    return metaspace.get('prepend_scheme', 'always') != 'never' and metaspace.get('add_prefix_space', True)
+
+
+def hidden(spec, marks):
+    """The same tokenizer with names for its special tokens, and those with ids in `marks`, that no
+    text has: a Unigram, a WordPiece or a list of words would take a text that says </s> for the
+    end-of-text id. What stands for unknown text keeps its name."""
+    model = spec['model']
+    special = {token['content'] for token in spec['added_tokens'] if token['special']}
+    special |= {token for token, i in vocabulary(spec).items() if i in marks}
+    special.discard(model.get('unk_token'))
+    vocab = model.get('vocab')
+    if model['type'] == 'BPE' or not special:
+        return spec                         # a BPE reaches no token but by its merges
+
+    def rename(token):
+        return f'\ufdd0{token}\ufdd1' if token in special else token
+
+    if isinstance(vocab, list):             # of a Unigram, with scores
+        known = {token for token, _ in vocab}
+        renamed = [[rename(token), score] for token, score in vocab]
+    else:
+        known = set(vocab)
+        renamed = {rename(token): i for token, i in vocab.items()}
+    added = [token for token in spec['added_tokens'] if token['content'] not in special & known]
+    return {**spec, 'model': {**model, 'vocab': renamed}, 'added_tokens': added, 'post_processor': None}
+
+
+# --- GPT-2's scheme -------------------------------------------------------------------------------
+
+def gpt2_ranks(spec):
+    """{bytes: id} for tiktoken if this tokenizer.json is GPT-2's scheme with ids in the order of
+    the merges, else None.
+    """
+    model = spec['model']
+    added = {token['content']: token for token in spec['added_tokens']}
+    split = spec.get('pre_tokenizer') or {}
+    if model['type'] != 'BPE' or any(model.get(name) for name in NOT_GPT2) or spec.get('normalizer'):
+        return None
+    if not all(token['special'] for token in added.values()):
+        return None
+    if split.get('type') != 'ByteLevel' or split.get('add_prefix_space') or not split.get('use_regex', True):
+        return None
+    words = {token: i for token, i in model['vocab'].items() if token not in added}
+    if any(c not in CHAR_TO_BYTE for token in words for c in token):
+        return None
+    ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in words.items()}
+    merges = [tuple(merge.split(' ') if isinstance(merge, str) else merge) for merge in model['merges']]
+    has_all_bytes = all(bytes([b]) in ranks for b in range(256))
+    return ranks if has_all_bytes and find_merges(ranks) == merges else None
+
+
+def find_merges(ranks):
+    """The merge list of a byte-level BPE, as pairs of strings in GPT-2's alphabet, from its {bytes:
+    rank}: a token is the merge of the two parts that are left when its bytes are merged by all
+    earlier ranks. None if there are no such two.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            best = pairs.index(min(pairs))
+            if pairs[best] >= rank:
+                return None
+            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(''.join(BYTE_TO_CHAR[b] for b in part) for part in parts))
+    return merges
