@@ -19,12 +19,13 @@ sessions.py keeps a state for later; score.py says how likely a text is; termina
 """
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 
 from mambino.configurator import configure, fail, require
-from mambino.machine import choose_device
+from mambino.machine import autocast, choose_device, choose_dtype
 from mambino.sample.score import show_score
 from mambino.sample.sessions import Session, open_session
 from mambino.sample.terminal import (
@@ -169,7 +170,8 @@ with quiet_end():
     # --- do what is asked for
     with context:
         if score:
-            show_score(net, tok, score)
+            is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
+            show_score(net, tok, score, autocast(where, choose_dtype('auto', where)) if is_auto else nullcontext())
         elif interactive:
             end_ids = chat_marks(tok)[1:] if chat else ()
             converse(Dialogue(net, tok, text, options, end_ids), ''.join(prompts), chat, save)

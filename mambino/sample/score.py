@@ -1,6 +1,6 @@
 """How likely a text is to a model, and what it expected least.
 
-    show_score(net, tok, 'book.txt')
+    show_score(net, tok, 'book.txt', nullcontext())
 
 The figures are those of train.py's evaluation: of the same text, with the same model, they are the
 same numbers. The text begins as a document does in the data, behind end-of-text or with the ids that
@@ -22,9 +22,9 @@ SURPRISES = 10          # tokens that a score lists
 BEFORE, AFTER = 12, 5   # tokens beside them
 
 
-def show_score(net, tok, path):
+def show_score(net, tok, path, precision):
     """Prints how well the model predicts a text, as a document of its own, and the tokens that it
-    expected least."""
+    expected least. precision: the context in which the figures are computed."""
     text = read_text(path, f'score={path}')
     try:
         ids = tok.encode(text).tolist()
@@ -34,7 +34,8 @@ def show_score(net, tok, path):
         fail(f'score={path}: is empty, there is nothing to score')
     before = tok.context()
     size = len(text.encode('utf-8'))
-    total = sum(window_losses(net, ids, before))
+    with precision:
+        total = sum(window_losses(net, ids, before))
     print(f'tokens      {len(ids):,}')
     print(f'loss        {total / len(ids):.4f} nats/token')
     print(f'perplexity  {perplexity(total / len(ids)):,.2f}')
