@@ -66,10 +66,13 @@ def test_the_column_is_chosen(tmp_path):
     assert check({'a.text': ['x'], 'a': [{'text': 1}]}) == ['x']
     assert check({'image': [b'\0'], 'caption': ['c']}) == ['c']
     assert check({'x': [b'y']}, text_column='x') == ['y']
+    assert check({'title': ['A title'], 'body': ['b']}, text_column='Title,body') == ['A title\n\nb']
     assert check({'text': pa.array([], pa.string())}) == []
-    with pytest.raises(Skip, match='^no clear text column among: a, b$'):
+    with pytest.raises(Skip, match='^no text in text$'):
+        check({'url': ['https://example.org'], 'text': pa.nulls(1)})
+    with pytest.raises(Skip, match='^no clear text column among: a, b; say which with --text_column=a$'):
         check({'a': ['x'], 'b': ['y']})
-    with pytest.raises(Skip, match='^no column c among: a$'):
+    with pytest.raises(Skip, match='^text_column=c: no column c among: a$'):
         check({'a': ['x']}, text_column='c')
     with pytest.raises(Skip, match='^no clear text column among: 0, 1, 2, 3, 4, 5, 6, 7, ...$'):
         check({str(i): [i] for i in range(50)})

@@ -1,25 +1,52 @@
 """Reads parquet and Arrow, a document a row. A batch of rows is in memory at a time.
 
-    for text, last in arrow_rows.read_parquet('rows.parquet', {'text_column': ''}, notes): ...
+    for text, last in arrow_rows.read_parquet('rows.parquet', options | plan, notes): ...  # of survey.py
+    for text, last in arrow_rows.read_parquet('rows.parquet', options | {'look': True}, notes): ...
+
+The second yields one text, what is in the file, as JSON: {'profile', 'rows', 'plan'}. Parsers that
+may crash do so in a process of their own, and that is how survey.py looks into such files.
 """
-from mambino.prepare.columns import COLUMNS, ROWS, choose_column, no_column, rows_of
+import itertools
+import json
+import os
+
+from mambino.prepare.cells import AS_IT_STANDS, rows_of
+from mambino.prepare.columns import ROWS, SAMPLE_ROWS
+from mambino.prepare.looks import new_column, profile_of
+
+PLACES = 10             # groups or batches of rows that are looked at, all over a file
+PART_BYTES = 8_000_000  # of a large file, that are read together;
+SKIPPED_BYTES = 64_000_000  # and where a part is reached only through those before it
 
 
 def read_parquet(path, options, notes):
-    """A document a row, from the text column."""
+    """A document a row. options['part']: [first row group, last + 1]."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     pa.set_cpu_count(1)
     # not by name, which Arrow wants in UTF-8; not mapped, for that would count as memory
     with open(path, 'rb') as f:
         reader = pq.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20)
-        column = choose_arrow_column(reader.schema_arrow, options)
-        batches = reader.iter_batches(batch_size=ROWS, columns=[column], use_threads=False)
-        yield from rows_of(values_of(batches, column), column, notes)
+
+        def batches(columns, groups=None):
+            return reader.iter_batches(batch_size=ROWS, columns=columns, row_groups=groups, use_threads=False)
+
+        if options.get('look'):
+            n = reader.num_row_groups
+            sizes = [reader.metadata.row_group(i).total_byte_size for i in range(n)]
+            sizes = [os.path.getsize(path) * size // max(1, sum(sizes)) for size in sizes]  # as it is packed
+            groups = [batches(texts_of(reader.schema_arrow), [i]) for i in spread(n)]
+            yield look(reader.schema_arrow, groups, grouped(sizes, PART_BYTES)), True
+            return
+        groups = range(*options['part']) if 'part' in options else None
+        columns = columns_of(reader.schema_arrow, options['columns'])
+        yield from rows_of(rows_in(batches(columns, groups), notes), options, notes)
 
 
 def read_arrow(path, options, notes):
-    """The same from what Hugging Face's save_to_disk wrote: a file or a stream of batches."""
+    """The same from what Hugging Face's save_to_disk wrote: a file or a stream of batches.
+    options['part']: [first batch, last + 1].
+    """
     import pyarrow as pa
     pa.set_cpu_count(1)
     with open(path, 'rb') as f:
@@ -27,12 +54,111 @@ def read_arrow(path, options, notes):
         f.seek(0)
         if is_file:
             reader = pa.ipc.open_file(f)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
+            n = reader.num_record_batches
+            batches = map(reader.get_batch, range(n)[slice(*options.get('part', [None]))])
         else:
             reader = pa.ipc.open_stream(f)
-            batches = reader
-        column = choose_arrow_column(reader.schema, options)
-        yield from rows_of(values_of(batches, column), column, notes)
+            batches = itertools.islice(reader, *options.get('part', [None]))
+        if options.get('look'):
+            size = os.path.getsize(path)
+            if is_file:
+                groups = [iter([reader.get_batch(i)]) for i in spread(n)]
+                parts = grouped([size // max(1, n)] * n, PART_BYTES)
+            else:
+                groups = [reader] if size < 2 * SKIPPED_BYTES else [itertools.islice(reader, PLACES)]
+                parts = []
+            yield look(reader.schema, groups, parts), True
+            return
+        columns = columns_of(reader.schema, options['columns'])
+        batches = (batch.select(columns) for batch in batches)
+        yield from rows_of(rows_in(batches, notes), options, notes)
+
+
+def spread(n):
+    """At most PLACES of the numbers below n, all over."""
+    return sorted({i * n // PLACES for i in range(PLACES)}) if n else []
+
+
+def grouped(sizes, part_bytes):
+    """[[first, last + 1], ...] of groups of rows of these sizes, about part_bytes together; [] where
+    there is one.
+    """
+    parts = [[0, 0]]
+    size = 0
+    for i, more in enumerate(sizes):
+        if size and size + more > part_bytes:
+            parts.append([i, i])
+            size = 0
+        parts[-1][1] = i + 1
+        size += more
+    return parts if len(parts) > 1 else []
+
+
+# -----------------------------------------------------------------------------
+# Looking
+
+def look(schema, groups, parts):
+    """What is in a table, as JSON. groups: iterators of batches, from several places."""
+    profile = {}
+    for field in schema:
+        if field.name not in texts_of(schema):
+            profile[field.name] = new_column() | {'rows': 1, 'other': {kind_of(field.type): 1}}
+    taken = 0
+    for batches in groups:
+        rows = itertools.islice(rows_in(batches), SAMPLE_ROWS // max(1, len(groups)))
+        rows = list(rows)
+        taken += len(rows)
+        profile_of(rows, profile)
+    for field in schema:
+        profile.setdefault(field.name, new_column())
+    profile = {name: profile[name] for name in in_order(schema, profile)}
+    return json.dumps({'profile': profile, 'rows': taken, 'plan': {'parts': parts}})
+
+
+def in_order(schema, profile):
+    """The columns as the schema has them; those of objects in their place."""
+    order = {name: i for i, name in enumerate(schema.names)}
+    parents = {column for name in profile for column in [name.rpartition('.')[0]] if column in order}
+    names = [name for name in profile if name not in parents or profile[name]['rows']]
+    return sorted(names, key=lambda name: next((order[part] for part in prefixes(name) if part in order), len(order)))
+
+
+def prefixes(name):
+    """'a.b.c', 'a.b', 'a'."""
+    while name:
+        yield name
+        name = name.rpartition('.')[0]
+
+
+def texts_of(schema):
+    """The columns that may hold texts."""
+    return [field.name for field in schema if kind_of(field.type) == '']
+
+
+def kind_of(type_):
+    """What a column holds, by its type, that is no text; '' where it may be one."""
+    import pyarrow as pa
+    types = pa.types
+    if types.is_struct(type_) and 'bytes' in [field.name for field in type_]:
+        return 'pictures or sounds'
+    if types.is_boolean(type_) or types.is_integer(type_) or types.is_floating(type_) or types.is_decimal(type_):
+        return 'numbers'
+    if types.is_temporal(type_):
+        return 'dates'
+    value_type = getattr(type_, 'value_type', None)
+    if value_type is not None and not types.is_dictionary(type_) and kind_of(value_type):
+        return f'lists of {kind_of(value_type)}'
+    return ''
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+def columns_of(schema, columns):
+    """The names in the schema of the columns that are asked for; 'a.b' is in a, if not a name itself."""
+    if columns == [AS_IT_STANDS]:
+        return schema.names
+    return list(dict.fromkeys(next(part for part in prefixes(name) if part in schema.names) for name in columns))
 
 
 def raw_types():
@@ -45,31 +171,39 @@ def raw_types():
     }
 
 
-def choose_arrow_column(schema, options):
-    """The name of the text column; Skip where it is not clear."""
-    raw = raw_types()
-
-    def is_text(field):
-        type_ = getattr(field.type, 'value_type', field.type)  # of a list or a dictionary
-        if type_ in raw:
-            return True
-        return type_ in raw.values() and field.name.lower() in COLUMNS  # bytes might be anything
-
-    texts = [field.name for field in schema if is_text(field)]
-    column = choose_column(schema.names, texts, options['text_column'])
-    if column is None:
-        raise no_column(schema.names, options['text_column'])
-    return column
-
-
-def values_of(batches, column):
-    """Yields the values of a column. Strings come as bytes, for not all that says UTF-8 is; raises
-    for bad offsets.
+def rows_in(batches, notes=None):
+    """Yields the rows of batches as dicts. Strings are read as bytes, for not all that says UTF-8 is;
+    raises for bad offsets. notes: for the number of texts that are no UTF-8.
     """
     raw = raw_types()
+    wrong = 0
     for batch in batches:
-        array = batch.column(batch.schema.names.index(column))
-        array = array.view(raw.get(array.type, array.type))
-        array.validate(full=True)  # no offset leads outside
-        for start in range(0, len(array), ROWS):
-            yield from array[start:start + ROWS].to_pylist()
+        names = batch.schema.names
+        arrays = []
+        for array in batch.columns:
+            arrays.append(array.view(raw.get(array.type, array.type)))
+            arrays[-1].validate(full=True)  # no offset leads outside
+        strings = [array.type in raw for array in batch.columns]
+        for start in range(0, batch.num_rows, ROWS):
+            columns = []
+            for array, is_string in zip(arrays, strings):
+                values = array[start:start + ROWS].to_pylist()
+                if is_string:
+                    try:
+                        values = [value if value is None else value.decode() for value in values]
+                    except UnicodeDecodeError:
+                        wrong += sum(not is_utf8(value) for value in values)
+                        values = [value if value is None else value.decode('utf-8', 'replace') for value in values]
+                columns.append(values)
+            for values in zip(*columns):
+                yield dict(zip(names, values))
+    if wrong and notes is not None:
+        notes.append(f'{wrong:,} texts had bytes that were no UTF-8')
+
+
+def is_utf8(value):
+    """Whether bytes, or None, are UTF-8."""
+    try:
+        return value is None or value.decode() is not None
+    except UnicodeDecodeError:
+        return False

@@ -11,15 +11,16 @@ A plan is a dict that JSON can hold and that its reader finds among its options:
 none. {'columns': [...]} are those that are read, 'form' says so in words, and {'parts': [...]} is
 there where the file is to be read in parts, of which a reader gets one as 'part'.
 """
+import json
 import os
 
 from mambino.configurator import fail
-from mambino.prepare import columns, json_look, pool
-from mambino.prepare.files import Skip
+from mambino.prepare import columns, isolate, json_look, pool
+from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import reason_of
 from mambino.prepare.sources import Source
 
-LOOKED_AT = ('jsonl', 'data', 'text')  # kinds that are tables, or may be
+LOOKED_AT = ('jsonl', 'parquet', 'arrow', 'data', 'text')  # kinds that are tables, or may be
 TOGETHER = 50     # sources that a process looks at in one go
 FEW = 5           # rows of a .json, or files of one object each: less are settings
 MANY = 100        # rows of a .json without a text that make it a table all the same
@@ -27,11 +28,13 @@ TEXT_ROWS = 3     # rows that a file without a name for it needs, to be a table
 
 
 def survey(sources, options):
-    """(the sources that can be read, a plan for each of them, [{'file', 'reason'}] of the others)"""
+    """(the sources that can be read, a plan for each of them, [{'file', 'reason'}] of the others). Ends
+    the program where --text_column asks for what none of them has.
+    """
     found = look_at_all(sources, options)
     decide_singles(sources, found)
     plans, reasons = choose_all(sources, found, options)
-    check_wanted(sources, found, reasons, options)
+    check_wanted(sources, found, plans, reasons, options)
     kept = []
     kept_plans = []
     skipped = []
@@ -82,12 +85,34 @@ def look_at(task):
 
 
 def look(source, options):
-    """What a source is, if it is a table: of json_look.look. None for the others."""
-    name = os.path.basename(source.path).lower()
-    if source.kind == 'data' and not is_json(name):
+    """{'kind', 'format', 'plan', 'profile', 'rows', 'facts'} of a source that is a table: what it is by
+    its content, and how its columns look. None for the others.
+    """
+    kind = table_kind(source)
+    if kind in ('parquet', 'arrow'):
+        return look_apart(source.path, kind, options)
+    if source.kind == 'data' and not is_json(os.path.basename(source.path).lower()):
         return None
     looked = json_look.look(source.path, source.kind, options)
     return looked or (NO_JSON if source.kind == 'jsonl' else None)
+
+
+def table_kind(source):
+    """'parquet' or 'arrow' where a file is that, or is called so and may be; else ''."""
+    with open(source.path, 'rb') as f:
+        head = f.read(8)
+    for kind, signature in ('parquet', b'PAR1'), ('arrow', b'ARROW1\0\0'):
+        if head.startswith(signature):
+            return kind
+    is_text = head[:1] in (b'{', b'[')
+    return source.kind if source.kind in ('parquet', 'arrow') and not is_text else ''
+
+
+def look_apart(path, kind, options):
+    """The same of a table whose parser may crash, from a process of its own."""
+    pieces = isolate.isolated(kind, path, options | {'look': True}, Notes())
+    looked = json.loads(''.join(text for text, _ in pieces))
+    return looked | {'kind': kind, 'format': kind, 'facts': {}}
 
 
 def is_json(name):
@@ -157,8 +182,8 @@ def plan_of(looked, chosen):
 
 def is_setting(source, looked, options):
     """Whether a file is too small, and too little called a table, to be taken for one."""
-    is_one_value = looked['plan']['layout'] not in ('lines', 'values')
-    return not options['text_column'] and source.kind != 'jsonl' and is_one_value and looked['rows'] < FEW
+    is_one_value = looked['plan'].get('layout') not in ('lines', 'values')
+    return not options['text_column'] and source.kind in ('data', 'text') and is_one_value and looked['rows'] < FEW
 
 
 def is_plain(source, looked, options):
@@ -168,13 +193,13 @@ def is_plain(source, looked, options):
     return source.kind == 'text' and looked['rows'] < TEXT_ROWS
 
 
-def check_wanted(sources, found, reasons, options):
+def check_wanted(sources, found, plans, reasons, options):
     """Ends the program where --text_column asks for what no input has."""
     wanted = options['text_column']
-    if not wanted:
-        return
     tables = [i for i, looked in found.items() if 'profile' in looked]
-    if not tables and not any(source.kind in ('csv', 'parquet', 'arrow', 'hf') for source in sources):
-        fail(f'text_column={columns.shown(wanted)}: none of the inputs is a table')
-    if tables and len(tables) == len(sources) and all(i in reasons for i in tables):
-        fail(f'text_column={columns.shown(wanted)}: {reasons[tables[0]]}')
+    if not wanted or any(i in plans and plans[i][1].get('columns') for i in tables):
+        return
+    if any(source.kind in ('hf', 'csv') and i not in found for i, source in enumerate(sources)):
+        return
+    refused = [reasons[i] for i in tables if i in reasons]
+    fail(f'text_column={columns.shown(wanted)}: {refused[0] if refused else "none of the inputs is a table"}')

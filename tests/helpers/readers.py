@@ -1,4 +1,5 @@
 """Files read as prepare.py reads them, and PDFs and tables to read, good ones and bad ones."""
+import contextlib
 import io
 import os
 import random
@@ -27,7 +28,11 @@ def read(path, **options):
     kind = sources.kind_of(os.path.basename(path))[0] or 'text'
     notes, documents, parts = Notes(), [], []
     options = OPTIONS | options
-    kept, plans, skipped = survey.survey([sources.Source(path, kind, 0, 0)], options)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            kept, plans, skipped = survey.survey([sources.Source(path, kind, 0, 0)], options)
+        except SystemExit:
+            raise Skip(said.getvalue().strip().partition(': ')[2]) from None
     if skipped:
         raise Skip(skipped[0]['reason'])
     for text, last in isolate.read(kept[0], options | plans[0], notes):
