@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from helpers.sources import look, names, write
 
-from mambino.prepare import ignore
+from mambino.prepare import ignore, sources
 
 
 @pytest.fixture
@@ -204,3 +204,35 @@ def test_no_pattern_is_an_error():
         rules = [(0, ignore.compile_rules([line, 'a']))]
         assert ignore.is_ignored('d/a', False, rules) is not None or line.startswith('!')
     assert ignore.compile_rules(['[[:alpha:]'] * 5000)
+
+
+# -----------------------------------------------------------------------------
+# What is left out by default
+
+def test_secrets_are_left_out_unless_they_are_named(here):
+    secrets = ['.env', '.env.local', 'prod.env', 'server.pem', 'server.key', 'id_rsa', 'id_ed25519.pub', 'a.p12',
+               'a.pfx', 'a.jks', 'a.keystore', '.netrc', '.npmrc', '.pypirc', 'credentials.json', 'secrets.yml',
+               'secrets.yaml', 'home.ovpn', 'a.kdbx', 'service-account-7.json', 'client_secret_1.json']
+    for name in (*secrets, 'deep/.env', 'environment.txt', 'my_secrets.md', 'keys.py', '.other'):
+        write(here / 'm' / name)
+    kept, skipped = look('m')
+    assert set(names(kept)) == {'environment.txt', 'my_secrets.md', 'keys.py'}
+    reasons = names(skipped)
+    assert reasons.pop('.other') == 'hidden' and set(reasons) == {*secrets}
+    assert reasons['.env'] == 'a secret (.env); name the file to have it read'
+    assert reasons['server.pem'] == 'a secret (*.pem); name the file to have it read'
+    assert set(names(look('m/.env', 'm/id_rsa')[0])) == {'.env', 'id_rsa'}
+    assert {'id_rsa', '.env'} <= set(names(look('m', exclude='!id_*,!.env')[0]))
+    assert names(look('m', exclude='*.pem')[1])['server.pem'] == 'excluded'
+    named = {source.path: source.named for source in sources.find(['m', 'm/keys.py'])[0]}
+    assert [named[os.path.join('m', name)] for name in ('keys.py', 'environment.txt')] == [True, False]
+
+
+def test_junk_is_left_out_by_its_name(here):
+    for name in ('a.svg', 'a.min.js', 'main.bundle.js', 'poetry.lock', '__pycache__/a.py', 'a.js', 'folder.svg/a.txt'):
+        write(here / 'm' / name)
+    kept, skipped = look('m')
+    assert names(kept) == {'a.js': 'code'}
+    assert names(skipped)['main.bundle.js'] == 'excluded by default (*.bundle.js)'
+    assert names(skipped)['__pycache__'] == 'excluded by default (__pycache__/)'
+    assert 'a.svg' in names(look('m', exclude='!*.svg')[0]) and 'a.svg' in names(look('m/a.svg')[0])

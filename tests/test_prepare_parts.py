@@ -1,10 +1,25 @@
 """Files that prepare.py reads in parts: each has its place in the journal, and what is judged is the
 file.
 """
+import functools
 import json
 
 import pytest
-from helpers.prepare import DIES_EARLY, dataset, driven, files, prepare, write
+from helpers.prepare import (
+    DIES_EARLY,
+    dataset,
+    driven,
+    files,
+    jsonl,
+    nobody_left,
+    parts,
+    posix,
+    prepare,
+    prose,
+    running,
+    wait_for,
+    write,
+)
 
 from mambino.prepare import account, extract, screen, spool
 from mambino.prepare.sources import Source
@@ -172,3 +187,29 @@ def test_a_task_says_how_far_it_is(tmp_path, monkeypatch):
     task, = extract.make_tasks([source], [{}], str(tmp_path), options, 1, False)
     assert spool.extract(task) == 3_300_000
     assert said == sorted(said) and 0 < said[-1] <= 3_300_000 and spool.unfinished(tmp_path) == 0
+
+
+@posix
+@pytest.mark.slow
+def test_one_large_file_killed_twice(tmp_path):
+    """kill -9 while it is read: what was read of it is not read again, and the dataset is that of one
+    process that was left alone.
+    """
+    rows = jsonl(*(f'{i} ' + prose(3000, i) for i in range(300)))
+    write(tmp_path / 'big.jsonl', rows * 28)
+    argv = ('big.jsonl', '--tokenizer=byte', '--dedupe=False')
+    partial = tmp_path / 'data' / 'b.partial'
+    read = []
+    for _ in range(2):
+        before = max(read, default=0)
+        with running(tmp_path, *argv, '--workers=2', '--out=data/b') as process:
+            wait_for(functools.partial(lambda before: parts(partial) > before, before))
+            process.kill()
+            process.communicate(timeout=20)
+            assert nobody_left(tmp_path)
+        read.append(parts(partial))
+    assert 0 < read[0] < read[1] <= 3 and not (tmp_path / 'data' / 'b').exists()
+    assert f'going on: {read[1]} of 3 parts' in prepare(tmp_path, *argv, '--workers=2', '--out=data/b')
+    prepare(tmp_path, *argv, '--workers=1', '--out=data/a')
+    assert files(tmp_path / 'data' / 'a') == files(tmp_path / 'data' / 'b')
+    assert len(dataset(tmp_path / 'data' / 'a').all) == 28 * 300

@@ -25,7 +25,7 @@ def test_all_reasons_are_shown(capsys):
     said = capsys.readouterr().out
     assert said.startswith('skipped 22:\n        6  unknown type .jpg (4), .png (2): b/0, ...\n')
     assert all(f'        1  reason {letter}: a/' in said for letter in 'abcdefghijkl')
-    assert '2  most of it is lost: 17 rows of 20 (1), 3 rows of 9 (1): c, ...' in said
+    assert '2  most of it is lost: 17 rows of 20, and the like: c, ...' in said
     assert '2  a secret (*.pem (1), .env (1)); name the file: e, ...' in said
     assert report.reasons(skipped).count(',') > 12
 

@@ -43,7 +43,10 @@ def alike(text):
     """What texts have in common that say the same of different files: numbers, what is quoted and what
     stands in brackets may differ.
     """
-    text = re.sub(r'"[^"]*"|\([^)]*\)', '()', text)
+    return without_numbers(re.sub(r'"[^"]*"|\([^)]*\)', '()', text))
+
+
+def without_numbers(text):
     return re.sub(r'(?<![\w-])\d[\d,.]*', '#', text)
 
 
@@ -70,8 +73,8 @@ def reason_of(group, most=500):
     """
     counts = collections.Counter(entry['reason'] for entry in group).most_common()
     texts = [text for text, _ in counts]
-    if len(texts) == 1:
-        return texts[0]
+    if len(set(map(without_numbers, texts))) == 1:
+        return texts[0] + (', and the like' if len(texts) > 1 else '')
     before = re.match(r'(.*[ (])?', os.path.commonprefix(texts))[0]
     rest = [text.removeprefix(before)[::-1] for text in texts]
     behind = re.match(r'(.*[ ),;])?', os.path.commonprefix(rest))[0][::-1]

@@ -17,7 +17,7 @@ PLAIN = ('text', 'code', 'data')   # kinds whose files may hold several document
 LONG_LINE = 2000                   # characters: nobody writes longer lines of code
 FEWEST_BASE64 = 200                # characters: shorter ones may be an example
 KEY = re.compile(r'\s*-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----')
-BUNDLE = re.compile(r'__webpack_(?:require|modules|exports)__|\bwebpackChunk|webpackBootstrap')
+BUNDLE = re.compile(r'/\*{6}/ .*webpack|// webpackBootstrap|\b(?:self|window|this)\W{1,2}webpack(?:Chunk|Jsonp)')
 TAG = re.compile(r'</?[A-Za-z][^<>]{0,500}>|<!--|-->')
 BASE64 = ';base64,'
 DIGITS = r'[A-Za-z0-9+/=_%-]'
@@ -71,7 +71,7 @@ class Screen:
         """
         if not self.source.named and self.source.kind in PLAIN and KEY.match(head):
             raise Skip('a secret (private key); name the file to have it read')
-        if self.lines and BUNDLE.search(head):
+        if self.lines and 'webpack' in head[:4000] and BUNDLE.search(head[:4000]):
             raise Skip('a bundle that webpack made; name the file to have it read')
         if self.lines and self.lines.share() > 0.5:
             raise Skip(f'minified ({100 * self.lines.share():.0f}% of it are lines of more than '
@@ -114,20 +114,38 @@ class Counter:
 
 
 class LongLines:
-    """The share of the characters, blanks apart, that stand in lines of more than LONG_LINE of them."""
+    """The share of the characters that stand in lines of more than LONG_LINE, blanks apart."""
 
     def __init__(self):
-        self.line = 0   # characters so far of the line that goes on
+        self.length = 0  # of the line that goes on in the next piece,
+        self.ink = 0     # and its characters without blanks
         self.long = 0
         self.total = 0
 
     def add(self, text, last):
-        text = text.replace(' ', '')  # indented ones are no such lines
-        lengths = [len(line) for line in text.split('\n')]
         self.total += len(text)
-        lengths[0] += self.line
-        self.line = 0 if last else lengths.pop()
-        self.long += sum(length for length in lengths if length > LONG_LINE)
+        start = 0
+        while start < len(text):
+            end = -1
+            if not self.length:  # to the last of the short lines that come next
+                end = text.rfind('\n', start, start + LONG_LINE)
+            if end < 0:
+                end = text.find('\n', start)
+                line = text[start:end] if end >= 0 else text[start:]
+                self.length += len(line)
+                self.ink += len(line) - line.count(' ')
+                if end < 0:
+                    break
+                self.end_line()
+            start = end + 1
+        if last:
+            self.end_line()
+
+    def end_line(self):
+        if self.ink > LONG_LINE:
+            self.long += self.length
+        self.length = 0
+        self.ink = 0
 
     def share(self):
         return self.long / max(1, self.total)
