@@ -1,12 +1,14 @@
 """csv_rows.py: a document a row, in whatever dialect a file is written."""
 import csv
 import io
+import json
 import random
 
 import pytest
-from helpers.readers import read, reason, write
+from helpers.readers import OPTIONS, read, reason, write
 
-from mambino.prepare import csv_rows
+from mambino.prepare import csv_look, csv_rows
+from mambino.prepare.files import Notes, Skip
 
 WORDS = 'the cat sat on a mat and watched how rain fell over old roofs while nobody said much about it'.split()
 
@@ -42,8 +44,8 @@ def check(tmp_path):
 
 def test_csv(check):
     documents, notes = check('id,text,n\r\n1,"two\r\nlines, ""quoted""",3\r\n\r\n2\r\n3,,4\r\n')
-    assert documents == ['two\nlines, "quoted"', '']
-    assert notes == ['1 rows end early: the header has 3 fields', '1 rows without text in text']
+    assert documents == ['two\nlines, "quoted"']
+    assert notes == ['1 rows end early: the header has 3 fields', '2 rows without text in text']
     assert check('id\tText\n1\ta, b; c\n', 'a.tsv')[0] == ['a, b; c']
     assert check('\ufeffid;content\n1;ü\n')[0] == ['ü']
     assert check('id;content\n1;ü\n'.encode('cp1252'))[0] == ['ü']
@@ -51,7 +53,7 @@ def test_csv(check):
     assert check('a,b\n1,2\n', text_column='b')[0] == ['2']
     for plain in ('body of the letter\n', '\n\n', '"', 'Dear Anna,\n\nI came, and saw, and went.\nYours, Bob\n'):
         assert check(plain) == ([plain], ['no table: taken as plain text'])
-    long = 'x' * 3_000_000  # csv's own limit is 131072
+    long = 'so ' * 1_000_000 + 'on'  # csv's own limit is 131072
     assert check(f'id,text\n1,{long}\n')[0] == [long]
     assert check('id,text\n1,a\0b\n')[0] == ['ab']
 
@@ -91,12 +93,13 @@ def test_a_column_of_a_usual_name_may_begin_empty(check):
     table(lambda i, text: f'{text}\n', 'sentence\n'),
     written([['id', 'text'], *enumerate(TEXTS)], delimiter='\t', quoting=csv.QUOTE_ALL),
     table(lambda i, text: f'{i}\t"{text}"\r\n', '\ufeffid\ttext\r\n').encode('utf-16-le'),
+    table(lambda i, text: f'{i}\x01{text}\n', ''),
 ], ids=[
     'semicolon', 'decimal commas', 'pipe', 'pipes around', 'caret', 'sep=', 'sep=tab', 'comments',
     'header in a comment', 'blank lines', 'title', 'title in cells', 'CR', 'mixed ends',
     'no header', 'no header, labels', 'a name twice',
     'no name', 'number as name', 'names of rows', 'delimiter at ends', 'everywhere', 'of the header', 'blanks',
-    'one column', 'all quoted', 'UTF-16',
+    'one column', 'all quoted', 'UTF-16', 'Hive',
 ])
 def test_dialects(check, content):
     assert check(content) == (TEXTS, [])
@@ -159,7 +162,7 @@ def test_a_long_cell(check):
 @pytest.mark.parametrize('is_quoted', [False, True])
 @pytest.mark.parametrize('bad', [[3], [5000], [9999], range(37, 10_000, 1000)])
 def test_a_quote_that_never_closes(check, bad, is_quoted):
-    rows = [f'"{TEXTS[i % 60]}, yes"' if is_quoted else TEXTS[i % 60] for i in range(10_000)]
+    rows = [f'"{TEXTS[i % 60]}, {i}"' if is_quoted else f'{TEXTS[i % 60]} {i}' for i in range(10_000)]
     want = [row.strip('"') for row in rows]
     for i in bad:
         rows[i] = want[i] = f'"never closed {i}'
@@ -197,6 +200,51 @@ def test_tables_without_a_text(tmp_path):
     numbers = ''.join(f'{i},{i * 2},{i / 3:.3f}\n' for i in range(500))
     assert reason(write(path, 'a,b,c\n' + numbers)) == 'no clear text column among: a, b, c'
     assert reason(write(path, numbers)) == 'no clear text column among: column1, column2, column3'
+
+
+def test_settings_are_obeyed_or_refused(check, tmp_path):
+    content = table(lambda i, text: f'{text},{i},{text[::-1]}\n', 'question,n,Answer\n')
+    assert check(content, text_column='answer')[0] == [text[::-1] for text in TEXTS]
+    assert check(content, text_column='question,answer')[0] == [f'{text}\n\n{text[::-1]}' for text in TEXTS]
+    assert check('The words\nhello, world\n\ngood, day\n', text_column='the words')[0] == ['hello, world', 'good, day']
+    path = write(tmp_path / 'letter.csv', 'Dear Anna,\n\nI came, and saw, and went.\nYours, Bob\n')
+    with pytest.raises(Skip, match='^no table, and so no column text$'):
+        csv_look.look(str(path), OPTIONS | {'text_column': 'text'})
+
+
+def test_json_that_is_called_csv(check):
+    assert check(''.join(json.dumps({'id': i, 'text': text}) + '\n' for i, text in enumerate(TEXTS)))[0] == TEXTS
+
+
+# -----------------------------------------------------------------------------
+# Parts
+
+@pytest.mark.parametrize('content', [
+    table(lambda i, text: f'{i},{text} {i}\n', texts=TEXTS * 20),
+    table(lambda i, text: f'{i}\t"{text} {i}\n', 'id\ttext\n', texts=TEXTS * 20),
+    written([['id', 'text'], *enumerate(f'{text}\n\n"so", {i}' for i, text in enumerate(TEXTS * 20))]),
+    table(lambda i, text: f'{i},"{text} {i}{chr(34) * (i != 600)}\n', texts=TEXTS * 20),
+    table(lambda i, text: f'{i},{text}\\\nand {i}\n', texts=TEXTS * 20),
+], ids=['no quotes', 'quotes that are letters', 'lines in quotes', 'a quote that never closes', 'escaped line ends'])
+def test_parts_are_the_whole(tmp_path, monkeypatch, content):
+    path = write(tmp_path / 'a.csv', content)
+    whole = read(path)
+    monkeypatch.setattr(csv_look, 'PART_BYTES', 10_000)
+    plan = csv_look.look(str(path), OPTIONS)['plan'] | {'columns': ['text']}
+    parts = plan.pop('parts')
+    assert len(parts) > 5 and parts[0][0] == 0 and parts[-1][1] == len(content.encode())
+    documents = []
+    for part in parts:
+        documents += [text for text, _ in csv_rows.read_csv(str(path), OPTIONS | plan | {'part': part}, Notes())]
+    assert documents == whole[0]
+
+
+def test_files_that_are_read_in_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(csv_look, 'PART_BYTES', 10_000)
+    content = table(lambda i, text: f'{i},"{text}\n{i}"\n', texts=TEXTS * 20)
+    assert csv_look.look(str(write(tmp_path / 'a.csv', content.encode('utf-16'))), OPTIONS)['plan']['parts'] == []
+    one = written([['text'], *([f'{text}\n{i}'] for i, text in enumerate(TEXTS * 20))])
+    assert csv_look.look(str(write(tmp_path / 'b.csv', one)), OPTIONS)['plan']['parts'] == []
 
 
 def test_a_row_that_is_too_long(check, monkeypatch):

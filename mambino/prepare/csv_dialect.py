@@ -14,7 +14,8 @@ from typing import NamedTuple
 from mambino.prepare import csv_header
 from mambino.prepare.csv_records import NULL, Dialect, lines_of, masked, misfit, split
 from mambino.prepare.encodings import open_text
-from mambino.prepare.files import CHUNK, PACKED, Skip, extension_of
+from mambino.prepare.files import CHUNK, Skip
+from mambino.prepare.json_look import is_packed, is_wide
 
 HEADS = (1 << 18, 1 << 21, 1 << 24)  # characters of the beginning that are looked at: more where rows are long
 ROWS = 3         # fewer are too few to tell,
@@ -23,7 +24,6 @@ PIECE = 1 << 16  # with so many bytes each
 ONE_COLUMN = '\x1f'
 DELIMITERS = ['\t', ONE_COLUMN, '\x01', '|', ';', '^', '~', '¦', ',']
 FITTING = 0.8    # share of rows that have as many cells as the most of them
-WIDE = ('utf-16', 'utf-32', 'iso2022', 'iso-2022', 'hz', 'utf-7')  # a line cannot be found in their bytes
 EXCEL = re.compile(r'"?sep=(.)"?\s*$', re.I)
 
 
@@ -36,11 +36,6 @@ class Sample(NamedTuple):
     is_all: bool  # there is no more of it
 
 
-def is_wide(encoding):
-    """Whether line ends of an encoding are not bytes that nothing else has."""
-    return encoding.lower().replace('_', '-').startswith(WIDE)
-
-
 def sample(path, encoding, head=HEADS[0]):
     """The Sample of a file. head: characters of its beginning."""
     with open_text(path, encoding) as f:
@@ -49,7 +44,7 @@ def sample(path, encoding, head=HEADS[0]):
         is_all = head == HEADS[-1] or not f.read(1)  # of more than that, no more is looked at
     pieces = [text.removeprefix('\ufeff')]
     size = os.path.getsize(path)
-    if is_all or extension_of(path) in PACKED or is_wide(encoding) or size < 2 * (head + PIECES * PIECE):
+    if is_all or is_packed(path) or is_wide(encoding) or size < 2 * (head + PIECES * PIECE):
         return Sample(pieces, is_all)
     with open(path, 'rb') as f:
         for i in range(1, PIECES + 1):
@@ -183,13 +178,13 @@ class Empty(Skip):
     """A header, and no whole row below it."""
 
 
-def of_file(path, encoding):
+def of_file(path, encoding, wanted=()):
     """What find() has for a file, from as much of it as that needs."""
     for head in HEADS:
         looked_at = sample(path, encoding, head)
         is_last = looked_at.is_all
         try:
-            found = find(looked_at)
+            found = find(looked_at, wanted)
         except Empty:
             if is_last:
                 raise
@@ -198,7 +193,7 @@ def of_file(path, encoding):
             return found
 
 
-def find(sample):
+def find(sample, wanted=()):
     """(Dialect, [rows] of the sample's beginning); None where it is no table. Skip where it is one
     that cannot be read: no rows, or too many that do not fit.
     """
@@ -219,13 +214,13 @@ def find(sample):
     for delimiter in delimiters:
         if delimiter != ONE_COLUMN and delimiter in sample.pieces[0]:
             tallies.append(quoting(sample, delimiter))
-    usual_alone = lines[skip].strip().strip('"').lower() in csv_header.USUAL
+    usual_alone = lines[skip].strip().strip('"').lower() in {*csv_header.USUAL, *wanted}
     good = [tally for tally in tallies if is_table(tally, usual_alone)]
     if good:
-        return finished(max(good, key=rank), skip, comments, lines)
-    one = one_column(sample)
+        return finished(max(good, key=rank), skip, comments, lines, wanted)
+    one = one_column(sample, wanted)
     if one:
-        return finished(one, skip, comments, lines)
+        return finished(one, skip, comments, lines, wanted)
     for tally in tallies:
         if tally.records and len(tally.records[0].cells) > 1 and csv_header.is_sure(tally.records[0].cells):
             return unquoted_rest(tally, sample, skip, comments, lines)
@@ -267,7 +262,7 @@ def has_prose_after(tally, width):
     return tally.width > width + 1 or len(spaced) > FITTING * len(rows)
 
 
-def one_column(sample):
+def one_column(sample, wanted):
     """The Tally of a table of one column; None where it is a text like another."""
     tally = quoting(sample, ONE_COLUMN)
     if len(tally.records) < 2:
@@ -275,7 +270,7 @@ def one_column(sample):
     first = tally.records[0].cells[0].strip()
     if tally.proper >= 0.9 * (len(tally.records) - 1):
         return tally
-    if first.lower() in csv_header.USUAL:
+    if first.lower() in {*csv_header.USUAL, *wanted}:
         return tally
     is_spaced = re.search(r'\n\s*\n.', sample.pieces[0])
     if re.fullmatch('[a-z][a-z0-9_]{0,29}', first) and not is_spaced and len(tally.records) > 2:
@@ -295,7 +290,7 @@ def unquoted_rest(tally, sample, skip, comments, lines):
         again = Tally(sample, dialect)
         kinds = csv_header.kinds_of([record.cells for record in again.records[1:]], width)
         if again.fit == 1 and kinds[-1] in 'tp' and set(kinds[:-1]) <= set('nw'):
-            return finished(again, skip, comments, lines)
+            return finished(again, skip, comments, lines, ())
     del other[width]
     n, count = max(((n, count) for n, count in other.items()), key=lambda item: item[1], default=(0, 0))
     if not count:
@@ -303,7 +298,7 @@ def unquoted_rest(tally, sample, skip, comments, lines):
     raise Skip(f'{count:,} of the first {len(rows):,} {misfit(n, width)}')
 
 
-def finished(tally, skip, comments, lines):
+def finished(tally, skip, comments, lines, wanted):
     """(Dialect, rows) with what can be said of the header and the columns."""
     width = tally.width
     dialect = tally.dialect
@@ -324,7 +319,7 @@ def finished(tally, skip, comments, lines):
     if skip < len(lines) and len(rows) == 0:
         raise Empty('no rows that fit the header')
     kinds = csv_header.kinds_of(below or rows, width)
-    header = csv_header.is_header(first, below, kinds)
+    header = csv_header.is_header(first, below, kinds) or any(name.strip().lower() in wanted for name in first)
     if header and not below:
         raise Empty('empty: no rows below the header')
     if not header:

@@ -1,34 +1,55 @@
 """Reads csv, a document a row.
 
-    for text, last in csv_rows.read_csv('rows.csv', {'text_column': ''}, notes): ...
+    for text, last in csv_rows.read_csv('rows.csv', options | plan, notes): ...    # plan: of survey.py
 
-    file ──► csv_dialect: how it writes rows ──► csv_records: its rows ──► cells of the text column
-               └► no table at all: plain text, and that is said
+    lines ──► csv_records: rows ──► cells of the columns that are wanted
+
+How the file writes its rows was found out by csv_look.py.
 """
-from mambino.prepare import csv_dialect
-from mambino.prepare.columns import COLUMNS, choose_column, no_column, rows_of
-from mambino.prepare.csv_records import LONGEST_CELL, NULL, Dialect, Rows, described, lines_of, masked, unmasked
-from mambino.prepare.encodings import encoding_of, open_text, read_text
+import io
+
+from mambino.prepare.cells import AS_IT_STANDS, rows_of
+from mambino.prepare.csv_records import LONGEST_CELL, NULL, Dialect, Rows, lines_of, masked, unmasked
+from mambino.prepare.encodings import open_text
+from mambino.prepare.files import CHUNK
 
 BLOCK = 1 << 18  # characters that are split at once
-PLAIN = 'no table: taken as plain text'
 
 
-def look(path, encoding):
-    """{'dialect', 'names', 'rows': some, as dicts} of a csv file; None where it is no table. Skip
-    where it is one that cannot be read.
+def read_csv(path, options, notes):
+    """A document a row. options: a plan of survey.py among them; and 'part', [first byte, last + 1] of
+    a file that is read in parts.
     """
-    found = csv_dialect.of_file(path, encoding)
-    if found is None:
+    if options.get('part', [0])[0] == 0:
+        notes += options.get('said', [])
+    yield from rows_of(rows_as_dicts(path, options, notes), options, notes)
+
+
+def rows_as_dicts(path, options, notes):
+    """Yields the rows, of each the columns that are wanted; counts in notes what could not be read."""
+    dialect = Dialect(**options['dialect'])
+    names = options['columns']
+    if names == [AS_IT_STANDS]:
+        names = dialect.names
+    indexes = [dialect.names.index(name) for name in names]
+    part = options.get('part')
+    is_beginning = not part or part[0] == 0
+    with open_part(path, options['encoding'], part) as f:
+        for _ in range(dialect.skip if is_beginning else 0):
+            f.readline()
+        table = Rows(blocks(f, dialect, notes), dialect)
+        if dialect.header and is_beginning:
+            table.drop_header()
+        for row in table:
+            yield {name: meant(row[i], dialect) for name, i in zip(names, indexes)}
+    table.tell(notes)
+
+
+def meant(cell, dialect):
+    """What a cell says, None where there is nothing."""
+    if cell is None or cell == NULL:
         return None
-    dialect, rows = found
-    rows = [dict(zip(dialect.names, cells_of(row, dialect))) for row in rows[:200]]
-    return {'dialect': dialect._asdict(), 'names': list(dialect.names), 'rows': rows}
-
-
-def cells_of(row, dialect):
-    """The cells of a row as they are meant; None for those that are not there."""
-    return [None if cell is None or cell == NULL else unmasked(cell, dialect.delimiter) for cell in row]
+    return unmasked(cell, dialect.delimiter) if dialect.escape else cell
 
 
 def blocks(f, dialect, notes):
@@ -45,36 +66,34 @@ def blocks(f, dialect, notes):
         yield lines_of(masked(text, dialect))
 
 
-def read_csv(path, options, notes):
-    """A document a row, from the columns that options['columns'] names; plain text where it is no
-    table.
-    """
-    encoding = encoding_of(path, notes, options, 'csv')
-    looked = options.get('dialect') or look(path, encoding)
-    if looked is None:
-        notes.append(PLAIN)
-        yield from read_text(path, options, notes)
-        return
-    dialect = Dialect(**looked['dialect'])
-    notes.facts['dialect'] = described(dialect)
-    names = looked['names']
-    texts = [name for name, kind in zip(names, dialect.kinds) if kind in 'tp' or name.lower() in COLUMNS]
-    column = choose_column(names, texts, options['text_column'])
-    if column is None:
-        raise no_column(names, options['text_column'])
-    yield from rows_of(cells(path, encoding, dialect, column, notes), column, notes)
+# -----------------------------------------------------------------------------
+# Parts of a large file
+
+class Span(io.RawIOBase):
+    """The bytes of a file from `start` to `end`."""
+
+    def __init__(self, path, start, end):
+        super().__init__()
+        self.f = open(path, 'rb')
+        self.f.seek(start)
+        self.left = end - start
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = self.f.read(min(len(buffer), self.left))
+        buffer[:len(data)] = data
+        self.left -= len(data)
+        return len(data)
+
+    def close(self):
+        self.f.close()
+        super().close()
 
 
-def cells(path, encoding, dialect, column, notes):
-    """Yields the cells of a column; counts in notes what could not be read."""
-    i = dialect.names.index(column)
-    escape = dialect.escape
-    with open_text(path, encoding) as f:
-        for _ in range(dialect.skip):
-            f.readline()
-        table = Rows(blocks(f, dialect, notes), dialect)
-        if dialect.header:
-            table.drop_header()
-        for row in table:
-            yield cells_of(row[i:i + 1], dialect)[0] if escape else row[i]
-    table.tell(notes)
+def open_part(path, encoding, part):
+    """As open_text, of these bytes, or of all where part is None."""
+    if not part:
+        return open_text(path, encoding)
+    return io.TextIOWrapper(io.BufferedReader(Span(path, *part), CHUNK), encoding, 'replace')

@@ -15,12 +15,12 @@ import json
 import os
 
 from mambino.configurator import fail
-from mambino.prepare import columns, isolate, json_look, pool
+from mambino.prepare import columns, csv_look, isolate, json_look, pool
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import reason_of
 from mambino.prepare.sources import Source
 
-LOOKED_AT = ('jsonl', 'parquet', 'arrow', 'data', 'text')  # kinds that are tables, or may be
+LOOKED_AT = ('jsonl', 'csv', 'parquet', 'arrow', 'data', 'text')  # kinds that are tables, or may be
 TOGETHER = 50     # sources that a process looks at in one go
 FEW = 5           # rows of a .json, or files of one object each: less are settings
 MANY = 100        # rows of a .json without a text that make it a table all the same
@@ -93,6 +93,9 @@ def look(source, options):
         return look_apart(source.path, kind, options)
     if source.kind == 'data' and not is_json(os.path.basename(source.path).lower()):
         return None
+    if source.kind == 'csv':
+        looked = json_look.look(source.path, 'text', options) if csv_look.may_be_json(source.path) else None
+        return looked or csv_look.look(source.path, options)
     looked = json_look.look(source.path, source.kind, options)
     return looked or (NO_JSON if source.kind == 'jsonl' else None)
 
