@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.readers import OPTIONS, read, reason, save_arrow, write
 
-from mambino.prepare import hub, isolate, sources
+from mambino.prepare import hub, isolate, sources, survey
 from mambino.prepare.files import Notes, Skip
 
 
@@ -137,26 +137,30 @@ def test_a_dataset_that_was_saved(tmp_path):
     assert [text for source in kept for text in read(source.path)[0]] == texts
 
 
-def test_a_dataset_of_the_hub(monkeypatch):
+def test_a_dataset_of_the_hub(monkeypatch, capsys):
     datasets = pytest.importorskip('datasets')
     rows = datasets.Dataset.from_dict(
         {'id': range(10), 'text': [f'text {i}' for i in range(9)] + [None]}
     ).to_iterable_dataset(num_shards=2)
-    def read_hub(**options):
-        return [
-            text
-            for text, _ in isolate.read(sources.Source('hf:a/b', 'hf', 0, 0), OPTIONS | options, Notes())
-        ]
+    def read_hub(text_column='', **more):
+        options = OPTIONS | {'text_column': text_column}
+        (source,), (plan,), _ = survey.survey([sources.Source('hf:a/b', 'hf', 0, 0)], options)
+        return [text for text, _ in isolate.read(source, options | plan | more, Notes())]
+
     monkeypatch.setattr(hub, 'open_hf', lambda spec: rows)
     assert (
         read_hub()
         == [f'text {i}' for i in range(9)]
         == read_hub(shard=(2, 0)) + read_hub(shard=(2, 1))
     )
-    with pytest.raises(Skip, match='^no column story among: id, text$'):
-        read_hub(text_column='story')
+    assert read_hub('Id,text')[1] == '1\n\ntext 1'
+    with pytest.raises(SystemExit):
+        read_hub('story')
+    assert 'text_column=story: no column story among: id, text' in capsys.readouterr().err
+
     def gone(spec):
         raise ConnectionError('no net\nat all')
     monkeypatch.setattr(hub, 'open_hf', gone)
-    with pytest.raises(hub.Unreachable, match='^hf:a/b: ConnectionError: no net$'):
+    with pytest.raises(SystemExit):
         read_hub()
+    assert 'hf:a/b: ConnectionError: no net\n' in capsys.readouterr().err

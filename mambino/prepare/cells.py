@@ -29,6 +29,8 @@ def text_of(value):
         return value
     if isinstance(value, bytes):
         return value.decode('utf-8', 'replace')
+    if isinstance(value, dict):
+        return conversation(turns_in(value))
     if not isinstance(value, (list, tuple)) or not value:
         return None
     if all(isinstance(line, (str, bytes)) for line in value):
@@ -39,6 +41,15 @@ def text_of(value):
         parts = [text_of(item) for item in value]
         return None if None in parts else '\n\n'.join(parts)
     return None
+
+
+def turns_in(value):
+    """The turns of a conversation that is written {'role': [one, ...], 'content': [one, ...]}."""
+    role = next((value[name] for name in ROLES if isinstance(value.get(name), list)), None)
+    said = next((value[name] for name in SAYINGS if isinstance(value.get(name), list)), None)
+    if not role or not said or len(role) != len(said) or role is said:
+        return []
+    return [{'role': who, 'content': what} for who, what in zip(role, said)]
 
 
 def conversation(turns):
@@ -152,7 +163,8 @@ def rows_of(rows, options, notes):
         taken += 1
         yield text, True
     notes.taken += empty  # they were read, and are not lost
-    if empty and not taken and 'part' not in options:
+    in_one = 'part' not in options and 'shard' not in options
+    if empty and not taken and in_one:
         raise Skip(f'no text in {shown}')
     if empty:
         notes.append(f'{empty:,} rows without text in {shown}')

@@ -16,8 +16,7 @@ import re
 
 from mambino.configurator import split_list
 from mambino.prepare import looks
-from mambino.prepare.cells import AS_IT_STANDS, text_of
-from mambino.prepare.files import Skip
+from mambino.prepare.cells import AS_IT_STANDS
 from mambino.prepare.looks import is_category, trouble, words_a_row
 
 LONGEST_ROW = 1 << 26  # characters of a line of JSON, which is parsed as a whole
@@ -287,51 +286,3 @@ def has_columns(profile, columns):
 def is_rich(profile, columns):
     """Whether there is so much text in these columns that nobody takes it for settings."""
     return sum(words_a_row(profile[name]) for name in columns if name in profile) >= 8
-
-
-# -----------------------------------------------------------------------------
-# For readers that choose on their own, until they are given a plan
-
-FIRST_ROWS = 20
-
-
-def choose_column(names, texts, wanted):
-    """The column to read, of all `names` and of `texts`, those that hold texts; None where it is
-    not clear.
-    """
-    if wanted:
-        return wanted if wanted in names else None
-    by_lower_case = {name.lower(): name for name in reversed(texts)}
-    for name in COLUMNS:
-        if name in by_lower_case:
-            return by_lower_case[name]
-    return texts[0] if len(texts) == 1 else None
-
-
-def holds_text(rows, name):
-    """Whether a column of the first rows has text; one with a usual name may also be empty there.
-    """
-    values = [row.get(name) for row in rows]
-    if any(map(text_of, values)):
-        return True
-    return name.lower() in COLUMNS and all(value in (None, '') for value in values)
-
-
-def no_column(names, wanted):
-    """The Skip that says so."""
-    missing = f'column {wanted}' if wanted else 'clear text column'
-    dots = ', ...' if len(names) > 8 else ''
-    return Skip(f'no {missing} among: {", ".join(names[:8])}{dots}')
-
-
-def rows_of(values, column, notes):
-    """Yields (text, True) for each of the values of a column that has text; counts the others."""
-    empty = 0
-    for value in values:
-        text = text_of(value)
-        if text is None:
-            empty += 1
-        else:
-            yield text, True
-    if empty:
-        notes.append(f'{empty:,} rows without text in {column}')

@@ -5,8 +5,11 @@ hf:name:config:split.
 """
 import itertools
 
-from mambino.prepare.columns import FIRST_ROWS, choose_column, holds_text, no_column, rows_of
+from mambino.prepare.cells import rows_of
 from mambino.prepare.files import Skip
+from mambino.prepare.looks import profile_of
+
+LOOKED_AT = 200  # rows that tell which column has the text: they come over the net
 
 
 class Unreachable(Exception):
@@ -15,19 +18,24 @@ class Unreachable(Exception):
     """
 
 
+def look(spec):
+    """{'kind', 'format', 'plan', 'profile', 'rows', 'facts'} of a dataset, from its first rows. Raises
+    what the hub raises.
+    """
+    rows = list(itertools.islice(open_hf(spec), LOOKED_AT))
+    return {'kind': 'hf', 'format': 'dataset of the hub', 'plan': {}, 'profile': profile_of(rows),
+            'rows': len(rows), 'facts': {}}
+
+
 def read_hf(path, options, notes):
-    """A document a row, of one shard where options['shard'] is (number of shards, index)."""
+    """A document a row, of one shard where options['shard'] is (number of shards, index). options: a
+    plan of survey.py among them.
+    """
     try:
         rows = open_hf(path)
         if 'shard' in options:
             rows = rows.shard(*options['shard'])
-        first = list(itertools.islice(rows, FIRST_ROWS))
-        names = list(dict.fromkeys(name for row in first for name in row))
-        texts = [name for name in names if holds_text(first, name)]
-        column = choose_column(names, texts, options['text_column'])
-        if first and column is None:
-            raise no_column(names, options['text_column'])
-        yield from rows_of((row.get(column) for row in rows), column, notes)
+        yield from rows_of(rows, options, notes)
     except Skip:
         raise
     except Exception as error:  # the hub, the net, the file formats behind it: anything

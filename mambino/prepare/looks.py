@@ -104,7 +104,8 @@ def flat(row, prefix='', depth=0):
     """Yields (column, value) of a row: objects within it by their own columns."""
     for name, value in row.items():
         name = f'{prefix}{name}'
-        if isinstance(value, dict) and value and depth < DEEPEST and len(value) <= WIDEST:
+        is_object = isinstance(value, dict) and value and len(value) <= WIDEST
+        if is_object and depth < DEEPEST and text_of(value) is None:
             yield from flat(value, name + '.', depth + 1)
             continue
         is_list = isinstance(value, (list, tuple)) and value and isinstance(value[0], dict)
@@ -143,7 +144,7 @@ def count(column, value, seen):
     seen.add(zlib.crc32(text[:LOOKED].encode('utf-8', 'replace')))
     fewest, most = column['width'] or (len(text), len(text))
     column['width'] = [min(fewest, len(text)), max(most, len(text))]
-    if isinstance(value, (list, tuple)) and isinstance(value[0], dict):
+    if isinstance(value, dict) or isinstance(value, (list, tuple)) and isinstance(value[0], dict):
         column['talks'] += 1
     else:
         look = look_of_list(value) if isinstance(value, (list, tuple)) else look_of(text)

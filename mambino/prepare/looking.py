@@ -1,0 +1,101 @@
+"""Whether a file is a table, by its content, and how its columns look.
+
+    found = looking.look('data', 'rows.json', options)     # None: no table
+    kind, plan = looking.alone('jsonl', 'rows.jsonl', options)
+
+The files of a folder choose together, in survey.py; one in an archive chooses alone.
+"""
+import json
+import os
+
+from mambino.prepare import arrow_rows, columns, csv_look, json_look
+from mambino.prepare.files import Notes, Skip
+
+KINDS = ('jsonl', 'csv', 'parquet', 'arrow', 'data', 'text')  # that are tables, or may be
+APART = {'parquet': arrow_rows.read_parquet, 'arrow': arrow_rows.read_arrow}  # whose parsers may crash
+FEW = 5        # rows of a .json: less are settings
+MANY = 100     # rows of a .json without a text that make it a table all the same
+TEXT_ROWS = 3  # rows that a file without a name for it needs, to be a table
+NO_JSON = {'kind': 'text', 'plan': {'said': ['no JSON in it: taken as plain text']}}
+
+
+def look(kind, path, options, look_apart=None):
+    """{'kind', 'format', 'plan', 'profile', 'rows', 'facts'} of a file that is a table: what it is by
+    its content, and how its columns look. None for the others. kind: by its name; look_apart: how to
+    look at those of APART, if not right here.
+    """
+    table = table_kind(kind, path)
+    if table:
+        looked = (look_apart or look_here)(table, path, options)
+        return looked | {'kind': table, 'format': table, 'facts': {}}
+    if kind == 'data' and not is_json(os.path.basename(path).lower()):
+        return None
+    if kind == 'csv':
+        looked = json_look.look(path, 'text', options) if csv_look.may_be_json(path) else None
+        return looked or csv_look.look(path, options)
+    looked = json_look.look(path, kind, options)
+    return looked or (NO_JSON if kind == 'jsonl' else None)
+
+
+def look_here(kind, path, options):
+    """What a parquet or Arrow file says of itself."""
+    return json.loads(''.join(text for text, _ in APART[kind](path, options | {'look': True}, Notes())))
+
+
+def table_kind(kind, path):
+    """A key of APART where a file is that, or is called so and may be; else ''."""
+    with open(path, 'rb') as f:
+        head = f.read(8)
+    for table, signature in ('parquet', b'PAR1'), ('arrow', b'ARROW1\0\0'):
+        if head.startswith(signature):
+            return table
+    is_text = head[:1] in (b'{', b'[')
+    return kind if kind in APART and not is_text else ''
+
+
+def is_json(name):
+    """Whether a name says that there is JSON in the file: rows.json, rows.json.gz."""
+    stem, extension = os.path.splitext(name)
+    return extension == '.json' or stem.endswith('.json')
+
+
+def plan_of(looked, chosen):
+    """The plan of a table. chosen: names of columns."""
+    form = columns.form_of(chosen, looked['profile'])
+    facts = {'format': looked['format'], 'columns': form} | looked['facts']
+    plan = looked['plan'] | {'columns': chosen, 'form': form, 'facts': facts}
+    return {key: value for key, value in plan.items() if value or key in ('names', 'said')}
+
+
+def alone(kind, path, options):
+    """(kind, plan) of a file that nobody has looked at together with others. Skip where its text
+    column is not clear.
+    """
+    looked = look(kind, path, options) if kind in KINDS else None
+    if looked is None:
+        return kind, {}
+    if 'profile' not in looked:
+        return looked['kind'], looked['plan']
+    wanted = options['text_column']
+    chosen, reason = columns.wanted(looked['profile'], wanted) if wanted else columns.choose(looked['profile'])
+    if chosen and not is_setting(kind, looked, options):
+        return looked['kind'], plan_of(looked, chosen) | {'parts': []}
+    if not is_plain(kind, looked, options):
+        raise Skip(reason)
+    return kind, {}
+
+
+# -----------------------------------------------------------------------------
+# Small files that are called no table
+
+def is_setting(kind, looked, options):
+    """Whether a file is too small, and too little called a table, to be taken for one."""
+    is_one_value = looked['plan'].get('layout') not in ('lines', 'values')
+    return not options['text_column'] and kind in ('data', 'text') and is_one_value and looked['rows'] < FEW
+
+
+def is_plain(kind, looked, options):
+    """Whether a file without a clear text column is read as it stands: settings in JSON, say."""
+    if kind == 'data':
+        return looked['rows'] < (FEW if options['text_column'] else MANY)
+    return kind == 'text' and looked['rows'] < TEXT_ROWS
