@@ -66,12 +66,12 @@ def test_bytes_that_do_not_fit(tmp_path):
         'a log' * 100 + ' with a zero' * 100
     ]
     assert read(write(tmp_path / 'e.txt', b'a\0b'))[0] == ['ab']
-    for binary in (
-        bytes(range(256)) * 9,
-        b'\x7fELF\2\1\1' + bytes(200),
-        b'\x89PNG\r\n\x1a\n' + random.Random(0).randbytes(9999),
+    for data, why in (
+        (bytes(range(256)) * 9, 'binary'),
+        (b'\x7fELF\2\1\1' + bytes(200), 'a program'),
+        (b'\x89PNG\r\n\x1a\n' + random.Random(0).randbytes(9999), 'a PNG image'),
     ):
-        assert reason(write(tmp_path / 'f.txt', binary)) == 'binary'
+        assert reason(write(tmp_path / 'f.txt', data)) == why
 
 
 def html(tmp_path, page):

@@ -42,7 +42,7 @@ def test_every_skipped_file_has_its_reason(tmp_path):
         'blank.md': (b' \n\n', 'empty'),
         'photo.jpg': (b'\xff\xd8\xff', 'unknown type .jpg'),
         '.secret': (b'x', 'hidden'),
-        'program': (b'\x7fELF\0\0\1\2', 'binary'),
+        'program': (b'\x7fELF\0\0\1\2', 'a program'),
         'big.txt': (b'1,2\n' * 30_000, 'larger than 0.1 MB'),
         'half.txt.gz': (gzip.compress(os.urandom(900))[:-20], 'truncated'),
         'short.pdf': (b'no pdf', 'not a PDF'),

@@ -174,18 +174,18 @@ def test_every_kind(here):
         'a.ndjson': 'jsonl', 'a.csv': 'csv', 'a.tsv': 'csv', 'a.pdf': 'pdf',
         'a.parquet': 'parquet', 'a.arrow': 'arrow', 'b.txt.gz': 'text', 'b.py.bz2': 'code',
         'b.json.xz': 'data', 'b.html.zst': 'html', 'b.ipynb.gz': 'notebook',
-        'b.JSONL.GZ': 'jsonl', 'b.csv.zst': 'csv',
+        'b.JSONL.GZ': 'jsonl', 'b.csv.zst': 'csv', 'a.docx': 'docx', 'a.pptx': 'pptx', 'a.xlsx': 'xlsx',
+        'a.odt': 'odt', 'a.ods': 'odt', 'a.epub': 'epub', 'a.rtf': 'rtf', 'a.eml': 'email', 'a.mbox': 'email',
+        'a.zip': 'zip', 'a.tar': 'tar', 'a.tar.gz': 'tar', 'a.tgz': 'tar', 'a.doc': 'office',
     }
     unknown = {
         'c.jpg': '.jpg',
-        'c.tar.gz': '.tar.gz',
-        'c.tgz': '.tgz',
         'c.gz': '.gz',
         'c.pdf.gz': '.pdf.gz',
         'c.parquet.zst': '.parquet.zst',
         'c.arrow.xz': '.arrow.xz',
         'c.txt.gz.gz': '.gz.gz',
-        'c.docx': '.docx',
+        'c.docx.gz': '.docx.gz',
     }
     for name in {**expected, **unknown}:
         write(here / 'm' / name)
@@ -197,6 +197,16 @@ def test_every_kind(here):
     assert set(expected.values()) == set(sources.EXTENSIONS)
     # named: read anyway
     assert names(look(*(here / 'm').iterdir())[0]) == {**expected, **dict.fromkeys(unknown, 'text')}
+
+
+def test_a_type_that_nobody_knows_is_told_by_its_content(here):
+    write(here / 'm' / 'a.bin', '%PDF-1.4')
+    write(here / 'm' / 'b.bin', '{\\rtf1 text}')
+    write(here / 'm' / 'c.jar', 'PK\x05\x06' + '\0' * 18)
+    write(here / 'm' / 'd.bin', 'plain text')
+    kept, skipped = look('m')
+    assert names(kept) == {'a.bin': 'pdf', 'b.bin': 'rtf'}
+    assert names(skipped) == {'c.jar': 'unknown type .jar', 'd.bin': 'unknown type .bin'}
 
 
 def test_the_lists_of_extensions():

@@ -23,10 +23,10 @@ import sys
 import threading
 import time
 
-from mambino.prepare import files
+from mambino.prepare import files, sniff
 from mambino.prepare.encodings import clean
 from mambino.prepare.files import Notes, Skip
-from mambino.prepare.readers import guarded
+from mambino.prepare.readers import guarded, reason_of
 
 # kind -> the library that its reader imports; options['pdf'] says which one for PDF
 LIBRARIES = {
@@ -34,7 +34,15 @@ LIBRARIES = {
     'parquet': 'pyarrow.parquet',
     'arrow': 'pyarrow.parquet',
     'html': 'html',
+    'docx': 'mammoth',
+    'pptx': 'pptx',
+    'xlsx': 'openpyxl',
+    'odt': 'xml.etree.ElementTree',
+    'epub': 'xml.etree.ElementTree',
+    'rtf': 'striprtf.striprtf',
+    'email': 'email.message',
 }
+STEADY = ('xlsx', 'odt')  # pieces of these come one by one, however large a sheet is
 NO_MEMORY = 'needs too much memory'
 FRAME = struct.Struct('<cI')
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -42,6 +50,18 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 READER = f'import sys; sys.path[0] = {ROOT!r}; from mambino.prepare import isolate; isolate.serve()'
 _process = None   # the reader process that this one keeps
 _deadline = None  # when to kill it, in time.monotonic()
+
+
+def look(source, notes):
+    """The source with the kind that its content tells; a note says so. Skip where nobody reads it."""
+    if source.kind == 'hf':
+        return source
+    try:
+        return source._replace(kind=sniff.kind_of(source.kind, source.path, notes))
+    except Skip:
+        raise
+    except Exception as error:  # of the file, or of what unpacks it
+        raise Skip(reason_of(error)) from None
 
 
 def read(source, options, notes):
@@ -233,7 +253,7 @@ def answer(stream, kind, path, options):
             if kind == 'pdf':  # a book of thousands of pages may take its time, one page may not
                 pages += not text  # it says so for each that it has read
                 limit('RLIMIT_CPU', began + seconds + pages / 2 + 1)
-            if last and time.monotonic() > renewed + seconds / 10:
+            if (last or kind in STEADY) and time.monotonic() > renewed + seconds / 10:
                 renewed = limit_seconds(seconds)  # a billion rows may take their time
     except Skip as reason:
         last_frame = (b'S', str(reason))

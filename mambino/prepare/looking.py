@@ -8,7 +8,7 @@ The files of a folder choose together, in survey.py; one in an archive chooses a
 import json
 import os
 
-from mambino.prepare import arrow_rows, columns, csv_look, json_look
+from mambino.prepare import arrow_rows, columns, csv_look, json_look, sniff
 from mambino.prepare.files import Notes, Skip
 
 KINDS = ('jsonl', 'csv', 'parquet', 'arrow', 'data', 'text')  # that are tables, or may be
@@ -24,6 +24,8 @@ def look(kind, path, options, look_apart=None):
     its content, and how its columns look. None for the others. kind: by its name; look_apart: how to
     look at those of APART, if not right here.
     """
+    if sniff.kind_of(kind, path, Notes()) not in (kind, *APART):
+        return None  # called as a table, or a text, and none: its own reader tells
     table = table_kind(kind, path)
     if table:
         looked = (look_apart or look_here)(table, path, options)
@@ -67,11 +69,11 @@ def plan_of(looked, chosen):
     return {key: value for key, value in plan.items() if value or key in ('names', 'said')}
 
 
-def alone(kind, path, options):
+def alone(kind, path, options, look_apart=None):
     """(kind, plan) of a file that nobody has looked at together with others. Skip where its text
     column is not clear.
     """
-    looked = look(kind, path, options) if kind in KINDS else None
+    looked = look(kind, path, options, look_apart) if kind in KINDS else None
     if looked is None:
         return kind, {}
     if 'profile' not in looked:

@@ -9,6 +9,8 @@
                │    csv_rows.py    csv
                │    arrow_rows.py  parquet, arrow
                │    pdf_text.py    pdf
+               │    office.py      docx, pptx, xlsx, rtf
+               │    opendocument.py, epub.py, mail.py
                │    hub.py         hf:, streamed
                └► whatever is wrong with a file becomes Skip(reason) ──► documents before that are kept
 
@@ -23,9 +25,13 @@ from mambino.prepare.arrow_rows import read_arrow, read_parquet
 from mambino.prepare.columns import LONGEST_ROW
 from mambino.prepare.csv_rows import read_csv
 from mambino.prepare.encodings import read_text
+from mambino.prepare.epub import read_epub
 from mambino.prepare.files import Skip, open_bytes
 from mambino.prepare.hub import Unreachable, read_hf
 from mambino.prepare.json_rows import read_json
+from mambino.prepare.mail import read_mail
+from mambino.prepare.office import read_docx, read_pptx, read_rtf, read_xlsx
+from mambino.prepare.opendocument import read_odt
 from mambino.prepare.pdf_text import read_pdf
 from mambino.prepare.webpage import read_html
 
@@ -47,6 +53,14 @@ def read_notebook(path, options, notes):
         raise Skip('not a notebook') from None
 
 
+def read_office(path, options, notes):
+    """What is called as a file of an older office program and is none, as sniff.py has found."""
+    try:
+        yield from read_text(path, options, notes)
+    except Skip:
+        raise Skip('an unknown office format: save it as docx, xlsx, pptx or PDF') from None
+
+
 READERS = {
     'text': read_text,
     'code': read_text,
@@ -60,6 +74,14 @@ READERS = {
     'parquet': read_parquet,
     'arrow': read_arrow,
     'hf': read_hf,
+    'docx': read_docx,
+    'pptx': read_pptx,
+    'xlsx': read_xlsx,
+    'odt': read_odt,
+    'epub': read_epub,
+    'rtf': read_rtf,
+    'email': read_mail,
+    'office': read_office,
 }
 
 

@@ -118,6 +118,18 @@ def kind_of(kind, path, notes):
     return true
 
 
+def known_kind(path):
+    """The kind of a file whose name says nothing; None unless its content surely is of one that is no
+    plain text. An archive may be part of a program, so it is none.
+    """
+    try:
+        with open(path, 'rb') as f:
+            kind = true_kind(f.read(HEAD), path)
+    except (Skip, OSError):
+        return None
+    return None if kind in ('zip', 'tar', 'email') else kind
+
+
 def true_kind(head, path, named='text'):
     """The kind that the first bytes of a file tell, a key of readers.READERS; None where they do
     not. Skip with what it is, where nobody reads that here. named: the kind by its name.

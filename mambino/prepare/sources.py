@@ -1,5 +1,5 @@
-"""Finds what prepare.py is to read. No file is opened for that but .gitignore and the state.json of
-a saved dataset.
+"""Finds what prepare.py is to read. No file is opened for that but .gitignore, the state.json of a
+saved dataset, and those of a type that nobody knows, for their first bytes may be known.
 
     python prepare.py my_folder notes.xyz                 # a folder, all in it; a file, whatever it is
     python prepare.py 'books/**/*.txt.gz' hf:owner/name   # a pattern; a dataset of the Hugging Face Hub
@@ -26,6 +26,7 @@ import stat
 from typing import NamedTuple
 
 from mambino.configurator import fail, split_list
+from mambino.prepare import sniff
 from mambino.prepare.ignore import compile_rules, is_ignored, read_gitignore
 
 
@@ -69,13 +70,25 @@ EXTENSIONS = {
     'jsonl': 'jsonl ndjson',
     'csv': 'csv tsv',
     'pdf': 'pdf',
+    'docx': 'docx docm dotx dotm',
+    'pptx': 'pptx pptm ppsx ppsm potx',
+    'xlsx': 'xlsx xlsm xltx xltm',
+    'odt': 'odt ott fodt ods ots fods odp otp fodp',
+    'epub': 'epub',
+    'rtf': 'rtf',
+    'email': 'eml mbox mht mhtml',
+    'zip': 'zip',
+    'tar': 'tar tgz tbz2 txz',
+    'office': 'doc xls xlsb ppt pps msg pages numbers',  # older ones, and Apple's: what they are is said
     'parquet': 'parquet',
     'arrow': 'arrow',  # of a dataset that Hugging Face's save_to_disk wrote
 }
 KIND_OF = {'.' + name: kind for kind, names in EXTENSIONS.items() for name in names.split()}
 COMPRESSED = {'.gz', '.bz2', '.xz', '.zst'}  # around any kind but the following
-BINARY = {'pdf', 'parquet', 'arrow'}         # they compress on their own
-STREAMED = {'jsonl', 'csv', 'parquet', 'arrow'}  # row by row, so memory does not mind their size
+# they compress on their own
+BINARY = {'pdf', 'parquet', 'arrow', 'docx', 'pptx', 'xlsx', 'odt', 'epub', 'zip', 'office'}
+# row by row, so memory does not mind their size
+STREAMED = {'jsonl', 'csv', 'parquet', 'arrow', 'xlsx', 'email', 'zip', 'tar'}
 # what is junk in every folder, as in a .gitignore; --exclude='!*.lock' has those back
 JUNK = ('__pycache__/,node_modules/,site-packages/,*.min.js,*.min.css,*.bundle.js,*.chunk.js,*.map,*.svg,'
         '*.lock,package-lock.json')
@@ -246,7 +259,9 @@ def look(path, limit):
     if not stat.S_ISREG(status.st_mode):
         return None, 'no regular file'
     if kind is None and limit is not None:
-        return None, f'unknown type {extension}'
+        kind = sniff.known_kind(path)
+        if kind is None:
+            return None, f'unknown type {extension}'
     if status.st_size == 0:
         return None, 'empty'
     if limit is not None and kind not in STREAMED and status.st_size > limit * 1e6:

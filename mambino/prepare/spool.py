@@ -23,7 +23,7 @@ import time
 import numpy as np
 import pyarrow
 
-from mambino.prepare import account, isolate, screen
+from mambino.prepare import account, archive, isolate, screen
 from mambino.prepare.files import PACKED, Notes, Skip, extension_of
 from mambino.prepare.readers import READERS
 from mambino.prepare.sources import Source
@@ -40,7 +40,7 @@ SAMPLE = 80        # characters of its text, to be shown
 KNOWN = 50_000     # documents of a source, that later ones are compared with
 PACKING = 4        # times smaller than its text is a packed file, about
 PULSE = 0.5        # seconds after which a task says how far it is
-KINDS = list(READERS)  # their order is that of the numbers in `kind`
+KINDS = [*READERS, *archive.KINDS]  # their order is that of the numbers in `kind`
 ENDINGS = ('.text', '.rows', '.json')    # the report last: it says that the others are there
 ROW = np.dtype([
     ('hi', '<u8'), ('lo', '<u8'),        # the document's hash
@@ -290,7 +290,10 @@ def read_source(task, source, plan, part, size, spool, pulse):
     reason = ''
     again = False
     try:
-        for text, last in view.passed(isolate.read(source, options, notes)):
+        source = isolate.look(source, notes)
+        spool.kind = KINDS.index(source.kind)
+        view = screen.Screen(source, options.get('document_separator', ''))
+        for text, last in view.passed(archive.read(source, options, notes)):
             spool.add(text, last)
             pulse.beat(spool.bytes // packing, size)
             if task['chars']:

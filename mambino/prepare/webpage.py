@@ -47,8 +47,9 @@ MUCH = 200  # characters
 class Page:
     """Collects what a browser would show; white space counts in <pre> alone."""
 
-    def __init__(self, is_xml=False):
+    def __init__(self, is_xml=False, title=True):
         self.is_xml = is_xml
+        self.title = title   # whether it is part of the text
         self.parts = []
         self.inside = []     # names of the open tags that hide what is in them
         self.opened = set()  # names of all tags since the first of those
@@ -119,7 +120,7 @@ class Page:
         if end is None:
             return self.hide_rest(markup, at, tag)
         content = markup[at:end]
-        if tag == 'title':
+        if tag == 'title' and self.title:
             self.text(html.unescape(content), is_title=True)
         elif tag == 'textarea' and not content.lstrip().startswith('<'):  # markup there is for scripts
             self.text(html.unescape(content))
@@ -232,18 +233,18 @@ def end_of_script(markup, at):
     return None
 
 
-def page_of(markup, is_xml=False):
+def page_of(markup, is_xml=False, title=True):
     """A Page that has read it."""
-    page = Page(is_xml or markup[:100].lstrip('\ufeff \n').startswith('<?xml'))
+    page = Page(is_xml or markup[:100].lstrip('\ufeff \n').startswith('<?xml'), title)
     page.read(markup)
     if page.inside:
         page.unclosed = page.inside[0], page.hidden
     return page
 
 
-def text_of(markup, is_xml=False):
-    """What a browser would show of a page or of a part of one."""
-    return page_of(markup, is_xml).result()
+def text_of(markup, is_xml=False, title=True):
+    """What a browser would show of a page or of a part of one; title: with its title."""
+    return page_of(markup, is_xml, title).result()
 
 
 def read_html(path, options, notes):

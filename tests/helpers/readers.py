@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pyarrow.parquet as pq
 import pytest
 
-from mambino.prepare import isolate, sources, survey
+from mambino.prepare import archive, isolate, sources, survey
 from mambino.prepare.files import Notes, Skip, judge
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -35,7 +35,8 @@ def read(path, **options):
             raise Skip(said.getvalue().strip().partition(': ')[2]) from None
     if skipped:
         raise Skip(skipped[0]['reason'])
-    for text, last in isolate.read(kept[0], options | plans[0], notes):
+    source = isolate.look(kept[0], notes)
+    for text, last in archive.read(source, options | plans[0], notes):
         text.encode('utf-8')  # there is nothing in it that UTF-8 cannot hold
         assert '\r' not in text and '\0' not in text
         parts.append(text)

@@ -1,0 +1,185 @@
+"""Reads zip and tar archives: the documents that there would be if they were unpacked to a folder.
+
+    for text, last in archive.read(source, options, notes): ...    # of any other file, as isolate.read
+
+    archive ──► a member at a time, unpacked to a file ──► survey ──► isolate.read ──► documents
+                  └► not taken, with the reason: hidden files and junk, as in a folder, archives in an
+                     archive, what is encrypted, and more than a bomb could hold
+"""
+import collections
+import contextlib
+import lzma
+import os
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from typing import NamedTuple
+
+from mambino.prepare import isolate, looking, sources, survey
+from mambino.prepare.files import CHUNK, Notes, Skip, judge
+from mambino.prepare.ignore import compile_rules, is_ignored
+from mambino.prepare.office import MOST_PACKED, SMALL, open_zip
+from mambino.prepare.readers import reason_of
+
+KINDS = ('zip', 'tar')
+MOST_MEMBERS = 1_000_000
+
+
+# what reading an archive raises
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError,
+           EOFError, ValueError, OSError)
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+    name: str
+    size: int        # bytes, unpacked
+    is_locked: bool
+    open: object     # a function that opens it
+
+
+def read(source, options, notes):
+    """Yields (text, last) of a source, as isolate.read; of an archive those of its members."""
+    pieces = read_members if source.kind in KINDS else isolate.read
+    yield from pieces(source, options, notes)
+
+
+def read_members(source, options, notes):
+    """The documents of the members of an archive, whole ones. What is left out is noted."""
+    left_out = collections.Counter()
+    documents = 0
+    try:
+        for name, member in members(source, options, left_out):
+            for text in documents_of(name, member, options, notes, left_out):
+                documents += 1
+                notes.taken += 1
+                yield text, True
+    except Skip as reason:
+        if not documents:
+            raise
+        notes.append(f'stopped after {documents:,} documents: {reason}')
+    if not documents:
+        raise Skip(f'nothing readable in it ({said(left_out)})' if left_out else 'an empty archive')
+    if left_out:
+        notes.append(f'left out of it: {said(left_out)}')
+
+
+def documents_of(name, member, options, notes, left_out):
+    """Yields the documents of one member, a Source."""
+    own_notes = Notes()
+    pieces = []
+    try:
+        kind, plan = plan_of(member, options)
+        member = isolate.look(member._replace(kind=kind), own_notes)
+        if member.kind in KINDS:
+            raise Skip('an archive in an archive')
+        for text, last in isolate.read(member, options | plan, own_notes):
+            pieces.append(text)
+            if last:
+                yield ''.join(pieces)
+                pieces.clear()
+    except Skip as reason:
+        left_out[str(reason)] += 1
+    _, lines = judge(own_notes.taken, own_notes.lost)
+    notes += [f'{os.path.basename(name)}: {line}' for line in [*own_notes, *lines]]
+
+
+def plan_of(member, options):
+    """(its kind, how it is read if it is a table)"""
+    try:
+        return looking.alone(member.kind, member.path, options, survey.look_apart)
+    except Skip:
+        raise
+    except Exception as error:  # of whatever library
+        raise Skip(reason_of(error)) from None
+
+
+def said(left_out):
+    """The reasons, the most frequent first."""
+    return ', '.join(f'{n:,} {reason}' for reason, n in left_out.most_common())
+
+
+# -----------------------------------------------------------------------------
+# Members
+
+def members_of_zip(stack, path):
+    """Yields a Member for each file."""
+    archive = stack.enter_context(open_zip(path))
+    for entry in archive.infolist():
+        if not entry.is_dir():
+            is_locked = bool(entry.flag_bits & 1)
+            yield Member(entry.filename, entry.file_size, is_locked, lambda entry=entry: archive.open(entry))
+
+
+def members_of_tar(stack, path):
+    """The same; links and devices are not there."""
+    try:
+        archive = stack.enter_context(tarfile.open(path, 'r:*'))
+    except tarfile.TarError:
+        raise Skip('damaged tar archive') from None
+    for entry in archive:
+        if entry.isfile():
+            yield Member(entry.name, entry.size, False, lambda entry=entry: archive.extractfile(entry))
+
+
+def members(source, options, left_out):
+    """Yields (name, a Source of the unpacked file) of what is to be read. What is not is counted in
+    `left_out`, a Counter, by its reason. The file is gone when the next one comes.
+    """
+    junk = compile_rules(sources.JUNK.split(','))
+    room = max(SMALL, MOST_PACKED * os.path.getsize(source.path))
+    find = members_of_zip if source.kind == 'zip' else members_of_tar
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix='mambino-'))
+        found = find(stack, source.path)
+        for number in range(MOST_MEMBERS):
+            try:
+                member = next(found, None)
+                if member is None:
+                    return
+                room -= member.size
+                if room < 0:
+                    break
+                kind, reason = look(member, junk, options['max_file_mb'])
+                if reason:
+                    left_out[reason] += 1
+                    continue
+                extension = sources.kind_of(os.path.basename(member.name))[1]
+                path = os.path.join(folder, f'{number}{extension}')
+                with member.open() as packed, open(path, 'wb') as out:
+                    while data := packed.read(CHUNK):
+                        out.write(data)
+            except DAMAGED as error:
+                if getattr(error, 'errno', None):  # of the disk
+                    raise Skip(os.strerror(error.errno)) from error
+                if found.gi_frame is None:  # the archive itself has no end
+                    raise Skip(f'damaged archive ({type(error).__name__})') from None
+                left_out['damaged'] += 1
+                continue
+            yield member.name, sources.Source(path, kind, member.size, 0)
+            os.remove(path)
+        raise Skip(f'unpacks to more than {MOST_PACKED} times its size')
+
+
+def look(member, junk, max_file_mb):
+    """(kind by its name, '') or (None, why a member is not read)."""
+    parts = [part for part in member.name.replace('\\', '/').split('/') if part not in ('', '.')]
+    name = '/'.join(parts)
+    kind, extension = sources.kind_of(parts[-1] if parts else '')
+    if not parts or any(part.startswith('.') or part == '__MACOSX' for part in parts):
+        return None, 'hidden'
+    folders = ['/'.join(parts[:i + 1]) for i in range(len(parts) - 1)]
+    if any(is_ignored(folder, True, [(0, junk)]) for folder in folders) or is_ignored(name, False, [(0, junk)]):
+        return None, 'excluded'
+    if kind is None:
+        return None, f'unknown type {extension}'
+    if kind in KINDS:
+        return None, 'an archive in an archive'
+    if member.is_locked:
+        return None, 'encrypted'
+    if member.size == 0:
+        return None, 'empty'
+    if kind not in sources.STREAMED and member.size > max_file_mb * 1e6:
+        return None, f'larger than {max_file_mb:g} MB'
+    return kind, ''

@@ -1,0 +1,128 @@
+"""Reads mail: a message in a file, or a mailbox of many.
+
+    for text, last in mail.read_mail('letters.mbox', options, notes): ...    # a document a message
+
+    a message ──► From, To, Date, Subject
+               ├► its plain text, or what its HTML shows where there is none
+               └► attachments: counted in the notes
+"""
+import email
+import email.errors
+import email.header
+import re
+
+from mambino.prepare.declared import codec_of
+from mambino.prepare.encodings import encoding_of_bytes
+from mambino.prepare.files import Notes, Skip, open_bytes
+from mambino.prepare.webpage import text_of
+
+HEADERS = ('From', 'To', 'Date', 'Subject')
+BEGINS = re.compile(rb'From \S+.*\d{4}')  # the line before each message of a mailbox
+LARGEST = 1 << 28  # bytes of a message, attachments and all
+HEADER = re.compile(rb'[!-9;-~]+:')
+
+
+def read_mail(path, options, notes):
+    """A document a message."""
+    attachments = 0
+    with open_bytes(path) as f:
+        for data in messages_of(f):
+            if data is None:
+                notes.lose(1, f'messages are larger than {LARGEST >> 20} MB')
+                continue
+            message = email.message_from_bytes(data)
+            body, left_out = body_of(message)
+            attachments += left_out
+            if not body.strip() and message.get_content_type() in ('multipart/encrypted', 'application/pkcs7-mime'):
+                notes.lose(1, 'messages are encrypted')
+                continue
+            is_page = message.get_content_type() == 'multipart/related' and 'To' not in message  # saved by a browser
+            yield ('' if is_page else head_of(message)) + body.strip('\n') + '\n', True
+    if attachments:
+        notes.append(f'{attachments:,} attachments left out')
+
+
+def messages_of(stream):
+    """Yields the bytes of each message; None for one that is too large. The stream is a mailbox where
+    its first line is that of one.
+    """
+    first = stream.readline(1 << 16)
+    if not BEGINS.match(first):
+        data = first + stream.read(LARGEST + 1)
+        if not any(HEADER.match(line) for line in data[:1 << 16].splitlines()[:20]):
+            raise Skip('no mail')
+        yield data if len(data) <= LARGEST else None
+        return
+    lines = []
+    size = 0
+    is_blank = True
+    while line := stream.readline(1 << 20):
+        if is_blank and line.startswith(b'From ') and BEGINS.match(line):
+            yield b''.join(lines) if size <= LARGEST else None
+            lines = []
+            size = 0
+        elif size <= LARGEST:
+            lines.append(line[1:] if re.match(b'>+From ', line) else line)
+            size += len(line)
+        is_blank = not line.strip()
+    yield b''.join(lines) if size <= LARGEST else None
+
+
+def head_of(message):
+    """The lines that say who wrote to whom, when, about what; an empty line after them."""
+    lines = [f'{name}: {header}' for name in HEADERS if (header := header_of(message, name))]
+    return '\n'.join(lines) + '\n\n' if lines else ''
+
+
+def header_of(message, name):
+    """A header as it is read, on one line; '' without it."""
+    value = next((value for key, value in message.raw_items() if key.lower() == name.lower()), '')
+    data = value.encode('utf-8', 'surrogateescape')  # some write bytes there, against the rules
+    value = str(data.decode(encoding_found(data), 'replace'))
+    try:
+        value = str(email.header.make_header(email.header.decode_header(value)))
+    except (ValueError, LookupError, email.errors.HeaderParseError):
+        pass
+    value = ' '.join(value.split())
+    return re.sub(' ?<[^<>]*@[^<>]*>', '', value) or value if name in ('From', 'To') else value
+
+
+def body_of(part):
+    """(text of a message or of a part of one, how many attachments were left out)"""
+    kind = part.get_content_type()
+    if kind == 'message/rfc822' and part.is_multipart():
+        inner = part.get_payload(0)
+        text, left_out = body_of(inner)
+        return head_of(inner) + text, left_out
+    if part.is_multipart():
+        parts = [(inner.get_content_type(), *body_of(inner)) for inner in part.get_payload()]
+        left_out = sum(n for _, _, n in parts)
+        texts = [text for _, text, _ in parts if text.strip()]
+        if kind == 'multipart/alternative' and texts:
+            plain = [text for inner, text, _ in parts if inner == 'text/plain' and text.strip()]
+            return (plain or texts)[0], left_out
+        if kind == 'multipart/related':
+            left_out = 0  # pictures and styles of a page
+        return '\n\n'.join(text.strip('\n') for text in texts), left_out
+    if kind not in ('text/plain', 'text/html') or part.get_content_disposition() == 'attachment':
+        return '', 1
+    text = decoded(part, kind)
+    return text_of(text, title=False) if kind == 'text/html' else text, 0
+
+
+def decoded(part, kind):
+    """The text of a part, in the encoding that it says, if it fits, or else in the one found."""
+    data = part.get_payload(decode=True) or b''
+    name = codec_of(part.get_content_charset() or '') or 'ascii'
+    try:
+        return data.decode(name)
+    except (UnicodeDecodeError, LookupError):
+        return data.decode(encoding_found(data, 'html' if kind == 'text/html' else 'text'), 'replace')
+
+
+def encoding_found(data, kind='text'):
+    """The likely encoding of bytes that do not say one."""
+    try:
+        return encoding_of_bytes(lambda: iter([data]), Notes(), kind=kind)
+    except Skip:
+        return 'utf-8'

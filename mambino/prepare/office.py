@@ -1,0 +1,186 @@
+"""Reads the files of office programs, by packages of pyproject.toml's group `office`.
+
+    for text, last in office.read_docx('letter.docx', options, notes): ...    # one document
+    for text, last in office.read_xlsx('sums.xlsx', options, notes): ...      # a document a sheet
+
+    docx ──► mammoth ──► HTML ──► webpage.py ──► text      paragraphs, lists, notes
+    pptx ──► python-pptx ──► the text of each slide, then its notes
+    xlsx ──► openpyxl, row by row ──► cells with tabs between them
+    rtf  ──► striprtf ──► text
+What a program shows and these do not, formulas and drawings, is counted in the notes.
+"""
+import collections
+import datetime
+import re
+import zipfile
+
+from mambino.prepare.files import Skip
+from mambino.prepare.webpage import text_of
+
+MOST_PACKED = 200    # a zip archive that unpacks to more times its size is no one's document
+SMALL = 100_000_000  # bytes: but this much is nothing to fear
+PIECE = 1 << 16      # characters of a sheet that are passed on together
+
+
+def needs(kind, package):
+    """The reason to skip a file whose reader is not installed."""
+    return Skip(f'{kind}: needs the package {package}: pip install {package}')
+
+
+def open_zip(path):
+    """A zipfile.ZipFile. Skip where it is none, or a bomb."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        raise Skip('damaged (no zip archive inside)') from None
+    packed = sum(entry.compress_size for entry in archive.infolist())
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > max(SMALL, MOST_PACKED * packed):
+        archive.close()
+        raise Skip(f'unpacks to more than {MOST_PACKED} times its size')
+    return archive
+
+
+# -----------------------------------------------------------------------------
+# Documents
+
+PARTS = {'oMath': 'formulas', 'oMathPara': 'formulas', 'ruby': 'readings (ruby)'}
+CELL = re.compile('(<t[dh][^>]*>)((?:(?!</?t[dh]\\b).)*)(?=</t[dh]>)', re.S)
+TO_NOTE = re.compile(' ?<a href="#[^"]*">↑</a>')
+
+
+def read_docx(path, options, notes):
+    """A document of Word: headings, paragraphs, lists, a line for each row of a table, footnotes."""
+    try:
+        import mammoth
+    except ImportError:
+        raise needs('docx', 'mammoth') from None
+    open_zip(path).close()
+    with open(path, 'rb') as f:
+        page = mammoth.convert_to_html(f, convert_image=mammoth.images.img_element(no_image))
+    markup = CELL.sub(flat_cell, TO_NOTE.sub('', page.value))
+    ignored = [re.split('[}: ]', message.message)[-1] for message in page.messages
+               if 'element was ignored' in message.message]
+    for name, n in collections.Counter(ignored).items():
+        notes.append(f'{n:,} elements left out: {PARTS.get(name, name)}')
+    yield text_of(markup).replace('\xad', ''), True
+
+
+def no_image(image):
+    return {'src': ''}
+
+
+def flat_cell(match):
+    """A cell of a table with its paragraphs on one line."""
+    return match[1] + match[2].replace('</p><p>', ' ').replace('<p>', '').replace('</p>', '')
+
+
+def read_rtf(path, options, notes):
+    """A document in the Rich Text Format."""
+    try:
+        from striprtf.striprtf import rtf_to_text
+    except ImportError:
+        raise needs('rtf', 'striprtf') from None
+    with open(path, 'rb') as f:
+        data = f.read()
+    if not data.lstrip(b'\xef\xbb\xbf \r\n').startswith(b'{\\rtf'):
+        raise Skip('not an RTF document')
+    source = data.decode('latin-1').replace('{\\footnote', '{')  # notes stay where they are called
+    source = re.sub(r'\\(?:nest)?cell(?![a-z])', r'\\tab', source)
+    encoding = 'mac_roman' if re.search(r'\\mac\b', source[:200]) else 'cp1252'
+    text = rtf_to_text(source, encoding, errors='replace')
+    damaged = text.count('\ufffd')
+    if damaged:
+        notes.append(f'{damaged:,} characters were unreadable')
+    yield re.sub('[ \t]+\n', '\n', text), True
+
+
+# -----------------------------------------------------------------------------
+# Presentations
+
+def read_pptx(path, options, notes):
+    """The text of each slide, then what is noted on it for the speaker; an empty line between slides."""
+    try:
+        from pptx.package import Package
+    except ImportError:
+        raise needs('pptx', 'python-pptx') from None
+    open_zip(path).close()
+    presentation = Package.open(path).main_document_part.presentation  # as pptx.Presentation, and shows too
+    drawings = 0
+    written = False
+    for slide in presentation.slides:
+        lines = []
+        for shape in slide.shapes:
+            drawings += add_shape(shape, lines)
+        if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
+            lines.append('')
+            lines += slide.notes_slide.notes_text_frame.text.split('\n')
+        text = '\n'.join(lines).replace('\v', '\n').strip('\n')
+        if text:
+            yield ('\n\n' if written else '') + text, False
+            written = True
+    if drawings:
+        notes.append(f'{drawings:,} charts and drawings left out')
+    yield '\n' if written else '', True
+
+
+def add_shape(shape, lines):
+    """Adds the text of a shape and of those in it to `lines`. Returns how many drawings have text
+    that is left out.
+    """
+    if hasattr(shape, 'shapes'):
+        return sum(add_shape(inner, lines) for inner in shape.shapes)
+    if getattr(shape, 'has_table', False):
+        for row in shape.table.rows:
+            lines.append('\t'.join(' '.join(cell.text.split()) for cell in row.cells).rstrip())
+    elif shape.has_text_frame:
+        lines += filter(str.strip, (paragraph.text for paragraph in shape.text_frame.paragraphs))
+    else:
+        return shape.element.tag.endswith('}graphicFrame')
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# Tables
+
+def read_xlsx(path, options, notes):
+    """A document a sheet: a line a row, tabs between the cells."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise needs('xlsx', 'openpyxl') from None
+    open_zip(path).close()
+    with open(path, 'rb') as f:
+        book = openpyxl.load_workbook(f, read_only=True, data_only=True, keep_links=False)
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # what a file says of them may be wrong
+            yield from lines_of(sheet.iter_rows(values_only=True))
+
+
+def lines_of(rows):
+    """Yields the lines of a sheet in pieces, as readers do."""
+    waiting = []
+    size = 0
+    for row in rows:
+        line = '\t'.join(map(text_of_cell, row)).rstrip('\t')
+        if line:
+            waiting.append(line + '\n')
+            size += len(line)
+        if size > PIECE:
+            yield ''.join(waiting), False
+            waiting = []
+            size = 0
+    yield ''.join(waiting), True
+
+
+def text_of_cell(value):
+    """What a cell holds, on one line."""
+    if value is None:
+        return ''
+    if isinstance(value, str):
+        return ' '.join(value.split())
+    if isinstance(value, datetime.datetime):
+        return str(value).removesuffix(' 00:00:00')
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value).upper() if isinstance(value, bool) else str(value)

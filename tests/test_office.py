@@ -1,0 +1,261 @@
+"""office.py, opendocument.py, epub.py, mail.py and archive.py: what office programs, readers of books
+and mail write, and archives of it all.
+"""
+import datetime
+import io
+import tarfile
+import zipfile
+
+import pytest
+from helpers.office import make_docx, make_epub, make_message, make_odt, paragraph, zipped
+from helpers.readers import linux, make_pdf, read, reason, write
+
+from mambino.prepare import isolate
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_reader_left():
+    yield
+    isolate.stop_reader()
+
+
+# -----------------------------------------------------------------------------
+# Documents
+
+def test_docx(tmp_path):
+    pytest.importorskip('mammoth')
+    cells = ''.join(f'<w:tc>{paragraph(a)}{paragraph(b)}</w:tc>' for a, b in (('a', 'b'), ('c', 'd')))
+    body = (
+        paragraph('The title', '<w:pPr><w:pStyle w:val="Heading1"/></w:pPr>') + paragraph('Fish &amp; chips, naïve')
+        + f'<w:sdt><w:sdtContent>{paragraph("in a control")}</w:sdtContent></w:sdt>'
+        + '<w:p><w:ins w:id="1"><w:r><w:t>put in</w:t></w:r></w:ins><w:del w:id="2"><w:r><w:delText>taken out'
+        '</w:delText></w:r></w:del><w:r><w:footnoteReference w:id="2"/><w:br/><w:t>next so</w:t><w:softHyphen/>'
+        '<w:t>ft</w:t></w:r></w:p>'
+        + f'<w:tbl><w:tr>{cells}</w:tr><w:tr>{cells}</w:tr></w:tbl>'
+        + '<w:p><m:oMath><m:r><m:t>x</m:t></m:r></m:oMath><w:r><w:t>the end</w:t></w:r></w:p>')
+    documents, notes = read(write(tmp_path / 'a.docx', make_docx(body)))
+    assert documents == [
+        'The title\n\nFish & chips, naïve\n\nin a control\n\nput in[1]\nnext soft\n\na b\tc d\na b\tc d\n\nthe end\n\n'
+        'the footnote\n']
+    assert notes == ['1 elements left out: formulas']
+    # whatever it is called
+    assert read(write(tmp_path / 'a.doc', make_docx(paragraph('text')))) == (
+        ['text\n'], ['is a Word document, whatever its name says'])
+    assert reason(write(tmp_path / 'b.docx', make_docx(body)[:400])) == 'damaged docx'
+    assert reason(write(tmp_path / 'c.docx', b'plain text')) == 'damaged (no zip archive inside)'
+
+
+def test_rtf(tmp_path):
+    pytest.importorskip('striprtf')
+    text = (r'{\rtf1\ansi\ansicpg1251{\fonttbl{\f0 Arial;}}{\info{\title hidden}}Two  words\par Second \b bold\b0 .'
+            r"\line \u8364? \'cf\'f0\'e8\'e2\'e5\'f2{\footnote a note}\par{\pict 8950}\trowd a\cell b\cell\row end}")
+    assert read(write(tmp_path / 'a.rtf', text)) == (
+        ['Two  words\nSecond bold.\n€ Привет a note\na\tb\nend'], [])
+    assert read(write(tmp_path / 'a.doc', r'{\rtf1 text\par}')) == (
+        ['text\n'], ['is an RTF document, whatever its name says'])
+    assert reason(write(tmp_path / 'b.rtf', 'no RTF')) == 'not an RTF document'
+
+
+def test_odt(tmp_path):
+    text = ('<office:text><text:tracked-changes><text:p>gone</text:p></text:tracked-changes><text:h>Head</text:h>'
+            '<text:p>One  <text:span>two</text:span><text:s text:c="2"/>three<text:tab/>four<text:line-break/>five'
+            '<text:note><text:note-citation>1</text:note-citation><text:note-body><text:p>A note.</text:p>'
+            '</text:note-body></text:note><office:annotation><text:p>hm</text:p></office:annotation> six.</text:p>'
+            '<text:list><text:list-item><text:p>first</text:p></text:list-item><text:list-item><text:p>second'
+            '</text:p></text:list-item></text:list><table:table><table:table-row><table:table-cell><text:p>a</text:p>'
+            '<text:p>b</text:p></table:table-cell><table:table-cell><text:p>c</text:p></table:table-cell>'
+            '</table:table-row></table:table><text:p>End.</text:p></office:text>')
+    assert read(write(tmp_path / 'a.odt', make_odt(text)))[0] == [
+        'Head\n\nOne two  three\tfour\nfive six.\n\nA note.\n\nfirst\nsecond\n\na b\tc\n\nEnd.\n']
+    sheets = ('<office:spreadsheet><table:table><table:table-row><table:table-cell table:number-columns-repeated="2">'
+              '<text:p>a</text:p></table:table-cell><table:table-cell table:number-columns-repeated="16000"/>'
+              '</table:table-row><table:table-row table:number-rows-repeated="1000000"><table:table-cell/>'
+              '</table:table-row><table:table-row><table:table-cell/><table:table-cell><text:p>b</text:p>'
+              '</table:table-cell></table:table-row></table:table><table:table><table:table-row><table:table-cell>'
+              '<text:p>c</text:p></table:table-cell></table:table-row></table:table></office:spreadsheet>')
+    assert read(write(tmp_path / 'a.ods', make_odt(sheets)))[0] == ['a\ta\n\tb\n', 'c\n']
+    assert reason(write(tmp_path / 'b.odt', make_odt(text, '<m><encryption-data/></m>'))) == 'encrypted'
+    assert reason(write(tmp_path / 'c.odt', make_odt('<broken>'))).startswith('damaged XML')
+
+
+def test_epub(tmp_path):
+    page = ('<html><head><title>Book</title></head><body><h1>{0}</h1><script src="x"/><p>It is {0}, naïve.</p>'
+            '</body></html>')
+    chapters = {'b.xhtml': page.format('second'), 'a b.xhtml': page.format('first')}
+    first, second = (f'{name}\n\nIt is {name}, naïve.\n' for name in ('first', 'second'))
+    assert read(write(tmp_path / 'a.epub', make_epub(chapters, ['a b.xhtml', 'b.xhtml']))) == (
+        [first + '\n' + second], [])
+    many = {f'{i}.xhtml': page.format(i) for i in range(9)} | {'gone.xhtml': None}
+    assert read(write(tmp_path / 'b.epub', make_epub(many)))[1] == ['1 of 10 chapters are missing']
+    assert reason(write(tmp_path / 'c.epub', make_epub(chapters | {'gone.xhtml': None}))) == (
+        'damaged epub (1 of 3 chapters are missing)')
+    locked = {'META-INF/encryption.xml': '<e xmlns="x"><CipherReference URI="book/b.xhtml"/></e>'}
+    assert reason(write(tmp_path / 'd.epub', make_epub(chapters, more=locked))) == 'encrypted'
+    assert reason(write(tmp_path / 'e.epub', zipped({'mimetype': 'application/epub+zip'}))).startswith('damaged epub')
+
+
+# -----------------------------------------------------------------------------
+# Slides and sheets
+
+def test_pptx(tmp_path):
+    pptx = pytest.importorskip('pptx')
+    from pptx.chart.data import CategoryChartData
+    from pptx.enum.chart import XL_CHART_TYPE
+    show = pptx.Presentation()
+    slide = show.slides.add_slide(show.slide_layouts[1])
+    slide.shapes.title.text = 'First slide'
+    slide.placeholders[1].text = 'one\ntwo'
+    table = slide.shapes.add_table(2, 2, 0, 0, 99, 99).table
+    for row in range(2):
+        for column in range(2):
+            table.cell(row, column).text = f'{row}, {column}'
+    slide.shapes.add_group_shape().shapes.add_textbox(0, 0, 9, 9).text_frame.text = 'in a group'
+    slide.notes_slide.notes_text_frame.text = 'say this'
+    slide = show.slides.add_slide(show.slide_layouts[5])
+    slide.shapes.title.text = 'Second slide'
+    chart = CategoryChartData()
+    chart.categories = ['a']
+    chart.add_series('b', (1,))
+    slide.shapes.add_chart(XL_CHART_TYPE.PIE, 0, 0, 9, 9, chart)
+    show.save(tmp_path / 'a.pptx')
+    text = 'First slide\none\ntwo\n0, 0\t0, 1\n1, 0\t1, 1\nin a group\n\nsay this\n\nSecond slide\n'
+    assert read(tmp_path / 'a.pptx') == ([text], ['1 charts and drawings left out'])
+    # one that begins as a show, which python-pptx itself refuses
+    with zipfile.ZipFile(tmp_path / 'a.pptx') as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files['[Content_Types].xml'] = files['[Content_Types].xml'].replace(b'presentation.main+xml', b'slideshow.main+xml')
+    assert read(write(tmp_path / 'b.ppsx', zipped(files)))[0] == [text]
+
+
+def make_xlsx(sheets):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook(write_only=True)
+    for rows in sheets:
+        sheet = book.create_sheet()
+        for row in rows:
+            sheet.append(row)
+    out = io.BytesIO()
+    book.save(out)
+    return out.getvalue()
+
+
+def test_xlsx(tmp_path):
+    rows = [['name', None, 'when'], ['Ann\nof the hills', 3.0, datetime.datetime(2020, 1, 2)], [], [True, 1.5, 'é']]
+    data = make_xlsx([rows, [['second sheet']], []])
+    documents = ['name\t\twhen\nAnn of the hills\t3\t2020-01-02\nTRUE\t1.5\té\n', 'second sheet\n', '']
+    assert read(write(tmp_path / 'a.xlsx', data)) == (documents, [])
+    assert read(write(tmp_path / 'a.csv', data)) == (documents, ['is an Excel workbook, whatever its name says'])
+    # what it says of its size may be wrong
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    sheet = files['xl/worksheets/sheet1.xml']
+    files['xl/worksheets/sheet1.xml'] = sheet.replace(b'<sheetData>', b'<dimension ref="A1"/><sheetData>')
+    assert files['xl/worksheets/sheet1.xml'] != sheet
+    assert read(write(tmp_path / 'b.xlsx', zipped(files)))[0] == documents
+
+
+# -----------------------------------------------------------------------------
+# Mail
+
+HEAD = 'From: Ann Ärmel\nTo: Bob\nDate: Mon, 02 Jan 2023 10:00:00 +0000\nSubject: Grüße aus den Bergen\n\n'
+
+
+def test_messages(tmp_path):
+    both = make_message('Schöne Grüße = viele.\n', '<p>no', b'%PDF-1.4')
+    assert read(write(tmp_path / 'a.eml', both)) == ([HEAD + 'Schöne Grüße = viele.\n'], ['1 attachments left out'])
+    for page in (
+        b'Content-Type: text/html; charset=windows-1251\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n'
+        b'<title>no</title><p>=CF=F0=E8=E2=E5=F2<br>again</p>',
+        'Content-Type: text/html\n\n<meta charset=utf-8><p>Привет<br>again'.encode(),
+        'Content-Type: text/plain; charset=none-such\n\nПривет\nagain'.encode()):
+        message = b'Subject: =?utf-8?B?w6k=?=\n' + page
+        assert read(write(tmp_path / 'b.eml', message))[0] == ['Subject: é\n\nПривет\nagain\n']
+    forwarded = (b'Subject: Fwd\nContent-Type: multipart/mixed; boundary=B\n\n--B\n\nSee below.\n--B\n'
+                 b'Content-Type: message/rfc822\n\nSubject: Old\n\nThe old text.\n--B--\n')
+    assert read(write(tmp_path / 'c.eml', forwarded))[0] == [
+        'Subject: Fwd\n\nSee below.\n\nSubject: Old\n\nThe old text.\n']
+    saved = (b'From: <Saved by a browser>\nSubject: Page\nContent-Type: multipart/related; boundary=B\n\n--B\n'
+             b'Content-Type: text/html\n\n<p>the page\n--B\nContent-Type: image/png\n\nx\n--B--\n')
+    assert read(write(tmp_path / 'd.mht', saved)) == (['the page\n'], [])
+    assert reason(write(tmp_path / 'e.eml', 'just a text')) == 'no mail'
+
+
+def test_mailboxes(tmp_path):
+    mailbox = (b'From ann@example.org Mon Jan  2 10:00:00 2023\n' + make_message('One.\n')
+               + b'\nFrom bob Mon Jan  2 11:00:00 2023\nSubject: two\n\nTwo.\n>From here on\n\n'
+               + b'From now on this is text\n')
+    documents = [HEAD + 'One.\n', 'Subject: two\n\nTwo.\nFrom here on\n\nFrom now on this is text\n']
+    assert read(write(tmp_path / 'a.mbox', mailbox)) == (documents, [])
+    assert read(write(tmp_path / 'a.txt', mailbox)) == (documents, ['is mail, whatever its name says'])
+
+
+# -----------------------------------------------------------------------------
+# Archives
+
+def test_archives(tmp_path):
+    files = {
+        'b/letter.odt': make_odt('<office:text><text:p>a letter</text:p></office:text>'),
+        'a/old.txt': 'café, naïve\n'.encode('cp1252'),
+        'rows.jsonl': '{"text": "row one"}\n{"text": "row two"}\n', 'paper.txt': make_pdf(['a paper']),
+        'a.jpg': b'\xff\xd8\xff', '__MACOSX/._a.txt': 'x', '../out.txt': 'x', 'in.zip': 'x',
+        'in.txt': zipped({'a.txt': 'x'}), 'node_modules/a.js': 'x', 'empty.txt': '', 'broken.pdf': '%PDF-',
+    }
+    documents = ['a letter\n', 'café, naïve\n', 'row one', 'row two', 'a paper\n']
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w:gz') as archive:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, kind in ('folder', tarfile.DIRTYPE), ('link.txt', tarfile.SYMTYPE):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            member.linkname = '/etc/passwd'
+            archive.addfile(member)
+    for name, data in ('a.zip', zipped(files)), ('a.tar.gz', out.getvalue()), ('a.tgz', out.getvalue()):
+        found, notes = read(write(tmp_path / name, data))
+        assert found == documents
+        assert notes[-1].startswith('left out of it: 2 hidden, 2 an archive in an archive, ')
+        assert all(why in notes[-1] for why in ('1 unknown type .jpg', '1 excluded', '1 empty'))
+        assert any(note.startswith('paper.txt: is a PDF') for note in notes)
+    assert reason(write(tmp_path / 'b.zip', zipped({'a.jpg': 'x'}))) == 'nothing readable in it (1 unknown type .jpg)'
+    assert reason(write(tmp_path / 'c.zip', zipped({}))) == 'an empty archive'
+
+
+def test_locked_archives(tmp_path):
+    data = bytearray(zipped({'a.txt': 'secret'}))
+    data[6] |= 1
+    data[data.index(b'PK\1\2') + 8] |= 1
+    assert reason(write(tmp_path / 'a.zip', data)) == 'nothing readable in it (1 encrypted)'
+
+
+@linux
+def test_bombs(tmp_path):
+    nothing = bytes(150_000_000)
+    for name, inside in ('a.zip', 'a.txt'), ('a.docx', 'word/document.xml'), ('a.epub', 'META-INF/container.xml'):
+        bomb = zipped({'[Content_Types].xml': '', inside: nothing})
+        assert 'unpacks to more than 200 times its size' in reason(write(tmp_path / name, bomb))
+    laughs = '<!DOCTYPE d [<!ENTITY a "ha">' + ''.join(
+        f'<!ENTITY {chr(98 + i)} "{f"&{chr(97 + i)};" * 10}">' for i in range(9)) + ']>'
+    data = make_odt('<office:text><text:p>&j;</text:p></office:text>')
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files['content.xml'] = files['content.xml'].replace(b'?>', b'?>' + laughs.encode(), 1)
+    assert reason(write(tmp_path / 'b.odt', zipped(files)), file_seconds=3, file_memory_mb=300)
+
+
+# -----------------------------------------------------------------------------
+# Without the packages
+
+@pytest.mark.parametrize('kind, module, package', [
+    ('docx', 'mammoth', 'mammoth'), ('pptx', 'pptx', 'python-pptx'), ('xlsx', 'openpyxl', 'openpyxl'),
+    ('rtf', 'striprtf', 'striprtf')])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, kind, module, package):
+    isolate.stop_reader()
+    write(tmp_path / f'{module}.py', 'raise ImportError')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    top = {'docx': 'word', 'pptx': 'ppt', 'xlsx': 'xl'}.get(kind)
+    data = zipped({'[Content_Types].xml': '', f'{top}/x.xml': ''}) if top else r'{\rtf1 text}'
+    assert reason(write(tmp_path / f'a.{kind}', data)) == f'{kind}: needs the package {package}: pip install {package}'
+    isolate.stop_reader()
