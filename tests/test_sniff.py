@@ -5,7 +5,7 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.readers import make_pdf, write
+from helpers.readers import make_pdf, read, reason, write
 
 from mambino.prepare import sniff
 from mambino.prepare.encodings import Skip
@@ -89,3 +89,11 @@ def test_texts_stay_what_their_names_say(tmp_path, named, text):
     notes = []
     assert sniff.kind_of(named, str(write(tmp_path / 'a.txt', text)), notes) == named
     assert not notes
+
+
+def test_a_table_that_is_none(tmp_path):
+    """An error page that was saved as a table, an Excel workbook called so."""
+    page = '<!doctype html>\n<p>Not found</p>\n'
+    for name in 'a.parquet', 'a.jsonl', 'a.csv', 'a.json', 'a.arrow', 'a.pdf', 'a.txt', 'a.docx':
+        assert read(write(tmp_path / name, page)) == (['Not found\n'], ['is a web page, whatever its name says'])
+    assert reason(write(tmp_path / 'b.csv', b'\x89PNG\r\n\x1a\n' + bytes(99))) == 'a PNG image'
