@@ -42,8 +42,8 @@ def test_jsonl(tmp_path):
     assert check('not JSON\nat all\n') == (['not JSON\nat all\n'], ['no JSON in it: taken as plain text'])
     for odd, why in (
         (lines({'a': 'x', 'b': 'y'}), 'no clear text column among: a, b; say which with --text_column=a'),
-        (lines([1, 2], [3, 4]), 'no clear text column among: 0, 1'),
-        (lines({'a': 1}) * 30, 'no clear text column among: a'),
+        (lines([1, 2], [3, 4]), 'no clear text column among: 0, 1: 0 holds numbers, not text'),
+        (lines({'a': 1}) * 30, 'no clear text column among: a: a holds numbers, not text'),
         ('[' * 100_000, 'broken JSON'),
         ('{' + '1' * 5000 + '\n', 'broken JSON'),
         (lines({'text': None}) * 3, 'no text in text'),

@@ -50,10 +50,14 @@ def form_of(columns, profile):
     """What is taken of a row, in words: 'question + answer', 'conversation in messages'."""
     parts = []
     for name in columns:
-        column = profile.get(name)
-        talks = column and column['talks'] > 0.5 * column['text']
-        parts.append(f'conversation in {shown(name)}' if talks else shown(name))
+        is_talk = name in profile and talks(profile[name])
+        parts.append(f'conversation in {shown(name)}' if is_talk else shown(name))
     return 'rows as they stand' if columns == [AS_IT_STANDS] else ' + '.join(parts)
+
+
+def talks(column):
+    """Whether a column, of a profile, holds conversations."""
+    return column['talks'] > 0.5 * column['text']
 
 
 # -----------------------------------------------------------------------------
@@ -107,37 +111,45 @@ def best_of(named, candidates):
 def talking(profile, candidates):
     """[the column with the conversations]"""
     for name in by_rank(candidates, TALKS):
-        if candidates[name]['talks'] > 0.5 * candidates[name]['text']:
+        if talks(candidates[name]):
             return [name]
     return None
 
 
 def paired(profile, candidates):
-    """[what is asked, what is answered, and what belongs to them]"""
+    """[what belongs to a question, the question, the answer]"""
     by_name = {name.lower(): name for name in reversed(profile)}
 
-    def get(name):
-        """The column that is called so, if it has text, or nothing at all so far."""
+    def get(name, also=None):
+        """The column that is called so, if it has text, or nothing at all so far; `also`: or if that
+        is true of it.
+        """
         column = by_name.get(name)
-        if column in candidates or column and not (profile[column]['text'] or profile[column]['other']):
-            return column
-        return None
+        if column is None:
+            return None
+        is_empty = not profile[column]['text'] and not profile[column]['other']
+        return column if column in candidates or is_empty or also and also(column) else None
+
+    def is_short_answer(name):
+        """Whether an answer is a number, a year or a word, by its column of the profile."""
+        what = trouble(profile[name])
+        is_choice = what == 'numbers' and {'choices', 'options'} & by_name.keys()
+        return what in ('', 'numbers', 'dates', 'codes') and not is_choice
 
     for asked in filter(get, ASKED):
-        answers = [name for name in ANSWERED if get(name) and name in ONLY_WITH.get(asked, ANSWERED)]
-        if not answers or asked == 'source' and 'source' not in map(str.lower, candidates):
+        answers = [name for name in ANSWERED if get(name, is_short_answer) and name in ONLY_WITH.get(asked, ANSWERED)]
+        if not answers or get(asked) not in candidates:
             continue
-        pair = [get(asked), get(answers[0])]
-        if not set(pair) <= set(candidates) or sum(words_a_row(candidates[name]) for name in pair) < PROSE:
-            continue
-        if asked == 'source' and any(words_a_row(candidates[name]) < PROSE for name in pair):
-            continue  # where a text is from
-        answer = candidates[pair[1]]
-        if answer['talks'] > 0.5 * answer['text'] and not candidates[pair[0]]['talks']:
-            return pair[1:]  # a conversation begins with what was asked
+        ask = get(asked)
+        answer = get(answers[0], is_short_answer)
+        words = [words_a_row(profile[name]) for name in (ask, answer)]
+        if sum(words) < PROSE or asked == 'source' and min(words) < PROSE:
+            continue  # and a source may say where a text is from
+        if talks(profile[answer]) and not talks(profile[ask]):
+            return [answer]  # a conversation begins with what was asked
         before = [get(name) for name in BEFORE if get(name)][:2]
         more = [get(MORE)] if asked == 'instruction' and get(MORE) else []
-        return before + pair[:1] + more + pair[1:]
+        return [*before, ask, *more, answer]
     return None
 
 
@@ -184,19 +196,32 @@ def names_of(profile, most=8):
 
 def unclear(profile, candidates):
     """The reason that there is no clear column, and the remedy."""
-    if candidates:
-        best = max(candidates, key=lambda name: words_a_row(candidates[name]))
-        return f'no clear text column among: {names_of(profile)}; say which with --text_column={shown(best)}'
+    among = f'no clear text column among: {names_of(profile)}'
+    best = max(candidates, key=lambda name: words_a_row(candidates[name]), default=None)
     held = {name: trouble(column) for name, column in profile.items()}
-    lists = [name for name, what in held.items() if what.startswith(('lists', 'objects', 'JSON', 'single'))]
-    named = by_rank(profile, [*TALKS, *COLUMNS, *WEAK])
-    for name in [*named, *lists]:
-        if held[name]:
-            what = held[name]
-            if what == 'lists of numbers' and re.search('id|token', name.lower()):
-                what = 'token ids'
-            return f'no clear text column among: {names_of(profile)} ({shown(name)} holds {what}: no text found)'
-    return f'no clear text column among: {names_of(profile)}'
+    held |= {name: f'objects of {{{", ".join(parts[:4])}}}' for name, parts in inner_names(profile).items()}
+    odd = [name for name in by_rank(held, [*TALKS, *COLUMNS, *WEAK]) if held[name]]
+    is_likely = best and (words_a_row(candidates[best]) >= 2 or not odd)
+    if is_likely:
+        return f'{among}; say which with --text_column={shown(best)}'
+    odd += [name for name, what in held.items() if what.startswith(('lists', 'objects', 'JSON', 'single', 'bytes'))]
+    odd += [name for name, what in held.items() if what]
+    if not odd:
+        return among
+    what = held[odd[0]]
+    if what == 'lists of numbers' and re.search('id|token', odd[0].lower()):
+        what = 'token ids'
+    return f'{among}: {shown(odd[0])} holds {what}, not text'
+
+
+def inner_names(profile):
+    """{the name of an object, as it stands before a dot: [names of what is in it]}, without texts."""
+    inside = {}
+    for name, column in profile.items():
+        outer, dot, inner = name.partition('.')
+        if dot and outer not in profile and not column['text']:
+            inside.setdefault(outer, []).append(shown(inner))
+    return inside
 
 
 # -----------------------------------------------------------------------------
@@ -221,7 +246,7 @@ def wanted(profile, setting):
         column = profile[name]
         what = trouble(column)
         if not column['text'] and column['other'] and (what != 'numbers' or len(columns) == 1):
-            return None, f'{shown(name)} holds {what}: no text found'
+            return None, f'{shown(name)} holds {what}, not text'
     return columns, ''
 
 
@@ -238,8 +263,9 @@ def missing(profile, name):
     inside = [column for column in profile if column.startswith(name + '.')]
     if inside:
         return f'{shown(name)} holds {names_of(dict.fromkeys(inside))}; say which with --text_column={shown(inside[0])}'
-    near = difflib.get_close_matches(name, profile, n=1)
-    hint = f', did you mean {shown(near[0])}?' if near else ''
+    by_lower_case = {column.lower(): column for column in profile}
+    near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    hint = f', did you mean {shown(by_lower_case[near[0]])}?' if near else ''
     return f'no column {shown(name)} among: {names_of(profile)}{hint}'
 
 
@@ -272,9 +298,10 @@ def choose_together(profiles):
     for key, profile in left.items():
         by_names.setdefault(tuple(sorted(profile)), []).append(key)
     for keys in by_names.values():  # those of one kind, at least
-        choice = choose(add_all(left[key] for key in keys))
+        columns, why = choose(add_all(left[key] for key in keys))
         for key in keys:
-            choices[key] = choice
+            is_like_them = columns is None or has_columns(left[key], columns)
+            choices[key] = (columns, why) if is_like_them else choose(left[key])
     return choices
 
 

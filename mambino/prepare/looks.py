@@ -166,7 +166,7 @@ def kind_of(value):
     if value is None or value != value or isinstance(value, (list, tuple, dict)) and not value:
         return ''
     if isinstance(value, bytes):
-        return 'bytes that are no text'
+        return 'bytes'
     if isinstance(value, (list, tuple)):
         if all(isinstance(item, int) for item in value):
             return 'lists of numbers'
