@@ -198,8 +198,10 @@ def test_tables_without_a_text(tmp_path):
     path = tmp_path / 'a.csv'
     assert reason(write(path, 'id,text\n')) == 'empty: no rows below the header'
     numbers = ''.join(f'{i},{i * 2},{i / 3:.3f}\n' for i in range(500))
-    assert reason(write(path, 'a,b,c\n' + numbers)) == 'no clear text column among: a, b, c'
-    assert reason(write(path, numbers)) == 'no clear text column among: column1, column2, column3'
+    assert reason(write(path, 'a,b,c\n' + numbers)) == (
+        'no clear text column among: a, b, c: a holds numbers, not text')
+    assert reason(write(path, numbers)) == (
+        'no clear text column among: column1, column2, column3: column1 holds numbers, not text')
 
 
 def test_settings_are_obeyed_or_refused(check, tmp_path):

@@ -1,10 +1,11 @@
 """json_rows.py, json_values.py and json_look.py: a document a row, whatever form of JSON it is."""
+import gzip
 import json
 
 import pytest
 from helpers.readers import OPTIONS, read, reason, write
 
-from mambino.prepare import isolate, json_look, json_rows, json_values, survey
+from mambino.prepare import files, isolate, json_look, json_rows, json_values, survey
 from mambino.prepare.files import Notes
 from mambino.prepare.sources import Source
 
@@ -167,6 +168,16 @@ def test_parts_give_the_same_rows(tmp_path, monkeypatch):
         two = [[0, cut], [cut, plan['parts'][-1][1]]]
         assert whole == [
             text for part in two for text, _ in isolate.read(source, OPTIONS | plan | {'part': part}, Notes())]
+
+
+def test_damage_in_a_packed_file_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_look, 'UNPACKED', 1)
+    monkeypatch.setattr(files, 'CHUNK', 999)
+    rows = b''.join(b'{"text": "Bread %d and tea."}\n' % i for i in range(90))
+    for bad, said in ('é'.encode(), []), (b'\xff', ['1 bytes were no UTF-8']), ('\ufffd'.encode(), []):
+        packed = gzip.compress(rows + b'{"text": "na' + bad + b've"}\n')
+        documents, notes = read(write(tmp_path / 'a.jsonl.gz', packed))
+        assert documents[-1] == 'na' + bad.decode('utf-8', 'replace') + 've' and notes == said
 
 
 def test_rows_as_they_stand(tmp_path):

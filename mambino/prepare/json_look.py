@@ -18,7 +18,7 @@ import re
 from mambino.prepare import files
 from mambino.prepare.cells import text_of
 from mambino.prepare.columns import LONGEST_ROW, SAMPLE_ROWS
-from mambino.prepare.encodings import encoding_of, open_text
+from mambino.prepare.encodings import encoding_of, encoding_of_bytes, open_text
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.json_objects import look_inside
 from mambino.prepare.json_values import DECODER, Broken, Values
@@ -29,6 +29,7 @@ SAMPLE = 1 << 22      # characters of rows that are looked at, at the beginning;
 PLACES = 10           # and in so many places of a large file,
 PLACE_ROWS = 20       # so many rows in each
 PLACE = 1 << 20       # bytes in which these should be
+UNPACKED = 8         # chunks of a packed file that tell its encoding
 PART_BYTES = 8_000_000  # of a large file, that are read together
 BEGINS = re.compile(r'\s*(?:\x1e|//[^\n]*\n|#[^\n]*\n|\s)*[\[{"]')
 WIDE = ('utf-16', 'utf_16', 'utf-32', 'utf_32', 'iso2022', 'hz')  # line ends are not one byte there
@@ -43,11 +44,9 @@ def look(path, named, options):
     """
     if not begins_as_json(path, named):
         return None
-    notes = Notes()
-    encoding = encoding_of(path, notes, options, 'jsonl')
+    encoding, notes, is_sampled = encoding_at(path, options)
     with open_text(path, encoding, newline='') as f:
         head = f.read(HEAD)
-    plan = {'encoding': encoding, 'said': list(notes), 'names': []}
     layout = {'layout': 'lines'}
     share = 0.9 if named == 'text' else 0.5
     rows = list(line_rows(path, encoding)) if are_lines(head, share) else []
@@ -55,7 +54,9 @@ def look(path, named, options):
         layout, rows = other_rows(path, encoding, share)
     if not rows:
         return no_rows(head, named)
-    plan |= layout
+    if is_sampled and layout['layout'] != 'lines':
+        encoding = encoding_of(path, notes, options, 'jsonl')
+    plan = {'encoding': encoding, 'said': list(notes), 'sampled': is_sampled, 'names': []} | layout
     plan['names'] = plan['names'] or names_of(rows)
     dicts = [as_dict(row, plan['names']) for row in rows]
     if plan['layout'] == 'lines':
@@ -69,6 +70,29 @@ def look(path, named, options):
         'rows': len(rows),
         'alone': plan.pop('alone', False),
     }
+
+
+def encoding_at(path, options):
+    """(encoding, Notes of it, whether only the beginning was looked at). A packed file is not unpacked
+    twice for that, where its beginning is plain UTF-8: the reader counts what is not.
+    """
+    notes = Notes()
+    if is_packed(path):
+        try:
+            head = list(itertools.islice(files.chunks(path), UNPACKED))
+            name = encoding_of_bytes(lambda: iter(whole_lines(head)), notes, options.get('encoding', ''), 'jsonl')
+            if name == 'utf-8' and not notes:
+                return name, notes, True
+        except Exception:  # it breaks off, say: that is seen below
+            pass
+        notes = Notes()
+    return encoding_of(path, notes, options, 'jsonl'), notes, False
+
+
+def whole_lines(chunks):
+    """The chunks up to their last line end."""
+    last = chunks[-1] if chunks else b''
+    return [*chunks[:-1], last[:last.rfind(b'\n') + 1] or last]
 
 
 def begins_as_json(path, named):

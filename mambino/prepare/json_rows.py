@@ -11,7 +11,7 @@ import json
 from mambino.prepare import files
 from mambino.prepare.cells import AS_IT_STANDS, rows_of
 from mambino.prepare.columns import LONGEST_ROW
-from mambino.prepare.encodings import open_text
+from mambino.prepare.encodings import REPLACEMENT, open_text
 from mambino.prepare.files import Skip, open_bytes
 from mambino.prepare.json_look import as_dict, is_wide
 from mambino.prepare.json_objects import rows_of_columns
@@ -25,7 +25,7 @@ def read_json(path, options, notes):
     if options.get('part', [0])[0] == 0:
         notes += options.get('said', [])
     if options['layout'] == 'lines' and options['columns'] == [AS_IT_STANDS]:
-        rows = (line.strip() for line, _ in lines_of(path, options) if line)
+        rows = (line.strip() for line, _ in lines_of(path, options, notes) if line)
     elif options['layout'] == 'lines':
         rows = rows_in_lines(path, options, notes)
     elif options['layout'] == 'columns':
@@ -43,7 +43,7 @@ def rows_in_lines(path, options, notes):
     first = 0
     long = 0
     try:
-        for line, number in lines_of(path, options):
+        for line, number in lines_of(path, options, notes):
             if line is None:
                 long += 1
                 continue
@@ -78,7 +78,7 @@ def lines_before(path, options):
     return lines
 
 
-def lines_of(path, options):
+def lines_of(path, options, notes):
     """Yields (line, its number) of a file, or of a part of it: those that begin there. One that is
     longer than LONGEST_ROW is None.
     """
@@ -91,6 +91,7 @@ def lines_of(path, options):
     start, end = options.get('part') or (0, None)
     mark = codecs.BOM_UTF8 if encoding == 'utf-8-sig' else b''
     encoding = 'utf-8' if mark else encoding
+    wrong = 0
     with open_bytes(path) as f:
         at = begin_part(f, start)
         for number, (line, size) in enumerate(whole_lines(f, b'\n'), 1):
@@ -99,7 +100,14 @@ def lines_of(path, options):
             if at == 0 and mark and line:
                 line = line.removeprefix(mark)
             at += size
-            yield line if line is None else line.decode(encoding, 'replace'), number
+            try:
+                text = line if line is None else line.decode(encoding)
+            except UnicodeDecodeError:
+                text = line.decode(encoding, 'replace')
+                wrong += text.count('\ufffd') - line.count(REPLACEMENT)
+            yield text, number
+    if wrong and options.get('sampled'):
+        notes.append(f'{wrong:,} bytes were no UTF-8')
 
 
 def begin_part(f, start):

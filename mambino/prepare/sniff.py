@@ -9,6 +9,7 @@
          ├► D0 CF 11 E0 ──► the names in it: Office before 2007, encrypted files
          └► a text ──► a web page, a mailbox, RTF
 """
+import json
 import os
 import re
 import zipfile
@@ -16,6 +17,7 @@ import zlib
 
 from mambino.prepare.encodings import Skip, open_bytes
 
+ROWS_HEAD = 1 << 20  # and that tell whether it is rows of JSON
 HEAD = 4096  # bytes of a file that tell what it is
 NAMES = {    # of the kinds that contents tell, as they are said
     'pdf': 'a PDF', 'parquet': 'a parquet table', 'arrow': 'an Arrow table', 'html': 'a web page',
@@ -127,7 +129,24 @@ def known_kind(path):
             kind = true_kind(f.read(HEAD), path)
     except (Skip, OSError):
         return None
+    if kind is None and has_rows(path):
+        return 'jsonl'
     return None if kind in ('zip', 'tar', 'email') else kind
+
+
+def has_rows(path):
+    """Whether a file begins with rows of JSON: an object a line, or a list of them."""
+    try:
+        with open_bytes(path) as f:
+            head = f.read(ROWS_HEAD).decode('utf-8-sig', 'replace')
+        if re.match(r'\s*\[\s*\{\s*"', head):
+            return True
+        lines = [line for line in head.split('\n') if line.strip()]
+        if len(head) < ROWS_HEAD:
+            lines.append('')  # the last one is whole
+        return len(lines) > 2 and all(isinstance(json.loads(line), dict) for line in lines[:-1][:3])
+    except Exception:  # whatever is wrong with it: nobody asked for it
+        return False
 
 
 def true_kind(head, path, named='text'):

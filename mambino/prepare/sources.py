@@ -265,7 +265,9 @@ def look(path, limit):
     if status.st_size == 0:
         return None, 'empty'
     if limit is not None and kind not in STREAMED and status.st_size > limit * 1e6:
-        return None, f'larger than {limit:g} MB'
+        if kind not in ('text', 'data') or not sniff.has_rows(path):
+            return None, f'larger than {limit:g} MB'
+        kind = 'jsonl'
     return Source(path, kind or 'text', status.st_size, status.st_mtime_ns), ''
 
 
@@ -276,7 +278,7 @@ def kind_of(name):
     stem, extension = os.path.splitext(name.lower())
     if extension in COMPRESSED:
         inner = os.path.splitext(stem)[1]
-        kind = KIND_OF.get(inner)
+        kind = KIND_OF.get(inner) if inner else 'text'  # RC_2010-01.zst, dump.gz
         return None if kind in BINARY else kind, inner + extension
     if not extension:
         return 'text', extension  # Makefile, README, LICENSE
