@@ -7,7 +7,7 @@ import tarfile
 import zipfile
 
 import pytest
-from helpers.office import make_docx, make_epub, make_message, make_odt, paragraph, zipped
+from helpers.office import make_docx, make_epub, make_message, make_odt, make_xlsx, paragraph, zipped
 from helpers.readers import linux, make_pdf, read, reason, write
 
 from mambino.prepare import isolate
@@ -127,31 +127,18 @@ def test_pptx(tmp_path):
     assert read(write(tmp_path / 'b.ppsx', zipped(files)))[0] == [text]
 
 
-def make_xlsx(sheets):
-    openpyxl = pytest.importorskip('openpyxl')
-    book = openpyxl.Workbook(write_only=True)
-    for rows in sheets:
-        sheet = book.create_sheet()
-        for row in rows:
-            sheet.append(row)
-    out = io.BytesIO()
-    book.save(out)
-    return out.getvalue()
-
-
 def test_xlsx(tmp_path):
-    rows = [['name', None, 'when'], ['Ann\nof the hills', 3.0, datetime.datetime(2020, 1, 2)], [], [True, 1.5, 'é']]
+    pytest.importorskip('python_calamine')
+    rows = [['name', None, 'when'], ['Ann\nof the hills', 3.0, datetime.date(2020, 1, 2)], [], [True, 1.5, 'é']]
     data = make_xlsx([rows, [['second sheet']], []])
     documents = ['name\t\twhen\nAnn of the hills\t3\t2020-01-02\nTRUE\t1.5\té\n', 'second sheet\n', '']
     assert read(write(tmp_path / 'a.xlsx', data)) == (documents, [])
-    assert read(write(tmp_path / 'a.csv', data)) == (documents, ['is an Excel workbook, whatever its name says'])
-    # what it says of its size may be wrong
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    sheet = files['xl/worksheets/sheet1.xml']
-    files['xl/worksheets/sheet1.xml'] = sheet.replace(b'<sheetData>', b'<dimension ref="A1"/><sheetData>')
-    assert files['xl/worksheets/sheet1.xml'] != sheet
-    assert read(write(tmp_path / 'b.xlsx', zipped(files)))[0] == documents
+    for name in 'a.csv', 'a.txt', 'a.docx':
+        assert read(write(tmp_path / name, data)) == (documents, ['is an Excel workbook, whatever its name says'])
+    assert read(write(tmp_path / 'b.xls', 'a\tb\nc\td\n')) == (
+        ['a\tb\nc\td\n'], ['is plain text, whatever its name says'])
+    assert reason(write(tmp_path / 'c.xlsx', data), file_memory_mb=0.001) == (
+        'needs too much memory: more than --file_memory_mb')
 
 
 # -----------------------------------------------------------------------------
@@ -198,9 +185,11 @@ def test_archives(tmp_path):
         'a/old.txt': 'café, naïve\n'.encode('cp1252'),
         'rows.jsonl': '{"text": "row one"}\n{"text": "row two"}\n', 'paper.txt': make_pdf(['a paper']),
         'a.jpg': b'\xff\xd8\xff', '__MACOSX/._a.txt': 'x', '../out.txt': 'x', 'in.zip': 'x',
-        'in.txt': zipped({'a.txt': 'x'}), 'node_modules/a.js': 'x', 'empty.txt': '', 'broken.pdf': '%PDF-',
+        'in.txt': zipped({'a.txt': 'x'}), 'node_modules/a.js': 'x', 'empty.txt': '', 'id_rsa': 'x',
+        'key.txt': '-----BEGIN PRIVATE KEY-----\nx', 'rows.csv': 'id,text\n' + '1,a row of a table\n' * 3,
+        'broken.pdf': '%PDF-',
     }
-    documents = ['a letter\n', 'café, naïve\n', 'row one', 'row two', 'a paper\n']
+    documents = ['a letter\n', 'café, naïve\n', 'row one', 'row two', 'a paper\n'] + ['a row of a table'] * 3
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode='w:gz') as archive:
         for name, content in files.items():
@@ -217,7 +206,8 @@ def test_archives(tmp_path):
         found, notes = read(write(tmp_path / name, data))
         assert found == documents
         assert notes[-1].startswith('left out of it: 2 hidden, 2 an archive in an archive, ')
-        assert all(why in notes[-1] for why in ('1 unknown type .jpg', '1 excluded', '1 empty'))
+        assert all(why in notes[-1] for why in ('1 unknown type .jpg', '1 excluded', '1 empty', '1 a secret, '))
+        assert '1 a secret (private key)' in notes[-1]
         assert any(note.startswith('paper.txt: is a PDF') for note in notes)
     assert reason(write(tmp_path / 'b.zip', zipped({'a.jpg': 'x'}))) == 'nothing readable in it (1 unknown type .jpg)'
     assert reason(write(tmp_path / 'c.zip', zipped({}))) == 'an empty archive'
@@ -249,7 +239,7 @@ def test_bombs(tmp_path):
 # Without the packages
 
 @pytest.mark.parametrize('kind, module, package', [
-    ('docx', 'mammoth', 'mammoth'), ('pptx', 'pptx', 'python-pptx'), ('xlsx', 'openpyxl', 'openpyxl'),
+    ('docx', 'mammoth', 'mammoth'), ('pptx', 'pptx', 'python-pptx'), ('xlsx', 'python_calamine', 'python-calamine'),
     ('rtf', 'striprtf', 'striprtf')])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, kind, module, package):
     isolate.stop_reader()

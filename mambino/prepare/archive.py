@@ -16,13 +16,13 @@ import zipfile
 import zlib
 from typing import NamedTuple
 
-from mambino.prepare import isolate, looking, sources, survey
+from mambino.prepare import isolate, looking, screen, sources, survey
 from mambino.prepare.files import CHUNK, Notes, Skip, judge
-from mambino.prepare.ignore import compile_rules, is_ignored
 from mambino.prepare.office import MOST_PACKED, SMALL, open_zip
 from mambino.prepare.readers import reason_of
 
 KINDS = ('zip', 'tar')
+HEAD = 1 << 13  # characters of a member by which it is judged
 MOST_MEMBERS = 1_000_000
 
 
@@ -74,14 +74,23 @@ def documents_of(name, member, options, notes, left_out):
         member = isolate.look(member._replace(kind=kind), own_notes)
         if member.kind in KINDS:
             raise Skip('an archive in an archive')
-        for text, last in isolate.read(member, options | plan, own_notes):
+        view = screen.Screen(member, options.get('document_separator', ''))
+        waiting = []  # for the verdict on the whole member, where it is a text
+        head = ''
+        for text, last in view.passed(isolate.read(member, options | plan, own_notes)):
+            head += text[:max(0, HEAD - len(head))]
             pieces.append(text)
             if last:
-                yield ''.join(pieces)
+                waiting.append(''.join(pieces))
                 pieces.clear()
+            if last and member.kind not in screen.PLAIN:
+                yield waiting.pop()
+        view.judge(head, own_notes, is_beginning=True)
+        yield from waiting
     except Skip as reason:
         left_out[str(reason)] += 1
-    _, lines = judge(own_notes.taken, own_notes.lost)
+    reason, lines = judge(own_notes.taken, own_notes.lost)
+    lines = [reason] if reason else lines
     notes += [f'{os.path.basename(name)}: {line}' for line in [*own_notes, *lines]]
 
 
@@ -127,7 +136,7 @@ def members(source, options, left_out):
     """Yields (name, a Source of the unpacked file) of what is to be read. What is not is counted in
     `left_out`, a Counter, by its reason. The file is gone when the next one comes.
     """
-    junk = compile_rules(sources.JUNK.split(','))
+    excludes = sources.Excludes('')
     room = max(SMALL, MOST_PACKED * os.path.getsize(source.path))
     find = members_of_zip if source.kind == 'zip' else members_of_tar
     with contextlib.ExitStack() as stack:
@@ -141,7 +150,7 @@ def members(source, options, left_out):
                 room -= member.size
                 if room < 0:
                     break
-                kind, reason = look(member, junk, options['max_file_mb'])
+                kind, reason = look(member, excludes, options['max_file_mb'])
                 if reason:
                     left_out[reason] += 1
                     continue
@@ -162,7 +171,7 @@ def members(source, options, left_out):
         raise Skip(f'unpacks to more than {MOST_PACKED} times its size')
 
 
-def look(member, junk, max_file_mb):
+def look(member, excludes, max_file_mb):
     """(kind by its name, '') or (None, why a member is not read)."""
     parts = [part for part in member.name.replace('\\', '/').split('/') if part not in ('', '.')]
     name = '/'.join(parts)
@@ -170,8 +179,10 @@ def look(member, junk, max_file_mb):
     if not parts or any(part.startswith('.') or part == '__MACOSX' for part in parts):
         return None, 'hidden'
     folders = ['/'.join(parts[:i + 1]) for i in range(len(parts) - 1)]
-    if any(is_ignored(folder, True, [(0, junk)]) for folder in folders) or is_ignored(name, False, [(0, junk)]):
-        return None, 'excluded'
+    if excludes.is_secret(name, False):
+        return None, 'a secret'
+    if any(excludes.match(folder, True) for folder in folders) or excludes.match(name, False):
+        return None, 'excluded by default'
     if kind is None:
         return None, f'unknown type {extension}'
     if kind in KINDS:

@@ -21,7 +21,7 @@ from mambino.prepare.progress import Progress, in_words
 from mambino.prepare.sources import Source
 
 # what is read may depend on whether these are installed, and on their versions
-PACKAGES = ('pypdfium2', 'pypdf', 'cryptography', 'mammoth', 'python-pptx', 'openpyxl', 'striprtf', 'zstandard')
+PACKAGES = ('pypdfium2', 'pypdf', 'cryptography', 'mammoth', 'python-pptx', 'python-calamine', 'striprtf', 'zstandard')
 TASK_BYTES = 8_000_000  # sources are read in tasks of about so much,
 TASK_FILES = 200        # and of at most so many
 

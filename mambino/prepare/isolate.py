@@ -36,7 +36,7 @@ LIBRARIES = {
     'html': 'html',
     'docx': 'mammoth',
     'pptx': 'pptx',
-    'xlsx': 'openpyxl',
+    'xlsx': 'python_calamine',
     'odt': 'xml.etree.ElementTree',
     'epub': 'xml.etree.ElementTree',
     'rtf': 'striprtf.striprtf',

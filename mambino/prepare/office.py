@@ -5,7 +5,7 @@
 
     docx ──► mammoth ──► HTML ──► webpage.py ──► text      paragraphs, lists, notes
     pptx ──► python-pptx ──► the text of each slide, then its notes
-    xlsx ──► openpyxl, row by row ──► cells with tabs between them
+    xlsx, xls, xlsb ──► python-calamine, row by row ──► cells with tabs between them
     rtf  ──► striprtf ──► text
 What a program shows and these do not, formulas and drawings, is counted in the notes.
 """
@@ -14,11 +14,13 @@ import datetime
 import re
 import zipfile
 
+from mambino.prepare.encodings import read_text
 from mambino.prepare.files import Skip
 from mambino.prepare.webpage import text_of
 
 MOST_PACKED = 200    # a zip archive that unpacks to more times its size is no one's document
 SMALL = 100_000_000  # bytes: but this much is nothing to fear
+SHEET_MEMORY = 1.6   # bytes of memory for each byte of the XML of a sheet
 PIECE = 1 << 16      # characters of a sheet that are passed on together
 
 
@@ -144,17 +146,26 @@ def add_shape(shape, lines):
 # Tables
 
 def read_xlsx(path, options, notes):
-    """A document a sheet: a line a row, tabs between the cells."""
-    try:
-        import openpyxl
-    except ImportError:
-        raise needs('xlsx', 'openpyxl') from None
-    open_zip(path).close()
+    """A document a sheet of an Excel workbook, old or new: a line a row, tabs between the cells."""
     with open(path, 'rb') as f:
-        book = openpyxl.load_workbook(f, read_only=True, data_only=True, keep_links=False)
-        for sheet in book.worksheets:
-            sheet.reset_dimensions()  # what a file says of them may be wrong
-            yield from lines_of(sheet.iter_rows(values_only=True))
+        head = f.read(4)
+    if head not in (b'PK\3\4', b'\xd0\xcf\x11\xe0'):  # some programs write .xls so
+        notes.append('is plain text, whatever its name says')
+        yield from read_text(path, options, notes)
+        return
+    try:
+        from python_calamine import CalamineWorkbook
+    except ImportError:
+        raise needs('xlsx', 'python-calamine') from None
+    if head.startswith(b'PK'):
+        with open_zip(path) as archive:
+            largest = max((entry.file_size for entry in archive.infolist()), default=0)
+        if SHEET_MEMORY * largest > options['file_memory_mb'] * 1e6:
+            raise Skip('needs too much memory: more than --file_memory_mb')
+    with open(path, 'rb') as f:
+        book = CalamineWorkbook.from_filelike(f)
+        for name in book.sheet_names:
+            yield from lines_of(book.get_sheet_by_name(name).iter_rows())
 
 
 def lines_of(rows):
@@ -175,8 +186,6 @@ def lines_of(rows):
 
 def text_of_cell(value):
     """What a cell holds, on one line."""
-    if value is None:
-        return ''
     if isinstance(value, str):
         return ' '.join(value.split())
     if isinstance(value, datetime.datetime):

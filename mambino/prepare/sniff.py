@@ -88,8 +88,8 @@ OLE = b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'
 OLD_OFFICE = {
     'EncryptedPackage': 'encrypted',
     'WordDocument': 'old Word format: save it as docx',
-    'Workbook': 'old Excel format: save it as xlsx',
-    'Book': 'old Excel format: save it as xlsx',
+    'Workbook': 'xlsx',
+    'Book': 'xlsx',
     'PowerPoint Document': 'old PowerPoint format: save it as pptx',
     '__substg1.0_': 'an Outlook message: save it as eml',
     '__properties_version1.0': 'an Outlook message: save it as eml',
@@ -163,7 +163,7 @@ def true_kind(head, path, named='text'):
     if head.startswith((b'PK\3\4', b'PK\5\6')):
         return kind_of_zip(path, named)
     if head.startswith(OLE):
-        raise Skip(kind_of_ole(head, path))
+        return kind_of_ole(head, path)
     if head[:2] == b'MZ' and b'\0\0' in head[:64]:
         raise Skip('a program')
     if named in WRITTEN:
@@ -202,8 +202,6 @@ def kind_of_zip(path, named):
     if mimetype.startswith(OPEN_DOCUMENT) or {'content.xml', 'META-INF/manifest.xml'} <= set(names):
         return 'odt'
     if '[Content_Types].xml' in names:
-        if 'xl/workbook.bin' in names:
-            raise Skip('binary Excel format: save it as xlsx')
         for top, kind in ('word', 'docx'), ('ppt', 'pptx'), ('xl', 'xlsx'):
             if top in tops:
                 return kind
@@ -213,12 +211,16 @@ def kind_of_zip(path, named):
 
 
 def kind_of_ole(head, path):
-    """What a file of Office before 2007 is: its directory has the names."""
+    """'xlsx' for a workbook of Excel before 2007. Skip for the other files of that Office: the names are
+    in their directory.
+    """
     with open_bytes(path) as f:
         sector = 1 << min(head[30], 16)
         f.seek((int.from_bytes(head[48:52], 'little') + 1) * sector)
         directory = head + f.read(1 << 16)
     for name, what in OLD_OFFICE.items():
         if name.encode('utf-16-le') in directory:
-            return what
-    return 'an old Office format: save it as docx, xlsx or pptx'
+            if what in NAMES:
+                return what
+            raise Skip(what)
+    raise Skip('an old Office format: save it as docx, xlsx or pptx')

@@ -72,14 +72,14 @@ EXTENSIONS = {
     'pdf': 'pdf',
     'docx': 'docx docm dotx dotm',
     'pptx': 'pptx pptm ppsx ppsm potx',
-    'xlsx': 'xlsx xlsm xltx xltm',
+    'xlsx': 'xlsx xlsm xltx xltm xlsb xls',
     'odt': 'odt ott fodt ods ots fods odp otp fodp',
     'epub': 'epub',
     'rtf': 'rtf',
     'email': 'eml mbox mht mhtml',
     'zip': 'zip',
     'tar': 'tar tgz tbz2 txz',
-    'office': 'doc xls xlsb ppt pps msg pages numbers',  # older ones, and Apple's: what they are is said
+    'office': 'doc ppt pps msg pages numbers',  # older ones, and Apple's: what they are is said
     'parquet': 'parquet',
     'arrow': 'arrow',  # of a dataset that Hugging Face's save_to_disk wrote
 }

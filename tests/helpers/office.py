@@ -1,4 +1,5 @@
 """Office files, e-books, mail and archives, made by hand."""
+import datetime
 import email.message
 import io
 import zipfile
@@ -44,6 +45,47 @@ def make_docx(body, footnote='the footnote'):
             f'{XML}<w:footnotes {WORD}><w:footnote w:id="2">{paragraph(footnote)}</w:footnote></w:footnotes>'),
         'word/document.xml': f'{XML}<w:document {WORD}><w:body>{body}</w:body></w:document>',
     })
+
+
+def cell_xml(value):
+    if isinstance(value, bool):
+        return f'<c t="b"><v>{value:d}</v></c>'
+    if isinstance(value, str):
+        return f'<c t="inlineStr"><is><t xml:space="preserve">{value}</t></is></c>'
+    if isinstance(value, datetime.date):
+        return f'<c s="1"><v>{(value - datetime.date(1899, 12, 30)).days}</v></c>'
+    return '<c/>' if value is None else f'<c><v>{value}</v></c>'
+
+
+def make_xlsx(sheets):
+    """A workbook of Excel: a list of rows of cells for each of its sheets."""
+    main = 'http://schemas.openxmlformats.org/spreadsheetml/2006/main'
+    numbers = range(1, len(sheets) + 1)
+    files = {
+        '[Content_Types].xml': (
+            f'{XML}<Types xmlns="{PACKAGE}/content-types"><Default Extension="rels" '
+            'ContentType="application/vnd.openxmlformats-package.relationships+xml"/><Default Extension="xml" '
+            'ContentType="application/xml"/></Types>'),
+        '_rels/.rels': (
+            f'{XML}<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="r1" '
+            f'Type="{OFFICE}/officeDocument" Target="xl/workbook.xml"/></Relationships>'),
+        'xl/workbook.xml': (
+            f'{XML}<workbook xmlns="{main}" xmlns:r="{OFFICE}"><sheets>'
+            + ''.join(f'<sheet name="Sheet {i}" sheetId="{i}" r:id="r{i}"/>' for i in numbers)
+            + '</sheets></workbook>'),
+        'xl/_rels/workbook.xml.rels': (
+            f'{XML}<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="s" Type="{OFFICE}/styles" '
+            'Target="styles.xml"/>' + ''.join(f'<Relationship Id="r{i}" Type="{OFFICE}/worksheet" '
+                                              f'Target="worksheets/sheet{i}.xml"/>' for i in numbers)
+            + '</Relationships>'),
+        'xl/styles.xml': f'{XML}<styleSheet xmlns="{main}"><cellXfs><xf numFmtId="0"/><xf numFmtId="14"/></cellXfs>'
+                         '</styleSheet>',
+    }
+    for i, rows in zip(numbers, sheets):
+        lines = ''.join(f'<row>{"".join(map(cell_xml, row))}</row>' for row in rows)
+        files[f'xl/worksheets/sheet{i}.xml'] = (
+            f'{XML}<worksheet xmlns="{main}"><dimension ref="A1"/><sheetData>{lines}</sheetData></worksheet>')
+    return zipped(files)
 
 
 def content_xml(body):
