@@ -10,6 +10,7 @@ processes.
 What a task is called says all that its result depends on: so a run that goes on finds what an
 earlier one has done. The largest are done first, so that none is left to be read alone at the end.
 """
+import errno
 import json
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from mambino.prepare.sources import Source
 PACKAGES = ('pypdfium2', 'pypdf', 'cryptography', 'mammoth', 'python-pptx', 'python-calamine', 'striprtf', 'zstandard')
 TASK_BYTES = 8_000_000  # sources are read in tasks of about so much,
 TASK_FILES = 200        # and of at most so many
+DISK = {os.strerror(number) for number in errno.errorcode}  # reasons that are not a file's fault
 
 
 def look(sources, work, options):
@@ -34,11 +36,12 @@ def look(sources, work, options):
     answer = answer_to(asked, path)
     if answer is None:
         with Progress('looking', also=f'at {in_words(len(sources))}'):
-            usable, plans, unusable = survey.survey(sources, options)
+            answer = survey.survey(sources, options)
+        text = json.dumps([asked, answer])
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            json.dump([asked, [usable, plans, unusable]], f)
+            f.write(text)
         os.replace(path + '.tmp', path)
-        answer = answer_to(asked, path)  # as a run that goes on will find it
+        answer = json.loads(text)[1]  # as a run that goes on will find it
     usable, plans, unusable = answer
     return [Source(*source) for source in usable], plans, unusable
 
@@ -48,7 +51,8 @@ def answer_to(asked, path):
     try:
         with open(path, encoding='utf-8') as f:
             before, answer = json.load(f)
-        return answer if before == asked else None
+        refused = any(entry['reason'] in DISK for entry in answer[2])  # it may be better now
+        return answer if before == asked and not refused else None
     except (OSError, ValueError):
         return None
 

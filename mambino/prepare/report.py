@@ -109,7 +109,7 @@ def show_skipped(skipped):
 def show_row(head, text):
     """A line that is wrapped under its own text; head: what stands before it, no wider than 40."""
     width = max(40, shutil.get_terminal_size((120, 24)).columns - len(head))
-    lines = textwrap.wrap(shown(text), width, break_on_hyphens=False) or ['']
+    lines = textwrap.wrap(shown(text), width, break_on_hyphens=False, break_long_words=False) or ['']
     for i, line in enumerate(lines):
         print((head if i == 0 else ' ' * len(head)) + line)
 
@@ -242,7 +242,7 @@ def inspect(path):
             fail(f'{folder}: damaged: {"; ".join(wrong)}; prepare it again')
         tok = load_tokenizer(folder)
         sources = ', '.join(meta['sources'])
-        print(f'{folder}: {tok.kind} tokenizer of {tok.vocab_size:,} ids, from {sources}')
+        print(shown(f'{folder}: {tok.kind} tokenizer of {tok.vocab_size:,} ids, from {sources}'))
         show(folder, meta, tok)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = getattr(error, 'strerror', None) or type(error).__name__

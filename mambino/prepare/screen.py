@@ -24,8 +24,10 @@ DIGITS = r'[A-Za-z0-9+/=_%-]'
 LONG_BASE64 = re.compile(f'(?<={BASE64}){DIGITS}{{{FEWEST_BASE64},}}')
 BEGUN_BASE64 = re.compile(rf'{BASE64}{DIGITS}{{0,{FEWEST_BASE64 - 1}}}\Z')
 MORE_BASE64 = re.compile(f'{DIGITS}*')
-# what other programs put between documents -> how it is looked for
-MARKS = {'<|endoftext|>': '<|endoftext|>', '<|end_of_text|>': '<|end_of_text|>', '</s>': '\n</s>\n'}
+# what other programs put between documents: anywhere, or on a line of its own
+MARKS = ('<|endoftext|>', '<|end_of_text|>', '<|eos|>', '<|eod|>', '<EOD>')
+LINES = ('</s>', '<eos>', '<EOS>', '[EOS]', '<eod>')
+SEARCHED = 1 << 20  # characters of a source, in which one of them comes or will not be looked for
 LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))
 
 
@@ -40,8 +42,11 @@ class Screen:
         self.marks = {}
         self.splitter = None
         self.lines = None
+        self.passed_on = 0  # characters
         if source.kind == 'text':
-            self.marks = {mark: Counter(text) for mark, text in MARKS.items() if mark != separator}
+            self.marks = {mark: Counter(mark) for mark in MARKS}
+            self.marks |= {mark: Counter(f'\n{mark}\n') for mark in LINES}
+            self.marks.pop(separator.strip('\n'), None)
             self.watchers += self.marks.values()
         if source.kind == 'code' and not source.named:
             self.lines = LongLines()
@@ -53,6 +58,9 @@ class Screen:
         for text, last in pieces:
             for watcher in self.watchers:
                 watcher.add(text, last)
+            if self.passed_on <= SEARCHED < self.passed_on + len(text):
+                self.watchers = [watcher for watcher in self.watchers if watcher.n or watcher is self.keys]
+            self.passed_on += len(text)
             text = self.base64.cut(text, last)
             if self.lines:
                 self.lines.add(text, last)

@@ -14,6 +14,7 @@ computes it, when, or with what else. A document is cut only where white space b
 run of LONGEST characters without any), where no tokenizer of GPT-2's kind would join the two sides,
 so that its ids are those of the whole.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -234,14 +235,12 @@ class Pulse:
         now = time.monotonic()
         if now - self.said > PULSE:
             self.said = now
-            try:
+            with contextlib.suppress(OSError):  # a full disk, say; it is only for show
                 with open(self.path, 'w') as f:
                     f.write(str(self.before + min(size, most)))
-            except OSError:
-                pass  # a full disk, say; it is only for show
 
     def end(self):
-        if os.path.exists(self.path):
+        with contextlib.suppress(OSError):  # it was not needed; or is being read, on Windows
             os.remove(self.path)
 
 
@@ -250,11 +249,9 @@ def unfinished(folder):
     total = 0
     for name in os.listdir(folder):
         if name.endswith('.tmp.at'):
-            try:
+            with contextlib.suppress(OSError, ValueError):  # it has ended
                 with open(os.path.join(folder, name)) as f:
-                    total += int(f.read() or 0)
-            except (OSError, ValueError):
-                pass  # it has ended
+                    total += int(f.read())
     return total
 
 
