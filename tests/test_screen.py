@@ -74,6 +74,8 @@ def test_marks_between_documents_are_noted():
 @pytest.mark.parametrize('kind, text, reason', [
     ('text', '-----BEGIN OPENSSH PRIVATE KEY-----\nb3Blbn\n', 'a secret (private key)'),
     ('data', '\n-----BEGIN PGP PRIVATE KEY BLOCK-----\nlQ\n', 'a secret (private key)'),
+    ('data', '{"type": "x", "key": "-----BEGIN PRIVATE KEY-----\\nabc' + 'd' * 200 + '-----END PRIVATE KEY-----"}',
+     'a secret (private key)'),
     ('code', 'var a=1;' * 2000, 'minified (100% of it'),
     ('code', '/* a line */\n' * 300 + 'x=' + '1,2,' * 2000, 'minified (67% of it'),
     ('code', '(() => { // webpackBootstrap\nlet a = 1\n})()', 'a bundle that webpack made'),
@@ -89,7 +91,8 @@ def test_what_nobody_wants_is_left_out_unless_it_is_named(kind, text, reason):
 def test_what_is_no_minified_code_stays():
     for kind, text in [('text', 'word ' * 3000), ('data', '{"a": 1}' * 900), ('code', ' ' * 9000 + 'x')]:
         assert passed(text, kind)[0] == [text]
-    assert 'lines that begin or end a private key' in passed('see\n-----BEGIN PRIVATE KEY-----\n')[1][0]
+    key = '-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----\n'
+    assert passed('see this one:\n' * 20 + key)[1] == ['2 beginnings and ends of private keys in it']
     assert passed('<p class="a">hi</p>\n' * 30)[1] == ['85% of its beginning is markup']
 
 

@@ -16,7 +16,7 @@ from mambino.prepare.files import Skip
 PLAIN = ('text', 'code', 'data')   # kinds whose files may hold several documents, by a separator
 LONG_LINE = 2000                   # characters: nobody writes longer lines of code
 FEWEST_BASE64 = 200                # characters: shorter ones may be an example
-KEY = re.compile(r'\s*-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----')
+KEY = re.compile(r'-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----(?:.*?-----END |.*)', re.DOTALL)
 BUNDLE = re.compile(r'/\*{6}/ .*webpack|// webpackBootstrap|\b(?:self|window|this)\W{1,2}webpack(?:Chunk|Jsonp)')
 TAG = re.compile(r'</?[A-Za-z][^<>]{0,500}>|<!--|-->')
 BASE64 = ';base64,'
@@ -77,7 +77,7 @@ class Screen:
         """After all has passed: Skip where the source is to be left out, else what there is to note.
         head: the beginning of the text; is_beginning: it is not that of a later part.
         """
-        if not self.source.named and self.source.kind in PLAIN and KEY.match(head):
+        if not self.source.named and self.source.kind in PLAIN and is_key(head):
             raise Skip('a secret (private key); name the file to have it read')
         if self.lines and 'webpack' in head[:4000] and BUNDLE.search(head[:4000]):
             raise Skip('a bundle that webpack made; name the file to have it read')
@@ -87,7 +87,7 @@ class Screen:
         if self.base64.size:
             notes.append(f'{self.base64.size:,} characters of data in base64 were cut out')
         if self.keys.n:
-            notes.append(f'{self.keys.n:,} lines that begin or end a private key')
+            notes.append(f'{self.keys.n:,} beginnings and ends of private keys in it')
         for mark, counter in self.marks.items():
             if counter.n:
                 notes.append(f'{counter.n:,} marks {mark} in it: --document_separator="{mark}" makes '
@@ -238,6 +238,14 @@ def overlap(text, mark):
 
 # -----------------------------------------------------------------------------
 # The beginning of a source
+
+def is_key(head):
+    """Whether a text begins with a private key, or half of it is one."""
+    if 'PRIVATE KEY' not in head:
+        return False
+    keys = [match[0] for match in KEY.finditer(head)]
+    return bool(KEY.match(head.lstrip())) or sum(map(len, keys)) > len(head) / 2
+
 
 def markup_share(head):
     """The share of a text that is tags."""
