@@ -28,7 +28,7 @@ def new_report():
         'decided': {},     # [kind, facts] as JSON -> [how many files, sample of the first]
         'separators': 0,   # documents' own marks at which texts were cut
         'parts': [],       # entries of parts, whose file is not yet judged
-        'chars': '',       # the characters of what was taken, if they were asked for
+        'chars': set(),    # the characters of what was taken, if they were asked for
     }
 
 
@@ -43,7 +43,7 @@ def whole(entries):
         for what, n in entry['lost'].items():
             total['lost'][what] = total['lost'].get(what, 0) + n
         total['facts'] = entry['facts'] | total['facts']
-    total['chars'] = ''.join(sorted(set().union(*(entry['chars'] for entry in entries))))
+    total['chars'] = set().union(*(entry['chars'] for entry in entries))
     total['suspect'] = max((entry['suspect'] for entry in entries), key=lambda suspect: suspect[0])
     total['sample'] = next((entry['sample'] for entry in entries if entry['sample']), '')
     total['notes'] = summed([note for entry in entries for note in entry['notes']])
@@ -103,8 +103,7 @@ def add(report, more):
     report['notes'] += more['notes']
     report['suspects'] = screen.worst(report['suspects'] + more['suspects'])
     report['separators'] += more['separators']
-    if more['chars']:
-        report['chars'] = ''.join(sorted({*report['chars'], *more['chars']}))
+    report['chars'].update(more['chars'])
 
 
 def settle(tasks, reports):

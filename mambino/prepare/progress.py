@@ -8,6 +8,7 @@ elsewhere a line every ten seconds, and one at the end.
 A thread of its own writes it, so it moves however long a single piece of work takes; `inside` tells
 it what of the unfinished work is done.
 """
+import shutil
 import sys
 import threading
 import time
@@ -20,6 +21,11 @@ BEGINS = 0.5       # seconds before there is anything to see on a terminal
 def in_words(n):
     """A number of files."""
     return '1 file' if n == 1 else f'{n:,} files'
+
+
+def width():
+    """Characters of a line on this terminal: one that wraps cannot be rewritten."""
+    return min(78, shutil.get_terminal_size().columns - 1)
 
 
 class Progress:
@@ -76,7 +82,7 @@ class Progress:
             self.highest = 0
             self.show(f'in {time.monotonic() - self.began:.1f} s', end='\n')
         elif self.is_shown and self.is_terminal:
-            print(f'\r{"":<78}\r' if kind is None else '', end='' if kind is None else '\n', flush=True)
+            print(end=f'\r{"":<{width()}}\r' if kind is None else '\n', flush=True)
 
     def show(self, remark, end=''):
         """One line; end: '\\n' for the last one."""
@@ -87,7 +93,7 @@ class Progress:
             amount = f'{done / 1e6:9.1f} of {self.total / 1e6:.1f} MB'
             line = f'{self.label:<9} {amount} {rate / 1e6:7.1f} MB/s  {remark}'
         if self.is_terminal:
-            print(f'\r{line:<78}', end=end, flush=True)
+            print(f'\r{line[:width()]:<{width()}}', end=end, flush=True)
         else:
             print(line, flush=True)
         self.is_shown = True

@@ -271,7 +271,7 @@ def read_sources(task, spool, pulse):
                 spool.forget()
         pulse.before += size
     sizes = spool.close()
-    return report | {'blocks': spool.blocks, 'sizes': sizes}
+    return report | {'blocks': spool.blocks, 'sizes': sizes, 'chars': ''.join(sorted(report['chars']))}
 
 
 def read_source(task, source, plan, part, size, spool, pulse):

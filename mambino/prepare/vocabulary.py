@@ -26,7 +26,7 @@ def fixed_tokenizer(kind, vocab_size):
 
 def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, chars, work):
     """The tokenizer, in `work`/tokenizer: `fixed`, or if that is None one of this kind that is
-    built now, unless a run before this one did that. chars: all characters, for kind 'char'.
+    built now, unless a run before this one did that. chars: the set of all characters, for kind 'char'.
     """
     folder = os.path.join(work, 'tokenizer')
     stamp = os.path.join(folder, 'made_of')
@@ -43,7 +43,7 @@ def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, chars
     if fixed:
         fixed.save(folder)
     elif kind == 'char':
-        build_tokenizer('char', [chars]).save(folder)
+        build_tokenizer('char', [''.join(sorted(chars))]).save(folder)
     else:
         sample = list(corpus.sample(sample_mb))
         task = {'work': work, 'folder': folder, 'sample': sample, 'vocab_size': vocab_size}
