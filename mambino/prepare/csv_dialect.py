@@ -143,16 +143,17 @@ def quoting(sample, delimiter):
             tries.append(tried(sample, Dialect(delimiter, quote, escape=True, letters=letters)))
     tries = [tally for tally in tries if tally.dialect.quote == '"' or tally.needed > 2]
     if not tries:
-        if not plain.dialect.escape and '"' not in text and delimiter != ONE_COLUMN:
-            return Tally(sample, Dialect(delimiter))  # there may be quotes later
+        if delimiter in ',;' or '"' not in text and delimiter != ONE_COLUMN and not plain.dialect.escape:
+            return Tally(sample, plain.dialect._replace(quote='"'))  # there may be quotes later
         return plain
-    best = min(tries, key=lambda tally: tally.bad)
+    prefers_escapes = only_quotes_are_escaped(text, delimiter)
+    best = min(tries, key=lambda tally: (tally.bad, tally.dialect.escape != prefers_escapes))
     if plain.fit >= FITTING and plain.width > 1 or delimiter == ONE_COLUMN:
         is_mixed = best.proper < 0.9 * len(best.records)
         is_usual = delimiter in ',;' and best.improper < 0.05 * len(best.records)
         if best.improper > best.needed + 0.2 * best.proper and not is_usual:
             return plain
-        if not best.needed and is_mixed and delimiter not in ',;':
+        if not best.needed and is_mixed and delimiter not in ',;' and not quoted_for_commas(best):
             return plain
     return best
 
@@ -165,10 +166,24 @@ def only_letters(text):
 
 def is_escaped(text, plain):
     """Whether the backslashes of a text without quotes are escapes: databases write so."""
-    if '\\' not in text or plain.dialect.delimiter == ONE_COLUMN:
+    if '\\' not in text:
         return False
     is_null = any(NULL in (cell.strip() for cell in record.cells) for record in plain.records)
-    return only_letters(text) and (is_null or text.count('\\') > 2)
+    are_quotes = only_quotes_are_escaped(text, plain.dialect.delimiter)
+    is_often = text.count('\\') > 2 and plain.dialect.delimiter != ONE_COLUMN
+    return only_letters(text) and (is_null or are_quotes or is_often)
+
+
+def only_quotes_are_escaped(text, delimiter):
+    """Whether there are backslashes before quotes, and all other quotes are those around cells."""
+    around = re.escape(delimiter)
+    return '\\"' in text and not re.search(rf'(?<![\\\n{around}])"(?![\n{around}]|\Z)', text)
+
+
+def quoted_for_commas(tally):
+    """Whether the only column is quoted where it has commas, and nowhere else."""
+    cells = [(record.cells[0], record.quoted) for record in tally.records]
+    return all((',' in cell or '"' in cell or '\n' in cell) == bool(quoted) for cell, quoted in cells)
 
 
 # -----------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def look(path, options):
     dicts = [{name: meant(cell, dialect) for name, cell in zip(dialect.names, row)} for row in rows]
     return {
         'kind': 'csv',
-        'format': 'table (csv)',
+        'format': 'csv',
         'plan': {
             'dialect': dialect._asdict(), 'encoding': encoding, 'said': list(notes), 'layout': 'lines',
             'parts': cut(path, encoding, dialect, PART_BYTES),
