@@ -218,6 +218,21 @@ def test_json_that_is_called_csv(check):
     assert check(''.join(json.dumps({'id': i, 'text': text}) + '\n' for i, text in enumerate(TEXTS)))[0] == TEXTS
 
 
+def test_tables_that_are_called_texts(check):
+    content = table(lambda i, text: f'{i}\t{text}\n', 'id\ttext\n')
+    assert check(content, 'a.txt') == (TEXTS, [])
+    assert check(content.encode('utf-16'), 'b.txt') == (TEXTS, [])
+    for plain in (
+        'text, and more of it\n' + '\n'.join(TEXTS), 'id,text\n' + '\n'.join(TEXTS), 'id,text\n1,so\n2,on\n',
+        table(lambda i, text: f'{i}\t{text}\n', '')):
+        assert check(plain, 'c.txt') == ([plain], [])
+
+
+def test_a_wide_table_of_numbers(tmp_path):
+    content = ','.join(f'pixel{i}' for i in range(784)) + '\n' + (','.join('0123456' * 112) + '\n') * 300
+    assert reason(write(tmp_path / 'a.csv', content)).startswith('no clear text column among: pixel0, pixel1')
+
+
 # -----------------------------------------------------------------------------
 # Parts
 
@@ -250,7 +265,7 @@ def test_files_that_are_read_in_one(tmp_path, monkeypatch):
 
 
 def test_a_row_that_is_too_long(check, monkeypatch):
-    monkeypatch.setattr(csv_rows, 'LONGEST_CELL', 1 << 19)
+    monkeypatch.setattr(csv_rows, 'LONGEST_LINE', 1 << 19)
     monkeypatch.setattr(csv_rows, 'BLOCK', 1000)
     content = table(lambda i, text: f'{i},{text}{"x" * (600_000 * (i == 30))}\n')
     documents, notes = check(content)

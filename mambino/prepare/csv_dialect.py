@@ -14,11 +14,12 @@ from typing import NamedTuple
 from mambino.prepare import csv_header
 from mambino.prepare.csv_records import NULL, Dialect, lines_of, masked, misfit, split
 from mambino.prepare.encodings import open_text
-from mambino.prepare.files import CHUNK, Skip
+from mambino.prepare.files import Skip
 from mambino.prepare.json_look import is_packed, is_wide
 
 HEADS = (1 << 18, 1 << 21, 1 << 24)  # characters of the beginning that are looked at: more where rows are long
 ROWS = 3         # fewer are too few to tell,
+RECORDS = 3000   # so many of a piece are enough
 PIECES = 4       # and so many places after that beginning are looked at,
 PIECE = 1 << 16  # with so many bytes each
 ONE_COLUMN = '\x1f'
@@ -40,7 +41,7 @@ def sample(path, encoding, head=HEADS[0]):
     """The Sample of a file. head: characters of its beginning."""
     with open_text(path, encoding) as f:
         text = f.read(head)
-        text += f.readline(CHUNK * 16)
+        text += f.readline(HEADS[-1])
         is_all = head == HEADS[-1] or not f.read(1)  # of more than that, no more is looked at
     pieces = [text.removeprefix('\ufeff')]
     size = os.path.getsize(path)
@@ -94,7 +95,8 @@ class Tally:
         def are_rows(some):
             return common and sum(line.count(delimiter) == common for line in some) > 0.8 * len(some)
 
-        while at < len(lines):
+        most = len(self.records) + RECORDS
+        while at < len(lines) and len(self.records) < most:
             if not lines[at].strip():
                 at += 1
                 continue

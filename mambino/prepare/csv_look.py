@@ -11,7 +11,8 @@ import re
 
 from mambino.configurator import split_list
 from mambino.prepare import csv_dialect
-from mambino.prepare.columns import SAMPLE_ROWS, shown
+from mambino.prepare.columns import COLUMNS, SAMPLE_ROWS, shown
+from mambino.prepare.csv_header import is_sure
 from mambino.prepare.csv_records import Rows, described, fits, lines_of, masked
 from mambino.prepare.csv_rows import meant
 from mambino.prepare.encodings import encoding_of
@@ -19,6 +20,8 @@ from mambino.prepare.files import CHUNK, Notes, Skip, open_bytes
 from mambino.prepare.json_look import PART_BYTES, is_packed, is_wide
 from mambino.prepare.looks import profile_of
 
+SAMPLE_CELLS = 30_000  # of a table, that are looked at
+FEWEST = 5       # rows of a table in a file that is not called one
 PROBE = 1 << 19  # bytes in which a part should begin
 PROBED = 30      # lines, of which one should be its first
 FEW_ROWS = 8     # that are as they should be tell that,
@@ -35,6 +38,28 @@ def may_be_json(path):
         return False
 
 
+def look_in_text(path, options):
+    """look() for a file that is called a text: None unless it begins with names of columns, one of them
+    usual for a text, and rows that fit below.
+    """
+    try:
+        with open_bytes(path) as f:
+            head = f.read(1 << 12).removeprefix(b'\xef\xbb\xbf')
+        lines = head.replace(b'\0', b'').decode('latin-1').removeprefix('ÿþ').splitlines()
+    except Exception:  # whoever reads it says what is wrong with it
+        return None
+    first = lines[0] if lines else ''
+    names = [name.strip().strip('"') for name in re.split('[\t,;|]', first)]
+    is_usual = any(name.lower() in COLUMNS for name in names)
+    if len(names) < 2 or not is_usual or any(' ' in name for name in names) or not is_sure(names):
+        return None
+    try:
+        found = look(path, options)
+    except Skip:
+        return None
+    return found if found.get('rows', 0) >= FEWEST and found['plan']['dialect']['header'] else None
+
+
 def look(path, options):
     """{'kind', 'format', 'plan', 'facts', 'profile', 'rows'} of a csv file, as json_look.look has them;
     of one that is no table a plan to read it as a text. Skip for one that cannot be read.
@@ -49,7 +74,8 @@ def look(path, options):
             raise Skip(f'no table, and so no column {shown(wanted)}')
         return NO_TABLE
     dialect, rows = found
-    rows = rows[::len(rows) // SAMPLE_ROWS + 1]
+    most = min(SAMPLE_ROWS, SAMPLE_CELLS // dialect.width + 1)
+    rows = rows[::len(rows) // most + 1]
     dicts = [{name: meant(cell, dialect) for name, cell in zip(dialect.names, row)} for row in rows]
     return {
         'kind': 'csv',

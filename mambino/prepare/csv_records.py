@@ -154,22 +154,27 @@ def quoted_end(text, at, lines, line_at, dialect, most, lenient):
     made longer by the lines that are needed.
     """
     quote = dialect.quote
+    line = text
+    parts = [text]  # joined at the end: there may be many
+    before = 0      # characters of the parts before this line
     while True:
-        end = text.find(quote, at)
+        end = line.find(quote, at)
         if end < 0:
             more = line_at(lines) if lines < most else ''
             if not more:
                 return text, lines, -1
-            at = len(text)
-            text += more
+            before += len(line)
+            line = more
+            parts.append(line)
             lines += 1
+            at = 0
             continue
-        if text.startswith(quote, end + 1):
+        if line.startswith(quote, end + 1):
             at = end + 2
             continue
-        after = BLANKS.match(text, end + 1).end()
-        if after == len(text) or text[after] == '\n' or text.startswith(dialect.delimiter, after):
-            return text, lines, end
+        after = BLANKS.match(line, end + 1).end()
+        if after == len(line) or line[after] == '\n' or line.startswith(dialect.delimiter, after):
+            return ''.join(parts), lines, before + end
         if not lenient:
             return text, lines, -1
         at = end + 1
@@ -203,6 +208,17 @@ def swallows(cells, dialect):
             if delimiters and delimiters >= 0.8 * cell.count('\n') * (dialect.width - 1):
                 if are_rows(cell.split('\n')[1:65], dialect):
                     return True
+    return False
+
+
+def holds_start(cells, dialect):
+    """Whether a row begins in one of the cells."""
+    for cell in cells:
+        for line in cell.split('\n')[1:]:
+            start = split([line].__getitem__, dialect, lenient=True).cells
+            kinds = dialect.kinds[:len(start) - 1]
+            if 'n' in kinds and len(start) <= dialect.width and fits(start[:-1], kinds):
+                return True
     return False
 
 
@@ -336,7 +352,8 @@ class Rows:
         for lines, lenient in (most, False), (1, True), (200, True):
             record = split(self.line_at, dialect, lines, lenient)
             if record and len(record.cells) == dialect.width:
-                if record.lines == 1 or not swallows(record.cells, dialect):
+                is_doubtful = lenient and record.lines > 1 and holds_start(record.cells, dialect)
+                if not is_doubtful and not swallows(record.cells, dialect):
                     self.at += record.lines
                     if record.cells == self.names:
                         self.headers += 1

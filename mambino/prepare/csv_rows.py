@@ -9,11 +9,12 @@ How the file writes its rows was found out by csv_look.py.
 import io
 
 from mambino.prepare.cells import AS_IT_STANDS, rows_of
-from mambino.prepare.csv_records import LONGEST_CELL, NULL, Dialect, Rows, lines_of, masked, unmasked
+from mambino.prepare.csv_records import NULL, Dialect, Rows, lines_of, masked, unmasked
 from mambino.prepare.encodings import open_text
 from mambino.prepare.files import CHUNK
 
-BLOCK = 1 << 18  # characters that are split at once
+BLOCK = 1 << 18         # characters that are split at once
+LONGEST_LINE = 1 << 25  # characters
 
 
 def read_csv(path, options, notes):
@@ -55,13 +56,13 @@ def meant(cell, dialect):
 def blocks(f, dialect, notes):
     """Yields the lines of an open file, masked, some at a time; those that are too long are lost."""
     while text := f.read(BLOCK):
-        text += f.readline(LONGEST_CELL)
-        while dialect.escape and text.endswith('\\\n') and (more := f.readline(LONGEST_CELL)):
+        text += f.readline(LONGEST_LINE)
+        while dialect.escape and text.endswith('\\\n') and (more := f.readline(LONGEST_LINE)):
             text += more
-        if len(text) > LONGEST_CELL and text[-1] != '\n':
+        if len(text) > LONGEST_LINE and text[-1] != '\n':
             text = text[:text.rfind('\n') + 1]
             notes.lose(1, 'rows are too long')
-            while (more := f.readline(LONGEST_CELL)) and more[-1] != '\n':
+            while (more := f.readline(LONGEST_LINE)) and more[-1] != '\n':
                 pass
         yield lines_of(masked(text, dialect))
 

@@ -36,6 +36,8 @@ def look(kind, path, options, look_apart=None):
         looked = json_look.look(path, 'text', options) if csv_look.may_be_json(path) else None
         return looked or csv_look.look(path, options)
     looked = json_look.look(path, kind, options)
+    if looked is None and kind == 'text':
+        return csv_look.look_in_text(path, options)
     return looked or (NO_JSON if kind == 'jsonl' else None)
 
 
