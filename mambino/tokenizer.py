@@ -44,6 +44,7 @@ from mambino.tokenizer_json import (
     gpt2_ranks,
     hidden,
     marks_of,
+    parse,
     read_text,
     without_prefix,
     without_training,
@@ -197,7 +198,7 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, text, eot=None, bos=()):
         """eot: the end-of-text id; None: it is known by its name."""
-        spec = json.loads(without_training(text))
+        spec = parse(without_training(text))
         self.hf = open_hf(spec)
         vocab = self.hf.get_vocab(with_added_tokens=True)
         if eot is None:
@@ -237,13 +238,13 @@ class BPETokenizer(Tokenizer):
         except Exception as error:  # a vocabulary without anything for unknown text
             raise UnknownCharacter(f'it has no ids for this text ({error})') from None
 
-    def there_and_back(self, text):
+    def there_and_back(self, text, begins=True):
         """(what comes back of a text, how many of its characters became the id for unknown ones)"""
         if self.fast:
             return self.decode(self.encode(text)), 0
-        encoding = self._encode_hf([text])[0]
+        encoding = self._encode_hf([text], begins)[0]
         chars = sum(end - start for i, (start, end) in zip(encoding.ids, encoding.offsets) if i == self.unknown)
-        return self.decode(encoding.ids), chars
+        return self.decode(encoding.ids, begins), chars
 
     def _encode_pieces(self, pieces):
         ids = [self.fast.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
@@ -286,7 +287,7 @@ def from_text(text, eot=None, bos=()):
     ValueError if it cannot be one.
     """
     try:
-        spec = json.loads(text)
+        spec = parse(text)
         model = spec['model']
         split = spec.get('pre_tokenizer') or {}
         if model['type'] == 'WordLevel' and split.get('pattern') == {'Regex': EVERY_CHARACTER}:
@@ -320,8 +321,7 @@ def load_tokenizer(path):
         if meta:
             return from_text(text, meta.get('eot'), meta.get('bos', ()))
         text = without_training(text)
-        spec = json.loads(text)
-        spec.setdefault('added_tokens', [])
+        spec = parse(text)
         begin, _ = marks_of(spec)
         return from_text(text, end_of_text(spec, config_beside(folder)), begin)
     except (KeyError, TypeError, AttributeError) as error:

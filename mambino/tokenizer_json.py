@@ -2,7 +2,7 @@
 
     text = read_text('folder/tokenizer.json')       # or the program ends in a line that says what to do
     text = without_training(text)                   # what was there to train with is off
-    spec = json.loads(text)
+    spec = parse(text)
     begin, end = marks_of(spec)                     # the ids it puts around a text: ([1], [2])
     eot = end_of_text(spec, config_beside('folder'))
     ranks = gpt2_ranks(spec)                        # {bytes: id}, where it is GPT-2's scheme
@@ -21,6 +21,7 @@ EOT = '<|endoftext|>'
 EOT_NAMES = [EOT, '<|end_of_text|>', '</s>', '<eos>', '<|eos|>', '<｜end▁of▁sentence｜>', '<|im_end|>', '[SEP]']
 # what tokenizer.json may say of a BPE and GPT-2's does not
 NOT_GPT2 = ('continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback', 'ignore_merges')
+MODELS = ('BPE', 'Unigram', 'WordPiece', 'WordLevel')
 CONVERT = ("make one with transformers: python -c \"from transformers import AutoTokenizer as A; "
            "A.from_pretrained('FOLDER').save_pretrained('NEW')\", and give --tokenizer=NEW")
 # what else lies where a tokenizer.json is looked for
@@ -44,9 +45,9 @@ def read_text(path):
         with open(file, 'rb') as f:
             raw = f.read()
     except FileNotFoundError:
-        there = sorted(name for name in OTHERS if os.path.exists(os.path.join(path, name)))
+        there = [name for name in OTHERS if os.path.exists(os.path.join(path, name))]
         if there:
-            fail(f'{file}: missing; {" and ".join(there)} alone are not enough, {CONVERT}')
+            fail(f'{file}: missing, and {", ".join(there)} will not do; {CONVERT}')
         fail(f'{file}: no such tokenizer')
     except OSError as error:
         fail(f'{file}: cannot be used as a tokenizer: {error}')
@@ -70,6 +71,8 @@ def what_else(raw, error):
         return f'a SentencePiece model; {CONVERT}'
     if head[:2] == b'\x1f\x8b' or head[:4] == b'PK\x03\x04' or head[:4] == b'\x28\xb5\x2f\xfd':
         return 'packed; unpack it first'
+    if head.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'{':
+        return f'damaged JSON ({error}); copy or download it anew'
     lines = head.split(b'\n')
     if lines[0].startswith(b'#version') or all(len(line.split(b' ')) == 2 for line in lines[:3]):
         return f'a list of merges or ranks, no tokenizer.json; {CONVERT}'
@@ -86,12 +89,26 @@ def config_beside(folder):
     return config if isinstance(config, dict) else {}
 
 
+def parse(text):
+    """The contents of a tokenizer.json as a dict; what old ones leave out is filled in."""
+    spec = json.loads(text)
+    model = spec['model']
+    spec['added_tokens'] = spec.get('added_tokens') or []
+    if 'type' not in model:
+        guesses = {'Unigram': isinstance(model.get('vocab'), list), 'BPE': 'merges' in model,
+                   'WordPiece': 'max_input_chars_per_word' in model}
+        model['type'] = next((name for name, fits in guesses.items() if fits), 'WordLevel')
+    if model['type'] not in MODELS:
+        raise ValueError(f'its model is a {model["type"]}, and only {", ".join(MODELS)} are known')
+    return spec
+
+
 # --- what it does with a text ---------------------------------------------------------------------
 
 def without_training(text):
     """The text of a tokenizer.json without what only training the tokenizer's model was to see:
     dropout, sampling, truncation, padding. The very same text where there is nothing of it."""
-    spec = json.loads(text)
+    spec = parse(text)
     model = spec['model']
     trained_with = [name for name in ('dropout', 'alpha', 'nbest_size') if model.get(name)]
     cut_with = [name for name in ('truncation', 'padding') if spec.get(name)]
@@ -181,15 +198,19 @@ def without_prefix(spec):
     return {**spec, **steps}
 
 
-def unprefixed(step):
+def unprefixed(step, is_first=True):
     """A normalizer or pre-tokenizer that puts nothing before a text; None where it did nothing
-    else."""
+    else. is_first: else others have cut the text into words, and what stands before each of them
+    stays."""
     if step['type'] == 'Prepend':
         return None
     if step['type'] == 'Sequence':
         name = 'normalizers' if 'normalizers' in step else 'pretokenizers'
-        parts = [part for part in map(unprefixed, step[name]) if part]
+        parts = [unprefixed(part, is_first and n == 0) for n, part in enumerate(step[name])]
+        parts = [part for part in parts if part]
         return {**step, name: parts} if parts else None
+    if not is_first and step.get('prepend_scheme') != 'first':
+        return step
     if step['type'] == 'Metaspace' and prepends(step):
         rest = {key: value for key, value in step.items() if key != 'add_prefix_space'}
         return {**rest, 'prepend_scheme': 'never'}

@@ -127,6 +127,11 @@ def test_a_text_forges_no_mark(tok):
             assert not set(tok.encode(text).tolist()) & (special - {unknown})
 
 
+def test_a_text_that_goes_on_has_the_spaces_of_its_words(tok):
+    for text in (' the cat sat', '\nthe cat sat', 'the cat sat'):
+        assert tok.decode(tok.encode(text, begins=False), begins=False).split() == ['the', 'cat', 'sat']
+
+
 def test_a_text_that_goes_on_has_no_space_before_it(folder):
     for kind in GIVES_BACK:
         tok = tokenizer.load_tokenizer(folder / kind)
@@ -399,3 +404,47 @@ def test_a_part_never_begins_within_a_character(folder):
     assert tok.whole(ids, 0, len(ids)) == (0, len(ids)) and tok.whole([], 0, 0) == (0, 0)
     broken = [0x80] * 9                             # of no character
     assert tokenizer.build_tokenizer('byte').whole(broken, 4, 5) == (1, 8)
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+def test_a_tokenizer_is_opened_by_its_content(tmp_path):
+    text = foreign.KINDS['llama']().to_str()
+    known = tokenizer.from_text(text)
+    for encoding in ('utf-8-sig', 'utf-16', 'utf-16-le', 'utf-32'):
+        path = tmp_path / encoding
+        path.write_bytes(text.encode(encoding))
+        tok = tokenizer.load_tokenizer(path)
+        assert tok.sha256() == known.sha256() and tok.decode(tok.encode('the é cat')) == 'the é cat'
+    spec = json.loads(foreign.KINDS['gpt2']().to_str())
+    spec['model'].pop('type')                       # as in the first files of this format
+    for name in ('truncation', 'padding', 'normalizer', 'post_processor'):
+        spec.pop(name)
+    (tmp_path / 'old.json').write_text(json.dumps(spec), encoding='utf-8')
+    tok = tokenizer.load_tokenizer(tmp_path / 'old.json')
+    assert tok.fast and tok.decode(tok.encode('the é cat')) == 'the é cat'
+
+
+@pytest.mark.parametrize('name, raw, words', [
+    ('empty.json', b'', 'empty'),
+    ('half.json', b'{"model": {"type": "BPE", "voc', 'damaged JSON'),
+    ('other.json', b'{"a": 1}', 'has a model'),
+    ('list.json', b'[1]', 'has a model'),
+    ('model.json', b'{"model": {"type": "Foo", "vocab": {}}}', 'Foo WordPiece'),
+    ('spiece.model', b'\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02', 'SentencePiece from_pretrained'),
+    ('a.tiktoken', b'IQ== 0\nIg== 1\nIw== 2\n', 'ranks from_pretrained'),
+    ('merges.txt', b'#version: 0.2\nt h\n', 'merges from_pretrained'),
+    ('t.json.gz', b'\x1f\x8b\x08\x00', 'unpack'),
+    ('deep.json', b'[' * 100_000, 'no JSON'),
+    ('x.bin', bytes(range(256)), 'no JSON'),
+    ('folder/vocab.json', b'{}', 'vocab.json from_pretrained'),
+])
+def test_what_is_no_tokenizer_is_one_line(tmp_path, capsys, name, raw, words):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(raw)
+    with pytest.raises(SystemExit) as stop:
+        tokenizer.build_tokenizer(str(path.parent if 'folder' in name else path))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1
+    assert all(word in err for word in words.split())

@@ -218,7 +218,8 @@ def show_windows(folder, meta, tok, n=3, length=80):
     width = shutil.get_terminal_size((120, 24)).columns - 4
     starts = np.random.default_rng(0).integers(0, max(1, size - length), n).tolist()
     for start in sorted(starts):
-        text = tok.decode(ids[start:start + length]).strip('\n')
+        first, last = tok.whole(ids, start, min(size, start + length))
+        text = tok.decode(ids[first:last], begins=first == 0).strip('\n')
         print(f'\nfrom token {start:,}:')
         for line in text.split('\n')[:8]:
             print('  | ' + ''.join(c if c.isprintable() else ' ' for c in line)[:width - 2])

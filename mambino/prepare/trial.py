@@ -12,6 +12,7 @@ from collections import Counter
 
 from mambino.prepare import spool
 from mambino.prepare.corpus import TooLittle
+from mambino.seams import SEAM
 
 SAMPLE_MB = 1.0     # so much is tried, as evenly taken from the documents as for training a tokenizer
 MOST = 20_000       # characters of a piece that are tried,
@@ -28,8 +29,8 @@ def try_tokenizer(tok, name, corpus, work):
     if tok.kind != 'bpe' or tok.fast:       # all bytes have ids, and come back
         return []
     losses = Losses()
-    for text in sample_texts(corpus, work):
-        losses.add(text, *tok.there_and_back(text))
+    for text, begins in sample_texts(corpus, work):
+        losses.add(text, *tok.there_and_back(text, begins))
     if losses.hopeless() > HOPELESS:
         raise TooLittle(f'tokenizer={name}: {percent(losses.hopeless())} of the characters of these texts are unknown '
                         f'to it; {OTHERS}')
@@ -42,19 +43,29 @@ def try_tokenizer(tok, name, corpus, work):
 
 
 def sample_texts(corpus, work):
-    """Yields parts of some pieces of train documents, always the same ones."""
+    """Yields (text, whether a document begins with it): parts of some pieces of train documents,
+    always the same ones."""
     sample = list(corpus.sample(SAMPLE_MB))
     if not sample:                          # few and large pieces, and none was drawn
         sample = [(key, block, rows[:1], last_chars) for key, block, rows, last_chars in corpus.sample(1e9)][:1]
     for key, block, rows, last_chars in sample:
         pieces = list(spool.pieces_of(spool.read_block(work, key, block), rows))
         pieces[-1] = pieces[-1][:last_chars]
-        for text in pieces:
+        for text, part in zip(pieces, rows['part'].tolist()):
             if len(text) <= MOST:
-                yield text
+                yield text, part == 0
             else:                           # evenly from all of it
                 for start in range(0, len(text), len(text) // STRETCHES):
-                    yield text[start:start + MOST // STRETCHES]
+                    start = at_seam(text, start)
+                    end = at_seam(text, start + MOST // STRETCHES)
+                    yield text[start:end], part == 0 and start == 0
+
+
+def at_seam(text, at):
+    """The next place from `at` on where white space begins; `at` itself at the beginning, and where
+    there is none near."""
+    seam = SEAM.search(text, at, at + MOST) if at else None
+    return seam.end() if seam else at
 
 
 class Losses:
@@ -73,9 +84,12 @@ class Losses:
         if back == text:
             return
         missing = Counter(text) - Counter(back)
+        spaces = back.count(' ') - text.count(' ')
         for name, c in ('newlines', '\n'), ('tabs', '\t'), ('spaces', ' '):
-            self.lost[name] += missing.pop(c, 0)
-        self.lost['added'] += max(0, back.count(' ') - text.count(' '))
+            lost = missing.pop(c, 0)
+            self.lost[name] += lost
+            spaces -= lost                      # a newline may have become one
+        self.lost['added'] += max(0, spaces)
         exact = missing.total()
         small = lacking(text.lower(), back.lower())
         plain = lacking(without_accents(text.lower()), without_accents(back.lower()))
