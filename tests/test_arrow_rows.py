@@ -68,7 +68,7 @@ def test_the_column_is_chosen(tmp_path):
     assert check({'x': [b'y']}, text_column='x') == ['y']
     assert check({'title': ['A title'], 'body': ['b']}, text_column='Title,body') == ['A title\n\nb']
     assert check({'text': pa.array([], pa.string())}) == []
-    with pytest.raises(Skip, match='^no text in text$'):
+    with pytest.raises(Skip, match='^no text in column text$'):
         check({'url': ['https://example.org'], 'text': pa.nulls(1)})
     with pytest.raises(Skip, match='^no clear text column among: a, b; say which with --text_column=a$'):
         check({'a': ['x'], 'b': ['y']})

@@ -178,7 +178,7 @@ def test_the_files_of_a_folder_choose_together(tmp_path):
         pq.write_table(pa.table({'url': urls, 'tale': texts}), tmp_path / f'{name}.parquet')
     pq.write_table(pa.table({'question': urls, 'essay': [prose(i) for i in range(N)]}), tmp_path / 'd.parquet')
     assert surveyed(tmp_path, {'.parquet': 'parquet'}) == {
-        'a.parquet': 'tale', 'b.parquet': 'no text in tale', 'd.parquet': 'essay',
+        'a.parquet': 'tale', 'b.parquet': 'no text in column tale', 'd.parquet': 'essay',
         'c.parquet': 'no clear text column among: url, tale: url holds URLs, not text'}
     for name, row in ('e', {'id': 'x-1', 'text': 'Bread and tea.'}), ('f', {'id': 'x-2'}), ('g', {'body': 'Rain.'}):
         write(tmp_path / f'{name}.jsonl', (json.dumps(row) + '\n') * 9)

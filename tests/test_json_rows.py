@@ -1,12 +1,13 @@
 """json_rows.py, json_values.py and json_look.py: a document a row, whatever form of JSON it is."""
 import gzip
 import json
+import random
 
 import pytest
 from helpers.readers import OPTIONS, read, reason, write
 
 from mambino.prepare import files, isolate, json_look, json_rows, json_values, survey
-from mambino.prepare.files import Notes
+from mambino.prepare.files import Notes, Skip
 from mambino.prepare.sources import Source
 
 ROWS = [{'id': i, 'text': f'Story {i}: the baker has bread.', 'url': f'https://example.org/{i}'} for i in range(30)]
@@ -40,6 +41,7 @@ def test_jsonl(tmp_path):
     assert check(lines({'text': 'BOM'}).encode('utf-8-sig'))[0] == ['BOM']
     assert check(json.dumps({'text': 'ж'}, ensure_ascii=False).encode('utf-16'))[0] == ['ж']
     assert check(lines({'text': 'u2028 \u2028'}))[0] == ['u2028 \u2028']
+    assert check('id,text\n' + ''.join(f'{i},Bread and tea {i}\n' for i in range(9)))[0][8] == 'Bread and tea 8'
     assert check('not JSON\nat all\n') == (['not JSON\nat all\n'], ['no JSON in it: taken as plain text'])
     for odd, why in (
         (lines({'a': 'x', 'b': 'y'}), 'no clear text column among: a, b; say which with --text_column=a'),
@@ -47,7 +49,7 @@ def test_jsonl(tmp_path):
         (lines({'a': 1}) * 30, 'no clear text column among: a: a holds numbers, not text'),
         ('[' * 100_000, 'broken JSON'),
         ('{' + '1' * 5000 + '\n', 'broken JSON'),
-        (lines({'text': None}) * 3, 'no text in text'),
+        (lines({'text': None}) * 3, 'no text in column text'),
         ("{'text': 'so it goes'}\n" * 9,
          "its rows are Python's, with single quotes, and not JSON: write them with json.dumps"),
         (lines({'text': 'good text'}) * 7 + '{"bad\n' * 3,
@@ -77,6 +79,7 @@ FORMS = {
     'indented': json.dumps(ROWS, indent=2),
     'a row a line': '[\n' + lines(*ROWS).replace('\n', ',\n').rstrip(',\n') + '\n]\n',
     'a comma too many': '[' + lines(*ROWS).replace('\n', ',\n') + ']',
+    'a comma too many inside': json.dumps({'version': 1, 'rows': ROWS}).replace(']}', ',]}'),
     'two arrays': json.dumps(ROWS[:10]) + '\n' + json.dumps(ROWS[10:]),
     'one after another': ''.join(map(json.dumps, ROWS)),
     'indented objects': '\n'.join(json.dumps(row, indent=4) for row in ROWS),
@@ -125,6 +128,8 @@ def test_what_is_no_table(tmp_path):
         json.dumps({'name': 'a', 'scripts': {'run': 'x'}, 'files': ['a', 'b']}),
         json.dumps({'type': 'FeatureCollection', 'features': [{'geometry': {'at': [i, i]}} for i in range(9)]})):
         assert read(write(tmp_path / 'a.json', plain))[0] == [plain]
+    with pytest.raises(Skip, match="Python's, with single quotes"):
+        read(write(tmp_path / 'a.json', str(ROWS)))
     many = json.dumps(settings * 10)
     assert reason(write(tmp_path / 'a.json', many)) == (
         'no clear text column among: name, on; say which with --text_column=name')
@@ -141,6 +146,12 @@ def test_damage_is_counted(tmp_path):
     assert notes == ['1 rows were no JSON (first: line 8)']
     documents, notes = read(write(tmp_path / 'a.json', json.dumps(ROWS)[:-30]))
     assert documents == TEXTS[:29] and notes == ['stopped after 29 documents: truncated']
+    random_rows = ''.join(json.dumps({'text': f'{random.random()} bread and tea'}) + '\n' for _ in range(3000))
+    packed = gzip.compress(random_rows.encode())
+    documents, notes = read(write(tmp_path / 'a.jsonl.gz', packed[:-500]))
+    assert len(documents) > 2000 and notes == [f'stopped after {len(documents):,} documents: truncated']
+    documents, notes = read(write(tmp_path / 'a.jsonl.gz', packed + b'no part of it'))
+    assert len(documents) == 3000 and notes == ['stopped after 3,000 documents: unreadable (BadGzipFile)']
 
 
 def test_a_folder_of_objects(tmp_path):

@@ -1,6 +1,5 @@
 """sources.py: what it finds in made-up folders, in which order, and why it leaves out the rest."""
 import contextlib
-import gzip
 import itertools
 import json
 import os
@@ -223,22 +222,6 @@ def test_the_lists_of_extensions():
         pas pp ada adb ads cob asm s awk sed tcl sh bash zsh fish ps1 bat cmd cmake mk mak gradle
         bazel bzl nix tf hcl dockerfile vim glsl hlsl wgsl metal sol coq lean agda idr'''
     assert not set(before.split()) - set(words)  # what was once read stays readable
-
-
-def test_rows_are_known_whatever_they_are_called(here):
-    rows = '{"text": "Bread and tea."}\n' * 9
-    write(here / 'm' / 'RC_2010-01.gz', gzip.compress(rows.encode()))
-    write(here / 'm' / 'dump.2010', rows)
-    write(here / 'm' / 'list.db', json.dumps([{'text': 'Bread.'}] * 9))
-    write(here / 'm' / 'app.state', json.dumps({'window': {'width': 9}}))
-    kept, skipped = look('m')
-    assert names(kept) == {'RC_2010-01.gz': 'text', 'dump.2010': 'jsonl', 'list.db': 'jsonl'}
-    assert names(skipped) == {'app.state': 'unknown type .state'}
-    write(here / 'm' / 'large.txt', rows)
-    write(here / 'm' / 'letter.txt', 'Dear Anna,\n' * 30)
-    kept, skipped = find(['m'], max_file_mb=0.0001)
-    assert {source.kind for source in kept if source.path.endswith('large.txt')} == {'jsonl'}
-    assert [entry['file'] for entry in skipped if 'larger' in entry['reason']] == [os.path.join('m', 'letter.txt')]
 
 
 def test_size_and_time(here):

@@ -165,6 +165,6 @@ def rows_of(rows, options, notes):
     notes.taken += empty  # they were read, and are not lost
     in_one = 'part' not in options and 'shard' not in options
     if empty and not taken and in_one:
-        raise Skip(f'no text in {shown}')
+        raise Skip(f'no text in column {shown}')
     if empty:
         notes.append(f'{empty:,} rows without text in {shown}')

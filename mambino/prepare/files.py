@@ -74,7 +74,8 @@ def open_zst(path, mode):
     window = window_of(path)
     if window <= 1 << WIDEST:
         import pyarrow
-        return io.BufferedReader(pyarrow.CompressedInputStream(open(path, mode), 'zstd'), CHUNK)
+        # of a damaged file a small buffer loses little
+        return io.BufferedReader(pyarrow.CompressedInputStream(open(path, mode), 'zstd'), 1 << 14)
     try:
         from compression import zstd  # of Python 3.14
         return zstd.ZstdFile(path, options={zstd.DecompressionParameter.window_log_max: 31})
@@ -165,7 +166,7 @@ def packing_in(head, path):
             if name in PACKED:
                 return name
             raise Skip(f'packed with {name}: unpack it first')
-    if extension_of(path) == '.br' and head and head[0] & 0x80:
+    if extension_of(path) == '.br' and not (head.isascii() and head.decode().isprintable()):
         raise Skip('packed with brotli: unpack it first')
     return ''
 

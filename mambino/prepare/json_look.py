@@ -11,6 +11,7 @@
 
 A row is an object; or a list, with or without names above it; or a string.
 """
+import codecs
 import itertools
 import os
 import re
@@ -45,8 +46,7 @@ def look(path, named, options):
     if not begins_as_json(path, named):
         return None
     encoding, notes, is_sampled = encoding_at(path, options)
-    with open_text(path, encoding, newline='') as f:
-        head = f.read(HEAD)
+    head = beginning(path, encoding)
     layout = {'layout': 'lines'}
     share = 0.9 if named == 'text' else 0.5
     rows = list(line_rows(path, encoding)) if are_lines(head, share) else []
@@ -59,6 +59,8 @@ def look(path, named, options):
     plan = {'encoding': encoding, 'said': list(notes), 'sampled': is_sampled, 'names': []} | layout
     plan['names'] = plan['names'] or names_of(rows)
     dicts = [as_dict(row, plan['names']) for row in rows]
+    if not any(dicts):
+        return no_rows(head, named)
     if plan['layout'] == 'lines':
         plan['parts'] = parts_of(path, encoding)
     return {
@@ -107,6 +109,20 @@ def begins_as_json(path, named):
     return bool(BEGINS.match(head.decode('latin-1').removeprefix('ï»¿').replace('\0', '').lstrip('þÿ')))
 
 
+def beginning(path, encoding):
+    """The first characters of a text, as many as tell the layout; of a damaged one fewer."""
+    decoder = codecs.getincrementaldecoder(encoding)('replace')
+    pieces = []
+    with files.open_bytes(path) as f:
+        try:
+            while sum(map(len, pieces)) < HEAD and (data := f.read1(1 << 16)):
+                pieces.append(decoder.decode(data))
+        except Exception:
+            if not pieces:
+                raise
+    return ''.join(pieces)
+
+
 def are_lines(head, share):
     """Whether this share of the first lines is JSON."""
     lines = head.split('\n')
@@ -135,11 +151,11 @@ def parsed(line):
 
 def no_rows(head, named):
     """None, for what is no JSON at all; Skip where it seemed to be."""
-    if named != 'jsonl':
+    if named not in ('jsonl', 'data'):
         return None
-    if re.match(r"\s*\[?\s*\{\s*'", head):
+    if re.match(r"\s*\[?\s*\{\s*'\w+':", head):
         raise Skip("its rows are Python's, with single quotes, and not JSON: write them with json.dumps")
-    if BEGINS.match(head):
+    if named == 'jsonl' and BEGINS.match(head):
         raise Skip('broken JSON')
     return None
 
@@ -154,12 +170,16 @@ def line_rows(path, encoding):
     size = 0
     taken = 0
     with open_text(path, encoding) as f:
-        while taken < SAMPLE_ROWS // 2 and size < SAMPLE and (line := f.readline(LONGEST_ROW)):
-            size += len(line)
-            row = parsed(line)
-            if row is not None:
-                taken += 1
-                yield row
+        try:
+            while taken < SAMPLE_ROWS // 2 and size < SAMPLE and (line := f.readline(LONGEST_ROW)):
+                size += len(line)
+                row = parsed(line)
+                if row is not None:
+                    taken += 1
+                    yield row
+        except Exception:  # damaged: the rows before that place can be read
+            if not taken:
+                raise
     size = os.path.getsize(path)
     if size < 2 * SAMPLE or is_packed(path) or is_wide(encoding):
         return
@@ -201,8 +221,9 @@ def other_rows(path, encoding, share):
                 rows.append(row)
                 if values.position() > SAMPLE:
                     break
-        except Skip:
-            pass  # the rows before that place can be read
+        except Exception:  # the same
+            if not rows:
+                raise
         if len(rows) < share * (len(rows) + values.bad):
             rows = []
     return {'layout': 'array' if first == '[' else 'values'}, rows
@@ -215,12 +236,15 @@ def single_object(values):
         if values.peek():
             return None
     except Broken:
-        return None
+        value = None  # a comma too many, say
     except EOFError as error:
         if str(error) != 'too long':
             return None
         value = None  # large: looked at piece by piece
-    found = look_inside(values, value)
+    try:
+        found = look_inside(values, value)
+    except Skip:
+        return None
     if found:
         return found
     return ({'layout': 'values', 'alone': True}, [value]) if value else None

@@ -38,7 +38,10 @@ def look(kind, path, options, look_apart=None):
     looked = json_look.look(path, kind, options)
     if looked is None and kind == 'text':
         return csv_look.look_in_text(path, options)
-    return looked or (NO_JSON if kind == 'jsonl' else None)
+    if looked is None and kind == 'jsonl':
+        looked = csv_look.look(path, options)
+        return looked if 'profile' in looked else NO_JSON
+    return looked
 
 
 def look_here(kind, path, options):

@@ -134,6 +134,18 @@ def known_kind(path):
     return None if kind in ('zip', 'tar', 'email') else kind
 
 
+def why_packed(path):
+    """'packed with lz4: unpack it first', where nobody does that here; '' for all other files."""
+    try:
+        with open_bytes(path) as f:
+            true_kind(f.read(HEAD), path)
+    except Skip as reason:
+        return str(reason) if str(reason).endswith('unpack it first') else ''
+    except Exception:  # damaged
+        pass
+    return ''
+
+
 def has_rows(path):
     """Whether a file begins with rows of JSON: an object a line, or a list of them."""
     try:
