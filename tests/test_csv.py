@@ -78,6 +78,8 @@ def test_a_column_of_a_usual_name_may_begin_empty(check):
     table(lambda i, text: f'{i},{text}\n\n', '\n\nid,text\n\n'),
     table(lambda i, text: f'{i},en,{text}\n', 'Reviews of the year\n\nid,lang,text\n'),
     table(lambda i, text: f'{i},en,{text}\n', 'Reviews of the year,,\n,,\nid,lang,text\n'),
+    table(lambda i, text: f'{i},{text}\n', 'Reviews of the year\nid,text\n'),
+    table(lambda i, text: f'{text}\n', 'Review Text\n'),
     table(lambda i, text: f'{i},{text}\r', 'id,text\r'),
     table(lambda i, text: f'{i},{text}' + ('\r', '\n', '\r\n')[i % 3]),
     table(lambda i, text: f'{i},{text}\n', ''),
@@ -96,7 +98,7 @@ def test_a_column_of_a_usual_name_may_begin_empty(check):
     table(lambda i, text: f'{i}\x01{text}\n', ''),
 ], ids=[
     'semicolon', 'decimal commas', 'pipe', 'pipes around', 'caret', 'sep=', 'sep=tab', 'comments',
-    'header in a comment', 'blank lines', 'title', 'title in cells', 'CR', 'mixed ends',
+    'header in a comment', 'blank lines', 'title', 'title in cells', 'short title', 'two words', 'CR', 'mixed ends',
     'no header', 'no header, labels', 'a name twice',
     'no name', 'number as name', 'names of rows', 'delimiter at ends', 'everywhere', 'of the header', 'blanks',
     'one column', 'all quoted', 'UTF-16', 'Hive',
@@ -132,11 +134,13 @@ SPOKEN = ['"Yes, he said.', 'plain', '"No" she said', '"Go home."', 'he said "hi
     (table(lambda i, text: f'{i},it is 5" wide: {text}\n'), [f'it is 5" wide: {text}' for text in TEXTS]),
     (table(lambda i, text: f"{i},'tis so {text}\n"), [f"'tis so {text}" for text in TEXTS]),
     (table(lambda i, text: f'{i},{text}, and, so on\n'), [f'{text}, and, so on' for text in TEXTS]),
+    (table(lambda i, text: f'{i},{text}{", so" * (i % 9 == 3)}\n'),
+     [f'{text}{", so" * (i % 9 == 3)}' for i, text in enumerate(TEXTS)]),
 ], ids=[
     'csv', 'tsv', 'single quotes', 'one column', 'one column, all quoted', 'backslashes', 'quotes in a tsv',
     'quotes in one column', 'blanks', 'blanks in rows', 'blanks before commas', 'both escapes', 'MySQL',
     'PostgreSQL', 'backslash and line end', 'backslashes that are meant', 'inches', 'apostrophes',
-    'commas in the last column',
+    'commas in the last column', 'few commas in the last column',
 ])
 def test_quotes(check, content, texts):
     documents, notes = check(content)
@@ -178,15 +182,20 @@ def test_quotes_that_are_not_doubled(check):
 
 
 def test_rows_that_do_not_fit_the_header(check, tmp_path):
-    documents, notes = check(table(lambda i, text: f'{i},{text}{", more, x" * (i % 20 == 3)}\n'))
+    documents, notes = check(table(lambda i, text: f'{i},{text}{", more" * (i % 20 == 3)},en\n', 'id,text,lang\n'))
     assert documents == [text for i, text in enumerate(TEXTS) if i % 20 != 3]
-    assert notes == ['3 rows have 4 fields, the header 2']
+    assert notes == ['3 rows have 4 fields, the header 3']
     documents, notes = check(table(lambda i, text: f'{i},{text}\n' + 'and so\n' * (i % 20 == 3)))
     assert documents == TEXTS and notes == ['3 rows have 1 field, the header 2']
     content = table(lambda i, text: f'{i},{text}{", more" * (i % 2)},en\n', 'id,text,lang\n')
     assert reason(write(tmp_path / 'b.csv', content)) == '30 of the first 60 rows have 4 fields, the header 3'
     ends_early = table(lambda i, text: f'{i},{text}{",en,5" * (i % 6 > 0)}\n', 'id,text,lang,score\n')
     assert check(ends_early) == (TEXTS, ['10 rows end early: the header has 4 fields'])
+
+
+def test_rows_in_quotes_as_a_whole(tmp_path):
+    content = table(lambda i, text: f'"{i},""{text}"""\n', '"id,text"\n')
+    assert reason(write(tmp_path / 'a.csv', content)) == 'each of its rows is in quotes as a whole: take them off'
 
 
 def test_the_header_again(check):

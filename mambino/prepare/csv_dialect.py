@@ -183,9 +183,12 @@ def only_quotes_are_escaped(text, delimiter):
 
 
 def quoted_for_commas(tally):
-    """Whether the only column is quoted where it has commas, and nowhere else."""
-    cells = [(record.cells[0], record.quoted) for record in tally.records]
-    return all((',' in cell or '"' in cell or '\n' in cell) == bool(quoted) for cell, quoted in cells)
+    """Whether the only column is quoted where it has commas, or another delimiter, and nowhere else."""
+    cells = [(record.cells[0], bool(record.quoted)) for record in tally.records]
+    for delimiter in ',;\t|':
+        if all((delimiter in cell or '"' in cell or '\n' in cell) == is_quoted for cell, is_quoted in cells):
+            return True
+    return False
 
 
 # -----------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def find(sample, wanted=()):
     delimiters = DELIMITERS
     if lines and (excel := EXCEL.match(lines[0])):
         skip = 1
-        delimiters = [excel[1]]
+        delimiters = [excel[1]] if excel[1] in DELIMITERS else DELIMITERS
     blank_or_comment = re.compile(r'\s*$|#')
     while skip < len(lines) and blank_or_comment.match(lines[skip]):
         skip += 1
@@ -234,21 +237,24 @@ def find(sample, wanted=()):
     usual_alone = lines[skip].strip().strip('"').lower() in {*csv_header.USUAL, *wanted}
     good = [tally for tally in tallies if is_table(tally, usual_alone)]
     if good:
-        return finished(max(good, key=rank), skip, comments, lines, wanted)
+        best = max(good, key=rank)
+        return finished(with_rest(best, sample) or best, skip, comments, lines, wanted)
     one = one_column(sample, wanted)
     if one:
         return finished(one, skip, comments, lines, wanted)
     for tally in tallies:
         if tally.records and len(tally.records[0].cells) > 1 and csv_header.is_sure(tally.records[0].cells):
-            return unquoted_rest(tally, sample, skip, comments, lines)
+            rest = with_rest(tally, sample)
+            if rest:
+                return finished(rest, skip, comments, lines, wanted)
+            refuse_misfits(tally)
     return None
 
 
 def rank(tally):
     """Higher for the better of two that both seem right."""
-    first = len(tally.records[0].cells)
-    return first == tally.width, round(tally.fit, 1), tally.width, -DELIMITERS.index(tally.dialect.delimiter) \
-        if tally.dialect.delimiter in DELIMITERS else 0
+    begins_well = len(tally.records[0].cells) == tally.width
+    return begins_well, round(tally.fit, 1), tally.width, -DELIMITERS.index(tally.dialect.delimiter)
 
 
 def is_table(tally, usual_alone):
@@ -286,33 +292,44 @@ def one_column(sample, wanted):
         return None
     first = tally.records[0].cells[0].strip()
     if tally.proper >= 0.9 * (len(tally.records) - 1):
+        names = re.split('[,;\t|]', first)
+        if len(names) > 1 and csv_header.is_sure(names):
+            raise Skip('each of its rows is in quotes as a whole: take them off')
         return tally
     if first.lower() in {*csv_header.USUAL, *wanted}:
         return tally
     is_spaced = re.search(r'\n\s*\n.', sample.pieces[0])
-    if re.fullmatch('[a-z][a-z0-9_]{0,29}', first) and not is_spaced and len(tally.records) > 2:
-        return tally
-    return None
+    is_name = len(first) <= 30 and first.count(' ') < 3 and csv_header.names_of([first])
+    return tally if is_name and not is_spaced and len(tally.records) > 3 else None
 
 
-def unquoted_rest(tally, sample, skip, comments, lines):
-    """A table with a header whose rows do not fit it: those of a last column that is not quoted and
-    has delimiters are taken; Skip for others.
+def with_rest(tally, sample):
+    """The Tally of a table whose last column has delimiters, without quotes around them, as prose has
+    commas; None where that is not so.
     """
+    header = tally.records[0].cells
+    width = len(header)
+    widths = [len(record.cells) for record in tally.records[1:]]
+    shorter = sum(n < width for n in widths)
+    is_longer = any(cell.strip() for record in tally.records[1:] for cell in record.cells[width:])
+    if tally.proper or width < 2 or not is_longer or not csv_header.is_sure(header):
+        return None
+    dialect = tally.dialect._replace(quote='', rest=True, names=('',) * width)
+    again = Tally(sample, dialect)
+    kinds = csv_header.kinds_of([record.cells for record in again.records[1:] if len(record.cells) == width], width)
+    is_prose = kinds[-1] in 'tp' and set(kinds[:-1]) <= set('nw')
+    return again if is_prose and shorter <= 0.02 * len(widths) else None
+
+
+def refuse_misfits(tally):
+    """Skip where most rows have another number of cells than the header."""
     width = len(tally.records[0].cells)
     rows = tally.records[1:]
     other = collections.Counter(len(record.cells) for record in rows)
-    if other and min(other) >= width and not tally.proper:
-        dialect = Dialect(tally.dialect.delimiter, '', rest=True, names=('',) * width)
-        again = Tally(sample, dialect)
-        kinds = csv_header.kinds_of([record.cells for record in again.records[1:]], width)
-        if again.fit == 1 and kinds[-1] in 'tp' and set(kinds[:-1]) <= set('nw'):
-            return finished(again, skip, comments, lines, ())
     del other[width]
-    n, count = max(((n, count) for n, count in other.items()), key=lambda item: item[1], default=(0, 0))
-    if not count:
-        return None
-    raise Skip(f'{count:,} of the first {len(rows):,} {misfit(n, width)}')
+    if other:
+        n = max(other, key=other.get)
+        raise Skip(f'{other[n]:,} of the first {len(rows):,} {misfit(n, width)}')
 
 
 def finished(tally, skip, comments, lines, wanted):
@@ -320,7 +337,7 @@ def finished(tally, skip, comments, lines, wanted):
     width = tally.width
     dialect = tally.dialect
     records = list(tally.records)
-    while len(records) > 1 and csv_header.is_title(records[0].cells, width):
+    while len(records) > 1 and csv_header.is_title(records[0].cells, records[1].cells, width):
         skip += records.pop(0).lines
         while skip < len(lines) and not lines[skip].strip():
             skip += 1

@@ -35,7 +35,8 @@ def is_header(first, rows, kinds):
         if any(row[i].strip() == name for row in rows):
             return False
     lengths = [sum(len(row[i]) for row in rows) / len(rows) for i in range(len(names))]
-    return any(2 * len(name) < length and ' ' not in name for name, length in zip(names, lengths) if name)
+    is_one = len(names) == 1  # it was taken for a table by its name alone
+    return is_one or any(2 * len(name) < length and ' ' not in name for name, length in zip(names, lengths) if name)
 
 
 def names_of(cells):
@@ -73,10 +74,12 @@ def distinct(names):
     return result
 
 
-def is_title(cells, width):
-    """Whether these stand above a table, rather than in it."""
+def is_title(cells, following, width):
+    """Whether these stand above a table, rather than in it: names that follow are its header."""
     written = [cell for cell in cells if cell.strip()]
-    return len(cells) < width - 1 or width > 2 and len(written) < 2
+    if len(cells) == width - 1:
+        return len(following) == width and is_sure(following) and not is_sure(cells)
+    return len(cells) < width or width > 2 and len(written) < 2
 
 
 def kinds_of(rows, width):
