@@ -231,6 +231,10 @@ def test_tables_that_are_called_texts(check):
     content = table(lambda i, text: f'{i}\t{text}\n', 'id\ttext\n')
     assert check(content, 'a.txt') == (TEXTS, [])
     assert check(content.encode('utf-16'), 'b.txt') == (TEXTS, [])
+    quoted = written([['id', 'text'], *enumerate(TEXTS)], delimiter='\t', quoting=csv.QUOTE_ALL)
+    assert check(quoted, 'b.txt') == (TEXTS, [])
+    strange = written([['when', 'what'], *enumerate(TEXTS)], delimiter='\t', quoting=csv.QUOTE_ALL)
+    assert check(strange, 'b.txt')[0] == [strange.replace('\r', '')]
     for plain in (
         'text, and more of it\n' + '\n'.join(TEXTS), 'id,text\n' + '\n'.join(TEXTS), 'id,text\n1,so\n2,on\n',
         table(lambda i, text: f'{i}\t{text}\n', '')):

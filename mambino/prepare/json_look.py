@@ -54,6 +54,8 @@ def look(path, named, options):
         layout, rows = other_rows(path, encoding, share)
     if not rows:
         return no_rows(head, named)
+    if named == 'text' and layout['layout'] == 'values' and all(isinstance(row, str) for row in rows):
+        return None  # words in quotes
     if is_sampled and layout['layout'] != 'lines':
         encoding = encoding_of(path, notes, options, 'jsonl')
     plan = {'encoding': encoding, 'said': list(notes), 'sampled': is_sampled, 'names': []} | layout

@@ -35,9 +35,8 @@ def look(kind, path, options, look_apart=None):
     if kind == 'csv':
         looked = json_look.look(path, 'text', options) if csv_look.may_be_json(path) else None
         return looked or csv_look.look(path, options)
-    looked = json_look.look(path, kind, options)
-    if looked is None and kind == 'text':
-        return csv_look.look_in_text(path, options)
+    looked = csv_look.look_in_text(path, options) if kind == 'text' else None
+    looked = looked or json_look.look(path, kind, options)
     if looked is None and kind == 'jsonl':
         looked = csv_look.look(path, options)
         return looked if 'profile' in looked else NO_JSON
