@@ -31,13 +31,16 @@ def test_docx(tmp_path):
         + '<w:p><w:ins w:id="1"><w:r><w:t>put in</w:t></w:r></w:ins><w:del w:id="2"><w:r><w:delText>taken out'
         '</w:delText></w:r></w:del><w:r><w:footnoteReference w:id="2"/><w:br/><w:t>next so</w:t><w:softHyphen/>'
         '<w:t>ft</w:t></w:r></w:p>'
+        + '<w:p><w:fldSimple w:instr="SEQ"><w:r><w:t>7</w:t></w:r></w:fldSimple><w:r><w:ruby><w:rt><w:r><w:t>kan</w:t>'
+        '</w:r></w:rt><w:rubyBase><w:r><w:t>漢</w:t></w:r></w:rubyBase></w:ruby></w:r></w:p>'
         + f'<w:tbl><w:tr>{cells}</w:tr><w:tr>{cells}</w:tr></w:tbl>'
         + '<w:p><m:oMath><m:r><m:t>x</m:t></m:r></m:oMath><w:r><w:t>the end</w:t></w:r></w:p>')
     documents, notes = read(write(tmp_path / 'a.docx', make_docx(body)))
     assert documents == [
-        'The title\n\nFish & chips, naïve\n\nin a control\n\nput in[1]\nnext soft\n\na b\tc d\na b\tc d\n\nthe end\n\n'
+        'The title\n\nFish & chips, naïve\n\nin a control\n\nput in[1]\nnext soft\n\n7漢\n\n'
+        'a b\tc d\na b\tc d\n\nthe end\n\n'
         'the footnote\n']
-    assert notes == ['1 elements left out: formulas']
+    assert notes == ['1 formulas left out']
     # whatever it is called
     assert read(write(tmp_path / 'a.doc', make_docx(paragraph('text')))) == (
         ['text\n'], ['is a Word document, whatever its name says'])

@@ -23,6 +23,7 @@ from mambino.prepare.sources import Source
 
 # what is read may depend on whether these are installed, and on their versions
 PACKAGES = ('pypdfium2', 'pypdf', 'cryptography', 'mammoth', 'python-pptx', 'python-calamine', 'striprtf', 'zstandard')
+SLOW = ('pdf', 'docx', 'pptx', 'xlsx', 'epub', 'odt', 'rtf')
 TASK_BYTES = 8_000_000  # sources are read in tasks of about so much,
 TASK_FILES = 200        # and of at most so many
 DISK = {os.strerror(number) for number in errno.errorcode}  # reasons that are not a file's fault
@@ -67,7 +68,7 @@ def make_tasks(sources, plans, work, options, seed, chars):
     options = options | {'pdf': engine, 'pdf_other': other}
     tasks = []
     for source, plan, part, size in units_of(sources, plans):
-        more = max(size * 20, 1_000_000) if source.kind == 'pdf' else size
+        more = max(size * 20, 1_000_000) if source.kind in SLOW else size
         is_full = not tasks or tasks[-1]['cost'] + more > TASK_BYTES or len(tasks[-1]['sources']) >= TASK_FILES
         if is_full or source.kind == 'hf':
             tasks.append({

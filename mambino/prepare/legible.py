@@ -14,12 +14,14 @@ JUNK = 'junk'          # nobody can tell the letters
 REVERSED = 'reversed'  # right-to-left text from the left
 APART = 'apart'        # blanks between the letters of words
 MOST_ODD = 0.05        # share of a page's characters
+CONTROL = bytes(c for c in range(128) if (c < 32 or c == 127) and c not in b'\t\n\v\f\r')
+NO_LETTERS = bytes(c for c in range(128) if not chr(c).islower())
 # control characters, those of private use, and those that are none
 ODD = re.compile('[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ue000-\uf8ff\ufdd0-\ufdef\ufff0-\uffff]')
 # what the fonts Symbol and Wingdings have at places of private use
 SYMBOLS = {0xf000 + c: chr(c) for c in b'()+,-./0123456789<=>[]{|}'}
 SYMBOLS |= str.maketrans('\uf0b7\uf0a7\uf0b4\uf0a3\uf0b3\uf0b9\uf0b1\uf0b0\uf0ae\uf0d7', '••×≤≥≠±°→⋅')
-COMMON = 'etaoinsr'    # two thirds of the letters of English, half of those of Polish or Turkish
+COMMON = b'etaoinsr'   # two thirds of the letters of English, half of those of Polish or Turkish
 FEWEST_COMMON = 0.27   # in a cipher: one letter in four
 CIPHER_LETTERS = 60    # fewer letters tell nothing
 WORD = re.compile(r'[^\W\d_\x00-\x7f]{2,}')  # letters beyond ASCII
@@ -46,7 +48,7 @@ CJK_CLOSE = re.compile(f'(?<=[{CJK}])(?=[{CJK}])')
 
 def problem_of(text):
     """What is wrong with the text of a page, the worst first; '' if nothing is."""
-    size = len(''.join(text.split()))
+    size = letters_in(text)
     if not size:
         return ''
     if count_odd(text) > MOST_ODD * size or is_cipher(text, size) or is_mixed(text) or is_mojibake(text, size):
@@ -56,26 +58,38 @@ def problem_of(text):
     return APART if is_apart(text) else ''
 
 
+def letters_in(text):
+    """How many characters are no white space."""
+    return len(text) - sum(map(text.count, ' \n\r\t\f\v\xa0'))
+
+
+def beyond_ascii(text):
+    """How many bytes more than characters a text has in UTF-8: none in English, one for é, two for 道."""
+    return 0 if text.isascii() else len(text.encode('utf-8', 'surrogatepass')) - len(text)
+
+
 def count_odd(text):
     """How many characters no text has."""
+    if text.isascii():
+        data = text.encode()
+        return len(data) - len(data.translate(None, CONTROL))
+    if '\ufffd' not in text and ''.join(text.split()).isprintable():
+        return 0  # which is sooner said than counted
     return len(ODD.findall(text))
 
 
 def is_cipher(text, size):
     """Whether Latin letters come so seldom where they are usual that each stands for another one.
     """
-    if text.isascii():
-        letters = re.sub('[^a-z]', '', text.lower())
-    else:
-        letters = ''.join(c for c in text.lower() if 'a' <= c <= 'z')
+    letters = text.lower().encode('ascii', 'ignore').translate(None, NO_LETTERS)
     if len(letters) < max(CIPHER_LETTERS, size / 2):
         return False
-    return sum(map(letters.count, COMMON)) < FEWEST_COMMON * len(letters)
+    return len(letters) - len(letters.translate(None, COMMON)) < FEWEST_COMMON * len(letters)
 
 
 def is_mixed(text):
     """Whether words change their alphabet from letter to letter, or are in that of phonetics."""
-    if text.isascii():
+    if beyond_ascii(text) < 5:
         return False
     pairs = 0
     changes = 0
@@ -90,7 +104,7 @@ def is_mixed(text):
 
 def is_mojibake(text, size):
     """Whether half of the characters are accented letters and signs: the bytes of another encoding."""
-    return size >= 30 and len(re.findall('[\x80-\xff]', text)) > 0.45 * size
+    return size >= 30 and beyond_ascii(text) > 0.45 * size and len(re.findall('[\x80-\xff]', text)) > 0.45 * size
 
 
 def alphabet_of(letter):
@@ -113,7 +127,7 @@ def alphabet_of(letter):
 
 def reversed_lines(text):
     """How many lines of right-to-left text begin at their end."""
-    if not re.search(LETTER, text):
+    if text.isascii() or max(text) < '\u0590' or not re.search(LETTER, text):
         return 0
     lines = text.split('\n')
     wrong = [len(WRONG_WAY.findall(line)) - len(RIGHT_WAY.findall(line)) for line in lines]
@@ -123,6 +137,8 @@ def reversed_lines(text):
 def is_apart(text):
     """Whether most words are one letter long, as in 'l e t t e r s'; those of CJK are."""
     words = text.split()
+    if letters_in(text) > 2.5 * len(words):
+        return False
     letters = sum(len(word) == 1 and word.isalpha() and not re.match(f'[{CJK}]', word) for word in words)
     return letters >= 12 and letters > 0.6 * len(words)
 
@@ -131,7 +147,7 @@ def close_up(text):
     """Removes the blanks between letters where that is sure: between all CJK characters, and between
     the letters of words that have wider gaps between them.
     """
-    apart = len(CJK_APART.findall(text))
+    apart = 0 if text.isascii() else len(CJK_APART.findall(text))
     if apart >= 8 and apart > 3 * len(CJK_CLOSE.findall(text)):
         text = CJK_APART.sub('', text)
     return '\n'.join(map(close_up_line, text.split('\n'))) if is_apart(text) else text

@@ -11,11 +11,13 @@ What a program shows and these do not, formulas and drawings, is counted in the 
 """
 import collections
 import datetime
+import io
 import re
 import zipfile
 
 from mambino.prepare.encodings import read_text
 from mambino.prepare.files import Skip
+from mambino.prepare.legible import SYMBOLS
 from mambino.prepare.webpage import text_of
 
 MOST_PACKED = 200    # a zip archive that unpacks to more times its size is no one's document
@@ -46,7 +48,11 @@ def open_zip(path):
 # -----------------------------------------------------------------------------
 # Documents
 
-PARTS = {'oMath': 'formulas', 'oMathPara': 'formulas', 'ruby': 'readings (ruby)'}
+# of the parts that mammoth does not know, those that have text
+PARTS = {'oMath': 'formulas', 'oMathPara': 'formulas', 'altChunk': 'inserted files'}
+# what stands around text without a meaning for it, and is unknown to mammoth
+AROUND = re.compile(rb'</?w:(?:fldSimple|bdo|dir|moveTo|customXml|ruby|rubyBase)(?:\s[^>]*)?>')
+READING = re.compile(rb'<w:rt>.*?</w:rt>|<w:rubyPr>.*?</w:rubyPr>|<w:moveFrom[\s>].*?</w:moveFrom>', re.S)
 CELL = re.compile('(<t[dh][^>]*>)((?:(?!</?t[dh]\\b).)*)(?=</t[dh]>)', re.S)
 TO_NOTE = re.compile(' ?<a href="#[^"]*">↑</a>')
 
@@ -57,15 +63,27 @@ def read_docx(path, options, notes):
         import mammoth
     except ImportError:
         raise needs('docx', 'mammoth') from None
-    open_zip(path).close()
-    with open(path, 'rb') as f:
-        page = mammoth.convert_to_html(f, convert_image=mammoth.images.img_element(no_image))
+    page = mammoth.convert_to_html(texts_of(path), convert_image=mammoth.images.img_element(no_image))
     markup = CELL.sub(flat_cell, TO_NOTE.sub('', page.value))
     ignored = [re.split('[}: ]', message.message)[-1] for message in page.messages
                if 'element was ignored' in message.message]
-    for name, n in collections.Counter(ignored).items():
-        notes.append(f'{n:,} elements left out: {PARTS.get(name, name)}')
+    for what, n in collections.Counter(PARTS[name] for name in ignored if name in PARTS).items():
+        notes.append(f'{n:,} {what} left out')
     yield text_of(markup).replace('\xad', ''), True
+
+
+def texts_of(path):
+    """The parts of a document of Word that have text, as a file in memory of the same format."""
+    slim = io.BytesIO()
+    with open_zip(path) as archive, zipfile.ZipFile(slim, 'w') as out:
+        for entry in archive.infolist():
+            if entry.filename.endswith(('.xml', '.rels')):
+                data = archive.read(entry)
+                if entry.filename.startswith('word/'):
+                    data = AROUND.sub(b'', READING.sub(b'', data))
+                out.writestr(entry.filename, data)
+    slim.seek(0)
+    return slim
 
 
 def no_image(image):
@@ -89,8 +107,9 @@ def read_rtf(path, options, notes):
         raise Skip('not an RTF document')
     source = data.decode('latin-1').replace('{\\footnote', '{')  # notes stay where they are called
     source = re.sub(r'\\(?:nest)?cell(?![a-z])', r'\\tab', source)
+    source = re.sub(r'\\bin(?!\d)', '', source)  # striprtf wants a number there
     encoding = 'mac_roman' if re.search(r'\\mac\b', source[:200]) else 'cp1252'
-    text = rtf_to_text(source, encoding, errors='replace')
+    text = rtf_to_text(source, encoding, errors='replace').translate(SYMBOLS)
     damaged = text.count('\ufffd')
     if damaged:
         notes.append(f'{damaged:,} characters were unreadable')
@@ -99,6 +118,9 @@ def read_rtf(path, options, notes):
 
 # -----------------------------------------------------------------------------
 # Presentations
+
+ON_EVERY_SLIDE = (13, 15, 16)  # PP_PLACEHOLDER's SLIDE_NUMBER, FOOTER and DATE
+
 
 def read_pptx(path, options, notes):
     """The text of each slide, then what is noted on it for the speaker; an empty line between slides."""
@@ -135,6 +157,8 @@ def add_shape(shape, lines):
     if getattr(shape, 'has_table', False):
         for row in shape.table.rows:
             lines.append('\t'.join(' '.join(cell.text.split()) for cell in row.cells).rstrip())
+    elif shape.is_placeholder and shape.placeholder_format.type in ON_EVERY_SLIDE:
+        return 0
     elif shape.has_text_frame:
         lines += filter(str.strip, (paragraph.text for paragraph in shape.text_frame.paragraphs))
     else:
@@ -154,7 +178,7 @@ def read_xlsx(path, options, notes):
         yield from read_text(path, options, notes)
         return
     try:
-        from python_calamine import CalamineWorkbook
+        from python_calamine import CalamineWorkbook, PasswordError
     except ImportError:
         raise needs('xlsx', 'python-calamine') from None
     if head.startswith(b'PK'):
@@ -163,7 +187,10 @@ def read_xlsx(path, options, notes):
         if SHEET_MEMORY * largest > options['file_memory_mb'] * 1e6:
             raise Skip('needs too much memory: more than --file_memory_mb')
     with open(path, 'rb') as f:
-        book = CalamineWorkbook.from_filelike(f)
+        try:
+            book = CalamineWorkbook.from_filelike(f)
+        except PasswordError:
+            raise Skip('encrypted') from None
         for name in book.sheet_names:
             yield from lines_of(book.get_sheet_by_name(name).iter_rows())
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 
 from mambino.prepare.files import Skip
+from mambino.prepare.legible import letters_in
 
 UNSURE = 'unsure'
 LOST = 'lost'
@@ -121,7 +122,7 @@ def doubt_of(page, text_page, text):
     unsure = sum(pdfium.FPDFText_HasUnicodeMapError(text_page, k) == 1 for k in probed)
     if unsure > 0.1 * len(probed):
         return UNSURE
-    letters = len(''.join(text.split()))
+    letters = letters_in(text)
     objects = pdfium.FPDFPage_CountObjects(page)
     if objects > letters:
         kinds = [pdfium.FPDFPageObj_GetType(pdfium.FPDFPage_GetObject(page, k))

@@ -18,6 +18,7 @@ from mambino.prepare.files import Skip
 from mambino.prepare.pdf_engines import ENGINES, LOST, UNSURE
 
 LIGATURES = {0xfb00 + i: letters for i, letters in enumerate('ff fi fl ffi ffl st st'.split())}
+SHAPES = LIGATURES | legible.SYMBOLS
 HELD = 1 << 24     # characters that wait until all words of the document are known
 FAILED = 'failed'  # an engine raised an error
 # what may be wrong with a page, the worst first
@@ -134,8 +135,8 @@ class Book:
     def compare(self, i, text, problem):
         """(text, problem) of the engine that is the better one for page i."""
         other_text, other_problem = read_page(self.second(), i)
-        size = len(''.join(text.split()))
-        other_size = len(''.join(other_text.split()))
+        size = legible.letters_in(text)
+        other_size = legible.letters_in(other_text)
         if problem == UNSURE and not other_problem:
             if are_alike(text, other_text):
                 return text, ''
@@ -161,7 +162,9 @@ def read_page(engine, i):
         raise
     except Exception:  # pypdf says that whatever comes is the caller's to catch
         return '', FAILED
-    text = unmark(clean(text)).translate(legible.SYMBOLS)
+    text = unmark(clean(text))
+    if not text.isascii() and max(text) >= '\uf000':
+        text = text.translate(SHAPES)
     if not text.strip():
         return '', doubt if doubt == LOST else ''
     problem = legible.problem_of(text)
@@ -179,19 +182,25 @@ def are_alike(text, other):
 
 def unmark(text):
     """pdfium's marks for a word broken at the end of a line become a hyphen and that end."""
+    if '\x02' not in text and '\ufffe' not in text:
+        return text
     return re.sub(r'(?<=\w)[\ufffe\x02]\n?(?=\w)', '-\n', text)
 
 
 def tidy_page(text):
     """Undoes what was done to a text for print: ligatures, soft hyphens, blanks at the ends of lines.
     """
-    text = unmark(clean(text.translate(LIGATURES)))
+    text = unmark(clean(text if text.isascii() else text.translate(LIGATURES)))
     text = text.replace('\xad\n', '').replace('\xad', '')
-    text = re.sub(r'[\x00-\x08\x0b\x0e-\x1f\ufffe]', '', text)
-    return re.sub(r'[ \t]+\n', '\n', text).strip('\n')
+    if legible.count_odd(text):
+        text = re.sub(r'[\x00-\x08\x0b\x0e-\x1f\ufffe]', '', text)
+    return '\n'.join(line.rstrip(' \t') for line in text.split('\n')).strip('\n')
 
 
-BROKEN = re.compile(r'([^\W\d_]+)[-‐] ?\n(?=([^\W\d_]+))')  # a letter, a hyphen, the end of the line, a letter
+BREAK = re.compile(r'(?<=[^\W\d_])[-‐] ?\n(?=[^\W\d_])')  # a letter, a hyphen, the end of the line, a letter
+WORD = re.compile(r'[^\W\d_]+')
+LAST_WORD = re.compile(r'[^\W\d_]+\Z')
+LONGEST_WORD = 80  # characters
 
 
 def join_words(pages):
@@ -214,14 +223,27 @@ def join_words(pages):
 
 def joined(texts):
     """Yields the texts with broken words joined where one of the texts has them in one."""
-    wanted = {(a + b).lower() for text in texts for a, b in BROKEN.findall(text)}
+    breaks = [list(breaks_of(text)) for text in texts]
+    wanted = {word for some in breaks for _, _, word in some}
     known = set()
     if wanted:
         for text in texts:
-            known.update(wanted.intersection(re.findall(r'[^\W\d_]+', text.lower())))
+            known.update(wanted.intersection(WORD.findall(text.lower())))
+    for text, some in zip(texts, breaks):
+        parts = []
+        at = 0
+        for start, end, word in some:
+            if word in known:
+                parts.append(text[at:start])
+                at = end
+        yield ''.join(parts) + text[at:]
 
-    def join(match):
-        return match[1] if (match[1] + match[2]).lower() in known else match[0]
 
-    for text in texts:
-        yield BROKEN.sub(join, text)
+def breaks_of(text):
+    """Yields (start, end, word) for each hyphen at the end of a line: its place, that of the next line,
+    and the word without it, in small letters.
+    """
+    for found in BREAK.finditer(text):
+        before = LAST_WORD.search(text, max(0, found.start() - LONGEST_WORD), found.start())
+        after = WORD.match(text, found.end())
+        yield found.start(), found.end(), (before[0] + after[0]).lower()

@@ -106,6 +106,8 @@ def reason_of(error):
     if isinstance(error, RecursionError):
         return 'unreadable (nested too deep)'
     name = type(error).__name__
+    if name == 'BadZipFile':
+        return 'damaged (zip archive inside)'
     if name.lower() == 'error':
         name = f'{type(error).__module__}.{name}'  # zlib.error
     return f'unreadable ({name})'
