@@ -47,6 +47,8 @@ def test_jsonl(tmp_path):
         (lines({'a': 'x', 'b': 'y'}), 'no clear text column among: a, b; say which with --text_column=a'),
         (lines([1, 2], [3, 4]), 'no clear text column among: 0, 1: 0 holds numbers, not text'),
         (lines({'a': 1}) * 30, 'no clear text column among: a: a holds numbers, not text'),
+        (lines({'text': None}) + '{"text": ' + '[' * 900 + ']' * 900 + '}\n',
+         'no clear text column among: text: text holds lists, not text'),
         ('[' * 100_000, 'broken JSON'),
         ('{' + '1' * 5000 + '\n', 'broken JSON'),
         (lines({'text': None}) * 3, 'no text in column text'),

@@ -33,14 +33,18 @@ def text_of(value):
         return conversation(turns_in(value))
     if not isinstance(value, (list, tuple)) or not value:
         return None
-    if all(isinstance(line, (str, bytes)) for line in value):
+    if are_strings(value):
         return '\n'.join(map(text_of, value))
     if all(isinstance(item, dict) for item in value):
         return conversation(value)
-    if all(isinstance(item, (list, tuple)) for item in value):
-        parts = [text_of(item) for item in value]
-        return None if None in parts else '\n\n'.join(parts)
+    if all(isinstance(item, (list, tuple)) and are_strings(item) for item in value):
+        return '\n\n'.join(map(text_of, value))
     return None
+
+
+def are_strings(values):
+    """Whether a list has texts alone, and one at least."""
+    return bool(values) and all(isinstance(value, (str, bytes)) for value in values)
 
 
 def turns_in(value):

@@ -20,6 +20,7 @@ from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import reason_of
 from mambino.prepare.sources import Source
 
+MAY_HOLD_TABLES = ('zip', 'tar', 'xlsx', 'odt', 'email')  # which is known when they are read
 TOGETHER = 50     # sources that a process looks at in one go
 FEW = 5           # files of one object each: less are settings
 
@@ -153,6 +154,8 @@ def check_wanted(sources, found, plans, reasons, options):
     wanted = options['text_column']
     tables = [i for i, looked in found.items() if 'profile' in looked]
     if not wanted or any(i in plans and plans[i][1].get('columns') for i in tables):
+        return
+    if any(source.kind in MAY_HOLD_TABLES for source in sources):
         return
     refused = [reasons[i] for i in tables if i in reasons]
     fail(f'text_column={columns.shown(wanted)}: {refused[0] if refused else "none of the inputs is a table"}')
