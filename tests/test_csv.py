@@ -189,6 +189,10 @@ def test_rows_that_do_not_fit_the_header(check, tmp_path):
     assert documents == TEXTS and notes == ['3 rows have 1 field, the header 2']
     content = table(lambda i, text: f'{i},{text}{", more" * (i % 2)},en\n', 'id,text,lang\n')
     assert reason(write(tmp_path / 'b.csv', content)) == '30 of the first 60 rows have 4 fields, the header 3'
+    content = table(lambda i, text: f'{i},{text}, more,en\n', 'id,text,lang\n')
+    assert reason(write(tmp_path / 'b.csv', content)) == '60 of the first 60 rows have 4 fields, the header 3'
+    content = table(lambda i, text: f'{text}, more,en\n', 'text,lang\n')
+    assert reason(write(tmp_path / 'b.csv', content)) == '60 of the first 60 rows have 3 fields, the header 2'
     ends_early = table(lambda i, text: f'{i},{text}{",en,5" * (i % 6 > 0)}\n', 'id,text,lang,score\n')
     assert check(ends_early) == (TEXTS, ['10 rows end early: the header has 4 fields'])
 

@@ -361,7 +361,10 @@ def finished(tally, skip, comments, lines, wanted):
         first = [''] * width
     if len(first) == width - 1:
         is_trailing = all(not row[-1].strip() for row in below)
-        first = first + [''] if is_trailing else ['row'] + first
+        if is_trailing:
+            first = first + ['']
+        elif csv_header.are_names_of_rows(below, kinds):
+            first = ['row'] + first
     if len(first) == width + 1 and not first[-1].strip():
         first = first[:-1]
     if len(first) != width:

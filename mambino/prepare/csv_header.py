@@ -99,6 +99,14 @@ def kinds_of(rows, width):
     return kinds
 
 
+def are_names_of_rows(rows, kinds):
+    """Whether the first cells, above which the header has nothing, are numbers or names of rows, as R
+    writes them; and not all of the row is moved by a comma in a sentence.
+    """
+    spaced = [sum(cell.startswith(' ') for cell in cells) for cells in zip(*rows)][1:]
+    return kinds[0] in 'nw' and not (any(n > 0.5 * len(rows) for n in spaced) and not has_blanks(rows))
+
+
 def has_blanks(rows):
     """Whether cells begin with a blank, as in 'id, text'."""
     later = [cell for row in rows for cell in row[1:] if cell]
