@@ -300,6 +300,8 @@ class Rows:
     def take_quoted(self, n):
         """The same where there may be quotes, up to the end of the record in the n-th line."""
         lines = self.lines[self.at:self.at + n]
+        if self.dialect.quote not in ''.join(lines):
+            return self.take_plain(n)
         reader = csv.reader(
             itertools.chain(lines, self.lines_after(len(lines))), strict=True,
             delimiter=self.dialect.delimiter, quotechar=self.dialect.quote, skipinitialspace=self.dialect.blanks)
