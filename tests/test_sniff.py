@@ -1,5 +1,6 @@
 """sniff.py: what a file is by its content."""
 import io
+import time
 import zipfile
 
 import pyarrow as pa
@@ -98,3 +99,11 @@ def test_a_table_that_is_none(tmp_path):
     for name in 'a.parquet', 'a.jsonl', 'a.csv', 'a.json', 'a.arrow', 'a.pdf', 'a.txt', 'a.docx':
         assert read(write(tmp_path / name, page)) == (['Not found\n'], ['is a web page, whatever its name says'])
     assert reason(write(tmp_path / 'b.csv', b'\x89PNG\r\n\x1a\n' + bytes(99))) == 'a PNG image'
+
+
+def test_many_comments_are_soon_looked_through():
+    began = time.process_time()
+    for text in ('<!-- a --> ' * 400, '<?xml version="1.0"?>\n' + '<!-- a -->\n' * 300 + '<xsl:template>', '<!--' * 1000):
+        assert not sniff.PAGE.match(text.encode()[:sniff.HEAD])
+    assert sniff.PAGE.match(b'<!-- a -->\n<!-- b -->\n<html>')
+    assert time.process_time() - began < 1

@@ -95,7 +95,7 @@ OLD_OFFICE = {
     '__properties_version1.0': 'an Outlook message: save it as eml',
     'VisioDocument': 'a Visio drawing',
 }
-PAGE = re.compile(rb'\s*(?:<\?xml[^>]*>\s*)?(?:<!--.{0,2000}?-->\s*)*(?:<!doctype\s+html\b|<html[\s>])',
+PAGE = re.compile(rb'\s*(?:<\?xml[^>]*>\s*)?(?:<!--(?:(?!-->).)*-->\s*)*(?:<!doctype\s+html\b|<html[\s>])',
                   re.I | re.S)
 MAILBOX = re.compile(rb'From \S+ +\w{3},? [^\n]{5,60}\d{4}[^\n]{0,20}\r?\n>?[A-Za-z][\w-]*:[ \t]')
 PATCH = re.compile(rb'From [0-9a-f]{40} ')  # of git format-patch: a mailbox to look at, but code
