@@ -1,4 +1,5 @@
 """arrow_rows.py and hub.py: a document a row, whatever kind of table it is."""
+import json
 import random
 import re
 
@@ -9,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.readers import OPTIONS, read, reason, save_arrow, write
 
-from mambino.prepare import hub, isolate, sources, survey
+from mambino.prepare import arrow_rows, hub, isolate, sources, survey
 from mambino.prepare.files import Notes, Skip
+from mambino.prepare.readers import READERS
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -98,6 +100,33 @@ def test_strings_that_are_no_utf8(tmp_path, type):
         assert reason(tmp_path / 'a.parquet') == 'unreadable (ArrowInvalid)'
 
 
+def test_parts_give_the_same_rows(tmp_path, monkeypatch):
+    table = pa.table({'id': range(3000), 'text': [f'Sentence {i} on bread and tea.' for i in range(3000)]})
+    pq.write_table(table, tmp_path / 'a.parquet', row_group_size=100)
+    save_arrow(table, tmp_path / 'a.arrow', 'file')
+    save_arrow(table, tmp_path / 'b.arrow', 'stream')
+    for name, n in ('a.parquet', 4000), ('a.arrow', 40_000), ('b.arrow', 40_000):
+        path = str(tmp_path / name)
+        options = OPTIONS | {'look': True}
+        for setting in 'PART_BYTES', 'SKIPPED_BYTES':
+            monkeypatch.setattr(arrow_rows, setting, n)
+        (text, _), = READERS[path.rpartition('.')[2]](path, options, Notes())
+        parts = json.loads(text)['plan']['parts']
+        assert len(parts) > 2
+        rows = [text for part in parts for text, _ in READERS[path.rpartition('.')[2]](
+            path, OPTIONS | {'columns': ['text'], 'part': part}, Notes())]
+        assert rows == table['text'].to_pylist() == read(path)[0]
+
+
+def test_objects_of_any_names(tmp_path):
+    texts = [[('en', f'Sentence {i} on bread and tea.'), ('de', f'Satz {i} von Brot und Tee.')] for i in range(9)]
+    pq.write_table(pa.table({'id': range(9), 'text': pa.array(texts, pa.map_(pa.string(), pa.string()))}),
+                   tmp_path / 'a.parquet')
+    assert reason(tmp_path / 'a.parquet') == (
+        'no clear text column among: id, text.en, text.de; say which with --text_column=text.en')
+    assert read(tmp_path / 'a.parquet', text_column='text.de')[0][8] == 'Satz 8 von Brot und Tee.'
+
+
 def test_offsets_that_lead_outside(tmp_path):
     save_arrow(pa.table({'text': ['a' * 50] * 20}), tmp_path / 'a.arrow', 'file')
     data = (tmp_path / 'a.arrow').read_bytes()
@@ -117,7 +146,7 @@ def test_tables_that_are_none(tmp_path):
             random.Random(0).randbytes(5000),
         ):
             assert re.fullmatch(
-                r'unreadable \(\w+\)|truncated|needs too much memory',
+                r'unreadable \(\w+\)|truncated.*|needs too much memory|no parquet file|no Arrow file|empty',
                 reason(write(tmp_path / name, bad)),
             )
 

@@ -1,6 +1,7 @@
 """files.py: what packs a file is known by its first bytes, and rows of JSON by theirs."""
 import gzip
 import json
+import lzma
 import os
 import sys
 
@@ -71,6 +72,7 @@ def test_a_wide_window_without_the_package_for_it(tmp_path, monkeypatch):
 def test_a_name_only_suggests_how_a_file_is_packed(tmp_path):
     for name, content in {
         'packed.jsonl': gzip.compress(ROWS), 'plain.jsonl.gz': ROWS, 'other.jsonl.zst': gzip.compress(ROWS),
+        'old.jsonl.lzma': lzma.compress(ROWS, lzma.FORMAT_ALONE),
         'members.jsonl.gz': gzip.compress(ROWS[:999]) + gzip.compress(ROWS[999:]),
     }.items():
         write(tmp_path / name, content)

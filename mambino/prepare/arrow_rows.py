@@ -12,9 +12,11 @@ import os
 
 from mambino.prepare.cells import AS_IT_STANDS, rows_of
 from mambino.prepare.columns import ROWS, SAMPLE_ROWS
+from mambino.prepare.files import Skip
 from mambino.prepare.looks import new_column, profile_of
 
 PLACES = 10             # groups or batches of rows that are looked at, all over a file
+SAMPLE_BYTES = 1 << 25  # of texts, at most, that are looked at together
 PART_BYTES = 8_000_000  # of a large file, that are read together;
 SKIPPED_BYTES = 64_000_000  # and where a part is reached only through those before it
 
@@ -25,6 +27,7 @@ def read_parquet(path, options, notes):
     import pyarrow.parquet as pq
     pa.set_cpu_count(1)
     # not by name, which Arrow wants in UTF-8; not mapped, for that would count as memory
+    check_ends(path)
     with open(path, 'rb') as f:
         reader = pq.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20)
 
@@ -50,7 +53,10 @@ def read_arrow(path, options, notes):
     import pyarrow as pa
     pa.set_cpu_count(1)
     with open(path, 'rb') as f:
-        is_file = f.read(6) == b'ARROW1'
+        head = f.read(8)
+        is_file = head[:6] == b'ARROW1'
+        if not is_file and head[:4] != b'\xff\xff\xff\xff':
+            raise Skip('no Arrow file')
         f.seek(0)
         if is_file:
             reader = pa.ipc.open_file(f)
@@ -65,13 +71,39 @@ def read_arrow(path, options, notes):
                 groups = [iter([reader.get_batch(i)]) for i in spread(n)]
                 parts = grouped([size // max(1, n)] * n, PART_BYTES)
             else:
-                groups = [reader] if size < 2 * SKIPPED_BYTES else [itertools.islice(reader, PLACES)]
-                parts = []
+                groups = [list(itertools.islice(reader, PLACES))]
+                n = len(groups[0]) + number_of(reader) if size > 2 * SKIPPED_BYTES else 1
+                parts = grouped([size // n] * n, SKIPPED_BYTES)
             yield look(reader.schema, groups, parts), True
             return
         columns = columns_of(reader.schema, options['columns'])
         batches = (batch.select(columns) for batch in batches)
         yield from rows_of(rows_in(batches, notes), options, notes)
+
+
+def number_of(batches):
+    """How many there are; of a damaged stream, how many before that place."""
+    n = 0
+    try:
+        for _ in batches:
+            n += 1
+    except Exception:
+        pass
+    return n
+
+
+def check_ends(path):
+    """Skip where a parquet file is none, is not whole, or is encrypted."""
+    with open(path, 'rb') as f:
+        head = f.read(4)
+        f.seek(max(0, os.path.getsize(path) - 4))
+        end = f.read()
+    if b'PARE' in (head, end):
+        raise Skip('encrypted')
+    if head != b'PAR1':
+        raise Skip('no parquet file')
+    if end != b'PAR1':
+        raise Skip('truncated: the list of its columns, at its end, is missing')
 
 
 def spread(n):
@@ -104,11 +136,18 @@ def look(schema, groups, parts):
         if field.name not in texts_of(schema):
             profile[field.name] = new_column() | {'rows': 1, 'other': {kind_of(field.type): 1}}
     taken = 0
+    sample = []
+    size = 0
     for batches in groups:
-        rows = itertools.islice(rows_in(batches), SAMPLE_ROWS // max(1, len(groups)))
-        rows = list(rows)
-        taken += len(rows)
-        profile_of(rows, profile)
+        for row in itertools.islice(rows_in(batches), SAMPLE_ROWS // max(1, len(groups))):
+            sample.append(row)
+            size += sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
+            if size > SAMPLE_BYTES // max(1, len(groups)):
+                break
+        taken += len(sample)
+        profile_of(sample, profile)
+        sample.clear()
+        size = 0
     for field in schema:
         profile.setdefault(field.name, new_column())
     profile = {name: profile[name] for name in in_order(schema, profile)}
@@ -188,6 +227,8 @@ def rows_in(batches, notes=None):
             columns = []
             for array, is_string in zip(arrays, strings):
                 values = array[start:start + ROWS].to_pylist()
+                if is_map(array):
+                    values = [value if value is None else dict(value) for value in values]
                 if is_string:
                     try:
                         values = [value if value is None else value.decode() for value in values]
@@ -199,6 +240,12 @@ def rows_in(batches, notes=None):
                 yield dict(zip(names, values))
     if wrong and notes is not None:
         notes.append(f'{wrong:,} texts had bytes that were no UTF-8')
+
+
+def is_map(array):
+    """Whether its values are objects, with names of their own each."""
+    import pyarrow as pa
+    return pa.types.is_map(array.type)
 
 
 def is_utf8(value):

@@ -37,7 +37,7 @@ def text_of(value):
         return '\n'.join(map(text_of, value))
     if all(isinstance(item, dict) for item in value):
         return conversation(value)
-    if all(isinstance(item, (list, tuple)) and are_strings(item) for item in value):
+    if all(isinstance(item, list) and are_strings(item) for item in value):
         return '\n\n'.join(map(text_of, value))
     return None
 

@@ -133,6 +133,8 @@ def window_of(path):
     with open(path, 'rb') as f:
         while (head := f.read(8))[1:4] == SKIPPABLE:
             f.seek(int.from_bytes(head[4:8], 'little'), os.SEEK_CUR)
+    if len(head) > 4 and head[4] & 3:
+        raise Skip('packed by zstd with a dictionary: unpack it first')
     if len(head) < 6 or head[4] & 0x20:  # one segment: the window is its size
         return 0
     base = 1 << (10 + (head[5] >> 3))
@@ -161,6 +163,8 @@ def packing_in(head, path):
         return '.zst'
     if head.startswith(b'BZh') and head[4:] in (b'1AY&SY', b'\x17\x72\x45\x38\x50\x90'):
         return '.bz2'
+    if head.startswith(b']\0\0') and extension_of(path) == '.lzma':
+        return '.xz'
     for signature, name in SIGNATURES:
         if head.startswith(signature):
             if name in PACKED:

@@ -84,7 +84,7 @@ EXTENSIONS = {
     'arrow': 'arrow',  # of a dataset that Hugging Face's save_to_disk wrote
 }
 KIND_OF = {'.' + name: kind for kind, names in EXTENSIONS.items() for name in names.split()}
-COMPRESSED = {'.gz', '.bz2', '.xz', '.zst'}  # around any kind but the following
+COMPRESSED = {'.gz', '.gzip', '.bz2', '.xz', '.lzma', '.zst', '.zstd'}  # around any kind but the following
 # they compress on their own
 BINARY = {'pdf', 'parquet', 'arrow', 'docx', 'pptx', 'xlsx', 'odt', 'epub', 'zip', 'office'}
 # row by row, so memory does not mind their size
