@@ -189,3 +189,13 @@ def test_the_files_of_a_folder_choose_together(tmp_path):
         **{f'{name}.parquet': f'no column body among: {"question, essay" if name == "d" else "url, tale"}'
            for name in 'abcd'},
         'e.jsonl': 'no column body among: id, text', 'f.jsonl': 'no column body among: id'}
+
+
+def test_files_of_one_object_each_of_several_kinds(tmp_path):
+    """Those that have the same names are decided together, and beside those that have others."""
+    for i in range(8):
+        write(tmp_path / f'{i}.json', json.dumps({'title': f'No {i}', 'text': prose(i, 40)}))
+    for i in range(3):
+        write(tmp_path / f'settings{i}.json', json.dumps({f'a{i}': 1, 'b': [True], 'size': i}))
+    forms = list(surveyed(tmp_path, {'.json': 'data'}).values())
+    assert forms.count(None) == 3 and forms.count('text') == 8

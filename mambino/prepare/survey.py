@@ -110,8 +110,10 @@ def decide_singles(sources, found):
         if looked.get('alone') and sources[i].kind != 'jsonl':
             folders.setdefault(os.path.dirname(sources[i].path), []).append(i)
     for indexes in folders.values():
-        for names in {tuple(sorted(found[i]['profile'])) for i in indexes}:
-            same = [i for i in indexes if tuple(sorted(found[i]['profile'])) == names]
+        by_names = {}
+        for i in indexes:
+            by_names.setdefault(tuple(sorted(found[i]['profile'])), []).append(i)
+        for same in by_names.values():
             total = columns.add_all(found[i]['profile'] for i in same)
             chosen, _ = columns.choose(total)
             if len(same) < FEW or not chosen or not columns.is_rich(total, chosen):
