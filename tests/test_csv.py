@@ -73,8 +73,9 @@ def test_a_column_of_a_usual_name_may_begin_empty(check):
     table(lambda i, text: f'{i}^{text}\n', 'id^text\n'),
     table(lambda i, text: f'{i};{text}\r\n', 'sep=;\r\nid;text\r\n'),
     table(lambda i, text: f'{i}\t{text}\n', 'sep=\t\nid\ttext\n'),
-    table(lambda i, text: f'{i},{text}\n' + '# later, too\n' * (i % 20 == 9), '# made, by us\n# today\nid,text\n'),
-    table(lambda i, text: f'{i}\t{text}\n', '#id\ttext\n'),
+    table(lambda i, text: f'{i},{text}\n', '# made, by us\n# today\nid,text\n'),
+    table(lambda i, text: f'#{i}\t{text}\n', '#id\ttext\n'),
+    table(lambda i, text: f'| {i} | {text} |\n', '| id | text |\n|:--|---|\n'),
     table(lambda i, text: f'{i},{text}\n\n', '\n\nid,text\n\n'),
     table(lambda i, text: f'{i},en,{text}\n', 'Reviews of the year\n\nid,lang,text\n'),
     table(lambda i, text: f'{i},en,{text}\n', 'Reviews of the year,,\n,,\nid,lang,text\n'),
@@ -98,8 +99,8 @@ def test_a_column_of_a_usual_name_may_begin_empty(check):
     table(lambda i, text: f'{i}\x01{text}\n', ''),
 ], ids=[
     'semicolon', 'decimal commas', 'pipe', 'pipes around', 'caret', 'sep=', 'sep=tab', 'comments',
-    'header in a comment', 'blank lines', 'title', 'title in cells', 'short title', 'two words', 'CR', 'mixed ends',
-    'no header', 'no header, labels', 'a name twice',
+    'header in a comment', 'Markdown', 'blank lines', 'title', 'title in cells', 'short title', 'two words', 'CR',
+    'mixed ends', 'no header', 'no header, labels', 'a name twice',
     'no name', 'number as name', 'names of rows', 'delimiter at ends', 'everywhere', 'of the header', 'blanks',
     'one column', 'all quoted', 'UTF-16', 'Hive',
 ])
@@ -195,6 +196,11 @@ def test_rows_that_do_not_fit_the_header(check, tmp_path):
     assert reason(write(tmp_path / 'b.csv', content)) == '60 of the first 60 rows have 3 fields, the header 2'
     ends_early = table(lambda i, text: f'{i},{text}{",en,5" * (i % 6 > 0)}\n', 'id,text,lang,score\n')
     assert check(ends_early) == (TEXTS, ['10 rows end early: the header has 4 fields'])
+
+
+def test_comments_between_rows(check):
+    content = table(lambda i, text: f'{i},{text}\n' + '# later, too\n' * (i % 20 == 9), '# made, by us\nid,text\n')
+    assert check(content) == (TEXTS, ['3 lines begin with #: left out as comments'])
 
 
 def test_rows_in_quotes_as_a_whole(tmp_path):

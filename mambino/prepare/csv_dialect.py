@@ -12,7 +12,7 @@ import re
 from typing import NamedTuple
 
 from mambino.prepare import csv_header
-from mambino.prepare.csv_records import NULL, Dialect, lines_of, masked, misfit, split
+from mambino.prepare.csv_records import NULL, RULE, Dialect, lines_of, masked, misfit, split
 from mambino.prepare.encodings import open_text
 from mambino.prepare.files import Skip
 from mambino.prepare.json_look import is_packed, is_wide
@@ -223,8 +223,10 @@ def find(sample, wanted=()):
     if lines and (excel := EXCEL.match(lines[0])):
         skip = 1
         delimiters = [excel[1]] if excel[1] in DELIMITERS else DELIMITERS
-    blank_or_comment = re.compile(r'\s*$|#')
-    while skip < len(lines) and blank_or_comment.match(lines[skip]):
+    above = re.compile(r'\s*$|#')
+    if all(map(above.match, lines)):
+        above = re.compile(r'\s*$')
+    while skip < len(lines) and above.match(lines[skip]):
         skip += 1
     comments = any(line.startswith('#') for line in lines[:skip])
     if skip == len(lines):
@@ -346,10 +348,11 @@ def finished(tally, skip, comments, lines, wanted):
         cells = split([lines[marked[-1]].lstrip('# ')].__getitem__, dialect, 1, lenient=True).cells
         if len(cells) == width:
             skip = marked[-1]
+            comments = len(marked) > 1
             records.insert(0, records[0]._replace(cells=cells))
     rows = [record.cells for record in records if len(record.cells) == width]
     first = records[0].cells
-    below = [row for row in rows if row is not first]
+    below = [row for row in rows if row is not first and not RULE.fullmatch(' '.join(row))]
     if skip < len(lines) and len(rows) == 0:
         raise Empty('no rows that fit the header')
     kinds = csv_header.kinds_of(below or rows, width)

@@ -12,7 +12,7 @@ USUAL = '''
     text content body document article story passage code sentence sentences title label id name lang
     language message review comment summary question answer prompt completion response instruction
     input output url source target date category tweet headline description abstract score'''.split()
-NAME = re.compile(r'[^\W\d][\w .:/()#%-]{0,59}')  # what they may be called
+NAME = re.compile(r'#?[^\W\d][\w .:/()#%-]{0,59}')  # what they may be called
 
 
 def is_header(first, rows, kinds):

@@ -24,6 +24,7 @@ csv.field_size_limit(1 << 30)  # our own limits are lower
 
 BLANKS = re.compile(' *')
 NUMBER = re.compile(r'[-+\d.,:/ TZ%$€]*\d[-+\d.,:/ TZ%$€]*')
+RULE = re.compile(r'[\s|:+=-]*--[\s|:+=-]*')  # a line drawn below the header
 NULL = r'\N'  # of databases: no value
 # what stands for an escaped character until the cells are apart: no text has these code points
 MASKS = {'"': '\ufdd0', "'": '\ufdd1', '\\': '\ufdd2', '\n': '\ufdd3'}
@@ -257,6 +258,7 @@ class Rows:
         self.mended = 0
         self.short = 0
         self.headers = 0
+        self.comments = 0
 
     def line_at(self, i):
         """The i-th of the lines to come; '' behind the last one."""
@@ -347,7 +349,9 @@ class Rows:
         """The row of the record ahead, read in whatever way it fits; None if there is none."""
         dialect = self.dialect
         line = self.line_at(0)
-        if not line.strip() or dialect.comments and line.startswith('#'):
+        is_comment = dialect.comments and line.startswith('#')
+        if is_comment or not line.strip():
+            self.comments += is_comment
             self.at += 1
             return None
         most = min(self.patience >> 6, 10_000)
@@ -380,6 +384,8 @@ class Rows:
         """The record ahead has the names."""
         record = split(self.line_at, self.dialect, 100) or split(self.line_at, self.dialect, 1, lenient=True)
         self.at += record.lines
+        if RULE.fullmatch(self.line_at(0)):
+            self.at += 1
 
     def tell(self, notes):
         """Says in a file's notes what could not be read, and what was mended."""
@@ -392,5 +398,7 @@ class Rows:
             notes.append(f'{self.short:,} rows end early: the header has {width} fields')
         if self.mended:
             notes.append(f'{self.mended:,} rows have quotes that do not close: taken as they stand')
+        if self.comments:
+            notes.append(f'{self.comments:,} lines begin with #: left out as comments')
         if self.headers:
             notes.append(f'{self.headers:,} times the header again: left out')
