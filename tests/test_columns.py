@@ -79,6 +79,8 @@ TABLES = {
         'file': f'{i}.pdf', 'pages': [{'n': 1, 'text': prose(i)}, {'n': 2, 'text': prose(-i)}]}),
     'not understood': (ASK + 'id, turns.a, turns.b: turns holds objects of {a, b}, not text', lambda i: {
         'id': f'c-{i}', 'turns': [{'a': i, 'b': [i]}]}),
+    'objects by keys': (ASK + 'title, mapping; say which with --text_column=title', lambda i: {
+        'title': prose(i, 4), 'mapping': {f'{i}-{k}': {'message': prose(k)} for k in range(3)}}),
     'messages': ('conversation in messages', lambda i: {
         'prompt': prose(i), 'messages': [turn('user', prose(i)), turn('assistant', prose(-i))]}),
     'sharegpt': ('conversation in conversations', lambda i: {
@@ -131,7 +133,7 @@ def test_all_formats_have_the_same_form(tmp_path):
     ([turn('user', 'Hi'), turn('assistant', None), turn('tool', '42')], 'user: Hi\n\ntool: 42'),
     ([{'human': 'Hi', 'assistant': 'Hello'}], 'human: Hi\n\nassistant: Hello'),
     ([['Hi', 'Hello'], ['So', 'Bye']], 'Hi\nHello\n\nSo\nBye'),
-    (['Hi', 'Hello'], 'Hi\nHello'),
+    (['Hi', 'Hello'], 'Hi\nHello'), (['See ', {'type': 'link', 'text': 'this'}, '!'], 'See this!'),
     ([{'a': 1}], None), ([1, 2], None), ({'en': 'a'}, None), ([], None)], ids=str)
 def test_a_conversation_is_one_text(turns, text):
     from mambino.prepare.cells import text_of

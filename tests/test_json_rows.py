@@ -136,6 +136,10 @@ def test_what_is_no_table(tmp_path):
     assert reason(write(tmp_path / 'a.json', many)) == (
         'no clear text column among: name, on; say which with --text_column=name')
     assert len(read(tmp_path / 'a.json', text_column='name')[0]) == 200
+    said = '"Good day," said Anna.\n"Good day."\n' * 9
+    assert read(write(tmp_path / 'a.txt', said))[0] == [said]
+    said = '"Good day."\n' * 9
+    assert read(write(tmp_path / 'a.txt', said))[0] == [said]
     log = '[Intro]\nla la\n{"a": 1}\n' * 9
     assert read(write(tmp_path / 'a.txt', log))[0] == [log]
 
@@ -157,11 +161,23 @@ def test_damage_is_counted(tmp_path):
 
 
 def test_a_folder_of_objects(tmp_path):
-    paths = [write(tmp_path / f'{i}.json', json.dumps({'title': f'Page {i}', 'text': TEXTS[i] * 3})) for i in range(9)]
-    kept, plans, skipped = survey.survey([Source(str(path), 'data', 1, 0, False) for path in paths], OPTIONS)
-    assert not skipped
-    documents = [text for source, plan in zip(kept, plans) for text, _ in isolate.read(source, OPTIONS | plan, Notes())]
-    assert documents == [text * 3 for text in TEXTS[:9]]
+    def documents(**options):
+        options = OPTIONS | options
+        sources = [Source(str(path), 'data', 1, 0) for path in sorted(tmp_path.iterdir())]
+        kept, plans, _ = survey.survey(sources, options)
+        return [text for source, plan in zip(kept, plans)
+                for text, last in isolate.read(source, options | plan, Notes()) if text]
+    for i in range(9):
+        page = {'title': f'Page {i}', 'text': TEXTS[i] * 3, **({'note': 'Old.'} if i % 2 else {})}
+        write(tmp_path / f'{i}.json', json.dumps(page, indent=1))
+    assert documents() == [text * 3 for text in TEXTS[:9]]
+    assert documents(text_column='title')[:2] == ['Page 0', 'Page 1']
+    settings = [json.dumps({'name': f'part {i}', 'description': TEXTS[i] * 3}) for i in range(9)]
+    for i, content in enumerate(settings):
+        write(tmp_path / f'{i}.json', content)
+    assert documents() == settings
+    write(tmp_path / '0.json', '{"text": "one of its kind"}')
+    assert documents()[0] == '{"text": "one of its kind"}'
 
 
 def test_parts_give_the_same_rows(tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ def text_of(value):
         return '\n'.join(map(text_of, value))
     if all(isinstance(item, dict) for item in value):
         return conversation(value)
+    if all(isinstance(item, str) or isinstance(item, dict) and isinstance(item.get('text'), str) for item in value):
+        return ''.join(item if isinstance(item, str) else item['text'] for item in value)  # marked words in it
     if all(isinstance(item, list) and are_strings(item) for item in value):
         return '\n\n'.join(map(text_of, value))
     return None

@@ -31,6 +31,7 @@ COLUMNS = 'text content body document article story passage'.split()
 WEAK = '''code message sentence caption transcript transcription abstract comment review post tweet poem
           lyrics utterance paragraph chapter essay letter selftext fulltext wikitext markdown lines'''.split()
 TALKS = 'messages conversations conversation dialog dialogue dialogs dialogues chat turns'.split()
+TITLES = 'title name headline heading subject label topic'.split()
 # one of each of these belong together, in this order; (optional ones) come from the same table
 BEFORE = ['system', 'system_prompt', 'context']
 ASKED = ['instruction', 'question', 'problem', 'prompt', 'query', 'input', 'inputs', 'human', 'user', 'source']
@@ -169,6 +170,9 @@ def clearest(profile, candidates):
     words, name = amounts[0]
     if len(profile) == 1:
         return [name]
+    is_unread = any(trouble(column).startswith('objects') for column in profile.values())
+    if name.lower() in TITLES and is_unread:
+        return None  # of what is in there, probably
     second = amounts[1][0] if len(amounts) > 1 else 0
     is_prose = words >= PROSE and not is_category(candidates[name])
     return [name] if is_prose and words >= CLEAR * second else None
@@ -308,6 +312,12 @@ def choose_together(profiles):
 def has_columns(profile, columns):
     """Whether a file has these columns, with text in them or nothing at all."""
     return all(name in profile and not trouble(profile[name]) for name in columns)
+
+
+def are_usual(columns):
+    """Whether these have names that say they are the text."""
+    usual_names = {*COLUMNS, *TALKS, *BEFORE, *ASKED, *ANSWERED}
+    return all(name.lower() in usual_names for name in columns)
 
 
 def is_rich(profile, columns):

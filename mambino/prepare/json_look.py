@@ -61,7 +61,7 @@ def look(path, named, options):
     plan = {'encoding': encoding, 'said': list(notes), 'sampled': is_sampled, 'names': []} | layout
     plan['names'] = plan['names'] or names_of(rows)
     dicts = [as_dict(row, plan['names']) for row in rows]
-    if not any(dicts):
+    if not any(dicts) or named == 'text' and all(isinstance(row, str) for row in rows):
         return no_rows(head, named)
     if plan['layout'] == 'lines':
         plan['parts'] = parts_of(path, encoding)

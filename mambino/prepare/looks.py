@@ -104,8 +104,7 @@ def flat(row, prefix='', depth=0):
     """Yields (column, value) of a row: objects within it by their own columns."""
     for name, value in row.items():
         name = f'{prefix}{name}'
-        is_object = isinstance(value, dict) and value and len(value) <= WIDEST
-        if is_object and depth < DEEPEST and text_of(value) is None:
+        if isinstance(value, dict) and depth < DEEPEST and has_columns(value):
             yield from flat(value, name + '.', depth + 1)
             continue
         is_list = isinstance(value, (list, tuple)) and value and isinstance(value[0], dict)
@@ -120,6 +119,14 @@ def flat(row, prefix='', depth=0):
             if parts:
                 continue
         yield name, value
+
+
+def has_columns(value):
+    """Whether an object is like a row of its own: not a conversation, and not objects by keys that
+    every row has others of.
+    """
+    are_keys = len(value) >= 3 and all(isinstance(item, dict) for item in value.values())
+    return 0 < len(value) <= WIDEST and not are_keys and text_of(value) is None
 
 
 def count(column, value, seen):

@@ -30,7 +30,7 @@ def survey(sources, options):
     the program where --text_column asks for what none of them has.
     """
     found = look_at_all(sources, options)
-    decide_singles(sources, found)
+    decide_singles(sources, found, options)
     plans, reasons = choose_all(sources, found, options)
     check_wanted(sources, found, plans, reasons, options)
     kept = []
@@ -101,24 +101,34 @@ def look_apart(kind, path, options):
 # -----------------------------------------------------------------------------
 # Choosing
 
-def decide_singles(sources, found):
-    """A file of one object is a table if there are some of its kind in the folder, each a row; else it
-    is a text.
+def decide_singles(sources, found, options):
+    """A file of one object is a table if there are some of its kind in the folder, each a row, or if
+    it has what --text_column asks for; else it is a text.
     """
     folders = {}
     for i, looked in found.items():
         if looked.get('alone') and sources[i].kind != 'jsonl':
-            folders.setdefault(os.path.dirname(sources[i].path), []).append(i)
-    for indexes in folders.values():
-        by_names = {}
-        for i in indexes:
-            by_names.setdefault(tuple(sorted(found[i]['profile'])), []).append(i)
-        for same in by_names.values():
-            total = columns.add_all(found[i]['profile'] for i in same)
-            chosen, _ = columns.choose(total)
-            if len(same) < FEW or not chosen or not columns.is_rich(total, chosen):
-                for i in same:
-                    del found[i]
+            folders.setdefault(os.path.dirname(sources[i].path), {})[i] = looked['profile']
+    for profiles in folders.values():
+        if options['text_column']:
+            kept = {i for i, profile in profiles.items() if columns.wanted(profile, options['text_column'])[0]}
+        else:
+            kept = rows_of_their_own(profiles)
+        for i in profiles.keys() - kept:
+            del found[i]
+
+
+def rows_of_their_own(profiles):
+    """The keys of the profiles, of one object each, that are rows as those of a table are."""
+    alike = {}
+    for i, (chosen, _) in columns.choose_together(profiles).items():
+        if chosen and columns.are_usual(chosen):
+            alike.setdefault(tuple(chosen), []).append(i)
+    kept = set()
+    for chosen, keys in alike.items():
+        if len(keys) >= FEW and columns.is_rich(columns.add_all(profiles[i] for i in keys), chosen):
+            kept.update(keys)
+    return kept
 
 
 def choose_all(sources, found, options):
