@@ -85,7 +85,7 @@ after all
     ('&eacute &lt;b&gt &copy; &#233 &#x41; AT&T &nosuch; &notit;', 'é <b> © é A AT&T &nosuch; ¬it;'),
     # lines
     ('a<br/>b</br>c<br>d', 'a\nb\nc\nd'), ('a<div/>b', 'a\nb'), ('<td>a<td>b<tr><td>c', 'a\tb\nc'),
-    ('<p>a<noscript>b</noscript>', 'a')])
+    ('<a>a</a><a>b</a>, <a>c</a>d', 'a b, cd'), ('<p>a<noscript>b</noscript>', 'a')])
 def test_as_browsers_do(page, text):
     assert webpage.text_of(page).rstrip('\n') == text
 
@@ -105,6 +105,8 @@ def test_pages_for_scripts(tmp_path):
     story = 'Once there was a page that had its text twice. ' * 9
     script = '<title>Story</title><script>show()</script>'
     assert reason(write(path, f'{script}<div id=app></div>')) == 'a page of scripts, which fetch its text'
+    assert reason(write(path, '<title>Story</title><div id=app></div><script src="app.js"></script>')) == (
+        'a page of scripts, which fetch its text')
     assert reason(write(path, f'{script}<noscript>Turn on scripts</noscript>')) == (
         'a page of scripts, which fetch its text')
     assert read(write(path, f'{script}<noscript><p>{story}</noscript>')) == (

@@ -29,6 +29,7 @@ ENDS_SVG = set("""
 MARKS = {'br': '\n', 'td': '\t', 'th': '\t'}
 MARKS |= dict.fromkeys(BLOCKS, '\v') | dict.fromkeys(SPACED, '\f')
 ONLY_AT_START = ('br', 'td', 'th')  # tags whose end leaves nothing
+APART = ('a', 'button', 'label')  # two of them side by side are the items of a menu
 # white space in <pre>, which counts, until the rest is in order
 PROTECT = str.maketrans(' \n\t', '\1\2\3')
 RESTORE = str.maketrans('\1\2\3', ' \n\t')
@@ -55,8 +56,9 @@ class Page:
         self.opened = set()  # names of all tags since the first of those
         self.hidden = 0      # characters of text in it
         self.pre = 0         # how many <pre> are open
+        self.after = ''      # the tag that was closed just before: 'a' between two links
         self.shown = 0       # characters of text, the title's not counted
-        self.scripts = 0     # characters of scripts and styles
+        self.scripts = 0     # characters of scripts and styles; one for a script that is elsewhere
         self.noscript = []   # what is only for browsers without scripts
         self.unclosed = ('', 0)  # a tag that is not closed, and characters of the markup it hides
         self.endless = set()     # names of tags whose end does not come any more
@@ -131,7 +133,7 @@ class Page:
         elif tag == 'noscript':
             self.noscript.append(content)
         elif tag in ('script', 'style'):
-            self.scripts += len(content)
+            self.scripts += max(len(content), tag == 'script')
         return end
 
     def hide_rest(self, markup, at, tag):
@@ -148,6 +150,8 @@ class Page:
         elif self.inside:
             self.opened.add(tag)
         self.pre += tag in ('pre', 'listing')
+        if tag in APART and self.after == tag and not self.inside:
+            self.parts.append(' ')
         self.mark(tag)
 
     def end_tag(self, tag):
@@ -159,6 +163,7 @@ class Page:
             self.pre = max(0, self.pre - 1)
         if tag not in ONLY_AT_START or tag == 'br':
             self.mark(tag)
+        self.after = tag
 
     def leave(self, tag):
         """The innermost such tag that is open, and those in it, are closed."""
@@ -173,6 +178,7 @@ class Page:
 
     def text(self, data, is_title=False):
         """Takes text."""
+        self.after = ''
         if self.inside:
             self.hidden += len(data.strip())
             return
