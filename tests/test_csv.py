@@ -161,6 +161,12 @@ def test_a_long_cell(check):
     assert check(written([['id', 'text'], [1, book], [2, 'Short, one.'], [3, book]]))[0] == [book, 'Short, one.', book]
 
 
+def test_long_cells_behind_short_ones(check):
+    texts = [f'{TEXTS[i % 60]} {i}' for i in range(15_000)]
+    texts += ['\n'.join(f'{text} "{i}", so' if i % 7 == 0 else text for text in TEXTS * 20) for i in range(30)]
+    assert check(written([['id', 'text'], *enumerate(texts)])) == (texts, [])
+
+
 # -----------------------------------------------------------------------------
 # What does not fit
 

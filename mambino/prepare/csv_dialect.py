@@ -20,6 +20,7 @@ from mambino.prepare.json_look import is_packed, is_wide
 HEADS = (1 << 18, 1 << 21, 1 << 24)  # characters of the beginning that are looked at: more where rows are long
 ROWS = 3         # fewer are too few to tell,
 RECORDS = 3000   # so many of a piece are enough
+CELLS = 100_000  # so many of them tell what the columns look like
 PIECES = 4       # and so many places after that beginning are looked at,
 PIECE = 1 << 16  # with so many bytes each
 ONE_COLUMN = '\x1f'
@@ -71,14 +72,25 @@ class Tally:
         self.improper = 0  # quotes at the beginning of cells that do not end as they should
         self.proper = 0
         self.needed = 0
-        for i, piece in enumerate(sample.pieces):
-            self.read(lines_of(masked(piece, dialect)), sample.is_all)
-            if not i:
-                self.is_short = len(self.records) < ROWS and not sample.is_all
-        widths = collections.Counter(len(record.cells) for record in self.records)
-        self.widths = widths
-        self.width = max(widths, key=lambda width: (widths[width], width), default=0)
-        self.fit = widths[self.width] / max(1, len(self.records))
+        first, *others = sample.pieces
+        self.read(lines_of(masked(first, dialect)), sample.is_all)
+        self.is_short = len(self.records) < ROWS and not sample.is_all
+        self.count()
+        if all(record.lines == 1 for record in self.records):
+            for piece in others:  # where no cell has lines, a line begins a row
+                before = len(self.records), self.improper, self.proper, self.needed
+                self.read(lines_of(masked(piece, dialect)), sample.is_all)
+                fitting = sum(len(record.cells) == self.width for record in self.records[before[0]:])
+                if fitting < 0.5 * (len(self.records) - before[0]):  # it lies in a long cell
+                    n, self.improper, self.proper, self.needed = before
+                    del self.records[n:]
+            self.count()
+
+    def count(self):
+        """How many cells the records have."""
+        self.widths = collections.Counter(len(record.cells) for record in self.records)
+        self.width = max(self.widths, key=lambda width: (self.widths[width], width), default=0)
+        self.fit = self.widths[self.width] / max(1, len(self.records))
 
     def read(self, lines, is_all):
         """Adds the records of a piece."""
@@ -355,7 +367,8 @@ def finished(tally, skip, comments, lines, wanted):
     below = [row for row in rows if row is not first and not RULE.fullmatch(' '.join(row))]
     if skip < len(lines) and len(rows) == 0:
         raise Empty('no rows that fit the header')
-    kinds = csv_header.kinds_of(below or rows, width)
+    some = below or rows
+    kinds = csv_header.kinds_of(some[::len(some) * width // CELLS + 1], width)
     header = csv_header.is_header(first, below, kinds) or any(name.strip().lower() in wanted for name in first)
     if header and not below:
         raise Empty('empty: no rows below the header')
