@@ -2,6 +2,7 @@
 and mail write, and archives of it all.
 """
 import datetime
+import gzip
 import io
 import tarfile
 import zipfile
@@ -45,7 +46,8 @@ def test_docx(tmp_path):
     assert read(write(tmp_path / 'a.doc', make_docx(paragraph('text')))) == (
         ['text\n'], ['is a Word document, whatever its name says'])
     assert reason(write(tmp_path / 'b.docx', make_docx(body)[:400])) == 'damaged docx'
-    assert reason(write(tmp_path / 'c.docx', b'plain text')) == 'damaged (no zip archive inside)'
+    assert reason(write(tmp_path / 'c.docx', b'no\0text')) == 'damaged (no zip archive inside)'
+    assert read(write(tmp_path / 'd.docx', 'text')) == (['text'], ['is plain text, whatever its name says'])
 
 
 def test_rtf(tmp_path):
@@ -56,6 +58,7 @@ def test_rtf(tmp_path):
         ['Two  words\nSecond bold.\n€ Привет a note\na\tb\nend'], [])
     assert read(write(tmp_path / 'a.doc', r'{\rtf1 text\par}')) == (
         ['text\n'], ['is an RTF document, whatever its name says'])
+    assert read(write(tmp_path / 'a.rtf.gz', gzip.compress(rb'{\rtf1 text\par}')))[0] == ['text\n']
     assert reason(write(tmp_path / 'b.rtf', 'no RTF')) == 'not an RTF document'
 
 
@@ -167,6 +170,7 @@ def test_messages(tmp_path):
     saved = (b'From: <Saved by a browser>\nSubject: Page\nContent-Type: multipart/related; boundary=B\n\n--B\n'
              b'Content-Type: text/html\n\n<p>the page\n--B\nContent-Type: image/png\n\nx\n--B--\n')
     assert read(write(tmp_path / 'd.mht', saved)) == (['the page\n'], [])
+    assert read(write(tmp_path / 'd.html', saved)) == (['the page\n'], ['is mail, whatever its name says'])
     assert reason(write(tmp_path / 'e.eml', 'just a text')) == 'no mail'
 
 

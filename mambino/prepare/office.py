@@ -15,8 +15,7 @@ import io
 import re
 import zipfile
 
-from mambino.prepare.encodings import read_text
-from mambino.prepare.files import Skip
+from mambino.prepare.files import Skip, open_bytes
 from mambino.prepare.legible import SYMBOLS
 from mambino.prepare.webpage import text_of
 
@@ -101,7 +100,7 @@ def read_rtf(path, options, notes):
         from striprtf.striprtf import rtf_to_text
     except ImportError:
         raise needs('rtf', 'striprtf') from None
-    with open(path, 'rb') as f:
+    with open_bytes(path) as f:
         data = f.read()
     if not data.lstrip(b'\xef\xbb\xbf \r\n').startswith(b'{\\rtf'):
         raise Skip('not an RTF document')
@@ -173,10 +172,6 @@ def read_xlsx(path, options, notes):
     """A document a sheet of an Excel workbook, old or new: a line a row, tabs between the cells."""
     with open(path, 'rb') as f:
         head = f.read(4)
-    if head not in (b'PK\3\4', b'\xd0\xcf\x11\xe0'):  # some programs write .xls so
-        notes.append('is plain text, whatever its name says')
-        yield from read_text(path, options, notes)
-        return
     try:
         from python_calamine import CalamineWorkbook, PasswordError
     except ImportError:

@@ -23,7 +23,7 @@ NAMES = {    # of the kinds that contents tell, as they are said
     'pdf': 'a PDF', 'parquet': 'a parquet table', 'arrow': 'an Arrow table', 'html': 'a web page',
     'docx': 'a Word document', 'pptx': 'a presentation', 'xlsx': 'an Excel workbook',
     'odt': 'an OpenDocument file', 'epub': 'an e-book (epub)', 'rtf': 'an RTF document',
-    'email': 'mail', 'zip': 'a zip archive', 'tar': 'a tar archive',
+    'email': 'mail', 'text': 'plain text', 'zip': 'a zip archive', 'tar': 'a tar archive',
 }
 # offset, bytes, what it is: those that begin a text as well have more of them than programs look at
 SIGNATURES = [
@@ -178,19 +178,22 @@ def true_kind(head, path, named='text'):
         return kind_of_ole(head, path)
     if head[:2] == b'MZ' and b'\0\0' in head[:64]:
         raise Skip('a program')
+    head = head.removeprefix(b'\xef\xbb\xbf')
+    if named in ('text', 'html') and MHTML.match(head):  # a page with all its pictures, as browsers save it
+        return 'email'
     if named in WRITTEN:
         return None
-    return kind_of_text(head, named)
+    is_other = named in ZIPPED and named != 'odt' and head and b'\0' not in head  # a flat .odt is a text
+    return kind_of_text(head) or ('text' if is_other else None)
 
 
-def kind_of_text(head, named):
+def kind_of_text(head):
     """Which kind of text it surely is; None otherwise."""
-    head = head.removeprefix(b'\xef\xbb\xbf')
     if head.startswith(b'{\\rtf'):
         return 'rtf'
     if PAGE.match(head):
         return 'html'
-    if MAILBOX.match(head) and not PATCH.match(head) or named in ('text', 'html') and MHTML.match(head):
+    if MAILBOX.match(head) and not PATCH.match(head):
         return 'email'
     return None
 
