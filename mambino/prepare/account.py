@@ -6,7 +6,7 @@ judged as a whole.
 
 An entry: {'file', 'kind', 'documents', 'copies', 'taken', 'lost', 'facts', 'notes', 'skip': why it
 could not be read or '', 'suspect': [score, why], 'sample': the text's beginning, 'chars', 'separators',
-'part': None or [number, of how many], 'rows': [begin, end] in its task's .rows}.
+'part': None or [number, of how many]; then 'rows': [begin, end] in its task's .rows}.
 """
 import json
 import re
@@ -32,8 +32,8 @@ def new_report():
     }
 
 
-def whole(entries):
-    """The entry of a file from those of its parts; 'skip' is why it is better left out, or ''."""
+def merged(entries):
+    """One entry with the sums of several."""
     total = dict(entries[0])
     for name in ('documents', 'copies', 'taken', 'separators'):
         total[name] = sum(entry[name] for entry in entries)
@@ -47,7 +47,12 @@ def whole(entries):
     total['suspect'] = max((entry['suspect'] for entry in entries), key=lambda suspect: suspect[0])
     total['sample'] = next((entry['sample'] for entry in entries if entry['sample']), '')
     total['notes'] = summed([note for entry in entries for note in entry['notes']])
+    return total
 
+
+def whole(entries):
+    """The entry of a file from those of its parts; 'skip' is why it is better left out, or ''."""
+    total = merged(entries) if len(entries) > 1 else dict(entries[0])
     failed = [entry['skip'] for entry in entries if entry['skip']]
     reason, lost = judge(total['taken'], total['lost'])
     if not total['documents']:
@@ -59,7 +64,7 @@ def whole(entries):
     if total['documents'] >= FEWEST_COPIES and total['copies'] > total['documents'] / 2:
         lost.append(f'{total["copies"]:,} of {total["documents"]:,} documents are the same as earlier ones')
     total['skip'] = reason
-    total['notes'] += lost
+    total['notes'] = total['notes'] + lost
     return total
 
 
@@ -79,17 +84,22 @@ def book(report, entry):
     if entry['skip']:
         report['skipped'].append({'file': entry['file'], 'reason': entry['skip']})
         return
+    kind = entry['kind']
+    report['files'][kind] = report['files'].get(kind, 0) + 1
+    facts = json.dumps(entry['facts'], sort_keys=True) if entry['facts'] else '{}'
+    decide(report, f'["{kind}", {facts}]', 1, entry['sample'])
+    report['notes'] += [{'file': entry['file'], 'note': note} for note in entry['notes']]
     score, why = entry['suspect']
-    decision = json.dumps([entry['kind'], entry['facts']], sort_keys=True)
-    add(report, {
-        'files': {entry['kind']: 1},
-        'skipped': [],
-        'notes': [{'file': entry['file'], 'note': note} for note in entry['notes']],
-        'suspects': [[score, entry['file'], why]] if why else [],
-        'decided': {decision: [1, entry['sample']]},
-        'separators': entry['separators'],
-        'chars': entry['chars'],
-    })
+    if why:
+        report['suspects'] = screen.worst([*report['suspects'], [score, entry['file'], why]])
+    report['separators'] += entry['separators']
+    report['chars'].update(entry['chars'])
+
+
+def decide(report, decision, files, sample):
+    """Counts what was decided for so many files; the sample of the first one stays."""
+    before, first_sample = report['decided'].get(decision, (0, ''))
+    report['decided'][decision] = [before + files, first_sample or sample]
 
 
 def add(report, more):
@@ -97,8 +107,7 @@ def add(report, more):
     for kind, n in more['files'].items():
         report['files'][kind] = report['files'].get(kind, 0) + n
     for decision, (files, sample) in more['decided'].items():
-        before, first_sample = report['decided'].get(decision, (0, ''))
-        report['decided'][decision] = [before + files, first_sample or sample]
+        decide(report, decision, files, sample)
     report['skipped'] += more['skipped']
     report['notes'] += more['notes']
     report['suspects'] = screen.worst(report['suspects'] + more['suspects'])

@@ -15,6 +15,7 @@
 """
 import codecs
 import io
+import itertools
 import re
 import sys
 from typing import NamedTuple
@@ -300,9 +301,14 @@ def read_text(path, options, notes):
     """The whole file is one document: yields (text, last), in pieces."""
     max_bytes = options['max_file_mb'] * 1e6
     notes += options.get('said', [])  # what survey.py found out about it
-    encoding = encoding_of(path, notes, options, max_bytes=max_bytes)
+    begin = list(itertools.islice(chunks(path, max_bytes), 2))
+
+    def parts():
+        return iter(begin) if len(begin) < 2 else chunks(path, max_bytes)  # a small file is opened once
+
+    encoding = encoding_of_bytes(parts, notes, options.get('encoding', ''))
     decoder = codecs.getincrementaldecoder(encoding)('replace')
-    for data in chunks(path, max_bytes):
+    for data in parts():
         yield decoder.decode(data), False
     yield decoder.decode(b'', final=True), True
 

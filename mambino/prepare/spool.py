@@ -177,6 +177,8 @@ class Spool:
         self.size = 0
 
     def write_rows(self):
+        if not self.rows:
+            return
         self.rows_file.write(np.array(self.rows, ROW).tobytes())
         self.rows.clear()
 
@@ -303,7 +305,7 @@ def read_source(task, source, plan, part, size, spool, pulse):
         again = bool(getattr(skip.__context__, 'errno', None))
     score, why = screen.suspicion(spool.head)
     entry = {
-        'file': source.path, 'kind': source.kind, 'part': part, 'rows': spool.rows_of_source(),
+        'file': source.path, 'kind': source.kind, 'part': part, 'rows': spool.rows_of_source() if part else None,
         'documents': spool.documents, 'copies': spool.copies, 'separators': view.separators(),
         'taken': notes.taken, 'lost': notes.lost, 'facts': notes.facts, 'notes': list(notes),
         'skip': reason, 'suspect': [round(score, 3), why], 'sample': spool.sample,
