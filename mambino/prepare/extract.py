@@ -38,6 +38,8 @@ def look(sources, work, options):
     if answer is None:
         with Progress('looking', also=f'at {in_words(len(sources))}'):
             answer = survey.survey(sources, options)
+        if any('again' in plan for plan in answer[1]):
+            asked = ''  # the disk's fault: it may be better next time
         text = json.dumps([asked, answer])
         with open(path + '.tmp', 'w', encoding='utf-8') as f:
             f.write(text)

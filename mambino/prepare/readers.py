@@ -88,6 +88,8 @@ READERS = {
 def guarded(kind, path, options, notes):
     """The documents of a file; whatever goes wrong in there becomes Skip."""
     try:
+        if 'again' in options:  # survey.py could not look at it
+            raise OSError(options['again'], os.strerror(options['again']))
         yield from READERS[kind](path, options, notes)
     except (Skip, Unreachable):
         raise

@@ -87,6 +87,8 @@ def look_at(task):
             found = {'skip': str(reason)}
         except Exception as error:  # of whatever library
             found = {'skip': reason_of(error)}
+            if getattr(error, 'errno', None):  # the disk's fault: its reader says so, and it may be better next time
+                found = {'kind': source.kind, 'plan': {'again': error.errno}}
         if found:
             results.append((i, found))
     return results
