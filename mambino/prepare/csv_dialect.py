@@ -12,7 +12,7 @@ import re
 from typing import NamedTuple
 
 from mambino.prepare import csv_header
-from mambino.prepare.csv_records import NULL, RULE, Dialect, lines_of, masked, misfit, split
+from mambino.prepare.csv_records import NULL, RULE, Dialect, fits, lines_of, masked, misfit, split
 from mambino.prepare.encodings import open_text
 from mambino.prepare.files import Skip
 from mambino.prepare.json_look import is_packed, is_wide
@@ -75,6 +75,7 @@ class Tally:
         first, *others = sample.pieces
         self.read(lines_of(masked(first, dialect)), sample.is_all)
         self.is_short = len(self.records) < ROWS and not sample.is_all
+        self.head = len(self.records)
         self.count()
         if all(record.lines == 1 for record in self.records):
             for piece in others:  # where no cell has lines, a line begins a row
@@ -350,7 +351,7 @@ def finished(tally, skip, comments, lines, wanted):
     """(Dialect, rows) with what can be said of the header and the columns."""
     width = tally.width
     dialect = tally.dialect
-    records = list(tally.records)
+    records = tally.records[:tally.head]
     while len(records) > 1 and csv_header.is_title(records[0].cells, records[1].cells, width):
         skip += records.pop(0).lines
         while skip < len(lines) and not lines[skip].strip():
@@ -372,20 +373,29 @@ def finished(tally, skip, comments, lines, wanted):
     header = csv_header.is_header(first, below, kinds) or any(name.strip().lower() in wanted for name in first)
     if header and not below:
         raise Empty('empty: no rows below the header')
+    elsewhere = [record.cells for record in tally.records[tally.head:] if len(record.cells) == width]
+    below += [row for row in elsewhere if fits(row, kinds)]  # others may be lines of a cell
     if not header:
-        below = rows
+        below = rows[:rows[0] is first] + below
         first = [''] * width
-    if len(first) == width - 1:
-        is_trailing = all(not row[-1].strip() for row in below)
-        if is_trailing:
-            first = first + ['']
-        elif csv_header.are_names_of_rows(below, kinds):
-            first = ['row'] + first
-    if len(first) == width + 1 and not first[-1].strip():
-        first = first[:-1]
-    if len(first) != width:
-        raise Skip(f'{len(below):,} of the first {len(records) - 1:,} {misfit(width, len(first))}')
+    names = names_for(first, below, kinds)
+    if len(names) != width:
+        raise Skip(f'{len(below):,} of the first {len(records) - 1:,} {misfit(width, len(names))}')
     dialect = dialect._replace(
         blanks=csv_header.has_blanks(below), comments=comments, skip=skip, header=header,
-        names=tuple(csv_header.distinct(first)), kinds=kinds)
+        names=tuple(csv_header.distinct(names)), kinds=kinds)
     return dialect, below
+
+
+def names_for(first, rows, kinds):
+    """The names in the first row, as many as there are columns: one less where each row ends with a
+    delimiter, or begins with its own name, and one more where only the header ends with a delimiter.
+    """
+    width = len(kinds)
+    if len(first) == width - 1 and all(not row[-1].strip() for row in rows):
+        return first + ['']
+    if len(first) == width - 1 and csv_header.are_names_of_rows(rows, kinds):
+        return ['row'] + first
+    if len(first) == width + 1 and not first[-1].strip():
+        return first[:-1]
+    return first
