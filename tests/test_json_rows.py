@@ -89,6 +89,7 @@ FORMS = {
     'not a number': lines(*({**row, 'score': float('nan')} for row in ROWS)),
     'data': json.dumps({'version': 1, 'data': ROWS}),
     'deep': json.dumps({'response': {'status': 'ok', 'docs': ROWS}, 'took': 3}, indent=1),
+    'deeper': json.dumps({'a': {'b': {'c': {'rows': ROWS}}}}),
     'splits': json.dumps({'train': ROWS[:20], 'test': ROWS[20:]}),
     'keys': json.dumps({f'a{i}': row for i, row in enumerate(ROWS)}),
     'columns': json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
@@ -132,6 +133,13 @@ def test_what_is_no_table(tmp_path):
         assert read(write(tmp_path / 'a.json', plain))[0] == [plain]
     with pytest.raises(Skip, match="Python's, with single quotes"):
         read(write(tmp_path / 'a.json', str(ROWS)))
+    paths = {f'/{i}': {'get': {'summary': TEXTS[i], 'id': f'get{i}'}} for i in range(30)}
+    spec = {'title': 'A service', 'paths': paths}
+    assert read(write(tmp_path / 'a.json', json.dumps(spec))) == ([json.dumps(spec)], [])
+    talks = [
+        {'title': f'On bread {i}', 'mapping': {f'{i}-{k}': {'said': TEXTS[k]} for k in range(4)}} for i in range(30)]
+    assert read(write(tmp_path / 'a.json', json.dumps(talks)))[1] == [
+        'no clear text column among: title, mapping; say which with --text_column=title; taken as plain text']
     many = json.dumps(settings * 10)
     assert reason(write(tmp_path / 'a.json', many)) == (
         'no clear text column among: name, on; say which with --text_column=name')

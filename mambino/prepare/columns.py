@@ -316,10 +316,10 @@ def has_columns(profile, columns):
 
 def are_usual(columns):
     """Whether these have names that say they are the text."""
-    usual_names = {*COLUMNS, *TALKS, *BEFORE, *ASKED, *ANSWERED}
-    return all(name.lower() in usual_names for name in columns)
+    usual_names = {*COLUMNS, *WEAK, *TALKS, *BEFORE, *ASKED, *ANSWERED}
+    return all(name.lower() in usual_names or ends_as_usual(name) for name in columns)
 
 
-def is_rich(profile, columns):
-    """Whether there is so much text in these columns that nobody takes it for settings."""
-    return sum(words_a_row(profile[name]) for name in columns if name in profile) >= 8
+def is_rich(profile, columns, words=8):
+    """Whether there are so many words a row in these columns."""
+    return sum(words_a_row(profile[name]) for name in columns if name in profile) >= words

@@ -8,7 +8,7 @@ from mambino.prepare.columns import SAMPLE_ROWS
 
 FEWEST = 5      # rows; less is a setting
 SMALL = 1 << 18  # characters of an object that is taken as a whole
-DEEPEST = 3     # objects around the list
+DEEPEST = 5     # objects around the list
 MOST = 1 << 26  # characters that are looked through
 SHARE = 0.6     # of the object that its rows are, at least
 

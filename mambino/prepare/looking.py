@@ -15,6 +15,8 @@ KINDS = ('jsonl', 'csv', 'parquet', 'arrow', 'data', 'text')  # that are tables,
 APART = {'parquet': arrow_rows.read_parquet, 'arrow': arrow_rows.read_arrow}  # whose parsers may crash
 FEW = 5        # rows of a .json: less are settings
 MANY = 100     # rows of a .json without a text that make it a table all the same
+SAID = 20      # rows of a .json that are worth a note when it is taken as a text
+MUCH = 20      # words a row that are text, whatever they are called
 TEXT_ROWS = 3  # rows that a file without a name for it needs, to be a table
 NO_JSON = {'kind': 'text', 'plan': {'said': ['no JSON in it: taken as plain text']}}
 
@@ -39,7 +41,7 @@ def look(kind, path, options, look_apart=None):
     looked = looked or json_look.look(path, kind, options)
     if looked is None and kind == 'jsonl':
         looked = csv_look.look(path, options)
-        return looked if 'profile' in looked else NO_JSON
+        return looked if len(looked.get('profile', ())) > 1 else NO_JSON
     return looked
 
 
@@ -84,24 +86,35 @@ def alone(kind, path, options, look_apart=None):
         return looked['kind'], looked['plan']
     wanted = options['text_column']
     chosen, reason = columns.wanted(looked['profile'], wanted) if wanted else columns.choose(looked['profile'])
-    if chosen and not is_setting(kind, looked, options):
+    if chosen and (wanted or not is_setting(kind, looked, chosen)):
         return looked['kind'], plan_of(looked, chosen) | {'parts': []}
-    if not is_plain(kind, looked, options):
+    plan = {} if chosen else plain_plan(kind, looked, reason, options)
+    if plan is None:
         raise Skip(reason)
-    return kind, {}
+    return kind, plan
 
 
 # -----------------------------------------------------------------------------
 # Small files that are called no table
 
-def is_setting(kind, looked, options):
-    """Whether a file is too small, and too little called a table, to be taken for one."""
-    is_one_value = looked['plan'].get('layout') not in ('lines', 'values')
-    return not options['text_column'] and kind in ('data', 'text') and is_one_value and looked['rows'] < FEW
+def is_setting(kind, looked, chosen):
+    """Whether a file is too little like a table, and too little called one, to be taken for one though
+    it has columns that could be read: few rows, or a list in an object without a name for its text.
+    """
+    layout = looked['plan'].get('layout')
+    if kind not in ('data', 'text') or layout in ('lines', 'values'):
+        return False
+    is_inside = layout in ('object', 'columns')
+    is_text = columns.are_usual(chosen) or columns.is_rich(looked['profile'], chosen, MUCH)
+    return looked['rows'] < FEW or is_inside and not is_text
 
 
-def is_plain(kind, looked, options):
-    """Whether a file without a clear text column is read as it stands: settings in JSON, say."""
-    if kind == 'data':
-        return looked['rows'] < (FEW if options['text_column'] else MANY)
-    return kind == 'text' and looked['rows'] < TEXT_ROWS
+def plain_plan(kind, looked, reason, options):
+    """The plan of a file without a clear text column that is read as it stands, settings in JSON, say;
+    None where it is not. reason: why there is none.
+    """
+    rows = looked['rows']
+    is_small = kind == 'data' and rows < (FEW if options['text_column'] else MANY)
+    if not is_small and not (kind == 'text' and rows < TEXT_ROWS):
+        return None
+    return {'said': [f'{reason}; taken as plain text']} if reason and rows >= SAID else {}

@@ -154,12 +154,15 @@ def choose_all(sources, found, options):
             choices = columns.choose_together(profiles)
         for i in indexes:
             chosen, reason = choices[i]
-            if chosen and not looking.is_setting(sources[i].kind, found[i], options):
+            kind = sources[i].kind
+            if chosen and (options['text_column'] or not looking.is_setting(kind, found[i], chosen)):
                 plans[i] = found[i]['kind'], looking.plan_of(found[i], chosen)
-            elif looking.is_plain(sources[i].kind, found[i], options):
-                plans[i] = sources[i].kind, {}
-            else:
+                continue
+            plan = {} if chosen else looking.plain_plan(kind, found[i], reason, options)
+            if plan is None:
                 reasons[i] = reason
+            else:
+                plans[i] = kind, plan
     return plans, reasons
 
 
