@@ -52,7 +52,8 @@ encoding = ''         # of texts and tables, where you know it: gbk, cp1251, ...
 document_separator = ''  # what stands between the documents in one text file, say <|endoftext|>; \n is
                       # a newline
 dedupe = True         # drop documents that are exactly like an earlier one; near copies stay
-pdf = 'auto'          # pypdf; or pypdfium2, faster, a package of its own; auto: that when installed
+pdf = 'auto'          # pypdf; or pypdfium2, faster, a package of its own; auto: that when installed,
+                      # and pypdf for the pages that it cannot read
 file_seconds = 60.0   # of computing that a PDF or an HTML page may take; for a PDF half a second
                       # more with each page
 file_memory_mb = 1024.0  # that it may need (Linux)
