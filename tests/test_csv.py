@@ -200,6 +200,8 @@ def test_rows_that_do_not_fit_the_header(check, tmp_path):
     assert reason(write(tmp_path / 'b.csv', content)) == '60 of the first 60 rows have 4 fields, the header 3'
     content = table(lambda i, text: f'{text}, more,en\n', 'text,lang\n')
     assert reason(write(tmp_path / 'b.csv', content)) == '60 of the first 60 rows have 3 fields, the header 2'
+    content = table(lambda i, text: f'{i},{text},{("pos", "neg")[i % 2]}\n')
+    assert reason(write(tmp_path / 'b.csv', content)) == '60 of the first 60 rows have 3 fields, the header 2'
     ends_early = table(lambda i, text: f'{i},{text}{",en,5" * (i % 6 > 0)}\n', 'id,text,lang,score\n')
     assert check(ends_early) == (TEXTS, ['10 rows end early: the header has 4 fields'])
 
@@ -222,6 +224,7 @@ def test_the_header_again(check):
 def test_tables_without_a_text(tmp_path):
     path = tmp_path / 'a.csv'
     assert reason(write(path, 'id,text\n')) == 'empty: no rows below the header'
+    assert reason(write(path, 'text\n')) == 'empty: no rows below the header'
     numbers = ''.join(f'{i},{i * 2},{i / 3:.3f}\n' for i in range(500))
     assert reason(write(path, 'a,b,c\n' + numbers)) == (
         'no clear text column among: a, b, c: a holds numbers, not text')

@@ -26,6 +26,7 @@ PIECE = 1 << 16  # with so many bytes each
 ONE_COLUMN = '\x1f'
 DELIMITERS = ['\t', ONE_COLUMN, '\x01', '|', ';', '^', '~', '¦', ',']
 FITTING = 0.8    # share of rows that have as many cells as the most of them
+NO_ROWS = 'empty: no rows below the header'
 EXCEL = re.compile(r'"?sep=(.)"?\s*$', re.I)
 
 
@@ -303,9 +304,13 @@ def has_prose_after(tally, width):
 def one_column(sample, wanted):
     """The Tally of a table of one column; None where it is a text like another."""
     tally = quoting(sample, ONE_COLUMN)
-    if len(tally.records) < 2:
+    if not tally.records:
         return None
     first = tally.records[0].cells[0].strip()
+    if len(tally.records) == 1:
+        if first.lower() in csv_header.USUAL:
+            raise Empty(NO_ROWS)
+        return None
     if tally.proper >= 0.9 * (len(tally.records) - 1):
         names = re.split('[,;\t|]', first)
         if len(names) > 1 and csv_header.is_sure(names):
@@ -326,8 +331,9 @@ def with_rest(tally, sample):
     width = len(header)
     widths = [len(record.cells) for record in tally.records[1:]]
     shorter = sum(n < width for n in widths)
-    is_longer = any(cell.strip() for record in tally.records[1:] for cell in record.cells[width:])
-    if tally.proper or width < 2 or not is_longer or not csv_header.is_sure(header):
+    more = [cell for record in tally.records[1:] for cell in record.cells[width:]]
+    spaced = sum(cell.startswith(' ') for cell in more)  # as commas in a sentence are followed by a blank
+    if tally.proper or width < 2 or not more or spaced < 0.5 * len(more) or not csv_header.is_sure(header):
         return None
     dialect = tally.dialect._replace(quote='', rest=True, names=('',) * width)
     again = Tally(sample, dialect)
@@ -372,13 +378,14 @@ def finished(tally, skip, comments, lines, wanted):
     kinds = csv_header.kinds_of(some[::len(some) * width // CELLS + 1], width)
     header = csv_header.is_header(first, below, kinds) or any(name.strip().lower() in wanted for name in first)
     if header and not below:
-        raise Empty('empty: no rows below the header')
+        raise Empty(NO_ROWS)
     elsewhere = [record.cells for record in tally.records[tally.head:] if len(record.cells) == width]
     below += [row for row in elsewhere if fits(row, kinds)]  # others may be lines of a cell
     if not header:
         below = rows[:rows[0] is first] + below
         first = [''] * width
-    names = names_for(first, below, kinds)
+    may_be_of_r = records[0].quoted or dialect.delimiter == '\t'
+    names = names_for(first, below, kinds, may_be_of_r)
     if len(names) != width:
         raise Skip(f'{len(below):,} of the first {len(records) - 1:,} {misfit(width, len(names))}')
     dialect = dialect._replace(
@@ -387,14 +394,15 @@ def finished(tally, skip, comments, lines, wanted):
     return dialect, below
 
 
-def names_for(first, rows, kinds):
+def names_for(first, rows, kinds, may_be_of_r):
     """The names in the first row, as many as there are columns: one less where each row ends with a
-    delimiter, or begins with its own name, and one more where only the header ends with a delimiter.
+    delimiter, or begins with its own name, as R writes it, and one more where only the header ends
+    with a delimiter.
     """
     width = len(kinds)
     if len(first) == width - 1 and all(not row[-1].strip() for row in rows):
         return first + ['']
-    if len(first) == width - 1 and csv_header.are_names_of_rows(rows, kinds):
+    if len(first) == width - 1 and may_be_of_r and csv_header.are_names_of_rows(rows, kinds):
         return ['row'] + first
     if len(first) == width + 1 and not first[-1].strip():
         return first[:-1]
