@@ -8,6 +8,7 @@ that made them.
     find         sources.py      files, folders and patterns ──► sources, in an order of their own
     look         survey.py       tables: which column has the text? large ones are cut into parts
     extract      readers.py      sources ──► documents: clean text, on disk; in many processes
+    judge        account.py      what each file gave and lost: too much lost, and it is left out
     decide       corpus.py       copies are dropped; train or val
     tokenizer    vocabulary.py   a given one, tried on a sample (trial.py), or one trained on it
     encode       output.py       documents ──► ids; in many processes
@@ -126,6 +127,8 @@ def main():
         # extract
         tasks = extract.make_tasks(files, plans, work, options, seed, chars=tokenizer == 'char')
         reports = extract.extract(tasks, work)
+
+        # judge
         total = settle(tasks, reports)
         skipped = report.sort_skipped(skipped + unusable + total['skipped'])
         if separator and not total['separators']:
