@@ -30,7 +30,9 @@ SAMPLE = 1 << 22      # characters of rows that are looked at, at the beginning;
 PLACES = 10           # and in so many places of a large file,
 PLACE_ROWS = 20       # so many rows in each
 PLACE = 1 << 20       # bytes in which these should be
-UNPACKED = 8         # chunks of a packed file that tell its encoding
+FIRST = 50            # rows whose columns are looked at, and of the others
+FIFTH = 5             # every fifth one
+UNPACKED = 8          # chunks of a packed file that tell its encoding
 PART_BYTES = 8_000_000  # of a large file, that are read together
 BEGINS = re.compile(r'\s*(?:\x1e|//[^\n]*\n|#[^\n]*\n|\s)*[\[{"]')
 WIDE = ('utf-16', 'utf_16', 'utf-32', 'utf_32', 'iso2022', 'hz')  # line ends are not one byte there
@@ -60,7 +62,7 @@ def look(path, named, options):
         encoding = encoding_of(path, notes, options, 'jsonl')
     plan = {'encoding': encoding, 'said': list(notes), 'sampled': is_sampled, 'names': []} | layout
     plan['names'] = plan['names'] or names_of(rows)
-    dicts = [as_dict(row, plan['names']) for row in rows]
+    dicts = [as_dict(row, plan['names']) for row in rows[:FIRST] + rows[FIRST::FIFTH]]
     if not any(dicts) or named == 'text' and all(isinstance(row, str) for row in rows):
         return no_rows(head, named)
     if plan['layout'] == 'lines':
