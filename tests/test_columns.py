@@ -52,6 +52,7 @@ TABLES = {
     'chinese': ('zh', lambda i: {'id': f'zh-{i}', 'zh': f'今天天气很好我们去公园散步{i}'}),
     'the longest by far': ('review_body', lambda i: {
         'product_title': prose(i, 5), 'review_headline': prose(i, 3), 'review_body': prose(i, 60)}),
+    'a title is no rival': ('blurb', lambda i: {'title': prose(i, 5), 'blurb': prose(i, 9)}),
     'two alike': (ASK + 'left, right; say which with --text_column=left', lambda i: {
         'left': prose(i), 'right': prose(i)}),
     'languages': (ASK + 'pair.en, pair.de; say which with --text_column=pair.en', lambda i: {

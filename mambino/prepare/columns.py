@@ -173,7 +173,7 @@ def clearest(profile, candidates):
     is_unread = any(trouble(column).startswith('objects') for column in profile.values())
     if name.lower() in TITLES and is_unread:
         return None  # of what is in there, probably
-    second = amounts[1][0] if len(amounts) > 1 else 0
+    second = max((more for more, other in amounts[1:] if other.lower() not in TITLES), default=0)
     is_prose = words >= PROSE and not is_category(candidates[name])
     return [name] if is_prose and words >= CLEAR * second else None
 
