@@ -160,6 +160,16 @@ def test_a_column_that_is_asked_for(tmp_path):
     assert reason(path, text_column='a') == 'text_column=a: none of the inputs is a table'
 
 
+def test_a_column_that_comes_late(tmp_path):
+    rows = [json.dumps({'id': f'a-{i}', 'note': 'so it is'}) for i in range(3000)]
+    late = [json.dumps({'id': f'b-{i}', 'body': prose(i)}) for i in range(2000)]
+    path = write(tmp_path / 'a.jsonl', '\n'.join(rows + late))
+    assert read(path) == ([prose(i) for i in range(2000)], ['3,000 rows without text in body'])
+    path = write(tmp_path / 'b.jsonl', '\n'.join(rows[:2600] + late[:1] + rows[2600:]))
+    assert read(path, text_column='body')[0] == [prose(0)]
+    assert 'no column bodi' in reason(path, text_column='bodi')
+
+
 def surveyed(folder, kinds, **options):
     """{name: the form, or why it is skipped} of the files of a folder."""
     sources = [Source(str(path), kinds[path.suffix], 1, 0) for path in sorted(folder.iterdir())]

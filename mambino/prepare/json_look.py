@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 
+from mambino.configurator import split_list
 from mambino.prepare import files
 from mambino.prepare.cells import text_of
 from mambino.prepare.columns import LONGEST_ROW, SAMPLE_ROWS
@@ -23,7 +24,7 @@ from mambino.prepare.encodings import encoding_of, encoding_of_bytes, open_text
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.json_objects import look_inside
 from mambino.prepare.json_values import DECODER, Broken, Values
-from mambino.prepare.looks import profile_of
+from mambino.prepare.looks import new_column, profile_of
 
 HEAD = 1 << 18        # characters that tell the layout
 SAMPLE = 1 << 22      # characters of rows that are looked at, at the beginning;
@@ -65,17 +66,37 @@ def look(path, named, options):
     dicts = [as_dict(row, plan['names']) for row in rows[:FIRST] + rows[FIRST::FIFTH]]
     if not any(dicts) or named == 'text' and all(isinstance(row, str) for row in rows):
         return no_rows(head, named)
+    profile = {}
     if plan['layout'] == 'lines':
         plan['parts'] = parts_of(path, encoding)
+        profile = {name: new_column() for name in later_columns(path, dicts, options['text_column'])}
     return {
         'kind': 'jsonl' if plan['layout'] == 'lines' else 'json',
         'format': NAMES[plan['layout']],
         'plan': plan,
         'facts': notes.facts,
-        'profile': profile_of(dicts),
+        'profile': profile_of(dicts, profile),
         'rows': len(rows),
         'alone': plan.pop('alone', False),
     }
+
+
+def later_columns(path, dicts, wanted):
+    """The columns that --text_column asks for and that these rows do not have, but others of the file
+    may: their names stand in it.
+    """
+    names = {wanted, *(name.strip() for name in split_list(wanted, ','))} if wanted else set()
+    sought = [name for name in names if not any(name in row for row in dicts)]
+    seen = set()
+    tail = b''
+    try:
+        for data in files.chunks(path) if sought else ():
+            data = tail + data
+            seen.update(name for name in sought if f'"{name}"'.encode() in data)
+            tail = data[-1000:]
+    except Exception:  # damaged: its reader says so
+        pass
+    return sorted(seen)
 
 
 def encoding_at(path, options):
@@ -173,6 +194,7 @@ def line_rows(path, encoding):
     """
     size = 0
     taken = 0
+    line = ''
     with open_text(path, encoding) as f:
         try:
             while taken < SAMPLE_ROWS // 2 and size < SAMPLE and (line := f.readline(LONGEST_ROW)):
@@ -184,9 +206,9 @@ def line_rows(path, encoding):
         except Exception:  # damaged: the rows before that place can be read
             if not taken:
                 raise
-    size = os.path.getsize(path)
-    if size < 2 * SAMPLE or is_packed(path) or is_wide(encoding):
+    if not line or is_packed(path) or is_wide(encoding):
         return
+    size = os.path.getsize(path)
     with open(path, 'rb') as f:
         for i in range(1, PLACES + 1):
             f.seek(size * i // (PLACES + 1))
