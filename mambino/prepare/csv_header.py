@@ -32,7 +32,7 @@ def is_header(first, rows, kinds):
     if not names_of(first):
         return False
     for i, name in enumerate(names):
-        if any(row[i].strip() == name for row in rows):
+        if name and any(row[i].strip() == name for row in rows):
             return False
     lengths = [sum(len(row[i]) for row in rows) / len(rows) for i in range(len(names))]
     is_one = len(names) == 1  # it was taken for a table by its name alone
