@@ -6,7 +6,9 @@ import random
 import pytest
 from helpers.readers import read, reason, write
 
-from mambino.prepare import isolate
+from mambino.prepare import encodings, isolate, mixed
+from mambino.prepare.declared import check_encoding, codec_of
+from mambino.prepare.files import CHUNK, Notes
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -93,3 +95,173 @@ def test_html_says_its_encoding(tmp_path):
             html(tmp_path, (head.format(wrong) + 'café, naïve').encode('cp1252')) == 'café, naïve\n'
         )
     assert html(tmp_path, (head.format('koi8-r') + 'café').encode()) == 'café\n'  # but it is UTF-8
+
+
+# -----------------------------------------------------------------------------
+# Guesses
+
+SENTENCES = [
+    ('cp1252', 'Hier soir nous avons longé la rivière, puis nous sommes rentrés dîner. Voilà l’été déjà.'),
+    ('mac-roman', 'Hier soir nous avons longé la rivière, puis nous sommes rentrés dîner. Voilà l’été déjà.'),
+    ('iso8859-15', 'Ce cœur léger coûte 10 € à la sœur aînée, déjà très émue.'),
+    ('cp850', 'Gestern gingen wir lange am Fluß spazieren und fuhren später zurück. Schöne Grüße.'),
+    ('cp1250', 'Árvíztűrő tükörfúrógép. Tegnap este hosszú sétát tettünk, aztán hazamentünk.'),
+    ('iso8859-2', 'Wczoraj poszliśmy na długi spacer, a potem wróciliśmy do domu. Źdźbło trawy lśniło.'),
+    ('cp852', 'Včera večer jsme dlouho šli podél řeky. Příliš žluťoučký kůň úpěl ďábelské ódy.'),
+    ('cp1254', 'Dün akşam uzun bir yürüyüş yaptık, sonra eve dönüp çay içtik. Öğrenciler ışığı söndürdü.'),
+    ('cp1257', 'Vakar vakare ilgai vaikščiojome palei upę, o paskui grįžome namo vakarienės.'),
+    ('koi8-u', 'Учора ввечері ми довго гуляли вздовж річки, а потім повернулися додому. Їжак їсть її.'),
+    ('cp866', 'Вчера вечером мы долго гуляли вдоль реки, а потом вернулись домой и поужинали.'),
+    ('iso8859-5', 'Вчера вечером мы долго гуляли вдоль реки, а потом вернулись домой и поужинали.'),
+    ('mac-cyrillic', 'Вчера вечером мы долго гуляли вдоль реки. А потом Все вернулись домой. Ужинали. Пили Чай.'),
+    ('iso8859-7', 'Χθες το βράδυ περπατήσαμε πολλή ώρα δίπλα στο ποτάμι. Άλλη μια ημέρα, Έλληνες.'),
+    ('cp1255', 'אתמול בערב הלכנו זמן רב לאורך הנהר, ואחר כך חזרנו הביתה לארוחת ערב.'),
+    ('cp1256', 'مشينا مساء أمس طويلا على ضفة النهر، ثم عدنا إلى البيت وتناولنا العشاء.'),
+    ('cp874', 'เมื่อวานตอนเย็นเราเดินเล่นริมแม่น้ำเป็นเวลานาน แล้วกลับบ้านไปดื่มชา'),
+    ('gb18030', '他说今天的天气真好，我们一起去公园散步吧。她点了点头，没有回答。'),
+    ('cp950', '他說今天的天氣真好，我們一起去公園散步吧。她點了點頭，沒有回答。'),
+    ('big5hkscs', '佢哋話今日天氣好好，我哋一齊去公園散步啦。佢點咗頭，冇答，嗰陣時行返屋企。'),
+    ('cp932', 'コンピュータのプログラムを試すために使います。昨日の夕方、川のそばを歩きました。'),
+    ('euc_jp', 'コンピュータのプログラムを試すために使います。昨日の夕方、川のそばを歩きました。'),
+    ('cp949', '어제 저녁에 강가를 오래 걸었습니다. 그리고 집에 돌아와 저녁을 먹었습니다.'),
+    ('johab', '어제 저녁에 강가를 오래 걸었습니다. 그리고 집에 돌아와 저녁을 먹었습니다.'),
+]
+
+
+@pytest.mark.parametrize('encoding, sentence', SENTENCES, ids=[encoding for encoding, _ in SENTENCES])
+def test_guesses(tmp_path, encoding, sentence):
+    shapes = [
+        sentence,
+        ''.join(f'{i}: {sentence}\r\n' for i in range(50)),
+        sentence.replace('\n', '') * (200_000 // len(sentence)),   # one line
+        ''.join(f'def function_{i}(value):  # {sentence}\n    return value + {i}\n' for i in range(9)),
+    ]
+    for text in shapes:
+        documents, notes = read(write(tmp_path / 'a.txt', text.encode(encoding)))
+        assert documents == [text.replace('\r', '')]
+        shown, = notes
+        assert shown.startswith(f'encoding guessed: {encoding}, as in "')
+        assert shown.split('"')[1].strip() in text.replace('\r\n', ' ') + ' '
+
+
+def test_a_guess_is_put_down(tmp_path):
+    notes = Notes()
+    encodings.encoding_of(write(tmp_path / 'a.txt', 'Größe'.encode('cp1252')), notes)
+    assert notes.facts == {'encoding': 'cp1252'}
+    notes = Notes()
+    encodings.encoding_of(write(tmp_path / 'a.txt', 'Größe'), notes)
+    assert notes.facts == {} and not notes
+
+
+@pytest.mark.parametrize('text, encoding', [('naïve', 'cp1252'), ('Le garçon était là', 'cp1252'),
+                                            ('Быстрая лиса', 'koi8-r'), ('今天的天气真好', 'gbk')])
+def test_the_first_odd_letter_comes_late(tmp_path, text, encoding):
+    early = 'the cat sat on the mat and the dog ran home with a stick\n' * 40_000    # more than two chunks
+    assert len(early) > 2 * CHUNK
+    documents, notes = read(write(tmp_path / 'a.txt', (early + text + '\n').encode(encoding)))
+    assert documents == [early + text + '\n'] and len(notes) == 1
+    rows = 'text,id\n' + ''.join(f'{line},1\n' for line in (early + text).split('\n'))
+    documents, _ = read(write(tmp_path / 'a.csv', rows.encode(encoding)), text_column='text')
+    assert documents[-1] == text
+
+
+def test_a_cut_never_splits_a_character(tmp_path):
+    texts = {'gbk': '他说今天的天气真好', 'shift_jis': '昨日の夕方、川のそばを', 'big5': '他說今天的天氣真好'}
+    for encoding, text in texts.items():
+        for k in range(3):
+            long = 'x' * k + text * (2 * CHUNK // len(text))    # no blank, no newline
+            assert read(write(tmp_path / 'a.txt', long.encode(encoding)))[0] == [long]
+
+
+def test_utf_16_without_a_mark(tmp_path):
+    for text in '他说今天的天气真好，我们一起去', 'コンピュータのプログラム', 'Вчера', 'if a', 'αβγ δ', '어제 저녁에':
+        for encoding in 'utf-16-le', 'utf-16-be', 'utf-32-le', 'utf-32-be':
+            for end in '', '\n':
+                documents, notes = read(write(tmp_path / 'a.txt', (text + end).encode(encoding)))
+                assert documents == [text + end] and notes[0].startswith(f'encoding guessed: {encoding}')
+
+
+def test_escapes(tmp_path):
+    texts = {'iso2022_jp': 'abc 日本語の文章\n', 'iso2022_kr': 'abc 한국어 문장\n', 'hz': 'abc 中文\n'}
+    for encoding, text in texts.items():
+        assert read(write(tmp_path / 'a.txt', (text * 9).encode(encoding)))[0] == [text * 9]
+    plain = '\x1b[31mred\x1b[0m costs \x1b$5 ~{x} ~/home\n'
+    assert read(write(tmp_path / 'a.txt', plain))[0] == [plain]
+
+
+def test_no_language(tmp_path):
+    noise = random.Random(0).choices(range(128, 256), k=3000)
+    assert reason(write(tmp_path / 'a.txt', bytes(noise))) == \
+        'unknown encoding; if you know it, say it with --encoding='
+    assert reason(write(tmp_path / 'a.txt', ('an old text of a mainframe ' * 40).encode('cp037'))) == \
+        'EBCDIC; say which, as in --encoding=cp037'
+
+
+# -----------------------------------------------------------------------------
+# Damage, and two encodings in one file
+
+def test_lines_of_another_encoding(tmp_path):
+    lines = [f'{i} Größe und Maß, schöner Tag' for i in range(30)]
+    data = b'\n'.join(line.encode('cp1252' if i % 7 == 3 else 'utf-8') for i, line in enumerate(lines))
+    documents, notes = read(write(tmp_path / 'log.txt', data))
+    assert documents == ['\n'.join(lines)]
+    assert notes == ['4 lines were no UTF-8: encoding guessed: cp1252, as in "3 Größe und Maß, schöner Tag"']
+    assert b'caf\xc3\xa9 \xe9\ncaf\xe9'.decode(mixed.name_of('cp1252'), 'replace') == 'café \ufffd\ncafé'
+
+
+def test_damage_is_counted(tmp_path):
+    line = 'Größe und Maß, schöner Tag\n'.encode()
+    data = line * 400 + line.replace(b'\xb6', b'\xff') * 8
+    documents, notes = read(write(tmp_path / 'a.txt', data))
+    assert documents[0].count('\ufffd') == 32 and notes == ['32 bytes were no UTF-8, one in 395']
+    stray = b'all of this is plain\n' * 200
+    documents, notes = read(write(tmp_path / 'a.txt', stray + b'x\xffy\n' + stray))
+    assert documents[0].count('\ufffd') == 1 and notes == ['1 bytes were no UTF-8']
+
+
+# -----------------------------------------------------------------------------
+# What is declared, what is said
+
+RUSSIAN_LINE = 'Все счастливые семьи\n'
+
+
+@pytest.mark.parametrize('head', [
+    '<?xml version="1.0" encoding="windows-1251"?>\n<a>',
+    '# -*- coding: cp1251 -*-\n',
+    '#!/usr/bin/python\n# vim: set fileencoding=windows-1251 :\n',
+    'msgid ""\nmsgstr ""\n"Content-Type: text/plain; charset=CP1251\\n"\n',
+    '@charset "windows-1251";\n',
+    '\\documentclass{article}\n\\usepackage[cp1251]{inputenc}\n',
+    '/*!40101 SET NAMES cp1251 */;\n'])
+def test_declared_encodings(tmp_path, head):
+    text = head + RUSSIAN_LINE
+    assert read(write(tmp_path / 'a.txt', text.encode('cp1251'))) == ([text], [])
+    assert read(write(tmp_path / 'a.txt', text.encode('utf-8'))) == ([text], [])    # it is that all the same
+    documents, notes = read(write(tmp_path / 'a.txt', (head + RUSSIAN_LINE * 9).encode('koi8-r')))
+    assert documents == [head + RUSSIAN_LINE * 9]
+    assert notes[0] == 'says that it is cp1251, and is not'
+
+
+def test_names_as_browsers_take_them():
+    for label, codec in [('gb2312', 'gb18030'), ('ISO-8859-1', 'cp1252'), ('Shift_JIS', 'cp932'), ('euc-kr', 'cp949'),
+                         ('Big5', 'cp950'), ('windows1251', 'cp1251'), ('IBM850', 'cp850'), ('tis-620', 'cp874'),
+                         ('x-sjis', 'cp932'), ('utf8', 'utf-8'), ('rot13', None), ('klingon', None), ('idna', None)]:
+        assert codec_of(label) == codec
+
+
+def test_an_encoding_that_is_said(tmp_path, capsys):
+    text = 'Все счастливые семьи похожи\n'
+    path = write(tmp_path / 'a.txt', text.encode('koi8-r'))
+    assert read(path, encoding='koi8-r') == ([text], [])
+    assert read(path, encoding='cp1251')[0] == [text.encode('koi8-r').decode('cp1251')]    # as you say
+    assert reason(path, encoding='utf-8') == 'not utf-8: byte 1 does not fit'
+    assert reason(path, encoding='gbk') == 'not gb18030: byte 3 does not fit'
+    late = ('字' * 3000).encode('gbk')
+    assert read(write(tmp_path / 'b.txt', late + b'\xff' + late), encoding='gb2312') == (
+        ['字' * 3000 + '\ufffd' + '字' * 3000], ['1 bytes were no gb18030'])
+    rows = write(tmp_path / 'c.csv', 'id,text\n1,семьи\n'.encode('koi8-r'))
+    assert read(rows, encoding='koi8-r') == (['семьи'], [])
+    check_encoding('Latin-1')
+    with pytest.raises(SystemExit):
+        check_encoding('cp12510')
+    assert 'encoding=cp12510: no such encoding; the nearest are cp1251' in capsys.readouterr().err

@@ -10,18 +10,17 @@
                 ├► zeros of UTF-16, escapes of ISO 2022   utf-16-le, iso2022_jp, ...
                 ├► valid UTF-8
                 ├► what the text declares, if it fits     declared.py
-                ├► UTF-8 with damage, which is counted
+                ├► UTF-8 with damage, which is counted, or with other lines     mixed.py
                 └► a guess, which is shown                guess.py
 """
 import codecs
 import io
 import itertools
-import re
 import sys
-from typing import NamedTuple
 
-from mambino.prepare import guess
+from mambino.prepare import guess, mixed
 from mambino.prepare.declared import codec_of, declared
+from mambino.prepare.evidence import count_wrong, escaped_encoding, gather, look_through
 from mambino.prepare.files import Skip, chunks, open_bytes
 
 MARKS = {
@@ -31,16 +30,14 @@ MARKS = {
     codecs.BOM_UTF16_LE: 'utf-16',
     codecs.BOM_UTF16_BE: 'utf-16',
 }
-ESCAPED = ('iso2022_jp', 'iso2022_jp_ext', 'iso2022_jp_2', 'iso2022_kr', 'hz')
-ASCII = bytes(range(128))
-BETWEEN = re.compile(rb'[\0-/]')  # bytes that are part of no longer character in any encoding
-CONTROL = bytes(b for b in range(32) if b not in b'\t\n\f\r\b\x01\x0e\x0f\x1b\x1e\x1f')
-REPLACEMENT = '\ufffd'.encode()  # a text may have it on purpose
-MOST_WRONG = 0.001   # share of the bytes that need not fit an encoding that was said or declared
-MOST_DAMAGED = 0.05  # share of the bytes beyond ASCII that need not fit UTF-8
-GUESS_BYTES = 1 << 16   # so many tell an old encoding
-LONGEST_LINE = 1 << 14  # so much of a line is looked at
-SHOWN = 48           # characters of a line that are shown with a guess
+CONTROL = bytes(b for b in range(32) if b not in b'\t\n\f\r\b\x01\x1b\x1e\x1f')
+MOST_CONTROL = 0.005    # share of them in a text
+MOST_WRONG = 0.001      # of the bytes that need not fit an encoding that was said or declared
+MOST_DAMAGED = 0.05     # of the bytes beyond ASCII that need not fit UTF-8
+MUCH_WORSE = 1.4        # times the bits of another encoding: a declared one is wrong
+COMPARED = 100          # lines
+CONTEXT = 1 << 13       # bytes at the beginning that help to tell the language
+SHOWN = 48              # characters of a line that are shown with a guess
 TABLES = ('jsonl', 'json', 'csv')  # of these, rows before a damaged place can be read
 
 
@@ -99,10 +96,11 @@ def obeyed(parts, name, notes):
 def found(parts, head, notes, kind):
     """The encoding of bytes that nobody has said anything of."""
     control = len(head) - len(head.translate(None, CONTROL))
-    if control > 1 + 0.005 * len(head):
-        name = guess.wide_encoding(head)
-        if name is None:
+    if control > 1 + MOST_CONTROL * len(head) and b'\x1b$' not in head:
+        best = guess.of_wide(head)
+        if best is None:
             raise Skip('binary')
+        name = best.name
         say_guess(name, [head], notes)
         count_wrong(parts, name).say(notes)
         return name
@@ -110,183 +108,80 @@ def found(parts, head, notes, kind):
     name = escaped_encoding(parts) if has_escapes else None
     if name or is_utf8:
         return name or 'utf-8'
-
     evidence = gather(parts())
+    return (declared_encoding(parts, head, evidence, notes, kind)
+            or damaged_utf8(parts, head, evidence, notes)
+            or guessed(parts, head, evidence, notes))
+
+
+def declared_encoding(parts, head, evidence, notes, kind):
+    """The encoding that a text says it is in; None where it says none, or one that does not fit."""
     name = declared(head, evidence.tail, kind)
-    if name:
-        wrong = count_wrong(parts, name)
-        if wrong.share <= MOST_WRONG:
-            wrong.say(notes)
-            return name
-        notes.append(f'says that it is {name}, and is not')
-    if evidence.bad <= MOST_DAMAGED * evidence.good:
-        count_wrong(parts, 'utf-8').say(notes)
-        return 'utf-8'
-    name = guess.encoding_of_lines(evidence.lines)
     if name is None:
-        raise Skip('unknown encoding; if you know it, say it with --encoding=')
-    say_guess(name, evidence.lines, notes)
+        return None
+    wrong = count_wrong(parts, name)
+    if wrong.share > MOST_WRONG or not reads_like(name, evidence.lines, head):
+        notes.append(f'says that it is {name}, and is not')
+        return None
+    wrong.say(notes)
+    return name
+
+
+def reads_like(name, lines, head):
+    """Whether lines are a language in this encoding, compared with the likeliest one."""
+    best = guess.of_lines(lines, head[:CONTEXT])
+    if best is None or not best.is_sure or not lines:
+        return True
+    some = lines[:COMPARED]
+    return guess.bits_of(name, some) <= MUCH_WORSE * guess.bits_of(best.name, some)
+
+
+def damaged_utf8(parts, head, evidence, notes):
+    """The encoding of bytes of which the most are UTF-8; None where they are not. What is not may be
+    lines of another encoding, or damage.
+    """
+    others = [line for line in evidence.lines if mixed.is_of_other(line)]
+    best = guess.of_lines(others, head[:CONTEXT]) if others and evidence.valid_lines else None
+    if best and best.is_sure and guess.is_likelier_utf8(evidence.valid_lines, best.name):
+        name = mixed.name_of(best.name)
+        say_guess(best.name, others, notes, f'{evidence.bad_lines:,} lines were no UTF-8: ')
+    elif evidence.bad <= MOST_DAMAGED * evidence.good:
+        name = 'utf-8'
+    else:
+        return None
     count_wrong(parts, name).say(notes)
     return name
 
 
-def say_guess(name, lines, notes):
-    """Notes a guess, with what it makes of the first of the lines."""
-    text = lines[0][:1000].decode(name, 'ignore').strip()
+def guessed(parts, head, evidence, notes):
+    """The encoding of bytes that say nothing of it."""
+    if is_ebcdic(head):
+        raise Skip('EBCDIC; say which, as in --encoding=cp037')
+    best = guess.of_wide(head)
+    best = best or guess.of_lines(evidence.lines + evidence.valid_lines, head[:CONTEXT])
+    if evidence.bad <= MOST_WRONG * evidence.size and not (best and best.is_sure):
+        count_wrong(parts, 'utf-8').say(notes)  # a stray byte is no language
+        return 'utf-8'
+    if best is None:
+        raise Skip('unknown encoding; if you know it, say it with --encoding=')
+    name = best.name
+    say_guess(name, evidence.lines or [head], notes)
+    count_wrong(parts, name).say(notes)
+    return name
+
+
+def say_guess(name, lines, notes, what=''):
+    """Notes a guess of `what`, with what it makes of the first of the lines."""
+    text = lines[0].decode(name, 'ignore').strip()
     at = next((i for i, c in enumerate(text) if not c.isascii()), 0)
     start = max(0, at - SHOWN // 2)
     shown = ''.join(c if c.isprintable() else ' ' for c in text[start:start + SHOWN]).strip()
-    notes.append(f'encoding guessed: {name}, as in "{shown}"')
+    notes.append(f'{what}encoding guessed: {name}, as in "{shown}"')
 
 
-# -----------------------------------------------------------------------------
-# Looking through bytes
-
-def look_through(parts):
-    """(whether all of it is UTF-8, whether there may be escapes of ISO 2022 or HZ in it)"""
-    decoder = codecs.getincrementaldecoder('utf-8')()
-    has_escapes = False
-    inside = False  # a letter
-    try:
-        for part in parts:
-            has_escapes = has_escapes or b'\x1b$' in part or b'~{' in part
-            if inside or not part.isascii():  # which is many times faster to see
-                decoder.decode(part)
-                inside = decoder.getstate()[0] != b''
-        decoder.decode(b'', final=True)
-    except UnicodeDecodeError:
-        return False, False
-    return True, has_escapes
-
-
-def escaped_encoding(parts):
-    """The encoding of 7 bits whose escapes these are; None where they are something else."""
-    for name in ESCAPED:
-        try:
-            decoder = codecs.getincrementaldecoder(name)()
-            is_other = any([not decoder.decode(part).isascii() for part in parts()])
-            decoder.decode(b'', final=True)
-            if is_other:
-                return name
-        except UnicodeDecodeError:
-            continue
-    return None
-
-
-class Evidence(NamedTuple):
-    """What gather found in bytes that are not UTF-8."""
-    lines: list     # some that are not, from all over the file, GUESS_BYTES or more
-    bad: int        # places that are no UTF-8
-    good: int       # bytes of letters beyond ASCII that are
-    tail: bytes     # the last ones
-
-
-def gather(parts):
-    """The Evidence in bytes: a look at every one, but only C's at most of them."""
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    lines = []
-    size = 0
-    step = 1  # one in so many lines is taken
-    seen = 0
-    bad = 0
-    good = 0
-    block = b''
-    for block in whole_words(parts):
-        wrong = decoder.decode(block).count('\ufffd') - block.count(REPLACEMENT)
-        bad += wrong
-        good += max(0, high_bytes(block) - wrong)
-        if not wrong:
-            continue
-        for line in block.split(b'\n'):
-            if line.isascii() or is_valid(line):
-                continue
-            seen += 1
-            if seen % step == 0:
-                lines.append(line[:LONGEST_LINE])
-                size += len(lines[-1])
-                if size > 2 * GUESS_BYTES:
-                    lines = lines[::2]
-                    size = sum(map(len, lines))
-                    step *= 2
-    bad += len(decoder.decode(b'', final=True))
-    return Evidence(lines, bad, good, block)
-
-
-def whole_words(parts):
-    """The bytes again, in blocks that begin and end where no character of any encoding is cut. Where
-    many have neither a blank nor a newline, some are left out.
-    """
-    rest = b''
-    is_cut = False
-    for part in parts:
-        part = rest + part
-        if is_cut:
-            between = BETWEEN.search(part)
-            part = part[between.end():] if between else b''
-        end = max(part.rfind(b'\n'), part.rfind(b' ')) + 1
-        is_cut = end == 0
-        yield part[:end] if end else part
-        rest = part[end:] if end else b''
-    yield rest
-
-
-def is_valid(data):
-    """Whether it is UTF-8."""
-    try:
-        data.decode('utf-8')
-        return True
-    except UnicodeDecodeError:
-        return False
-
-
-def high_bytes(data):
-    """How many of them are not ASCII."""
-    return len(data.translate(None, ASCII))
-
-
-class Wrong(NamedTuple):
-    """What count_wrong found."""
-    name: str
-    count: int      # bytes that do not fit the encoding
-    size: int       # of all of it
-    first: int      # where the first one is, from 0
-
-    @property
-    def share(self):
-        return self.count / max(1, self.size)
-
-    def say(self, notes):
-        """Notes it, if there is something to say."""
-        if self.count:
-            name = 'UTF-8' if self.name.startswith('utf-8') else self.name
-            is_much = self.count >= 10 and self.share > MOST_WRONG
-            much = f', one in {1 / self.share:,.0f}' if is_much else ''
-            notes.append(f'{self.count:,} bytes were no {name}{much}')
-
-
-def count_wrong(parts, name):
-    """How many of the bytes do not fit an encoding: Wrong."""
-    count = 0
-    first = None
-    size = 0
-    base = 0  # where the bytes begin that are being decoded
-
-    def replace(error):
-        nonlocal count, first
-        count += error.end - error.start
-        if first is None:
-            first = base + error.start
-        return '\ufffd', error.end
-
-    codecs.register_error('mambino.count', replace)
-    decoder = codecs.getincrementaldecoder(name)('mambino.count')
-    for part in parts():
-        base = size - len(decoder.getstate()[0])
-        size += len(part)
-        decoder.decode(part)
-    base = size - len(decoder.getstate()[0])
-    decoder.decode(b'', final=True)
-    return Wrong(name, count, size, first or 0)
+def is_ebcdic(head):
+    """Whether the blanks are those of IBM's mainframes."""
+    return head.count(b'@') > 0.08 * len(head) and head.count(b' ') < 0.01 * len(head)
 
 
 # -----------------------------------------------------------------------------
