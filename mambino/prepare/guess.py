@@ -32,14 +32,14 @@ WRITTEN_IN = [
     ('tr', 'cp1254 cp857 mac-turkish', 2),
     ('lt lv et', 'cp1257 iso8859-13 iso8859-4 cp775', 2),
     ('vi', 'cp1258', 2),
-    ('ru bg', 'cp1251 koi8-r cp866 iso8859-5 mac-cyrillic cp855', 1),
-    ('uk be', 'cp1251 koi8-u cp866 iso8859-5 mac-cyrillic cp1125', 1),
-    ('sr mk', 'cp1251 iso8859-5 mac-cyrillic cp855', 1),
-    ('kk', 'cp1251 kz1048 ptcp154', 1),
-    ('el', 'cp1253 iso8859-7 cp737 cp869 mac-greek', 1),
-    ('he', 'cp1255 iso8859-8 cp862', 1),
-    ('ar fa ur', 'cp1256 iso8859-6', 1),
-    ('th', 'cp874', 1),
+    ('ru bg', 'cp1251 koi8-r cp866 iso8859-5 mac-cyrillic cp855', 3),
+    ('uk be', 'cp1251 koi8-u cp866 iso8859-5 mac-cyrillic cp1125', 3),
+    ('sr mk', 'cp1251 iso8859-5 mac-cyrillic cp855', 3),
+    ('kk', 'cp1251 kz1048 ptcp154', 3),
+    ('el', 'cp1253 iso8859-7 cp737 cp869 mac-greek', 3),
+    ('he', 'cp1255 iso8859-8 cp862', 3),
+    ('ar fa ur', 'cp1256 iso8859-6', 3),
+    ('th', 'cp874', 3),
 ]
 # the same for those of several bytes a character
 WIDE = [
@@ -67,7 +67,9 @@ OTHER_SCRIPT = 6        # bits for a language that is not written like the text 
 SEGMENTS = 4000     # so many words, or stretches without a blank, are looked at
 SEGMENT = re.compile(rb'[0-\xff]*[\x80-\xff][0-\xff]*')     # what no character of any encoding goes beyond
 WIDE_WORD = re.compile('[A-Za-z\x80-\U0010ffff]*[\x80-\U0010ffff][A-Za-z\x80-\U0010ffff]*')
-SWITCHES = re.compile(r'(?<=[A-Za-z])(?=[\u0370-\U0010ffff])|(?<=[\u0370-\U0010ffff])(?=[A-Za-z])')
+LATIN = '[A-Za-z\u00c0-\u024f]'
+OTHER = '[\u0370-\u1fff\u3041-\uf8ff\uff61-\uff9f\U00020000-\U0003ffff]'
+SWITCHES = re.compile(f'(?<={LATIN})(?={OTHER})|(?<={OTHER})(?={LATIN})')  # words that go on in another script
 WORD = re.compile(rb'[A-Za-z\x80-\xff]*[\x80-\xff][A-Za-z\x80-\xff]*')
 
 # bits of what is no letter
@@ -363,7 +365,8 @@ def of_wide(head):
             continue
         if not text:
             continue
-        bits = sum(map(any_bits, '\0' + text, text)) / len(text)
+        bits = sum(map(any_bits, '\0' + text, text)) + SWITCH * len(SWITCHES.findall(text))
+        bits /= len(text)
         if bits <= MOST_UNICODE_BITS and (best is None or bits < best.bits):
             best = Guess(encoding, bits)
     return best

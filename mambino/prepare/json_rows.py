@@ -11,7 +11,8 @@ import json
 from mambino.prepare import files
 from mambino.prepare.cells import AS_IT_STANDS, rows_of
 from mambino.prepare.columns import LONGEST_ROW
-from mambino.prepare.encodings import REPLACEMENT, open_text
+from mambino.prepare.encodings import open_text
+from mambino.prepare.evidence import REPLACEMENT
 from mambino.prepare.files import Skip, open_bytes
 from mambino.prepare.json_look import as_dict, is_wide
 from mambino.prepare.json_objects import rows_of_columns
