@@ -7,7 +7,7 @@ import pytest
 from helpers.readers import OPTIONS, read, reason, write
 
 from mambino.prepare import files, isolate, json_look, json_rows, json_values, survey
-from mambino.prepare.files import Notes, Skip
+from mambino.prepare.files import Notes, Skip, judge
 from mambino.prepare.sources import Source
 
 ROWS = [{'id': i, 'text': f'Story {i}: the baker has bread.', 'url': f'https://example.org/{i}'} for i in range(30)]
@@ -55,7 +55,7 @@ def test_jsonl(tmp_path):
         ("{'text': 'so it goes'}\n" * 9,
          "its rows are Python's, with single quotes, and not JSON: write them with json.dumps"),
         (lines({'text': 'good text'}) * 7 + '{"bad\n' * 3,
-         'most of it is lost: 3 lines were no JSON (first: line 8) of 10'),
+         'too much of it is lost: 3 lines were no JSON (first: line 8) of 10'),
     ):
         assert reason(write(tmp_path / 'a.jsonl', odd)) == why
 
@@ -153,6 +153,9 @@ def test_what_is_no_table(tmp_path):
 
 
 def test_damage_is_counted(tmp_path):
+    assert judge(3, {'lines were bad': 5}) == ('most of it is lost: 5 lines were bad of 8', [])
+    assert judge(90, {'lines were bad (first: line 7)': 5, 'lines were bad (first: line 60)': 1}) == (
+        '', ['6 lines were bad (first: line 7)'])
     rows = [json.dumps(row) for row in ROWS]
     rows[6] = rows[6][:-9]
     documents, notes = read(write(tmp_path / 'a.json', '[\n' + ',\n'.join(rows) + '\n]'))

@@ -118,7 +118,7 @@ def test_a_file_is_judged_by_all_its_parts(lines):
         assert len(made.all) == 435 + 400 and not any('many' in text for text in made.all)
         assert [note['note'] for note in made.meta['notes']] == ['70 lines were bad']
         assert [entry['reason'] for entry in made.meta['skipped']] == \
-            ['most of it is lost: 120 lines were bad of 520']
+            ['too much of it is lost: 120 lines were bad of 520']
     assert files(lines / 'data' / 'parts') == files(lines / 'data' / 'whole')
 
 

@@ -46,7 +46,8 @@ def judge(taken, lost):
         same.setdefault(key, [what, 0])[1] += n
     lines = [f'{n:,} {what}' for what, n in same.values()]
     if bad > MOST_LOST * (taken + bad):
-        return f'most of it is lost: {", ".join(lines)} of {taken + bad:,}', []
+        share = 'most' if bad > taken else 'too much'
+        return f'{share} of it is lost: {", ".join(lines)} of {taken + bad:,}', []
     return '', lines
 
 
