@@ -38,14 +38,15 @@ from mambino.tokenizer_json import (
     EOT,
     EOT_NAMES,
     FILE,
+    MODELS,
+    completed,
     config_beside,
     end_of_text,
     find_merges,
     gpt2_ranks,
     hidden,
     marks_of,
-    parse,
-    read_text,
+    read,
     without_prefix,
     without_training,
 )
@@ -196,10 +197,11 @@ class BPETokenizer(Tokenizer):
     """
     kind = 'bpe'
 
-    def __init__(self, text, eot=None, bos=()):
-        """eot: the end-of-text id; None: it is known by its name."""
-        spec = parse(without_training(text))
-        self.hf = open_hf(spec)
+    def __init__(self, text, spec, eot=None, bos=()):
+        """spec: the contents of text. eot: the end-of-text id; None: it is known by its name."""
+        as_trained = spec
+        spec = without_training(spec)
+        self.hf = open_hf(text if spec is as_trained else json.dumps(spec))
         vocab = self.hf.get_vocab(with_added_tokens=True)
         if eot is None:
             eot = next((vocab[name] for name in EOT_NAMES if name in vocab), None)
@@ -220,9 +222,9 @@ class BPETokenizer(Tokenizer):
             self.fast = tiktoken.Encoding('bpe', pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
         else:
             secret = hidden(spec, {eot, *bos})
-            self.encoders[True] = self.hf if secret is spec else open_hf(secret)
+            self.encoders[True] = self.hf if secret is spec else open_hf(json.dumps(secret))
             goes_on = without_prefix(secret)
-            self.encoders[False] = self.encoders[True] if goes_on == secret else open_hf(goes_on)
+            self.encoders[False] = self.encoders[True] if goes_on == secret else open_hf(json.dumps(goes_on))
 
     def encode(self, text, begins=True):
         return self.encode_batch([text], begins)[0]
@@ -257,9 +259,9 @@ class BPETokenizer(Tokenizer):
         return super().stream(begins) if self.pieces else WindowStream(self.hf, {self.eot, *self.bos})
 
 
-def open_hf(spec):
+def open_hf(text):
     """Hugging Face's tokenizer, for which special tokens written in a text are ordinary text."""
-    hf = HFTokenizer.from_str(json.dumps(spec))
+    hf = HFTokenizer.from_str(text)
     hf.encode_special_tokens = True
     hf.no_padding()
     hf.no_truncation()
@@ -281,20 +283,22 @@ def finish(hf, special=(EOT,)):
     return from_text(hf.to_str(pretty=True))
 
 
-def from_text(text, eot=None, bos=()):
+def from_text(text, eot=None, bos=(), spec=None):
     """The tokenizer that a tokenizer.json describes. eot, bos: the ids that end and begin a text
-    with it; by default what was so before anybody wrote them down: a known name, and none.
-    ValueError if it cannot be one.
+    with it; by default what was so before anybody wrote them down: a known name, and none. spec:
+    its contents, where they have been read. ValueError if it cannot be one.
     """
     try:
-        spec = parse(text)
+        spec = spec or completed(json.loads(text))
         model = spec['model']
+        if model['type'] not in MODELS:
+            raise ValueError(f'its model is a {model["type"]}, and only {", ".join(MODELS)} are known')
         split = spec.get('pre_tokenizer') or {}
         if model['type'] == 'WordLevel' and split.get('pattern') == {'Regex': EVERY_CHARACTER}:
             return CharTokenizer(text)
         if model['type'] == 'BPE' and model['vocab'] == {c: b for b, c in BYTE_TO_CHAR.items()}:
             return ByteTokenizer(text)
-        return BPETokenizer(text, eot, bos)
+        return BPETokenizer(text, spec, eot, bos)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'not a tokenizer.json ({type(error).__name__}: {error})') from None
     except (KeyboardInterrupt, SystemExit):
@@ -314,16 +318,18 @@ def load_tokenizer(path):
     a text is what it says itself.
     """
     file = os.path.join(path, FILE) if os.path.isdir(path) else path
-    text = read_text(path)
+    text, spec = read(path)
     folder = os.path.dirname(os.path.abspath(file))
     try:
         meta = meta_beside(folder, text)
         if meta:
-            return from_text(text, meta.get('eot'), meta.get('bos', ()))
-        text = without_training(text)
-        spec = parse(text)
+            return from_text(text, meta.get('eot'), meta.get('bos', ()), spec)
+        as_trained = spec
+        spec = without_training(spec)
+        if spec is not as_trained:
+            text = json.dumps(spec, ensure_ascii=False, indent=2)
         begin, _ = marks_of(spec)
-        return from_text(text, end_of_text(spec, config_beside(folder)), begin)
+        return from_text(text, end_of_text(spec, config_beside(folder)), begin, spec)
     except (KeyError, TypeError, AttributeError) as error:
         fail(f'{file}: cannot be used as a tokenizer: not a tokenizer.json ({type(error).__name__}: {error})')
     except ValueError as error:

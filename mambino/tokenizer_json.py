@@ -1,8 +1,7 @@
 """What a tokenizer.json says, whoever made it.
 
-    text = read_text('folder/tokenizer.json')       # or the program ends in a line that says what to do
-    text = without_training(text)                   # what was there to train with is off
-    spec = parse(text)
+    text, spec = read('folder/tokenizer.json')      # or the program ends in a line that says what to do
+    spec = without_training(spec)                   # what was there to train with is off
     begin, end = marks_of(spec)                     # the ids it puts around a text: ([1], [2])
     eot = end_of_text(spec, config_beside('folder'))
     ranks = gpt2_ranks(spec)                        # {bytes: id}, where it is GPT-2's scheme
@@ -37,9 +36,9 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 # --- the file -------------------------------------------------------------------------------------
 
-def read_text(path):
-    """The text of the tokenizer.json at `path`, a file or the folder that holds one: UTF-8, UTF-16
-    or UTF-32, with a byte order mark or without. What is none ends the program in a line."""
+def read(path):
+    """(text, contents) of the tokenizer.json at `path`, a file or the folder that holds one: UTF-8,
+    UTF-16 or UTF-32, with a byte order mark or without. What is none ends the program in a line."""
     file = os.path.join(path, FILE) if os.path.isdir(path) else path
     try:
         with open(file, 'rb') as f:
@@ -59,7 +58,7 @@ def read_text(path):
     if not isinstance(spec, dict) or not isinstance(spec.get('model'), dict):
         fail(f'{file}: cannot be used as a tokenizer: JSON, but no tokenizer.json, which has a model in it; where '
              f'there is none, {CONVERT}')
-    return text
+    return text, completed(spec)
 
 
 def what_else(raw, error):
@@ -89,36 +88,28 @@ def config_beside(folder):
     return config if isinstance(config, dict) else {}
 
 
-def parse(text):
-    """The contents of a tokenizer.json as a dict; what old ones leave out is filled in."""
-    spec = json.loads(text)
+def completed(spec):
+    """The contents of a tokenizer.json, with what old ones leave out filled in."""
     model = spec['model']
     spec['added_tokens'] = spec.get('added_tokens') or []
     if 'type' not in model:
         guesses = {'Unigram': isinstance(model.get('vocab'), list), 'BPE': 'merges' in model,
                    'WordPiece': 'max_input_chars_per_word' in model}
         model['type'] = next((name for name, fits in guesses.items() if fits), 'WordLevel')
-    if model['type'] not in MODELS:
-        raise ValueError(f'its model is a {model["type"]}, and only {", ".join(MODELS)} are known')
     return spec
 
 
 # --- what it does with a text ---------------------------------------------------------------------
 
-def without_training(text):
-    """The text of a tokenizer.json without what only training the tokenizer's model was to see:
-    dropout, sampling, truncation, padding. The very same text where there is nothing of it."""
-    spec = parse(text)
+def without_training(spec):
+    """The contents of a tokenizer.json without what only training the tokenizer's model was to see:
+    dropout, sampling, truncation, padding. `spec` itself where there is nothing of it."""
     model = spec['model']
     trained_with = [name for name in ('dropout', 'alpha', 'nbest_size') if model.get(name)]
     cut_with = [name for name in ('truncation', 'padding') if spec.get(name)]
     if not trained_with and not cut_with:
-        return text
-    for name in trained_with:
-        model[name] = None
-    for name in cut_with:
-        spec[name] = None
-    return json.dumps(spec, ensure_ascii=False, indent=2)
+        return spec
+    return {**spec, **dict.fromkeys(cut_with), 'model': {**model, **dict.fromkeys(trained_with)}}
 
 
 def marks_of(spec):

@@ -17,7 +17,6 @@ from mambino.export import gguf_tokenizer, to_hf
 from mambino.prepare import spool
 from mambino.sample.score import around
 from mambino.sample.text import Writer, encode_prompt, token_text
-from mambino.tokenizer_json import without_training
 from mambino.train.batches import open_dataset
 from model_gpt import GPT, GPTConfig
 
@@ -325,7 +324,6 @@ def test_nothing_to_turn_off_changes_nothing(tmp_path):
     for kind in ('char', 'byte', 'bpe'):
         tok = tokenizer.build_tokenizer(kind, foreign.TEXT, 300)
         tok.save(tmp_path)
-        assert without_training(tok.text) is tok.text
         assert tokenizer.load_tokenizer(tmp_path).sha256() == tok.sha256() and tok.bos == [] == tok.opening()
 
 

@@ -384,7 +384,7 @@ def encode(task):
 
     def add(side, i, text, first, last):
         ids = tok.encode(text, begins=first)
-        if first:
+        if first and len(opening):
             ids = np.concatenate([opening, ids])
         if last:
             ids = np.concatenate([ids, closing])

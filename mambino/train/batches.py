@@ -86,7 +86,7 @@ class Dataset:
             ids = self.read('val')[start:start + 10_000_000]
             counts += np.bincount(ids[ids < len(sizes)], minlength=len(sizes))
         total = counts @ sizes
-        size = self.meta['splits']['val'].get('bytes')
+        size = (self.meta or {}).get('splits', {}).get('val', {}).get('bytes')
         if size and total:
             return sizes * (size / total)
         return sizes if table else None
