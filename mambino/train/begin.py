@@ -285,6 +285,11 @@ def open_data(settings, explicit, origin):
     if base and base['tokenizer'] and base['tokenizer'].sha256() != identity:
         fail(f'dataset {data.name} has another tokenizer than {init_from}: '
              f'prepare the text anew with --tokenizer={base["tokenizer_path"]}')
+    for name, tok in ((out_dir, ckpt and checkpoint.tokenizer_of(ckpt)), (init_from, base and base['tokenizer'])):
+        if tok and tok.bos != data.tokenizer.bos:
+            old, new = (' '.join(map(tok.name_of, bos)) or 'nothing' for bos in (tok.bos, data.tokenizer.bos))
+            processes.say(f'note: before every text stands {old} in what {name} was trained on, and {new} in dataset '
+                          f'{data.name}')
     return data
 
 
