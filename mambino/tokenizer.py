@@ -87,6 +87,12 @@ class Tokenizer:
         """
         return self.bos or [self.eot]
 
+    def sizes(self):
+        """(V,) float64: the bytes that each id stands for; all 1 where ids have no bytes of their own."""
+        if self.table is None:
+            return np.ones(self.vocab_size)
+        return np.array([len(raw) for raw in self.table], np.float64)
+
     def encode_batch(self, texts, begins=True):
         """list of str -> list of int32 arrays. begins: whether they begin a text; else what a
         tokenizer would put before a text, a space, is left out.

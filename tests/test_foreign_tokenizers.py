@@ -147,7 +147,7 @@ def evaluated(capsys, path):
     train('--eval_only=True', SMALL, '--dtype=auto')
     ours = float(re.search(r'bits_per_byte ([\d.]+)', capsys.readouterr().out)[1])
     assert script('sample.py', f'--score={path} --device=cpu') == 0
-    return ours, float(re.search(r'bits/byte +([\d.]+)', capsys.readouterr().out)[1])
+    return ours, float(re.search(r'by itself: ([\d.]+) bits/byte', capsys.readouterr().out)[1])
 
 
 SMALL = '--model=gpt --dataset=x --block_size=64 --batch_size=3 --tokens_per_step=192 --max_iters=2 --eval_interval=9'
@@ -174,7 +174,9 @@ def test_an_evaluation_and_a_score_of_the_same_text_agree(folder, tmp_path, monk
     train(SMALL)
     data = open_dataset('x')
     targets = np.concatenate([y[y >= 0] for _, y in data.val_batches(1, 64)])
-    assert len(targets) > 100 and data.token_bytes[targets].sum() == pytest.approx(len(val.encode()))
+    all_bytes = data.token_bytes[data.read('val')].sum()
+    assert len(targets) > 100 and all_bytes == pytest.approx(len(val.encode()))
+    assert 0 <= all_bytes - data.token_bytes[targets].sum() < 9     # of the first token, which is given
     ours, score = evaluated(capsys, 'val.txt')
     assert ours == pytest.approx(score, abs=1e-4) and ours > 0.1
 

@@ -37,8 +37,7 @@ def test_val_loss_is_the_mean_over_the_split(here, capsys, model, more):
     result = metrics()[-1]
     ckpt = checkpoint.load_checkpoint('out/ckpt.pt')
     net, tok = loading.model_of(ckpt), checkpoint.tokenizer_of(ckpt)
-    own = np.fromfile('data/tiny/val.bin', '<i4')
-    ids = torch.tensor([tok.eot, *own])             # the first token, too, is a target: behind end-of-text
+    ids = torch.from_numpy(np.fromfile('data/tiny/val.bin', '<i4')).long()
     nats = [
         F.cross_entropy(
             net(ids[None, s : s + 16])[0][0, : len(ids) - s - 1],
@@ -51,7 +50,7 @@ def test_val_loss_is_the_mean_over_the_split(here, capsys, model, more):
     assert len(nats) == len(ids) - 1
     assert result['val_loss'] == pytest.approx(nats.mean().item(), abs=1e-5)
     assert result['perplexity'] == pytest.approx(math.exp(nats.mean().item()), rel=1e-4)
-    size = len(tok.decode(own).encode('utf-8'))
+    size = len(tok.decode(ids[1:].tolist()).encode('utf-8'))
     assert size > len(ids)  # the text has characters of several bytes
     assert result['bits_per_byte'] == pytest.approx(
         nats.sum().item() / math.log(2) / size, rel=1e-4
@@ -164,7 +163,7 @@ def test_a_mixture_is_drawn_and_evaluated_by_its_weights(here, capsys, monkeypat
         assert last[f'val_loss/{name}'] == pytest.approx(nats, abs=1e-5)
         loss, size = (
             loss + weight * nats,
-            size + weight * len(tok.decode(ids).encode('utf-8')) / len(ids),
+            size + weight * len(tok.decode(ids[1:].tolist()).encode('utf-8')) / (len(ids) - 1),
         )
     assert last['val_loss/tiny'] != pytest.approx(last['val_loss/more'], abs=1e-3)
     assert last['val_loss'] == pytest.approx(loss, abs=1e-5)

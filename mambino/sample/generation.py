@@ -340,14 +340,14 @@ def token_losses(net, ids, before):
 
 
 @torch.no_grad()
-def window_losses(net, ids, before, rows=8):
-    """Yields the nats of ids, some windows after others, as train.py evaluates: windows of
-    block_size tokens, each read on its own, the first from the ids `before`; `rows` at once."""
+def window_losses(net, ids, given=1, rows=8):
+    """Yields the nats of all ids but the first `given`, some windows after others, as train.py
+    evaluates: windows of block_size tokens, each read on its own; `rows` at once."""
     device = next(net.parameters()).device
     T = net.config.block_size
-    sequence = torch.tensor([*before, *ids])
+    sequence = torch.tensor(ids)
     targets = sequence[1:].clone()
-    targets[:len(before) - 1] = -1                          # what begins a text is given
+    targets[:given - 1] = -1
     padding = -len(targets) % T
     x = F.pad(sequence[:-1], (0, padding)).view(-1, T)      # (windows, T)
     y = F.pad(targets, (0, padding), value=-1).view(-1, T)

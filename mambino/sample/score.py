@@ -2,12 +2,13 @@
 
     show_score(net, tok, 'book.txt', nullcontext())
 
-The figures are those of train.py's evaluation: of the same text, with the same model, they are the
-same numbers. The text begins as a document does in the data, behind end-of-text or with the ids that
-begin a text, and is read in windows of block_size tokens, each on its own:
+The text begins as a document does in the data, behind end-of-text or with the ids that begin a text,
+and every token is predicted from all that stands before it. train.py evaluates in windows of
+block_size tokens, each by itself, whose first token is given: its number is shown as well, and of the
+same text and model it is the very number of --eval_only.
 
-    text ──► ids ──► windows ──► nats of each ──► loss, perplexity, bits a byte of the text
-              └────► one after another, with all that stands before ──► what was expected least
+    text ──► ids ──► one after another ──► nats ──► loss, perplexity, bits/byte, what was expected least
+              └────► windows ──► bits/byte as train.py evaluates
 """
 import heapq
 import math
@@ -24,7 +25,7 @@ BEFORE, AFTER = 12, 5   # tokens beside them
 
 def show_score(net, tok, path, precision):
     """Prints how well the model predicts a text, as a document of its own, and the tokens that it
-    expected least. precision: the context in which the figures are computed."""
+    expected least. precision: the context in which train.py evaluates."""
     text = read_text(path, f'score={path}')
     try:
         ids = tok.encode(text).tolist()
@@ -32,28 +33,35 @@ def show_score(net, tok, path, precision):
         fail(f'score={path}: {error}; score another text, or with another model')
     if not ids:
         fail(f'score={path}: is empty, there is nothing to score')
-    before = tok.context()
+    total, worst = surprises(net, ids, tok.context())
     size = len(text.encode('utf-8'))
-    with precision:
-        total = sum(window_losses(net, ids, before))
+    loss = total / len(ids)
+    perplexity = math.exp(loss) if loss < 99 else math.inf  # no float can hold more
     print(f'tokens      {len(ids):,}')
-    print(f'loss        {total / len(ids):.4f} nats/token')
-    print(f'perplexity  {perplexity(total / len(ids)):,.2f}')
+    print(f'loss        {loss:.4f} nats/token')
+    print(f'perplexity  {perplexity:,.2f}')
     print(f'bits/byte   {total / math.log(2) / size:.4f}')
-
-    total, worst = surprises(net, ids, before)
-    if len(ids) > net.config.block_size:
-        print(f'in windows of {net.config.block_size} tokens, as train.py evaluates; with all the text before a token: '
-              f'{total / len(ids):.4f} nats/token, {total / math.log(2) / size:.4f} bits/byte')
+    with precision:
+        show_as_evaluated(net, tok, ids, size)
     print('\nleast expected, in nats:')
     for nats, at in worst:
         left, token, right = around(tok, ids, at)
         print(f'{nats:7.2f}  {left}  >>{token}<<  {right}')
 
 
-def perplexity(loss):
-    """e to the loss, or infinity where no float can hold it."""
-    return math.exp(loss) if loss < 99 else math.inf
+def show_as_evaluated(net, tok, ids, size):
+    """Prints the bits/byte that train.py's evaluation gives where this text is the val split. ids:
+    of the whole text; size: its bytes."""
+    opening = tok.opening()
+    given = max(1, len(opening))                            # ids that are no targets
+    sequence = [*opening, *ids]
+    if len(sequence) <= given:
+        return
+    nats = sum(window_losses(net, sequence, given))
+    sizes = tok.sizes()
+    size *= sizes[sequence[given:]].sum() / sizes[ids].sum()
+    print(f'as train.py evaluates it, in windows of {net.config.block_size} tokens, each by itself: '
+          f'{nats / math.log(2) / size:.4f} bits/byte')
 
 
 def surprises(net, ids, before):

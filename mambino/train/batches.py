@@ -79,8 +79,7 @@ class Dataset:
 
         They are what the vocabulary says, or the same for each where it does not say it. What is
         lost on the way to ids, as capitals or unknown characters, counts for the others."""
-        table = self.tokenizer.table
-        sizes = np.array([len(raw) for raw in table] if table else [1] * self.tokenizer.vocab_size, np.float64)
+        sizes = self.tokenizer.sizes()
         counts = np.zeros(len(sizes), np.int64)             # of each id in val
         for start in range(0, self.tokens['val'], 10_000_000):
             ids = self.read('val')[start:start + 10_000_000]
@@ -89,13 +88,7 @@ class Dataset:
         size = (self.meta or {}).get('splits', {}).get('val', {}).get('bytes')
         if size and total:
             return sizes * (size / total)
-        return sizes if table else None
-
-    def lead(self):
-        """The ids that stand before the val split when it is evaluated: end-of-text, as before any
-        document, unless the split begins with ids that begin a text."""
-        is_first = self.tokenizer and not self.tokenizer.opening()
-        return np.array([self.tokenizer.eot] if is_first else [], np.int64)
+        return sizes if self.tokenizer.table else None
 
     def check(self, ids, split):
         """Ends the program if an id is not in the vocabulary."""
@@ -131,13 +124,12 @@ class Dataset:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def val_batches(self, batch_size, block_size, max_batches=0, rank=0, world=1):
-        """Yields (x, y), (B, T) each, over the val split in order, each token a target once, but
-        for the ids that begin its text; of a bare .bin, for the first.
+        """Yields (x, y), (B, T) each, over the val split in order, each token but the first a
+        target once, and of ids that begin the first text none.
 
         The last row is filled up with targets that do not count. max_batches: stop there, 0 is the
         whole split; each rank takes its share."""
-        lead = self.lead()
-        targets = len(lead) + self.tokens['val'] - 1
+        targets = self.tokens['val'] - 1
         n_rows = -(-targets // block_size)
         n_batches = -(-n_rows // batch_size)
         for number in range(rank, min(n_batches, max_batches or n_batches), world):
@@ -148,11 +140,8 @@ class Dataset:
             for i in range(len(x)):
                 start = (first_row + i) * block_size
                 length = min(block_size, targets - start)
-                row = tokens[max(0, start - len(lead)):start - len(lead) + length + 1]
-                if start == 0:
-                    row = np.concatenate([lead, row])
-                x[i, :length] = row[:-1]
-                y[i, :length] = row[1:]
+                x[i, :length] = tokens[start:start + length]
+                y[i, :length] = tokens[start + 1:start + length + 1]
             if first_row == 0 and self.tokenizer:
                 y[0, :max(0, len(self.tokenizer.bos) - 1)] = IGNORE     # the second of two that begin it
             self.check(x, 'val')
