@@ -1,7 +1,8 @@
 """Which columns of a table have the text: by what is in them, and by their names.
 
-    columns.choose(profile)                   # (['text'], ''), or (None, 'no clear text column among: ...')
-    columns.wanted(profile, 'Question,answer') # the same for what a person asks for
+    columns.choose(profile)                      # (['text'], ''), or (None, 'no clear text column among: ...')
+    columns.wanted(profile, 'Question,answer')   # the same for what a person asks for
+    columns.choose_together({'a.jsonl': profile, 'b.jsonl': profile})
 
     profile of the rows ──► a usual name (text, content, ...), and a text in it?
                             ├► a conversation (messages, conversations, ...)?
@@ -32,7 +33,7 @@ WEAK = '''code message sentence caption transcript transcription abstract commen
           lyrics utterance paragraph chapter essay letter selftext fulltext wikitext markdown lines'''.split()
 TALKS = 'messages conversations conversation dialog dialogue dialogs dialogues chat turns'.split()
 TITLES = 'title name headline heading subject label topic'.split()
-# one of each of these belong together, in this order; (optional ones) come from the same table
+# what is asked and what is answered belong together, with what stands BEFORE and with MORE
 BEFORE = ['system', 'system_prompt', 'context']
 ASKED = ['instruction', 'question', 'problem', 'prompt', 'query', 'input', 'inputs', 'human', 'user', 'source']
 MORE = 'input'  # after an instruction

@@ -28,10 +28,9 @@ class Broken(ValueError):
 class Values:
     """Values from an open text. notes: a Notes, for what is lost."""
 
-    def __init__(self, f, notes, longest=0):
+    def __init__(self, f, notes):
         self.f = f
         self.notes = notes
-        self.longest = longest or LONGEST_ROW  # characters of a value
         self.buffer = ''
         self.at = 0        # in the buffer
         self.passed = 0    # characters before the buffer
@@ -64,11 +63,10 @@ class Values:
                 return ''
             self.read()
 
-    def value(self, longest=0):
+    def value(self, longest=LONGEST_ROW):
         """The value that begins here. Broken where there is none; EOFError where the text ends within
         it, or it is longer than that.
         """
-        longest = longest or self.longest
         while True:
             error = None
             try:

@@ -144,7 +144,7 @@ def choose_all(sources, found, options):
         elif i not in reasons and 'profile' not in found[i]:
             plans[i] = found[i]['kind'], found[i]['plan']
         elif i not in reasons:
-            folder = os.path.dirname(source.path)
+            folder = source.path if source.kind == 'hf' else os.path.dirname(source.path)
             groups.setdefault((folder, found[i]['kind'].replace('jsonl', 'json')), []).append(i)
     for indexes in groups.values():
         profiles = {i: found[i]['profile'] for i in indexes}
