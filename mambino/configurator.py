@@ -16,7 +16,9 @@ printed, and nothing else.
 """
 import ast
 import builtins
+import codecs
 import difflib
+import io
 import math
 import os
 import re
@@ -127,8 +129,7 @@ def show_changes(explicit, defaults):
 def find_settings(namespace):
     """{name: (first line, last line)} of the settings in the source of the script whose globals()
     these are."""
-    with open(namespace['__file__'], 'rb') as f:
-        tree = ast.parse(f.read())
+    tree = ast.parse(read_source(namespace['__file__']))
     end = min((node.lineno for node in ast.walk(tree) if is_configure(node)), default=math.inf)
     settings = {}
     for node in tree.body:
@@ -139,6 +140,23 @@ def find_settings(namespace):
             if isinstance(target, ast.Name) and is_setting(target.id, namespace):
                 settings[target.id] = (node.lineno, node.end_lineno)
     return settings
+
+
+def read_source(path):
+    """The text of a Python file: of the encoding that it declares, else UTF-8; or, as Windows' editors
+    write, with a byte order mark, UTF-16 too. SyntaxError for bytes that are neither."""
+    with open(path, 'rb') as f:
+        source = f.read()
+    if source.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = 'utf-16'
+    else:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    try:
+        text = source.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = source[:error.start].count(b'\n') + 1
+        raise SyntaxError(f'not {encoding}, in which Python files are: save it so', (path, line, 0, '')) from None
+    return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 def is_configure(node):
@@ -229,8 +247,7 @@ def run_config(path, current, defaults, namespace):
     # is exactly what the file assigned.
     scope = {'__file__': path, '__name__': 'config', '__builtins__': {**vars(builtins), **current}}
     try:
-        with open(path, 'rb') as f:
-            source = f.read()
+        source = read_source(path)
         tree = ast.parse(source, path)
         exec(compile(source, path, 'exec'), scope)
     except SyntaxError as error:
@@ -297,12 +314,11 @@ class HelpRow(NamedTuple):
 def comments_of(path):
     """{line: Comment} of a script."""
     comments = {}
-    with tokenize.open(path) as f:
-        for token in tokenize.generate_tokens(f.readline):
-            if token.type == tokenize.COMMENT:
-                line, column = token.start
-                alone = token.line.lstrip().startswith('#')
-                comments[line] = Comment(column, token.string.strip('# '), alone)
+    for token in tokenize.generate_tokens(io.StringIO(read_source(path)).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            alone = token.line.lstrip().startswith('#')
+            comments[line] = Comment(column, token.string.strip('# '), alone)
     return comments
 
 

@@ -230,3 +230,19 @@ def test_as_a_program(tmp_path):
     assert wrong.stderr == "error: --batch_sise=3: unknown setting 'batch_sise' (did you mean --batch_size?)\n"
     right = run('--batch_size=3')
     assert right.returncode == 0 and right.stdout == 'batch_size = 3\n3\n'
+
+
+@pytest.mark.parametrize('head, encoding', [('', 'utf-8-sig'), ('', 'utf-16'), ('# coding: cp1252\n', 'cp1252'),
+                                            ('#!/usr/bin/python\n# -*- coding: koi8-r -*-\n', 'koi8-r')])
+def test_configs_of_every_encoding(script, head, encoding):
+    name = 'даты' if encoding == 'koi8-r' else 'Größe'
+    with open(os.path.join('config', 'other.py'), 'wb') as f:
+        f.write(f"{head}dataset = '{name}'\r\n".encode(encoding))
+    assert script('config/other.py')[0]['dataset'] == name
+
+
+def test_a_config_of_no_encoding(refused):
+    with open(os.path.join('config', 'other.py'), 'wb') as f:
+        f.write("batch_size = 3\ndataset = 'Größe'\n".encode('cp1252'))
+    assert refused('config/other.py') == \
+        'error: config/other.py:2: SyntaxError: not utf-8, in which Python files are: save it so\n'

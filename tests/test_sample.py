@@ -71,6 +71,22 @@ def test_prompt_from_a_file(run):
     assert run('char', '--start=FILE:prompt.txt').startswith('et\né')
 
 
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be', 'cp1252'])
+def test_prompts_of_every_encoding(run, capsys, encoding):
+    text = 'et tété é et e\net'
+    results = []
+    for name, data in ('plain', text.encode()), ('other', text.replace('\n', '\r\n').encode(encoding)):
+        with open(f'{name}.txt', 'wb') as f:
+            f.write(data)
+        prompts = [run('char', f'--start={how}:{name}.txt --temperature=0') for how in ('FILE', 'LINES')]
+        results.append([*prompts, run('char', f'--score={name}.txt --dtype=float32')])
+    assert results[0] == results[1] and results[0][0].startswith(text)
+    script('sample.py', '--out_dir=char --device=cpu --max_new_tokens=1 --start=FILE:other.txt')
+    guessed = f'start=FILE:other.txt: encoding guessed: {encoding}, as in "et tété é et e'
+    said = capsys.readouterr().err
+    assert (guessed in said) == (encoding in ('utf-16-le', 'utf-16-be', 'cp1252'))
+
+
 def test_prompts_from_lines(run, kind):
     lines = ['e', 'et et et e', '  e', 'tt' * 30, '<|endoftext|>e']
     write_lines('lines.txt', [*lines[:2], '', '\t', *lines[2:]])
