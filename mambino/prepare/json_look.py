@@ -301,7 +301,8 @@ def as_dict(row, names):
     if isinstance(row, dict):
         return row
     if isinstance(row, str):
-        return {'string': row}
+        inner = parsed(row) if row.startswith('{') else None  # written as JSON twice
+        return inner if isinstance(inner, dict) else {'string': row}
     if isinstance(row, list):
         return dict(zip(names, row)) if names else {'turns': row}
     return {}
