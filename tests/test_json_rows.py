@@ -168,6 +168,8 @@ def test_damage_is_counted(tmp_path):
     packed = gzip.compress(random_rows.encode())
     documents, notes = read(write(tmp_path / 'a.jsonl.gz', packed[:-500]))
     assert len(documents) > 2000 and notes == [f'stopped after {len(documents):,} documents: truncated']
+    small = gzip.compress(lines(*ROWS).encode()) + b'no part of it'
+    assert read(write(tmp_path / 'a.jsonl.gz', small))[0] == TEXTS
     documents, notes = read(write(tmp_path / 'a.jsonl.gz', packed + b'no part of it'))
     assert len(documents) == 3000 and notes == ['stopped after 3,000 documents: unreadable (BadGzipFile)']
 

@@ -191,6 +191,20 @@ def open_bytes(path):
     return f
 
 
+def first_bytes(path, n):
+    """The first n bytes of a file, unpacked; of one that is damaged there, those before that place."""
+    pieces = []
+    with open_bytes(path) as f:
+        try:
+            while n > 0 and (data := f.read1(n)):
+                pieces.append(data)
+                n -= len(data)
+        except Exception:
+            if not pieces:
+                raise
+    return b''.join(pieces)
+
+
 def chunks(path, max_bytes=0):
     """The bytes of a file in chunks of CHUNK. Skip where a packed file holds more than `max_bytes`,
     unless that is 0.

@@ -127,8 +127,7 @@ def begins_as_json(path, named):
     if named == 'jsonl':
         return True
     try:
-        with files.open_bytes(path) as f:
-            head = f.read(1 << 12)
+        head = files.first_bytes(path, 1 << 12)
     except Exception:  # whoever reads it says what is wrong with it
         return False
     return bool(BEGINS.match(head.decode('latin-1').removeprefix('ï»¿').replace('\0', '').lstrip('þÿ')))

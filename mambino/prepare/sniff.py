@@ -15,7 +15,7 @@ import re
 import zipfile
 import zlib
 
-from mambino.prepare.encodings import Skip, open_bytes
+from mambino.prepare.files import Skip, first_bytes, open_bytes
 
 ROWS_HEAD = 1 << 20  # and that tell whether it is rows of JSON
 HEAD = 4096  # bytes of a file that tell what it is
@@ -111,8 +111,7 @@ def kind_of(kind, path, notes):
     """The kind of a file that is called `kind` by its name. Where the content is another one, that
     is noted. Skip where nobody reads that here; OSError as from open.
     """
-    with open_bytes(path) as f:
-        head = f.read(HEAD)
+    head = first_bytes(path, HEAD)
     true = true_kind(head, path, kind)
     if true in (None, kind):
         return kind
