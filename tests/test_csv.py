@@ -75,7 +75,7 @@ def test_a_column_of_a_usual_name_may_begin_empty(check):
     table(lambda i, text: f'{i}\t{text}\n', 'sep=\t\nid\ttext\n'),
     table(lambda i, text: f'{i},{text}\n', '# made, by us\n# today\nid,text\n'),
     table(lambda i, text: f'#{i}\t{text}\n', '#id\ttext\n'),
-    table(lambda i, text: f'{"ham spam".split()[i % 2]},{text},,,\n', 'v1,v2,,,\n'),
+    table(lambda i, text: f'{["ham", "spam"][i % 2]},{text},,,\n', 'v1,v2,,,\n'),
     table(lambda i, text: f'| {i} | {text} |\n', '| id | text |\n|:--|---|\n'),
     table(lambda i, text: f'{i},{text}\n\n', '\n\nid,text\n\n'),
     table(lambda i, text: f'{i},en,{text}\n', 'Reviews of the year\n\nid,lang,text\n'),
