@@ -100,8 +100,8 @@ def test_a_column_of_a_usual_name_may_begin_empty(check):
     table(lambda i, text: f'{i}\x01{text}\n', ''),
 ], ids=[
     'semicolon', 'decimal commas', 'pipe', 'pipes around', 'caret', 'sep=', 'sep=tab', 'comments',
-    'header in a comment', 'unnamed columns', 'Markdown', 'blank lines', 'title', 'title in cells', 'short title', 'two words',
-    'CR', 'mixed ends', 'no header', 'no header, labels', 'a name twice',
+    'header in a comment', 'unnamed columns', 'Markdown', 'blank lines', 'title', 'title in cells', 'short title',
+    'two words', 'CR', 'mixed ends', 'no header', 'no header, labels', 'a name twice',
     'no name', 'number as name', 'names of rows', 'delimiter at ends', 'everywhere', 'of the header', 'blanks',
     'one column', 'all quoted', 'UTF-16', 'Hive',
 ])
