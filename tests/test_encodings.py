@@ -219,6 +219,12 @@ def test_damage_is_counted(tmp_path):
     assert documents[0].count('\ufffd') == 1 and notes == ['1 bytes were no UTF-8']
 
 
+def test_what_was_encoded_twice_is_noted(tmp_path):
+    text = ('café à l’été'.encode().decode('cp1252', 'replace') + '\n') * 4
+    assert read(write(tmp_path / 'a.txt', text)) == (
+        [text], ['letters were encoded twice, as Ã© for é; that is left as it is'])
+
+
 # -----------------------------------------------------------------------------
 # What is declared, what is said
 

@@ -82,7 +82,7 @@ def codec_of(label):
 def check_encoding(label):
     """Ends the program if the setting `encoding` is none that is known, naming the nearest ones."""
     if label and codec_of(label) is None:
-        names = sorted({*CODECS.values(), *aliases.values()} - NO_ENCODING)
+        names = sorted(name for name in {*CODECS.values(), *aliases.values()} if codec_of(name))
         near = difflib.get_close_matches(label.lower().replace('-', '_'), names, n=3, cutoff=0)
         fail(f'encoding={label}: no such encoding; the nearest are {", ".join(near)}')
 

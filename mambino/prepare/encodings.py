@@ -20,7 +20,7 @@ import sys
 
 from mambino.prepare import guess, mixed
 from mambino.prepare.declared import codec_of, declared
-from mambino.prepare.evidence import count_wrong, escaped_encoding, gather, look_through
+from mambino.prepare.evidence import count_wrong, encoded_twice, escaped_encoding, gather, look_through
 from mambino.prepare.files import Skip, chunks, open_bytes
 
 MARKS = {
@@ -34,6 +34,7 @@ CONTROL = bytes(b for b in range(32) if b not in b'\t\n\f\r\b\x01\x1b\x1e\x1f')
 MOST_CONTROL = 0.005    # share of them in a text
 MOST_WRONG = 0.001      # of the bytes that need not fit an encoding that was said or declared
 MOST_DAMAGED = 0.05     # of the bytes beyond ASCII that need not fit UTF-8
+FEW_TWICE = 3           # letters that look like UTF-8 encoded twice may be on purpose
 MUCH_WORSE = 1.4        # times the bits of another encoding: a declared one is wrong
 COMPARED = 100          # lines
 CONTEXT = 1 << 13       # bytes at the beginning that help to tell the language
@@ -106,6 +107,8 @@ def found(parts, head, notes, kind):
         return name
     is_utf8, has_escapes = look_through(parts())
     name = escaped_encoding(parts) if has_escapes else None
+    if is_utf8 and encoded_twice(head) >= FEW_TWICE:
+        notes.append('letters were encoded twice, as Ã© for é; that is left as it is')
     if name or is_utf8:
         return name or 'utf-8'
     evidence = gather(parts())
