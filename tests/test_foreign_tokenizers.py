@@ -147,7 +147,7 @@ def evaluated(capsys, path):
     train('--eval_only=True', SMALL, '--dtype=auto')
     ours = float(re.search(r'bits_per_byte ([\d.]+)', capsys.readouterr().out)[1])
     assert script('sample.py', f'--score={path} --device=cpu') == 0
-    return ours, float(re.search(r'by itself: ([\d.]+) bits/byte', capsys.readouterr().out)[1])
+    return ours, float(re.search(r'^bits/byte +([\d.]+)', capsys.readouterr().out, re.M)[1])
 
 
 SMALL = '--model=gpt --dataset=x --block_size=64 --batch_size=3 --tokens_per_step=192 --max_iters=2 --eval_interval=9'

@@ -141,19 +141,24 @@ def test_score_in_the_script(run, capsys, monkeypatch):
     with open('text.txt', encoding='utf-8') as f:
         text = f.read()[:1500]
     write_lines('score.txt', [text])
-    out = run('bpe', '--score=score.txt')
+    out = run('bpe', '--score=score.txt --dtype=float32')
     ids = torch.tensor([tok.eot, *tok.encode(text)])
-    loss = net(ids[None, :-1], ids[None, 1:])[1].item()
+    # with all the text before, behind end-of-text; and in windows, each on its own, the first token given
+    whole = net(ids[None, :-1], ids[None, 1:])[1].item()
+    assert float(re.search(r'before each token: loss ([\d.]+)', out)[1]) == pytest.approx(whole, abs=1e-3)
+    windows = zip(ids[1:-1].split(net.config.block_size), ids[2:].split(net.config.block_size))
+    loss = sum(net(x[None], y[None])[1].item() * len(y) for x, y in windows) / (len(ids) - 2)
     pairs = re.findall(r'^(\S+) +([\d.,]+)', out, re.M)
     figure = {name: float(value.replace(',', '')) for name, value in pairs}
     assert figure['tokens'] == len(ids) - 1 and figure['loss'] == pytest.approx(loss, abs=1e-3)
     assert figure['perplexity'] == pytest.approx(math.exp(loss), rel=1e-2)
-    bits = loss * (len(ids) - 1) / math.log(2)
-    assert figure['bits/byte'] == pytest.approx(bits / len(text.encode()), abs=1e-3)
+    bits = loss * (len(ids) - 2) / math.log(2)
+    size = len(tok.decode(ids[2:].tolist()).encode())
+    assert figure['bits/byte'] == pytest.approx(bits / size, abs=1e-3)
     worst = [float(line.split()[0]) for line in out.split('in nats:\n')[1].splitlines()]
     assert len(worst) == 10 and worst == sorted(worst, reverse=True) and worst[0] > loss
     monkeypatch.setattr('sys.stdin', open('score.txt', encoding='utf-8'))
-    assert run('bpe', '--score=-') == out
+    assert run('bpe', '--score=- --dtype=float32') == out
     assert 'loss' in run('char', '--score=score.txt')
     monkeypatch.setattr(generation.F, 'cross_entropy',
                         lambda logits, targets, reduction: torch.full((len(targets),), 800.0))

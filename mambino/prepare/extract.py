@@ -11,6 +11,7 @@ What a task is called says all that its result depends on: so a run that goes on
 earlier one has done. The largest are done first, so that none is left to be read alone at the end.
 """
 import errno
+import functools
 import json
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -83,9 +84,9 @@ def make_tasks(sources, plans, work, options, seed, chars):
         task['parts'].append(part)
         task['sizes'].append(size)
         task['cost'] += more
+    versions = [version_of(name) for name in PACKAGES]
     for task in tasks:
         depends_on = [task[name] for name in ('sources', 'plans', 'parts', 'seed', 'chars', 'options')]
-        versions = [version_of(name) for name in PACKAGES]
         task['key'] = spool.digest([spool.JOURNAL, versions, depends_on])[:32]
     return tasks
 
@@ -103,6 +104,7 @@ def pdf_engines(wanted):
     return (*installed, '')[:2]
 
 
+@functools.cache
 def version_of(package):
     """Of an installed package; '' where it is not installed."""
     try:

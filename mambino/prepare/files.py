@@ -66,6 +66,7 @@ SIGNATURES = [
     (b'\x89LZO\0', 'lzop'),
     (b'\xff\x06\0\0sNaPpY', 'snappy'),
 ]
+ANY_SIGNATURE = tuple(signature for signature, _ in SIGNATURES)
 SKIPPABLE = b'\x2a\x4d\x18'  # of a frame of zstd that holds no text, behind a byte 0x50 to 0x5f
 WIDEST = 27  # a window of 2 ** 27 bytes is what zstd itself allows without being asked
 
@@ -166,11 +167,11 @@ def packing_in(head, path):
         return '.bz2'
     if head.startswith(b']\0\0') and extension_of(path) == '.lzma':
         return '.xz'
-    for signature, name in SIGNATURES:
-        if head.startswith(signature):
-            if name in PACKED:
-                return name
-            raise Skip(f'packed with {name}: unpack it first')
+    if head.startswith(ANY_SIGNATURE):
+        name = next(name for signature, name in SIGNATURES if head.startswith(signature))
+        if name in PACKED:
+            return name
+        raise Skip(f'packed with {name}: unpack it first')
     if extension_of(path) == '.br' and not (head.isascii() and head.decode().isprintable()):
         raise Skip('packed with brotli: unpack it first')
     return ''

@@ -83,6 +83,9 @@ SIGNATURES = [
     (257, b'ustar\x0000', 'tar'),
     (257, b'ustar  \0', 'tar'),
 ]
+# offset -> any of the signatures there: one match is sooner than many comparisons
+AT = {offset: re.compile(b'|'.join(re.escape(mark) for at, mark, _ in SIGNATURES if at == offset))
+      for offset in {offset for offset, _, _ in SIGNATURES}}
 OLE = b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'
 # a name in it -> what it is, the first that is there; each is there in two bytes a letter
 OLD_OFFICE = {
@@ -164,11 +167,11 @@ def true_kind(head, path, named='text'):
     """The kind that the first bytes of a file tell, a key of readers.READERS; None where they do
     not. Skip with what it is, where nobody reads that here. named: the kind by its name.
     """
-    for offset, signature, what in SIGNATURES:
-        if head.startswith(signature, offset):
-            if what in NAMES:
-                return what
-            raise Skip(what)
+    if any(pattern.match(head, offset) for offset, pattern in AT.items()):
+        what = next(what for offset, signature, what in SIGNATURES if head.startswith(signature, offset))
+        if what in NAMES:
+            return what
+        raise Skip(what)
     if head.startswith(b'PAR1\x15'):
         return 'parquet'
     if head.startswith((b'PK\3\4', b'PK\5\6')):

@@ -2,13 +2,13 @@
 
     show_score(net, tok, 'book.txt', nullcontext())
 
-The text begins as a document does in the data, behind end-of-text or with the ids that begin a text,
-and every token is predicted from all that stands before it. train.py evaluates in windows of
-block_size tokens, each by itself, whose first token is given: its number is shown as well, and of the
-same text and model it is the very number of --eval_only.
+The figures are those of train.py's evaluation: of the same text and model the very numbers of
+--eval_only. The text is read in windows of block_size tokens, each by itself, and the first token is
+given. A second line has the figures where every token is predicted from all that stands before it,
+behind end-of-text or the ids that begin a text.
 
-    text ──► ids ──► one after another ──► nats ──► loss, perplexity, bits/byte, what was expected least
-              └────► windows ──► bits/byte as train.py evaluates
+    text ──► ids ──► windows ──► nats ──► loss, perplexity, bits/byte
+              └────► one after another ──► the same, and what was expected least
 """
 import heapq
 import math
@@ -35,33 +35,39 @@ def show_score(net, tok, path, precision):
         fail(f'score={path}: is empty, there is nothing to score')
     total, worst = surprises(net, ids, tok.context())
     size = len(text.encode('utf-8'))
-    loss = total / len(ids)
-    perplexity = math.exp(loss) if loss < 99 else math.inf  # no float can hold more
-    print(f'tokens      {len(ids):,}')
-    print(f'loss        {loss:.4f} nats/token')
-    print(f'perplexity  {perplexity:,.2f}')
-    print(f'bits/byte   {total / math.log(2) / size:.4f}')
     with precision:
-        show_as_evaluated(net, tok, ids, size)
+        nats, targets, target_bytes = as_evaluated(net, tok, ids, size)
+    print(f'tokens      {len(ids):,}')
+    if targets:
+        print(f'loss        {nats / targets:.4f} nats/token')
+        print(f'perplexity  {perplexity(nats / targets)}')
+        print(f'bits/byte   {nats / math.log(2) / target_bytes:.4f}')
+        print(f'in windows of {net.config.block_size} tokens, as train.py evaluates')
+    print(f'with all the text before each token: loss {total / len(ids):.4f}, '
+          f'perplexity {perplexity(total / len(ids))}, bits/byte {total / math.log(2) / size:.4f}')
     print('\nleast expected, in nats:')
     for nats, at in worst:
         left, token, right = around(tok, ids, at)
         print(f'{nats:7.2f}  {left}  >>{token}<<  {right}')
 
 
-def show_as_evaluated(net, tok, ids, size):
-    """Prints the bits/byte that train.py's evaluation gives where this text is the val split. ids:
-    of the whole text; size: its bytes."""
+def perplexity(loss):
+    """e to the loss, in figures; inf where no float can hold it."""
+    return f'{math.exp(loss) if loss < 99 else math.inf:,.2f}'
+
+
+def as_evaluated(net, tok, ids, size):
+    """(nats, how many targets, their bytes) of train.py's evaluation where this text is the val
+    split. ids: of the whole text; size: its bytes."""
     opening = tok.opening()
     given = max(1, len(opening))                            # ids that are no targets
     sequence = [*opening, *ids]
     if len(sequence) <= given:
-        return
+        return 0.0, 0, 0
     nats = sum(window_losses(net, sequence, given))
     sizes = tok.sizes()
-    size *= sizes[sequence[given:]].sum() / sizes[ids].sum()
-    print(f'as train.py evaluates it, in windows of {net.config.block_size} tokens, each by itself: '
-          f'{nats / math.log(2) / size:.4f} bits/byte')
+    share = sizes[sequence[given:]].sum() / sizes[ids].sum()
+    return nats, len(sequence) - given, size * share
 
 
 def surprises(net, ids, before):
