@@ -29,9 +29,10 @@ of the arguments, or how often the run was interrupted.
 import os
 
 from mambino.configurator import configure, fail, require
-from mambino.prepare import declared, extract, output, pool, report, screen, sources, stdlib, unused, vocabulary
+from mambino.prepare import extract, output, pool, report, screen, sources, stdlib, unused, vocabulary
 from mambino.prepare.account import settle
 from mambino.prepare.corpus import Corpus, TooLittle
+from mambino.prepare.texts import declared
 from mambino.prepare.trial import try_tokenizer
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.readers import OPTIONS, read, reason, save_arrow, write
 
-from mambino.prepare import arrow_rows, hub, isolate, sources, survey
+from mambino.prepare import isolate, sources, survey
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import READERS
+from mambino.prepare.tables import arrow_rows, hub
 
 
 @pytest.fixture(scope='module', autouse=True)

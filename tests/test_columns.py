@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.readers import OPTIONS, read, reason, write
 
-from mambino.prepare import columns, isolate, looks, survey
+from mambino.prepare import isolate, survey
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.sources import Source
+from mambino.prepare.tables import columns, looks
 
 N = 60
 WORDS = 'the baker has bread and tea for every guest who walks along the river in spring rain'.split()
@@ -137,7 +138,7 @@ def test_all_formats_have_the_same_form(tmp_path):
     (['Hi', 'Hello'], 'Hi\nHello'), (['See ', {'type': 'link', 'text': 'this'}, '!'], 'See this!'),
     ([{'a': 1}], None), ([1, 2], None), ({'en': 'a'}, None), ([], None)], ids=str)
 def test_a_conversation_is_one_text(turns, text):
-    from mambino.prepare.cells import text_of
+    from mambino.prepare.tables.cells import text_of
     assert text_of(turns) == text
 
 

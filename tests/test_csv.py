@@ -7,8 +7,8 @@ import random
 import pytest
 from helpers.readers import OPTIONS, read, reason, write
 
-from mambino.prepare import csv_look, csv_rows
 from mambino.prepare.files import Notes, Skip
+from mambino.prepare.tables import csv_look, csv_rows
 
 WORDS = 'the cat sat on a mat and watched how rain fell over old roofs while nobody said much about it'.split()
 

@@ -6,9 +6,10 @@ import random
 import pytest
 from helpers.readers import read, reason, write
 
-from mambino.prepare import encodings, isolate, mixed
-from mambino.prepare.declared import check_encoding, codec_of
+from mambino.prepare import isolate
 from mambino.prepare.files import CHUNK, Notes
+from mambino.prepare.texts import encodings, mixed
+from mambino.prepare.texts.declared import check_encoding, codec_of
 
 
 @pytest.fixture(scope='module', autouse=True)

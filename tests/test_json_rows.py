@@ -6,9 +6,10 @@ import random
 import pytest
 from helpers.readers import OPTIONS, read, reason, write
 
-from mambino.prepare import files, isolate, json_look, json_rows, json_values, survey
+from mambino.prepare import files, isolate, survey
 from mambino.prepare.files import Notes, Skip, judge
 from mambino.prepare.sources import Source
+from mambino.prepare.tables import json_look, json_rows, json_values
 
 ROWS = [{'id': i, 'text': f'Story {i}: the baker has bread.', 'url': f'https://example.org/{i}'} for i in range(30)]
 TEXTS = [row['text'] for row in ROWS]

@@ -5,7 +5,8 @@ import os
 import pytest
 from helpers.readers import make_pdf, raw_pdf, read, reason, write
 
-from mambino.prepare import extract, isolate, legible, pdf_engines, pdf_text
+from mambino.prepare import extract, isolate
+from mambino.prepare.documents import legible, pdf_engines, pdf_text
 from mambino.prepare.files import Notes, Skip
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers.readers import make_pdf, read, reason, write
 
 from mambino.prepare import sniff
-from mambino.prepare.encodings import Skip
+from mambino.prepare.texts.encodings import Skip
 
 
 def zipped(**files):

@@ -2,7 +2,8 @@
 import pytest
 from helpers.readers import read, reason, write
 
-from mambino.prepare import isolate, webpage
+from mambino.prepare import isolate
+from mambino.prepare.documents import webpage
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -16,10 +16,11 @@ import zipfile
 import zlib
 from typing import NamedTuple
 
-from mambino.prepare import isolate, looking, screen, sources, survey
+from mambino.prepare import isolate, screen, sources, survey
+from mambino.prepare.documents.office import MOST_PACKED, SMALL, open_zip
 from mambino.prepare.files import CHUNK, Notes, Skip, judge
-from mambino.prepare.office import MOST_PACKED, SMALL, open_zip
 from mambino.prepare.readers import reason_of
+from mambino.prepare.tables import looking
 
 KINDS = ('zip', 'tar')
 HEAD = 1 << 13  # characters of a member by which it is judged

@@ -17,10 +17,11 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 
 from mambino.configurator import fail
-from mambino.prepare import hub, pool, spool, survey
-from mambino.prepare.pdf_engines import ENGINES
+from mambino.prepare import pool, spool, survey
+from mambino.prepare.documents.pdf_engines import ENGINES
 from mambino.prepare.progress import Progress, in_words
 from mambino.prepare.sources import Source
+from mambino.prepare.tables import hub
 
 # what is read may depend on whether these are installed, and on their versions
 PACKAGES = ('pypdfium2', 'pypdf', 'cryptography', 'mammoth', 'python-pptx', 'python-calamine', 'striprtf', 'zstandard')

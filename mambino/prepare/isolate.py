@@ -24,9 +24,9 @@ import threading
 import time
 
 from mambino.prepare import files, sniff
-from mambino.prepare.encodings import clean
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import guarded, reason_of
+from mambino.prepare.texts.encodings import clean
 
 # kind -> the library that its reader imports; options['pdf'] says which one for PDF
 LIBRARIES = {

@@ -25,10 +25,10 @@ import numpy as np
 from mambino.configurator import fail
 from mambino.prepare import pool, report, screen, spool
 from mambino.prepare.corpus import HASH, TooLittle
-from mambino.prepare.hub import Unreachable
 from mambino.prepare.progress import Progress
 from mambino.prepare.sources import LOCK, OURS, PARTIAL
 from mambino.prepare.spool import FORMAT, SIDES
+from mambino.prepare.tables.hub import Unreachable
 from mambino.tokenizer import UnknownCharacter, build_tokenizer, load_tokenizer
 
 GOES_ON = '; the same command goes on from here'

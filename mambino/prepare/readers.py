@@ -21,19 +21,19 @@ pieces. A new format is a function and a line in READERS, and its extensions in 
 import json
 import os
 
-from mambino.prepare.arrow_rows import read_arrow, read_parquet
-from mambino.prepare.columns import LONGEST_ROW
-from mambino.prepare.csv_rows import read_csv
-from mambino.prepare.encodings import read_text
-from mambino.prepare.epub import read_epub
+from mambino.prepare.documents.epub import read_epub
+from mambino.prepare.documents.mail import read_mail
+from mambino.prepare.documents.office import read_docx, read_pptx, read_rtf, read_xlsx
+from mambino.prepare.documents.opendocument import read_odt
+from mambino.prepare.documents.pdf_text import read_pdf
+from mambino.prepare.documents.webpage import read_html
 from mambino.prepare.files import Skip, open_bytes
-from mambino.prepare.hub import Unreachable, read_hf
-from mambino.prepare.json_rows import read_json
-from mambino.prepare.mail import read_mail
-from mambino.prepare.office import read_docx, read_pptx, read_rtf, read_xlsx
-from mambino.prepare.opendocument import read_odt
-from mambino.prepare.pdf_text import read_pdf
-from mambino.prepare.webpage import read_html
+from mambino.prepare.tables.arrow_rows import read_arrow, read_parquet
+from mambino.prepare.tables.columns import LONGEST_ROW
+from mambino.prepare.tables.csv_rows import read_csv
+from mambino.prepare.tables.hub import Unreachable, read_hf
+from mambino.prepare.tables.json_rows import read_json
+from mambino.prepare.texts.encodings import read_text
 
 
 def read_notebook(path, options, notes):

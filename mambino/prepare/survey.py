@@ -15,10 +15,11 @@ import json
 import os
 
 from mambino.configurator import fail
-from mambino.prepare import columns, hub, isolate, looking, pool
+from mambino.prepare import isolate, pool
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import reason_of
 from mambino.prepare.sources import Source
+from mambino.prepare.tables import columns, hub, looking
 
 MAY_HOLD_TABLES = ('zip', 'tar', 'xlsx', 'odt', 'email')  # which is known when they are read
 TOGETHER = 50     # sources that a process looks at in one go

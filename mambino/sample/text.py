@@ -10,8 +10,8 @@ import re
 import sys
 
 from mambino.configurator import fail, split_list
-from mambino.prepare.encodings import read_whole
 from mambino.prepare.files import Notes, Skip
+from mambino.prepare.texts.encodings import read_whole
 from mambino.tokenizer import CHAT
 
 CONTEXT = 16            # tokens before a text that its first characters may hang on

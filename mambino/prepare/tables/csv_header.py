@@ -5,7 +5,7 @@
 """
 import re
 
-from mambino.prepare.csv_records import NULL, NUMBER
+from mambino.prepare.tables.csv_records import NULL, NUMBER
 
 # what columns are called
 USUAL = '''

@@ -10,7 +10,7 @@ import codecs
 import re
 from typing import NamedTuple
 
-from mambino.prepare.declared import TAIL
+from mambino.prepare.texts.declared import TAIL
 
 ESCAPED = ('iso2022_jp', 'iso2022_jp_ext', 'iso2022_jp_2', 'iso2022_kr', 'hz')
 ASCII = bytes(range(128))

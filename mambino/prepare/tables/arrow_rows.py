@@ -10,10 +10,10 @@ import itertools
 import json
 import os
 
-from mambino.prepare.cells import AS_IT_STANDS, rows_of
-from mambino.prepare.columns import ROWS, SAMPLE_ROWS
 from mambino.prepare.files import Skip
-from mambino.prepare.looks import new_column, profile_of
+from mambino.prepare.tables.cells import AS_IT_STANDS, rows_of
+from mambino.prepare.tables.columns import ROWS, SAMPLE_ROWS
+from mambino.prepare.tables.looks import new_column, profile_of
 
 PLACES = 10             # groups or batches of rows that are looked at, all over a file
 SAMPLE_BYTES = 1 << 25  # of texts, at most, that are looked at together

@@ -9,10 +9,10 @@ import posixpath
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
 
-from mambino.prepare.encodings import encoding_of_bytes
+from mambino.prepare.documents.office import open_zip
+from mambino.prepare.documents.webpage import text_of
 from mambino.prepare.files import MOST_LOST, Notes, Skip
-from mambino.prepare.office import open_zip
-from mambino.prepare.webpage import text_of
+from mambino.prepare.texts.encodings import encoding_of_bytes
 
 
 def read_epub(path, options, notes):

@@ -12,10 +12,10 @@ import contextlib
 import importlib.util
 import re
 
-from mambino.prepare import legible
-from mambino.prepare.encodings import clean
+from mambino.prepare.documents import legible
+from mambino.prepare.documents.pdf_engines import ENGINES, LOST, UNSURE
 from mambino.prepare.files import Skip
-from mambino.prepare.pdf_engines import ENGINES, LOST, UNSURE
+from mambino.prepare.texts.encodings import clean
 
 LIGATURES = {0xfb00 + i: letters for i, letters in enumerate('ff fi fl ffi ffl st st'.split())}
 SHAPES = LIGATURES | legible.SYMBOLS

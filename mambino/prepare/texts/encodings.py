@@ -18,10 +18,10 @@ import io
 import itertools
 import sys
 
-from mambino.prepare import guess, mixed
-from mambino.prepare.declared import codec_of, declared
-from mambino.prepare.evidence import count_wrong, encoded_twice, escaped_encoding, gather, look_through
 from mambino.prepare.files import Skip, chunks, open_bytes
+from mambino.prepare.texts import guess, mixed
+from mambino.prepare.texts.declared import codec_of, declared
+from mambino.prepare.texts.evidence import count_wrong, encoded_twice, escaped_encoding, gather, look_through
 
 MARKS = {
     codecs.BOM_UTF8: 'utf-8-sig',

@@ -11,8 +11,8 @@ LOST where there are far fewer letters than there are places with text, '' other
 import contextlib
 import logging
 
+from mambino.prepare.documents.legible import letters_in
 from mambino.prepare.files import Skip
-from mambino.prepare.legible import letters_in
 
 UNSURE = 'unsure'
 LOST = 'lost'

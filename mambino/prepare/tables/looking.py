@@ -8,8 +8,9 @@ The files of a folder choose together, in survey.py; one in an archive chooses a
 import json
 import os
 
-from mambino.prepare import arrow_rows, columns, csv_look, json_look, sniff
+from mambino.prepare import sniff
 from mambino.prepare.files import Notes, Skip
+from mambino.prepare.tables import arrow_rows, columns, csv_look, json_look
 
 KINDS = ('jsonl', 'csv', 'parquet', 'arrow', 'data', 'text')  # that are tables, or may be
 APART = {'parquet': arrow_rows.read_parquet, 'arrow': arrow_rows.read_arrow}  # whose parsers may crash

@@ -11,11 +11,11 @@ import os
 import re
 from typing import NamedTuple
 
-from mambino.prepare import csv_header
-from mambino.prepare.csv_records import NULL, RULE, Dialect, fits, lines_of, masked, misfit, split
-from mambino.prepare.encodings import open_text
 from mambino.prepare.files import Skip
-from mambino.prepare.json_look import is_packed, is_wide
+from mambino.prepare.tables import csv_header
+from mambino.prepare.tables.csv_records import NULL, RULE, Dialect, fits, lines_of, masked, misfit, split
+from mambino.prepare.tables.json_look import is_packed, is_wide
+from mambino.prepare.texts.encodings import open_text
 
 HEADS = (1 << 18, 1 << 21, 1 << 24)  # characters of the beginning that are looked at: more where rows are long
 ROWS = 3         # fewer are too few to tell,

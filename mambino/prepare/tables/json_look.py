@@ -18,13 +18,13 @@ import re
 
 from mambino.configurator import split_list
 from mambino.prepare import files
-from mambino.prepare.cells import text_of
-from mambino.prepare.columns import LONGEST_ROW, SAMPLE_ROWS
-from mambino.prepare.encodings import encoding_of, encoding_of_bytes, open_text
 from mambino.prepare.files import Notes, Skip
-from mambino.prepare.json_objects import look_inside
-from mambino.prepare.json_values import DECODER, Broken, Values
-from mambino.prepare.looks import new_column, profile_of
+from mambino.prepare.tables.cells import text_of
+from mambino.prepare.tables.columns import LONGEST_ROW, SAMPLE_ROWS
+from mambino.prepare.tables.json_objects import look_inside
+from mambino.prepare.tables.json_values import DECODER, Broken, Values
+from mambino.prepare.tables.looks import new_column, profile_of
+from mambino.prepare.texts.encodings import encoding_of, encoding_of_bytes, open_text
 
 HEAD = 1 << 18        # characters that tell the layout
 SAMPLE = 1 << 22      # characters of rows that are looked at, at the beginning;

@@ -9,8 +9,8 @@ they come, so that memory does not mind its length.
 import contextlib
 import xml.etree.ElementTree as ElementTree
 
+from mambino.prepare.documents.office import PIECE, open_zip
 from mambino.prepare.files import Skip
-from mambino.prepare.office import PIECE, open_zip
 
 NAMES = 'urn:oasis:names:tc:opendocument:xmlns:'
 TEXT = f'{{{NAMES}text:1.0}}'

@@ -9,8 +9,8 @@ library's html.parser has others, and other ones in each version of Python.
 import html
 import re
 
-from mambino.prepare.encodings import encoding_of, open_text
 from mambino.prepare.files import Skip
+from mambino.prepare.texts.encodings import encoding_of, open_text
 
 BLOCKS = '''
     address article aside body caption center dd details dialog div dt fieldset figcaption figure

@@ -9,14 +9,14 @@ import codecs
 import json
 
 from mambino.prepare import files
-from mambino.prepare.cells import AS_IT_STANDS, rows_of
-from mambino.prepare.columns import LONGEST_ROW
-from mambino.prepare.encodings import open_text
-from mambino.prepare.evidence import REPLACEMENT
 from mambino.prepare.files import Skip, open_bytes
-from mambino.prepare.json_look import as_dict, is_wide
-from mambino.prepare.json_objects import rows_of_columns
-from mambino.prepare.json_values import DECODER, Values
+from mambino.prepare.tables.cells import AS_IT_STANDS, rows_of
+from mambino.prepare.tables.columns import LONGEST_ROW
+from mambino.prepare.tables.json_look import as_dict, is_wide
+from mambino.prepare.tables.json_objects import rows_of_columns
+from mambino.prepare.tables.json_values import DECODER, Values
+from mambino.prepare.texts.encodings import open_text
+from mambino.prepare.texts.evidence import REPLACEMENT
 
 
 def read_json(path, options, notes):

@@ -11,10 +11,10 @@ import email.errors
 import email.header
 import re
 
-from mambino.prepare.declared import codec_of
-from mambino.prepare.encodings import encoding_of_bytes
+from mambino.prepare.documents.webpage import text_of
 from mambino.prepare.files import Notes, Skip, open_bytes
-from mambino.prepare.webpage import text_of
+from mambino.prepare.texts.declared import codec_of
+from mambino.prepare.texts.encodings import encoding_of_bytes
 
 HEADERS = ('From', 'To', 'Date', 'Subject')
 BEGINS = re.compile(rb'From \S+.*\d{4}')  # the line before each message of a mailbox

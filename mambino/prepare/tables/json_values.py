@@ -10,8 +10,8 @@ is no JSON is lost, and counted; what follows begins at the next line or the nex
 import json
 import re
 
-from mambino.prepare.columns import LONGEST_ROW
 from mambino.prepare.files import CHUNK, Skip
+from mambino.prepare.tables.columns import LONGEST_ROW
 
 BETWEEN = re.compile('[\\s,\x1e\ufeff\0]*')
 # where the next value may begin after one that is broken: an object, or anything else

@@ -10,7 +10,7 @@ A profile is made of dicts and numbers that JSON can hold.
 import re
 import zlib
 
-from mambino.prepare.cells import text_of
+from mambino.prepare.tables.cells import text_of
 
 WIDEST = 40    # columns in an object that are counted one by one: more are keys, not columns
 DEEPEST = 3    # objects in objects in objects

@@ -4,7 +4,7 @@
 """
 import json
 
-from mambino.prepare.columns import SAMPLE_ROWS
+from mambino.prepare.tables.columns import SAMPLE_ROWS
 
 FEWEST = 5      # rows; less is a setting
 SMALL = 1 << 18  # characters of an object that is taken as a whole

@@ -5,9 +5,9 @@ hf:name:config:split.
 """
 import itertools
 
-from mambino.prepare.cells import rows_of
 from mambino.prepare.files import Skip
-from mambino.prepare.looks import profile_of
+from mambino.prepare.tables.cells import rows_of
+from mambino.prepare.tables.looks import profile_of
 
 LOOKED_AT = 200  # rows that tell which column has the text: they come over the net
 

@@ -16,9 +16,9 @@ import difflib
 import re
 
 from mambino.configurator import split_list
-from mambino.prepare import looks
-from mambino.prepare.cells import AS_IT_STANDS
-from mambino.prepare.looks import is_category, trouble, words_a_row
+from mambino.prepare.tables import looks
+from mambino.prepare.tables.cells import AS_IT_STANDS
+from mambino.prepare.tables.looks import is_category, trouble, words_a_row
 
 LONGEST_ROW = 1 << 26  # characters of a line of JSON, which is parsed as a whole
 ROWS = 32              # of a table, that are in memory at once: each may be a book

@@ -15,9 +15,9 @@ import io
 import re
 import zipfile
 
+from mambino.prepare.documents.legible import SYMBOLS
+from mambino.prepare.documents.webpage import text_of
 from mambino.prepare.files import Skip, open_bytes
-from mambino.prepare.legible import SYMBOLS
-from mambino.prepare.webpage import text_of
 
 MOST_PACKED = 200    # a zip archive that unpacks to more times its size is no one's document
 SMALL = 100_000_000  # bytes: but this much is nothing to fear
