@@ -43,11 +43,11 @@ from mambino.tokenizer_json import (
     config_beside,
     end_of_text,
     find_merges,
+    going_on,
     gpt2_ranks,
     hidden,
     marks_of,
     read,
-    without_prefix,
     without_training,
 )
 
@@ -229,7 +229,7 @@ class BPETokenizer(Tokenizer):
         else:
             secret = hidden(spec, {eot, *bos})
             self.encoders[True] = self.hf if secret is spec else open_hf(json.dumps(secret))
-            goes_on = without_prefix(secret)
+            goes_on = going_on(secret)
             self.encoders[False] = self.encoders[True] if goes_on == secret else open_hf(json.dumps(goes_on))
 
     def encode(self, text, begins=True):

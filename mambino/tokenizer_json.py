@@ -189,6 +189,20 @@ def without_prefix(spec):
     return {**spec, **steps}
 
 
+def going_on(spec):
+    """The same tokenizer for text that goes on: without the space that it puts before a text, and
+    with those that the text itself begins with."""
+    spec = without_prefix(spec)
+    return {**spec, 'normalizer': unstripped(spec['normalizer'])} if spec.get('normalizer') else spec
+
+
+def unstripped(step):
+    """A normalizer that takes nothing from the beginning of a text."""
+    if step['type'] == 'Sequence':
+        return {**step, 'normalizers': [unstripped(part) for part in step['normalizers']]}
+    return {**step, 'strip_left': False} if step.get('strip_left') else step
+
+
 def unprefixed(step, is_first=True):
     """A normalizer or pre-tokenizer that puts nothing before a text; None where it did nothing
     else. is_first: else others have cut the text into words, and what stands before each of them

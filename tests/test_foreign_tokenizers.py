@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import foreign
 from helpers.runs import script, train
+from tokenizers import normalizers
 
 from mambino import detokenizer, tokenizer
 from mambino.export import gguf_tokenizer, to_hf
@@ -137,6 +138,12 @@ def test_a_text_that_goes_on_has_no_space_before_it(folder):
                 first, rest = tok.encode(text[:cut]), tok.encode(text[cut:], begins=False)
                 assert tok.decode(np.concatenate([first, rest])) == text
                 assert tok.decode(rest, begins=False) == text[cut:] or not cut
+
+    hf = foreign.byte_level(add_prefix_space=False)
+    hf.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+    tok = tokenizer.from_text(hf.to_str())
+    assert tok.decode(tok.encode('  the cat')) == 'the cat'
+    assert tok.decode(tok.encode(' the cat', begins=False), begins=False) == ' the cat'
 
 
 # --- bits per byte --------------------------------------------------------------------------------
@@ -270,6 +277,25 @@ def test_the_end_of_text_is_what_the_tokenizer_says(tmp_path):
         assert tokenizer.load_tokenizer(path).eot == 1
     foreign.save(foreign.with_marks(hf, '<pad>', '<|im_end|>'), tmp_path)
     assert tokenizer.load_tokenizer(path).eot == 2 and tokenizer.load_tokenizer(path).bos == [0]
+
+
+def test_the_end_that_only_its_config_names(tmp_path, monkeypatch):
+    """Those who encode know it too; nor does a text forge it."""
+    monkeypatch.chdir(tmp_path)
+    documents()
+    (tmp_path / 'docs' / 'x.txt').write_text('the cat </s> sat <|fin|> on the mat', encoding='utf-8')
+    spec = json.loads(foreign.unigram().to_str())
+    spec['model']['vocab'].append(['<|fin|>', -1.0])
+    for number, kind in enumerate((foreign.byte_level(['<|fin|>', '<|begin|>']).to_str(), json.dumps(spec))):
+        folder = tmp_path / f'tokenizer{number}'
+        folder.mkdir()
+        (folder / 'tokenizer.json').write_text(kind, encoding='utf-8')
+        (folder / 'tokenizer_config.json').write_text('{"eos_token": "<|fin|>"}', encoding='utf-8')
+        assert script('prepare.py', f'docs --tokenizer={folder} --out=data/x --workers=1') == 0
+        data = open_dataset('x')
+        assert data.tokenizer.name_of(data.tokenizer.eot) == '<|fin|>'
+        for split, counts in data.meta['splits'].items():
+            assert (data.read(split) == data.tokenizer.eot).sum() == counts['documents']
 
 
 def test_exports_begin_a_text_as_training_did(tmp_path):

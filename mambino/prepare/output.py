@@ -29,7 +29,7 @@ from mambino.prepare.progress import Progress
 from mambino.prepare.sources import LOCK, OURS, PARTIAL
 from mambino.prepare.spool import FORMAT, SIDES
 from mambino.prepare.tables.hub import Unreachable
-from mambino.tokenizer import UnknownCharacter, build_tokenizer, load_tokenizer
+from mambino.tokenizer import FILE, UnknownCharacter, build_tokenizer, load_tokenizer
 
 GOES_ON = '; the same command goes on from here'
 COMMIT_SECONDS = 3  # so much encoding is lost at most when a run is killed
@@ -361,7 +361,7 @@ def encode_task(corpus, i, tok, work):
         cut = int(np.searchsorted(used, row)), chars
     return {
         'folder': work, 'key': key, 'block': block, 'rows': corpus.rows[used], 'use': corpus.use[used],
-        'tokenizer': (os.path.join(work, 'tokenizer', 'tokenizer.json'), tok.sha256()),
+        'tokenizer': (os.path.join(work, 'tokenizer', FILE), tok.sha256(), tok.eot, tuple(tok.bos)),
         'opening': tok.opening(), 'closing': [tok.eot] if corpus.limit else [], 'cut': cut,
     }
 

@@ -24,12 +24,13 @@ import time
 import numpy as np
 import pyarrow
 
+from mambino import tokenizer_json
 from mambino.prepare import account, archive, isolate, screen
 from mambino.prepare.files import PACKED, Notes, Skip, extension_of
 from mambino.prepare.readers import READERS
 from mambino.prepare.sources import Source
 from mambino.seams import SEAM
-from mambino.tokenizer import load_tokenizer
+from mambino.tokenizer import from_text
 
 FORMAT = 2         # of a dataset
 JOURNAL = 3        # of the reports on the way there
@@ -361,19 +362,21 @@ class Side:
         return np.concatenate(self.arrays).astype('<i4'), np.array(self.offsets, '<u8'), hashes
 
 
-_tokenizers = {}  # sha256 → Tokenizer
+_tokenizers = {}  # what a task says of it → Tokenizer
 
 
 def encode(task):
     """The ids of a block. task: folder, key, block; rows: those that are used, and `use`, TRAIN or
-    VAL for each; tokenizer: (path, sha256); opening, closing: lists of ids before and after each
+    VAL for each; tokenizer: (path, sha256, eot, bos); opening, closing: lists of ids before and after each
     document; cut: None or (number of a row, characters): where val begins. Returns {TRAIN: Side.result(), VAL:
     Side.result(), 'kinds': tokens by kind, 'bytes': by side}.
     """
-    path, sha256 = task['tokenizer']
-    if sha256 not in _tokenizers:
-        _tokenizers[sha256] = load_tokenizer(path)
-    tok = _tokenizers[sha256]
+    known_by = task['tokenizer']
+    if known_by not in _tokenizers:
+        path, _, eot, bos = known_by
+        text, spec = tokenizer_json.read(path)
+        _tokenizers[known_by] = from_text(text, eot, bos, spec)
+    tok = _tokenizers[known_by]
     opening = np.array(task['opening'], np.int32)
     closing = np.array(task['closing'], np.int32)
     rows = task['rows']
