@@ -1,4 +1,4 @@
-"""The section data of mambino.bench: it runs, and what it says can be read."""
+"""The sections data and inputs of mambino.bench: they run, and what they say can be read."""
 import os
 import re
 import subprocess
@@ -20,3 +20,16 @@ def test_small_measurement(tmp_path):
     peak = int(re.search(r'all processes together at most (\d+) MB', done.stdout)[1])
     assert 100 < peak < 1500 or not os.path.isdir('/proc')
     assert os.listdir(tmp_path) == []
+
+
+def test_inputs_are_counted(tmp_path):
+    russian = 'Все счастливые семьи похожи друг на друга.\n'.encode('koi8-r')
+    for name, data in ('koi8_r', russian), ('utf_8', b'\xff\0\1'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'a.txt').write_bytes(data)
+    (tmp_path / 'a.pdf').write_bytes(b'%PDF-1.4 cut off')
+    command = [sys.executable, '-m', 'mambino.bench', '--sections=inputs', f'--legacy={tmp_path}', f'--pdfs={tmp_path}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, encoding='utf-8')
+    assert done.returncode == 0, done.stderr
+    assert 'legacy encodings: 1 of 2 texts decoded right' in done.stdout
+    assert 'PDF: 0 of 1 read, pypdfium2 alone 0; 0 odd ones without a note' in done.stdout

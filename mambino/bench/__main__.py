@@ -9,11 +9,12 @@ would use instead?
     python -m mambino.bench --sections= --time_to_loss=1.88     # whole runs: seconds to that val loss
     python -m mambino.bench --sections=train,layers,sample,generate,data --against=../before
 
-Seven sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and
+Eight sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and
 backward of two bare Mamba-1 layers, since the peers are too slow for a whole model; `length` is
 training steps on ever longer sequences, at the same tokens a step; `loss` is the cross-entropy over
 a large vocabulary alone; `sample` is reading a prompt and writing token by token; `generate` is the
-same in each precision, beside transformers' generate and llama.cpp; `data` is prepare.py.
+same in each precision, beside transformers' generate and llama.cpp; `data` is prepare.py's speed
+and memory; `inputs` is how many files of a collection (--legacy, --pdfs) it reads right.
 
 Each contender (a model in a dtype) is a process of its own, so that its peak memory is its own. It
 warms up, then waits; the processes take turns, one round each (A B C A B C …), so that a machine
@@ -29,14 +30,14 @@ from types import SimpleNamespace
 
 import torch
 
-from mambino.bench import curve, data, generation, pictures, steps
+from mambino.bench import curve, data, generation, inputs, pictures, steps
 from mambino.bench.contenders import OURS, PEERS, ours
 from mambino.configurator import configure, fail, find_settings
 from mambino.machine import choose_device, copy_bandwidth, machine_name, peak_flops
 from mambino.weights.quantize import PRECISIONS
 
 # what to measure
-sections = 'train,layers,length,loss,sample'  # also generate, data; '': --time_to_loss alone
+sections = 'train,layers,length,loss,sample'  # also generate, data, inputs; '': --time_to_loss alone
 models = 'gpt,mamba2,mamba1,hybrid'
 # Compared with the model each resembles; '': none. hf_: transformers'; cross_entropy: PyTorch's
 peers = 'llama,litgpt,nanogpt,hf_mamba2,mamba_ssm,mambapy,hf_mamba,cross_entropy'
@@ -78,6 +79,9 @@ speed_mb = 200                   # size of the corpus for speed; 0 leaves that o
 memory_mb = 2000                 # size of the corpus for memory; 0 leaves that out
 workers = 2                      # processes of prepare.py
 folder = ''                      # where to work; '': a temporary folder, deleted at the end
+# the section `inputs`
+legacy = ''                      # a folder of folders, each named after the encoding of the texts in it
+pdfs = ''                        # a folder with PDFs
 # whole runs on characters of Shakespeare, of GPT, Mamba-2 and hybrid and of nanoGPT's CPU command
 time_to_loss = 0.0               # the val loss to reach, such as 1.88; 0: no runs
 # What train.py is given for it; evaluations count in its time
@@ -94,7 +98,7 @@ plot = ''                        # a .png or .svg of `length`, `train` and the w
                                  # needs matplotlib
 
 STEPS = ('train', 'layers', 'length', 'loss', 'sample')
-SECTIONS = (*STEPS, 'generate', 'data')
+SECTIONS = (*STEPS, 'generate', 'data', 'inputs')
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAY_BE_0 = ('vocab_size', 'rounds', 'threads', 'speed_mb', 'memory_mb')
 
@@ -142,6 +146,11 @@ def check():
              'run python data/shakespeare_char/prepare.py in there')
     if against and not os.path.exists(os.path.join(against, 'train.py')):
         fail(f'--against={against}: no train.py in there')
+    if 'inputs' in sections.split(',') and not (legacy or pdfs):
+        fail('--sections=inputs: name a collection of files with --legacy, --pdfs or both')
+    for name in ('legacy', 'pdfs'):
+        if globals()[name] and not os.path.isdir(globals()[name]):
+            fail(f'--{name}={globals()[name]}: no such folder')
     check_files()
 
 
@@ -187,6 +196,8 @@ def main():
             rows += steps.measure(section, settings_of(section), peaks)
         elif section == 'generate':
             rows += generation.measure(settings_of(section))
+        elif section == 'inputs':
+            rows += inputs.measure(settings)
         else:
             rows += data.measure(settings_of(section))
     measured = [row for row in rows if 'error' not in row]
@@ -203,7 +214,7 @@ def main():
             f.write(dumps(figures, indent=1) + '\n')
     if plot and measured:
         pictures.draw(measured, settings)
-    if not measured and not (sections == 'data' and not speed_mb):
+    if not measured and not (sections == 'data' and not speed_mb) and sections != 'inputs':
         fail('nothing could be measured')
 
 

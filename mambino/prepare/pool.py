@@ -194,9 +194,9 @@ def kill_processes():
 
 def stop():
     """Ends all processes, whatever they are doing: unfinished work leaves nothing but temporary
-    files.
+    files. Then all is as it was before begin().
     """
-    global _pool, _stuck
+    global _pool, _stuck, _engine, _processes
     kill_processes()
     if _pool is not None:
         end = threading.Thread(target=_pool.shutdown, kwargs=dict(cancel_futures=True), daemon=True)
@@ -206,6 +206,8 @@ def stop():
         _stuck = end.is_alive()
     if _engine == 'ray' and 'ray' in sys.modules:
         sys.modules['ray'].shutdown()
+    _engine = 'local'
+    _processes = 1
     isolate.stop_reader()
 
 
