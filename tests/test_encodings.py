@@ -56,6 +56,17 @@ def test_legacy_encodings_are_guessed_and_noted(tmp_path, encoding, text):
     assert documents == [text] and len(notes) == 1 and notes[0].startswith(f'encoding guessed: {encoding}, as in "')
 
 
+def test_a_short_text_that_was_cut_within_a_letter(tmp_path):
+    """As `head -c` leaves it, and `tail -c`; there are few letters to tell by."""
+    text = 'the cat Öl naïve\nStraße über\n'
+    raw = text.encode()
+    for data, shown in ((raw + 'ö'.encode()[:1], text + '\ufffd'), (raw + '中'.encode()[:2], text + '\ufffd'),
+                        ('中'.encode()[1:] + raw, '\ufffd\ufffd' + text)):
+        documents, notes = read(write(tmp_path / 'a.txt', data))
+        assert documents == [shown] and notes == [f'{len(data) - len(raw)} bytes were no UTF-8']
+    assert read(write(tmp_path / 'b.txt', b'un caf\xe9'))[0] == ['un café']
+
+
 def test_bytes_that_do_not_fit(tmp_path):
     documents, notes = read(write(tmp_path / 'a.txt', WEST.encode() + b'\xff\n' + WEST.encode()))
     assert documents == [WEST + '\ufffd\n' + WEST] and notes == ['1 bytes were no UTF-8']

@@ -21,7 +21,7 @@ import sys
 from mambino.prepare.files import Skip, chunks, open_bytes
 from mambino.prepare.texts import guess, mixed
 from mambino.prepare.texts.declared import codec_of, declared
-from mambino.prepare.texts.evidence import count_wrong, encoded_twice, escaped_encoding, gather, look_through
+from mambino.prepare.texts.evidence import count_wrong, cut_off, encoded_twice, escaped_encoding, gather, look_through
 
 MARKS = {
     codecs.BOM_UTF8: 'utf-8-sig',
@@ -34,6 +34,7 @@ CONTROL = bytes(b for b in range(32) if b not in b'\t\n\f\r\b\x01\x1b\x1e\x1f')
 MOST_CONTROL = 0.005    # share of them in a text
 MOST_WRONG = 0.001      # of the bytes that need not fit an encoding that was said or declared
 MOST_DAMAGED = 0.05     # of the bytes beyond ASCII that need not fit UTF-8
+FEW_LETTERS = 6         # bytes beyond ASCII that are no UTF-8 by chance only
 FEW_TWICE = 3           # letters that look like UTF-8 encoded twice may be on purpose
 MUCH_WORSE = 1.4        # times the bits of another encoding: a declared one is wrong
 COMPARED = 100          # lines
@@ -143,6 +144,9 @@ def damaged_utf8(parts, head, evidence, notes):
     """The encoding of bytes of which the most are UTF-8; None where they are not. What is not may be
     lines of another encoding, or damage.
     """
+    if evidence.good >= FEW_LETTERS and evidence.bad <= cut_off(head, evidence.tail):
+        count_wrong(parts, 'utf-8').say(notes)
+        return 'utf-8'
     others = [line for line in evidence.lines if mixed.is_of_other(line)]
     best = guess.of_lines(others, head[:CONTEXT]) if others and evidence.valid_lines else None
     if best and best.is_sure and guess.is_likelier_utf8(evidence.valid_lines, best.name):

@@ -14,6 +14,7 @@ from mambino.prepare.texts.declared import TAIL
 
 ESCAPED = ('iso2022_jp', 'iso2022_jp_ext', 'iso2022_jp_2', 'iso2022_kr', 'hz')
 ASCII = bytes(range(128))
+INSIDE = bytes(range(0x80, 0xC0))        # what a letter in UTF-8 goes on with
 BETWEEN = re.compile(rb'[\0-/]')        # bytes that are part of no longer character in any encoding
 REPLACEMENT = '\ufffd'.encode()         # a text may have it on purpose
 TWICE_BEGINS = ('Ã'.encode() + b'\xc2', 'â'.encode() + b'\xe2')
@@ -149,6 +150,16 @@ def whole_words(parts):
         yield part[:end] if end else part
         rest = part[end:] if end else b''
     yield rest
+
+
+def cut_off(head, tail):
+    """How many places are no UTF-8 for the sole reason that a text was cut within a letter, where it
+    begins or ends. head, tail: its first and last bytes."""
+    begins_within = len(head) - len(head.lstrip(INSIDE))
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    decoder.decode(tail[-4:])
+    ends_within = decoder.getstate()[0] != b''
+    return ends_within + (begins_within if begins_within < 4 else 0)
 
 
 # -----------------------------------------------------------------------------
