@@ -283,3 +283,32 @@ def test_an_encoding_that_is_said(tmp_path, capsys):
     with pytest.raises(SystemExit):
         check_encoding('cp12510')
     assert 'encoding=cp12510: no such encoding; the nearest are cp1251' in capsys.readouterr().err
+
+
+def test_the_mark_of_utf8_before_lines_of_another_encoding(tmp_path):
+    text = 'Größe über alles, schöne Grüße.\n' * 5
+    for lines in text.encode('cp1252'), text.encode() + text.encode('cp1252'):
+        documents, notes = read(write(tmp_path / 'a.txt', b'\xef\xbb\xbf' + lines))
+        assert documents == [text * (len(documents[0]) // len(text))]
+        assert notes[0].startswith('5 lines were no UTF-8: encoding guessed: cp1252, as in ')
+
+
+def test_a_width_that_is_said_and_not_marked(tmp_path):
+    for order in 'le', 'be':
+        path = write(tmp_path / 'a.txt', RUSSIAN.encode(f'utf-16-{order}'))
+        assert read(path, encoding='utf-16') == ([RUSSIAN], [])
+
+
+def test_an_encoding_that_is_said_of_utf8(tmp_path):
+    note = 'taken as cp1252, as --encoding says; it is UTF-8 as well'
+    assert read(write(tmp_path / 'a.txt', 'café'), encoding='cp1252') == (['cafÃ©'], [note])
+    assert read(write(tmp_path / 'a.txt', 'plain'), encoding='cp1252') == (['plain'], [])
+    assert 'UTF-8 as well' in read(write(tmp_path / 'a.txt', 'plain '), encoding='utf-16')[1][0]
+
+
+def test_a_notebook_in_another_encoding(tmp_path):
+    book = '{"cells": [{"cell_type": "markdown", "source": ["Größe, naïve café"]}]}'
+    for encoding in 'utf-16', 'utf-8-sig':
+        assert read(write(tmp_path / 'a.ipynb', book.encode(encoding)))[0] == ['Größe, naïve café\n']
+    documents, notes = read(write(tmp_path / 'a.ipynb', book.encode('cp1252')))
+    assert documents == ['Größe, naïve café\n'] and 'encoding guessed: cp1252' in notes[0]

@@ -33,14 +33,16 @@ from mambino.prepare.tables.columns import LONGEST_ROW
 from mambino.prepare.tables.csv_rows import read_csv
 from mambino.prepare.tables.hub import Unreachable, read_hf
 from mambino.prepare.tables.json_rows import read_json
-from mambino.prepare.texts.encodings import read_text
+from mambino.prepare.texts.encodings import encoding_of_bytes, read_text
 
 
 def read_notebook(path, options, notes):
     """The markdown and code cells, an empty line between them."""
     try:
         with open_bytes(path) as f:
-            book = json.loads(f.read(LONGEST_ROW).decode('utf-8-sig'))
+            data = f.read(LONGEST_ROW)
+        encoding = encoding_of_bytes(lambda: iter([data]), notes, options.get('encoding', ''))
+        book = json.loads(data.decode(encoding, 'replace'))
         if 'cells' in book:
             cells = book['cells']
         else:  # version 3

@@ -20,7 +20,7 @@ import sys
 
 from mambino.prepare.files import Skip, chunks, open_bytes
 from mambino.prepare.texts import guess, mixed
-from mambino.prepare.texts.declared import codec_of, declared
+from mambino.prepare.texts.declared import codec_of, declared, is_ascii_like
 from mambino.prepare.texts.evidence import count_wrong, cut_off, encoded_twice, escaped_encoding, gather, look_through
 
 MARKS = {
@@ -68,9 +68,9 @@ def encoding_of_bytes(parts, notes, said='', kind='text'):
     head = next(parts(), b'')
     name = marked(head)
     if name:
-        count_wrong(parts, name).say(notes)
+        name = trusted(parts, name, head, notes)
     elif said:
-        name = obeyed(parts, codec_of(said), notes)
+        name = obeyed(parts, codec_of(said), head, notes)
     else:
         name = found(parts, head, notes, kind)
     if name != 'utf-8':
@@ -86,11 +86,33 @@ def marked(head):
     return None
 
 
-def obeyed(parts, name, notes):
+def trusted(parts, name, head, notes):
+    """The encoding of bytes that begin with its mark. What is no UTF-8 there may be lines that a program
+    has appended.
+    """
+    wrong = count_wrong(parts, name)
+    if name == 'utf-8-sig' and wrong.share > MOST_WRONG:
+        evidence = gather(parts())
+        best = guess.of_lines(evidence.lines, head[:CONTEXT])
+        if best and best.is_sure:
+            name = mixed.name_of(best.name)
+            say_guess(best.name, evidence.lines, notes, f'{evidence.bad_lines:,} lines were no UTF-8: ')
+            wrong = count_wrong(parts, name)
+    wrong.say(notes)
+    return name
+
+
+def obeyed(parts, name, head, notes):
     """The encoding that the user says it is. Skip where the bytes do not fit."""
+    if name in ('utf-16', 'utf-32'):  # without a mark
+        best = guess.of_wide(head)
+        name = best.name if best and best.name.startswith(name) else f'{name}-le'
     wrong = count_wrong(parts, name)
     if wrong.share > MOST_WRONG:
         raise Skip(f'not {name}: byte {wrong.first + 1:,} does not fit')
+    if name != 'utf-8' and b'\0' not in head and look_through(parts())[0]:
+        if not is_ascii_like(name) or not all(part.isascii() for part in parts()):
+            notes.append(f'taken as {name}, as --encoding says; it is UTF-8 as well')
     wrong.say(notes)
     return name
 

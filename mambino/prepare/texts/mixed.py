@@ -34,7 +34,7 @@ def decode(data, errors='strict', other=''):
     try:
         return data.decode('utf-8'), len(data)
     except UnicodeDecodeError:
-        lines = data.split(b'\n')
+        lines = [line.removeprefix(codecs.BOM_UTF8) for line in data.split(b'\n')]
         texts = [line.decode(other if is_of_other(line) else 'utf-8', errors) for line in lines]
         return '\n'.join(texts), len(data)
 
