@@ -99,3 +99,9 @@ def test_what_is_no_minified_code_stays():
 def test_a_setting_may_have_escapes():
     assert screen.separator_of(r'\n***\n') == '\n***\n'
     assert screen.separator_of(r'\f\t\\n\x') == '\f\t\\n\\x'
+
+
+def test_characters_that_were_lost_before_are_counted():
+    note = '3 characters in it are U+FFFD, where others were lost before'
+    assert passed('caf\ufffd na\ufffdve\n\ufffd')[1] == [note]
+    assert passed('caf\ufffd na\ufffdve\n\ufffd', 'jsonl', seed=1)[1] == [note]

@@ -18,6 +18,7 @@ LONG_LINE = 2000                   # characters: nobody writes longer lines of c
 FEWEST_BASE64 = 200                # characters: shorter ones may be an example
 KEY = re.compile(r'-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----(?:.*?-----END |.*)', re.DOTALL)
 BUNDLE = re.compile(r'/\*{6}/ .*webpack|// webpackBootstrap|\b(?:self|window|this)\W{1,2}webpack(?:Chunk|Jsonp)')
+COUNTED = re.compile('bytes were no|were unreadable')  # what became U+FFFD, and a reader has noted
 TAG = re.compile(r'</?[A-Za-z][^<>]{0,500}>|<!--|-->')
 BASE64 = ';base64,'
 DIGITS = r'[A-Za-z0-9+/=_%-]'
@@ -38,7 +39,8 @@ class Screen:
         self.source = source
         self.base64 = Base64Cutter()
         self.keys = Counter('PRIVATE KEY-----')
-        self.watchers = [self.keys]
+        self.lost = Counter('\ufffd')
+        self.watchers = [self.keys, self.lost]
         self.marks = {}
         self.splitter = None
         self.lines = None
@@ -59,7 +61,8 @@ class Screen:
             for watcher in self.watchers:
                 watcher.add(text, last)
             if self.passed_on <= SEARCHED < self.passed_on + len(text):
-                self.watchers = [watcher for watcher in self.watchers if watcher.n or watcher is self.keys]
+                always = (self.keys, self.lost)
+                self.watchers = [watcher for watcher in self.watchers if watcher.n or watcher in always]
             self.passed_on += len(text)
             text = self.base64.cut(text, last)
             if self.lines:
@@ -86,6 +89,8 @@ class Screen:
                        f'{LONG_LINE:,} characters); name the file to have it read')
         if self.base64.size:
             notes.append(f'{self.base64.size:,} characters of data in base64 were cut out')
+        if self.lost.n and not any(COUNTED.search(note) for note in notes):
+            notes.append(f'{self.lost.n:,} characters in it are U+FFFD, where others were lost before')
         if self.keys.n:
             notes.append(f'{self.keys.n:,} beginnings and ends of private keys in it')
         for mark, counter in self.marks.items():
@@ -117,7 +122,7 @@ class Counter:
             self.n += text.count(self.text)
         if self.tail:
             self.n += (self.tail + text[:self.beyond]).count(self.text)
-        if self.tail or not last:
+        if self.beyond and (self.tail or not last):
             self.tail = '' if last else (self.tail + text[-self.beyond:])[-self.beyond:]
 
 
