@@ -121,3 +121,15 @@ def test_pages_for_scripts(tmp_path):
 def test_broken_pages_take_no_time():
     for broken in '<a ', '<title>', '<!-', '<svg>', '</', '<a b="', '<textarea>', '<script><!--', '&', '<object>':
         webpage.text_of(broken * 100_000)
+
+
+def test_pages_of_frames(tmp_path):
+    frames = '<title>Home</title><frameset cols="20%,*"><frame src=a.html><noframes><body><p>The story.</noframes>'
+    assert read(write(tmp_path / 'a.html', frames)) == (
+        ['Home\nThe story.\n'], ['its text is for browsers without frames'])
+
+
+def test_what_stands_in_for_a_film_or_a_formula_is_not_shown():
+    assert webpage.text_of('<video src=a><p>Your browser cannot.</video><canvas>Nor this.</canvas><p>Text') == 'Text\n'
+    formula = '<math><mi>x</mi><mo>=</mo><mn>2</mn><annotation encoding="application/x-tex">x=2</annotation></math>'
+    assert webpage.text_of(f'<p>Let {formula} be') == 'Let x=2 be\n'

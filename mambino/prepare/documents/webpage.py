@@ -17,7 +17,8 @@ BLOCKS = '''
     footer form head header hr html li main nav option section summary tbody tfoot thead title
     tr'''.split()
 SPACED = 'blockquote dl h1 h2 h3 h4 h5 h6 ol p pre table ul'.split()  # with empty lines around
-HIDDEN = ('object', 'svg', 'template')  # with all tags in them
+# with all tags in them: what is for browsers that cannot show them, and formulas as TeX beside MathML
+HIDDEN = ('object', 'svg', 'template', 'video', 'audio', 'canvas', 'annotation', 'annotation-xml')
 # between these tags there is nothing but text, none of which is shown but that of <xmp>
 RAW = 'script style noscript iframe noembed noframes xmp'.split()
 WITH_ENTITIES = ('title', 'textarea')   # text as well, in which only entities count
@@ -59,7 +60,8 @@ class Page:
         self.after = ''      # the tag that was closed just before: 'a' between two links
         self.shown = 0       # characters of text, the title's not counted
         self.scripts = 0     # characters of scripts and styles; one for a script that is elsewhere
-        self.noscript = []   # what is only for browsers without scripts
+        self.noscript = []   # what is only for browsers without scripts, or without frames
+        self.lacking = ''    # which of the two
         self.unclosed = ('', 0)  # a tag that is not closed, and characters of the markup it hides
         self.endless = set()     # names of tags whose end does not come any more
 
@@ -130,8 +132,9 @@ class Page:
             self.pre += 1
             self.text(content)
             self.pre -= 1
-        elif tag == 'noscript':
+        elif tag in ('noscript', 'noframes'):
             self.noscript.append(content)
+            self.lacking = tag.removeprefix('no') + 's' * (tag == 'noscript')
         elif tag in ('script', 'style'):
             self.scripts += max(len(content), tag == 'script')
         return end
@@ -264,7 +267,7 @@ def read_html(path, options, notes):
     if MARKUP.search(without_scripts):  # its tags are written as text, to be unpacked by a script
         without_scripts = text_of(without_scripts)
     if page.shown < len(without_scripts) and (len(without_scripts) > MUCH or not page.scripts):
-        notes.append('its text is for browsers without scripts')
+        notes.append(f'its text is for browsers without {page.lacking}')
         text += without_scripts
     elif page.scripts and not page.shown:
         raise Skip('a page of scripts, which fetch its text')
