@@ -183,6 +183,37 @@ def test_mailboxes(tmp_path):
     assert read(write(tmp_path / 'a.txt', mailbox)) == (documents, ['is mail, whatever its name says'])
 
 
+def test_messages_that_are_more_than_they_seem(tmp_path):
+    parts = 'Content-Type: text/{}\n\n{}\n'
+    both = '--B\n'.join(['', parts.format('plain', 'See the page.'), parts.format('html', '<p>A long letter. ' * 9)])
+    head = 'Subject: x\nContent-Type: multipart/alternative; boundary=B\n\n'
+    assert read(write(tmp_path / 'a.eml', head + both))[0][0].count('A long letter.') == 9
+    assert read(write(tmp_path / 'b.eml', head + 'No part begins.\n')) == (['Subject: x\n\nNo part begins.\n'], [])
+
+
+def test_what_does_not_fit_the_encoding_of_a_message_is_counted(tmp_path):
+    head = b'From a@example.org Mon Jan  2 10:00:00 2023\nSubject: x\nContent-Type: text/plain; charset='
+    russian = 'Привет, как дела? Всё хорошо.'
+    message = head + b'none\n\n' + russian.encode('cp1251') + b'\n\n'
+    documents, notes = read(write(tmp_path / 'a.mbox', message * 3))
+    assert documents == [f'Subject: x\n\n{russian}\n'] * 3
+    assert notes == [f'encoding guessed: cp1251, as in "{russian}" (and 2 more like it)']
+    wrong = head + b'gbk\n\n' + '你好，世界。'.encode('gbk') * 200 + b'\xff\n\n'
+    assert read(write(tmp_path / 'b.mbox', wrong * 3))[1] == ['3 bytes were no gb18030']
+
+
+def test_a_sentence_does_not_begin_a_message(tmp_path):
+    text = 'One.\n\nFrom the beginning of 2001 we knew\nthat it was.\n'
+    mailbox = f'From a@example.org Mon Jan  2 10:00:00 2023\nSubject: x\n\n{text}'
+    assert read(write(tmp_path / 'a.mbox', mailbox))[0] == [f'Subject: x\n\n{text}']
+
+
+def test_what_is_guessed_of_a_chapter_is_noted(tmp_path):
+    chapter = '<html><body><p>Вчера вечером мы долго гуляли.</p></body></html>'.encode('cp1251')
+    notes = read(write(tmp_path / 'a.epub', make_epub({'one.xhtml': chapter})))[1]
+    assert len(notes) == 1 and notes[0].startswith('one.xhtml: encoding guessed: cp1251, as in ')
+
+
 # -----------------------------------------------------------------------------
 # Archives
 
@@ -218,6 +249,13 @@ def test_archives(tmp_path):
         assert any(note.startswith('paper.txt: is a PDF') for note in notes)
     assert reason(write(tmp_path / 'b.zip', zipped({'a.jpg': 'x'}))) == 'nothing readable in it (1 unknown type .jpg)'
     assert reason(write(tmp_path / 'c.zip', zipped({}))) == 'an empty archive'
+
+
+def test_a_table_in_an_archive_is_judged_as_a_whole(tmp_path):
+    rows = '{"text": "a row of text"}\n' * 3 + '{"text": broken\n'
+    documents, notes = read(write(tmp_path / 'a.zip', zipped({'rows.jsonl': rows, 'a.txt': 'A text.'})))
+    assert documents == ['A text.']
+    assert 'rows.jsonl: too much of it is lost: 1 lines were no JSON' in notes[-1]
 
 
 def test_locked_archives(tmp_path):

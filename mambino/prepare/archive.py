@@ -25,6 +25,7 @@ from mambino.prepare.tables import looking
 KINDS = ('zip', 'tar')
 HEAD = 1 << 13  # characters of a member by which it is judged
 MOST_MEMBERS = 1_000_000
+HELD = 1 << 24  # characters of a member that wait for the verdict on the whole of it
 
 
 # what reading an archive raises
@@ -76,23 +77,30 @@ def documents_of(name, member, options, notes, left_out):
         if member.kind in KINDS:
             raise Skip('an archive in an archive')
         view = screen.Screen(member, options.get('document_separator', ''))
-        waiting = []  # for the verdict on the whole member, where it is a text
+        waiting = []  # for the verdict on the whole member, if it is not too large
+        size = 0
+        passed_on = False
         head = ''
         for text, last in view.passed(isolate.read(member, options | plan, own_notes)):
             head += text[:max(0, HEAD - len(head))]
             pieces.append(text)
+            size += len(text)
             if last:
                 waiting.append(''.join(pieces))
                 pieces.clear()
-            if last and member.kind not in screen.PLAIN:
-                yield waiting.pop()
+            if size > HELD and member.kind not in screen.PLAIN:
+                passed_on = True
+                yield from waiting
+                waiting.clear()
         view.judge(head, own_notes, is_beginning=True)
+        verdict, lines = judge(own_notes.taken, own_notes.lost)
+        if verdict and not passed_on:
+            raise Skip(f'{os.path.basename(name)}: {verdict}')
         yield from waiting
+        own_notes += [verdict] if verdict else lines
     except Skip as reason:
         left_out[str(reason)] += 1
-    reason, lines = judge(own_notes.taken, own_notes.lost)
-    lines = [reason] if reason else lines
-    notes += [f'{os.path.basename(name)}: {line}' for line in [*own_notes, *lines]]
+    notes += [f'{os.path.basename(name)}: {line}' for line in own_notes]
 
 
 def plan_of(member, options):

@@ -34,7 +34,9 @@ def read_epub(path, options, notes):
                 raise Skip(f'a chapter larger than {options["max_file_mb"]:g} MB')
             if name in names:
                 data = archive.read(name)
-                encoding = encoding_of_bytes(lambda data=data: iter([data]), Notes(), kind='html')
+                own_notes = Notes()
+                encoding = encoding_of_bytes(lambda data=data: iter([data]), own_notes, kind='html')
+                notes += [f'{posixpath.basename(name)}: {note}' for note in own_notes]
                 text = text_of(data.decode(encoding, 'replace'), is_xml=True, title=False)
                 if text:
                     yield ('\n' if written else '') + text, False
