@@ -347,7 +347,8 @@ def encode(corpus, tok, work, base):
         for i, size, result in zip(wanted, sizes, results):
             output.add(i, result)
             progress.add(size)
-    return output.close()
+    with Progress('hashing', also='what was written'):
+        return output.close()
 
 
 def encode_task(corpus, i, tok, work):
