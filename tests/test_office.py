@@ -147,6 +147,23 @@ def test_xlsx(tmp_path):
         'needs too much memory: more than --file_memory_mb')
 
 
+def test_the_column_of_a_sheet_that_is_asked_for(tmp_path):
+    pytest.importorskip('python_calamine')
+    rows = [['id', 'Body'], [1, 'bread and tea'], [2, None], [3, 'rain']]
+    path = write(tmp_path / 'a.xlsx', make_xlsx([rows, [['id'], [1]]]))
+    assert read(path, text_column='body') == (['bread and tea', 'rain'], [
+        '1 rows without text in Body', 'a sheet was left out: no column body among: id'])
+    assert read(path, text_column='id,body')[0] == ['1\n\nbread and tea', '2', '3\n\nrain']
+    assert reason(path, text_column='bodi') == 'no column bodi among: id, Body, did you mean Body?'
+    table = ''
+    for row in rows:
+        cells = [f'<table:table-cell><text:p>{cell or ""}</text:p></table:table-cell>' for cell in row]
+        table += f'<table:table-row>{"".join(cells)}</table:table-row>'
+    path = write(tmp_path / 'a.ods', make_odt(f'<office:spreadsheet><table:table>{table}'
+                                              '</table:table></office:spreadsheet>'))
+    assert read(path, text_column='body')[0] == ['bread and tea', 'rain']
+
+
 # -----------------------------------------------------------------------------
 # Mail
 

@@ -12,12 +12,14 @@ What a program shows and these do not, formulas and drawings, is counted in the 
 import collections
 import datetime
 import io
+import itertools
 import re
 import zipfile
 
 from mambino.prepare.documents.legible import SYMBOLS
 from mambino.prepare.documents.webpage import text_of
 from mambino.prepare.files import Skip, open_bytes
+from mambino.prepare.tables.sheets import rows_of_sheets
 
 MOST_PACKED = 200    # a zip archive that unpacks to more times its size is no one's document
 SMALL = 100_000_000  # bytes: but this much is nothing to fear
@@ -169,7 +171,9 @@ def add_shape(shape, lines):
 # Tables
 
 def read_xlsx(path, options, notes):
-    """A document a sheet of an Excel workbook, old or new: a line a row, tabs between the cells."""
+    """A document a sheet of an Excel workbook, old or new: a line a row, tabs between the cells; or a
+    document a row, of the columns that --text_column names.
+    """
     with open(path, 'rb') as f:
         head = f.read(4)
     try:
@@ -186,8 +190,8 @@ def read_xlsx(path, options, notes):
             book = CalamineWorkbook.from_filelike(f)
         except PasswordError:
             raise Skip('encrypted') from None
-        for name in book.sheet_names:
-            yield from lines_of(book.get_sheet_by_name(name).iter_rows())
+        sheets = (lines_of(book.get_sheet_by_name(name).iter_rows()) for name in book.sheet_names)
+        yield from rows_of_sheets(itertools.chain.from_iterable(sheets), options, notes)
 
 
 def lines_of(rows):

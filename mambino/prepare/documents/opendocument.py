@@ -7,10 +7,12 @@ All of them keep what they say in one XML file, content.xml, whose paragraphs an
 they come, so that memory does not mind its length.
 """
 import contextlib
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 from mambino.prepare.documents.office import PIECE, open_zip
 from mambino.prepare.files import Skip
+from mambino.prepare.tables.sheets import rows_of_sheets
 
 NAMES = 'urn:oasis:names:tc:opendocument:xmlns:'
 TEXT = f'{{{NAMES}text:1.0}}'
@@ -25,7 +27,7 @@ MOST_REPEATED = 1000  # cells or rows that a file says are alike
 
 def read_odt(path, options, notes):
     """A text or slides: one document, an empty line between paragraphs, none between items of a list
-    and rows of a table. Sheets: a document each.
+    and rows of a table. Sheets: a document each, or each of their rows, as read_xlsx has it.
     """
     with contextlib.ExitStack() as stack:
         with open(path, 'rb') as f:
@@ -41,7 +43,11 @@ def read_odt(path, options, notes):
         else:  # the flat form: all in one file of XML
             stream = stack.enter_context(open(path, 'rb'))
         try:
-            yield from Content(stream).documents()
+            content = Content(stream)
+            documents = content.documents()
+            first = next(documents, ('', True))  # by now it is known whether there are sheets
+            documents = itertools.chain([first], documents)
+            yield from rows_of_sheets(documents, options, notes) if content.is_sheets else documents
         except ElementTree.ParseError as error:
             raise Skip(f'damaged XML ({error})') from None
 
