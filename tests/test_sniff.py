@@ -68,6 +68,7 @@ def test_the_content_decides(tmp_path, kind):
     (b'\x7fELF\2\1\1' + bytes(99), 'a program'),
     (b'MZ\x90\0\3' + bytes(99), 'a program'),
     (b'SQLite format 3\0' + bytes(99), 'a SQLite database'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'a Git LFS pointer: run git lfs pull'),
     (b'7z\xbc\xaf\x27\x1c' + bytes(99), 'a 7z archive: unpack it first'),
     (ole('WordDocument'), 'old Word format: save it as docx'),
     (ole('PowerPoint Document'), 'old PowerPoint format: save it as pptx'),

@@ -78,6 +78,7 @@ SIGNATURES = [
     (0, b'AT&TFORM', 'a DjVu book: convert it to PDF'),
     (60, b'BOOKMOBI', 'a Kindle book: convert it to epub'),
     (128, b'DICM', 'a DICOM image'),
+    (0, b'version https://git-lfs.github.com/spec/v', 'a Git LFS pointer: run git lfs pull'),
     (0, b'ARROW1\0\0', 'arrow'),
     (0, b'%PDF-', 'pdf'),
     (257, b'ustar\x0000', 'tar'),
