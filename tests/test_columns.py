@@ -103,6 +103,18 @@ TABLES = {
     'preferred turns': ('conversation in chosen', lambda i: {
         'prompt': prose(i), 'chosen': [turn('user', prose(i)), turn('bot', 'Yes.')],
         'rejected': [turn('user', prose(i))]}),
+    'tree of messages': ('conversation in prompt', lambda i: {
+        'id': f't-{i}', 'prompt': {**turn('user', prose(i)), 'replies': [turn('bot', prose(-i))] * 2}}),
+    'answers of several models': (
+        ASK + 'instruction, completions.model, completions.response; '
+        'say which with --text_column=instruction,completions.response', lambda i: {
+            'instruction': prose(i), 'completions': [{'model': 'bot', 'response': prose(k, 60)} for k in range(2)]}),
+    'a question and what may answer it': (
+        ASK + 'problem, worked_out; say which with --text_column=problem,worked_out', lambda i: {
+            'problem': prose(i), 'worked_out': prose(-i, 60)}),
+    'choices': (ASK + 'question, choices.text; say which with --text_column=question,choices.text', lambda i: {
+        'question': prose(i), 'choices': {'text': [prose(-i), prose(i, 5)]}}),
+    'program': ('instruction + code', lambda i: {'instruction': prose(i), 'code': f'def f_{i}(x):\n    return x\n'}),
     'translation': ('source + target', lambda i: {'source': prose(i), 'target': prose(-i)}),
     'where from': ('target', lambda i: {'source': f'web-{i}', 'target': prose(i)}),
     'escapes': (r'no clear text column among: a\x1b[31m\n, b; say which with --text_column=a\x1b[31m\n', lambda i: {
@@ -134,6 +146,8 @@ def test_all_formats_have_the_same_form(tmp_path):
     ([turn('user', [{'type': 'text', 'text': 'Hi'}, {'type': 'image'}]), turn('bot', 'Yes')], 'user: Hi\n\nbot: Yes'),
     ([turn('user', 'Hi'), turn('assistant', None), turn('tool', '42')], 'user: Hi\n\ntool: 42'),
     ([{'human': 'Hi', 'assistant': 'Hello'}], 'human: Hi\n\nassistant: Hello'),
+    ({'role': 'user', 'text': 'Hi', 'replies': [turn('bot', 'Yes'), {**turn('bot', 'No'), 'replies': []}]},
+     'user: Hi\n\nbot: Yes\n\nbot: No'), ([{'model': 'a', 'response': 'Hello'}], None),
     ([['Hi', 'Hello'], ['So', 'Bye']], 'Hi\nHello\n\nSo\nBye'),
     (['Hi', 'Hello'], 'Hi\nHello'), (['See ', {'type': 'link', 'text': 'this'}, '!'], 'See this!'),
     ([{'a': 1}], None), ([1, 2], None), ({'en': 'a'}, None), ([], None)], ids=str)

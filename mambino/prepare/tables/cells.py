@@ -16,8 +16,10 @@ from mambino.prepare.files import Skip
 ROLES = ('role', 'from', 'speaker', 'author', 'sender', 'user')      # who says it,
 SAYINGS = ('content', 'value', 'text', 'message', 'utterance', 'parts')  # and what
 # names of turns that are their own role: [{'human': 'Hi', 'assistant': 'Hello'}]
-SPEAKERS = ('system', 'instruction', 'human', 'user', 'prompt', 'question', 'input', 'query',
-            'assistant', 'bot', 'gpt', 'model', 'response', 'answer', 'output', 'completion')
+ASKING = ('instruction', 'human', 'user', 'prompt', 'question', 'input', 'query')
+ANSWERING = ('assistant', 'bot', 'gpt', 'model', 'response', 'answer', 'output', 'completion')
+SPEAKERS = ('system', *ASKING, *ANSWERING)
+REPLIES = ('replies', 'children')  # turns below a turn: a tree of messages
 AS_IT_STANDS = '*'  # as a column: the whole row
 
 
@@ -30,7 +32,7 @@ def text_of(value):
     if isinstance(value, bytes):
         return value.decode('utf-8', 'replace')
     if isinstance(value, dict):
-        return conversation(turns_in(value))
+        return conversation([value] if replies_to(value) else turns_in(value))
     if not isinstance(value, (list, tuple)) or not value:
         return None
     if are_strings(value):
@@ -71,9 +73,25 @@ def conversation(turns):
     return '\n\n'.join(said) or None
 
 
+def replies_to(turn):
+    """The turns that stand below a turn, in a tree of messages."""
+    replies = next((turn[name] for name in REPLIES if turn.get(name)), None)
+    are_turns = isinstance(replies, list) and all(isinstance(reply, dict) for reply in replies)
+    return replies if are_turns else []
+
+
 def turn_lines(turn):
-    """The lines of one turn: ['user: Hi'], or one for each of the speakers in it; None for no turn.
-    """
+    """The lines of a turn, ['user: Hi'], and of its replies; None for no turn."""
+    lines = own_lines(turn)
+    if lines is None:
+        return None
+    for reply in replies_to(turn):
+        lines += turn_lines(reply) or []
+    return lines
+
+
+def own_lines(turn):
+    """The line of one turn, or one for each of the speakers in it; None for no turn."""
     role = next((turn[name] for name in ROLES if isinstance(turn.get(name), str)), None)
     names = [name for name in SAYINGS if name in turn]
     if isinstance(role, str) and names and turn.get(names[0]) is not role:
@@ -82,7 +100,8 @@ def turn_lines(turn):
             return [] if turn[names[0]] in (None, [], '') else None
         return [f'{role}: {said}'] if said.strip() else []
     spoken = [name for name in turn if name.lower() in SPEAKERS and isinstance(turn[name], str)]
-    if len(spoken) >= 2:
+    sides = {name.lower() in ANSWERING for name in spoken if name.lower() != 'system'}
+    if len(sides) == 2:  # one asks and one answers, which a model and its response do not
         return [f'{name}: {turn[name]}' for name in spoken if turn[name].strip()]
     return None
 

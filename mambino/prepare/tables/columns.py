@@ -38,7 +38,8 @@ BEFORE = ['system', 'system_prompt', 'context']
 ASKED = ['instruction', 'question', 'problem', 'prompt', 'query', 'input', 'inputs', 'human', 'user', 'source']
 MORE = 'input'  # after an instruction
 ANSWERED = ['output', 'response', 'completion', 'answer', 'answers.text', 'answers', 'solution', 'chosen',
-            'target', 'targets', 'assistant', 'bot', 'reply']
+            'target', 'targets', 'assistant', 'bot', 'reply', 'code']
+CHOICES = {'choices', 'options', 'endings', 'candidates', 'answers'}  # texts in there are parts of a question's
 ONLY_WITH = {'source': ['target'], 'human': ['assistant', 'bot'], 'user': ['assistant', 'bot']}
 
 
@@ -136,7 +137,7 @@ def paired(profile, candidates):
         """Whether an answer is a number, a year or a word, by its column of the profile."""
         what = trouble(profile[name])
         is_choice = what == 'numbers' and {'choices', 'options'} & by_name.keys()
-        return what in ('', 'numbers', 'dates', 'codes') and not is_choice
+        return what in ('', 'numbers', 'dates', 'codes') and not is_choice and name.lower() != 'code'
 
     for asked in filter(get, ASKED):
         answers = [name for name in ANSWERED if get(name, is_short_answer) and name in ONLY_WITH.get(asked, ANSWERED)]
@@ -174,9 +175,18 @@ def clearest(profile, candidates):
     is_unread = any(trouble(column).startswith('objects') for column in profile.values())
     if name.lower() in TITLES and is_unread:
         return None  # of what is in there, probably
+    if question(candidates, name):
+        return None  # it may be the answer, or may not
     second = max((more for more, other in amounts[1:] if other.lower() not in TITLES), default=0)
     is_prose = words >= PROSE and not is_category(candidates[name])
     return [name] if is_prose and words >= CLEAR * second else None
+
+
+def question(candidates, answer):
+    """The column, if there is one, of questions in words that another one may answer."""
+    names = [name for name in by_rank(candidates, ASKED) if name.lower() not in ONLY_WITH]
+    names = [name for name in names if words_a_row(candidates[name]) >= PROSE and not is_category(candidates[name])]
+    return next((name for name in names if name != answer), None) if answer not in names else None
 
 
 def by_rank(candidates, names):
@@ -188,9 +198,11 @@ def by_rank(candidates, names):
 
 
 def ends_as_usual(name):
-    """Whether the last word of a name is one of COLUMNS: review_text, pageContent, meta.body."""
-    words = re.findall(r'[A-Z]?[a-z]+|[A-Z]+', name)
-    return bool(words) and words[-1].lower() in COLUMNS
+    """Whether the last word of a name is one of COLUMNS: review_text, pageContent, meta.body; and it is
+    not the text of a choice.
+    """
+    words = [word.lower() for word in re.findall(r'[A-Z]?[a-z]+|[A-Z]+', name)]
+    return bool(words) and words[-1] in COLUMNS and not CHOICES & {*words[:-1]}
 
 
 def names_of(profile, most=8):
@@ -208,7 +220,9 @@ def unclear(profile, candidates):
     odd = [name for name in by_rank(held, [*TALKS, *COLUMNS, *WEAK]) if held[name]]
     is_likely = best and (words_a_row(candidates[best]) >= 2 or not odd)
     if is_likely:
-        return f'{among}; say which with --text_column={shown(best)}'
+        asked = question(candidates, best)
+        likely = f'{shown(asked)},{shown(best)}' if asked else shown(best)
+        return f'{among}; say which with --text_column={likely}'
     odd += [name for name, what in held.items() if what.startswith(('lists', 'objects', 'JSON', 'single', 'bytes'))]
     odd += [name for name, what in held.items() if what]
     if not odd:
