@@ -247,6 +247,11 @@ def test_json_that_is_called_csv(check):
     assert check(''.join(json.dumps({'id': i, 'text': text}) + '\n' for i, text in enumerate(TEXTS)))[0] == TEXTS
 
 
+def test_a_table_that_is_called_json(tmp_path):
+    path = write(tmp_path / 'a.json', 'id,text\n' + '1,bread and tea\n' * 9)
+    assert read(path)[0] == ['bread and tea'] * 9
+
+
 def test_tables_that_are_called_texts(check):
     content = table(lambda i, text: f'{i}\t{text}\n', 'id\ttext\n')
     assert check(content, 'a.txt') == (TEXTS, [])

@@ -135,6 +135,9 @@ def test_what_is_no_table(tmp_path):
         assert read(write(tmp_path / 'a.json', plain))[0] == [plain]
     with pytest.raises(Skip, match="Python's, with single quotes"):
         read(write(tmp_path / 'a.json', str(ROWS)))
+    sayings = {'sayings': [{'saying': text, 'from': 'x'} for text in TEXTS]}
+    assert read(write(tmp_path / 'a.json', json.dumps(sayings))) == ([json.dumps(sayings)], [
+        'taken as plain text, for it may be settings; its rows are read with --text_column=saying'])
     paths = {f'/{i}': {'get': {'summary': TEXTS[i], 'id': f'get{i}'}} for i in range(30)}
     spec = {'title': 'A service', 'paths': paths}
     assert read(write(tmp_path / 'a.json', json.dumps(spec))) == ([json.dumps(spec)], [])
@@ -159,6 +162,8 @@ def test_damage_is_counted(tmp_path):
     assert judge(90, {'lines were bad (first: line 7)': 5, 'lines were bad (first: line 60)': 1}) == (
         '', ['6 lines were bad (first: line 7)'])
     rows = [json.dumps(row) for row in ROWS]
+    joined = '\ufeff' + '\n\ufeff'.join(rows)
+    assert read(write(tmp_path / 'a.jsonl', joined)) == (TEXTS, [])  # files that were put together
     rows[6] = rows[6][:-9]
     documents, notes = read(write(tmp_path / 'a.json', '[\n' + ',\n'.join(rows) + '\n]'))
     assert documents == TEXTS[:6] + TEXTS[7:]

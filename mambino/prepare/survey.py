@@ -159,7 +159,10 @@ def choose_all(sources, found, options):
             if chosen and (options['text_column'] or not looking.is_setting(kind, found[i], chosen)):
                 plans[i] = found[i]['kind'], looking.plan_of(found[i], chosen)
                 continue
-            plan = {} if chosen else looking.plain_plan(kind, found[i], reason, options)
+            if chosen:
+                plan = looking.setting_plan(found[i], chosen)
+            else:
+                plan = looking.plain_plan(kind, found[i], reason, options)
             if plan is None:
                 reasons[i] = reason
             else:

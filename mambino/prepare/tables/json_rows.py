@@ -12,7 +12,7 @@ from mambino.prepare import files
 from mambino.prepare.files import Skip, open_bytes
 from mambino.prepare.tables.cells import AS_IT_STANDS, rows_of
 from mambino.prepare.tables.columns import LONGEST_ROW
-from mambino.prepare.tables.json_look import as_dict, is_wide
+from mambino.prepare.tables.json_look import as_dict, is_wide, parsed
 from mambino.prepare.tables.json_objects import rows_of_columns
 from mambino.prepare.tables.json_values import DECODER, Values
 from mambino.prepare.texts.encodings import open_text
@@ -51,10 +51,11 @@ def rows_in_lines(path, options, notes):
             try:
                 row = decode(line)
             except (ValueError, RecursionError):
-                if not line.isspace():
-                    lost += 1
-                    first = first or number
-                continue
+                row = parsed(line)  # files that were put together have marks between them
+                if row is None:
+                    lost += not line.isspace()
+                    first = first or lost and number
+                    continue
             if type(row) is not dict:
                 if row == names:
                     continue  # the header

@@ -38,7 +38,7 @@ def look(kind, path, options, look_apart=None):
     if kind == 'csv':
         looked = json_look.look(path, 'text', options) if csv_look.may_be_json(path) else None
         return looked or csv_look.look(path, options)
-    looked = csv_look.look_in_text(path, options) if kind == 'text' else None
+    looked = csv_look.look_in_text(path, options) if kind in ('text', 'data') else None
     looked = looked or json_look.look(path, kind, options)
     if looked is None and kind == 'jsonl':
         looked = csv_look.look(path, options)
@@ -89,7 +89,7 @@ def alone(kind, path, options, look_apart=None):
     chosen, reason = columns.wanted(looked['profile'], wanted) if wanted else columns.choose(looked['profile'])
     if chosen and (wanted or not is_setting(kind, looked, chosen)):
         return looked['kind'], plan_of(looked, chosen) | {'parts': []}
-    plan = {} if chosen else plain_plan(kind, looked, reason, options)
+    plan = setting_plan(looked, chosen) if chosen else plain_plan(kind, looked, reason, options)
     if plan is None:
         raise Skip(reason)
     return kind, plan
@@ -108,6 +108,16 @@ def is_setting(kind, looked, chosen):
     is_inside = layout in ('object', 'columns')
     is_text = columns.are_usual(chosen) or columns.is_rich(looked['profile'], chosen, MUCH)
     return looked['rows'] < FEW or is_inside and not is_text
+
+
+def setting_plan(looked, chosen):
+    """The plan of a file that is_setting and is read as it stands: where that leaves a list of many rows
+    in its JSON, it says so.
+    """
+    if looked['rows'] < SAID or looked['plan'].get('keyed'):
+        return {}
+    names = ','.join(map(columns.shown, chosen))
+    return {'said': [f'taken as plain text, for it may be settings; its rows are read with --text_column={names}']}
 
 
 def plain_plan(kind, looked, reason, options):
