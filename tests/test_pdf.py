@@ -235,3 +235,21 @@ def test_letters_apart_are_closed_up():
     assert legible.close_up('全 世 界 无 产 者 ， 联 合 起 来 吧') == '全世界无产者，联合起来吧'
     assert legible.close_up('T w o  w o r d s  l i k e\nt h e s e  h e r e') == 'Two words like\nthese here'
     assert legible.close_up('一 二 三') == '一 二 三'
+
+
+def test_aes_of_128_bits_without_its_package(tmp_path):
+    if importlib.util.find_spec('cryptography') or importlib.util.find_spec('Crypto'):
+        pytest.skip('the package is there')
+    aes = ('/Encrypt << /Filter /Standard /V 4 /R 4 /Length 128 /P 4294967292 '
+           '/O <65fbeeb76e4691b7dc4babe5b911ce87196f39d0cfda0f00920838327413a714> '
+           '/U <54db5dc5d0303e6ab77b707b7489be4028bf4e5e4e758a4164004e56fffa0108> '
+           '/CF << /StdCF << /AuthEvent /DocOpen /CFM /AESV2 /Length 16 >> >> /StmF /StdCF /StrF /StdCF >> '
+           '/ID [<4269ea7e550fcb175f9fa0fddbe8d822> <4269ea7e550fcb175f9fa0fddbe8d822>]')
+    path = write(tmp_path / 'a.pdf', raw_pdf('BT /F 12 Tf (what no one can read) Tj ET', aes))
+    why = 'encrypted with AES, which pypdf reads with cryptography: pip install cryptography'
+    assert reason(path, pdf='pypdf') == why
+
+
+def test_pages_without_text_are_counted(tmp_path, engine):
+    assert read(write(tmp_path / 'a.pdf', make_pdf(['Some text.', '', '', ''])), pdf=engine) == (
+        ['Some text.\n'], ['3 of 4 pages have no text (scanned?)'])

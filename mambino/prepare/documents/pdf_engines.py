@@ -29,10 +29,22 @@ class Pypdf:
         self.stack = contextlib.ExitStack()
         try:
             self.reader = self.stack.enter_context(pypdf.PdfReader(path))
-            if self.reader.is_encrypted and not self.reader.decrypt(''):
-                raise Skip('encrypted')
+            if self.reader.is_encrypted:
+                if not self.reader.decrypt(''):
+                    raise Skip('encrypted')
+                self.try_first_page()
         except pypdf.errors.DependencyError:
             raise Skip('encrypted with AES, which pypdf reads with cryptography: pip install cryptography') from None
+
+    def try_first_page(self):
+        """Where a package is missing for AES of 128 bits, that is seen only here."""
+        import pypdf
+        try:
+            self.reader.pages[0].get_contents()
+        except pypdf.errors.DependencyError:
+            raise
+        except Exception:  # for read() to tell
+            pass
 
     def __len__(self):
         return len(self.reader.pages)

@@ -20,6 +20,7 @@ from mambino.prepare.texts.encodings import clean
 LIGATURES = {0xfb00 + i: letters for i, letters in enumerate('ff fi fl ffi ffl st st'.split())}
 SHAPES = LIGATURES | legible.SYMBOLS
 HELD = 1 << 24     # characters that wait until all words of the document are known
+MOST_EMPTY = 0.1   # share of pages without text that books have
 FAILED = 'failed'  # an engine raised an error
 # what may be wrong with a page, the worst first
 PROBLEMS = [FAILED, legible.JUNK, LOST, legible.REVERSED, legible.APART, UNSURE, '']
@@ -55,7 +56,11 @@ def read_pdf(path, options, notes):
         raise Skip(why_empty(lost))
     if sum(lost.values()) > 0.5 * book.with_text:
         raise Skip(f'most of it is lost: {", ".join(book.said(lost))}')
+    notes.facts['reader'] = book.names[0]
     notes += book.said(book.problems)
+    empty = book.size - book.with_text
+    if empty > max(1, MOST_EMPTY * book.size):
+        notes.append(f'{empty:,} of {book.size:,} pages have no text (scanned?)')
     if book.by_other:
         notes.append(f'{book.by_other:,} of {book.with_text:,} pages read by {names[1]}: {names[0]} could not')
     if book.odd:
@@ -77,7 +82,8 @@ class Book:
         self.path = path
         self.names = names
         self.engines = {}    # name -> Pypdf or Pdfium; None where it cannot open the file
-        self.with_text = 0   # pages
+        self.size = 0        # pages
+        self.with_text = 0   # of those
         self.by_other = 0    # pages taken from the second engine
         self.odd = 0         # characters in pages that were taken
         self.problems = {}   # what is wrong with pages -> how many
@@ -121,7 +127,8 @@ class Book:
 
     def pages(self):
         """Yields the text of each page that has some."""
-        for i in range(len(self.first)):
+        self.size = len(self.first)
+        for i in range(self.size):
             text, problem = read_page(self.first, i)
             if problem and self.second() is not None:
                 text, problem = self.compare(i, text, problem)
