@@ -50,6 +50,15 @@ def test_docx(tmp_path):
     assert read(write(tmp_path / 'd.docx', 'text')) == (['text'], ['is plain text, whatever its name says'])
 
 
+def test_what_is_left_out_of_a_docx_is_counted(tmp_path):
+    pytest.importorskip('mammoth')
+    formula = '<w:p><w:r><w:t>Let</w:t></w:r><m:oMath><m:r><m:t>x</m:t></m:r></m:oMath></w:p>'
+    box = (f'<w:p><w:r><w:drawing xmlns:wps="urn:wps"><wps:txbx><w:txbxContent>{paragraph("in it")}'
+           '</w:txbxContent></wps:txbx></w:drawing></w:r></w:p>')
+    assert read(write(tmp_path / 'a.docx', make_docx(formula * 3 + box)))[1] == [
+        '3 formulas left out', '1 text boxes left out']
+
+
 def test_rtf(tmp_path):
     pytest.importorskip('striprtf')
     text = (r'{\rtf1\ansi\ansicpg1251{\fonttbl{\f0 Arial;}}{\info{\title hidden}}Two  words\par Second \b bold\b0 .'

@@ -206,6 +206,8 @@ def test_a_type_that_nobody_knows_is_told_by_its_content(here):
     kept, skipped = look('m')
     assert names(kept) == {'a.bin': 'pdf', 'b.bin': 'rtf'}
     assert names(skipped) == {'c.jar': 'unknown type .jar', 'd.bin': 'unknown type .bin'}
+    write(here / 'm' / 'e.mobi', '\0' * 60 + 'BOOKMOBI')
+    assert names(look('m')[1])['e.mobi'] == 'a Kindle book: convert it to epub'
 
 
 def test_the_lists_of_extensions():

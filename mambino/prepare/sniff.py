@@ -137,13 +137,15 @@ def known_kind(path):
     return None if kind in ('zip', 'tar', 'email') else kind
 
 
-def why_packed(path):
-    """'packed with lz4: unpack it first', where nobody does that here; '' for all other files."""
+def remedy_for(path):
+    """'a Kindle book: convert it to epub': what a file is and what can be done about it; '' where nothing
+    can.
+    """
     try:
         with open_bytes(path) as f:
             true_kind(f.read(HEAD), path)
     except Skip as reason:
-        return str(reason) if str(reason).endswith('unpack it first') else ''
+        return str(reason) if ': ' in str(reason) else ''
     except Exception:  # damaged
         pass
     return ''

@@ -261,7 +261,7 @@ def look(path, limit):
     if kind is None and limit is not None:
         kind = sniff.known_kind(path)
         if kind is None:
-            return None, sniff.why_packed(path) or f'unknown type {extension}'
+            return None, sniff.remedy_for(path) or f'unknown type {extension}'
     if status.st_size == 0:
         return None, 'empty'
     if limit is not None and kind not in STREAMED and status.st_size > limit * 1e6:

@@ -50,7 +50,8 @@ def open_zip(path):
 # Documents
 
 # of the parts that mammoth does not know, those that have text
-PARTS = {'oMath': 'formulas', 'oMathPara': 'formulas', 'altChunk': 'inserted files'}
+PARTS = {rb'<m:oMath[\s>]': 'formulas', rb'<w:altChunk[\s>]': 'inserted files'}
+BOXES = (b'<wps:txbx', b'<v:textbox')  # text boxes, and the same again for old programs, which mammoth reads
 # what stands around text without a meaning for it, and is unknown to mammoth
 AROUND = re.compile(rb'</?w:(?:fldSimple|bdo|dir|moveTo|customXml|ruby|rubyBase)(?:\s[^>]*)?>')
 READING = re.compile(rb'<w:rt>.*?</w:rt>|<w:rubyPr>.*?</w:rubyPr>|<w:moveFrom[\s>].*?</w:moveFrom>', re.S)
@@ -64,17 +65,19 @@ def read_docx(path, options, notes):
         import mammoth
     except ImportError:
         raise needs('docx', 'mammoth') from None
-    page = mammoth.convert_to_html(texts_of(path), convert_image=mammoth.images.img_element(no_image))
+    left_out = collections.Counter()
+    slim = texts_of(path, left_out)
+    page = mammoth.convert_to_html(slim, convert_image=mammoth.images.img_element(no_image))
     markup = CELL.sub(flat_cell, TO_NOTE.sub('', page.value))
-    ignored = [re.split('[}: ]', message.message)[-1] for message in page.messages
-               if 'element was ignored' in message.message]
-    for what, n in collections.Counter(PARTS[name] for name in ignored if name in PARTS).items():
+    for what, n in left_out.items():
         notes.append(f'{n:,} {what} left out')
     yield text_of(markup).replace('\xad', ''), True
 
 
-def texts_of(path):
-    """The parts of a document of Word that have text, as a file in memory of the same format."""
+def texts_of(path, left_out):
+    """The parts of a document of Word that have text, as a file in memory of the same format. What mammoth
+    will leave out of the text itself is counted in `left_out`, a Counter.
+    """
     slim = io.BytesIO()
     with open_zip(path) as archive, zipfile.ZipFile(slim, 'w') as out:
         for entry in archive.infolist():
@@ -83,6 +86,10 @@ def texts_of(path):
                 if entry.filename.startswith('word/'):
                     data = AROUND.sub(b'', READING.sub(b'', data))
                 out.writestr(entry.filename, data)
+                if entry.filename == 'word/document.xml':
+                    counts = {what: len(re.findall(part, data)) for part, what in PARTS.items()}
+                    counts['text boxes'] = max(0, data.count(BOXES[0]) - data.count(BOXES[1]))
+                    left_out.update({what: n for what, n in counts.items() if n})
     slim.seek(0)
     return slim
 
