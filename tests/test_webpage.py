@@ -131,5 +131,6 @@ def test_pages_of_frames(tmp_path):
 
 def test_what_stands_in_for_a_film_or_a_formula_is_not_shown():
     assert webpage.text_of('<video src=a><p>Your browser cannot.</video><canvas>Nor this.</canvas><p>Text') == 'Text\n'
+    assert webpage.text_of('<div>One<audio src=a controls/></div><p>Two') == 'One\n\nTwo\n'
     formula = '<math><mi>x</mi><mo>=</mo><mn>2</mn><annotation encoding="application/x-tex">x=2</annotation></math>'
     assert webpage.text_of(f'<p>Let {formula} be') == 'Let x=2 be\n'

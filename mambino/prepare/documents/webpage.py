@@ -18,7 +18,8 @@ BLOCKS = '''
     tr'''.split()
 SPACED = 'blockquote dl h1 h2 h3 h4 h5 h6 ol p pre table ul'.split()  # with empty lines around
 # with all tags in them: what is for browsers that cannot show them, and formulas as TeX beside MathML
-HIDDEN = ('object', 'svg', 'template', 'video', 'audio', 'canvas', 'annotation', 'annotation-xml')
+FILMS = ('video', 'audio', 'canvas')
+HIDDEN = ('object', 'svg', 'template', *FILMS, 'annotation', 'annotation-xml')
 # between these tags there is nothing but text, none of which is shown but that of <xmp>
 RAW = 'script style noscript iframe noembed noframes xmp'.split()
 WITH_ENTITIES = ('title', 'textarea')   # text as well, in which only entities count
@@ -162,6 +163,8 @@ class Page:
             self.leave(tag)
         elif self.inside[-1:] == ['svg'] and tag not in self.opened and (tag in ENDS_SVG or tag in MARKS or tag == 'a'):
             self.leave('svg')
+        elif self.inside and self.inside[-1] in FILMS and tag not in self.opened:  # of what is around it
+            self.leave(self.inside[-1])
         if tag in ('pre', 'listing'):
             self.pre = max(0, self.pre - 1)
         if tag not in ONLY_AT_START or tag == 'br':
