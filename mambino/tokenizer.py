@@ -247,11 +247,14 @@ class BPETokenizer(Tokenizer):
             raise UnknownCharacter(f'it has no ids for this text ({error})') from None
 
     def there_and_back(self, text, begins=True):
-        """(what comes back of a text, how many of its characters became the id for unknown ones)"""
+        """(what comes back of a text, how many of its characters, without white space, became the id
+        for unknown ones)
+        """
         if self.fast:
             return self.decode(self.encode(text)), 0
         encoding = self._encode_hf([text], begins)[0]
-        chars = sum(end - start for i, (start, end) in zip(encoding.ids, encoding.offsets) if i == self.unknown)
+        unknown = {span for i, span in zip(encoding.ids, encoding.offsets) if i == self.unknown}
+        chars = sum(len(''.join(text[start:end].split())) for start, end in unknown)
         return self.decode(encoding.ids, begins), chars
 
     def _encode_pieces(self, pieces):

@@ -110,6 +110,20 @@ def test_a_tokenizer_at_a_loss_is_one_line(tmp_path, monkeypatch, capsys):
     assert status == 2 and 'unknown to it' in err
 
 
+def test_unknown_white_space_is_no_unknown_character(tmp_path, monkeypatch, capsys):
+    """Nor is a table refused for its tabs."""
+    monkeypatch.chdir(tmp_path)
+    hf = foreign.llama()
+    path = foreign.save(hf, tmp_path / 'no_bytes', model={**json.loads(hf.to_str())['model'], 'byte_fallback': False})
+    status, note, _ = note_on(capsys, path, 'a\tt\tm\tn\n\n' * 300)
+    assert status == 0 and '100% of the newlines are lost, 100% of the tabs are lost' in note and 'unknown' not in note
+    ends = foreign.save(hf, tmp_path / 'ends', model={
+        **json.loads(hf.to_str())['model'], 'byte_fallback': False, 'unk_token': '</s>'})
+    assert '% of the characters are unknown to it, and end a text where they stand' in note_on(
+        capsys, ends, 'the cat é ' * 300)[1]
+    assert script('prepare.py', '--inspect data/zoo') == 0 and 'no document was decoded' in capsys.readouterr().out
+
+
 def test_what_is_lost_is_found_in_few_large_pieces(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = 'The cat sat\n' * 200_000

@@ -249,8 +249,10 @@ def inspect(path):
         why = getattr(error, 'strerror', None) or type(error).__name__
         fail(f'{path}: not a dataset ({why}); prepare.py makes one')
     show_histogram(lengths)
-    print(f'\nsound: the hashes of {len(meta["sha256"])} files are right, and {checked:,} documents '
-          'decode to the text that was taken')
+    decoded = f'{checked:,} documents decode to the text that was taken'
+    if not checked:
+        decoded = "no document was decoded, since another's tokenizer may change a text"
+    print(f'\nsound: the hashes of {len(meta["sha256"])} files are right, and {decoded}')
 
 
 def check(folder, meta):

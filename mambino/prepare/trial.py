@@ -28,7 +28,7 @@ def try_tokenizer(tok, name, corpus, work):
     wrote it."""
     if tok.kind != 'bpe' or tok.fast:       # all bytes have ids, and come back
         return []
-    losses = Losses()
+    losses = Losses(tok.unknown == tok.eot)
     for text, begins in sample_texts(corpus, work):
         losses.add(text, *tok.there_and_back(text, begins))
     if losses.hopeless() > HOPELESS:
@@ -71,7 +71,9 @@ def at_seam(text, at):
 class Losses:
     """What was lost of texts, in characters."""
 
-    def __init__(self):
+    def __init__(self, unknown_ends=False):
+        """unknown_ends: whether the id for unknown text is the one that ends a text."""
+        self.unknown_ends = unknown_ends
         self.counts = Counter()     # of what there was
         self.lost = Counter()       # of that, what did not come back; keys: see add()
 
@@ -108,7 +110,8 @@ class Losses:
         reasons = []
         if self.lost['unknown']:
             share = self.lost['unknown'] / characters
-            reasons.append(f'{percent(share)} of the characters are unknown to it')
+            ends = ', and end a text where they stand' if self.unknown_ends else ''
+            reasons.append(f'{percent(share)} of the characters are unknown to it{ends}')
         for name, words in (
                 ('others', '{} of the characters come back as others or not at all'),
                 ('capitals', 'capitals become small letters ({} of the characters)'),
