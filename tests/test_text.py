@@ -94,3 +94,11 @@ def test_end_of_text_in_the_prompt():
 ])
 def test_the_setting_stop(setting, stops):
     assert stops_of(setting) == stops
+
+
+def test_a_bar_alone_is_no_stop(capsys):
+    for setting in '|', '||':
+        with pytest.raises(SystemExit):
+            stops_of(setting)
+        assert r'a bar itself is written \|' in capsys.readouterr().err
+

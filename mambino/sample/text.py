@@ -75,10 +75,13 @@ def without_mark(prompt):
 
 def stops_of(setting):
     r"""The texts of the setting `stop`: 'a|b' → ['a', 'b'], r'\n' → a newline, r'\|' → a bar, r'\\' → a
-    backslash, '<|end|>' → itself."""
+    backslash, '<|end|>' → itself. Bars alone end the program in a line."""
     stops = [re.sub(r'\\.', lambda match: ESCAPES.get(match[0], match[0]), part, flags=re.DOTALL)
              for part in split_list(setting, '|', MARK)]
-    return [stop for stop in stops if stop]
+    stops = [stop for stop in stops if stop]
+    if setting and not stops:
+        fail(rf'stop={setting}: holds no text to stop at; a bar itself is written \|')
+    return stops
 
 
 # --- conversations --------------------------------------------------------------------------------
