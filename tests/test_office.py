@@ -156,6 +156,20 @@ def test_xlsx(tmp_path):
         'needs too much memory: more than --file_memory_mb')
 
 
+def test_formulas_that_nobody_has_computed_are_counted(tmp_path):
+    pytest.importorskip('python_calamine')
+    data = make_xlsx([[['a text', 'here']]])
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    cells = ('<c r="C1"><f>1+1</f><v></v></c><c r="D1"><f>A1</f><v/></c><c r="E1"><f>1+1</f><v>2</v></c>'
+             '<c r="F1" t="str"><f>""</f><v></v></c>')
+    name = 'xl/worksheets/sheet1.xml'
+    files[name] = files[name].replace(b'</row>', cells.encode() + b'</row>')
+    documents, notes = read(write(tmp_path / 'a.xlsx', zipped(files)))
+    assert documents[0].startswith('a text\there')
+    assert notes == ['2 cells of formulas have no value: save it once with a spreadsheet program']
+
+
 def test_the_column_of_a_sheet_that_is_asked_for(tmp_path):
     pytest.importorskip('python_calamine')
     rows = [['id', 'Body'], [1, 'bread and tea'], [2, None], [3, 'rain']]

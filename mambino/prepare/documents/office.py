@@ -18,7 +18,7 @@ import zipfile
 
 from mambino.prepare.documents.legible import SYMBOLS
 from mambino.prepare.documents.webpage import text_of
-from mambino.prepare.files import Skip, open_bytes
+from mambino.prepare.files import CHUNK, Skip, open_bytes
 from mambino.prepare.tables.sheets import rows_of_sheets
 
 MOST_PACKED = 200    # a zip archive that unpacks to more times its size is no one's document
@@ -177,6 +177,10 @@ def add_shape(shape, lines):
 # -----------------------------------------------------------------------------
 # Tables
 
+# a cell with a formula and no value, as programs other than Excel write it
+UNCOMPUTED = re.compile(rb'<c ([^<>]*)>(?:<f[^<>]*/>|<f[^<>]*>[^<]*</f>)(?:<v></v>|<v ?/>)?</c>')
+
+
 def read_xlsx(path, options, notes):
     """A document a sheet of an Excel workbook, old or new: a line a row, tabs between the cells; or a
     document a row, of the columns that --text_column names.
@@ -192,6 +196,9 @@ def read_xlsx(path, options, notes):
             largest = max((entry.file_size for entry in archive.infolist()), default=0)
         if SHEET_MEMORY * largest > options['file_memory_mb'] * 1e6:
             raise Skip('needs too much memory: more than --file_memory_mb')
+        uncomputed = count_uncomputed(path)
+        if uncomputed:
+            notes.append(f'{uncomputed:,} cells of formulas have no value: save it once with a spreadsheet program')
     with open(path, 'rb') as f:
         try:
             book = CalamineWorkbook.from_filelike(f)
@@ -199,6 +206,30 @@ def read_xlsx(path, options, notes):
             raise Skip('encrypted') from None
         sheets = (lines_of(book.get_sheet_by_name(name).iter_rows()) for name in book.sheet_names)
         yield from rows_of_sheets(itertools.chain.from_iterable(sheets), options, notes)
+
+
+def count_uncomputed(path):
+    """How many cells of a workbook are formulas whose value nobody has computed."""
+    n = 0
+    with open_zip(path) as archive:
+        for name in archive.namelist():
+            if not name.startswith('xl/worksheets/sheet'):
+                continue
+            rest = b''
+            with archive.open(name) as f:
+                while data := f.read(CHUNK):
+                    data = rest + data
+                    end = data.rfind(b'<c ')  # the last cell may be cut
+                    rest = data[end:] if end >= 0 else b''
+                    n += uncomputed_in(data[:end] if end >= 0 else data)
+            n += uncomputed_in(rest)
+    return n
+
+
+def uncomputed_in(xml):
+    if b'<f' not in xml:
+        return 0
+    return sum(b't="str"' not in attributes for attributes in UNCOMPUTED.findall(xml))  # '' is a value of those
 
 
 def lines_of(rows):
