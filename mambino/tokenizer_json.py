@@ -138,6 +138,17 @@ def marks_around(processor):
     return before, after
 
 
+def asked_in_vain(spec, config):
+    """The token that `config`, a tokenizer_config.json, asks for before every text, and that the
+    tokenizer.json does not put there; '' where they agree. The file is obeyed, as transformers 5
+    obeys it."""
+    token = config.get('bos_token')
+    if isinstance(token, dict):
+        token = token.get('content')
+    is_asked = config.get('add_bos_token') is True and token
+    return token if is_asked and not marks_of(spec)[0] else ''
+
+
 def end_of_text(spec, config):
     """The id that ends a text, by what the tokenizer itself says: its post-processor, else
     `config`, its tokenizer_config.json; else by its name. It is not what begins a text, unless

@@ -124,6 +124,19 @@ def test_unknown_white_space_is_no_unknown_character(tmp_path, monkeypatch, caps
     assert script('prepare.py', '--inspect data/zoo') == 0 and 'no document was decoded' in capsys.readouterr().out
 
 
+def test_a_beginning_that_only_the_config_asks_for_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, hf in enumerate((foreign.llama(), foreign.byte_level(add_prefix_space=False),
+                                 foreign.with_marks(foreign.llama()))):
+        path = foreign.save(hf, tmp_path / str(number))
+        (tmp_path / str(number) / 'tokenizer_config.json').write_text(
+            '{"add_bos_token": true, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}', encoding='utf-8')
+        for given in (path, number):
+            note = note_on(capsys, given, 'the cat sat on the mat\n' * 300)[1]
+            assert ('asks for <s> before every text' in note) == (number < 2)
+    assert tokenizer.load_tokenizer(path).bos == [1]
+
+
 def test_what_is_lost_is_found_in_few_large_pieces(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = 'The cat sat\n' * 200_000

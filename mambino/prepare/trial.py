@@ -7,27 +7,48 @@ A tokenizer may lack characters, turn capitals into small letters, drop accents,
 A model never learns what is lost there. So it is said, on the screen and in meta.json; and where
 most of the text is unknown to the tokenizer, nothing is made at all.
 """
+import json
+import os
 import unicodedata
 from collections import Counter
 
 from mambino.prepare import spool
 from mambino.prepare.corpus import TooLittle
 from mambino.seams import SEAM
+from mambino.tokenizer_json import asked_in_vain, config_beside
 
 SAMPLE_MB = 1.0     # so much is tried, as evenly taken from the documents as for training a tokenizer
 MOST = 20_000       # characters of a piece that are tried,
 STRETCHES = 10      # in so many stretches
 HOPELESS = 0.5      # of the characters unknown: no dataset
 SMALL = 1e-4        # a loss of so little of a text is not worth a word
+LOSES = 'the tokenizer does not give the text back: '
 OTHERS = 'choose another, or train one on these texts with --tokenizer=bpe'
 
 
 def try_tokenizer(tok, name, corpus, work):
-    """The note on what it does not give back, which is printed too: [{'file', 'note'}], [] for
-    nothing. TooLittle where it does not know most of the text. name: the tokenizer as the person
-    wrote it."""
+    """The notes on what it does not do, which are printed too: [{'file', 'note'}], [] for nothing.
+    TooLittle where it does not know most of the text. name: the tokenizer as the person wrote it."""
+    notes = [note for note in (unheard(tok, name), not_given_back(tok, name, corpus, work)) if note]
+    for note in notes:
+        more = f'; {OTHERS}' if note.startswith(LOSES) else ''
+        print(f'tokenizer {name}: {note.removeprefix("the tokenizer ")}{more}')
+    return [{'file': 'tokenizer.json', 'note': note} for note in notes]
+
+
+def unheard(tok, path):
+    """The note on a beginning of text that only the file beside the tokenizer asks for; ''."""
+    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    is_given = os.path.exists(path) and tok.kind == 'bpe'
+    token = asked_in_vain(json.loads(tok.text), config_beside(folder)) if is_given else ''
+    return token and (f'tokenizer_config.json asks for {token} before every text, tokenizer.json puts none there: '
+                      'texts begin without it')
+
+
+def not_given_back(tok, name, corpus, work):
+    """The note on what of the texts it does not give back; ''."""
     if tok.kind != 'bpe' or tok.fast:       # all bytes have ids, and come back
-        return []
+        return ''
     losses = Losses(tok.unknown == tok.eot)
     for text, begins in sample_texts(corpus, work):
         losses.add(text, *tok.there_and_back(text, begins))
@@ -35,11 +56,7 @@ def try_tokenizer(tok, name, corpus, work):
         raise TooLittle(f'tokenizer={name}: {percent(losses.hopeless())} of the characters of these texts are unknown '
                         f'to it; {OTHERS}')
     reasons = losses.reasons()
-    if not reasons:
-        return []
-    note = 'the tokenizer does not give the text back: ' + ', '.join(reasons)
-    print(f'tokenizer {name}: {note.removeprefix("the tokenizer ")}; {OTHERS}')
-    return [{'file': 'tokenizer.json', 'note': note}]
+    return LOSES + ', '.join(reasons) if reasons else ''
 
 
 def sample_texts(corpus, work):
