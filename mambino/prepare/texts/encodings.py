@@ -209,8 +209,9 @@ def say_guess(name, lines, notes, what=''):
 
 
 def is_ebcdic(head):
-    """Whether the blanks are those of IBM's mainframes."""
-    return head.count(b'@') > 0.08 * len(head) and head.count(b' ') < 0.01 * len(head)
+    """Whether the blanks are those of IBM's mainframes; the second byte of a wide blank, or of ァ, is none."""
+    blanks = head.count(b'@') - sum(map(head.count, (b'\x81@', b'\x83@', b'\xa1@')))
+    return blanks > 0.08 * len(head) and head.count(b' ') < 0.01 * len(head)
 
 
 # -----------------------------------------------------------------------------
