@@ -12,6 +12,8 @@ USUAL = '''
     text content body document article story passage code sentence sentences title label id name lang
     language message review comment summary question answer prompt completion response instruction
     input output url source target date category tweet headline description abstract score'''.split()
+MANY = 10  # cells that tell what a column has
+DIGIT = re.compile(r'\d')
 NAME = re.compile(r'#?[^\W\d][\w .:/()#%-]{0,59}')  # what they may be called
 
 
@@ -29,6 +31,8 @@ def is_header(first, rows, kinds):
         return True
     if all(is_number or not name for is_number, name in zip(numbers, names)):
         return True  # 0, 1, 2 above texts
+    if any(stands_above_numbers(name, [row[i] for row in rows]) for i, name in enumerate(names)):
+        return True
     if not names_of(first):
         return False
     for i, name in enumerate(names):
@@ -37,6 +41,14 @@ def is_header(first, rows, kinds):
     lengths = [sum(len(row[i]) for row in rows) / len(rows) for i in range(len(names))]
     is_one = len(names) == 1  # it was taken for a table by its name alone
     return is_one or any(2 * len(name) < length and ' ' not in name for name, length in zip(names, lengths) if name)
+
+
+def stands_above_numbers(name, cells):
+    """Whether there is a digit in every cell of a column, as in dates and places, and none in its name."""
+    cells = [cell for cell in cells if cell.strip()]
+    if not name or DIGIT.search(name) or len(cells) < MANY:
+        return False
+    return all(DIGIT.search(cell) for cell in cells)
 
 
 def names_of(cells):
@@ -77,6 +89,8 @@ def distinct(names):
 def is_title(cells, following, width):
     """Whether these stand above a table, rather than in it: names that follow are its header."""
     written = [cell for cell in cells if cell.strip()]
+    if len(cells) == len(following) == 1 and width == 2:
+        return True  # two lines of a title
     if len(cells) == width - 1:
         return len(following) == width and is_sure(following) and not is_sure(cells)
     return len(cells) < width or width > 2 and len(written) < 2

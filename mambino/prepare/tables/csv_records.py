@@ -24,7 +24,7 @@ csv.field_size_limit(1 << 30)  # our own limits are lower
 
 BLANKS = re.compile(' *')
 NUMBER = re.compile(r'[-+\d.,:/ TZ%$€]*\d[-+\d.,:/ TZ%$€]*')
-RULE = re.compile(r'[\s|:+=-]*--[\s|:+=-]*')  # a line drawn below the header
+RULE = re.compile(r'[\s|:+=,;-]*--[\s|:+=,;-]*')  # a line drawn below the header
 NULL = r'\N'  # of databases: no value
 # what stands for an escaped character until the cells are apart: no text has these code points
 MASKS = {'"': '\ufdd0', "'": '\ufdd1', '\\': '\ufdd2', '\n': '\ufdd3'}
