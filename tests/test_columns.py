@@ -94,6 +94,8 @@ TABLES = {
     'squad': ('context + question + answers.text', lambda i: {
         'title': 'Bread', 'context': prose(i, 60), 'question': prose(i),
         'answers': {'text': [prose(i, 2)], 'answer_start': [3]}}),
+    'thoughts': ('question + reasoning + answer', lambda i: {
+        'question': prose(i), 'answer': str(i), 'reasoning': prose(i, 60)}),
     'alpaca': ('instruction + input + output', lambda i: {'instruction': prose(i), 'input': '', 'output': prose(-i)}),
     'orca': ('system_prompt + question + response', lambda i: {
         'id': f't0.{i}', 'system_prompt': 'You are good.', 'question': prose(i), 'response': prose(-i)}),
@@ -114,6 +116,10 @@ TABLES = {
             'problem': prose(i), 'worked_out': prose(-i, 60)}),
     'choices': (ASK + 'question, choices.text; say which with --text_column=question,choices.text', lambda i: {
         'question': prose(i), 'choices': {'text': [prose(-i), prose(i, 5)]}}),
+    'names that end alike': ('input_text + target_text', lambda i: {
+        'prefix': 'ask', 'input_text': prose(i), 'target_text': prose(-i)}),
+    'comments': ('conversation in comments', lambda i: {
+        'id': i, 'comments': [{'author': 'ann', 'body': prose(i), 'replies': [{'author': 'bo', 'body': prose(-i)}]}]}),
     'program': ('instruction + code', lambda i: {'instruction': prose(i), 'code': f'def f_{i}(x):\n    return x\n'}),
     'translation': ('source + target', lambda i: {'source': prose(i), 'target': prose(-i)}),
     'where from': ('target', lambda i: {'source': f'web-{i}', 'target': prose(i)}),

@@ -14,7 +14,7 @@ import math
 from mambino.prepare.files import Skip
 
 ROLES = ('role', 'from', 'speaker', 'author', 'sender', 'user')      # who says it,
-SAYINGS = ('content', 'value', 'text', 'message', 'utterance', 'parts')  # and what
+SAYINGS = ('content', 'value', 'text', 'message', 'utterance', 'parts', 'body')  # and what
 # names of turns that are their own role: [{'human': 'Hi', 'assistant': 'Hello'}]
 ASKING = ('instruction', 'human', 'user', 'prompt', 'question', 'input', 'query')
 ANSWERING = ('assistant', 'bot', 'gpt', 'model', 'response', 'answer', 'output', 'completion')

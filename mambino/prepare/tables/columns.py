@@ -38,8 +38,10 @@ BEFORE = ['system', 'system_prompt', 'context']
 ASKED = ['instruction', 'question', 'problem', 'prompt', 'query', 'input', 'inputs', 'human', 'user', 'source']
 MORE = 'input'  # after an instruction
 ANSWERED = ['output', 'response', 'completion', 'answer', 'answers.text', 'answers', 'solution', 'chosen',
-            'target', 'targets', 'assistant', 'bot', 'reply', 'code']
+            'target', 'targets', 'assistant', 'bot', 'reply', 'code', 'rationale', 'reasoning']
+REASONED = ['reasoning', 'rationale', 'chain_of_thought', 'complex_cot', 'cot', 'thinking', 'explanation']  # between
 CHOICES = {'choices', 'options', 'endings', 'candidates', 'answers'}  # texts in there are parts of a question's
+SUFFIXES = ['', '_text', 'text', '_pretokenized']  # input_text and target_text are input and target
 ONLY_WITH = {'source': ['target'], 'human': ['assistant', 'bot'], 'user': ['assistant', 'bot']}
 
 
@@ -120,8 +122,15 @@ def talking(profile, candidates):
 
 
 def paired(profile, candidates):
-    """[what belongs to a question, the question, the answer]"""
-    by_name = {name.lower(): name for name in reversed(profile)}
+    """[what belongs to a question, the question, the answer], of names that all end alike."""
+    pairs = (paired_by(suffix, profile, candidates) for suffix in SUFFIXES)
+    return next(filter(None, pairs), None)
+
+
+def paired_by(suffix, profile, candidates):
+    """The same of the columns whose names end with `suffix`, by what stands before it."""
+    ending = [name for name in reversed(profile) if name.lower().endswith(suffix)]
+    by_name = {name.lower().removesuffix(suffix): name for name in ending}
 
     def get(name, also=None):
         """The column that is called so, if it has text, or nothing at all so far; `also`: or if that
@@ -152,7 +161,8 @@ def paired(profile, candidates):
             return [answer]  # a conversation begins with what was asked
         before = [get(name) for name in BEFORE if get(name)][:2]
         more = [get(MORE)] if asked == 'instruction' and get(MORE) else []
-        return [*before, ask, *more, answer]
+        reasons = [get(name) for name in REASONED if get(name) in candidates][:1]
+        return list(dict.fromkeys([*before, ask, *more, *reasons, answer]))
     return None
 
 
