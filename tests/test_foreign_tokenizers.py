@@ -146,6 +146,22 @@ def test_a_text_that_goes_on_has_no_space_before_it(folder):
     assert tok.decode(tok.encode(' the cat', begins=False), begins=False) == ' the cat'
 
 
+def test_a_prompt_of_which_nothing_is_left_begins_a_text(folder, tmp_path, monkeypatch, capsys):
+    """As the newline that is the default, for a tokenizer that leaves them out."""
+    monkeypatch.chdir(tmp_path)
+    open('x.txt', 'w', encoding='utf-8').write('the cat sat on the mat. ' * 200)
+    assert script('prepare.py', f'x.txt --tokenizer={folder / "t5"} --workers=1') == 0
+    train(SMALL, '--sample_interval=1')
+    for flags in ('', '--start=" " --logprobs=2', '--start=" " --beams=2', '--session=a --start=" "',
+                  '--session=a --start=" "'):
+        assert script('sample.py', f'--device=cpu --max_new_tokens=4 {flags}') == 0
+    tok = tokenizer.load_tokenizer(folder / 't5')
+    assert encode_prompt(tok, '\n') == [tok.eot] and encode_prompt(tok, '\n', begins=False) == []
+    capsys.readouterr()
+    open('n.txt', 'w').write('\n')
+    assert script('sample.py', '--score=n.txt --device=cpu') == 2 and 'has no ids' in capsys.readouterr().err
+
+
 # --- bits per byte --------------------------------------------------------------------------------
 
 def evaluated(capsys, path):

@@ -32,7 +32,8 @@ def show_score(net, tok, path, precision):
     except ValueError as error:
         fail(f'score={path}: {error}; score another text, or with another model')
     if not ids:
-        fail(f'score={path}: is empty, there is nothing to score')
+        why = "has no ids in this model's tokenizer" if text else 'is empty'
+        fail(f'score={path}: {why}, there is nothing to score')
     total, worst = surprises(net, ids, tok.context())
     size = len(text.encode('utf-8'))
     with precision:

@@ -52,8 +52,8 @@ def prompts_of(start):
 
 def encode_prompt(tok, text, setting='start', begins=True):
     """Ids of a prompt. begins: whether it begins a text, else it goes on with one; <|endoftext|> at
-    its beginning always begins a new one. Unusable text ends the program in a line that names the
-    setting it came from."""
+    its beginning always begins a new one. A text that begins has at least one id. Unusable text ends
+    the program in a line that names the setting it came from."""
     if not text:
         fail(f'{setting} is empty: give a prompt, as in --{setting}="Once upon a time"; a newline alone '
              'will do')
@@ -63,9 +63,12 @@ def encode_prompt(tok, text, setting='start', begins=True):
         text = without_mark(text)
         begins = True
     try:
-        return ids + tok.encode(text, begins).tolist()
+        ids = ids + tok.encode(text, begins).tolist()
     except ValueError as error:
         fail(f'{setting}: {error}, in {text[:60]!r}; choose another --{setting}')
+    if begins and not ids:      # nothing but white space, which this tokenizer leaves out
+        return tok.context()
+    return ids
 
 
 def without_mark(prompt):
