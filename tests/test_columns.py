@@ -189,6 +189,9 @@ def test_a_column_that_comes_late(tmp_path):
     path = write(tmp_path / 'b.jsonl', '\n'.join(rows[:2600] + late[:1] + rows[2600:]))
     assert read(path, text_column='body')[0] == [prose(0)]
     assert 'no column bodi' in reason(path, text_column='bodi')
+    late = [json.dumps({'id': 'b', 'meta': {'body': prose(0)}})]
+    path = write(tmp_path / 'c.jsonl', '\n'.join(rows[:2600] + late + rows[2600:]))
+    assert read(path, text_column='meta.body')[0] == [prose(0)]
 
 
 def surveyed(folder, kinds, **options):

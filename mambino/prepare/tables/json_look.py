@@ -87,16 +87,17 @@ def later_columns(path, dicts, wanted):
     """
     names = {wanted, *(name.strip() for name in split_list(wanted, ','))} if wanted else set()
     sought = [name for name in names if not any(name in row for row in dicts)]
+    keys = {key for name in sought for key in (name, *name.split('.'))}
     seen = set()
     tail = b''
     try:
         for data in files.chunks(path) if sought else ():
             data = tail + data
-            seen.update(name for name in sought if f'"{name}"'.encode() in data)
+            seen.update(key for key in keys - seen if f'"{key}"'.encode() in data)
             tail = data[-1000:]
     except Exception:  # damaged: its reader says so
         pass
-    return sorted(seen)
+    return sorted(name for name in sought if name in seen or seen.issuperset(name.split('.')))
 
 
 def encoding_at(path, options):
