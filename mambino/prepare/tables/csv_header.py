@@ -12,6 +12,7 @@ USUAL = '''
     text content body document article story passage code sentence sentences title label id name lang
     language message review comment summary question answer prompt completion response instruction
     input output url source target date category tweet headline description abstract score'''.split()
+LONG = 40  # characters of a cell that may be a sentence
 MANY = 10  # cells that tell what a column has
 DIGIT = re.compile(r'\d')
 NAME = re.compile(r'#?[^\W\d][\w .:/()#%-]{0,59}')  # what they may be called
@@ -44,11 +45,11 @@ def is_header(first, rows, kinds):
 
 
 def stands_above_numbers(name, cells):
-    """Whether there is a digit in every cell of a column, as in dates and places, and none in its name."""
+    """Whether there is a digit in every cell of a column, as in dates and numbers, and none in its name."""
     cells = [cell for cell in cells if cell.strip()]
     if not name or DIGIT.search(name) or len(cells) < MANY:
         return False
-    return all(DIGIT.search(cell) for cell in cells)
+    return all(DIGIT.search(cell) and len(cell) < LONG for cell in cells)
 
 
 def names_of(cells):
