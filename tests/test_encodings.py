@@ -294,7 +294,8 @@ def test_the_mark_of_utf8_before_lines_of_another_encoding(tmp_path):
 
 
 def test_wide_blanks_are_not_those_of_a_mainframe(tmp_path):
-    for encoding, text in ('cp932', '　　　東京　　　大阪\n　　名古屋\n'), ('cp950', '　　　臺北　　　臺中\n　　我們的書\n'):
+    for encoding, text in (
+        ('cp932', '　　　東京　　　大阪\n　　名古屋\n'), ('cp950', '　　　臺北　　　臺中\n　　我們的書\n')):
         assert read(write(tmp_path / 'a.txt', text.encode(encoding)))[0] == [text]
 
 
