@@ -278,6 +278,19 @@ def test_changed_files_are_read_again(corpus):
     assert 'something else by now' in dataset(corpus / 'data' / 'mine').all
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='there, the time of an entry is that of its making')
+def test_a_file_that_another_of_the_same_time_replaced_is_read_again(corpus):
+    """As by cp -p, of the same length too."""
+    path = corpus / 'mine' / '1' / '1.txt'
+    text = path.read_text(encoding='utf-8')
+    driven(corpus, DIES_EARLY, 'mine', '--tokenizer=byte', code=9)
+    status = path.stat()
+    write(path, text.replace('document', 'DOCUMENT'))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    prepare(corpus, 'mine', '--tokenizer=byte')
+    assert text.replace('document', 'DOCUMENT') in dataset(corpus / 'data' / 'mine').all
+
+
 def test_what_lies_in_its_own_input_is_no_input(corpus):
     """`out` within a folder that is read: neither a broken run's journal nor the dataset changes
     what is found.

@@ -268,7 +268,13 @@ def look(path, limit):
         if kind not in ('text', 'data') or not sniff.has_rows(path):
             return None, f'larger than {limit:g} MB'
         kind = 'jsonl'
-    return Source(path, kind or 'text', status.st_size, status.st_mtime_ns), ''
+    return Source(path, kind or 'text', status.st_size, last_change(status)), ''
+
+
+def last_change(status):
+    """When a file was last changed, in ns. cp -p and rsync bring the time of its content with it, and
+    the one of its entry tells."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def kind_of(name):
