@@ -240,17 +240,26 @@ def prepends(metaspace):
     return metaspace.get('prepend_scheme', 'always') != 'never' and metaspace.get('add_prefix_space', True)
 
 
+def names_in_reach(spec, marks):
+    """The names of special tokens, and of those with ids in `marks`, that its model finds in a text
+    by itself, but what stands for unknown text; a BPE reaches no token but by its merges."""
+    model = spec['model']
+    if model['type'] == 'BPE':
+        return set()
+    special = {token['content'] for token in spec['added_tokens'] if token['special']}
+    special |= {token for token, i in vocabulary(spec).items() if i in marks}
+    return special - {model.get('unk_token')}
+
+
 def hidden(spec, marks):
     """The same tokenizer with names for its special tokens, and those with ids in `marks`, that no
     text has: a Unigram, a WordPiece or a list of words would take a text that says </s> for the
     end-of-text id. What stands for unknown text keeps its name."""
     model = spec['model']
-    special = {token['content'] for token in spec['added_tokens'] if token['special']}
-    special |= {token for token, i in vocabulary(spec).items() if i in marks}
-    special.discard(model.get('unk_token'))
     vocab = model.get('vocab')
-    if model['type'] == 'BPE' or not special:
-        return spec                         # a BPE reaches no token but by its merges
+    special = names_in_reach(spec, marks)
+    if not special:
+        return spec
 
     def rename(token):
         return f'\ufdd0{token}\ufdd1' if token in special else token

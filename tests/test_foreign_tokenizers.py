@@ -328,6 +328,13 @@ def test_exports_begin_a_text_as_training_did(tmp_path):
             theirs = transformers.AutoTokenizer.from_pretrained(folder)
             assert theirs('the cat sat')['input_ids'] == [*bos, *tok.encode('the cat sat').tolist()]
             assert theirs.bos_token_id == tok.context()[0] and theirs.eos_token_id == tok.eot
+    for kind in ('unigram', 't5', 'words'):                 # whose models find </s> in a text by themselves
+        folder = tmp_path / kind
+        tok = tokenizer.load_tokenizer(foreign.save(foreign.KINDS[kind](), folder))
+        to_hf.write(net, tok, folder)
+        same, texts = to_hf.same_ids(tok, folder, False)
+        assert same == texts > 800
+        assert 'name of a special token' in to_hf.verify(net, tok, folder)['note']
     tok = tokenizer.load_tokenizer(foreign.save(foreign.with_marks(foreign.KINDS['gpt2']()), tmp_path / 'x'))
     said = gguf_tokenizer.vocabulary(tok, 600)
     assert (said['bos_token_id'], said['eos_token_id'], said['add_bos_token']) == (1, 2, True)
