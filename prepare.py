@@ -49,7 +49,7 @@ gitignore = True      # leave out what .gitignore files in the folders name
 max_file_mb = 256.0   # larger files found in folders are skipped, most are dumps; tables and files
                       # you name are not (packed ones are, if they hold more)
 text_column = ''      # of tables: text, or several as question,answer, or one within as meta.body; * is
-                      # the rows as they stand; '' is found by what is in the columns
+                      # whole rows, as JSON; '' is found by what is in the columns
 encoding = ''         # of texts and tables, where you know it: gbk, cp1251, ...; '' is found out
 document_separator = ''  # what stands between the documents in one text file, say <|endoftext|>; \n is
                       # a newline

@@ -57,7 +57,7 @@ def form_of(columns, profile):
     for name in columns:
         is_talk = name in profile and talks(profile[name])
         parts.append(f'conversation in {shown(name)}' if is_talk else shown(name))
-    return 'rows as they stand' if columns == [AS_IT_STANDS] else ' + '.join(parts)
+    return 'whole rows, as JSON' if columns == [AS_IT_STANDS] else ' + '.join(parts)
 
 
 def talks(column):
