@@ -172,7 +172,7 @@ def packing_in(head, path):
         if name in PACKED:
             return name
         raise Skip(f'packed with {name}: unpack it first')
-    if extension_of(path) == '.br' and not (head.isascii() and head.decode().isprintable()):
+    if os.fspath(path)[-3:].lower() == '.br' and not (head.isascii() and head.decode().isprintable()):
         raise Skip('packed with brotli: unpack it first')
     return ''
 
@@ -181,19 +181,22 @@ def open_bytes(path):
     """The file, unpacked if it is packed, whatever it is called."""
     f = open(path, 'rb')
     try:
-        packing = packing_in(f.read(10), path)
+        packing = packing_in(f.peek(10)[:10], path)
     except BaseException:
         f.close()
         raise
     if packing:
         f.close()
         return PACKED[packing](path, 'rb')
-    f.seek(0)
     return f
 
 
 def first_bytes(path, n):
     """The first n bytes of a file, unpacked; of one that is damaged there, those before that place."""
+    with open(path, 'rb', buffering=0) as f:  # as a rule it is not packed, and this is sooner
+        head = f.read(max(n, 10))
+    if not packing_in(head[:10], path):
+        return head[:n]
     pieces = []
     with open_bytes(path) as f:
         try:
@@ -210,11 +213,10 @@ def chunks(path, max_bytes=0):
     """The bytes of a file in chunks of CHUNK. Skip where a packed file holds more than `max_bytes`,
     unless that is 0.
     """
-    packed = packing_of(path) != ''
     size = 0
     with open_bytes(path) as f:
         while data := f.read(CHUNK):
             size += len(data)
-            if packed and max_bytes and size > max_bytes:
+            if max_bytes and size > max_bytes and packing_of(path):
                 raise Skip(f'larger than {max_bytes / 1e6:g} MB unpacked')
             yield data

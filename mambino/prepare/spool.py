@@ -284,7 +284,7 @@ def read_source(task, source, plan, part, size, spool, pulse):
     spool.start(KINDS.index(source.kind))
     notes = Notes()
     options = task['options'] | plan
-    view = screen.Screen(source, options.get('document_separator', ''))
+    view = None
     packing = PACKING if extension_of(source.path) in PACKED else 1
     chars = set()
     reason = ''
@@ -307,7 +307,7 @@ def read_source(task, source, plan, part, size, spool, pulse):
     score, why = screen.suspicion(spool.head)
     entry = {
         'file': source.path, 'kind': source.kind, 'part': part, 'rows': spool.rows_of_source() if part else None,
-        'documents': spool.documents, 'copies': spool.copies, 'separators': view.separators(),
+        'documents': spool.documents, 'copies': spool.copies, 'separators': view.separators() if view else 0,
         'taken': notes.taken, 'lost': notes.lost, 'facts': notes.facts, 'notes': list(notes),
         'skip': reason, 'suspect': [round(score, 3), why], 'sample': spool.sample,
         'chars': ''.join(sorted(chars)),
