@@ -66,6 +66,7 @@ class Tokenizer:
     """What all kinds share. A subclass sets kind, vocab_size, eot, bos and pieces (id -> bytes),
     and encodes.
     """
+    gives_back = True  # every text comes back from its ids, byte for byte
 
     def __init__(self, text, vocab_size, eot, pieces, bos=()):
         self.text = text              # the tokenizer.json
@@ -223,6 +224,7 @@ class BPETokenizer(Tokenizer):
         self.unknown = model.get('unk_id', vocab.get(model.get('unk_token')))   # the id for text without one; or None
         ranks = gpt2_ranks(spec)
         self.fast = None
+        self.gives_back = ranks is not None     # others may change a text
         self.encoders = {}      # Hugging Face's for a text that begins (True) or goes on (False)
         if ranks is not None:
             self.fast = tiktoken.Encoding('bpe', pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})

@@ -85,6 +85,33 @@ def corpus(tmp_path):
     return tmp_path
 
 
+# --- to read files: test_readers.py, test_pdf.py, ...
+
+@pytest.fixture(scope='module')
+def no_reader_left():
+    """The reader process of a file's tests ends with them."""
+    from mambino.prepare import isolate
+    yield
+    isolate.stop_reader()
+
+
+@pytest.fixture(params=['pypdf', 'pypdfium2'])
+def engine(request):
+    """Each of the packages that read PDFs."""
+    pytest.importorskip(request.param)
+    return request.param
+
+
+@pytest.fixture(scope='session')
+def foreign_tokenizers(tmp_path_factory):
+    """A folder with a tokenizer.json of each kind that others make, to read from."""
+    from helpers import foreign
+    folder = tmp_path_factory.mktemp('tokenizers')
+    for kind, make in foreign.KINDS.items():
+        foreign.save(make(), folder / kind)
+    return folder
+
+
 # --- to sample from: test_sample.py, test_sessions.py, test_generation.py, test_text.py
 
 @pytest.fixture(scope='session')

@@ -15,11 +15,7 @@ from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import READERS
 from mambino.prepare.tables import arrow_rows, hub
 
-
-@pytest.fixture(scope='module', autouse=True)
-def no_reader_left():
-    yield
-    isolate.stop_reader()
+pytestmark = pytest.mark.usefixtures('no_reader_left')
 
 
 # -----------------------------------------------------------------------------

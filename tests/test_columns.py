@@ -17,10 +17,7 @@ N = 60
 WORDS = 'the baker has bread and tea for every guest who walks along the river in spring rain'.split()
 
 
-@pytest.fixture(scope='module', autouse=True)
-def no_reader_left():
-    yield
-    isolate.stop_reader()
+pytestmark = pytest.mark.usefixtures('no_reader_left')
 
 
 def prose(i, words=12):

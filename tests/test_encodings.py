@@ -6,16 +6,11 @@ import random
 import pytest
 from helpers.readers import read, reason, write
 
-from mambino.prepare import isolate
 from mambino.prepare.files import CHUNK, Notes
 from mambino.prepare.texts import encodings, mixed
 from mambino.prepare.texts.declared import check_encoding, codec_of
 
-
-@pytest.fixture(scope='module', autouse=True)
-def no_reader_left():
-    yield
-    isolate.stop_reader()
+pytestmark = pytest.mark.usefixtures('no_reader_left')
 
 
 WEST = 'Größe, naïve café: “ça coûte 10 €” – voilà.\nEl niño comió muchísimo, ¿verdad?\n' * 5

@@ -21,20 +21,11 @@ from model_gpt import GPT, GPTConfig
 pytestmark = pytest.mark.usefixtures('one_thread')
 TEXTS = ['the cat sat on the mat.', 'the dog ran home', '', 'é 中文 the cat', '中文 THE\n\tü  end ',
          'the</s> [SEP] <s>']
-GIVES_BACK = ('llama', 'gemma', 'mistral', 'unigram_bytes', 'llama3', 'prefix', 'gpt2')     # every text of TEXTS
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('tokenizers')
-    for kind, make in foreign.KINDS.items():
-        foreign.save(make(), folder / kind)
-    return folder
 
 
 @pytest.fixture(params=foreign.KINDS)
-def tok(request, folder):
-    return tokenizer.load_tokenizer(folder / request.param)
+def tok(request, foreign_tokenizers):
+    return tokenizer.load_tokenizer(foreign_tokenizers / request.param)
 
 
 def streamed(tok, ids, begins=True):
@@ -54,25 +45,25 @@ def test_no_ids_stop_a_sample(tok):
         assert streamed(tok, [-1, *ids, tok.vocab_size, 10**9]).count('\ufffd') >= 1 or not tok.pieces
 
 
-def test_text_of_ids_is_what_their_maker_says(folder):
+def test_text_of_ids_is_what_their_maker_says(foreign_tokenizers):
     rng = random.Random(2)
     for kind in foreign.KINDS:
-        tok = tokenizer.load_tokenizer(folder / kind)
+        tok = tokenizer.load_tokenizer(foreign_tokenizers / kind)
         for text in (*TEXTS, *(' '.join(rng.choices(foreign.WORDS, k=9)) for _ in range(9))):
             ids = tok.encode(text)
             assert streamed(tok, ids.tolist()) == tok.decode(ids)
-            if kind in GIVES_BACK:
+            if kind in foreign.GIVES_BACK:
                 assert tok.decode(ids) == text
             elif kind not in ('clip', 'strange'):           # whose maker leaves marks in it
                 assert tok.decode(ids) == tok.hf.decode(ids.tolist())
-            if tok.pieces and kind in GIVES_BACK:
+            if tok.pieces and kind in foreign.GIVES_BACK:
                 space = ' ' if tok.pieces.prefixed and text else ''
                 assert b''.join(map(tok.token_bytes, ids)).decode('utf-8') == space + text
 
 
-def test_bytes_that_are_no_character(folder):
+def test_bytes_that_are_no_character(foreign_tokenizers):
     for kind in 'llama', 'mistral', 'gemma', 'unigram_bytes', 'strange':
-        tok = tokenizer.load_tokenizer(folder / kind)
+        tok = tokenizer.load_tokenizer(foreign_tokenizers / kind)
 
         def ids(text, data, tok=tok):
             return [*tok.encode(text).tolist(), *(tok.hf.token_to_id(f'<0x{b:02X}>') for b in data)]
@@ -85,8 +76,8 @@ def test_bytes_that_are_no_character(folder):
                 assert text == 'the' + data.decode('utf-8', 'replace') + ' cat'
 
 
-def test_only_the_library_can_tell(folder):
-    tok = tokenizer.load_tokenizer(folder / 'strange')
+def test_only_the_library_can_tell(foreign_tokenizers):
+    tok = tokenizer.load_tokenizer(foreign_tokenizers / 'strange')
     assert tok.pieces is None and tok.token_bytes(70) is None and tok.table is None
     assert token_text(tok, tok.encode('the')[0]) == "'the'" or token_text(tok, tok.encode('the')[0]) == "' the'"
 
@@ -129,9 +120,9 @@ def test_a_text_that_goes_on_has_the_spaces_of_its_words(tok):
         assert tok.decode(tok.encode(text, begins=False), begins=False).split() == ['the', 'cat', 'sat']
 
 
-def test_a_text_that_goes_on_has_no_space_before_it(folder):
-    for kind in GIVES_BACK:
-        tok = tokenizer.load_tokenizer(folder / kind)
+def test_a_text_that_goes_on_has_no_space_before_it(foreign_tokenizers):
+    for kind in foreign.GIVES_BACK:
+        tok = tokenizer.load_tokenizer(foreign_tokenizers / kind)
         for cut in range(24):
             text = 'the cat sat\non the  mat.'
             if text[cut:cut + 1] in ('', ' ') or not cut:
@@ -146,16 +137,16 @@ def test_a_text_that_goes_on_has_no_space_before_it(folder):
     assert tok.decode(tok.encode(' the cat', begins=False), begins=False) == ' the cat'
 
 
-def test_a_prompt_of_which_nothing_is_left_begins_a_text(folder, tmp_path, monkeypatch, capsys):
+def test_a_prompt_of_which_nothing_is_left_begins_a_text(foreign_tokenizers, tmp_path, monkeypatch, capsys):
     """As the newline that is the default, for a tokenizer that leaves them out."""
     monkeypatch.chdir(tmp_path)
     open('x.txt', 'w', encoding='utf-8').write('the cat sat on the mat. ' * 200)
-    assert script('prepare.py', f'x.txt --tokenizer={folder / "t5"} --workers=1') == 0
+    assert script('prepare.py', f'x.txt --tokenizer={foreign_tokenizers / "t5"} --workers=1') == 0
     train(SMALL, '--sample_interval=1')
     for flags in ('', '--start=" " --logprobs=2', '--start=" " --beams=2', '--session=a --start=" "',
                   '--session=a --start=" "'):
         assert script('sample.py', f'--device=cpu --max_new_tokens=4 {flags}') == 0
-    tok = tokenizer.load_tokenizer(folder / 't5')
+    tok = tokenizer.load_tokenizer(foreign_tokenizers / 't5')
     assert encode_prompt(tok, '\n') == [tok.eot] and encode_prompt(tok, '\n', begins=False) == []
     capsys.readouterr()
     open('n.txt', 'w').write('\n')
@@ -178,7 +169,7 @@ SEVEN = ['char', 'byte', 'bpe', 'gpt2', 'llama', 'unigram', 'wordpiece']
 
 
 @pytest.mark.parametrize('kind', [*SEVEN, 'llama+bos', 'wordpiece+bos', 'strange'])
-def test_an_evaluation_and_a_score_of_the_same_text_agree(folder, tmp_path, monkeypatch, capsys, kind):
+def test_an_evaluation_and_a_score_of_the_same_text_agree(foreign_tokenizers, tmp_path, monkeypatch, capsys, kind):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(3)
     text = ''.join(f'{word}{rng.choice([" ", " ", ". ", chr(10)])}'

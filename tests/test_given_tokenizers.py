@@ -14,17 +14,6 @@ from tokenizers import Tokenizer, models, normalizers
 from mambino import tokenizer
 from mambino.sample.score import around
 
-GIVES_BACK = ('llama', 'gemma', 'mistral', 'unigram_bytes', 'llama3', 'prefix', 'gpt2')     # every text
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('tokenizers')
-    for kind, make in foreign.KINDS.items():
-        foreign.save(make(), folder / kind)
-    return folder
-
-
 # --- what only its training was to see ------------------------------------------------------------
 
 def test_training_settings_are_off(tmp_path):
@@ -75,22 +64,23 @@ def note_on(capsys, path, text):
     return status, ''.join(notes), out
 
 
-def test_what_a_tokenizer_loses_is_said(folder, tmp_path, monkeypatch, capsys):
+def test_what_a_tokenizer_loses_is_said(foreign_tokenizers, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = 'the cat sat on the mat and the dog ran home\n' * 300
-    for kind in GIVES_BACK:
-        assert note_on(capsys, folder / kind, text.replace('cat', 'Čat 中文'))[:2] == (0, '')
+    for kind in foreign.GIVES_BACK:
+        assert note_on(capsys, foreign_tokenizers / kind, text.replace('cat', 'Čat 中文'))[:2] == (0, '')
     assert note_on(capsys, 'byte', text)[1] == note_on(capsys, 'bpe', text)[1] == ''
-    status, note, _ = note_on(capsys, folder / 'wordpiece', text.replace('the cat', 'THE cät'))
+    status, note, _ = note_on(capsys, foreign_tokenizers / 'wordpiece', text.replace('the cat', 'THE cät'))
     assert status == 0 and 'capitals become small letters' in note and 'accents are dropped' in note
     assert '100% of the newlines are lost' in note and 'unknown' not in note
     lower = foreign.save(foreign.unigram(normalizers.Lowercase()), tmp_path / 'lower')
     status, note, _ = note_on(capsys, lower, text.replace('the dog', 'The Dog 中文'))
     assert 'of the characters are unknown to it' in note and 'capitals' in note and 'newlines' not in note
-    status, note, _ = note_on(capsys, folder / 't5', text.replace('the ', '  the\t'))
+    status, note, _ = note_on(capsys, foreign_tokenizers / 't5', text.replace('the ', '  the\t'))
     assert '100% of the newlines are lost, 100% of the tabs are lost' in note and 'spaces are lost' in note
-    assert 'spaces are put where none were' in note_on(capsys, folder / 'words', text.replace(' mat', '.'))[1]
-    status, _, err = note_on(capsys, folder / 'unigram', text + 'ПРИВЕТ МИР ' * 3000)
+    note = note_on(capsys, foreign_tokenizers / 'words', text.replace(' mat', '.'))[1]
+    assert 'spaces are put where none were' in note
+    status, _, err = note_on(capsys, foreign_tokenizers / 'unigram', text + 'ПРИВЕТ МИР ' * 3000)
     assert status == 2 and re.search(r'unigram: [67]\d% of the characters of these texts are unknown', err)
     assert '--tokenizer=bpe' in err and err.count('\n') == 1 and not os.path.exists('data/zoo')
 
@@ -137,17 +127,17 @@ def test_a_beginning_that_only_the_config_asks_for_is_said(tmp_path, monkeypatch
     assert tokenizer.load_tokenizer(path).bos == [1]
 
 
-def test_what_is_lost_is_found_in_few_large_pieces(folder, tmp_path, monkeypatch, capsys):
+def test_what_is_lost_is_found_in_few_large_pieces(foreign_tokenizers, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = 'The cat sat\n' * 200_000
-    assert 'newlines are lost' in note_on(capsys, folder / 't5', text)[1]
+    assert 'newlines are lost' in note_on(capsys, foreign_tokenizers / 't5', text)[1]
 
 
 # --- a part of a text -----------------------------------------------------------------------------
 
-def test_a_part_never_begins_within_a_character(folder):
+def test_a_part_never_begins_within_a_character(foreign_tokenizers):
     text = 'aé中😀b'
-    for tok in (tokenizer.build_tokenizer('byte'), tokenizer.load_tokenizer(folder / 'llama')):
+    for tok in (tokenizer.build_tokenizer('byte'), tokenizer.load_tokenizer(foreign_tokenizers / 'llama')):
         ids = tok.encode(text).tolist()
         for start in range(len(ids) + 1):
             for end in range(start, len(ids) + 1):

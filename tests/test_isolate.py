@@ -27,11 +27,7 @@ from helpers.readers import (
 from mambino.prepare import isolate, sources
 from mambino.prepare.files import Notes, Skip
 
-
-@pytest.fixture(scope='module', autouse=True)
-def no_reader_left():
-    yield
-    isolate.stop_reader()
+pytestmark = pytest.mark.usefixtures('no_reader_left')
 
 
 @pytest.fixture
@@ -40,12 +36,6 @@ def new_reader():
     isolate.stop_reader()
     yield
     isolate.stop_reader()
-
-
-@pytest.fixture(params=['pypdf', 'pypdfium2'])
-def engine(request):
-    pytest.importorskip(request.param)
-    return request.param
 
 
 # -----------------------------------------------------------------------------

@@ -13,11 +13,7 @@ from helpers.readers import linux, make_pdf, read, reason, write
 
 from mambino.prepare import isolate
 
-
-@pytest.fixture(scope='module', autouse=True)
-def no_reader_left():
-    yield
-    isolate.stop_reader()
+pytestmark = pytest.mark.usefixtures('no_reader_left')
 
 
 # -----------------------------------------------------------------------------

@@ -5,21 +5,11 @@ import os
 import pytest
 from helpers.readers import make_pdf, raw_pdf, read, reason, write
 
-from mambino.prepare import extract, isolate
+from mambino.prepare import extract
 from mambino.prepare.documents import legible, pdf_engines, pdf_text
 from mambino.prepare.files import Notes, Skip
 
-
-@pytest.fixture(scope='module', autouse=True)
-def no_reader_left():
-    yield
-    isolate.stop_reader()
-
-
-@pytest.fixture(params=['pypdf', 'pypdfium2'])
-def engine(request):
-    pytest.importorskip(request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures('no_reader_left')
 
 
 def test_pdf(tmp_path, engine):

@@ -18,13 +18,9 @@ from helpers.readers import (
     write,
 )
 
-from mambino.prepare import files, isolate
+from mambino.prepare import files
 
-
-@pytest.fixture(scope='module', autouse=True)
-def no_reader_left():
-    yield
-    isolate.stop_reader()
+pytestmark = pytest.mark.usefixtures('no_reader_left')
 
 
 # -----------------------------------------------------------------------------

@@ -2,14 +2,9 @@
 import pytest
 from helpers.readers import read, reason, write
 
-from mambino.prepare import isolate
 from mambino.prepare.documents import webpage
 
-
-@pytest.fixture(scope='module', autouse=True)
-def no_reader_left():
-    yield
-    isolate.stop_reader()
+pytestmark = pytest.mark.usefixtures('no_reader_left')
 
 
 def html(tmp_path, page):

@@ -34,8 +34,7 @@ DISK = {os.strerror(number) for number in errno.errorcode}  # reasons that are n
 def look(sources, work, options):
     """survey.survey(sources, options), or what it said when it was asked the same before."""
     path = os.path.join(work, 'looked')
-    versions = [version_of(name) for name in PACKAGES]
-    asked = spool.digest([spool.JOURNAL, versions, [list(source) for source in sources], options])
+    asked = spool.digest([spool.JOURNAL, versions(), [list(source) for source in sources], options])
     answer = answer_to(asked, path)
     if answer is None:
         with Progress('looking', also=f'at {in_words(len(sources))}'):
@@ -85,10 +84,9 @@ def make_tasks(sources, plans, work, options, seed, chars):
         task['parts'].append(part)
         task['sizes'].append(size)
         task['cost'] += more
-    versions = [version_of(name) for name in PACKAGES]
     for task in tasks:
         depends_on = [task[name] for name in ('sources', 'plans', 'parts', 'seed', 'chars', 'options')]
-        task['key'] = spool.digest([spool.JOURNAL, versions, depends_on])[:32]
+        task['key'] = spool.digest([spool.JOURNAL, versions(), depends_on])[:32]
     return tasks
 
 
@@ -114,6 +112,11 @@ def version_of(package):
         return ''
 
 
+def versions():
+    """Of all PACKAGES."""
+    return [version_of(name) for name in PACKAGES]
+
+
 def units_of(sources, plans):
     """Yields (source, plan, [number of a part, of how many] or None, bytes): one for each source, or
     one for each of its parts or shards.
@@ -135,13 +138,7 @@ def units_of(sources, plans):
 
 def shards_of(spec):
     """[(number of shards, index)] of a streamed dataset, to be read side by side."""
-    try:
-        rows = hub.open_hf(spec)
-    except ImportError:
-        fail(f'{spec}: needs the package datasets: pip install datasets')
-    except Exception as error:  # the hub, the net, the formats behind it: anything
-        fail(hub.unreachable(spec, error))
-    n = getattr(rows, 'num_shards', 1)
+    n = getattr(hub.or_end(hub.open_hf, spec), 'num_shards', 1)
     return [(n, i) for i in range(n)]
 
 

@@ -159,6 +159,11 @@ def packing_of(path):
         return packing_in(f.read(10), path)
 
 
+def is_packed(path):
+    """Whether the bytes on disk are not those of the content."""
+    return packing_of(path) != ''
+
+
 def packing_in(head, path):
     """The same, of the first 10 bytes."""
     if head[1:4] == SKIPPABLE and head[0] >> 4 == 5:

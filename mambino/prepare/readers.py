@@ -33,7 +33,7 @@ from mambino.prepare.tables.columns import LONGEST_ROW
 from mambino.prepare.tables.csv_rows import read_csv
 from mambino.prepare.tables.hub import Unreachable, read_hf
 from mambino.prepare.tables.json_rows import read_json
-from mambino.prepare.texts.encodings import encoding_of_bytes, read_text
+from mambino.prepare.texts.encodings import decoded, read_text
 
 
 def read_notebook(path, options, notes):
@@ -41,8 +41,7 @@ def read_notebook(path, options, notes):
     try:
         with open_bytes(path) as f:
             data = f.read(LONGEST_ROW)
-        encoding = encoding_of_bytes(lambda: iter([data]), notes, options.get('encoding', ''))
-        book = json.loads(data.decode(encoding, 'replace'))
+        book = json.loads(decoded(data, notes, options.get('encoding', '')))
         if 'cells' in book:
             cells = book['cells']
         else:  # version 3

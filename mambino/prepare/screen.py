@@ -28,7 +28,7 @@ MORE_BASE64 = re.compile(f'{DIGITS}*')
 # what other programs put between documents: anywhere, or on a line of its own
 MARKS = ('<|endoftext|>', '<|end_of_text|>', '<|eos|>', '<|eod|>', '<EOD>')
 LINES = ('</s>', '<eos>', '<EOS>', '[EOS]', '<eod>')
-PACKED = 1 << 12    # bytes of a source that are packed, to see whether it repeats itself
+SQUEEZED = 1 << 12  # bytes of a source that are packed, to see whether it repeats itself
 SEARCHED = 1 << 20  # characters of a source, in which one of them comes or will not be looked for
 LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))
 
@@ -268,7 +268,7 @@ def suspicion(head):
         return 0, ''
     data = head.encode('utf-8')
     chars_a_line = len(head) / (head.count('\n') + 1)
-    packed = len(zlib.compress(data[:PACKED], 1)) / len(data[:PACKED])
+    packed = len(zlib.compress(data[:SQUEEZED], 1)) / len(data[:SQUEEZED])
     broken = head.count('\ufffd') / len(head)
     letters = 1 - len(data.translate(None, LETTERS)) / len(data)
     spaces = 1 - len(data.translate(None, b' \t\n')) / len(data)

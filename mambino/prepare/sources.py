@@ -114,9 +114,8 @@ SAVED_WITH = ('state.json', 'dataset_info.json')  # what Hugging Face's save_to_
 def find(inputs, exclude='', gitignore=True, max_file_mb=256.0):
     """What there is to read in `inputs`: files, folders, patterns, hf: specifications. `exclude`
     holds .gitignore patterns, separated by commas, relative to each folder among them, and adds to
-    JUNK and SECRETS. Returns
-    (list of Source, list of {'file', 'reason'}); a folder that is left out is one entry. Ends the
-    program where an input leads nowhere.
+    JUNK and SECRETS. Returns (list of Source, list of {'file', 'reason'}); a folder that is left out is
+    one entry. Ends the program where an input leads nowhere.
     """
     files = {}    # real path -> spelling
     folders = {}

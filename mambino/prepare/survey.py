@@ -62,18 +62,8 @@ def look_at_all(sources, options):
         found.update(results)
     for i, source in enumerate(sources):
         if source.kind == 'hf':
-            found[i] = look_at_hub(source.path)
+            found[i] = hub.or_end(hub.look, source.path)
     return found
-
-
-def look_at_hub(spec):
-    """The same of a dataset of the hub. Ends the program where it cannot be had."""
-    try:
-        return hub.look(spec)
-    except ImportError:
-        fail(f'{spec}: needs the package datasets: pip install datasets')
-    except Exception as error:  # the hub, the net, the formats behind it: anything
-        fail(hub.unreachable(spec, error))
 
 
 def look_at(task):
@@ -154,19 +144,10 @@ def choose_all(sources, found, options):
         else:
             choices = columns.choose_together(profiles)
         for i in indexes:
-            chosen, reason = choices[i]
-            kind = sources[i].kind
-            if chosen and (options['text_column'] or not looking.is_setting(kind, found[i], chosen)):
-                plans[i] = found[i]['kind'], looking.plan_of(found[i], chosen)
-                continue
-            if chosen:
-                plan = looking.setting_plan(found[i], chosen)
-            else:
-                plan = looking.plain_plan(kind, found[i], reason, options)
-            if plan is None:
-                reasons[i] = reason
-            else:
-                plans[i] = kind, plan
+            try:
+                plans[i] = looking.decide(sources[i].kind, found[i], *choices[i], options)
+            except Skip as reason:
+                reasons[i] = str(reason)
     return plans, reasons
 
 

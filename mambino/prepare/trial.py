@@ -47,7 +47,7 @@ def unheard(tok, path):
 
 def not_given_back(tok, name, corpus, work):
     """The note on what of the texts it does not give back; ''."""
-    if tok.kind != 'bpe' or tok.fast:       # all bytes have ids, and come back
+    if tok.gives_back:
         return ''
     losses = Losses(tok.unknown == tok.eot)
     for text, begins in sample_texts(corpus, work):

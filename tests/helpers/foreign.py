@@ -8,6 +8,8 @@ WORDS = 'the cat sat on mat and dog ran home then'.split()
 TEXT = [' '.join(WORDS[i:] + WORDS[:i]) + '.' for i in range(len(WORDS))] * 4
 MARKS = ['<unk>', '<s>', '</s>']
 BERT = ['[UNK]', '[CLS]', '[SEP]']
+# of KINDS, those from whose ids every text comes back
+GIVES_BACK = ('llama', 'gemma', 'mistral', 'unigram_bytes', 'llama3', 'prefix', 'gpt2')
 
 
 def bytes_as_tokens(special):

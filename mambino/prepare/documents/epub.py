@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from mambino.prepare.documents.office import open_zip
 from mambino.prepare.documents.webpage import text_of
 from mambino.prepare.files import MOST_LOST, Notes, Skip
-from mambino.prepare.texts.encodings import encoding_of_bytes
+from mambino.prepare.texts.encodings import decoded
 
 
 def read_epub(path, options, notes):
@@ -35,9 +35,9 @@ def read_epub(path, options, notes):
             if name in names:
                 data = archive.read(name)
                 own_notes = Notes()
-                encoding = encoding_of_bytes(lambda data=data: iter([data]), own_notes, kind='html')
+                markup = decoded(data, own_notes, kind='html')
                 notes += [f'{posixpath.basename(name)}: {note}' for note in own_notes]
-                text = text_of(data.decode(encoding, 'replace'), is_xml=True, title=False)
+                text = text_of(markup, is_xml=True, title=False)
                 if text:
                     yield ('\n' if written else '') + text, False
                     written = True

@@ -14,7 +14,7 @@ import re
 from mambino.prepare.documents.webpage import text_of
 from mambino.prepare.files import Notes, Skip, open_bytes
 from mambino.prepare.texts.declared import codec_of
-from mambino.prepare.texts.encodings import MOST_WRONG, encoding_of_bytes
+from mambino.prepare.texts.encodings import MOST_WRONG, decoded
 from mambino.prepare.texts.evidence import count_wrong
 
 HEADERS = ('From', 'To', 'Date', 'Subject')
@@ -101,7 +101,7 @@ def header_of(message, name):
     """A header as it is read, on one line; '' without it."""
     value = next((value for key, value in message.raw_items() if key.lower() == name.lower()), '')
     data = value.encode('utf-8', 'surrogateescape')  # some write bytes there, against the rules
-    value = str(data.decode(encoding_found(data, Notes()), 'replace'))
+    value = text_found(data, Notes())
     try:
         value = str(email.header.make_header(email.header.decode_header(value)))
     except (ValueError, LookupError, email.errors.HeaderParseError):
@@ -132,11 +132,11 @@ def body_of(part, notes):
         kind = 'text/plain'
     if kind not in ('text/plain', 'text/html') or part.get_content_disposition() == 'attachment':
         return '', 1
-    text = decoded(part, kind, notes)
+    text = text_in(part, kind, notes)
     return text_of(text, title=False) if kind == 'text/html' else text, 0
 
 
-def decoded(part, kind, notes):
+def text_in(part, kind, notes):
     """The text of a part, in the encoding that it says, if it fits, or else in the one found."""
     data = part.get_payload(decode=True) or b''
     name = codec_of(part.get_content_charset() or '') or 'ascii'
@@ -148,13 +148,13 @@ def decoded(part, kind, notes):
     if name not in ('ascii', 'utf-8') and wrong.share <= MOST_WRONG:
         wrong.say(notes)
         return data.decode(name, 'replace')
-    return data.decode(encoding_found(data, notes, 'html' if kind == 'text/html' else 'text'), 'replace')
+    return text_found(data, notes, 'html' if kind == 'text/html' else 'text')
 
 
-def encoding_found(data, notes, kind='text'):
-    """The likely encoding of bytes that do not say one."""
+def text_found(data, notes, kind='text'):
+    """The text in bytes that do not say their encoding."""
     try:
-        return encoding_of_bytes(lambda: iter([data]), notes, kind=kind)
+        return decoded(data, notes, kind=kind)
     except Skip:
         count_wrong(lambda: iter([data]), 'utf-8').say(notes)
-        return 'utf-8'
+        return data.decode('utf-8', 'replace')

@@ -36,8 +36,6 @@ APART = ('a', 'button', 'label')  # two of them side by side are the items of a 
 PROTECT = str.maketrans(' \n\t', '\1\2\3')
 RESTORE = str.maketrans('\1\2\3', ' \n\t')
 
-
-
 MARKUP = re.compile('<(?=[a-zA-Z/!?])')
 TAG_NAME = re.compile(r'</?([a-zA-Z][^\t\n\f\r />]*)')
 # the end of a tag, or a value in it, whose quotes hide any >

@@ -132,8 +132,9 @@ def grouped(sizes, part_bytes):
 def look(schema, groups, parts):
     """What is in a table, as JSON. groups: iterators of batches, from several places."""
     profile = {}
+    texts = texts_of(schema)
     for field in schema:
-        if field.name not in texts_of(schema):
+        if field.name not in texts:
             profile[field.name] = new_column() | {'rows': 1, 'other': {kind_of(field.type): 1}}
     taken = 0
     sample = []
@@ -223,11 +224,12 @@ def rows_in(batches, notes=None):
             arrays.append(array.view(raw.get(array.type, array.type)))
             arrays[-1].validate(full=True)  # no offset leads outside
         strings = [array.type in raw for array in batch.columns]
+        maps = [is_map(array) for array in arrays]
         for start in range(0, batch.num_rows, ROWS):
             columns = []
-            for array, is_string in zip(arrays, strings):
+            for array, is_string, has_maps in zip(arrays, strings, maps):
                 values = array[start:start + ROWS].to_pylist()
-                if is_map(array):
+                if has_maps:
                     values = [value if value is None else dict(value) for value in values]
                 if is_string:
                     try:

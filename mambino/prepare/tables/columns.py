@@ -15,6 +15,7 @@ Never ids, URLs, dates, hashes, categories, names of files or JSON, whatever the
 import difflib
 import re
 
+from mambino import configurator
 from mambino.configurator import split_list
 from mambino.prepare.tables import looks
 from mambino.prepare.tables.cells import AS_IT_STANDS
@@ -47,7 +48,7 @@ ONLY_WITH = {'source': ['target'], 'human': ['assistant', 'bot'], 'user': ['assi
 
 def shown(name):
     """A name as it can be printed: control characters escaped, and cut where it is very long."""
-    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(name))
+    text = configurator.shown(str(name))
     return text if len(text) <= 40 else text[:37] + '...'
 
 

@@ -11,11 +11,10 @@ import os
 import re
 from typing import NamedTuple
 
-from mambino.prepare.files import Skip
+from mambino.prepare.files import Skip, is_packed
 from mambino.prepare.tables import csv_header
 from mambino.prepare.tables.csv_records import NULL, RULE, Dialect, fits, lines_of, masked, misfit, split
-from mambino.prepare.tables.json_look import is_packed, is_wide
-from mambino.prepare.texts.encodings import open_text
+from mambino.prepare.texts.encodings import is_wide, open_text
 
 HEADS = (1 << 18, 1 << 21, 1 << 24)  # characters of the beginning that are looked at: more where rows are long
 ROWS = 3         # fewer are too few to tell,

@@ -10,15 +10,15 @@ import os
 import re
 
 from mambino.configurator import split_list
-from mambino.prepare.files import CHUNK, Notes, Skip, open_bytes
+from mambino.prepare.files import CHUNK, Notes, Skip, is_packed, open_bytes
 from mambino.prepare.tables import csv_dialect
 from mambino.prepare.tables.columns import COLUMNS, SAMPLE_ROWS, shown
 from mambino.prepare.tables.csv_header import is_sure
 from mambino.prepare.tables.csv_records import Rows, described, fits, lines_of, masked
 from mambino.prepare.tables.csv_rows import meant
-from mambino.prepare.tables.json_look import PART_BYTES, is_packed, is_wide
+from mambino.prepare.tables.json_look import PART_BYTES
 from mambino.prepare.tables.looks import profile_of
-from mambino.prepare.texts.encodings import encoding_of
+from mambino.prepare.texts.encodings import encoding_of, is_wide
 
 SAMPLE_CELLS = 30_000  # of a table, that are looked at
 FEWEST = 5       # rows of a table in a file that is not called one

@@ -5,6 +5,7 @@ hf:name:config:split.
 """
 import itertools
 
+from mambino.configurator import fail
 from mambino.prepare.files import Skip
 from mambino.prepare.tables.cells import rows_of
 from mambino.prepare.tables.looks import profile_of
@@ -48,6 +49,16 @@ def open_hf(spec):
     datasets.disable_progress_bars()
     name, config, split = (spec[3:].split(':') + ['', ''])[:3]
     return datasets.load_dataset(name, config or None, split=split or 'train', streaming=True)
+
+
+def or_end(function, spec):
+    """function(spec), which is `look` or `open_hf`. Ends the program where the dataset cannot be had."""
+    try:
+        return function(spec)
+    except ImportError:
+        fail(f'{spec}: needs the package datasets: pip install datasets')
+    except Exception as error:  # the hub, the net, the formats behind it: anything
+        fail(unreachable(spec, error))
 
 
 def unreachable(spec, error):

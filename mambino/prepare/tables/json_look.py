@@ -18,13 +18,13 @@ import re
 
 from mambino.configurator import split_list
 from mambino.prepare import files
-from mambino.prepare.files import Notes, Skip
+from mambino.prepare.files import Notes, Skip, is_packed
 from mambino.prepare.tables.cells import text_of
 from mambino.prepare.tables.columns import LONGEST_ROW, SAMPLE_ROWS
 from mambino.prepare.tables.json_objects import look_inside
 from mambino.prepare.tables.json_values import DECODER, Broken, Values
 from mambino.prepare.tables.looks import new_column, profile_of
-from mambino.prepare.texts.encodings import encoding_of, encoding_of_bytes, open_text
+from mambino.prepare.texts.encodings import encoding_of, encoding_of_bytes, is_wide, open_text
 
 HEAD = 1 << 18        # characters that tell the layout
 SAMPLE = 1 << 22      # characters of rows that are looked at, at the beginning;
@@ -36,7 +36,6 @@ FIFTH = 5             # every fifth one
 UNPACKED = 8          # chunks of a packed file that tell its encoding
 PART_BYTES = 8_000_000  # of a large file, that are read together
 BEGINS = re.compile(r'\s*(?:\x1e|//[^\n]*\n|#[^\n]*\n|\s)*[\[{"]')
-WIDE = ('utf-16', 'utf_16', 'utf-32', 'utf_32', 'iso2022', 'hz')  # line ends are not one byte there
 NAMES = {'lines': 'JSON lines', 'values': 'JSON values', 'array': 'JSON array', 'object': 'list in a JSON object',
          'columns': 'columns in a JSON object'}
 
@@ -216,16 +215,6 @@ def line_rows(path, encoding):
             lines = (f.readline(PLACE) for _ in range(PLACE_ROWS))
             rows = (parsed(line.decode(encoding, 'replace')) for line in lines if line)
             yield from (row for row in rows if row is not None)
-
-
-def is_packed(path):
-    """Whether the bytes on disk are not those of the text."""
-    return files.packing_of(path) != ''
-
-
-def is_wide(encoding):
-    """Whether a line does not end with the one byte that ends it in ASCII."""
-    return encoding.lower().startswith(WIDE)
 
 
 def other_rows(path, encoding, share):

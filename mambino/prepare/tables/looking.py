@@ -76,6 +76,18 @@ def plan_of(looked, chosen):
     return {key: value for key, value in plan.items() if value or key in ('names', 'said')}
 
 
+def decide(kind, looked, chosen, reason, options):
+    """(kind, plan) of a file that was looked at. kind: by its name; chosen: the names of its columns, or
+    None, and `reason` why there are none. Skip(reason) where it is neither a table nor a text.
+    """
+    if chosen and (options['text_column'] or not is_setting(kind, looked, chosen)):
+        return looked['kind'], plan_of(looked, chosen)
+    plan = setting_plan(looked, chosen) if chosen else plain_plan(kind, looked, reason, options)
+    if plan is None:
+        raise Skip(reason)
+    return kind, plan
+
+
 def alone(kind, path, options, look_apart=None):
     """(kind, plan) of a file that nobody has looked at together with others. Skip where its text
     column is not clear.
@@ -87,12 +99,8 @@ def alone(kind, path, options, look_apart=None):
         return looked['kind'], looked['plan']
     wanted = options['text_column']
     chosen, reason = columns.wanted(looked['profile'], wanted) if wanted else columns.choose(looked['profile'])
-    if chosen and (wanted or not is_setting(kind, looked, chosen)):
-        return looked['kind'], plan_of(looked, chosen) | {'parts': []}
-    plan = setting_plan(looked, chosen) if chosen else plain_plan(kind, looked, reason, options)
-    if plan is None:
-        raise Skip(reason)
-    return kind, plan
+    kind, plan = decide(kind, looked, chosen, reason, options)
+    return kind, plan | {'parts': []}
 
 
 # -----------------------------------------------------------------------------

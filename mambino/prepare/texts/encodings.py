@@ -40,6 +40,7 @@ MUCH_WORSE = 1.4        # times the bits of another encoding: a declared one is 
 COMPARED = 100          # lines
 CONTEXT = 1 << 13       # bytes at the beginning that help to tell the language
 SHOWN = 48              # characters of a line that are shown with a guess
+WIDE = ('utf-16', 'utf_16', 'utf-32', 'utf_32', 'iso2022', 'hz')  # line ends are not one byte there
 TABLES = ('jsonl', 'json', 'csv')  # of these, rows before a damaged place can be read
 
 
@@ -199,6 +200,11 @@ def guessed(parts, head, evidence, notes):
     return name
 
 
+def is_wide(encoding):
+    """Whether a line does not end with the one byte that ends it in ASCII."""
+    return encoding.lower().startswith(WIDE)
+
+
 def say_guess(name, lines, notes, what=''):
     """Notes a guess of `what`, with what it makes of the first of the lines."""
     text = lines[0].decode(name, 'ignore').strip()
@@ -247,8 +253,13 @@ def read_whole(path, notes, said=''):
     else:
         with open_bytes(path) as f:
             data = f.read()
-    encoding = encoding_of_bytes(lambda: iter([data]), notes, said)
-    return clean(data.decode(encoding, 'replace'))
+    return clean(decoded(data, notes, said))
+
+
+def decoded(data, notes, said='', kind='text'):
+    """The text in bytes that are in memory; said, kind, notes: of encoding_of_bytes."""
+    encoding = encoding_of_bytes(lambda: iter([data]), notes, said, kind)
+    return data.decode(encoding, 'replace')
 
 
 def clean(text):
