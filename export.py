@@ -22,9 +22,23 @@ that is there already it is to/partial, which surely lies on the same disk.)
 import os
 import sys
 
+from mambino.configurator import configure, fail
+from mambino.console import end_quietly
+
+out_dir = 'out'         # folder of train.py's checkpoints (the best is taken), or a checkpoint file
+format = 'hf'           # hf, gguf, onnx, torchscript, safetensors, native, peft; several: hf,gguf
+to = ''                 # the folder to write; '': out_dir's name and the formats, such as out-hf
+quantize = ''           # 'int8' or 'int4' weights; '' keeps all 32 bits
+base = ''               # for peft: where its users find the base; '': where we would export it
+verify = True           # open what was written with the tool it is for, if installed, and compare
+force = False           # write into a folder that is not empty, over files of the same names
+
+# read before torch is there: a typo is told at once
+end_quietly()
+configure(globals())
+
 import torch
 
-from mambino.configurator import configure, fail
 from mambino.export import (
     to_gguf,
     to_hf,
@@ -47,14 +61,6 @@ from mambino.export.folders import (
 from mambino.weights import adapters
 from mambino.weights.checkpoint import load_checkpoint, refuse_quantized, tokenizer_of
 from mambino.weights.loading import model_of
-
-out_dir = 'out'         # folder of train.py's checkpoints (the best is taken), or a checkpoint file
-format = 'hf'           # hf, gguf, onnx, torchscript, safetensors, native, peft; several: hf,gguf
-to = ''                 # the folder to write; '': out_dir's name and the formats, such as out-hf
-quantize = ''           # 'int8' or 'int4' weights; '' keeps all 32 bits
-base = ''               # for peft: where its users find the base; '': where we would export it
-verify = True           # open what was written with the tool it is for, if installed, and compare
-force = False           # write into a folder that is not empty, over files of the same names
 
 # A format is a module with write, which fills a folder; verify, which opens it with the tool it is
 # for; opening, the lines that open it; and PACKAGES, what pip must install for that.
@@ -172,10 +178,4 @@ def write_card(name, job, checks):
         f.write(text)
 
 
-if __name__ == '__main__':
-    configure(globals())
-    try:
-        main()
-    except KeyboardInterrupt:
-        print('\ninterrupted', file=sys.stderr)
-        sys.exit(130)
+main()

@@ -25,22 +25,7 @@ from functools import partial
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 
 from mambino.configurator import configure, fail, require
-from mambino.machine import autocast, choose_device, choose_dtype
-from mambino.sample.score import show_score
-from mambino.sample.sessions import Session, open_session
-from mambino.sample.terminal import (
-    Dialogue,
-    Options,
-    converse,
-    quiet_end,
-    say,
-    show_beams,
-    show_samples,
-)
-from mambino.sample.text import chat_marks, encode_prompt, prompts_of, stops_of, without_mark
-from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
-from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
-from mambino.weights.quantize import PRECISIONS
+from mambino.console import end_quietly
 
 # --- what to generate
 out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
@@ -84,8 +69,18 @@ adapters = ''           # out_dirs of adapters of this model, or folders of peft
                         # weight: out-a,out-b:0.5
 stream = True           # show the (first) sample while it is generated
 
-with quiet_end():
-    explicit = configure(globals())     # of the settings those that the user gave
+# read before torch is there: a typo is told at once
+end_quietly()
+explicit = configure(globals())     # of the settings those that the user gave
+
+from mambino.machine import autocast, choose_device, choose_dtype
+from mambino.sample.score import show_score
+from mambino.sample.sessions import Session, open_session
+from mambino.sample.terminal import Dialogue, Options, converse, say, show_beams, show_samples
+from mambino.sample.text import chat_marks, encode_prompt, prompts_of, stops_of, without_mark
+from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
+from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
+from mambino.weights.quantize import PRECISIONS
 
 # --- what cannot be
 require(globals(), {
@@ -129,59 +124,58 @@ for one, other in dict(chat='interactive', fork='session').items():
 if (interactive or score == '-') and sys.stdin is None:
     fail('there is no standard input to read from: it was closed')
 
-with quiet_end():
-    # --- load
-    ckpt = load_checkpoint(out_dir)
-    extra = load_adapters(adapters)                     # [(checkpoint, weight), …]
-    tok = tokenizer_of(ckpt)
-    if tok is None:
-        fail(f'{out_dir}: trained on a bare .bin without a tokenizer, so there is nothing to read or '
-             'write text with')
-    where = choose_device(device)
+# --- load
+ckpt = load_checkpoint(out_dir)
+extra = load_adapters(adapters)                     # [(checkpoint, weight), …]
+tok = tokenizer_of(ckpt)
+if tok is None:
+    fail(f'{out_dir}: trained on a bare .bin without a tokenizer, so there is nothing to read or '
+         'write text with')
+where = choose_device(device)
 
-    # --- the text so far, and what comes next
-    text = Session(seed)
-    goes_on = False                                     # whether there was text before
-    save = None                                         # keeps a session
-    if session:
-        parts = [(ckpt, 1.0), *extra]
-        tensors = {f'{n}.{name}.{weight}': tensor for n, (part, weight) in enumerate(parts)
-                   for name, tensor in part['weights'].items()}
-        model_fingerprint = fingerprint(tensors)
-        text, path, goes_on = open_session(out_dir, session, fork, seed, model_fingerprint, where)
-        save = partial(text.save, path, model_fingerprint)
-    if goes_on and 'seed' in explicit:
-        text.generator.manual_seed(seed)
-    opening = start if 'start' in explicit or not (goes_on or interactive) else ''
-    prompts = prompts_of(opening) if opening or not session else []
+# --- the text so far, and what comes next
+text = Session(seed)
+goes_on = False                                     # whether there was text before
+save = None                                         # keeps a session
+if session:
+    parts = [(ckpt, 1.0), *extra]
+    tensors = {f'{n}.{name}.{weight}': tensor for n, (part, weight) in enumerate(parts)
+               for name, tensor in part['weights'].items()}
+    model_fingerprint = fingerprint(tensors)
+    text, path, goes_on = open_session(out_dir, session, fork, seed, model_fingerprint, where)
+    save = partial(text.save, path, model_fingerprint)
+if goes_on and 'seed' in explicit:
+    text.generator.manual_seed(seed)
+opening = start if 'start' in explicit or not (goes_on or interactive) else ''
+prompts = prompts_of(opening) if opening or not session else []
 
-    # --- prepare the model
-    net = attach_adapters(model_of(ckpt), extra, adapters)
-    net, context = prepare_model(net, where, dtype, precision=quantize)
-    options = Options(
-        sampling=dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
-        stops=stops_of(stop),
-        logprobs=logprobs,
-        stream=stream,
-    )
+# --- prepare the model
+net = attach_adapters(model_of(ckpt), extra, adapters)
+net, context = prepare_model(net, where, dtype, precision=quantize)
+options = Options(
+    sampling=dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+    max_new_tokens=max_new_tokens,
+    repetition_penalty=repetition_penalty,
+    stops=stops_of(stop),
+    logprobs=logprobs,
+    stream=stream,
+)
 
-    # --- do what is asked for
-    with context:
-        if score:
-            is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
-            show_score(net, tok, score, autocast(where, choose_dtype('auto', where)) if is_auto else nullcontext())
-        elif interactive:
-            end_ids = chat_marks(tok)[1:] if chat else ()
-            converse(Dialogue(net, tok, text, options, end_ids), ''.join(prompts), chat, save)
-        elif session:
-            ids = encode_prompt(tok, prompts[0], begins=not goes_on) if prompts else []
-            if stream and prompts:
-                say(without_mark(prompts[0]))
-            Dialogue(net, tok, text, options).answer(ids)
-            save()
-        elif beams > 1:
-            show_beams(net, tok, prompts, num_samples, beams, length_penalty, options)
-        else:
-            show_samples(net, tok, prompts, num_samples, batch_size, seed, options)
+# --- do what is asked for
+with context:
+    if score:
+        is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
+        show_score(net, tok, score, autocast(where, choose_dtype('auto', where)) if is_auto else nullcontext())
+    elif interactive:
+        end_ids = chat_marks(tok)[1:] if chat else ()
+        converse(Dialogue(net, tok, text, options, end_ids), ''.join(prompts), chat, save)
+    elif session:
+        ids = encode_prompt(tok, prompts[0], begins=not goes_on) if prompts else []
+        if stream and prompts:
+            say(without_mark(prompts[0]))
+        Dialogue(net, tok, text, options).answer(ids)
+        save()
+    elif beams > 1:
+        show_beams(net, tok, prompts, num_samples, beams, length_penalty, options)
+    else:
+        show_samples(net, tok, prompts, num_samples, batch_size, seed, options)

@@ -20,7 +20,6 @@ import datetime
 import math
 import os
 import signal
-import sys
 from functools import partial
 
 # libgomp's threads wait for each other by spinning, which on a busy machine keeps the core from the
@@ -28,19 +27,8 @@ from functools import partial
 # one busy process steps are 2 to 10 times faster.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
-import numpy as np
-import torch
-from torch.profiler import record_function
-
-from mambino import machine
 from mambino.configurator import configure, fail, find_settings
-from mambino.train import begin, memory, processes
-from mambino.train.evaluation import evaluate, show_sample
-from mambino.train.loader import Loader
-from mambino.train.metrics import Report, StatusLine, Trace, introduction, no_log, open_log
-from mambino.train.processes import leave, say, summed
-from mambino.train.progress import Clock, Health, best_of, catch_stop_signals, command_to_go_on, latest_of, save_run
-from mambino.weights import adapters, checkpoint
+from mambino.console import end_quietly
 
 # --- what and where
 out_dir = 'out'             # checkpoints and the log of this run
@@ -136,6 +124,23 @@ compile = False             # torch.compile: a minute of waiting for faster step
                             # falls back where it does not work
 seed = 1337
 
+# read before torch is there: a typo is told at once
+end_quietly()  # by Ctrl-C; until the loop there is nothing to save
+explicit = configure(globals())  # {name: value} of what config files and flags name
+
+import numpy as np
+import torch
+from torch.profiler import record_function
+
+from mambino import machine
+from mambino.train import begin, memory, processes
+from mambino.train.evaluation import evaluate, show_sample
+from mambino.train.loader import Loader
+from mambino.train.metrics import Report, StatusLine, Trace, introduction, no_log, open_log
+from mambino.train.processes import leave, say, summed
+from mambino.train.progress import Clock, Health, best_of, catch_stop_signals, command_to_go_on, latest_of, save_run
+from mambino.weights import adapters, checkpoint
+
 
 def get_lr(step, schedule, peak, end_lr, warmup_iters, decay_iters, decay_fraction):
     """The learning rate of a step: it rises for warmup_iters steps, and falls until decay_iters."""
@@ -168,9 +173,6 @@ def update_weights(optimizers, scaler, norm):
             scaler.step(opt)
     scaler.update()
 
-
-explicit = configure(globals())  # {name: value} of what config files and flags name
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until the loop there is nothing to save
 
 # --- what the run begins from, and what its settings come to
 settings = {name: globals()[name] for name in find_settings(globals())}

@@ -9,7 +9,6 @@ conversation, rates.
 
 Text goes to stdout; rates, progress and hints, which are not part of it, to stderr.
 """
-import os
 import signal
 import sys
 import time
@@ -61,20 +60,6 @@ def patience():
         yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def quiet_end():
-    """Around a whole program: Ctrl-C, and a reader such as `head` that has read enough, end it
-    without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print('\ninterrupted', file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def say(text):
