@@ -29,11 +29,7 @@ of the arguments, or how often the run was interrupted.
 import os
 
 from mambino.configurator import configure, fail, require
-from mambino.prepare import extract, output, pool, report, screen, sources, stdlib, unused, vocabulary
-from mambino.prepare.account import settle
-from mambino.prepare.corpus import Corpus, TooLittle
-from mambino.prepare.texts import declared
-from mambino.prepare.trial import try_tokenizer
+from mambino.console import end_quietly
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
 inputs = []
@@ -74,9 +70,19 @@ engine = 'local'      # or ray: the same work on a Ray cluster with a shared fil
                       # cluster, on this machine
 # -----------------------------------------------------------------------------
 
+if __name__ == '__main__':  # not in the worker processes, which import this file
+    # read before the libraries are there: a typo is told at once
+    end_quietly()
+    explicit = configure(globals(), positional='inputs')
+
+from mambino.prepare import extract, output, pool, report, screen, sources, stdlib, unused, vocabulary
+from mambino.prepare.account import settle
+from mambino.prepare.corpus import Corpus, TooLittle
+from mambino.prepare.texts import declared
+from mambino.prepare.trial import try_tokenizer
+
 
 def main():
-    explicit = configure(globals(), positional='inputs')
     require(globals(), {
         'between 0 and 1': dict(val_fraction=0 < val_fraction < 1),
         'between -2**63 and 2**63': dict(split_seed=abs(split_seed) < 2 ** 63),
@@ -165,5 +171,5 @@ def main():
     print(f'\nnow: python train.py --dataset={dataset}')
 
 
-if __name__ == '__main__':  # not in the worker processes, which import this file
+if __name__ == '__main__':
     pool.run_program(main)

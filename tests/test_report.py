@@ -1,11 +1,14 @@
 """report.py, progress.py: what a person sees of a run."""
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
-from helpers.prepare import dataset, jsonl, prepare, write
+from helpers.prepare import ROOT, dataset, jsonl, prepare, write
 
 from mambino.configurator import fail
 from mambino.prepare import progress, report
@@ -72,6 +75,13 @@ def test_what_was_decided_is_shown_and_kept(tmp_path):
     assert dataset(tmp_path / 'data' / 'other').meta['content'] == again['content']
     prepare(tmp_path, 'in', '--tokenizer=byte', '--out=data/other', '--split_seed=2')
     assert dataset(tmp_path / 'data' / 'other').meta['content'] != again['content']
+
+
+def test_a_typo_is_told_before_the_libraries_are_there():
+    command = [sys.executable, '-X', 'importtime', os.path.join(ROOT, 'prepare.py'), '--vocabsize=3']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and 'did you mean --vocab_size?' in done.stderr
+    assert 'numpy' not in done.stderr and 'pyarrow' not in done.stderr
 
 
 def test_settings_without_effect_are_said(corpus):
