@@ -6,29 +6,318 @@
 
     messages ──► template (ChatML, or the tokenizer's own) ──► text, marks ──► ids
 
-A template is Jinja, as transformers has it. Only the marks that it writes become mark ids: a mark
-written in a message is ordinary text.
+A template is Jinja, as transformers has it, and the ids are those that its apply_chat_template gives.
+Only the marks that the template writes become mark ids: a mark written in a message is ordinary text.
+
+Learned are the answers, messages of the role assistant, each with the mark that ends it and nothing
+behind that. Where an answer begins and ends is what the template says by {% generation %}, else what
+comes to the text when the conversation grows by that answer. A template may write earlier messages
+anew when there are later ones; an answer of which that is not the same text is read, not learned.
 """
+import functools
+import json
+import os
+import re
+from typing import NamedTuple
+
 import numpy as np
+
+from mambino.templates import BEGIN, END, NONCE, render
+from mambino.tokenizer import CHAT, open_hf
+from mambino.tokenizer_config import NAMES
+from mambino.tokenizer_json import completed, without_training
 
 CHATML = ("{% for message in messages %}"
           "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
           "{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+ANSWERS = 'assistant'       # the role that is learned
+# around a mark in a message while the template is at work, and before its name in the text then
+FORGED, FORGED_END, MARK = f'\ufdd0{NONCE}', f'\ufdd1{NONCE}', f'\ufdd4{NONCE}'
+PROBE = [{'role': 'user', 'content': 'What is it?'}, {'role': ANSWERS, 'content': 'A conversation.'},
+         {'role': 'user', 'content': 'And now?'}, {'role': ANSWERS, 'content': 'Now it ends.'}]
 
 
-def encode_chat(tok, messages):
+# --- what others call -----------------------------------------------------------------------------
+
+def encode_chat(tok, messages, tools=None):
     """(N,) int32 ids of a whole conversation. The answers, each with the mark that ends it, are
     learned; all else is stored as −1 − id. ValueError says what this tokenizer or its template cannot
-    do with it."""
-    raise NotImplementedError
+    do with it.
+
+    messages: dicts with a role and a content: a text, None for none, or a list of parts, {'type':
+    'text', 'text': …}; what else they have, as tool_calls, the template gets. tools: for it too. With no
+    answer at the end, what comes behind the last is read alone; with none at all everything is."""
+    messages = plain(tok, messages)
+    chat = written(tok, messages, False, tools)
+    learned = chat.answers or spans_of_answers(tok, messages, tools, chat)
+    ids, offsets = encoded(tok, chat.text)
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    is_learned = np.zeros(len(ids), bool)
+    for start, end in learned:
+        is_learned |= (starts < end) & (ends > start)
+    return np.where(is_learned, ids, -1 - ids).astype(np.int32)
 
 
-def encode_prompt_of(tok, messages):
+def encode_prompt_of(tok, messages, tools=None):
     """list of ids of a conversation that waits for an answer, the beginning of that included."""
-    raise NotImplementedError
+    chat = written(tok, plain(tok, messages), True, tools)
+    return encoded(tok, chat.text)[0].tolist()
 
 
 def visible(ids):
     """The ids as a model reads them: of those that are not to be learned, too."""
     return np.where(ids < 0, -1 - ids, ids)
+
+
+def template_of(tok):
+    """The Jinja template of a tokenizer's conversations: its own; else ChatML, where it has the marks.
+    ValueError says what to do where there is none."""
+    own = tok.config.get('chat_template')
+    if own:
+        return own
+    if not {*CHAT} <= marks_in(tok.text, '').keys():
+        begins = f"this {tok.kind} tokenizer has no chat template, nor {' and '.join(CHAT)}, the marks of ChatML"
+        raise ValueError(f'{begins}; train one that has them: python prepare.py your/files --tokenizer=bpe')
+    return ('{{ bos_token }}' if tok.bos else '') + CHATML
+
+
+def end_ids(tok):
+    """list of the ids that end an answer: the mark of the template, if it has one, and end-of-text."""
+    try:
+        ids = encode_chat(tok, PROBE)
+    except ValueError:
+        ids = np.zeros(0, np.int32)
+    learned = ids[ids >= 0]
+    last = [int(learned[-1])] if len(learned) and int(learned[-1]) in marks_of(tok).values() else []
+    return list(dict.fromkeys([*last, tok.eot]))
+
+
+def trouble(tok):
+    """list of lines on what conversations lose by the template of this tokenizer, or may surprise by;
+    [] for most. ValueError as template_of."""
+    template = template_of(tok)
+    lines = []
+    if 'strftime_now' in template:
+        lines.append('its chat template writes the date of today into conversations')
+    try:
+        messages = plain(tok, PROBE)
+        chat = written(tok, messages, False)
+        answers = chat.answers or spans_of_answers(tok, messages, None, chat)
+    except ValueError as error:
+        return [*lines, str(error)]
+    if len(answers) < 2:
+        lines.append('its chat template writes earlier messages anew when there are later ones: of a conversation only '
+                     'what stays, the last answer, is learned' if answers else
+                     'its chat template shows no place where an answer stands: nothing is learned')
+    ids, _ = encoded(tok, chat.text)
+    if answers and not {*end_ids(tok)} & {*ids[-4:].tolist()}:
+        lines.append('its chat template has no mark that ends an answer: a model will not know where to stop')
+    prompt = encode_prompt_of(tok, PROBE[:-1])
+    wholes = [encode_chat(tok, [*PROBE[:-1], {'role': ANSWERS, 'content': word}]) for word in ('the', 'I', 'Now', '1')]
+    if answers and any(visible(ids)[:len(prompt)].tolist() != prompt for ids in wholes):
+        lines.append('its chat template begins an answer otherwise than it asks for one, or in the middle of a token')
+    return lines
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+def plain(tok, messages):
+    """Messages as a template takes them: each with a role, and a text for content."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError('a conversation without messages')
+    result = []
+    for message in messages:
+        role = message.get('role') if isinstance(message, dict) else None
+        if not isinstance(role, str) or not role:
+            raise ValueError(f'a message without a role: {str(message)[:60]!r}')
+        rest = {key: value for key, value in message.items() if value is not None and key != 'content'}
+        if rest.get('tool_calls') and not tok.config.get('chat_template'):
+            raise ValueError('a message calls tools, and ChatML has no place for that')
+        content = message.get('content')
+        if content is not None or not rest.get('tool_calls'):
+            rest['content'] = text_of(content)
+        result.append(rest)
+    return json.loads(json.dumps(result))           # a template gets plain values, and its own
+
+
+def text_of(content):
+    """The text of a message's content."""
+    if content is None:
+        return ''
+    if isinstance(content, str):
+        return content.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')    # no half characters
+    if not isinstance(content, list):
+        raise ValueError(f'the content of a message is a {type(content).__name__}, no text')
+    texts = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get('text') if isinstance(part, dict) else None
+        if not isinstance(text, str) or isinstance(part, dict) and part.get('type', 'text') != 'text':
+            kind = part.get('type') if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f'a message with a part that is no text, but {str(kind)[:40]!r}')
+        texts.append(text_of(text))
+    return ''.join(texts)
+
+
+# --- text with marks ------------------------------------------------------------------------------
+
+class Written(NamedTuple):
+    """A conversation as its template writes it. Positions are of the text."""
+    text: str               # every mark of the template under its secret name
+    marks: list             # (start, end) of each mark
+    answers: list           # (start, end) of what the template says are answers, with the marks that end them
+
+
+def marks_of(tok):
+    """{name: id} of what no message may forge: special tokens, and others that the template writes."""
+    return marks_in(tok.text, template_of(tok))
+
+
+@functools.lru_cache(maxsize=8)
+def marks_in(text, template):
+    """As marks_of, of a tokenizer.json and a template."""
+    added = json.loads(text).get('added_tokens') or []
+    return {token['content']: token['id'] for token in added
+            if token.get('special') or token['content'] in template and not token['content'].isspace()}
+
+
+def written(tok, messages, asks, tools=None):
+    """The Written of plain messages. asks: whether an answer is to follow."""
+    template = template_of(tok)
+    marks = marks_in(tok.text, template)
+    pattern = one_of(marks)
+
+    def guarded(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda match: FORGED + match[0] + FORGED_END, value)
+        if isinstance(value, dict):
+            return {key: guarded(part) for key, part in value.items()}
+        return [guarded(part) for part in value] if isinstance(value, list) else value
+
+    variables = {**names_of(tok), 'messages': guarded(messages), 'tools': guarded(tools), 'documents': None,
+                 'add_generation_prompt': asks}
+    return taken_apart(render(template, variables), marks)
+
+
+def names_of(tok):
+    """{'bos_token': its name, …} as a template has them."""
+    names = {key: name for key, name in tok.config.items() if key in NAMES}
+    if tok.bos:
+        names.setdefault('bos_token', tok.name_of(tok.bos[0]))
+    names.setdefault('eos_token', tok.name_of(tok.eot))
+    return names
+
+
+@functools.lru_cache(maxsize=8)
+def pattern_of(names):
+    """A pattern that matches one of these names, of several the longest; nothing where there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
+
+
+def one_of(marks):
+    return pattern_of(tuple(marks))
+
+
+def taken_apart(text, marks):
+    """The Written of a rendered text: what is around a forged mark goes, and so do the signs of where
+    answers are."""
+    signs = '|'.join((BEGIN, END, FORGED, FORGED_END))
+    names = one_of(marks).pattern
+    parts = []
+    spans, at_marks = [], []
+    at = length = 0
+    begun = None
+    for match in re.finditer(f'{FORGED}({names}){FORGED_END}|({signs})|({names})', text):
+        forged, sign, mark = match.groups()
+        before = text[at:match.start()]
+        at = match.end()
+        new = forged or (MARK + mark if mark else '')
+        parts += [before, new]
+        length += len(before)
+        if sign == BEGIN:
+            begun = length
+        elif sign == END and begun is not None:
+            spans.append((begun, length))
+        elif mark:
+            at_marks.append((length, length + len(new)))
+        length += len(new)
+    parts.append(text[at:])
+    text = ''.join(parts)
+    return Written(text, at_marks, [(start, end_of(text, at_marks, start, end)) for start, end in spans])
+
+
+def end_of(text, marks, start, end):
+    """Where an answer in a part of a text ends: behind its last mark, if there is but white space
+    behind that; or with the mark that follows at once."""
+    inside = [mark for mark in marks if start < mark[1] <= end]
+    if inside and not text[inside[-1][1]:end].strip():
+        return inside[-1][1]
+    return next((mark[1] for mark in marks if mark[0] == end), end)
+
+
+def spans_of_answers(tok, messages, tools, chat):
+    """[(start, end)] of the answers in a Written conversation, of those that are certain: what an
+    answer adds to the text stands there, too, when more has come."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message['role'] != ANSWERS:
+            continue
+        try:
+            whole = written(tok, messages[:i + 1], False, tools) if i + 1 < len(messages) else chat
+            asked = written(tok, messages[:i], True, tools).text if i else ''
+        except ValueError:          # a conversation that ends there is none to it
+            continue
+        start = len(asked) if whole.text.startswith(asked) else len(os.path.commonprefix((asked, whole.text)))
+        end = end_behind(whole, start, message.get('content', ''))
+        if end > start and chat.text[:end] == whole.text[:end]:
+            spans.append((start, end))
+    return spans
+
+
+def end_behind(whole, start, content):
+    """Where the answer ends that a Written conversation ends with, and that begins at `start`: with the
+    first mark behind its content; without one, with its content."""
+    content = content.strip()
+    at = whole.text.rfind(content, start)
+    behind = at + len(content) if at >= 0 and content else start
+    marks = [end for begin, end in whole.marks if begin >= behind]
+    if marks:
+        return marks[0] if at >= 0 else marks[-1]
+    return len(whole.text.rstrip()) if at < 0 else behind
+
+
+# --- text to ids ----------------------------------------------------------------------------------
+
+def encoded(tok, text):
+    """(N,) ids of a Written text, (N, 2) where each begins and ends in it."""
+    names = tuple(marks_of(tok))
+    encoding = encoder_of(tok.text, names).encode(text, add_special_tokens=False)
+    return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+
+@functools.lru_cache(maxsize=4)
+def encoder_of(text, names):
+    """Hugging Face's tokenizer of a tokenizer.json, for which the tokens of these names have secret
+    ones: under their own they are text."""
+    spec = without_training(completed(json.loads(text)))
+    model = spec['model']
+    vocab = model.get('vocab')
+
+    def secret(name):
+        return MARK + name if name in names else name
+
+    if isinstance(vocab, list):         # of a Unigram, with scores
+        vocab = [[secret(name), score] for name, score in vocab]
+    else:
+        vocab = {secret(name): i for name, i in vocab.items()}
+    model = {**model, 'vocab': vocab}
+    if model.get('unk_token'):
+        model['unk_token'] = secret(model['unk_token'])
+    added = [{**token, 'content': secret(token['content'])} for token in spec['added_tokens']]
+    hf = open_hf(json.dumps({**spec, 'model': model, 'added_tokens': added, 'post_processor': None}))
+    hf.encode_special_tokens = False    # they are found, which nobody else can name
+    ids = {token['content']: token['id'] for token in added}
+    if any(hf.token_to_id(MARK + name) != ids[MARK + name] for name in names):
+        raise ValueError('its marks are words of its vocabulary, too, so that they cannot be told from text')
+    return hf

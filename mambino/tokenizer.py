@@ -33,6 +33,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from mambino.configurator import fail
 from mambino.detokenizer import Pieces, Stream, WindowStream, pieces_of
 from mambino.seams import WORD, cut
+from mambino.tokenizer_config import config_beside, known_of
 from mambino.tokenizer_json import (
     BYTE_TO_CHAR,
     EOT,
@@ -40,7 +41,6 @@ from mambino.tokenizer_json import (
     FILE,
     MODELS,
     completed,
-    config_beside,
     end_of_text,
     find_merges,
     going_on,
@@ -75,6 +75,7 @@ class Tokenizer:
         self.bos = list(bos)          # ids that a text begins with; [] for most
         self.pieces = pieces          # what ids stand for; None where only the library can decode
         self.table = pieces and pieces.table  # list of bytes, b'' for special tokens
+        self.config = {}              # what else is said of its use, see tokenizer_config.py
 
     def opening(self):
         """The ids that a document begins with in a dataset: bos, but not if that is what the
@@ -142,7 +143,7 @@ class Tokenizer:
 
     def state(self):
         """A dict of plain values for a checkpoint; from_state() is the way back."""
-        return {'kind': self.kind, 'json': self.text, 'eot': self.eot, 'bos': self.bos}
+        return {'kind': self.kind, 'json': self.text, 'eot': self.eot, 'bos': self.bos, 'config': self.config}
 
     def sha256(self):
         return hashlib.sha256(self.text.encode('utf-8')).hexdigest()
@@ -319,8 +320,14 @@ def from_text(text, eot=None, bos=(), spec=None):
 
 
 def from_state(state):
-    """The way back from Tokenizer.state(), also from one of a version that did not know bos."""
-    return from_text(state['json'], state.get('eot'), state.get('bos', ()))
+    """The way back from Tokenizer.state(), also from one of a version that did not know bos or config."""
+    return with_config(from_text(state['json'], state.get('eot'), state.get('bos', ())), state.get('config'))
+
+
+def with_config(tok, config):
+    """The tokenizer, which from now on says of its use what of `config` makes sense."""
+    tok.config = known_of(config)
+    return tok
 
 
 def load_tokenizer(path):
@@ -334,13 +341,15 @@ def load_tokenizer(path):
     try:
         meta = meta_beside(folder, text)
         if meta:
-            return from_text(text, meta.get('eot'), meta.get('bos', ()), spec)
+            tok = from_text(text, meta.get('eot'), meta.get('bos', ()), spec)
+            return with_config(tok, meta.get('tokenizer_config'))
         as_trained = spec
         spec = without_training(spec)
         if spec is not as_trained:
             text = json.dumps(spec, ensure_ascii=False, indent=2)
         begin, _ = marks_of(spec)
-        return from_text(text, end_of_text(spec, config_beside(folder)), begin, spec)
+        config = config_beside(folder)
+        return with_config(from_text(text, end_of_text(spec, config), begin, spec), config)
     except (KeyError, TypeError, AttributeError) as error:
         fail(f'{file}: cannot be used as a tokenizer: not a tokenizer.json ({type(error).__name__}: {error})')
     except ValueError as error:

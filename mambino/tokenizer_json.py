@@ -78,16 +78,6 @@ def what_else(raw, error):
     return f'no JSON ({error}); {CONVERT}'
 
 
-def config_beside(folder):
-    """What transformers' tokenizer_config.json in a folder says; {} where there is none."""
-    try:
-        with open(os.path.join(folder, 'tokenizer_config.json'), 'rb') as f:
-            config = json.load(f)
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def completed(spec):
     """The contents of a tokenizer.json, with what old ones leave out filled in."""
     model = spec['model']
@@ -139,29 +129,24 @@ def marks_around(processor):
 
 
 def asked_in_vain(spec, config):
-    """The token that `config`, a tokenizer_config.json, asks for before every text, and that the
+    """The token that `config`, as tokenizer_config.py has it, asks for before every text, and that the
     tokenizer.json does not put there; '' where they agree. The file is obeyed, as transformers 5
     obeys it."""
     token = config.get('bos_token')
-    if isinstance(token, dict):
-        token = token.get('content')
     is_asked = config.get('add_bos_token') is True and token
     return token if is_asked and not marks_of(spec)[0] else ''
 
 
 def end_of_text(spec, config):
     """The id that ends a text, by what the tokenizer itself says: its post-processor, else
-    `config`, its tokenizer_config.json; else by its name. It is not what begins a text, unless
+    `config`, as tokenizer_config.py has it; else by its name. It is not what begins a text, unless
     there is nothing else; None where there is nothing at all."""
     vocab = vocabulary(spec)
     begin, end = marks_of(spec)
     if end:
         named = [i for i in end if i in {vocab.get(name) for name in EOT_NAMES}]
         return (named or end)[-1]
-    said = config.get('eos_token')
-    if isinstance(said, dict):          # as older versions write an added token
-        said = said.get('content')
-    ids = [vocab[name] for name in (said, *EOT_NAMES) if name in vocab]
+    ids = [vocab[name] for name in (config.get('eos_token'), *EOT_NAMES) if name in vocab]
     return next((i for i in ids if i not in begin), begin[-1] if begin else None)
 
 

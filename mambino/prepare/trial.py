@@ -15,7 +15,8 @@ from collections import Counter
 from mambino.prepare import spool
 from mambino.prepare.corpus import TooLittle
 from mambino.seams import SEAM
-from mambino.tokenizer_json import asked_in_vain, config_beside
+from mambino.tokenizer_config import config_beside
+from mambino.tokenizer_json import asked_in_vain
 
 SAMPLE_MB = 1.0     # so much is tried, as evenly taken from the documents as for training a tokenizer
 MOST = 20_000       # characters of a piece that are tried,
