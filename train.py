@@ -296,11 +296,11 @@ while True:
     try:
         for micro_step in range(loader.micro_steps):
             with record_function('data'):
-                x, y = loader.next()  # (B, T) each; the next ones are fetched meanwhile
+                x, y, weight = loader.next()  # (B, T) each; the next ones are fetched meanwhile
             if world > 1:  # gradients travel once a step; with fsdp each time, as shares
                 wrapped.require_backward_grad_sync = micro_step + 1 == loader.micro_steps
             with record_function('forward'), machine.autocast(device, dtype, cache_weights):
-                loss = wrapped(x, y)[1] / loader.micro_steps
+                loss = wrapped(x, y)[1] * weight / loader.micro_steps
             with record_function('backward'):
                 scaler.scale(loss).backward()
             total_loss += loss.detach()

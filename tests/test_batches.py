@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mambino.language_model import linear_cross_entropy
 from mambino.train.batches import (
     IGNORE,
     ROUND,
@@ -17,6 +18,7 @@ from mambino.train.batches import (
     shuffled,
     val_result,
 )
+from mambino.train.loader import Loader
 
 
 @pytest.fixture
@@ -349,3 +351,65 @@ def test_a_mixture_that_cannot_be_is_one_line(bare, capsys, text, words):
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1
     assert all(word in err for word in words.split()), err
+
+
+# --- what is read and not learned -----------------------------------------------------------------
+
+@pytest.fixture
+def masked(tmp_path):
+    """A dataset of which runs of tokens, of many lengths and some longer than a window, are not learned."""
+    rng = np.random.default_rng(0)
+    paths = {}
+    for split, n in (('train', 2000), ('val', 300)):
+        ids = rng.integers(0, 50, n).astype('<i4')
+        for start in range(0, n, 60):
+            ids[start:start + rng.integers(0, 60)] ^= -1        # its complement
+        paths[split] = str(tmp_path / f'{split}.bin')
+        ids.tofile(paths[split])
+    return Dataset('masked', paths, 'int32', dict(train=2000, val=300), 50)
+
+
+def test_a_prompt_is_read_and_not_learned(masked):
+    x, y = masked.batch(np.arange(100), 16, 7)
+    rows = masked.rows(np.arange(100), 16, 7)
+    assert x.min() >= 0 and torch.equal(x, torch.from_numpy(np.where(rows < 0, ~rows, rows)[:, :-1]))
+    assert torch.equal(y, torch.from_numpy(np.where(rows < 0, IGNORE, rows)[:, 1:]))
+    assert masked.learned(np.arange(100), 16, 7) == int((y >= 0).sum()) < 1600
+    assert (y < 0).all(1).any()                                 # windows with nothing to learn, too
+    pairs = list(masked.val_batches(4, 16))
+    assert all(x.min() >= 0 for x, _ in pairs)
+    assert sum(int((y >= 0).sum()) for _, y in pairs) == int((masked.read('val')[1:] >= 0).sum())
+
+
+def test_weights_make_a_step_the_same_however_it_is_cut(masked, dataset):
+    """Of micro-batches and processes with different numbers of targets."""
+    def cut(data, micro_batch, world):
+        total = 0
+        for rank in range(world):
+            loader = Loader(data, 16, 7, 'cpu', 12 // world, rank, world)
+            loader.seek(12 * 16 * 3, micro_batch)
+            for _ in range(loader.micro_steps):
+                x, y, weight = loader.next()
+                mean = (x * 2 + y)[y >= 0].double().sum().item() / max(1, int((y >= 0).sum()))
+                total += mean * weight / loader.micro_steps / world
+        return total
+
+    sums = [cut(masked, micro_batch, world) for micro_batch, world in ((12, 1), (1, 1), (4, 1), (2, 2), (3, 4))]
+    assert np.ptp(sums) < 1e-9 * sums[0]
+    loader = Loader(dataset(), 16, 7, 'cpu', 12)
+    loader.seek(0, 3)
+    assert [loader.next()[2] for _ in range(4)] == [1.0] * 4
+
+
+def test_nothing_to_learn_is_a_line_and_no_nan(masked, capsys):
+    loss = linear_cross_entropy(torch.randn(1, 8, 4), torch.randn(9, 4), torch.full((1, 8), IGNORE))
+    assert loss == 0
+    with pytest.raises(SystemExit):
+        val_result(masked, [(0.0, 0, 0)])
+    assert 'nothing that is learned' in capsys.readouterr().err
+
+
+def test_a_mixture_counts_what_is_learned(masked, dataset):
+    mixture = Mixture([masked, dataset(name='plain')], [1, 1])
+    _, y = mixture.batch(np.arange(64), 16, 7)
+    assert mixture.learned(np.arange(64), 16, 7) == int((y >= 0).sum())

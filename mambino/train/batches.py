@@ -11,6 +11,9 @@ is a pure function of (seed, s): step i takes sequences i*S to (i+1)*S - 1, and 
 step knows the data. A resumed run needs no loader state, and any number of processes that share the
 S sequences among them see, together, the same batch.
 
+A token stored as −1 − id is read as id and not learned, a prompt before its answer: where it is a target it does not
+count.
+
 A mixture deals these sequence numbers out to its datasets, in rounds of 10,000 that hold exactly
 each one's share in a shuffled order. The n-th that falls to a dataset is its own sequence number n:
 it is read as if it were trained on alone, epoch by epoch.
@@ -26,9 +29,11 @@ import numpy as np
 import torch
 
 from mambino import tokenizer
+from mambino.chat import visible
 from mambino.configurator import fail, split_list
 
 IGNORE = -1     # a target that does not count
+READ_AT_ONCE = 100_000_000      # tokens of a split that are looked through when it is opened
 ROUND = 10_000  # sequences in which each dataset of a mixture has exactly its share
 
 
@@ -48,10 +53,13 @@ class Dataset:
     def __post_init__(self):
         # (V,) bytes of text an id stands for, see text_bytes(); None for a bare .bin
         self.token_bytes = self.tokenizer and self.text_bytes()
+        # whether there may be tokens that are not learned; what is not read now may have some
+        self.is_masked = np.dtype(self.dtype).kind == 'i' and self.tokens['train'] > READ_AT_ONCE
         # a foreign id would crash an embedding in the middle of a run
         for split, n in self.tokens.items():
-            if n <= 100_000_000:
-                self.check(self.read(split), split)
+            if n <= READ_AT_ONCE:
+                lowest = self.check(self.read(split), split)
+                self.is_masked = self.is_masked or lowest < 0
 
     @property
     def parts(self):
@@ -85,6 +93,7 @@ class Dataset:
         counts = np.zeros(len(sizes), np.int64)             # of each id in val
         for start in range(0, self.tokens['val'], 10_000_000):
             ids = self.read('val')[start:start + 10_000_000]
+            ids = visible(ids)
             counts += np.bincount(ids[ids < len(sizes)], minlength=len(sizes))
         total = counts @ sizes
         size = (self.meta or {}).get('splits', {}).get('val', {}).get('bytes')
@@ -93,22 +102,24 @@ class Dataset:
         return sizes if self.tokenizer.table else None
 
     def check(self, ids, split):
-        """Ends the program if an id is not in the vocabulary."""
+        """The lowest number of these ids, below 0 where some are not learned. Ends the program if an id
+        is not in the vocabulary."""
         if not len(ids):
-            return
+            return 0
         lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= self.vocab_size:
-            foreign = highest if highest >= self.vocab_size else lowest
+        if lowest < -self.vocab_size or highest >= self.vocab_size:
+            foreign = highest if highest >= self.vocab_size else -1 - lowest
             fail(f'{self.paths[split]}: holds token id {foreign}, but the vocabulary has {self.vocab_size}: the file '
                  'and its meta.json or tokenizer do not belong together (or its dtype is not --data_dtype)')
+        return lowest
 
     def windows(self, block_size, split='train'):
         """Windows of an epoch; the last stretch of up to two windows is left out, a different one
         each epoch."""
         return max(1, (self.tokens[split] - 1) // block_size - 1)
 
-    def batch(self, sequences, block_size, seed):
-        """sequences (B,) int64 numbers → x, y (B, T) int64 tensors; y is x one token later."""
+    def rows(self, sequences, block_size, seed):
+        """sequences (B,) int64 numbers → (B, T + 1) tokens as the file has them."""
         tokens = self.read('train')
         n = self.windows(block_size)
         slack = self.tokens['train'] - n * block_size  # how far the first window may start, + 1
@@ -122,12 +133,24 @@ class Dataset:
             starts[in_epoch] = window * block_size + shift
         rows = np.stack([tokens[start:start + block_size + 1] for start in starts]).astype(np.int64)
         self.check(rows.ravel(), 'train')
-        rows = torch.from_numpy(rows)                       # (B, T + 1)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return rows
+
+    def batch(self, sequences, block_size, seed):
+        """sequences (B,) int64 numbers → x, y (B, T) int64 tensors; y is x one token later, IGNORE
+        where that is not learned."""
+        rows = self.rows(sequences, block_size, seed)       # (B, T + 1)
+        x, y = visible(rows[:, :-1]), np.maximum(rows[:, 1:], IGNORE)
+        return torch.from_numpy(x).contiguous(), torch.from_numpy(y).contiguous()
+
+    def learned(self, sequences, block_size, seed):
+        """How many targets of these sequences count: B T of most datasets."""
+        if not self.is_masked:
+            return len(sequences) * block_size
+        return int((self.rows(sequences, block_size, seed)[:, 1:] >= 0).sum())
 
     def val_batches(self, batch_size, block_size, max_batches=0, rank=0, world=1):
         """Yields (x, y), (B, T) each, over the val split in order, each token but the first a
-        target once, and of ids that begin the first text none.
+        target once, and of ids that begin the first text none, nor of those that are not learned.
 
         The last row is filled up with targets that do not count. max_batches: stop there, 0 is the
         whole split; each rank takes its share."""
@@ -142,8 +165,8 @@ class Dataset:
             for i in range(len(x)):
                 start = (first_row + i) * block_size
                 length = min(block_size, targets - start)
-                x[i, :length] = tokens[start:start + length]
-                y[i, :length] = tokens[start + 1:start + length + 1]
+                x[i, :length] = visible(tokens[start:start + length])
+                y[i, :length] = np.maximum(tokens[start + 1:start + length + 1].astype(np.int64), IGNORE)
             if first_row == 0 and self.tokenizer:
                 y[0, :max(0, len(self.tokenizer.bos) - 1)] = IGNORE     # the second of two that begin it
             self.check(x, 'val')
@@ -165,6 +188,8 @@ class Mixture:
         self.tokens = {split: sum(part.tokens[split] for part in parts) for split in parts[0].tokens}
         self.vocab_size = max(part.vocab_size for part in parts)
         self.tokenizer = self.parts[0].tokenizer
+        if self.tokenizer:              # that of a chat says more of its use
+            self.tokenizer.config = functools.reduce(dict.__or__, (part.tokenizer.config for part in self.parts))
         self.token_bytes = self.parts[0].token_bytes
 
     def assign(self, sequences, seed):
@@ -188,6 +213,11 @@ class Mixture:
             rows = which == i
             x[rows], y[rows] = self.parts[i].batch(own[rows], block_size, seed)
         return x, y
+
+    def learned(self, sequences, block_size, seed):
+        """As Dataset.learned."""
+        which, own = self.assign(sequences, seed)
+        return sum(part.learned(own[which == i], block_size, seed) for i, part in enumerate(self.parts) if i in which)
 
     def counts(self, n, seed):
         """(parts,) how many of the first n sequences of a run are each part's."""
@@ -243,6 +273,9 @@ def val_result(data, sums):
     The parts weigh as in training, whatever the sizes of their val splits; 'val_loss/<part>' tells
     them apart."""
     total = sum(targets for _, targets, _ in sums)
+    if not all(targets for _, targets, _ in sums):
+        fail(f'dataset={data.name}: its val split has nothing that is learned, no answer at all, so there is no loss; '
+             'prepare it with more conversations, or with a larger --val_fraction')
     nats = text_bytes = 0
     for weight, (part_nats, targets, part_bytes) in zip(data.weights, sums):
         scale = weight * total / targets                            # 1 where there is one part
@@ -323,7 +356,7 @@ def open_dataset(text, vocab_size=0, dtype='int32', root='data'):
 
 def check_parts(text, parts):
     """Ends the program if datasets are no mixture: one stands there twice, or they have different
-    tokenizers."""
+    tokenizers, or templates of a chat."""
     folders = [os.path.dirname(part.paths['train']) for part in parts]
     for i, part in enumerate(parts):
         if any(os.path.samefile(folders[i], other) for other in folders[:i]):
@@ -334,6 +367,9 @@ def check_parts(text, parts):
                  f'{parts[a].name}, so their ids mean different text; '
                  'prepare it again: python prepare.py your/files '
                  f'--tokenizer={folders[a]} --out={folders[b]}')
+    templates = {part.tokenizer.config.get('chat_template') for part in parts if part.tokenizer} - {None}
+    if len(templates) > 1:
+        fail(f'dataset={text}: their conversations were written by different chat templates; prepare them with one')
 
 
 def named_weight(item, root):

@@ -290,6 +290,8 @@ def open_data(settings, explicit, origin):
             old, new = (' '.join(map(tok.name_of, bos)) or 'nothing' for bos in (tok.bos, data.tokenizer.bos))
             processes.say(f'note: before every text stands {old} in what {name} was trained on, and {new} in dataset '
                           f'{data.name}')
+        if tok:                     # what the model knows of its marks and its chat it goes on to know
+            data.tokenizer.config = {**tok.config, **data.tokenizer.config}
     return data
 
 

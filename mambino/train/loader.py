@@ -3,7 +3,10 @@ is computed.
 
     loader = Loader(data, block_size, seed, device, sequences=32)
     loader.seek(tokens_seen, micro_batch=8)     # the step after so many tokens: 4 micro-batches
-    x, y = loader.next()                        # (8, T) each
+    x, y, weight = loader.next()                # (8, T) each; how much their mean loss counts
+
+Where some tokens are not learned, micro-batches have different numbers of targets. The weights make the sum of their
+losses, and so the gradient, that of all targets of a step alike, however it is cut; where all are learned they are 1.
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +20,7 @@ class Loader:
     def __init__(self, data, block_size, seed, device, sequences, rank=0, world=1):
         self.data, self.block_size, self.seed, self.device = data, block_size, seed, device
         self.sequences, self.rank, self.world = sequences, rank, world
+        self.counted = None, 0  # the step whose targets were counted last, and how many there are
         self.thread = ThreadPoolExecutor(1)
 
     def seek(self, tokens_seen, micro_batch):
@@ -30,25 +34,37 @@ class Loader:
         self.coming = self.thread.submit(self.fetch, self.step_start, self.offset)
 
     def next(self):
-        """x, y (micro_batch, T) int64 on the device; begins to fetch those that come after."""
-        x, y = self.coming.result()
+        """x, y (micro_batch, T) int64 on the device, and the weight of their loss; begins to fetch those
+        that come after."""
+        batch = self.coming.result()
         self.offset += self.micro_batch
         if self.offset == self.sequences:
             self.offset = 0
             self.step_start += self.sequences * self.world
         self.coming = self.thread.submit(self.fetch, self.step_start, self.offset)
-        return x, y
+        return batch
 
     def peek(self):
-        """What `next` will return."""
-        return self.coming.result()
+        """The x, y that `next` will return."""
+        return self.coming.result()[:2]
 
     def fetch(self, step_start, offset):
         first = step_start + self.rank * self.sequences + offset
         indices = np.arange(first, first + self.micro_batch)
         x, y = self.data.batch(indices, self.block_size, self.seed)
+        weight = self.weight_of(y, step_start)
         # pinned memory goes over while the GPU still works on the last batch
         if self.device.startswith('cuda'):
             x, y = x.pin_memory(), y.pin_memory()
-            return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        return x.to(self.device), y.to(self.device)
+            return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True), weight
+        return x.to(self.device), y.to(self.device), weight
+
+    def weight_of(self, y, step_start):
+        """The share of a micro-batch's targets in those of its step, of all processes, times their
+        number: 1 where all are alike."""
+        n = self.sequences * self.world
+        if self.counted[0] != step_start:
+            step = np.arange(step_start, step_start + n)
+            self.counted = step_start, self.data.learned(step, self.block_size, self.seed)
+        micro_batches = n // self.micro_batch
+        return int((y >= 0).sum()) * micro_batches / max(1, self.counted[1])
