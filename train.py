@@ -103,7 +103,8 @@ decay_fraction = 0.3        # for 'wsd'
 # --- evaluation, log, checkpoints
 eval_interval = 250         # steps between evaluations; each also saves ckpt.pt,
                             # and best.pt when it is the best so far
-eval_iters = 0              # batches of the val split in an evaluation, always the same; 0: all
+eval_iters = 0              # sequences (of block_size) of the val split in an evaluation, always
+                            # the same; 0: all
 patience = 0                # stop after so many evaluations without a better loss; 0: never
 log_interval = 10           # steps between lines of the log
 sample_interval = 0         # steps between samples of text; 0: none
@@ -133,7 +134,7 @@ import torch
 from torch.profiler import record_function
 
 from mambino import machine
-from mambino.train import begin, memory, processes
+from mambino.train import begin, identity, memory, processes
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
 from mambino.train.metrics import Report, StatusLine, Trace, introduction, no_log, open_log
@@ -199,13 +200,14 @@ is_fused = device_type in ('cpu', 'cuda')
 optimizers = begin.build_optimizers(
     net, optimizer, learning_rate, weight_decay, betas=(beta1, beta2), fused=is_fused)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # they would vanish unscaled
-progress = begin.restore(origin, optimizers, scaler, out_dir)
+data_record = identity.record(data, settings)
+progress = begin.restore(origin, optimizers, scaler, out_dir, data_record)
 lr_of = partial(
     get_lr, schedule=schedule, peak=learning_rate, end_lr=min_lr, warmup_iters=warmup_iters,
     decay_iters=lr_decay_iters or max_iters, decay_fraction=decay_fraction)
 save = partial(
     save_run, net=net, optimizers=optimizers, scaler=scaler, progress=progress, settings=settings,
-    tokenizer=data.tokenizer, adapter=adapter_record)
+    tokenizer=data.tokenizer, adapter=adapter_record, data=data_record)
 latest, best = latest_of(out_dir), best_of(out_dir)
 del origin  # its tensors would stay in memory for the whole run
 
@@ -213,8 +215,8 @@ del origin  # its tensors would stay in memory for the whole run
 for line in introduction(settings, net, data, adapter_record, micro_batch, memory_line, progress):
     say(line)
 if eval_only:
-    eval_batches = eval_iters if 'eval_iters' in explicit else 0
-    result = evaluate(net, data, batch_size, block_size, eval_batches, device, dtype)
+    rows = eval_iters if 'eval_iters' in explicit else 0
+    result = evaluate(net, data, block_size, rows, device, dtype)
     values = [f'{name} {value:.4f}' for name, value in result.items() if value is not None]
     say(f'{out_dir}, step {progress.step}:', *values)
     leave()
@@ -269,8 +271,7 @@ while True:
     ended = step >= max_iters
     if step and step != progress.evaluated and (step % eval_interval == 0 or ended):
         with clock.paused():
-            eval_batch = settings['batch_size']
-            result = evaluate(net, data, eval_batch, block_size, eval_iters, device, dtype)
+            result = evaluate(net, data, block_size, eval_iters, device, dtype)
             health.add(result['val_loss'])
             health.require(progress, latest, status)  # a model that was just ruined is not saved
             improved = progress.add_evaluation(result, lr_of(step))

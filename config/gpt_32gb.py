@@ -18,4 +18,4 @@ learning_rate = 3e-4
 max_iters = 15000
 warmup_iters = 200
 eval_interval = 500
-eval_iters = 100
+eval_iters = 400        # sequences

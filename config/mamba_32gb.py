@@ -17,4 +17,4 @@ learning_rate = 3e-4
 max_iters = 15000
 warmup_iters = 200
 eval_interval = 500
-eval_iters = 100
+eval_iters = 1600       # sequences

@@ -17,4 +17,4 @@ learning_rate = 1e-3
 max_iters = 8000
 warmup_iters = 200
 eval_interval = 500
-eval_iters = 100
+eval_iters = 3200       # sequences

@@ -15,4 +15,4 @@ optimizer = 'muon'
 learning_rate = 1e-2
 max_iters = 500
 eval_interval = 200
-eval_iters = 40
+eval_iters = 320        # sequences

@@ -18,7 +18,7 @@ qk_norm = True
 state_size = 32
 block_size = 64
 
-batch_size = 72         # 18 in a step; the evaluation takes 72 at once
+batch_size = 18         # all that a step has
 tokens_per_step = 1152
 optimizer = 'muon'
 learning_rate = 1e-2

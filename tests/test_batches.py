@@ -153,11 +153,13 @@ def test_evaluation_covers_every_token_but_the_first(
 def test_a_shorter_evaluation_is_the_beginning_of_the_whole(dataset):
     data = dataset(val=500)
     everything = list(data.val_batches(4, 16))
-    for n in (1, 3, 99):
-        part = list(data.val_batches(4, 16, n))
-        assert len(part) == min(n, len(everything))
-        assert all(torch.equal(a, b) for p, w in zip(part, everything) for a, b in zip(p, w))
-    shared = [batch for rank in range(3) for batch in data.val_batches(4, 16, 5, rank, 3)]
+    rows = [torch.cat(tensors) for tensors in zip(*everything)]
+    for n in (1, 3, 4, 7, 99):
+        for batch_size in (1, 4, 5):
+            part = [torch.cat(tensors) for tensors in zip(*data.val_batches(batch_size, 16, n))]
+            assert len(part[0]) == min(n, len(rows[0]))
+            assert all(torch.equal(a, b[:n]) for a, b in zip(part, rows))
+    shared = [batch for rank in range(3) for batch in data.val_batches(4, 16, 20, rank, 3)]
     assert sorted(int(x[0, 0]) for x, _ in shared) == [int(x[0, 0]) for x, _ in everything[:5]]
 
 

@@ -71,9 +71,11 @@ def test_recipe_agrees_with_its_comments_and_its_size(name):
     with open(os.path.join(ROOT, 'config', name), encoding='utf-8') as f:
         text = f.read()
     size = SIZES[settings['model'], settings['size']]
-    expected = OF_SIZE[settings['size']] | dict(warmup_iters=200, eval_interval=500, eval_iters=100)
+    expected = OF_SIZE[settings['size']] | dict(warmup_iters=200, eval_interval=500)
     assert {key: settings[key] for key in expected} == expected
     T, tokens = settings['block_size'], settings['tokens_per_step']
+    at_once = int(re.search(rf'bf16: (\d+) x {T} tokens', text)[1])
+    assert settings['eval_iters'] == 100 * at_once       # sequences
     assert f'GB: {size["n_layer"]} layers of width {size["n_embd"]}.\n' in text
     assert f'{tokens // T} sequences x {T} tokens = {tokens:,} tokens\n' in text
     assert (

@@ -148,16 +148,16 @@ class Dataset:
             return len(sequences) * block_size
         return int((self.rows(sequences, block_size, seed)[:, 1:] >= 0).sum())
 
-    def val_batches(self, batch_size, block_size, max_batches=0, rank=0, world=1):
+    def val_batches(self, batch_size, block_size, max_rows=0, rank=0, world=1):
         """Yields (x, y), (B, T) each, over the val split in order, each token but the first a
         target once, and of ids that begin the first text none, nor of those that are not learned.
 
-        The last row is filled up with targets that do not count. max_batches: stop there, 0 is the
-        whole split; each rank takes its share."""
+        The last row is filled up with targets that do not count. max_rows: stop there, 0 is the
+        whole split; each rank takes its share of the batches."""
         targets = self.tokens['val'] - 1
         n_rows = -(-targets // block_size)
-        n_batches = -(-n_rows // batch_size)
-        for number in range(rank, min(n_batches, max_batches or n_batches), world):
+        n_rows = min(n_rows, max_rows or n_rows)
+        for number in range(rank, -(-n_rows // batch_size), world):
             tokens = self.read('val')
             first_row = number * batch_size
             x = np.zeros((min(batch_size, n_rows - first_row), block_size), np.int64)
@@ -409,6 +409,11 @@ def open_folder(name, vocab_size, dtype, root):
     paths = {split: os.path.join(folder, split + '.bin') for split in ('train', 'val')}
     tokens = {split: count_tokens(path, dtype, meta, split) for split, path in paths.items()}
     return Dataset(canonical_name(folder, root), paths, dtype, tokens, vocab_size, tok, meta)
+
+
+def is_there(text, root='data'):
+    """Whether this names a folder, or several and their weights: a mixture's are looked for later."""
+    return ',' in text or any(os.path.isdir(path) for path in (os.path.join(root, text), text))
 
 
 def find_folder(name, root):

@@ -26,7 +26,7 @@ import torch
 from mambino import kernels, machine
 from mambino.configurator import fail, require
 from mambino.sample.text import encode_prompt
-from mambino.train import batches, processes
+from mambino.train import batches, identity, processes
 from mambino.train.muon import Muon, row_kinds
 from mambino.train.progress import Progress, best_of, latest_of, remembered
 from mambino.weights import adapters, checkpoint, loading
@@ -98,6 +98,10 @@ def resume(settings, explicit):
     for name, value in remembered(ckpt['settings']).items():
         if name in settings and name not in explicit:
             settings[name] = value
+    if not ckpt.get('data') and 'eval_iters' not in explicit and settings['eval_iters']:
+        settings['eval_iters'] *= max(1, ckpt['settings']['batch_size'])
+        processes.say(f'note: eval_iters counts sequences, and no batches any more: what the run in {out_dir} had is '
+                      f'eval_iters={settings["eval_iters"]}')
 
     named = SIZES.get((settings['model'], explicit.get('size')), {}) | named_for_model(explicit)
     if explicit.get('block_size'):
@@ -130,6 +134,12 @@ def fine_tune(settings, explicit):
         holder = f'{init_from} holds a model'
         refuse_change(holder, name, was[name], named[name], settings['adapter'])
     return Origin(base=base)
+
+
+def named_flags():
+    """Names of the settings that the command line itself names, not a config file."""
+    flags = [arg.lstrip('-').partition('=')[0] for arg in sys.argv if arg.startswith('--')]
+    return [flag.replace('-', '_') for flag in flags]
 
 
 def is_unset(name, value):
@@ -264,25 +274,27 @@ def tokens_per_step(settings, explicit, suggested):
 # --- data -----------------------------------------------------------------------------------------
 
 def open_data(settings, explicit, origin):
-    """The dataset, or the mixture, of a run; its tokenizer must be that of the model there is."""
-    dataset = settings['dataset'] or batches.newest_dataset()
-    data = batches.open_dataset(dataset, settings['vocab_size'], settings['data_dtype'])
-    settings['dataset'] = data.name  # of a mixture one string, however its user wrote it
+    """The dataset, or the mixture, of a run; its tokenizer must be that of the model there is, and of
+    a run that goes on its content that of before."""
     ckpt, base = origin.ckpt, origin.base
     out_dir, init_from = settings['out_dir'], settings['init_from']
-    # who says 'resume' may go on with other text
-    may_change = init_from == 'resume' or settings['eval_only']
-    if ckpt and 'dataset' in explicit and not may_change:
-        holder = f'{latest_of(out_dir)} holds a run'
-        refuse_change(holder, 'dataset', ckpt['settings']['dataset'], data.name, settings['adapter'])
+    known = ckpt and identity.known_parts(ckpt)
+    dataset = settings['dataset'] or batches.newest_dataset()
+    if known and 'dataset' not in explicit and not batches.is_there(dataset):
+        dataset = identity.same_text(known) or dataset      # it was renamed
+    data = batches.open_dataset(dataset, settings['vocab_size'], settings['data_dtype'])
+    settings['dataset'] = data.name  # of a mixture one string, however its user wrote it
+    data.identity = identity.identity_of(data)
+    if ckpt:
+        identity.require_same_text(ckpt, data, settings, is_named='dataset' in named_flags())
     if settings['sample_interval'] and data.tokenizer:
         # better now than hours into the run
         encode_prompt(data.tokenizer, settings['sample_start'], 'sample_start')
-    identity = data.tokenizer and data.tokenizer.sha256()
-    if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != identity:
+    tokenizer_id = data.tokenizer and data.tokenizer.sha256()
+    if ckpt and (ckpt['tokenizer'] and checkpoint.tokenizer_of(ckpt).sha256()) != tokenizer_id:
         fail(f'dataset {data.name} has another tokenizer than the run in {out_dir}: name the dataset '
              f'that run was trained on ({ckpt["settings"]["dataset"]}), or choose another --out_dir')
-    if base and base['tokenizer'] and base['tokenizer'].sha256() != identity:
+    if base and base['tokenizer'] and base['tokenizer'].sha256() != tokenizer_id:
         fail(f'dataset {data.name} has another tokenizer than {init_from}: '
              f'prepare the text anew with --tokenizer={base["tokenizer_path"]}')
     for name, tok in ((out_dir, ckpt and checkpoint.tokenizer_of(ckpt)), (init_from, base and base['tokenizer'])):
@@ -323,8 +335,7 @@ def model_config(settings, explicit, origin, data):
     kind = settings['model']
     fields = {name: {field.name for field in dataclasses.fields(config)}
               for name, (_, config) in MODELS.items()}
-    flags = [arg.lstrip('-').partition('=')[0] for arg in sys.argv if arg.startswith('--')]
-    flags = [flag.replace('-', '_') for flag in flags]
+    flags = named_flags()
     for name in explicit:  # a config file may serve several models, a flag is meant
         of_another = name not in fields[kind] and any(name in names for names in fields.values())
         if of_another and name in flags:
@@ -360,9 +371,9 @@ def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas
     return optimizers
 
 
-def restore(origin, optimizers, scaler, out_dir):
+def restore(origin, optimizers, scaler, out_dir, data_record):
     """The Progress of a run; if it goes on, the optimizers and the scaler of fp16 are as they were,
-    too."""
+    too. data_record: of identity.record."""
     progress = Progress()
     ckpt = origin.ckpt
     if ckpt:
@@ -375,6 +386,12 @@ def restore(origin, optimizers, scaler, out_dir):
         if ckpt['scaler']:
             scaler.load_state_dict(ckpt['scaler'])
         progress = Progress(**ckpt['counters'])
+        changes = identity.measure_changes(ckpt, data_record)
+        if changes and progress.evaluated >= 0:
+            progress.compare_anew()
+            processes.say(f'note: the losses so far cannot be compared with those to come ({", ".join(changes)}): the '
+                          f'best one and patience are counted anew, and {best_of(out_dir)} is set aside when there '
+                          'is another')
     if processes.summed(progress.step)[0] != progress.step * processes.WORLD:
         fail('the processes are at different steps: '
              f'{out_dir} must be one folder that all machines see')

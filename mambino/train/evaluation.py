@@ -10,19 +10,24 @@ from mambino.sample.text import Writer, encode_prompt
 from mambino.train import batches, processes
 from mambino.train.processes import say, summed
 
+TOKENS = 4096   # at once: enough to keep a GPU busy, and without gradients less than a step of training
+
 
 @torch.no_grad()
-def evaluate(net, data, batch_size, block_size, eval_iters, device, dtype):
+def evaluate(net, data, block_size, eval_iters, device, dtype):
     """{'val_loss', 'perplexity', 'bits_per_byte'} on the val split of each dataset in `data`, the
     same tokens each time.
 
-    batch_size: sequences at once, which makes no difference but in memory. eval_iters: batches of
-    each split; 0: all."""
+    eval_iters: sequences of block_size of each split; 0: all. How many are computed at once depends
+    on block_size alone, so that the last bits of the loss, too, are the same whatever the memory,
+    the batch size and the number of processes: fp32 sums of another batch differ in the seventh
+    digit, those of bf16 sooner."""
     net.eval()
+    at_once = max(1, TOKENS // block_size)
     sums = []  # (nats, targets, bytes of text) of each dataset
     for part in data.parts:
         nats, targets, text_bytes = 0.0, 0, 0
-        own_batches = part.val_batches(batch_size, block_size, eval_iters, processes.RANK, processes.WORLD)
+        own_batches = part.val_batches(at_once, block_size, eval_iters, processes.RANK, processes.WORLD)
         for x, y in processes.in_step(own_batches):         # (B, T) each
             with machine.autocast(device, dtype):
                 loss = net(x.to(device), y.to(device))[1]

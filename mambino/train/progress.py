@@ -57,6 +57,7 @@ class Progress:
 
     def __post_init__(self):
         self.saved = self.step or -1    # the step of the last checkpoint; -1: there is none
+        self.has_other_best = False     # best.pt is of losses that cannot be compared
 
     @property
     def counters(self):
@@ -66,6 +67,12 @@ class Progress:
         """Counts a step of so many tokens."""
         self.step += 1
         self.tokens_seen += tokens
+
+    def compare_anew(self):
+        """From here on losses are measured in another way: none of before counts."""
+        self.best_loss = math.inf
+        self.bad_evals = 0
+        self.has_other_best = True
 
     def add_evaluation(self, result, lr):
         """Notes what an evaluation found; returns whether it is the best so far."""
@@ -101,12 +108,12 @@ class Clock:
 
 
 def save_run(paths, net, optimizers, scaler, progress, settings, tokenizer, adapter=None,
-             shards=()):
+             data=None, shards=()):
     """Writes the run as it is to each path; with FSDP to those of `shards` in shards. A disk that
     is full does not stop the training.
 
-    settings: all of train.py's. adapter: what adapters.begin_adapter returned. Returns whether all
-    was saved."""
+    settings: all of train.py's. adapter: what adapters.begin_adapter returned. data: of
+    identity.record. Returns whether all was saved."""
     parameter_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
     contents = dict(
         kind=settings['model'],
@@ -115,6 +122,7 @@ def save_run(paths, net, optimizers, scaler, progress, settings, tokenizer, adap
         rng=torch.get_rng_state(),
         counters=progress.counters,
         settings=remembered(settings),
+        data=data,
         tokenizer=tokenizer.state() if tokenizer else None,
         metadata=dict(
             parameters=net.num_params(), parameter_bytes=parameter_bytes,
@@ -127,6 +135,9 @@ def save_run(paths, net, optimizers, scaler, progress, settings, tokenizer, adap
     trained = adapters.AdapterState(net, adapter) if adapter else net
     for path in paths:
         try:
+            if progress.has_other_best and os.path.basename(path) == 'best.pt':
+                processes.agreed(lambda path=path: processes.RANK or checkpoint.set_aside(path))
+                progress.has_other_best = False
             processes.save(path, contents, trained, optimizers, path in shards)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
