@@ -31,10 +31,10 @@ import torch
 from mambino import tokenizer
 from mambino.chat import visible
 from mambino.configurator import fail, split_list
+from mambino.train.order import ROUND, deal, quotas_of, shuffled
 
 IGNORE = -1     # a target that does not count
 READ_AT_ONCE = 100_000_000      # tokens of a split that are looked through when it is opened
-ROUND = 10_000  # sequences in which each dataset of a mixture has exactly its share
 
 
 # --- a dataset, a mixture of several --------------------------------------------------------------
@@ -240,32 +240,6 @@ class Mixture:
             yield f'  {part.name:<{width}}  weight {weight:.4f}  {tokens:>14,} tokens  {epochs:6.1f} epochs'
 
 
-def quotas_of(weights):
-    """Whole numbers in proportion to the weights, 1 or more each, that sum to ROUND: what largest
-    remainders give."""
-    exact = np.array(weights, np.float64) / max(weights)  # a sum of huge ones would be infinite
-    exact *= ROUND / exact.sum()
-    quotas = np.maximum(1, np.floor(exact)).astype(np.int64)
-    while (missing := ROUND - int(quotas.sum())) > 0:
-        quotas[np.argmax(exact - quotas)] += 1
-    while missing < 0:                                              # the smallest were raised to 1
-        quotas[np.argmax(quotas)] -= 1
-        missing += 1
-    return tuple(quotas.tolist())
-
-
-@functools.lru_cache(maxsize=4)
-def deal(quotas, seed, number):
-    """Round `number` of a mixture: (ROUND,) the part each of its sequences is read from, and
-    (ROUND,) how many before it in the round are of the same part."""
-    slots = shuffled(np.arange(ROUND), ROUND, (seed, number, 2))    # 2: a key that no epoch has
-    order = np.searchsorted(np.cumsum(quotas), slots, side='right')
-    before = np.empty_like(order)
-    for i, quota in enumerate(quotas):
-        before[order == i] = np.arange(quota)
-    return order, before
-
-
 def val_result(data, sums):
     """{'val_loss', 'perplexity', 'bits_per_byte'} from the sums over each part's val split: nats,
     targets, bytes of text.
@@ -290,28 +264,6 @@ def val_result(data, sums):
         for part, (part_nats, targets, _) in zip(data.parts, sums):
             result[f'val_loss/{part.name}'] = part_nats / targets
     return result
-
-
-def shuffled(i, n, key):
-    """Where the numbers i (array, below n) come in a pseudo-random order of range(n) that `key`, a
-    tuple, names.
-
-    Multiply by an odd number, add, xor with the upper half: each maps the numbers of so many bits
-    one to one. What lands at n or beyond goes round again until it lands below. No table: an epoch
-    of any length costs nothing to start."""
-    bits = max(1, int(n - 1).bit_length())
-    mask, shift = np.uint64((1 << bits) - 1), np.uint64(max(1, bits // 2))
-    constants = np.random.SeedSequence(key).generate_state(8, np.uint64)
-    x = np.asarray(i).astype(np.uint64)
-    outside = np.ones(x.shape, bool)
-    while outside.any():
-        v = x[outside]
-        for factor, term in zip(constants[:4], constants[4:]):
-            v = (v * (factor | np.uint64(1)) + term) & mask
-            v ^= v >> shift
-        x[outside] = v
-        outside = x >= n
-    return x.astype(np.int64)
 
 
 # --- opening them ---------------------------------------------------------------------------------
