@@ -19,7 +19,7 @@ computed at once), loader.py and batches.py (which tokens), processes.py (one or
 import datetime
 import math
 import os
-import signal
+from contextlib import suppress
 from functools import partial
 
 # libgomp's threads wait for each other by spinning, which on a busy machine keeps the core from the
@@ -28,7 +28,7 @@ from functools import partial
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 from mambino.configurator import configure, fail, find_settings
-from mambino.console import end_quietly
+from mambino.console import end_quietly, go_on_without_stdout
 
 # --- what and where
 out_dir = 'out'             # checkpoints and the log of this run
@@ -107,6 +107,7 @@ eval_iters = 0              # sequences (of block_size) of the val split in an e
                             # the same; 0: all
 patience = 0                # stop after so many evaluations without a better loss; 0: never
 log_interval = 10           # steps between lines of the log
+save_minutes = 10.0         # minutes after which ckpt.pt is saved between evaluations, too; 0: never
 sample_interval = 0         # steps between samples of text; 0: none
 sample_start = '\n'         # their prompt
 tensorboard = False         # needs: pip install tensorboard
@@ -127,6 +128,7 @@ seed = 1337
 
 # read before torch is there: a typo is told at once
 end_quietly()  # by Ctrl-C; until the loop there is nothing to save
+go_on_without_stdout()  # the model is worth more than its log on the screen
 explicit = configure(globals())  # {name: value} of what config files and flags name
 
 import numpy as np
@@ -134,12 +136,22 @@ import torch
 from torch.profiler import record_function
 
 from mambino import machine
-from mambino.train import begin, identity, memory, processes
+from mambino.train import batches, begin, identity, memory, processes
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
 from mambino.train.metrics import Report, StatusLine, Trace, introduction, no_log, open_log
 from mambino.train.processes import leave, say, summed
-from mambino.train.progress import Clock, Health, best_of, catch_stop_signals, command_to_go_on, latest_of, save_run
+from mambino.train.progress import (
+    Clock,
+    Health,
+    best_of,
+    catch_stop_signals,
+    end_unfinished,
+    latest_of,
+    require_saved,
+    save_at_last,
+    save_run,
+)
 from mambino.weights import adapters, checkpoint
 
 
@@ -153,6 +165,12 @@ def get_lr(step, schedule, peak, end_lr, warmup_iters, decay_iters, decay_fracti
     done = min(1.0, max(0.0, (step - fall_start) / max(1, decay_iters - fall_start)))
     height = 0.5 * (1 + math.cos(math.pi * done)) if schedule == 'cosine' else 1 - done
     return end_lr + (peak - end_lr) * height
+
+
+def set_lr(optimizers, lr):
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = lr
 
 
 def step_seed(seed, step, rank):
@@ -178,6 +196,8 @@ def update_weights(optimizers, scaler, norm):
 # --- what the run begins from, and what its settings come to
 settings = {name: globals()[name] for name in find_settings(globals())}
 settings['device'] = processes.start(device, parallel)  # one, or those that torchrun starts
+if not eval_only:
+    processes.hold(out_dir)  # one run at a time; who only reads needs no leave
 origin = begin.find_origin(settings, explicit)  # a run that goes on, a model to tune, or nothing
 begin.check_settings(settings, origin)
 data = begin.open_data(settings, explicit, origin)
@@ -205,10 +225,12 @@ progress = begin.restore(origin, optimizers, scaler, out_dir, data_record)
 lr_of = partial(
     get_lr, schedule=schedule, peak=learning_rate, end_lr=min_lr, warmup_iters=warmup_iters,
     decay_iters=lr_decay_iters or max_iters, decay_fraction=decay_fraction)
+clock = Clock(progress, device_type)
 save = partial(
-    save_run, net=net, optimizers=optimizers, scaler=scaler, progress=progress, settings=settings,
-    tokenizer=data.tokenizer, adapter=adapter_record, data=data_record)
+    save_run, clock=clock, net=net, optimizers=optimizers, scaler=scaler, progress=progress, settings=settings,
+    tokenizer=data.tokenizer, adapter=adapter_record, data=data_record, begun=origin.begun(settings, explicit))
 latest, best = latest_of(out_dir), best_of(out_dir)
+is_new = origin.ckpt is None
 del origin  # its tensors would stay in memory for the whole run
 
 # --- what it is, for its user; an evaluation alone, and a run that is complete, end here
@@ -230,12 +252,16 @@ if progress.step >= max_iters or 0 < patience <= progress.bad_evals:
 
 # --- the log; a run begun anew on purpose keeps the old one's files aside
 log = no_log
+processes.hold(out_dir, make=True)
+if is_new and init_from != 'scratch' and os.path.exists(latest):
+    fail(f'{out_dir}: another run has begun there meanwhile; run the same command again')
 if rank == 0:
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        if init_from == 'scratch' and os.path.exists(latest):
+        if is_new and os.path.exists(latest):
             log_file = os.path.join(out_dir, 'metrics.jsonl')
-            checkpoint.set_aside(latest, checkpoint.shards_of(latest), best, log_file)
+            # ckpt.pt last: after a kill between them the rest follows
+            ending = checkpoint.set_aside(checkpoint.shards_of(latest), best, log_file, latest)
+            say(f'the run that was there is set aside: {latest}{ending} and others')
         wandb_arguments = dict(
             project=wandb_project, name=wandb_run_name or None, dir=out_dir, config=settings)
         log = open_log(out_dir, progress.step, tensorboard, wandb_arguments if wandb_log else None)
@@ -263,14 +289,14 @@ sampled = progress.step  # the step of the last sample
 if device_type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
 net.train()
-clock = Clock(progress, device_type)
+clock.start()
 
 # --- the loop
 while True:
     step = progress.step
     ended = step >= max_iters
     if step and step != progress.evaluated and (step % eval_interval == 0 or ended):
-        with clock.paused():
+        with clock.paused(), suppress(batches.Changed):  # which ends the run below
             result = evaluate(net, data, block_size, eval_iters, device, dtype)
             health.add(result['val_loss'])
             health.require(progress, latest, status)  # a model that was just ruined is not saved
@@ -281,23 +307,24 @@ while True:
             save([best, latest] if improved else [latest], shards=[] if ended else [latest])
     if samples and step % sample_interval == 0 and step != sampled:
         with clock.paused():
-            show_sample(net, data.tokenizer, sample_start, step, seed, device)
-            sampled = step
-    if ended or summed(len(stop_signals))[0]:
+            sampled = show_sample(net, data.tokenizer, sample_start, step, seed, device)
+    is_stopped, is_due = summed(len(stop_signals) + bool(data.changed()), progress.is_due(save_minutes))
+    if ended or is_stopped:
         break
+    if is_due and health.is_good():
+        save([latest], shards=[latest])
 
     lr = lr_of(step)
-    for group in [group for opt in optimizers for group in opt.param_groups]:
-        group['lr'] = lr
+    set_lr(optimizers, lr)
     logged = (step + 1) % log_interval == 0 or step + 1 in (1, max_iters)
     if logged:
         net.expert_load()  # what is counted from here is of this step, as its loss is
     torch.manual_seed(step_seed(seed, step, rank))
     total_loss = torch.zeros((), device=device)
+    is_exhausted = False
     try:
         for micro_step in range(loader.micro_steps):
-            with record_function('data'):
-                x, y, weight = loader.next()  # (B, T) each; the next ones are fetched meanwhile
+            x, y, weight = loader.next()  # (B, T) each; the next ones are fetched meanwhile
             if world > 1:  # gradients travel once a step; with fsdp each time, as shares
                 wrapped.require_backward_grad_sync = micro_step + 1 == loader.micro_steps
             with record_function('forward'), machine.autocast(device, dtype, cache_weights):
@@ -305,11 +332,13 @@ while True:
             with record_function('backward'):
                 scaler.scale(loss).backward()
             total_loss += loss.detach()
-    except RuntimeError as error:  # out of memory: the same step again, in smaller micro-batches
-        micro_batch = memory.smaller_micro_batch(error, micro_batch, sequences, gradient_checkpointing)
-        settings['batch_size'] = micro_batch
+    except batches.Changed:
+        break
+    except (RuntimeError, MemoryError) as error:
+        is_exhausted = memory.is_exhausted(error)  # else it is raised again
+    if is_exhausted:  # the step again, in smaller micro-batches; the error, which holds tensors, is gone
         loss = x = y = None
-        memory.release(net)
+        micro_batch = memory.smaller_micro_batch(settings, net, micro_batch, sequences)
         loader.seek(progress.tokens_seen, micro_batch)
         continue
     with record_function('optimizer'):
@@ -320,23 +349,19 @@ while True:
     health.add(total_loss, norm)
     trace.step()
     if logged:
-        mean_loss = summed(total_loss.item())[0] / world
         health.require(progress, latest, status)
         clock.read()
-        report.step(mean_loss, lr, norm.item(), net.expert_load())
+        report.step(summed(total_loss.item())[0] / world, lr, norm.item(), net.expert_load())
 
 # --- the end
-if step >= max_iters and progress.saved != step:
-    fail(f'{out_dir}: the finished model could not be saved; '
-         'free some space and run the same command again')
-if not ended:  # by a signal
-    clock.read()
-    is_saved = progress.saved == step and not processes.SHARDED  # with fsdp it was in shards
-    is_saved = health.is_good() and (is_saved or save([latest]))
-    status.end()
-    say(f'stopped at step {step}, {f"saved {latest}" if is_saved else "not saved"}; '
-        f'to go on: {command_to_go_on(out_dir, explicit)}')
-    leave(128 + (stop_signals or [signal.SIGTERM])[0])  # none before the first process has saved
+clock.read()
+saved_at = latest
+if progress.saved != step or (processes.SHARDED and not ended):  # which was in shards
+    saved_at = health.is_good() and save_at_last(save, progress, out_dir, stop_signals if ended else None)
+status.end()
+if not ended:  # by a signal, or because the data is not what it was
+    end_unfinished(out_dir, step, saved_at, explicit, data.changed(), stop_signals)
+require_saved(out_dir, saved_at)
 if 0 < patience <= progress.bad_evals:
     say(f'stopping: {patience} evaluations without a better loss than {progress.best_loss:.4f}')
 trace.end()

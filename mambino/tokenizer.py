@@ -30,6 +30,7 @@ import tiktoken
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from mambino import files
 from mambino.configurator import fail
 from mambino.detokenizer import Pieces, Stream, WindowStream, pieces_of
 from mambino.seams import WORD, cut
@@ -151,11 +152,8 @@ class Tokenizer:
     def save(self, folder):
         """Writes tokenizer.json into `folder`, whole or not at all, and returns its name."""
         path = os.path.join(folder, FILE)
-        with open(path + '.tmp', 'wb') as f:
+        with files.whole(path) as f:
             f.write(self.text.encode('utf-8'))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
         return FILE
 
     def _checked(self, ids):

@@ -17,6 +17,7 @@ from array import array
 
 import torch
 
+from mambino import files
 from mambino.configurator import fail
 from mambino.sample.generation import Rows, prefill
 from mambino.weights.checkpoint import save_checkpoint
@@ -106,9 +107,8 @@ def make_room(path):
     """The folder of a session that is to be written. If it cannot be, that is said here, and not
     when the text is there."""
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        open(path + '.try', 'wb').close()
-        os.remove(path + '.try')
+        files.try_to_write(os.path.dirname(path))
+        files.remove_leftovers(os.path.dirname(path), older=3600)   # no write takes that long
     except OSError as error:
         fail(f'{path}: cannot be written: {error}')
 
@@ -117,6 +117,8 @@ def load_session(path, fingerprint, device):
     """The session in a file, which must be of the model with this fingerprint."""
     try:
         contents = torch.load(path, map_location='cpu', weights_only=True)
+        if damage := files.damage_of(path):
+            raise ValueError(damage)
         if not isinstance(contents, dict) or not CONTENTS <= contents.keys():
             raise ValueError
         session = Session(seed=0)

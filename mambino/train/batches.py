@@ -23,7 +23,7 @@ import functools
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ import torch
 from mambino import tokenizer
 from mambino.chat import visible
 from mambino.configurator import fail, split_list
+from mambino.train import processes
 from mambino.train.order import ROUND, deal, quotas_of, shuffled
 
 IGNORE = -1     # a target that does not count
@@ -39,8 +40,19 @@ READ_AT_ONCE = 100_000_000      # tokens of a split that are looked through when
 
 # --- a dataset, a mixture of several --------------------------------------------------------------
 
+class Changed(Exception):
+    """Somebody has written into a file of a dataset that is being read."""
+
+
+def stamp_of(status):
+    """What of a file's status stays as long as nobody writes into it, or puts another in its place."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @dataclass
 class Dataset:
+    """Its files are what they were when they were opened first: other ones that take their names
+    are not read, and what is written into them is Changed."""
     name: str                       # as --dataset says it: the folder in data/, or its path
     paths: dict                     # split → file
     dtype: str                      # of the files
@@ -48,6 +60,7 @@ class Dataset:
     vocab_size: int                 # every id is below
     tokenizer: object = None        # None for a bare .bin
     meta: dict = None
+    files: dict = field(default_factory=dict)       # split → (its open file, its stamp)
     weights = (1.0,)                # by itself it is a mixture of one
 
     def __post_init__(self):
@@ -75,11 +88,31 @@ class Dataset:
         return []
 
     def read(self, split):
-        """The tokens of a split. Opened anew each time: a memmap that stays open keeps every page
-        it ever read."""
+        """The tokens of a split. Mapped anew each time: a memmap that stays keeps every page it ever
+        read. Changed if somebody has written into the file."""
         if not self.tokens[split]:
             return np.zeros(0, self.dtype)
-        return np.memmap(self.paths[split], dtype=self.dtype, mode='r')
+        if split not in self.files:
+            file = open(self.paths[split], 'rb')
+            self.files[split] = file, stamp_of(os.fstat(file.fileno()))
+        file, then = self.files[split]
+        if stamp_of(os.fstat(file.fileno())) != then:
+            if processes.WORLD > 1:     # the others are in the step, and cannot save without this one
+                fail(f'{self.paths[split]}: was changed while training; put it back and run the same command again')
+            raise Changed(self.paths[split])
+        return np.memmap(file, dtype=self.dtype, mode='r')
+
+    def changed(self):
+        """The path of a file that is not there any more, or not the one that is read; '' if all
+        are."""
+        for split, (_, then) in self.files.items():
+            try:
+                now = stamp_of(os.stat(self.paths[split]))
+            except OSError:
+                now = None
+            if now != then:
+                return self.paths[split]
+        return ''
 
     def text_bytes(self):
         """(V,) float64: the bytes of text that each id stands for, so that those of val are as many
@@ -191,6 +224,10 @@ class Mixture:
         if self.tokenizer:              # that of a chat says more of its use
             self.tokenizer.config = functools.reduce(dict.__or__, (part.tokenizer.config for part in self.parts))
         self.token_bytes = self.parts[0].token_bytes
+
+    def changed(self):
+        """As Dataset.changed."""
+        return next(filter(None, (part.changed() for part in self.parts)), '')
 
     def assign(self, sequences, seed):
         """sequences (B,) → which part each is read from (B,), and its number among that part's own

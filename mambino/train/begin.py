@@ -66,6 +66,13 @@ class Origin:
         """The folder from which each process reads its share of the tensors; None if all are here."""
         return self.ckpt and self.ckpt.get('shards')
 
+    def begun(self, settings, explicit):
+        """What the command named that began this run on purpose anew; None if it began otherwise.
+        By it the same command, said again, is known."""
+        if self.ckpt:
+            return self.ckpt.get('begun')
+        return remembered(explicit) if settings['init_from'] == 'scratch' else None
+
 
 # --- a run to go on with, or a model to begin with ------------------------------------------------
 
@@ -79,7 +86,9 @@ def find_origin(settings, explicit):
     if names_model and os.path.realpath(init_from) in own_paths:
         fail(f'init_from={init_from} is out_dir itself: name another --out_dir for what is made '
              'of that model, or leave out --init_from to go on')
-    goes_on = init_from != 'scratch' and os.path.exists(latest)
+    goes_on = os.path.exists(latest)
+    if init_from == 'scratch':              # the same command again, after a kill, goes on
+        goes_on = checkpoint.begun_by(latest, remembered(explicit))
     if settings['eval_only'] or init_from == 'resume' or goes_on:
         return resume(settings, explicit)
     if names_model:
@@ -176,7 +185,7 @@ NOT_NEGATIVE = (
     'vocab_size', 'n_layer', 'n_embd', 'block_size', 'n_head', 'n_kv_head', 'state_size', 'n_expert',
     'max_iters', 'intermediate_size', 'low_rank', 'batch_size', 'gradient_accumulation_steps',
     'tokens_per_step', 'weight_decay', 'grad_clip', 'lr_decay_iters', 'min_lr', 'eval_iters',
-    'patience', 'sample_interval', 'profile')
+    'patience', 'sample_interval', 'profile', 'save_minutes')
 
 
 def check_settings(settings, origin):

@@ -42,7 +42,8 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
 
 
 def show_sample(net, tokenizer, prompt, step, seed, device):
-    """Prints a piece of text from the model as it is, the same for the same weights."""
+    """Prints a piece of text from the model as it is, the same for the same weights. Returns the
+    step."""
     net.eval()
     ids = encode_prompt(tokenizer, prompt, 'sample_start')
     writer = Writer(tokenizer, before=ids)
@@ -51,3 +52,4 @@ def show_sample(net, tokenizer, prompt, step, seed, device):
         writer.feed(int(row))
     net.train()
     say(f'--- sample at step {step}\n{prompt}{writer.text}\n---')
+    return step

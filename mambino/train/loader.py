@@ -11,6 +11,7 @@ losses, and so the gradient, that of all targets of a step alike, however it is 
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from torch.profiler import record_function
 
 
 class Loader:
@@ -36,7 +37,8 @@ class Loader:
     def next(self):
         """x, y (micro_batch, T) int64 on the device, and the weight of their loss; begins to fetch those
         that come after."""
-        batch = self.coming.result()
+        with record_function('data'):
+            batch = self.coming.result()
         self.offset += self.micro_batch
         if self.offset == self.sequences:
             self.offset = 0

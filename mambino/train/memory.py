@@ -373,19 +373,23 @@ def fit_to_memory(kind, config, parameters, batch, sequences, free, checkpointin
     return batch, bool(checkpointing), memory_line(parts, free, batch, checkpointing, device)
 
 
-def smaller_micro_batch(error, micro_batch, sequences, checkpointing):
-    """The micro-batch to go on with after an error of a step: the next smaller one that divides
-    this process's sequences.
-
-    An error that does not tell of memory is raised again; where nothing smaller can be done the
-    program ends in a line."""
+def is_exhausted(error):
+    """True of an error that tells of memory; another one is raised again."""
     # only CUDA's is an OutOfMemoryError
-    if not re.search('out of memory|allocate memory|ALLOC_FAILED', str(error)):
-        raise error
+    if isinstance(error, MemoryError) or re.search('out of memory|allocate memory|ALLOC_FAILED', str(error)):
+        return True
+    raise error
+
+
+def smaller_micro_batch(settings, net, micro_batch, sequences):
+    """The micro-batch to go on with where the memory did not suffice: the next smaller one that
+    divides this process's sequences; it is train.py's batch_size then, in settings, too. What the
+    step has taken is given back. Where nothing smaller can be done the program ends in a line."""
+    release(net)
     # several processes cannot agree on it in the middle of a step
     if micro_batch == 1 or processes.WORLD > 1:
         advice = 'halve --block_size, --n_layer or --n_embd'
-        if not checkpointing:
+        if not settings['gradient_checkpointing']:
             advice = 'go on with --gradient_checkpointing=True'
         if micro_batch > 1:
             advice = f'go on with --batch_size={micro_batch // 2}: the steps stay the same'
@@ -393,10 +397,12 @@ def smaller_micro_batch(error, micro_batch, sequences, checkpointing):
     smaller = max(n for n in divisors(sequences) if n < micro_batch)
     processes.say(f'\nout of memory: going on with micro-batches of {smaller}, '
                   f'{sequences // smaller} a step')
+    settings['batch_size'] = smaller
     return smaller
 
 
 def release(net):
-    """Gives back what a step has taken that cannot be finished."""
+    """Gives back what a step has taken that cannot be finished. No error of it may be alive any
+    more: its traceback has the step's tensors."""
     net.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()

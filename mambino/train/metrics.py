@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from mambino import kernels, machine
+from mambino import files, kernels, machine
 from mambino.configurator import fail
 from mambino.train import processes
 from mambino.train.processes import say
@@ -81,9 +81,8 @@ def keep_lines(path, last_step):
     if last_step and os.path.exists(path):
         with open(path, encoding='utf-8') as f:
             lines = [line for line in f if logged_step(line) <= last_step]
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(lines)
-    os.replace(path + '.tmp', path)
+    with files.whole(path) as f:
+        f.write(''.join(lines).encode())
 
 
 # --- the lines a person reads ---------------------------------------------------------------------
@@ -277,7 +276,7 @@ class Trace:
             milliseconds, calls = times[name] / 1e3 / self.steps, rows[name].count / self.steps
             yield f'  {name[:50]:<50}  {times[name] / total:5.1%}  {milliseconds:9.2f}  {calls:12.1f}'
         try:
-            if os.path.exists(self.path):
+            if os.path.lexists(self.path):      # a link is not written through
                 # no error of export_chrome_trace tells that it could not replace it
                 os.remove(self.path)
             profiler.export_chrome_trace(self.path)

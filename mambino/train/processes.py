@@ -3,6 +3,7 @@
 torchrun starts the processes and tells each which one it is.
 
     device = start('auto')             # with one process nothing is set up
+    hold('out')                        # no other run may write there
     total, = summed(3.5)               # the sum over all processes
     leave()                            # the end of the program, for all together
 
@@ -13,21 +14,48 @@ no process may run the model, or read a parameter's values, without the others.
 """
 import atexit
 import os
+import shlex
 import shutil
+import signal
+import socket
 import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mambino import machine
+from mambino import files, machine
 from mambino.configurator import fail
 from mambino.weights import checkpoint, shards
 
-RANK = int(os.environ.get('RANK', 0))
-WORLD = int(os.environ.get('WORLD_SIZE', 1))
-LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))
+UNSET = ('start several processes with torchrun --nproc_per_node=2 train.py; '
+         'for one, unset RANK, WORLD_SIZE and LOCAL_RANK')
+
+
+def read_environment(environment):
+    """(rank, world, local rank) as torchrun tells them; what cannot be ends the program in a line."""
+    numbers = {}
+    for name, default in (('RANK', '0'), ('WORLD_SIZE', '1'), ('LOCAL_RANK', '0')):
+        text = environment.get(name, default)
+        if not (text.isascii() and text.isdigit()):
+            fail(f'the environment has {name}={text}, which torchrun sets to a number: {UNSET}')
+        numbers[name] = int(text)
+    rank, world, local_rank = numbers.values()
+    if not rank < world or not local_rank < world:
+        given = ' '.join(f'{name}={number}' for name, number in numbers.items())
+        fail(f'the environment has {given}, but there are no more processes than WORLD_SIZE, counted from 0: {UNSET}')
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in environment]
+    if world > 1 and missing:
+        fail(f'the environment has WORLD_SIZE={world} and no {missing[0]}: {UNSET}')
+    return rank, world, local_rank
+
+
+RANK, WORLD, LOCAL_RANK = read_environment(os.environ)
 SHARDED = False             # each process has a share of the weights; `start` decides
+PARENT = os.getppid()
+GRACE = 60                  # seconds in which processes without torchrun may still save
 
 
 def start(device, parallel='ddp'):
@@ -46,9 +74,77 @@ def start(device, parallel='ddp'):
     if device.startswith('cuda'):
         torch.cuda.set_device(device)
     if WORLD > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+        if 'TORCHELASTIC_RUN_ID' in os.environ:
+            threading.Thread(target=end_with_torchrun, daemon=True).start()
+        try:
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+        except (RuntimeError, ValueError) as error:
+            fail(f'the {WORLD} processes do not find each other at {os.environ["MASTER_ADDR"]}:'
+                 f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}')
         summed(0)                                           # none ends while another still connects
     return device
+
+
+def end_with_torchrun():
+    """The thread that stops this process once torchrun, its parent, was killed: first as a signal
+    does, which saves; and where that takes too long, because another process is gone, at once."""
+    wait_for_end_of(PARENT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(128 + signal.SIGTERM)
+
+
+def wait_for_end_of(parent):
+    """Returns once the process that has started this one is there no more."""
+    if os.name == 'nt':                                     # there getppid() never changes
+        import _winapi
+        try:
+            handle = _winapi.OpenProcess(0x100000, False, parent)           # SYNCHRONIZE
+        except OSError:
+            return
+        _winapi.WaitForSingleObject(handle, _winapi.INFINITE)
+    while os.getppid() == parent and os.name != 'nt':
+        time.sleep(0.5)
+
+
+def hold(out_dir, make=False):
+    """From here on no other process may train in this folder; one that does so already ends the
+    program in a line, in all processes. make: it is made if it is not there. The first process
+    holds it."""
+    def act():
+        try:
+            if make:
+                os.makedirs(out_dir, exist_ok=True)
+            if os.path.isdir(out_dir):
+                files.hold(out_dir)
+        except files.Held as error:
+            fail(f'{out_dir}: {holder_line(error.holder, out_dir)}')
+        except OSError as error:
+            if make:
+                fail(f'{out_dir}: cannot be written to: {error.strerror}; choose another --out_dir')
+    together(act if RANK == 0 else lambda: None)
+
+
+def holder_line(holder, out_dir):
+    """Who trains in a folder, and what to do."""
+    here = holder.get('host') == socket.gethostname()
+    pid = holder.get('pid')
+    process = f'process {pid} on {holder.get("host")}, since {holder.get("since")},' if pid else 'another process'
+    how = f'stop it (kill {pid})' if pid and here else 'stop it'
+    return (f'{process} is training there: wait for its end, or {how}, or choose another --out_dir; to look at what '
+            f'it has made so far: python sample.py --out_dir={shlex.quote(out_dir)}')
+
+
+def together(action):
+    """What action() returns; where it ends one process, all end."""
+    status, value = 0, None
+    try:
+        value = action()
+    except SystemExit as end:
+        status = end.code
+    if summed(bool(status))[0]:
+        leave(status or 2)
+    return value
 
 
 def say(*words, **options):
@@ -136,18 +232,35 @@ def save(path, contents, net, optimizers, in_shards=False):
         step = contents['counters']['step']
         folder = checkpoint.shards_of(path, step)
         state, tensors = take_apart(state)
-        state['shards'] = dict(step=step)
-        agreed(lambda: RANK or shutil.rmtree(folder, ignore_errors=True))   # a killed run's
+        agreed(lambda: RANK or clear(folder))               # a killed run's
         try:
             shards.write(folder, tensors)
+            state |= dict(shards=dict(step=step), shard_files=checksums(folder))
             parents = os.path.dirname(folder), os.path.dirname(path)
-            agreed(lambda: RANK or checkpoint.flush(folder, *parents))
+            agreed(lambda: RANK or files.flush(folder, *parents))
         except (OSError, RuntimeError):
             shutil.rmtree(folder, ignore_errors=True)
             raise
     elif SHARDED:
         state = gather(state)
     agreed(lambda: RANK or checkpoint.save_checkpoint(path, contents | state))
+
+
+def clear(folder):
+    """Deletes a folder of shards; a link in the place of it, or of the folder it is in, goes alone."""
+    for path in (os.path.dirname(folder), folder):
+        if os.path.islink(path):
+            os.remove(path)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def checksums(folder):
+    """{name: checksum} of all shards in a folder, each told by the process that has written it."""
+    told = {}
+    agreed(lambda: told.update(shards.checksums(folder, RANK)))
+    everybodys = [None] * WORLD
+    dist.all_gather_object(everybodys, told)
+    return {name: number for part in everybodys for name, number in part.items()}
 
 
 def gather(state):
@@ -180,6 +293,7 @@ def take_apart(state):
 
 def load_weights(net, ckpt):
     """Reads this process's share of the weights, from a checkpoint in shards, into the model."""
+    together(lambda: shards.require(ckpt['shards'], ckpt['shard_files'], RANK, WORLD))
     params = net.state_dict(keep_vars=True)
     shards.read(ckpt['shards'], {ckpt['weights'][name]: p.detach() for name, p in params.items()})
 

@@ -6,23 +6,25 @@ rebuild it.
     ckpt = load_checkpoint('out')       # best.pt if there is one, else ckpt.pt; or a file
     tok = tokenizer_of(ckpt)            # loading.py has model_of(ckpt)
 
-A checkpoint is read with weights_only=True: tensors and plain values, never code. It is written to
-a temporary name, flushed to the disk and renamed, so a kill at any moment leaves the old one or the
-new one, whole. While several processes share the weights they save in shards: each its share of the
-tensors, then the first process the rest, with the tensors' names in their places:
+A checkpoint is read with weights_only=True: tensors and plain values, never code; and if a bit of
+it is not as it was written, it is refused. It is written to a temporary name, flushed to the disk
+and renamed, so a kill at any moment leaves the old one or the new one, whole. While several
+processes share the weights they save in shards: each its share of the tensors, then the first
+process the rest, with the tensors' names in their places:
 
     ckpt.shards/250/      weights, optimizers: see shards.py
-    ckpt.pt               the rest, and shards: {'step': 250}
+    ckpt.pt               the rest, shards: {'step': 250}, and shard_files: {name: checksum}
 """
 import dataclasses
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
 
 import torch
 
-from mambino import tokenizer
+from mambino import files, tokenizer
 from mambino.configurator import fail
 from mambino.weights import shards
 from model_gpt import GPT, GPTConfig
@@ -47,32 +49,16 @@ def save_checkpoint(path, contents):
     """Writes a checkpoint whole or not at all; then the shards of those before it go. OSError or
     RuntimeError (torch's word for a full disk) if it cannot."""
     shards_kept = contents.get('shards')
-    temporary = path + '.tmp'
-    try:
-        with open(temporary, 'wb') as f:
-            torch.save({'format': IN_SHARDS if shards_kept else FORMAT, **contents}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-    flush(os.path.dirname(path))
+    with files.whole(path) as f:
+        torch.save({'format': IN_SHARDS if shards_kept else FORMAT, **contents}, f)
     folder = shards_of(path)
+    if os.path.islink(folder):              # what is behind it is not ours to delete
+        return
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if not shards_kept or name != str(shards_kept['step']):
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     if not shards_kept:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def flush(*folders):
-    """What was made and renamed in a folder must reach the disk too."""
-    for folder in folders if os.name == 'posix' else ():
-        number = os.open(folder or '.', os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
 
 
 def shards_of(path, step=None):
@@ -94,21 +80,55 @@ def map_values(change, contents, name=''):
 
 
 def set_aside(*paths):
-    """Renames what is there of these files and folders to ….old, in the place of an older one."""
+    """Renames what is there of these files and folders, in this order, to ….old; if one of them has
+    such a file already, all to ….old2, and so on. Returns the ending."""
+    paths = [path for path in paths if os.path.lexists(path)]
+    endings = itertools.chain(['.old'], (f'.old{i}' for i in itertools.count(2)))
+    ending = next(e for e in endings if not any(os.path.lexists(path + e) for path in paths))
     for path in paths:
-        if os.path.isdir(path):
-            shutil.rmtree(path + '.old', ignore_errors=True)
-        if os.path.exists(path):
-            os.replace(path, path + '.old')
+        os.rename(path, path + ending)
+    return ending
 
 
 def read_file(path):
-    """The contents of a file of torch.save, on the CPU."""
+    """The contents of a file of torch.save, on the CPU, if all in it is as it was written."""
+    damage = files.damage_of(path)
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        if not damage:
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # of zip, pickle, torch: all mean that it is no checkpoint of ours
-        fail(f'{path}: not a readable checkpoint (cut short, damaged, or not made by train.py): '
-             f'{type(error).__name__}')
+        damage = type(error).__name__
+    fail(f'{path}: not a readable checkpoint (cut short, damaged, or not made by train.py): {damage}'
+         + others_beside(path))
+
+
+def others_beside(path):
+    """What to do without a damaged checkpoint, where another lies beside it."""
+    folder = os.path.dirname(path)
+    latest = os.path.join(folder, 'ckpt.pt')
+    names = [os.path.basename(latest), 'best.pt']
+    for name in names if os.path.basename(path) in names else []:
+        other = os.path.join(folder, name)
+        if other == path or not os.path.exists(other) or files.damage_of(other):
+            continue
+        if path == latest:
+            return (f'; {other} is sound: to go on from there, rename {path}, copy {other} to {path} '
+                    'and run the same command again')
+        return f'; {other} is sound: name it, as in --out_dir={shlex.quote(other)}'
+    return ''
+
+
+def begun_by(path, command):
+    """Whether a checkpoint is there of a run that is not complete, and was begun by this command,
+    {name: value} of what it named."""
+    try:
+        ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        settings, counters = ckpt['settings'], ckpt['counters']
+        is_complete = counters['step'] >= settings['max_iters']
+        is_complete |= 0 < settings['patience'] <= counters['bad_evals']
+        return ckpt['begun'] == command and not is_complete
+    except Exception:           # not there, damaged, or of a version that did not note it
+        return False
 
 
 def load_checkpoint(path, read_shards=True):
@@ -140,7 +160,9 @@ def load_checkpoint(path, read_shards=True):
              'go on with that one, which leaves a whole file when it is stopped, or begin with '
              f'{os.path.join(out_dir, "best.pt")}: --init_from={shlex.quote(out_dir)} --out_dir=another')
     ckpt['shards'] = shards_of(path, ckpt['shards']['step'])
+    ckpt.setdefault('shard_files', None)    # an older version noted no checksums
     if read_shards:
+        shards.require(ckpt['shards'], ckpt['shard_files'])
         tensors = shards.read(ckpt.pop('shards'))
 
         def tensor_of(_, value):

@@ -19,6 +19,7 @@ import warnings
 
 import torch
 
+from mambino import files
 from mambino.configurator import fail
 
 CLASSES = {
@@ -75,6 +76,38 @@ def read(folder, tensors=None):
         kind = type(causes[0] if causes else error).__name__
         fail(f'{folder}: its shards are not readable (cut short or damaged): {kind}')
     return tensors
+
+
+def checksums(folder, rank):
+    """{name: checksum} of the files that a process has written into a folder of shards."""
+    names = [name for name in os.listdir(folder) if name.startswith(f'__{rank}_')]
+    names += ['.metadata'] if rank == 0 else []
+    return {name: files.checksum(os.path.join(folder, name)) for name in names}
+
+
+def require(folder, expected, rank=0, world=1):
+    """Ends the program in a line if one of the files is not the one that was written for this step
+    and process. expected: {name: checksum} of all, or None where that is not known; this process
+    looks at its share of them."""
+    read_metadata(folder)
+    for name in sorted(expected or {})[rank::world]:
+        path = os.path.join(folder, name)
+        try:
+            is_sound = files.checksum(path) == expected[name]
+        except OSError:
+            is_sound = False
+        if not is_sound:
+            fail(f'{folder}: its shards are not readable: {name} is not as it was written'
+                 f'{without(folder)}')
+
+
+def without(folder):
+    """What to do without the shards in a folder."""
+    out_dir = os.path.dirname(os.path.dirname(folder)) or '.'
+    best = os.path.join(out_dir, 'best.pt')
+    if not os.path.exists(best):
+        return ''
+    return f'; begin with {best}: --init_from={shlex.quote(out_dir)} --out_dir=another'
 
 
 def read_metadata(folder):

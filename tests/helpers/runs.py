@@ -13,16 +13,19 @@ import time
 import pytest
 import torch
 
+from mambino import files as whole_files
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TINY = ('--dataset=tiny --n_layer=1 --n_embd=32 --block_size=16 --batch_size=2 --tokens_per_step=64 --max_iters=20 '
         '--eval_interval=5 --log_interval=1 --device=cpu --dtype=float32')
 TIMES = {'seconds', 'tokens_per_s', 'mfu', 'memory', 'time'}  # what no two runs have in common
+STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='POSIX signals and limits')
 
 
 def script(name, *lines):
     """Runs a script in this process; returns its exit status. Arguments: strings of flags, as on a command line."""
-    argv, handlers = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    argv, handlers = sys.argv, {n: signal.getsignal(n) for n in STOPPING}
     sys.argv = [name, *shlex.split(' '.join(lines))]
     try:
         runpy.run_path(os.path.join(ROOT, name), run_name='__main__')
@@ -30,6 +33,7 @@ def script(name, *lines):
     except SystemExit as end:
         return end.code or 0
     finally:
+        whole_files.release()                 # as the end of a process does
         sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
