@@ -14,6 +14,24 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 pytest.register_assert_rewrite('helpers')         # its asserts, too, show the values they compared
 
+# Those that take longest, which are begun first: where processes share the files, none is left with a long one at the
+# end while the others have nothing to do.
+LONGEST = (
+    'test_fsdp.py', 'test_train.py', 'test_prepare_stopped.py', 'test_bench.py', 'test_decode.py', 'test_export.py',
+    'test_to_onnx.py', 'test_train_results.py', 'test_to_hf.py', 'test_from_hf.py', 'test_kernels.py',
+    'test_isolate.py', 'test_generation.py', 'test_prepare.py', 'test_memory.py', 'test_prepare_parts.py',
+    'test_scarce_memory.py', 'test_before.py',
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False        # else xdist begins with those that have most tests
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 # Torch is imported by the fixtures that need it: the tests of prepare.py do without.
 

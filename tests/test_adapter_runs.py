@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
+from helpers import forks
 from helpers.adapters import LORA, PREFIX
 from helpers.models import assert_close
-from helpers.runs import files, launch, metrics, refused, same_run, script, train
+from helpers.runs import files, forked, metrics, refused, same_run, script, train
 
 from mambino.export import to_peft
 from mambino.train.memory import estimate
@@ -137,11 +138,11 @@ def test_run_stays_what_it_is(based, capsys):
     refused(capsys, 'adapter')
 
 
+@pytest.mark.skipif(not forks.can_fork, reason='forks')
 def test_two_processes_train_as_one(based):
     flags = '--adapter=lora --init_from=base-mamba --max_iters=6'
-    process = launch(flags, module='torch.distributed.run --standalone --nproc_per_node=2')
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    statuses, said = forked(flags, world=2, joined=True)
+    assert statuses == [0, 0], said
     train(flags, '--out_dir=one')
     for step, loss in metrics('one', 'loss').items():
         assert metrics('out', 'loss')[step] == pytest.approx(loss, rel=1e-5)

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,12 +19,34 @@ RUN = ('--n_layer=1 --n_embd=64 --n_head=1 --vocab_size=7 --block_size=16 --batc
        '--tokens_per_step=64 --max_iters=4 --eval_interval=2')
 
 
-def bench(*arguments):
-    return subprocess.run([sys.executable, '-m', 'mambino.bench', *arguments], cwd=HERE, capture_output=True,
-                          encoding='utf-8', env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    def run(*arguments):
+        """python -m mambino.bench in this process, which has imported torch."""
+        capsys.readouterr()
+        monkeypatch.setattr(sys, 'argv', ['mambino.bench', *arguments])
+        monkeypatch.chdir(HERE)
+        threads, status = torch.get_num_threads(), 0
+        try:
+            runpy.run_module('mambino.bench', run_name='__main__', alter_sys=True)
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            torch.set_num_threads(threads)
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=said.out, stderr=said.err)
+    return run
 
 
-def test_tiny_run_prints_tables_and_writes_json(tmp_path):
+def test_is_started_as_a_module(bench):
+    command = [sys.executable, '-m', 'mambino.bench', '--help']
+    done = subprocess.run(command, cwd=HERE, capture_output=True, encoding='utf-8',
+                          env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
+    assert done.returncode == 0 and done.stdout == bench('--help').stdout
+    assert 'usage: python -m mambino.bench ' in done.stdout
+
+
+def test_tiny_run_prints_tables_and_writes_json(bench, tmp_path):
     file = tmp_path / 'bench.json'
     # nanoGPT stands for a peer: without its folder it must be left out, by name, and the rest go on
     run = bench(*TINY, '--models=gpt', '--sections=train,sample', '--peers=nanogpt',
@@ -42,7 +65,7 @@ def test_tiny_run_prints_tables_and_writes_json(tmp_path):
     assert data['machine']['peak_flops']['float32'][0] > 1e8
 
 
-def test_compares_with_a_peer(tmp_path):
+def test_compares_with_a_peer(bench, tmp_path):
     (tmp_path / 'model.py').write_text('''
 import torch
 from dataclasses import dataclass
@@ -64,7 +87,7 @@ class GPT(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_lengths_are_compared_and_drawn(tmp_path):
+def test_lengths_are_compared_and_drawn(bench, tmp_path):
     if not importlib.util.find_spec('matplotlib'):
         pytest.skip('the picture needs matplotlib: pip install --group bench')
     file, picture = tmp_path / 'bench.json', tmp_path / 'bench.png'
@@ -85,7 +108,7 @@ def test_lengths_are_compared_and_drawn(tmp_path):
     assert picture.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n' and picture.stat().st_size > 10_000
 
 
-def test_loss_needs_less_memory_than_pytorchs(tmp_path):
+def test_loss_needs_less_memory_than_pytorchs(bench, tmp_path):
     file = tmp_path / 'bench.json'
     run = bench(*TINY, '--sections=loss', '--loss_vocab_size=50257', '--loss_batch_size=1',
                 '--loss_block_size=512', f'--json={file}')
@@ -99,7 +122,7 @@ def test_loss_needs_less_memory_than_pytorchs(tmp_path):
         assert plain > 2 * 512 * 50257 * 4 - 50257 * 64 * 4  # the logits and their gradient, all at once
 
 
-def test_whole_runs_to_a_loss(tmp_path, capsys):
+def test_whole_runs_to_a_loss(bench, tmp_path, capsys):
     data, file = tmp_path / 'abc', tmp_path / 'bench.json'
     data.mkdir()
     for split in ('train', 'val'):
@@ -140,7 +163,7 @@ def test_mamba_is_compared_with_gpt_at_their_sizes():
     assert pair['size'] == 0.7 and pair['memory'] is None
 
 
-def test_a_checkout_is_compared_with_another(tmp_path):
+def test_a_checkout_is_compared_with_another(bench, tmp_path):
     """This one with itself, under another path."""
     for name in os.listdir(HERE):
         if name.endswith('.py') or name == 'mambino':
@@ -186,22 +209,18 @@ def test_bad_values_are_refused_before_measuring(settings, message, monkeypatch,
     assert stopped.value.code == 2 and error.count('\n') == 1 and message in error, error
 
 
-def test_a_run_that_cannot_be_is_refused():
+def test_a_run_that_cannot_be_is_refused(bench):
     run = bench(*TINY, '--sections=', '--time_to_loss=1',
                 '--time_to_loss_run=config/shakespeare_cpu.py --dataset=never_made')
     assert run.returncode == 2 and run.stderr.count('\n') == 1, run.stderr
     assert 'data/never_made: no such dataset' in run.stderr
 
 
-def test_a_run_needs_nanogpts_data(tmp_path):
+def test_a_run_needs_nanogpts_data(bench, tmp_path):
     (tmp_path / 'model.py').touch()
     run = bench('--time_to_loss=1.88', f'--nanogpt={tmp_path}')
     assert run.returncode == 2 and run.stderr.count('\n') == 1
     assert 'data/shakespeare_char/prepare.py' in run.stderr
-
-
-def test_help_says_how_it_is_started():
-    assert 'usage: python -m mambino.bench ' in bench('--help').stdout
 
 
 def test_importing_it_is_cheap_and_peak_is_measured():
@@ -227,7 +246,7 @@ def test_known_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize('kind', ['gpt', 'hybrid'])
-def test_generation_beside_transformers(kind):
+def test_generation_beside_transformers(bench, kind):
     pytest.importorskip('transformers')
     run = bench('--sections=generate', f'--kinds={kind}', '--ways=float32,int8',
                 '--their_dtypes=float32', '--batches=1,2', '--rounds=1', '--new_tokens=2',

@@ -1,20 +1,13 @@
 """--parallel=fsdp as its user meets it: processes that share the weights train as one does, are killed and go on, also
-as more or fewer of them, and leave what one process would have left.
-
-A process that has imported torch forks two or more for each run (`pair`): that takes a second; torchrun would take six.
-"""
+as more or fewer of them, and leave what one process would have left."""
 import copy
-import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers.runs import ROOT, TINY, load, metrics, plain, refused, script, train
-from torch.distributed import TCPStore
+from helpers.runs import forked, load, metrics, plain, refused, script, train
 
 from mambino.weights import checkpoint, shards
 
@@ -22,72 +15,14 @@ pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytes
 SAME = '--tokens_per_step=128 --learning_rate=1e-2 --warmup_iters=2 --schedule=wsd --decay_fraction=0'
 FSDP = f'--parallel=fsdp --batch_size=2 {SAME}'
 ONE = f'--batch_size=8 {SAME}'
-FORKS = '''
-import json, os, runpy, shlex, signal, sys
-import torch
-import torch._dynamo, torch.distributed.checkpoint
-import torch.distributed.device_mesh, torch.distributed.fsdp, torch.distributed.tensor
-from mambino.weights import checkpoint
-torch.set_num_threads(1)
-children = {}                                               # {process id: rank}
-signal.signal(signal.SIGALRM, lambda *_: [os.kill(pid, 9) for pid in children])
-for line in sys.stdin:
-    folder, port, world, lines, before = json.loads(line)
-    signal.alarm(300)                                       # they wait for each other
-    for rank in range(world):
-        if not (pid := os.fork()):
-            os.chdir(folder)
-            for number, name in ((1, 'out'), (2, 'err')):
-                os.dup2(os.open(f'{name}{rank}.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1',
-                              MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE='True')
-            sys.argv = ['train.py', *shlex.split(lines)]
-            status = 1
-            try:
-                exec(before)
-                runpy.run_path(os.environ['TRAIN'], run_name='__main__')
-                status = 0
-            except SystemExit as end:
-                status = end.code or 0
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children[pid] = rank
-    statuses = {}
-    while len(statuses) < world:
-        pid, status = os.wait()
-        statuses[children.pop(pid)] = os.waitstatus_to_exitcode(status)
-        if os.WIFSIGNALED(status):                          # as torchrun does
-            [os.kill(pid, 9) for pid in children]
-    signal.alarm(0)
-    print(json.dumps([statuses[rank] for rank in range(world)]), flush=True)
-'''
-
-
-@pytest.fixture(scope='module')
-def forks():
-    env = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8',
-           'TRAIN': os.path.join(ROOT, 'train.py')}
-    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True, env=env) as process:
-        yield process
-        process.stdin.close()
 
 
 @pytest.fixture
-def pair(here, forks):
+def pair(here):
     def run(*lines, before='', statuses=(0, 0), world=2):
         """So many processes train with these flags, each after the statements `before`, which know `rank`; returns what
         they said: [out, err] of the first, and so on. statuses: what they end with; None: not with 0."""
-        store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)    # where they meet, as torchrun's do
-        job = [str(here), store.port, world, ' '.join((TINY, FSDP, *lines)), before]
-        print(json.dumps(job), file=forks.stdin, flush=True)
-        ended = json.loads(forks.stdout.readline())
-        said = [open(f'{name}{rank}.txt', encoding='utf-8').read() for rank in range(world) for name in ('out', 'err')]
+        ended, said = forked(FSDP, *lines, before=before, world=world, joined=True)
         assert tuple(ended) == (statuses * world)[:world] if statuses else all(ended), said
         return said
     return run

@@ -166,7 +166,6 @@ def test_gitignore_as_git_reads_it(here):
         ['git', *settings, 'check-ignore', '-z', '--stdin'],
         cwd='repo', env=env, capture_output=True,
         input='\0'.join(sorted(every)).encode('utf-8'),
-        timeout=60,
     )
     assert done.returncode in (0, 1), done.stderr
     git = set(done.stdout.decode('utf-8').split('\0')) - {''}

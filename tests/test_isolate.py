@@ -11,6 +11,7 @@ import uuid
 import zipfile
 
 import pytest
+from helpers.prepare import wait_for
 from helpers.readers import (
     OPTIONS,
     ROOT,
@@ -52,7 +53,7 @@ def test_pdfs_that_cost_too_much(tmp_path, engine, new_reader):
                 pdf=engine, file_seconds=1, file_memory_mb=200)
         except Skip as reason:
             results[name] = str(reason)
-        assert time.monotonic() - began < 6, name
+        assert time.monotonic() - began < 120, name  # not for ever, however busy the machine is
     if engine == 'pypdf':
         assert results['burn'] in ('took longer than 1 s', 'needs too much memory')
     assert read(write(tmp_path / 'good.pdf', make_pdf(['all is well'])), pdf=engine)[0] == [
@@ -65,6 +66,8 @@ def test_pdfs_that_cost_too_much(tmp_path, engine, new_reader):
 
 DRIVER = '''
 import os, re, signal, time
+def begin():
+    if 'BEGUN' in os.environ: open(os.environ['BEGUN'], 'w').close()
 class PdfiumError(Exception): pass
 class Page:
     def __init__(self, what): self.what = what
@@ -72,6 +75,7 @@ class Page:
     def count_chars(self): return 0
     def close(self): pass
     def get_text_bounded(self):
+        begin()
         if self.what == 'crash': os.kill(os.getpid(), signal.SIGSEGV)
         if self.what == 'burn': re.match('(a+)+$', 'a' * 60 + 'b')  # and keeps Python's lock all the time
         if self.what == 'sleep': time.sleep(1000)
@@ -96,14 +100,14 @@ def FPDFPage_CountObjects(page): return 0
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch, new_reader):
-    """Reads a file that says what is to happen on its pages."""
+    """Reads a file that says what is to happen on its pages. It may take its time, on a busy machine."""
     (tmp_path / 'driver' / 'pypdfium2').mkdir(parents=True)
     write(tmp_path / 'driver' / 'pypdfium2' / '__init__.py', DRIVER)
     write(tmp_path / 'driver' / 'pypdfium2' / 'raw.py', RAW)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'driver'))
     def drive(what, **options):
         path = write(tmp_path / 'a.pdf', '%PDF-1.4 ' + what)
-        return read(path, pdf='pypdfium2', **dict(file_seconds=1, file_memory_mb=300) | options)[0][
+        return read(path, pdf='pypdfium2', **dict(file_seconds=60, file_memory_mb=300) | options)[0][
             0
         ]
     return drive
@@ -130,11 +134,12 @@ def test_readers_that_crash(driver):
 def test_readers_that_hang(driver):
     began = time.monotonic()
     for what in ('burn', 'fine burn'):
-        assert why(driver, what) == 'took longer than 1 s'
+        assert why(driver, what, file_seconds=1) == 'took longer than 1 s'
         assert driver('fine') == FINE
     # that takes no computing: the clock ends it
     assert why(driver, 'sleep', file_seconds=0.3) == 'took longer than 0.3 s'
-    assert driver('fine') == FINE and time.monotonic() - began < 12
+    assert driver('fine') == FINE
+    assert time.monotonic() - began < 300  # it would sleep longer, and burn for ever
 
 
 @linux
@@ -166,24 +171,19 @@ def test_whoever_stops_reading_leaves_nothing_behind(driver, tmp_path):
 @pytest.mark.parametrize('what', ['burn', 'sleep'])
 def test_the_reader_goes_when_its_parent_is_killed(driver, tmp_path, what, monkeypatch):
     monkeypatch.setenv('MARK', mark := uuid.uuid4().hex)
+    monkeypatch.setenv('BEGUN', str(tmp_path / 'begun'))
     path = write(tmp_path / 'a.pdf', f'%PDF-1.4 {what}')
-    source, options = sources.Source(str(path), 'pdf', 0, 0), OPTIONS | {'pdf': 'pypdfium2'}
+    source, options = sources.Source(str(path), 'pdf', 0, 0), OPTIONS | {'pdf': 'pypdfium2', 'file_seconds': 1000}
     program = (
         f'from mambino.prepare.isolate import *; from mambino.prepare.sources import Source; '
         f'list(read({source}, {options}, Notes()))'
     )
     parent = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT)
-    until = time.monotonic() + 10
-    while len(alive(mark)) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(0.7)  # it is in the middle of it now
+    wait_for((tmp_path / 'begun').exists)  # it is in the middle of it
     assert len(alive(mark)) == 2
     parent.kill()
     parent.wait()
-    until = time.monotonic() + 2
-    while alive(mark) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not alive(mark)
+    wait_for(lambda: not alive(mark))
 
 
 # -----------------------------------------------------------------------------
@@ -213,6 +213,7 @@ def test_what_becomes_of_a_file_depends_on_it_alone(tmp_path, engine, new_reader
 
 @linux
 def test_a_hostile_folder(tmp_path):
+    import resource
     folder = tmp_path / 'hostile'
     folder.mkdir()
     broken = dict(broken_files(good_files()))
@@ -252,14 +253,15 @@ def test_a_hostile_folder(tmp_path):
         'hostile', '--workers=2', '--pdf=pypdf', '--tokenizer=byte', '--out=out',
         '--file_seconds=2', '--file_memory_mb=300', '--max_file_mb=100',
     ]
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, timeout=60,
+        command, cwd=tmp_path, capture_output=True,
         env={**os.environ, 'PYTHONUTF8': '1', 'MARK': mark},
     )
-    took = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 0, done.stderr.decode()
-    assert b'Traceback' not in done.stderr and took < 40
+    assert b'Traceback' not in done.stderr and computed < 80
     assert not alive(mark)
     meta = json.loads((tmp_path / 'out' / 'meta.json').read_text(encoding='utf-8'))
     skipped = {os.path.join(tmp_path, entry['file']): entry['reason'] for entry in meta['skipped']}

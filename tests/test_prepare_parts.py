@@ -1,7 +1,6 @@
 """Files that prepare.py reads in parts: each has its place in the journal, and what is judged is the
 file.
 """
-import functools
 import json
 
 import pytest
@@ -16,8 +15,6 @@ from helpers.prepare import (
     posix,
     prepare,
     prose,
-    running,
-    wait_for,
     write,
 )
 
@@ -189,6 +186,18 @@ def test_a_task_says_how_far_it_is(tmp_path, monkeypatch):
     assert said == sorted(said) and 0 < said[-1] <= 3_300_000 and spool.unfinished(tmp_path) == 0
 
 
+KILLED_AFTER_A_PART = '''
+from mambino.prepare import pool
+map_tasks = pool.map_tasks
+def killed(function, *args, **more):
+    for result in map_tasks(function, *args, **more):
+        if function is spool.extract:
+            os.kill(os.getpid(), 9)
+        yield result
+pool.map_tasks = killed
+'''
+
+
 @posix
 @pytest.mark.slow
 def test_one_large_file_killed_twice(tmp_path):
@@ -201,12 +210,8 @@ def test_one_large_file_killed_twice(tmp_path):
     partial = tmp_path / 'data' / 'b.partial'
     read = []
     for _ in range(2):
-        before = max(read, default=0)
-        with running(tmp_path, *argv, '--workers=2', '--out=data/b') as process:
-            wait_for(functools.partial(lambda before: parts(partial) > before, before))
-            process.kill()
-            process.communicate(timeout=20)
-            assert nobody_left(tmp_path)
+        driven(tmp_path, KILLED_AFTER_A_PART, *argv, '--workers=2', '--out=data/b', code=-9)
+        assert nobody_left(tmp_path)
         read.append(parts(partial))
     assert 0 < read[0] < read[1] <= 3 and not (tmp_path / 'data' / 'b').exists()
     assert f'going on: {read[1]} of 3 parts' in prepare(tmp_path, *argv, '--workers=2', '--out=data/b')

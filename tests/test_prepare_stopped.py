@@ -108,7 +108,7 @@ def test_killed_at_any_moment(mixed, events):
         with running(mixed.folder, *argv) as process:
             wait_for_event(process, event, partial)
             process.kill()
-            said += process.communicate(timeout=20)[0]
+            said += process.communicate(timeout=120)[0]
             assert nobody_left(mixed.folder)
         if out.exists():                # it was quicker than this test
             assert files(out) == mixed.files
@@ -209,11 +209,13 @@ def test_two_at_once(mixed):
     partial = mixed.folder / 'data' / 'both.partial'
     with running(mixed.folder, *argv) as first:
         wait_for(lambda: parts(partial))
+        os.killpg(first.pid, signal.SIGSTOP)     # it is at work until it is told to go on
         for other in argv, (*argv, '--append'), ('mine', '--out=data/both', '--tokenizer=byte'):
             said = prepare(mixed.folder, *other, code=2)
             assert 'at work' in said or '--append' in other
             assert parts(partial)
-        out, err = first.communicate(timeout=60)
+        os.killpg(first.pid, signal.SIGCONT)
+        out, err = first.communicate(timeout=120)
         assert first.returncode == 0, err
     assert files(mixed.folder / 'data' / 'both') == mixed.files
 
@@ -225,11 +227,13 @@ def test_a_worker_that_dies(mixed):
     partial = mixed.folder / 'data' / 'died.partial'
     with running(mixed.folder, *argv) as process:
         wait_for(lambda: parts(partial))
+        os.killpg(process.pid, signal.SIGSTOP)
         os.kill(
             next(pid for pid, line in processes_in(mixed.folder).items() if 'spawn_main' in line),
             signal.SIGKILL,
         )
-        err = process.communicate(timeout=30)[1]
+        os.killpg(process.pid, signal.SIGCONT)
+        err = process.communicate(timeout=120)[1]
     assert process.returncode == 2
     assert one_line(err, 'the same command goes on from here').startswith('error: ')
     assert 'going on: ' in prepare(mixed.folder, *argv)

@@ -4,10 +4,10 @@ import ast
 import os
 import re
 import runpy
-import time
 
 import pytest
 import torch
+from helpers import pace
 from helpers.runs import ROOT, TINY, load, train
 
 from mambino.train.begin import SIZES
@@ -87,10 +87,10 @@ def test_recipe_agrees_with_its_comments_and_its_size(name):
 @pytest.mark.parametrize('name', [name for name in FOR_CARDS if '48' in name])
 def test_largest_recipes_fit_and_are_counted_soon(name):
     settings = settings_of(name)
-    begin = time.process_time()
-    total = estimate(settings['model'], config_of(settings), 1, settings['block_size'])['total']
-    assert time.process_time() - begin < 5
-    assert total < 0.94 * USABLE * float(settings['vram']) * GB
+    size = settings['model'], config_of(settings), 1, settings['block_size']
+    parts, seconds = pace.seconds_of(lambda: estimate(*size))
+    assert seconds < 5
+    assert parts['total'] < 0.94 * USABLE * float(settings['vram']) * GB
 
 
 # --- in a size for a test: what is left of a recipe are its other settings, which must exist and

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.runs import (
     TINY,
+    at_a_call,
     files,
-    launch,
+    forked,
     load,
     metrics,
     plain,
@@ -17,7 +18,6 @@ from helpers.runs import (
     same_run,
     script,
     train,
-    wait_for_lines,
     write_text,
 )
 
@@ -70,15 +70,8 @@ def test_fine_tuning_begins_with_the_best_weights_and_nothing_else(base):
 def test_fine_tuning_that_was_killed_goes_on_by_the_same_command(base, capsys):
     flags = '--init_from=base --dropout=0.1 --optimizer=muon --dataset=more'
     train(flags, '--out_dir=unbroken')
-    for n in (8, 7, 6, 5, 4):  # a process that was too quick to be killed gets another chance
-        shutil.rmtree('out', ignore_errors=True)
-        process = launch(flags)
-        wait_for_lines(process, n)
-        process.kill()
-        process.communicate()
-        if process.returncode != 0 and os.path.exists('out/ckpt.pt'):
-            break
-    assert 0 < load()['counters']['step'] < 20
+    (status,), _ = forked(flags, before=at_a_call('os.kill(os.getpid(), 9)', lines=8))
+    assert status != 0 and 0 < load()['counters']['step'] < 20
     shutil.rmtree('base')      # it is not needed any more
     capsys.readouterr()
     train(flags)

@@ -59,13 +59,16 @@ def test_end_of_text_stops():
 
 
 def test_a_writer_takes_the_same_time_for_every_token():
-    tok, seconds = tokenizer.build_tokenizer('byte'), []
-    for n in (20_000, 80_000):
+    def written(n):
         writer, began = Writer(tok, ['ENDE']), time.process_time()
         for _ in range(n):
             writer.feed(65)
-        seconds.append(time.process_time() - began)
-    assert seconds[1] < 8 * seconds[0] and len(writer.text) == 80_000
+        return writer.text, time.process_time() - began
+
+    tok = tokenizer.build_tokenizer('byte')
+    rounds = [(written(20_000)[1], *written(80_000)) for _ in range(3)]  # a busy machine disturbs one or another
+    few, text, many = (min(column) for column in zip(*rounds))
+    assert many < 8 * few and len(text) == 80_000
 
 
 @pytest.mark.usefixtures('runs')

@@ -1,8 +1,7 @@
 """train.py as its user meets it: runs that are killed, stopped, continued, shared by two processes.
 
 Most runs happen in this process (`script`), for importing torch costs more than twenty steps of a
-tiny model; real processes (`launch`) are for what needs one: signals, torchrun, limits of the
-system.
+tiny model; others (`forked`) are for what needs one: signals, kills, torchrun.
 """
 import json
 import math
@@ -12,14 +11,16 @@ import re
 import shlex
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
+from helpers import forks
 from helpers.runs import (
     POSIX,
     TIMES,
+    at_a_call,
     files,
+    forked,
     launch,
     load,
     metrics,
@@ -27,13 +28,16 @@ from helpers.runs import (
     same_run,
     script,
     train,
-    wait_for_lines,
 )
 
 from mambino.train import batches
 from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+KILLED = (-9, 9)  # on Windows a status as others
+CALLS = 3000      # of functions in a step with an evaluation and a save: some thousands
 
 
 # --- a run that was killed goes on as if nothing had happened
@@ -53,6 +57,7 @@ COMBOS = [
 
 @pytest.mark.parametrize('combo', COMBOS)
 def test_kill_and_resume_is_bit_identical(here, combo):
+    """The kill comes at any call of a function, in a step, an evaluation or a save."""
     model, optimizer, micro_steps, *more = combo.split()
     flags = (
         f'--model={model} --optimizer={optimizer} --tokens_per_step={32 * int(micro_steps)} '
@@ -61,16 +66,9 @@ def test_kill_and_resume_is_bit_identical(here, combo):
     flags += '' if model == 'mamba' else ' --dropout=0.1'
     train(flags, '--out_dir=unbroken')
     rng = random.Random(combo)
-    for _ in range(5):  # a process that was too quick to be killed gets another chance
-        shutil.rmtree('out', ignore_errors=True)
-        process = launch(flags)
-        wait_for_lines(process, rng.randint(2, 18))
-        time.sleep(rng.random() * 0.01)
-        process.kill()
-        process.communicate()
-        if process.returncode != 0:
-            break
-    assert process.returncode == -9 and len(metrics()) < 24
+    dies = at_a_call('os.kill(os.getpid(), 9)', lines=rng.randint(2, 18), calls=rng.randrange(CALLS))
+    (status,), _ = forked(flags, before=dies)
+    assert status in KILLED and len(metrics()) < 24
     if rng.random() < 0.5:    # the machine went down while a line was being written
         with open('out/metrics.jsonl', 'a') as f:
             f.write('{"step": 1, "lo')
@@ -80,7 +78,6 @@ def test_kill_and_resume_is_bit_identical(here, combo):
     same_run('unbroken', 'out')
 
 
-@POSIX
 @pytest.mark.parametrize('moment', ['save', 'replace'])
 def test_kill_during_the_save_leaves_the_checkpoint_before(here, moment):
     before = {'save': '''
@@ -101,9 +98,8 @@ def patched(a, b):
         os.kill(os.getpid(), 9)
     replace(a, b)
 os.replace = patched'''}[moment]
-    process = launch('--model=gpt', before=before)
-    process.communicate()
-    assert process.returncode == -9
+    (status,), _ = forked('--model=gpt', before=before)
+    assert status in KILLED
     assert checkpoint.load_checkpoint('out/ckpt.pt')['counters']['step'] == 5
     train('--model=gpt')
     train('--model=gpt --out_dir=unbroken')
@@ -113,14 +109,15 @@ os.replace = patched'''}[moment]
 
 def test_kill_between_best_and_latest_loses_neither(here):
     train('--model=gpt --out_dir=unbroken')
-    process = launch(
-        '--model=gpt',
-        before='import os, signal; from mambino.weights import checkpoint; save = checkpoint.save_checkpoint\n'
-        'def once(path, contents):\n    save(path, contents); os.kill(os.getpid(), signal.SIGKILL)\n'
-        'checkpoint.save_checkpoint = once',
-    )
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    (status,), _ = forked('--model=gpt', before="""
+import os
+from mambino.weights import checkpoint
+save = checkpoint.save_checkpoint
+def once(path, contents):
+    save(path, contents)
+    os.kill(os.getpid(), 9)
+checkpoint.save_checkpoint = once""")
+    assert status in KILLED
     train('--model=gpt')
     same_run('unbroken', 'out')
 
@@ -128,17 +125,21 @@ def test_kill_between_best_and_latest_loses_neither(here):
 # --- two processes give the curve of one
 
 @pytest.mark.parametrize('model, batch_size, more', [  # one and two micro-batches of a process
-    ('gpt', 4, ''), ('mamba', 2, ''), ('gpt', 2, '--dataset=tiny:3,more:1'),
+    pytest.param('gpt', 4, '', id='torchrun'), ('mamba', 2, ''), ('gpt', 2, '--dataset=tiny:3,more:1'),
     # limits and the loss of balance are a micro-batch's own
     ('gpt', 4, '--n_expert=4 --capacity_factor=0 --aux_loss=0')])
-def test_ddp_equals_one_process(here, model, batch_size, more):
+def test_ddp_equals_one_process(request, here, model, batch_size, more):
     flags = (
         f'--model={model} {more} --tokens_per_step=128 --learning_rate=1e-2 --warmup_iters=2 '
         '--schedule=wsd --decay_fraction=0')
-    process = launch(flags, f'--batch_size={batch_size} --max_iters=10',
-                     module='torch.distributed.run --standalone --nproc_per_node=2')
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    mine = flags, f'--batch_size={batch_size} --max_iters=10'
+    if not forks.can_fork or 'torchrun' in request.node.name:
+        process = launch(*mine, module='torch.distributed.run --standalone --nproc_per_node=2')
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+    else:
+        statuses, (out, err, *_) = forked(*mine, world=2, joined=True)
+        assert statuses == [0, 0], err
     assert f'(2 x {4 // batch_size} x {batch_size} x 16)' in out and out.count('done: ') == 1
     train(flags)  # goes on from two processes with one
     train(flags, '--batch_size=8 --out_dir=one')
@@ -156,22 +157,21 @@ def test_ddp_equals_one_process(here, model, batch_size, more):
 @POSIX
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_and_says_how_to_go_on(here, capsys, number, status):
-    process = launch('--model=gpt --max_iters=400 --eval_interval=150')
-    wait_for_lines(process, 7)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == status and not err
+    flags = '--model=gpt --max_iters=40 --eval_interval=15'
+    told = at_a_call(f'os.kill(os.getpid(), {int(number)})', lines=7, calls=CALLS // 4)
+    (ended,), (out, err) = forked(flags, before=told)
+    assert ended == status and not err
     step = load()['counters']['step']
-    assert step == metrics()[-1]['step'] < 400
+    assert step == metrics()[-1]['step'] < 40
     command = re.search(
         rf'stopped at step {step}, saved out/ckpt.pt; to go on: python (.*)\n', out
     ).group(1)
     assert script(*command.split(' ', 1)) == 0
     assert (
         f'going on from out/ckpt.pt at step {step}' in (said := capsys.readouterr().out)
-        and 'done: 400 steps' in said
+        and 'done: 40 steps' in said
     )
-    assert sorted(metrics(key='loss')) == list(range(1, 401))
+    assert sorted(metrics(key='loss')) == list(range(1, 41))
 
 
 # --- numbers that are none, disks that are full
@@ -201,15 +201,19 @@ def test_nan_before_any_checkpoint(here, capsys):
 
 @POSIX
 @pytest.mark.parametrize('limit', [30_000, 1500])  # room for the log alone; not even for that
-def test_full_disk_does_not_stop_the_training(here, limit):
+def test_full_disk_does_not_stop_the_training(here, capsys, limit):
     import resource
     train('--model=gpt --max_iters=5')
     before = {path: data for path, data in files('out').items() if path.endswith('.pt')}
-    process = launch(
-        '--model=gpt', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and err.startswith('error: out: ') and err.count('\n') == 1, err
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        train('--model=gpt', status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out, err = capsys.readouterr()
+    assert err.startswith('error: out: ') and err.count('\n') == 1, err
     assert out.count('.pt could not be saved') == 3 and 'step     20/20' in out
     after = files('out')
     assert {path: after[path] for path in before} == before
@@ -312,24 +316,33 @@ def test_a_foreign_id_in_the_middle_of_a_run(here, capsys, monkeypatch, more):
     ('mambino.language_model', 'LanguageModel', 'forward'),     # in the loop
     ('mambino.train.batches', 'Dataset', 'batch')])             # in the thread
 def test_a_second_interrupt_ends_a_step_that_takes_forever(here, module, owner, name):
-    process = launch('--model=gpt', before=f'''
-import time
+    """Both come from a thread, while the step, or the batch it waits for, takes forever."""
+    (status,), (out, _) = forked('--model=gpt', before=f'''
+import os, signal, threading, time
+from mambino.train import progress
 from {module} import {owner}
 owner, name = {owner}, {name!r}
 plain, calls = getattr(owner, name), []
+asked = threading.Event()
+catch = progress.catch_stop_signals
+def caught():
+    received = catch()
+    threading.Thread(target=interrupt, daemon=True).start()
+    return received
+def interrupt():
+    asked.wait()
+    os.kill(os.getpid(), signal.SIGINT)
+    while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        time.sleep(0.01)            # the first lets the step end
+    print('asked', flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
 def slow(*args):
     calls.append(1)
     if len(calls) == 6:
-        open('slow', 'w').close()
-        time.sleep(300)
+        asked.set()
+        while True:
+            time.sleep(0.01)
     return plain(*args)
+progress.catch_stop_signals = caught
 setattr(owner, name, slow)''')
-    while process.poll() is None and not os.path.exists('slow'):
-        time.sleep(0.01)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None        # the first lets the step end
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT
+    assert status == -signal.SIGINT and out.endswith('asked\n')

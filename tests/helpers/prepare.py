@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from helpers import forks
 from mambino import tokenizer
 
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -53,21 +54,40 @@ def one_line(text, words=''):
 
 def finish(folder, argv, code=0, **settings):
     done = subprocess.run(
-        argv, cwd=folder, capture_output=True, text=True, encoding='utf-8', timeout=120,
+        argv, cwd=folder, capture_output=True, text=True, encoding='utf-8',
         **{'env': environment(), **settings},
     )
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    return as_expected(done.returncode, done.stdout, done.stderr, code)
+
+
+def as_expected(status, out, err, code):
+    """What it said, if it ended with this exit status; and if that is 2, in one line."""
+    assert status == code, (status, out, err)
     if code == 2:
-        assert one_line(done.stderr).startswith('error: '), done.stderr
-        assert done.stderr.count('\n') == 1, done.stderr
-    return done.stderr if code else done.stdout
+        assert one_line(err).startswith('error: '), err
+        assert err.count('\n') == 1, err
+    return err if code else out
+
+
+def is_forked(argv, settings):
+    """Whether a process that is forked will do: it starts no others, and is not to differ in what python is told."""
+    is_alone = '--workers=1' in argv or '--inspect' in argv
+    return forks.can_fork and is_alone and not settings and '--engine=ray' not in argv
+
+
+def fork(folder, argv, code=0, before=''):
+    (status,), (out, err) = forks.run('prepare.py', folder, argv, before)
+    return as_expected(status, out, err, code)
 
 
 def prepare(folder, *argv, code=0, **settings):
     """Runs prepare.py in `folder`; returns its stdout, or, where it must fail, the one line on
     stderr.
     """
-    return finish(folder, command(*argv), code, **settings)
+    line = command(*argv)
+    if is_forked(line, settings):
+        return fork(folder, line[2:], code)
+    return finish(folder, line, code, **settings)
 
 
 DRIVER = '''
@@ -84,11 +104,14 @@ def driven(folder, patch, *argv, code=0, **settings):
     """The same with `patch` run before main(): what kills it at a certain place, or watches it
     there.
     """
+    line = command(*argv)
+    if is_forked(line, settings):
+        return fork(folder, line[2:], code, patch)
     driver = folder / 'driver.pyw'
     lines = ''.join(f'    {line}\n' for line in patch.strip('\n').split('\n'))
     driver.write_text(DRIVER.format(root=ROOT, patch=lines), encoding='utf-8')
     try:
-        return finish(folder, [sys.executable, str(driver), *command(*argv)[2:]], code, **settings)
+        return finish(folder, [sys.executable, str(driver), *line[2:]], code, **settings)
     finally:
         driver.unlink()
 
@@ -124,10 +147,10 @@ def running(folder, *argv):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, 'it does not come'
@@ -155,8 +178,27 @@ def parts(partial):
     )
 
 
+def computed(pid):
+    """Seconds that a process has computed (Linux)."""
+    with open(f'/proc/{pid}/stat', 'rb') as f:
+        user, system = f.read().rpartition(b')')[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf('SC_CLK_TCK')
+
+
 def nobody_left(folder):
-    wait_for(lambda: not processes_in(folder), 3)
+    """Whether all processes there end of themselves; none of them computes for three seconds more, however long that
+    takes on a busy machine.
+    """
+    before = {}
+
+    def have_ended():
+        left = processes_in(folder)
+        for pid in left:
+            with contextlib.suppress(OSError):          # it has ended meanwhile
+                assert computed(pid) - before.setdefault(pid, computed(pid)) < 3, left[pid]
+        return not left
+
+    wait_for(have_ended)
     return True
 
 

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from helpers import forks
 from mambino import files as whole_files
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -52,6 +53,47 @@ def launch(*lines, before='', module='', **options):
     env = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8',
                             env=env, **options)
+
+
+def forked(*lines, before='', world=1, joined=False):
+    """The same in one or more processes, to their end. joined: as torchrun starts them. before: they know `rank`.
+    Returns (exit statuses, what they said: [out, err] of the first, and so on)."""
+    if not forks.can_fork:
+        assert world == 1 and not joined
+        process = launch(*lines, before=before)
+        said = process.communicate()
+        return [process.returncode], list(said)
+    argv = shlex.split(' '.join((TINY, *lines)))
+    if not joined:
+        return forks.run('train.py', os.getcwd(), argv, before, world=world)
+    # where they meet, as torchrun's do
+    store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    return forks.run('train.py', os.getcwd(), argv, before, world=world, port=store.port)
+
+
+def at_a_call(action, lines, calls=0):
+    """Statements for `before`: action, such as 'os.kill(os.getpid(), 9)', is executed once, when the log has so many
+    lines and so many more functions, Python's or C's, were called in the main thread."""
+    return f'''
+import os, signal, sys
+from mambino.train import metrics
+open_log = metrics.open_log
+def opened(*arguments):
+    log, lines, calls = open_log(*arguments), [], []
+    def happen(frame, event, called):
+        if event.endswith('call'):
+            calls.append(1)
+        if len(calls) > {calls}:
+            sys.setprofile(None)
+            {action}
+    def logged(*step, **values):
+        log(*step, **values)
+        lines.append(1)
+        if len(lines) == {lines}:
+            sys.setprofile(happen)
+    return logged
+metrics.open_log = opened
+'''
 
 
 def wait_for_lines(process, n, log='out/metrics.jsonl'):
