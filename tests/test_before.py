@@ -51,7 +51,7 @@ def test_samples(capsys, name):
 
 @with_figure('score')
 def test_scores(capsys, name):
-    text = said(capsys, 'sample.py', f'--out_dir={name} --device=cpu --score=score.txt')
+    text = said(capsys, 'sample.py', f'--out_dir={name} --device=cpu --dtype=float32 --score=score.txt')
     then = re.findall(r'^(?:loss|perplexity|bits/byte) +([\d.]+)', EXPECTED[name]['score'], re.M)
     now = re.search(r'before each token: loss ([\d.]+), perplexity ([\d.]+), bits/byte ([\d.]+)', text).groups()
     assert [float(n) for n in now] == pytest.approx([float(n) for n in then], rel=2e-4)     # they are rounded

@@ -16,7 +16,7 @@ MODELS = dict(gpt='--model=gpt --n_head=2 --n_kv_head=1 --qk_norm=True',
               mamba='--model=mamba --state_size=16',
               hybrid='--model=hybrid --n_head=2 --window=16 --state_size=16')
 TINY = ('--n_layer=1 --n_embd=64 --block_size=64 --batch_size=8 --tokens_per_step=512 --max_iters=10 '
-        '--learning_rate=1e-2 --device=cpu')
+        '--learning_rate=1e-2 --device=cpu --dtype=float32')
 
 
 @pytest.fixture(scope='module', autouse=True)
