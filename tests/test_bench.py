@@ -26,6 +26,7 @@ def bench(monkeypatch, capsys):
         capsys.readouterr()
         monkeypatch.setattr(sys, 'argv', ['mambino.bench', *arguments])
         monkeypatch.chdir(HERE)
+        monkeypatch.delitem(sys.modules, 'mambino.bench.__main__', raising=False)   # it is executed anew
         threads, status = torch.get_num_threads(), 0
         try:
             runpy.run_module('mambino.bench', run_name='__main__', alter_sys=True)
