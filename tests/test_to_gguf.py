@@ -4,12 +4,13 @@ import ctypes
 import json
 import sys
 
+import jinja2
 import pytest
 import torch
 from helpers.models import perturb
 
-from mambino import tokenizer
-from mambino.export import compare, gguf_tokenizer, to_gguf
+from mambino import chat, tokenizer
+from mambino.export import compare, gguf_tokenizer, to_gguf, to_hf
 from mambino.tokenizer_json import CHAR_TO_BYTE
 from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
@@ -145,24 +146,51 @@ def test_settings_of_the_tokenizer(bpe, tmp_path):
         if kind == gguf_tokenizer.NORMAL:
             said = bytes(CHAR_TO_BYTE[c] for c in token)
         assert said == (bpe.token_bytes(i) if i < bpe.vocab_size else b'')
-    assert tokens[bpe.eot] == '<|endoftext|>' and types.count(gguf_tokenizer.CONTROL) == 3
-    assert types.count(gguf_tokenizer.UNUSED) == 288 - bpe.vocab_size
+    assert tokens[bpe.eot] == '<|endoftext|>' and types.count(gguf_tokenizer.CONTROL) == 4
+    pad = setting(reader, 'tokenizer.ggml.padding_token_id')
+    assert pad == bpe.vocab_size and tokens[pad] == '<|pad|>'       # the first id beyond the tokenizer's
+    assert types.count(gguf_tokenizer.UNUSED) == 288 - bpe.vocab_size - 1
     assert setting(reader, 'tokenizer.ggml.eos_token_id') == bpe.eot
     assert setting(reader, 'tokenizer.ggml.add_bos_token') is False
     assert setting(reader, 'tokenizer.ggml.pre') == 'gpt-2'
-    assert '<|im_start|>' in setting(reader, 'tokenizer.chat_template')
+    # the marks of a chat are there, but nobody tuned the model on one
+    assert not {'tokenizer.chat_template', 'tokenizer.ggml.eot_token_id'} & {*reader.fields}
     merges = json.loads(bpe.text)['model']['merges']
     merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
     assert setting(reader, 'tokenizer.ggml.merges') == merges
 
 
-def test_chat_template_is_chatml():
-    jinja2 = pytest.importorskip('jinja2')
-    messages = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
-    template = jinja2.Template(gguf_tokenizer.CHATML)
-    said = template.render(messages=messages, add_generation_prompt=True)
-    assert said == ('<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n'
-                    '<|im_start|>assistant\n')
+def test_a_conversation_is_that_of_a_hugging_face_folder(bpe, tmp_path):
+    """Both say the same of a model that was tuned on some: template, ids of marks, context."""
+    transformers = pytest.importorskip('transformers')
+    net = Mamba(MambaConfig(**SIZES, version=2))
+    bpe = tokenizer.with_config(tokenizer.from_state(bpe.state()), {'chat_template': chat.CHATML})
+    to_gguf.write(net, bpe, tmp_path, '')
+    to_hf.write(net, bpe, tmp_path)
+    reader = gguf.GGUFReader(tmp_path / 'model-f32.gguf')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho'), dict(role='user', content='é?')]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == chat.encode_prompt_of(bpe, messages)
+    template = setting(reader, 'tokenizer.chat_template')
+    tokens = setting(reader, 'tokenizer.ggml.tokens')
+    bos, eos = (tokens[setting(reader, f'tokenizer.ggml.{name}_token_id')] for name in ('bos', 'eos'))
+    said = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(
+        messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+    assert theirs(said)['input_ids'] == ids
+    config = json.loads((tmp_path / 'config.json').read_text())
+    generation = json.loads((tmp_path / 'generation_config.json').read_text())
+    keys = dict(bos='bos', eos='eos', padding='pad')
+    for key, name in keys.items():
+        i = setting(reader, f'tokenizer.ggml.{key}_token_id')
+        assert getattr(theirs, f'{name}_token_id') == i
+        assert i == config[f'{name}_token_id'] or i in config[f'{name}_token_id']
+        assert config[f'{name}_token_id'] == generation[f'{name}_token_id']
+    turn = setting(reader, 'tokenizer.ggml.eot_token_id')
+    assert tokens[turn] == '<|im_end|>' and config['eos_token_id'] == [bpe.eot, turn]
+    assert theirs.pad_token == '<|pad|>' and theirs.pad_token_id not in config['eos_token_id']
+    context = setting(reader, f'{setting(reader, "general.architecture")}.context_length')
+    assert theirs.model_max_length == context == net.config.block_size
 
 
 @pytest.mark.parametrize('net, says', [

@@ -23,7 +23,6 @@ from model_hybrid import Hybrid, LowRank
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer
 
 TOOL = 'llama.cpp'
-ENDLESS = 2 ** 20   # context of a Mamba, whose state never grows, as llama.cpp's converter says
 
 
 class LlamaCpp(NamedTuple):
@@ -221,7 +220,7 @@ def convert_mamba(net):
     architecture, own_settings = mixer_settings(c)
     settings = {
         'block_count': c.n_layer,
-        'context_length': ENDLESS,
+        'context_length': c.block_size,         # as the other formats say; its state does not grow beyond
         'embedding_length': c.n_embd,
         'vocab_size': c.vocab_size,
         'feed_forward_length': 0,

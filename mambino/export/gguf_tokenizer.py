@@ -5,15 +5,12 @@ vocabularies are special cases.
 """
 import json
 
-from mambino.tokenizer import BYTE_TO_CHAR, CHAT
+from mambino.export.special_tokens import special_tokens
+from mambino.tokenizer import BYTE_TO_CHAR
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5   # tokenizer.ggml.token_type
 # A merge that UTF-8 cannot meet: llama.cpp wants a list of them, and gguf writes no empty one.
 NEVER = BYTE_TO_CHAR[255] + ' ' + BYTE_TO_CHAR[255]
-CHATML = ("{% for message in messages %}"
-          "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-          "{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def merges_of_bytes(tok):
@@ -60,10 +57,14 @@ def vocabulary(tok, size):
     if len(tok.bos) > 1:
         raise ValueError(f'a text begins with {len(tok.bos)} tokens, and llama.cpp puts one there; --format=hf '
                          'writes any')
+    marks = special_tokens(tok, size)
+    if marks.is_new:
+        tokens[marks.pad], types[marks.pad] = marks.names['pad_token'], CONTROL
     settings = {'model': 'gpt2', 'pre': 'gpt-2', 'tokens': tokens, 'token_type': types,
-                'merges': merges, 'bos_token_id': tok.context()[0], 'eos_token_id': tok.eot,
+                'merges': merges, 'bos_token_id': marks.bos, 'eos_token_id': marks.eos,
                 'add_bos_token': bool(tok.bos)}
-    ids = {name: i for i, name in special.items()}
-    if all(name in ids for name in CHAT):
-        settings['eot_token_id'] = ids[CHAT[1]]
+    if marks.turn is not None:
+        settings['eot_token_id'] = marks.turn
+    if marks.pad is not None:
+        settings['padding_token_id'] = marks.pad
     return settings

@@ -29,7 +29,8 @@ import torch
 
 from mambino.export.compare import difference, some_ids, some_texts
 from mambino.export.gguf_model import to_llama_cpp
-from mambino.export.gguf_tokenizer import CHATML, vocabulary
+from mambino.export.gguf_tokenizer import vocabulary
+from mambino.export.special_tokens import note_of, special_tokens
 
 PACKAGES = 'gguf'
 FILES = {'': 'model-f32.gguf', 'int8': 'model-q8_0.gguf', 'int4': 'model-q4_0.gguf'}
@@ -72,8 +73,8 @@ def write(net, tok, folder, quantize='', **_):
     settings |= {f'{model.architecture}.{key}': value for key, value in model.settings.items()}
     tokenizer = vocabulary(tok, net.config.vocab_size)
     settings |= {f'tokenizer.ggml.{key}': value for key, value in tokenizer.items()}
-    if 'tokenizer.ggml.eot_token_id' in settings:
-        settings['tokenizer.chat_template'] = CHATML
+    if tok and tok.config.get('chat_template'):     # of a model that knows conversations
+        settings['tokenizer.chat_template'] = tok.config['chat_template']
     writer = gguf.GGUFWriter(os.path.join(folder, FILES[quantize]), model.architecture)
     add = {
         bool: writer.add_bool,
@@ -166,6 +167,8 @@ def verify(net, tok, folder, quantize='', **_):
     see compare.py, with its `tensors`."""
     path = os.path.join(folder, FILES[quantize])
     model = to_llama_cpp(net)
+    pads = note_of(special_tokens(tok, net.config.vocab_size)) if tok else ''
+    model = model._replace(note='; '.join(filter(None, (model.note, pads))))
     check = dict(tool='gguf ' + version('gguf'), logits=None, limit=None)
     check['tensors'] = same_tensors(path, model.tensors)
     try:

@@ -17,9 +17,12 @@ Each model becomes the class of transformers that computes exactly the same:
     tok ──► tokenizer.json, tokenizer_config.json, generation_config.json
 
 The tokenizer there takes text for text as ours does: "<|endoftext|>" in it is thirteen characters,
-never the end of a document; that id is `eos_token_id`. Seen to hold with transformers 5.23 and
-4.57, but for a Mamba-2 with n_groups > 1, whose norm only 5 has in groups. vLLM reads the same
-folders; that is untried.
+never the end of a document; that id is `eos_token_id`. Of a model that knows conversations it is as
+transformers' always are: the name of a special token in a text is that token, and
+apply_chat_template(messages, add_generation_prompt=True) gives the ids it was tuned on.
+
+Seen to hold with transformers 5.23 and 4.57, but for a Mamba-2 with n_groups > 1, whose norm only 5
+has in groups, and for conversations, tried with 5.23. vLLM reads the same folders; that is untried.
 """
 import json
 import os
@@ -27,8 +30,10 @@ import shutil
 
 import torch
 
+from mambino import chat
 from mambino.export.classes import check_classes, check_modules, look_up, look_up_alike
 from mambino.export.compare import difference, greedy, silent, some_ids, some_texts
+from mambino.export.special_tokens import note_of, special_tokens, text_with
 from mambino.export.to_safetensors import save_safetensors
 from mambino.tokenizer_json import beginning_only, marks_of, names_in_reach
 from mambino.weights.from_hf import EXPERTS
@@ -198,10 +203,10 @@ def write_json(folder, name, value):
         f.write('\n')
 
 
-def write_tokenizer(tok, folder, block_size):
+def write_tokenizer(tok, folder, block_size, special):
     """tokenizer.json, without what would add tokens that our training never saw, and how
     transformers is to use it."""
-    spec = json.loads(tok.text)
+    spec = json.loads(text_with(tok.text, special.pad) if special.is_new else tok.text)
     processor = spec.get('post_processor')
     if not tok.bos:
         processor = None
@@ -209,14 +214,16 @@ def write_tokenizer(tok, folder, block_size):
         processor = beginning_only(processor)
     changed = dict(post_processor=processor, truncation=None, padding=None)
     tok.save(folder)
-    if any(spec.get(name) != value for name, value in changed.items()):
+    if special.is_new or any(spec.get(name) != value for name, value in changed.items()):
         write_json(folder, 'tokenizer.json', spec | changed)
-    eot = tok.name_of(tok.eot)
-    write_json(folder, 'tokenizer_config.json', dict(
-        tokenizer_class='PreTrainedTokenizerFast', eos_token=eot, pad_token=eot,
-        bos_token=tok.name_of(tok.context()[0]),
-        model_max_length=block_size, split_special_tokens=True, clean_up_tokenization_spaces=False,
-        padding_side='left'))
+    template = tok.config.get('chat_template')
+    said = dict(special.names, tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
+                split_special_tokens=not template, clean_up_tokenization_spaces=False, padding_side='left')
+    if tok.config.get('additional_special_tokens'):
+        said['additional_special_tokens'] = tok.config['additional_special_tokens']
+    if template:
+        said['chat_template'] = template
+    write_json(folder, 'tokenizer_config.json', said)
 
 
 def check_exact(net, tok, quantize):
@@ -238,11 +245,15 @@ def write(net, tok, folder, quantize='', **_):
     what comes nearest."""
     check_exact(net, tok, quantize)
     keys, weights = to_transformers(net)
-    eot = tok.eot if tok else None
-    ids = dict(bos_token_id=tok.context()[0] if tok else None, eos_token_id=eot)
+    special = special_tokens(tok, net.config.vocab_size) if tok else None
+    ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+    if tok:
+        ends = special.ends()
+        eos = ends if len(ends) > 1 else ends[0]
+        ids = dict(bos_token_id=special.bos, eos_token_id=eos, pad_token_id=special.pad)
     dtypes = dict(torch_dtype='float32', dtype='float32')                       # transformers 4 and 5
-    write_json(folder, 'config.json', {**keys, **ids, 'pad_token_id': None, **dtypes})
-    generation = {**ids, 'pad_token_id': eot}
+    write_json(folder, 'config.json', {**keys, **ids, **dtypes})
+    generation = dict(ids)
     if tok and tok.vocab_size < net.config.vocab_size:  # ids that stand for nothing are never drawn
         generation['suppress_tokens'] = list(range(tok.vocab_size, net.config.vocab_size))
     write_json(folder, 'generation_config.json', generation)
@@ -251,7 +262,7 @@ def write(net, tok, folder, quantize='', **_):
         here = os.path.dirname(os.path.abspath(__file__))
         shutil.copyfile(os.path.join(here, MODELING), os.path.join(folder, MODELING))
     if tok:
-        write_tokenizer(tok, folder, net.config.block_size)
+        write_tokenizer(tok, folder, net.config.block_size, special)
 
 
 def opening(name, tok, folder, **_):
@@ -261,15 +272,24 @@ def opening(name, tok, folder, **_):
     if not tok:
         return ('from transformers import AutoModelForCausalLM\n'
                 f'model = AutoModelForCausalLM.from_pretrained({name!r}{trust})')
-    return ('from transformers import AutoModelForCausalLM, AutoTokenizer\n'
-            f'model, tok = AutoModelForCausalLM.from_pretrained({name!r}{trust}), '
-            f'AutoTokenizer.from_pretrained({name!r}{trust})')
+    lines = ['from transformers import AutoModelForCausalLM, AutoTokenizer',
+             f'model, tok = AutoModelForCausalLM.from_pretrained({name!r}{trust}), '
+             f'AutoTokenizer.from_pretrained({name!r}{trust})']
+    if tok.config.get('chat_template'):
+        lines += ["messages = [{'role': 'user', 'content': 'Hello!'}]",
+                  "prompt = tok.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', "
+                  'return_dict=True)',
+                  "answer = model.generate(**prompt, max_new_tokens=200)[0, prompt['input_ids'].shape[1]:]",
+                  'print(tok.decode(answer, skip_special_tokens=True))']
+    return '\n'.join(lines)
 
 
 # --- proof ----------------------------------------------------------------------------------------
 
 def marks_in_texts(tok):
     """The names that are special tokens to transformers wherever a text says them, and text to us."""
+    if tok.config.get('chat_template'):
+        return {token['content'] for token in json.loads(tok.text)['added_tokens'] if token['special']}
     return names_in_reach(json.loads(tok.text), {tok.eot, *tok.bos})
 
 
@@ -287,6 +307,22 @@ def same_ids(tok, folder, trust_remote_code):
         same_text = their_text.strip(' ') == tok.decode(their_ids).strip(' ')   # one may be the tokenizer's own
         same += their_ids == [*tok.bos, *our_ids.tolist()] and same_text
     return same, len(texts)
+
+
+def same_chat(tok, folder, trust_remote_code):
+    """→ whether a conversation has the ids it has here; True where the model knows none."""
+    from transformers import AutoTokenizer
+    if not tok or not tok.config.get('chat_template'):
+        return True
+    opened = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    for messages in (chat.PROBE[:1], chat.PROBE[:3]):
+        try:
+            ours = chat.encode_prompt_of(tok, messages)
+        except ValueError:              # it takes no such conversation; nor will transformers
+            continue
+        if opened.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) != ours:
+            return False
+    return True
 
 
 def same_tokens(net, opened, prompt, n, vocab_size, limit):
@@ -328,6 +364,7 @@ def verify(net, tok, folder, quantize='', **_):
             off = difference(opened(idx).logits, ours)
             equal = same_tokens(net, opened, idx[0, :8], n, vocab_size, limit)
             same, texts = same_ids(tok, folder, trust_remote_code) if tok else (0, 0)
+            is_same_chat = same_chat(tok, folder, trust_remote_code)
     finally:
         transformers.utils.logging.enable_progress_bar()
     misfits = {*loading['missing_keys'], *loading['unexpected_keys'], *loading['mismatched_keys']}
@@ -336,9 +373,13 @@ def verify(net, tok, folder, quantize='', **_):
     note = f'opened as {name}'
     if tok and marks_in_texts(tok):
         note += '; it takes the name of a special token in a text for that token'
+    if tok and tok.config.get('chat_template'):
+        note += '; a conversation has ' + ('the same ids' if is_same_chat else 'OTHER ids')
+    if tok:
+        note = '; '.join(filter(None, (note, note_of(special_tokens(tok, net.config.vocab_size)))))
     if misfits:
         note = f'tensors that do not fit {name}: {", ".join(misfits)}'
-    ok = not misfits and off <= limit and equal == n and same == texts
+    ok = not misfits and off <= limit and equal == n and same == texts and is_same_chat
     check = dict(tool=f'transformers {transformers.__version__}', logits=off, limit=limit,
                  greedy=f'{equal} of {n}', note=note, ok=ok)
     if tok:

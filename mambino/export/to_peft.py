@@ -18,6 +18,7 @@ import torch
 
 from mambino.export import to_hf
 from mambino.export.compare import difference
+from mambino.export.special_tokens import special_tokens
 from mambino.export.to_safetensors import save_safetensors
 from mambino.weights import adapters, loading
 from mambino.weights.checkpoint import build
@@ -91,6 +92,9 @@ def write(net, tok, folder, quantize='', *, ckpt, base, **_):
     save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors, {'format': 'pt'})
     with open(os.path.join(folder, 'adapter_config.json'), 'w', encoding='utf-8') as f:
         json.dump(settings, f, indent=2, sort_keys=True)
+    if tok and tok.config.get('chat_template'):     # which its base may not have
+        special = special_tokens(tok, net.config.vocab_size)
+        to_hf.write_tokenizer(tok, folder, net.config.block_size, special)
 
 
 @torch.no_grad()
