@@ -52,8 +52,8 @@ length_penalty = 1.0    # a text's score is its logprob / tokens ** length_penal
 interactive = False     # each line typed continues the text, is answered, and never read again;
                         # Ctrl-C ends an answer, Ctrl-D all. A \ at the end of a line: it goes on
                         # below; an empty line: the model just goes on
-chat = False            # with interactive: lines and answers are messages in ChatML (for models
-                        # tuned on it); start is the system message
+chat = False            # with interactive: lines and answers are messages, in the chat template that
+                        # the model was tuned with (else ChatML); start is the system message
 session = ''            # a name: the text's state is kept in out_dir/sessions and goes on from there
                         # the next time, with start, if given
 fork = ''               # begin that session as a copy of this one
@@ -74,10 +74,11 @@ end_quietly()
 explicit = configure(globals())     # of the settings those that the user gave
 
 from mambino.machine import autocast, choose_device, choose_dtype
+from mambino.sample.conversation import check_chat
 from mambino.sample.score import show_score
 from mambino.sample.sessions import Session, open_session
 from mambino.sample.terminal import Dialogue, Options, converse, say, show_beams, show_samples
-from mambino.sample.text import chat_marks, encode_prompt, prompts_of, stops_of, without_mark
+from mambino.sample.text import encode_prompt, prompts_of, stops_of, without_mark
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
 from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
 from mambino.weights.quantize import PRECISIONS
@@ -167,7 +168,7 @@ with context:
         is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
         show_score(net, tok, score, autocast(where, choose_dtype('auto', where)) if is_auto else nullcontext())
     elif interactive:
-        end_ids = chat_marks(tok)[1:] if chat else ()
+        end_ids = check_chat(tok) if chat else ()
         converse(Dialogue(net, tok, text, options, end_ids), ''.join(prompts), chat, save)
     elif session:
         ids = encode_prompt(tok, prompts[0], begins=not goes_on) if prompts else []

@@ -65,6 +65,26 @@ def encode_prompt_of(tok, messages, tools=None):
     return encoded(tok, chat.text)[0].tolist()
 
 
+def encode_turn(tok, messages):
+    """list of ids that come behind the last answer in messages, of which the last waits for one: the mark
+    that ends that answer, what comes then, and the beginning of the next answer. None where the template
+    writes anew what stands before."""
+    messages = plain(tok, messages)
+    last = max(i for i, message in enumerate(messages) if message['role'] == ANSWERS)
+    asked = written(tok, messages[:last], True).text
+    whole = written(tok, messages, True)
+    answer = messages[last]['content'].strip()
+    at = whole.text.find(answer, len(asked))
+    if not whole.text.startswith(asked) or at < 0 or whole.text[len(asked):at].strip():
+        return None
+    start = at + len(answer)
+    mark = next((begin for begin, _ in whole.marks if begin >= start), start)
+    if not whole.text[start:mark].strip():
+        start = mark
+    ids, offsets = encoded(tok, whole.text)
+    return ids[offsets[:, 1] > start].tolist()
+
+
 def visible(ids):
     """The ids as a model reads them: of those that are not to be learned, too."""
     return np.where(ids < 0, -1 - ids, ids)

@@ -10,6 +10,8 @@ from helpers.talks import FAMILIES, SYSTEM, TALK, write_family
 
 from mambino import chat, tokenizer
 from mambino.chat import encode_chat, encode_prompt_of, visible
+from mambino.sample.conversation import Conversation
+from mambino.sample.sessions import Session
 from mambino.templates import render
 from mambino.tokenizer_config import config_beside, known_of
 
@@ -197,3 +199,37 @@ def test_a_damaged_configuration_is_a_line(tmp_path, capsys, name, contents):
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and str(folder) in error
     assert config_beside(tmp_path) == {}
+
+
+# --- turn by turn ---------------------------------------------------------------------------------
+
+def test_a_turn_is_read_behind_what_was_read(family):
+    """What comes behind an answer, after the prompt and the answer itself, is the whole prompt."""
+    folder, end = family
+    tok = tokenizer.load_tokenizer(folder)
+    before = encode_prompt_of(tok, TALK[:1])
+    whole = encode_prompt_of(tok, TALK[:3])
+    turn = chat.encode_turn(tok, TALK[:3])
+    assert turn[0] == tok.hf.token_to_id(end)
+    answer = whole[len(before):len(whole) - len(turn)]
+    assert whole[:len(before)] == before and whole[len(whole) - len(turn):] == turn
+    assert tok.decode(answer, begins=False).strip() == TALK[1]['content']
+
+
+def test_a_template_that_writes_anew_what_was_read():
+    tok = chatml()
+    tok.config['chat_template'] = (     # what the system says stands before the last question
+        "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if messages[0].role == 'system' and m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
+        "{{ messages[0].content + '\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    assert chat.encode_turn(tok, TALK[:3]) and chat.encode_turn(tok, SYSTEM + TALK[:3]) is None
+    session = Session(0)
+    talk = Conversation(tok, session, 'the mat is a dog.')
+    for message, answer in (TALK[:2], TALK[2:]):
+        ids = talk.ids_of(message['content'])
+        session.tokens.extend([*ids, *tok.encode(answer['content']), chat.end_ids(tok)[0]])
+        session.unread = [chat.end_ids(tok)[0]]
+        talk.answered()
+    assert talk.messages == SYSTEM + TALK
+    assert session.tokens[:len(ids)].tolist() == ids == encode_prompt_of(tok, SYSTEM + TALK[:3])

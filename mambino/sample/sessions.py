@@ -58,6 +58,12 @@ class Session:
             yield self.unread[0], rows.logits
             rows.advance(next_ids)
 
+    def begin_anew(self):
+        """Forgets the text, and goes on from nothing."""
+        self.tokens = array('i')
+        self.unread = []
+        self.state = None
+
     def save(self, path, fingerprint):
         """Writes the file whole or not at all, which ends the program in a line."""
         contents = dict(

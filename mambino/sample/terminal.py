@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 
 from mambino.configurator import fail
+from mambino.sample.conversation import Conversation
 from mambino.sample.generation import Rows, beam_search, logprobs_of, prefill
 from mambino.sample.text import (
     CONTEXT,
     Writer,
-    chat_turn,
     encode_prompt,
     token_text,
     without_mark,
@@ -277,15 +277,15 @@ def converse(dialogue, opening, chat, save):
     opening: the text before the first line, with chat the system message; chat: lines and answers
     are messages."""
     tok = dialogue.tok
-    system = [('system', opening)] if chat and opening else []
     session = dialogue.session
+    talk = Conversation(tok, session, opening) if chat else None
     ids = encode_prompt(tok, opening, begins=not session.tokens) if opening and not chat else []
     if sys.stdin.isatty():
         print('Enter sends a line, Ctrl-C ends an answer, Ctrl-D the conversation', file=sys.stderr)
     while (line := read_typed()) is not None:
         try:
             if chat:
-                turn = chat_turn(tok, system + [('user', line)], first=not session.tokens)
+                turn = talk.ids_of(line)
             else:
                 begins = not (session.tokens or ids)
                 turn = ids + (tok.bos if begins and line else []) + tok.encode(line, begins).tolist()
@@ -293,8 +293,9 @@ def converse(dialogue, opening, chat, save):
             print(f'{error}; say it otherwise', file=sys.stderr)
             continue
         ids = []
-        system = []
         dialogue.answer(turn, show_speed=False)
+        if chat:
+            talk.answered()
         if save:
             save()
     if sys.stdin.isatty():

@@ -9,6 +9,7 @@
 import re
 import sys
 
+from mambino import chat
 from mambino.configurator import fail, split_list
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.texts.encodings import read_whole
@@ -16,6 +17,8 @@ from mambino.tokenizer import CHAT
 
 CONTEXT = 16            # tokens before a text that its first characters may hang on
 MARK = r'<\|[^\s<>|]+\|>'               # a special token, as <|im_end|>: its bars separate nothing
+# in the place of messages that a session of another day does not tell
+EARLIER = [{'role': 'user', 'content': 'Hello'}, {'role': chat.ANSWERS, 'content': 'Hello'}]
 ESCAPES = {r'\n': '\n', r'\\': '\\'}     # in the setting `stop`
 
 
@@ -100,18 +103,17 @@ def chat_marks(tok):
 
 
 def chat_turn(tok, messages, first):
-    """The ids of messages [(role, text), …] in ChatML and of the beginning of the answer. first:
-    else an answer ends here."""
-    begin, end = chat_marks(tok)
-
-    def encode(text):
-        return tok.encode(text, begins=False).tolist()
-
-    newline = encode('\n')
-    ids = [*tok.bos] if first else [end, *newline]
-    for role, text in messages:
-        ids += [begin, *encode(f'{role}\n{text}'), end, *newline]
-    return ids + [begin, *encode('assistant\n')]
+    """The ids of messages, of which the last waits for an answer, and of the beginning of that; by the
+    chat template of the tokenizer. first: else only of what comes behind the last answer in them, or
+    behind one that is not among them; None where the template writes anew what stands before.
+    ValueError: it refuses them. messages: as chat.py has them, or [(role, text), …]."""
+    messages = [message if isinstance(message, dict) else dict(role=message[0], content=message[1])
+                for message in messages]
+    if first:
+        return chat.encode_prompt_of(tok, messages)
+    if not any(message['role'] == chat.ANSWERS for message in messages):
+        messages = [*EARLIER, *messages]
+    return chat.encode_turn(tok, messages)
 
 
 # --- from ids to text -----------------------------------------------------------------------------

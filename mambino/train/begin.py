@@ -355,14 +355,14 @@ def model_config(settings, explicit, origin, data):
         if data.vocab_size > config['vocab_size']:
             holder = f'the run in {settings["out_dir"]}' if origin.ckpt else settings['init_from']
             fail(f'dataset {data.name} has a vocabulary of {data.vocab_size}, '
-                 f'{holder} one of {config['vocab_size']}')
+                 f'{holder} one of {config["vocab_size"]}')
         return config
     config = {name: value for name, value in settings.items()
               if name in fields[kind] and not is_unset(name, value)}
     config['vocab_size'] = data.vocab_size
     if data.vocab_size > 1000:
         # a rounder matrix, and at least one id more: an export can make it what fills up texts
-        config['vocab_size'] = math.ceil((data.vocab_size + 1) / 64) * 64
+        config['vocab_size'] = math.ceil((data.vocab_size + bool(data.tokenizer)) / 64) * 64
     return config
 
 

@@ -1,0 +1,67 @@
+"""A conversation at the terminal: what a line means to the model, by its chat template, is read behind
+what was read before.
+
+    talk = Conversation(tok, session, system='Be brief.')
+    ids = talk.ids_of('Hello!')         # to be read next
+    ...                                 # the answer is drawn into the session
+    talk.answered()                     # and is one of the messages
+
+Where the template leaves earlier messages as they are, nothing is read twice. Where it writes them
+anew, as those do that forget what was thought, all is read anew, which is said once.
+"""
+import sys
+
+from mambino import chat
+from mambino.sample.text import chat_marks, chat_turn
+
+
+def check_chat(tok):
+    """The ids that end an answer. Of a model that was not tuned on conversations that is said; one that
+    cannot have any ends the program in a line."""
+    if not tok.config.get('chat_template'):
+        chat_marks(tok)
+        print('note: this model was not tuned on conversations: to it the marks of ChatML mean nothing yet',
+              file=sys.stderr)
+    return chat.end_ids(tok)
+
+
+class Conversation:
+    """See the top of the file."""
+
+    def __init__(self, tok, session, system=''):
+        self.tok = tok
+        self.session = session
+        self.ends = chat.end_ids(tok)
+        self.messages = [{'role': 'system', 'content': system}] if system else []
+        self.goes_on = len(session.tokens) > 0      # from another day
+        self.is_told = False
+        self.line = ''                              # the last one
+        self.read = 0                               # tokens of the session before its answer
+
+    def ids_of(self, line):
+        """The ids to read before the answer to a line. ValueError says why there are none."""
+        said = [*self.messages, {'role': 'user', 'content': line}]
+        ids = chat_turn(self.tok, said, first=not self.session.tokens)
+        if ids is None:
+            ids = chat_turn(self.tok, said, first=True)
+            self.tell()
+            self.session.begin_anew()
+        ended = self.session.unread and self.session.unread[0] in self.ends     # is taken back, and read with ids
+        self.line = line
+        self.read = len(self.session.tokens) - bool(ended) + len(ids)
+        return ids
+
+    def tell(self):
+        """Says once that nothing of the text before can stay."""
+        if not self.is_told:
+            print('note: the chat template of this model writes earlier messages anew: they are read again each time'
+                  + (', without those of another day' if self.goes_on else ''), file=sys.stderr)
+            self.is_told = True
+
+    def answered(self):
+        """Takes up the last line, and what was drawn for an answer."""
+        drawn = self.session.tokens[self.read:].tolist()
+        if drawn and drawn[-1] in self.ends:
+            drawn.pop()
+        text = self.tok.decode(drawn, begins=False).strip()
+        self.messages += [{'role': 'user', 'content': self.line}, {'role': chat.ANSWERS, 'content': text}]
