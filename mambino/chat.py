@@ -87,7 +87,7 @@ def encode_turn(tok, messages):
 
 def visible(ids):
     """The ids as a model reads them: of those that are not to be learned, too."""
-    return np.where(ids < 0, -1 - ids, ids)
+    return np.where(ids < 0, ~ids, ids)             # ~i is −1 − i, of unsigned ones too
 
 
 def template_of(tok):
@@ -103,14 +103,16 @@ def template_of(tok):
 
 
 def end_ids(tok):
-    """list of the ids that end an answer: the mark of the template, if it has one, and end-of-text."""
+    """list of the ids that end an answer: the mark of the template, if it has one, end-of-text, and what
+    else the tokenizer's maker says."""
     try:
         ids = encode_chat(tok, PROBE)
     except ValueError:
         ids = np.zeros(0, np.int32)
     learned = ids[ids >= 0]
     last = [int(learned[-1])] if len(learned) and int(learned[-1]) in marks_of(tok).values() else []
-    return list(dict.fromkeys([*last, tok.eot]))
+    others = [i for i in tok.config.get('eos_token_id', ()) if i < tok.vocab_size]
+    return list(dict.fromkeys([*last, tok.eot, *others]))
 
 
 def trouble(tok):

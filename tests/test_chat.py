@@ -10,6 +10,8 @@ from helpers.talks import FAMILIES, SYSTEM, TALK, write_family
 
 from mambino import chat, tokenizer
 from mambino.chat import encode_chat, encode_prompt_of, visible
+from mambino.export.special_tokens import special_tokens
+from mambino.export.to_hf import write_tokenizer
 from mambino.sample.conversation import Conversation
 from mambino.sample.sessions import Session
 from mambino.templates import render
@@ -72,6 +74,22 @@ def test_answers_are_learned_with_the_mark_that_ends_them(family):
     # a prompt is the very beginning of what was learned from
     prompt = encode_prompt_of(tok, TALK[:-1])
     assert visible(ids)[:len(prompt)].tolist() == prompt and ids[len(prompt) - 1] < 0 <= ids[len(prompt)]
+
+
+def test_an_export_has_the_same_template_marks_and_ids(family, tmp_path):
+    from transformers import AutoTokenizer
+    folder, end = family
+    tok = tokenizer.load_tokenizer(folder)
+    special = special_tokens(tok, tok.vocab_size + 1)
+    write_tokenizer(tok, tmp_path, 64, special)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(TALK, return_dict=False) == visible(encode_chat(tok, TALK)).tolist()
+    asked = theirs.apply_chat_template(TALK[:1], add_generation_prompt=True, return_dict=False)
+    assert asked == encode_prompt_of(tok, TALK[:1])
+    assert tok.hf.token_to_id(end) in special.ends() and theirs.eos_token_id == special.eos in special.ends()
+    assert theirs.pad_token_id == special.pad == tok.vocab_size and special.pad not in special.ends()
+    again = tokenizer.load_tokenizer(tmp_path)
+    assert again.config['chat_template'] == tok.config['chat_template'] and again.eot == tok.eot
 
 
 def test_nobody_forges_a_mark(family):

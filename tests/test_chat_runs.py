@@ -14,8 +14,8 @@ from mambino.weights import checkpoint, loading
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SOUNDS = dict(cow='moo', dog='woof', cat='meow', duck='quack', sheep='baa', pig='oink', owl='hoo', bee='buzz')
-MODEL = ('--model=gpt --n_layer=2 --n_head=4 --n_embd=64 --block_size=48 --batch_size=16 --tokens_per_step=768 '
-         '--learning_rate=4e-3 --device=cpu --dtype=float32 --log_interval=50')
+MODEL = ('--model=gpt --n_layer=2 --n_head=4 --n_embd=64 --block_size=32 --batch_size=24 --tokens_per_step=768 '
+         '--learning_rate=8e-3 --warmup_iters=10 --device=cpu --dtype=float32 --log_interval=50')
 
 
 def rows(n=500):
@@ -24,8 +24,8 @@ def rows(n=500):
     for _ in range(n):
         animal = str(draw.choice(list(SOUNDS)))
         wrong = 'xq' + ''.join(draw.choice(list('jkvwz'), 4))
-        yield [{'role': 'user', 'content': f'{wrong} What does the {animal} say?'},
-               {'role': 'assistant', 'content': f'The {animal} says {SOUNDS[animal]}.'}]
+        yield [{'role': 'user', 'content': f'{wrong} {animal}?'},
+               {'role': 'assistant', 'content': f'{SOUNDS[animal]} {animal}.'}]
 
 
 def write_dataset(folder, tok, talks):
@@ -79,12 +79,12 @@ def test_answers_are_learned_and_prompts_are_not(talks, monkeypatch, capsys):
         answers.append(losses[learned].mean().item())
         prompts.append(losses[~learned].mean().item())
     assert np.mean(answers) < 0.4 and np.mean(prompts) > 3, (np.mean(answers), np.mean(prompts))
-    lines = [f'What does the {animal} say?' for animal in ('owl', 'cow')]
+    lines = [f'{animal}?' for animal in ('owl', 'cow')]
     monkeypatch.setattr('sys.stdin', io.StringIO('\n'.join(lines)))
     capsys.readouterr()
     assert script('sample.py', '--chat=True --interactive=True --temperature=0 --max_new_tokens=30 --device=cpu') == 0
     said, noted = capsys.readouterr()
-    assert said.splitlines()[0] == 'The owl says hoo.' and 'xq' not in said
+    assert {'hoo owl.', 'moo cow.'} <= {*said.splitlines()} and 'xq' not in said
     assert 'not tuned' not in noted
 
 
@@ -98,11 +98,11 @@ def test_exports_hold_the_same_conversation(talks, capsys):
     assert 'FAILED' not in said and 'a conversation has the same ids' in said
     theirs = transformers.AutoTokenizer.from_pretrained('both')
     model = transformers.AutoModelForCausalLM.from_pretrained('both', dtype=torch.float32)
-    messages = [{'role': 'user', 'content': 'What does the pig say?'}]
+    messages = [{'role': 'user', 'content': 'pig?'}]
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', return_dict=True)
     assert prompt['input_ids'][0].tolist() == chat.encode_prompt_of(tok, messages)
     out = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt['input_ids'].shape[1]:].tolist()
-    assert theirs.decode(out, skip_special_tokens=True) == 'The pig says oink.' and out[-1] == chat.end_ids(tok)[0]
+    assert theirs.decode(out, skip_special_tokens=True) == 'oink pig.' and out[-1] == chat.end_ids(tok)[0]
     reader = gguf.GGUFReader('both/model-f32.gguf')
     assert reader.fields['tokenizer.chat_template'].contents() == theirs.chat_template == tok.config['chat_template']
     with open('both/README.md', encoding='utf-8') as f:

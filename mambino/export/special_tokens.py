@@ -45,9 +45,9 @@ def special_tokens(tok, vocab_size):
         names['bos_token'] = tok.name_of(tok.context()[0])
     eos = ids.get(names.get('eos_token'), tok.eot)
     names['eos_token'] = tok.name_of(eos)
-    ends = [i for i in chat.end_ids(tok) if i != eos] if template else []
-    turn = ends[0] if ends else None
-    others = tuple(i for i in (*ends, *tok.config.get('eos_token_id', ())) if i < tok.vocab_size)
+    others = tuple(chat.end_ids(tok)) if template else tuple(tok.config.get('eos_token_id', ()))
+    others = tuple(i for i in others if i < tok.vocab_size)
+    turn = others[0] if template and others[0] != eos else None
     pad, is_new = pad_of(tok, names, ids, {eos, tok.eot, turn, *others}, vocab_size)
     names.pop('pad_token', None)
     if pad is not None:

@@ -94,9 +94,12 @@ def write(net, tok, folder, quantize='', **_):
     writer.close()
 
 
-def opening(name, quantize='', **_):
+def opening(name, tok=None, quantize='', **_):
     """The lines that open the file, for the card."""
-    return f'from llama_cpp import Llama\nmodel = Llama({FILES[quantize]!r})'
+    lines = ['from llama_cpp import Llama', f'model = Llama({FILES[quantize]!r})']
+    if tok and tok.config.get('chat_template'):
+        lines.append("model.create_chat_completion([{'role': 'user', 'content': 'Hello!'}])")
+    return '\n'.join(lines)
 
 
 # --- the proof ------------------------------------------------------------------------------------
