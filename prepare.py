@@ -11,13 +11,14 @@ that made them.
     judge        account.py      what each file gave and lost: too much lost, and it is left out
     decide       corpus.py       copies are dropped; train or val
     tokenizer    vocabulary.py   a given one, tried on a sample (trial.py), or one trained on it
-    encode       output.py       documents ──► ids; in many processes
-    publish      output.py       <out>/{train,val}.bin, .idx, .hash, meta.json, tokenizer.json
+    encode       output.py       documents ──► ids (tokens.py); in many processes
+    publish      output.py       <out>/{train,val}.bin, .idx, .hash, meta.json (description.py), tokenizer.json
 
 A document goes to train or val by a hash of its content, so the split survives reordering and
 reruns, and copies stay on one side; one that alone is more than val_fraction of the whole goes to
 train. Each is closed by the end-of-text id. A corpus of one document is split by position instead,
-its last val_fraction being val, and gets no end-of-text. Ids are flat little-endian int32.
+its last val_fraction being val, and gets no end-of-text. Ids are flat little-endian int32; one that is
+read and not to be learned, as a question before its answer, is stored as -1 - id.
     .idx   uint64: where the documents begin in the .bin, and at last where it ends
     .hash  16 bytes a document: the hash of its text
 
@@ -46,6 +47,9 @@ max_file_mb = 256.0   # larger files found in folders are skipped, most are dump
                       # you name are not (packed ones are, if they hold more)
 text_column = ''      # of tables: text, or several as question,answer, or one within as meta.body; * is
                       # whole rows, as JSON; '' is found by what is in the columns
+conversations = 'auto'  # rows and texts that are conversations, or a question and its answer, become messages:
+                      # the answers are learned, all else is read; true: the columns of --text_column too,
+                      # the last is the answer; false: they are plain text
 encoding = ''         # of texts and tables, where you know it: gbk, cp1251, ...; '' is found out
 document_separator = ''  # what stands between the documents in one text file, say <|endoftext|>; \n is
                       # a newline
@@ -75,9 +79,10 @@ if __name__ == '__main__':  # not in the worker processes, which import this fil
     end_quietly()
     explicit = configure(globals(), positional='inputs')
 
-from mambino.prepare import extract, output, pool, report, screen, sources, stdlib, unused, vocabulary
+from mambino.prepare import description, extract, output, pool, report, screen, sources, stdlib, unused, vocabulary
 from mambino.prepare.account import settle
 from mambino.prepare.corpus import Corpus, TooLittle
+from mambino.prepare.tables import talks
 from mambino.prepare.texts import declared
 from mambino.prepare.trial import try_tokenizer
 
@@ -90,6 +95,7 @@ def main():
             sample_mb=sample_mb > 0, file_seconds=file_seconds > 0, file_memory_mb=file_memory_mb > 0),
         '0 or more': dict(max_file_mb=max_file_mb >= 0),
         '0, or the number of processes': dict(workers=0 <= workers < 1000),
+        'auto, true or false': dict(conversations=conversations.lower() in talks.MODES),
         'local or ray': dict(engine=engine in pool.ENGINES)})
     declared.check_encoding(encoding)
     for line in unused.settings(explicit, inputs, tokenizer, append):
@@ -126,9 +132,11 @@ def main():
         fraction = base.get('val_fraction', val_fraction)
 
         # look
+        why_no_talks = vocabulary.why_no_talks(fixed_tokenizer, tokenizer)
+        mode = talks.mode_of(conversations, why_no_talks)
         options = {'text_column': text_column, 'encoding': encoding, 'max_file_mb': max_file_mb, 'pdf': pdf,
                    'file_seconds': file_seconds, 'file_memory_mb': file_memory_mb,
-                   'document_separator': separator}
+                   'document_separator': separator, 'conversations': mode}
         files, plans, unusable = extract.look(files, work, options)
 
         # extract
@@ -146,6 +154,8 @@ def main():
         if not len(corpus.rows):
             raise TooLittle(report.nothing_readable(inputs, skipped))
         corpus.decide(fraction, dedupe, **output.decided_before(base))
+        if mode == talks.ALWAYS and not corpus.talks():
+            fail(f'conversations={conversations}: there are none; say which columns with --text_column=question,answer')
         if 'split_seed' in explicit and not corpus.limit:
             print(unused.said('split_seed', 'one document is split by position'))
         if not corpus.use.any():
@@ -155,13 +165,14 @@ def main():
         # tokenizer
         tok = vocabulary.make_tokenizer(
             fixed_tokenizer, tokenizer, vocab_size, sample_mb, seed, corpus, total['chars'], work)
-        total['notes'] += try_tokenizer(tok, tokenizer, corpus, work)
+        name = tok.kind if append else tokenizer
+        total['notes'] += try_tokenizer(tok, name, corpus, work, total, why_no_talks)
 
         # encode
         written = output.encode(corpus, tok, work, base)
 
         # publish
-        meta = output.describe(inputs, base, tok, corpus, total, skipped, written, seed, fraction)
+        meta = description.describe(inputs, base, tok, corpus, total, skipped, written, seed, fraction)
         output.publish(work, folder, meta, tok)
 
     report.show(folder, meta, tok)

@@ -56,7 +56,7 @@ def whole(entries):
     failed = [entry['skip'] for entry in entries if entry['skip']]
     reason, lost = judge(total['taken'], total['lost'])
     if not total['documents']:
-        reason = failed[0] if failed else 'empty'
+        reason = failed[0] if failed else reason or 'empty'
     elif len(failed) > MOST_LOST * len(entries):
         reason = f'{len(failed):,} of {len(entries):,} parts cannot be read: {failed[0]}'
     elif failed:

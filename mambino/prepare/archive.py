@@ -53,10 +53,10 @@ def read_members(source, options, notes):
     documents = 0
     try:
         for name, member in members(source, options, left_out):
-            for text in documents_of(name, member, options, notes, left_out):
+            for text, last in documents_of(name, member, options, notes, left_out):
                 documents += 1
                 notes.taken += 1
-                yield text, True
+                yield text, last
     except Skip as reason:
         if not documents:
             raise
@@ -68,7 +68,7 @@ def read_members(source, options, notes):
 
 
 def documents_of(name, member, options, notes, left_out):
-    """Yields the documents of one member, a Source."""
+    """Yields (document, last) of one member, a Source; last is True, or TALK for a conversation."""
     own_notes = Notes()
     pieces = []
     try:
@@ -86,7 +86,7 @@ def documents_of(name, member, options, notes, left_out):
             pieces.append(text)
             size += len(text)
             if last:
-                waiting.append(''.join(pieces))
+                waiting.append((''.join(pieces), last))
                 pieces.clear()
             if size > HELD and member.kind not in screen.PLAIN:
                 passed_on = True

@@ -14,7 +14,8 @@ import os
 
 import numpy as np
 
-from mambino.prepare.spool import DROP, KINDS, ROW, TRAIN, VAL, digest
+from mambino.prepare import conversations
+from mambino.prepare.spool import DROP, KINDS, ROW, TRAIN, VAL, digest, pieces_of, read_block
 
 HASH = np.dtype([('hi', '<u8'), ('lo', '<u8')])
 
@@ -30,6 +31,7 @@ class Corpus:
 
     def __init__(self, tasks, reports, dropped, work):
         """dropped: {key of a task: [(begin, end) of rows that are not wanted]}."""
+        self.work = work
         path = os.path.join(work, 'all.rows')
         self.blocks = []  # (key, (offset, packed, unpacked))
         with open(path, 'wb') as f:
@@ -47,7 +49,7 @@ class Corpus:
         self.use = np.zeros(size, np.uint8)
         self.limit = None  # of the hashes' first halves, int; 0: split by position
         self.copies = 0
-        self.cut = None    # one document alone: (row, characters in it) where val begins
+        self.cut = None    # one document alone: (row, characters or messages in it) where val begins
 
     def rows_of(self, block):
         """The slice of `rows` and `use` that is a block's."""
@@ -104,9 +106,16 @@ class Corpus:
         return limit
 
     def split_one(self, kept, val_fraction):
-        """A corpus of one document: its last val_fraction is val."""
+        """A corpus of one document: its last val_fraction is val. A conversation is cut where a question
+        begins."""
         # one of its copies, where they are not dropped
         kept &= np.cumsum((self.rows['part'] == 0) & kept) == 1
+        self.limit = 0
+        first = int(np.flatnonzero(kept)[0])
+        if self.rows['talk'][first]:
+            self.cut = first, self.cut_talk(first, val_fraction)
+            self.use[first] = VAL
+            return
         chars = int(self.rows['chars'][kept].sum())
         n = int(chars * (1 - val_fraction))
         if not 0 < n < chars:
@@ -115,7 +124,21 @@ class Corpus:
         row = int(np.searchsorted(before, n, 'right'))
         self.cut = row, n - int(before[row] - self.rows['chars'][row])
         self.use[:] = np.where(kept, np.where(np.arange(len(kept)) < row, TRAIN, VAL), DROP)
-        self.limit = 0
+
+    def cut_talk(self, row, val_fraction):
+        """The number of messages of a conversation that are train."""
+        key, block = self.blocks[int(self.rows['block'][row])]
+        piece = next(pieces_of(read_block(self.work, key, block), self.rows[row:row + 1]))
+        messages = conversations.unpack(piece)
+        lengths = np.cumsum([0] + [len(text) for text in conversations.said(messages)])
+        places = conversations.questions_within(messages)
+        if not places:
+            raise TooLittle('one conversation with one answer is too little to split into train and val')
+        return min(places, key=lambda i: abs(int(lengths[i]) - int(lengths[-1] * (1 - val_fraction))))
+
+    def talks(self):
+        """How many of the documents that are used are conversations."""
+        return int(self.rows['talk'][self.use != DROP].sum(dtype=np.int64))
 
     def decision(self):
         """A digest of all that decide() has decided."""

@@ -5,7 +5,7 @@ process of their own.
 
     this process ──► a line of JSON: [kind, path, options] ──► reader process, with limits of
                  ◄── frames: a letter, a length, UTF-8 ◄────── memory and of computing time
-                     T a piece of text, L the last piece of a document
+                     T a piece of text, L the last piece of a document, C that of a conversation
                      N a line for the notes, F the rest of them, S skip, E end of the file
 
 The reader process serves file after file. Where one is its end, that file is skipped with the
@@ -24,6 +24,7 @@ import threading
 import time
 
 from mambino.prepare import files, sniff
+from mambino.prepare.conversations import TALK
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import guarded, reason_of
 from mambino.prepare.texts.encodings import clean
@@ -44,6 +45,8 @@ LIBRARIES = {
 }
 STEADY = ('xlsx', 'odt')  # pieces of these come one by one, however large a sheet is
 NO_MEMORY = 'needs too much memory'
+LETTERS = {False: b'T', True: b'L', TALK: b'C'}  # of a frame, by what `last` is beside its text
+LAST = {letter: last for last, letter in LETTERS.items()}
 FRAME = struct.Struct('<cI')
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # not '', the working directory
@@ -83,8 +86,8 @@ def read(source, options, notes):
                 text = text[:-1]
                 pending = '\r'
             yield clean(text), last
-            documents += last
-            notes.taken += last
+            documents += bool(last)
+            notes.taken += bool(last)
     except Skip as reason:
         if not documents:
             raise
@@ -113,12 +116,12 @@ def isolated(kind, path, options, notes):
                     said.append(text)
                 elif letter == b'F':
                     lost, facts = json.loads(text)
-                elif letter in (b'T', b'L'):
+                elif letter in LAST:
                     number += 1
                     if number > passed_on:
                         passed_on = number
                         _deadline = None  # whoever is slow to take a text: not the file's fault
-                        yield text, letter == b'L'
+                        yield text, LAST[letter]
                     _deadline = time.monotonic() + patience
             again = letter == b'S' and text == NO_MEMORY
         except (OSError, EOFError, ValueError):
@@ -249,7 +252,7 @@ def answer(stream, kind, path, options):
         for text, last in guarded(kind, path, options, notes):
             for start in range(0, max(len(text), 1), chunk):
                 is_end = last and start + chunk >= len(text)
-                say(b'L' if is_end else b'T', text[start:start + chunk])
+                say(LETTERS[last if is_end else False], text[start:start + chunk])
             if kind == 'pdf':  # a book of thousands of pages may take its time, one page may not
                 pages += not text  # it says so for each that it has read
                 limit('RLIMIT_CPU', began + seconds + pages / 2 + 1)

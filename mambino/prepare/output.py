@@ -3,17 +3,15 @@
 
     with output.workplace(folder, target, 'bpe') as work:    # <out>.partial
         written = output.encode(corpus, tok, work, base)     # train, val: .bin, .idx, .hash
-        meta = output.describe(...)                          # meta.json
+        meta = description.describe(...)                     # meta.json
         output.publish(work, folder, meta, tok)              # <out>
 
 What a stopped or killed run has done in the workplace, the same command does not do again.
 """
 import contextlib
 import glob
-import hashlib
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -23,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mambino.configurator import fail
-from mambino.prepare import pool, report, screen, spool
+from mambino.prepare import pool, report, spool, tokens
 from mambino.prepare.corpus import HASH, TooLittle
 from mambino.prepare.progress import Progress
 from mambino.prepare.sources import LOCK, OURS, PARTIAL
@@ -223,9 +221,12 @@ def decided_before(base):
 
 class Written(NamedTuple):
     """What encode() has written."""
-    splits: dict  # {'train', 'val'} -> {'tokens', 'documents', 'bytes'}
-    sha256: dict  # of each file
-    kinds: list   # tokens by kind, in the order of spool.KINDS
+    splits: dict   # {'train', 'val'} -> {'tokens', 'documents', 'bytes'}; with conversations also 'learned'
+    sha256: dict   # of each file
+    kinds: list    # tokens by kind, in the order of spool.KINDS
+    talks: int     # conversations
+    mended: int    # of these, in which what the system says stands before the first question
+    refused: list  # [kind, characters, why] of those that the tokenizer's template does not take
 
 
 class Output:
@@ -261,11 +262,17 @@ class Output:
             'sizes': {},  # of the files, bytes
             'kinds': [0] * len(spool.KINDS),
             'bytes': dict.fromkeys(SIDES.values(), 0),
+            'learned': dict.fromkeys(SIDES.values(), 0),
+            'talks': base.get('conversations', 0),
+            'mended': 0,
+            'refused': [],
         }
         for name in SIDES.values():
             path = os.path.join(self.folder, name)
             if base:
-                self.state['bytes'][name] = base['splits'][name]['bytes']
+                split = base['splits'][name]
+                self.state['bytes'][name] = split['bytes']
+                self.state['learned'][name] = split.get('learned', split['tokens'])
                 for ending in ('.bin', '.idx', '.hash'):
                     shutil.copyfile(os.path.join(base['folder'], name + ending), path + ending)
             else:
@@ -274,23 +281,27 @@ class Output:
                     with open(path + ending, 'wb') as f:
                         f.write(data)
             if base and base['split_limit'] is None:
-                self.close_half(path, base)  # it was one document: now its halves are closed
+                self.close_half(name, base)  # it was one document: now its halves are closed
         for name in sorted(os.listdir(self.folder)):
             self.state['sizes'][name] = os.path.getsize(os.path.join(self.folder, name))
 
-    def close_half(self, path, base):
-        """Puts the end-of-text id behind a split that is half of one document."""
+    def close_half(self, name, base):
+        """Puts the end-of-text id behind a split that is half of one document; it is not learned behind
+        a conversation."""
+        path = os.path.join(self.folder, name)
+        is_learned = not base.get('conversations')
+        self.state['learned'][name] += is_learned
         kind = next(iter(base['kinds']))
         self.state['kinds'][spool.KINDS.index(kind)] += 1
         with open(path + '.bin', 'ab') as f:
-            f.write(np.array([base['eot']], '<i4').tobytes())
+            f.write(np.array([base['eot'] if is_learned else -1 - base['eot']], '<i4').tobytes())
             end = f.tell() // 4
         with open(path + '.idx', 'rb+') as f:
             f.seek(8)
             f.write(np.array([end], '<u8').tobytes())
 
     def add(self, block, result):
-        """What spool.encode made of a block."""
+        """What tokens.encode made of a block."""
         for side, name in SIDES.items():
             ids, offsets, hashes = result[side]
             before = self.files[name + '.bin'].tell() // 4
@@ -299,6 +310,10 @@ class Output:
             self.files[name + '.idx'].write(offsets.astype('<u8').tobytes())
             self.files[name + '.hash'].write(hashes.tobytes())
             self.state['bytes'][name] += result['bytes'][side]
+            self.state['learned'][name] += result['learned'][side]
+            self.state['talks'] += result['talks'][side]
+            self.state['mended'] += result['mended'][side]
+        self.state['refused'] += result['refused']
         self.state['kinds'] = [a + int(b) for a, b in zip(self.state['kinds'], result['kinds'])]
         self.state['block'] = block + 1
         if time.time() - self.committed > COMMIT_SECONDS:
@@ -327,13 +342,16 @@ class Output:
                 'documents': sizes[name + '.idx'] // 8 - 1,
                 'bytes': self.state['bytes'][name],
             }
+            if self.state['talks']:
+                splits[name]['learned'] = self.state['learned'][name]
         sha256 = {name: report.sha256(os.path.join(self.folder, name)) for name in sizes}
-        return Written(splits, sha256, self.state['kinds'])
+        return Written(splits, sha256, *(self.state[name] for name in ('kinds', 'talks', 'mended', 'refused')))
 
 
 def encode(corpus, tok, work, base):
     """Encodes the blocks that the journal has not yet, in many processes. Returns Written."""
-    made_of = spool.digest([tok.sha256(), tok.eot, tok.bos, corpus.decision(), base.get('sha256')])
+    made_of = spool.digest([
+        spool.JOURNAL, tok.sha256(), tok.eot, tok.bos, tok.config, corpus.decision(), base.get('sha256')])
     output = Output(work, made_of, base)
     first = output.state['block']
     blocks = len(corpus.blocks)
@@ -343,7 +361,7 @@ def encode(corpus, tok, work, base):
     sizes = [corpus.blocks[i][1][2] for i in wanted]
     tasks = (encode_task(corpus, i, tok, work) for i in wanted)
     with Progress('encoding', sum(sizes)) as progress:
-        results = pool.map_tasks(spool.encode, tasks, window=4 * pool.processes())
+        results = pool.map_tasks(tokens.encode, tasks, window=4 * pool.processes())
         for i, size, result in zip(wanted, sizes, results):
             output.add(i, result)
             progress.add(size)
@@ -352,7 +370,7 @@ def encode(corpus, tok, work, base):
 
 
 def encode_task(corpus, i, tok, work):
-    """The task for spool.encode that is block i; a corpus of one document gets no end-of-text."""
+    """The task for tokens.encode that is block i; a corpus of one document gets no end-of-text."""
     key, block = corpus.blocks[i]
     inside = corpus.rows_of(i)
     used = inside.start + np.flatnonzero(corpus.use[inside])
@@ -360,72 +378,9 @@ def encode_task(corpus, i, tok, work):
     if corpus.cut and corpus.cut[0] in used:
         row, chars = corpus.cut
         cut = int(np.searchsorted(used, row)), chars
+    settings = json.dumps({'eot': tok.eot, 'bos': tok.bos, 'config': tok.config})
     return {
         'folder': work, 'key': key, 'block': block, 'rows': corpus.rows[used], 'use': corpus.use[used],
-        'tokenizer': (os.path.join(work, 'tokenizer', FILE), tok.sha256(), tok.eot, tuple(tok.bos)),
+        'tokenizer': (os.path.join(work, 'tokenizer', FILE), tok.sha256(), settings),
         'opening': tok.opening(), 'closing': [tok.eot] if corpus.limit else [], 'cut': cut,
     }
-
-
-# -----------------------------------------------------------------------------
-# meta.json
-
-def describe(inputs, base, tok, corpus, account, skipped, written, split_seed, val_fraction):
-    """meta.json: nothing in it says when, where or by how many it was made. account: of
-    account.settle.
-    """
-    sources = sorted(set(inputs)) or [f'Python {platform.python_version()} standard library']
-    return {
-        'format': FORMAT, 'dtype': 'int32', 'vocab_size': tok.vocab_size, 'eot': tok.eot,
-        **({'bos': tok.bos} if tok.bos else {}),
-        'tokenizer': {'kind': tok.kind, 'file': 'tokenizer.json', 'sha256': tok.sha256()},
-        'splits': written.splits, 'split_seed': split_seed, 'val_fraction': val_fraction,
-        # a document whose hash is below is val; null: split by position
-        'split_limit': f'{corpus.limit:016x}' if corpus.limit else None,
-        # the first document of each split is half of one
-        'halves': not corpus.limit or base.get('halves', False),
-        'sources': base.get('sources', []) + sources,
-        'kinds': count_kinds(base, corpus, account, written),
-        'decided': base.get('decided', []) + decided(account),
-        'copies': base.get('copies', 0) + corpus.copies,
-        'suspects': screen.worst(account['suspects'] + base.get('suspects', [])),
-        'sha256': written.sha256,
-        # the same for the same data, whatever it is called
-        'content': content_of(written.sha256, tok.sha256()),
-        'notes': base.get('notes', []) + account['notes'],
-        'skipped': base.get('skipped', []) + skipped,
-    }
-
-
-def content_of(sha256, tokenizer):
-    """What a dataset is known by: the sha256 of those of its files and of its tokenizer."""
-    lines = [f'{name} {sha256[name]}\n' for name in sorted(sha256)]
-    return hashlib.sha256(''.join([*lines, f'tokenizer {tokenizer}\n']).encode()).hexdigest()
-
-
-def decided(account):
-    """[{'kind', 'facts', 'files', 'sample'}]: how the files were read, by kind, the most frequent
-    first.
-    """
-    items = []
-    for decision, (files, sample) in account['decided'].items():
-        kind, facts = json.loads(decision)
-        items.append({'kind': kind, 'facts': facts, 'files': files, 'sample': sample})
-    return sorted(items, key=lambda item: (spool.KINDS.index(item['kind']), -item['files']))
-
-
-def count_kinds(base, corpus, account, written):
-    """{kind: {'files', 'documents', 'characters', 'tokens'}} of the kinds that occur."""
-    columns = ('files', 'documents', 'characters', 'tokens')
-    table = {kind: dict.fromkeys(columns, 0) for kind in spool.KINDS}
-
-    def add(counts):
-        for kind, more in counts.items():
-            for name, n in more.items():
-                table[kind][name] += n
-
-    add(base.get('kinds', {}))
-    add(corpus.totals())
-    add({kind: {'tokens': n} for kind, n in zip(spool.KINDS, written.kinds)})
-    add({kind: {'files': n} for kind, n in account['files'].items()})
-    return {kind: counts for kind, counts in table.items() if any(counts.values())}

@@ -14,9 +14,11 @@ import textwrap
 
 import numpy as np
 
+from mambino.chat import CHATML, visible
 from mambino.configurator import fail, shown
+from mambino.prepare import tokens
 from mambino.prepare.progress import in_words
-from mambino.prepare.spool import FORMAT, hash_pair, new_hash
+from mambino.prepare.spool import FORMAT, hash_pair, new_hash, talk_key
 from mambino.tokenizer import load_tokenizer
 
 
@@ -142,8 +144,12 @@ def show(folder, meta, tok):
     for split, n in meta['splits'].items():
         bytes_per_token = n['bytes'] / max(1, n['tokens'])
         print(f'{split:<9}{"":>9}{n["documents"]:>12,}{n["bytes"]:>16,}{n["tokens"]:>16,}{bytes_per_token:>14.2f}')
-    tokens = {split: n['tokens'] for split, n in meta['splits'].items()}
-    share = tokens['val'] / max(1, sum(tokens.values()))
+    if meta.get('conversations'):
+        shares = [f'{percent(n["learned"], n["tokens"])} of {split}' for split, n in meta['splits'].items()]
+        print(f'{meta["conversations"]:,} documents are conversations, of which the answers are learned: '
+              f'{", ".join(shares)} in tokens')
+    sizes = {split: n['tokens'] for split, n in meta['splits'].items()}
+    share = sizes['val'] / max(1, sum(sizes.values()))
     if not meta['val_fraction'] / 4 < share < meta['val_fraction'] * 2.5:
         print(f'val has {100 * share:.1f}% of the tokens, not {100 * meta["val_fraction"]:g}%: that '
               'happens with few documents, or very unequal ones: cut the large ones into chapters, '
@@ -161,6 +167,11 @@ def show(folder, meta, tok):
         for _, path, why in meta['suspects']:
             print(shown(f'  {path}: {why}'))
     show_windows(folder, meta, tok)
+
+
+def percent(part, whole):
+    """'45%'."""
+    return f'{100 * part / max(1, whole):.0f}%'
 
 
 def show_decided(decided, most=30):
@@ -218,9 +229,13 @@ def show_windows(folder, meta, tok, n=3, length=80):
     width = shutil.get_terminal_size((120, 24)).columns - 4
     starts = np.random.default_rng(0).integers(0, max(1, size - length), n).tolist()
     for start in sorted(starts):
-        first, last = tok.whole(ids, start, min(size, start + length))
-        text = tok.decode(ids[first:last], begins=first == 0).strip('\n')
-        print(f'\nfrom token {start:,}:')
+        around = max(0, start - 3)
+        nearby = visible(np.array(ids[around:start + length + 3]))
+        first, last = tok.whole(nearby, start - around, min(size, start + length) - around)
+        text = tokens.readable(tok, nearby[first:last], begins=around + first == 0).strip('\n')
+        learned = int((ids[start:start + length] >= 0).sum())
+        share = f' ({learned} of {min(size - start, length)} are learned)' if meta.get('conversations') else ''
+        print(f'\nfrom token {start:,}{share}:')
         for line in text.split('\n')[:8]:
             print('  | ' + ''.join(c if c.isprintable() else ' ' for c in line)[:width - 2])
 
@@ -251,7 +266,7 @@ def inspect(path):
     show_histogram(lengths)
     decoded = f'{checked:,} documents decode to the text that was taken'
     if not checked:
-        decoded = "no document was decoded, since another's tokenizer may change a text"
+        decoded = "no document was decoded, since another's tokenizer or template may change a text"
     print(f'\nsound: the hashes of {len(meta["sha256"])} files are right, and {decoded}')
 
 
@@ -304,14 +319,23 @@ def check_documents(meta, tok, ids, offsets, hashes, most=1000):
     if not tok.gives_back:
         return None, 0
     first = int(meta['halves'])  # half of a document bears the hash of the whole
+    template = meta.get('tokenizer_config', {}).get('chat_template')
     documents = range(first, len(hashes))
     if len(documents) > most:
         documents = np.random.default_rng(0).choice(documents, most, replace=False)
-    for decoded, i in enumerate(documents, 1):
-        text = tok.decode(ids[offsets[i]:offsets[i + 1]]).encode('utf-8')
-        if hash_pair(new_hash(meta['split_seed'], text)) != tuple(hashes[i].tolist()):
+    decoded = 0
+    for i in documents:
+        own = np.array(ids[offsets[i]:offsets[i + 1]])
+        if own.min() >= 0:
+            state = new_hash(meta['split_seed'], tok.decode(own).encode('utf-8'))
+        elif template and template.endswith(CHATML):
+            state = new_hash(meta['split_seed'], talk_key(tokens.messages_of(tok, own)))
+        else:
+            continue  # another's template may change a text
+        decoded += 1
+        if hash_pair(state) != tuple(hashes[i].tolist()):
             return i, decoded
-    return None, len(documents)
+    return None, decoded
 
 
 def show_histogram(lengths):

@@ -1,15 +1,15 @@
-"""Between files and tokens: documents on disk, and the two tasks that many processes share.
+"""Between files and tokens: documents on disk, written by a task that many processes share.
 
     report = spool.extract(task)        # some sources → their documents, in a pair of files
-    result = spool.encode(task)         # a block of documents → token ids
+    texts = spool.pieces_of(spool.read_block(folder, key, block), rows)
 
     sources ──► extract ──► <key>.text  blocks of about BLOCK bytes, zstd: documents as UTF-8, in
-                                        pieces of at most LONGEST
+                                        pieces of at most LONGEST; a conversation in one, packed
                             <key>.rows  a ROW for each piece: which document, how long, in which block
                             <key>.json  the report; that it is there means that the task is done
-    all rows ──► decide: duplicate, train or val? ──► encode, block by block
+    all rows ──► decide: duplicate, train or val? ──► tokens.encode, block by block
 
-Both are functions of their arguments and of what is on disk; a task's result never depends on who
+It is a function of its arguments and of what is on disk; a task's result never depends on who
 computes it, when, or with what else. A document is cut only where white space begins (or within a
 run of LONGEST characters without any), where no tokenizer of GPT-2's kind would join the two sides,
 so that its ids are those of the whole.
@@ -24,16 +24,16 @@ import time
 import numpy as np
 import pyarrow
 
-from mambino import tokenizer_json
-from mambino.prepare import account, archive, isolate, screen
+from mambino.prepare import account, archive, conversations, isolate, rendered, screen
+from mambino.prepare.conversations import TALK
 from mambino.prepare.files import PACKED, Notes, Skip, extension_of
 from mambino.prepare.readers import READERS
 from mambino.prepare.sources import Source
+from mambino.prepare.tables import talks
 from mambino.seams import SEAM
-from mambino.tokenizer import from_text
 
 FORMAT = 2         # of a dataset
-JOURNAL = 3        # of the reports on the way there
+JOURNAL = 4        # of the reports on the way there
 PIECE = 1 << 18    # characters: where the text goes on, a piece ends at the first seam beyond
 LONGEST = 1 << 20  # characters: without a seam it ends here
 BLOCK = 1 << 21    # bytes of text that are packed, and later encoded, together
@@ -47,9 +47,10 @@ ENDINGS = ('.text', '.rows', '.json')    # the report last: it says that the oth
 ROW = np.dtype([
     ('hi', '<u8'), ('lo', '<u8'),        # the document's hash
     ('block', '<u4'), ('size', '<u4'),   # of the piece: its block, bytes,
-    ('at', '<u4'), ('chars', '<u4'),     # where in the block it begins, characters
+    ('at', '<u4'), ('chars', '<u4'),     # where in the block it begins, characters that are said
     ('part', '<u4'),                     # 0 for the first piece of a document, then 1, 2, ...
     ('last', 'u1'), ('kind', 'u1'),      # the document ends with this piece; index in KINDS
+    ('talk', 'u1'),                      # it is a conversation
 ])
 DROP, TRAIN, VAL = 0, 1, 2               # what becomes of a row
 SIDES = {TRAIN: 'train', VAL: 'val'}
@@ -58,6 +59,12 @@ SIDES = {TRAIN: 'train', VAL: 'val'}
 def new_hash(seed, data=b''):
     """The hash of a document, to be updated with its UTF-8: BLAKE2b, keyed with the split seed."""
     return hashlib.blake2b(data, digest_size=16, key=str(seed).encode())
+
+
+def talk_key(messages):
+    """What the hash of a conversation is made of, and that of no text: none begins with NUL."""
+    packed = conversations.pack([{'role': message['role'], 'content': message['content']} for message in messages])
+    return b'\0' + packed.encode('utf-8')
 
 
 def hash_pair(document_hash):
@@ -118,10 +125,14 @@ class Spool:
         self.text = ''     # not yet cut into pieces
         self.pieces = []   # (block, size, at, chars)
         self.blank = True
+        self.talk = False
         self.hash = self.new_hash()
 
     def add(self, text, last):
-        """Takes more of the current document."""
+        """Takes more of the current document; a conversation comes in one, with TALK for `last`."""
+        if last == TALK:
+            self.add_talk(text)
+            return
         if len(self.head) < JUDGED:
             self.head += text[:JUDGED - len(self.head)]
             if not self.documents and len(self.sample) < SAMPLE:
@@ -141,6 +152,21 @@ class Spool:
                 self.sample = ''
             self.start_document()
 
+    def add_talk(self, packed):
+        """Takes a conversation: it is one piece."""
+        messages = conversations.unpack(packed)
+        if len(self.head) < JUDGED:
+            self.head += conversations.as_text(messages)[:JUDGED - len(self.head)] + '\n'
+            self.sample = self.sample or self.head[:SAMPLE]
+        self.text = packed
+        self.talk = True
+        self.cut(len(packed))
+        self.hash = self.new_hash()
+        self.hash.update(talk_key(messages))
+        self.pieces[-1] = (*self.pieces[-1][:-1], sum(map(len, conversations.said(messages))))
+        self.end_document()
+        self.start_document()
+
     def end_document(self):
         """Writes the rows of the current document."""
         self.documents += 1
@@ -151,7 +177,7 @@ class Spool:
             self.known.add(pair[0])
         for part, piece in enumerate(self.pieces):
             is_last = part == len(self.pieces) - 1
-            self.rows.append((*pair, *piece, part, is_last, self.kind))
+            self.rows.append((*pair, *piece, part, is_last, self.kind, self.talk))
         if len(self.rows) > 50_000:
             self.write_rows()
 
@@ -293,11 +319,13 @@ def read_source(task, source, plan, part, size, spool, pulse):
         source = isolate.look(source, notes)
         spool.kind = KINDS.index(source.kind)
         view = screen.Screen(source, options.get('document_separator', ''))
-        for text, last in view.passed(archive.read(source, options, notes)):
+        marks = rendered.Rendered(options.get('conversations') in (talks.AUTO, talks.ALWAYS))
+        for text, last in marks.passed(view.passed(archive.read(source, options, notes))):
             spool.add(text, last)
             pulse.beat(spool.bytes // packing, size)
             if task['chars']:
                 chars.update(text)
+        marks.tell(notes)
         view.judge(spool.head, notes, is_beginning=not part or part[0] == 0)
     except Skip as skip:
         spool.forget()
@@ -330,7 +358,7 @@ def report_of(folder, key):
 
 
 # -----------------------------------------------------------------------------
-# Encode
+# What was written
 
 def read_block(folder, key, block):
     """The bytes of a block: (offset, packed, unpacked) in <key>.text."""
@@ -341,71 +369,22 @@ def read_block(folder, key, block):
 
 
 def pieces_of(data, rows):
-    """Yields the text of each of the rows, all of one block."""
+    """Yields the text of each of the rows, all of one block; of a conversation it is packed."""
     for at, size in zip(rows['at'].tolist(), rows['size'].tolist()):
         yield data[at:at + size].decode('utf-8')
 
 
-class Side:
-    """What one of train and val gets from a block."""
-
-    def __init__(self):
-        self.arrays = [np.zeros(0, np.int32)]  # of ids
-        self.tokens = 0
-        self.bytes = 0
-        self.offsets = []  # where documents end among the ids
-        self.rows = []     # the rows with which they end
-
-    def result(self, rows):
-        """(ids int32, offsets uint64: where documents end among them, their hashes (n, 2))"""
-        hashes = np.stack([rows['hi'][self.rows], rows['lo'][self.rows]], 1)
-        return np.concatenate(self.arrays).astype('<i4'), np.array(self.offsets, '<u8'), hashes
-
-
-_tokenizers = {}  # what a task says of it → Tokenizer
-
-
-def encode(task):
-    """The ids of a block. task: folder, key, block; rows: those that are used, and `use`, TRAIN or
-    VAL for each; tokenizer: (path, sha256, eot, bos); opening, closing: lists of ids before and after each
-    document; cut: None or (number of a row, characters): where val begins. Returns {TRAIN: Side.result(), VAL:
-    Side.result(), 'kinds': tokens by kind, 'bytes': by side}.
-    """
-    known_by = task['tokenizer']
-    if known_by not in _tokenizers:
-        path, _, eot, bos = known_by
-        text, spec = tokenizer_json.read(path)
-        _tokenizers[known_by] = from_text(text, eot, bos, spec)
-    tok = _tokenizers[known_by]
-    opening = np.array(task['opening'], np.int32)
-    closing = np.array(task['closing'], np.int32)
-    rows = task['rows']
-    row_kinds = rows['kind'].tolist()
-    cut_row, cut_chars = task['cut'] or (-1, 0)
-    sides = {TRAIN: Side(), VAL: Side()}
-    kinds = np.zeros(len(KINDS), np.int64)
-
-    def add(side, i, text, first, last):
-        ids = tok.encode(text, begins=first)
-        if first and len(opening):
-            ids = np.concatenate([opening, ids])
-        if last:
-            ids = np.concatenate([ids, closing])
-            side.offsets.append(side.tokens + len(ids))
-            side.rows.append(i)
-        side.arrays.append(ids)
-        side.tokens += len(ids)
-        side.bytes += len(text.encode('utf-8'))
-        kinds[row_kinds[i]] += len(ids)
-
-    data = read_block(task['folder'], task['key'], task['block'])
-    firsts = (rows['part'] == 0).tolist()
-    pieces = zip(pieces_of(data, rows), task['use'].tolist(), firsts, rows['last'].tolist())
-    for i, (text, use, first, last) in enumerate(pieces):
-        if i == cut_row:
-            add(sides[TRAIN], i, text[:cut_chars], first, True)
-            add(sides[VAL], i, text[cut_chars:], True, last)    # a half begins as a text of its own does
+def texts_of(data, rows, cut, roles=False):
+    """Yields (text, whether a document begins with it): what is said in each of the rows, of a
+    conversation each message. cut: how many characters, or messages, of the last one; None for all;
+    roles: those of messages too, as templates write them."""
+    last = len(rows) - 1
+    for i, (piece, talk, part) in enumerate(zip(pieces_of(data, rows), rows['talk'].tolist(), rows['part'].tolist())):
+        end = cut if i == last else None
+        if talk:
+            for message in conversations.unpack(piece)[:end]:
+                if roles:
+                    yield f'{message["role"]}\n', False
+                yield message['content'], False
         else:
-            add(sides[use], i, text, first, last)
-    results = {name: side.result(rows) for name, side in sides.items()}
-    return results | {'kinds': kinds, 'bytes': {name: side.bytes for name, side in sides.items()}}
+            yield piece[:end], part == 0

@@ -7,13 +7,19 @@ A tokenizer may lack characters, turn capitals into small letters, drop accents,
 A model never learns what is lost there. So it is said, on the screen and in meta.json; and where
 most of the text is unknown to the tokenizer, nothing is made at all.
 """
+import itertools
 import json
 import os
 import unicodedata
 from collections import Counter
 
-from mambino.prepare import spool
+import numpy as np
+
+from mambino import chat
+from mambino.prepare import conversations, spool, tokens
 from mambino.prepare.corpus import TooLittle
+from mambino.prepare.files import MOST_LOST
+from mambino.prepare.tables.talks import IN_TEXT
 from mambino.seams import SEAM
 from mambino.tokenizer_config import config_beside
 from mambino.tokenizer_json import asked_in_vain
@@ -27,14 +33,25 @@ LOSES = 'the tokenizer does not give the text back: '
 OTHERS = 'choose another, or train one on these texts with --tokenizer=bpe'
 
 
-def try_tokenizer(tok, name, corpus, work):
+def try_tokenizer(tok, name, corpus, work, account, why_no_talks):
     """The notes on what it does not do, which are printed too: [{'file', 'note'}], [] for nothing.
-    TooLittle where it does not know most of the text. name: the tokenizer as the person wrote it."""
-    notes = [note for note in (unheard(tok, name), not_given_back(tok, name, corpus, work)) if note]
+    TooLittle where it does not know most of the text. name: the tokenizer as the person wrote it; account: of
+    account.settle; why_no_talks: of vocabulary.why_no_talks."""
+    check_template(tok, name, corpus, work)
+    notes = [unheard(tok, name), not_given_back(tok, name, corpus, work), without_marks(account, why_no_talks)]
+    notes = [note for note in notes if note] + (chat.trouble(tok) if corpus.talks() else [])
     for note in notes:
         more = f'; {OTHERS}' if note.startswith(LOSES) else ''
         print(f'tokenizer {name}: {note.removeprefix("the tokenizer ")}{more}')
     return [{'file': 'tokenizer.json', 'note': note} for note in notes]
+
+
+def without_marks(account, why_no_talks):
+    """The note on conversations that are texts for want of a tokenizer with marks; ''."""
+    are_there = any(f'"as": "{IN_TEXT}"' in decision for decision in account['decided'])
+    are_there = are_there or any('marks of a chat' in entry['note'] for entry in account['notes'])
+    return why_no_talks and are_there and (
+        f'conversations are taken as text, and all of it is learned, for {why_no_talks}')
 
 
 def unheard(tok, path):
@@ -60,6 +77,23 @@ def not_given_back(tok, name, corpus, work):
     return LOSES + ', '.join(reasons) if reasons else ''
 
 
+def check_template(tok, name, corpus, work):
+    """TooLittle where the template of a tokenizer refuses too many conversations, on a sample."""
+    reasons = Counter()
+    n = 0
+    for key, block, rows, _ in corpus.sample(SAMPLE_MB) if corpus.talks() else ():
+        pieces = spool.pieces_of(spool.read_block(work, key, block), rows)
+        for piece in itertools.compress(pieces, rows['talk']):
+            n += 1
+            try:
+                tokens.talk_ids(tok, conversations.unpack(piece), np.zeros(0, np.int32))
+            except ValueError as error:
+                reasons[str(error)] += 1
+    if reasons and reasons.total() > MOST_LOST * n:
+        raise TooLittle(f'tokenizer={name}: its chat template refuses {reasons.total():,} of {n:,} conversations of a '
+                        f'sample ({reasons.most_common(1)[0][0]}); --conversations=false takes them as text')
+
+
 def sample_texts(corpus, work):
     """Yields (text, whether a document begins with it): parts of some pieces of train documents,
     always the same ones."""
@@ -67,16 +101,14 @@ def sample_texts(corpus, work):
     if not sample:                          # few and large pieces, and none was drawn
         sample = [(key, block, rows[:1], last_chars) for key, block, rows, last_chars in corpus.sample(1e9)][:1]
     for key, block, rows, last_chars in sample:
-        pieces = list(spool.pieces_of(spool.read_block(work, key, block), rows))
-        pieces[-1] = pieces[-1][:last_chars]
-        for text, part in zip(pieces, rows['part'].tolist()):
+        for text, begins in spool.texts_of(spool.read_block(work, key, block), rows, last_chars):
             if len(text) <= MOST:
-                yield text, part == 0
+                yield text, begins
             else:                           # evenly from all of it
                 for start in range(0, len(text), len(text) // STRETCHES):
                     start = at_seam(text, start)
                     end = at_seam(text, start + MOST // STRETCHES)
-                    yield text[start:end], part == 0 and start == 0
+                    yield text[start:end], begins and start == 0
 
 
 def at_seam(text, at):

@@ -7,6 +7,7 @@ documents.
 import os
 import time
 
+from mambino.chat import encode_chat
 from mambino.prepare import pool, spool
 from mambino.prepare.progress import Progress
 from mambino.tokenizer import build_tokenizer, load_tokenizer
@@ -22,6 +23,18 @@ def fixed_tokenizer(kind, vocab_size):
         return build_tokenizer(kind)
     build_tokenizer(kind, [], vocab_size)  # refuses a vocab_size that is too small, now
     return None
+
+
+def why_no_talks(tok, kind):
+    """Why conversations cannot be written with a tokenizer, or one of this kind that is still to be made
+    where tok is None; '' where they can."""
+    if tok is None:
+        return 'a char tokenizer has no marks around messages; --tokenizer=bpe has' if kind == 'char' else ''
+    try:
+        encode_chat(tok, [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}])
+        return ''
+    except ValueError as error:
+        return str(error)
 
 
 def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, chars, work):
@@ -73,8 +86,7 @@ def train_bpe(task):
     """Trains it on the sample: {'work', 'folder', 'sample', 'vocab_size'}."""
     def texts():
         for key, block, rows, last_chars in task['sample']:
-            pieces = list(spool.pieces_of(spool.read_block(task['work'], key, block), rows))
-            yield from pieces[:-1]
-            yield pieces[-1][:last_chars]
+            data = spool.read_block(task['work'], key, block)
+            yield from (text for text, _ in spool.texts_of(data, rows, last_chars, roles=True))
 
     build_tokenizer('bpe', texts(), task['vocab_size']).save(task['folder'])

@@ -11,9 +11,10 @@ import json
 import os
 
 from mambino.prepare.files import Skip
-from mambino.prepare.tables.cells import AS_IT_STANDS, rows_of
+from mambino.prepare.tables.cells import AS_IT_STANDS
 from mambino.prepare.tables.columns import ROWS, SAMPLE_ROWS
 from mambino.prepare.tables.looks import new_column, profile_of
+from mambino.prepare.tables.rows import rows_of
 
 PLACES = 10             # groups or batches of rows that are looked at, all over a file
 SAMPLE_BYTES = 1 << 25  # of texts, at most, that are looked at together

@@ -32,7 +32,7 @@ COLUMNS = 'text content body document article story passage'.split()
 # and what they call it where it may also be something else; so do names that end in one of COLUMNS
 WEAK = '''code message sentence caption transcript transcription abstract comment review post tweet poem
           lyrics utterance paragraph chapter essay letter selftext fulltext wikitext markdown lines'''.split()
-TALKS = 'messages conversations conversation dialog dialogue dialogs dialogues chat turns'.split()
+TALKS = 'messages conversations conversation dialog dialogue dialogs dialogues chat turns chosen'.split()
 TITLES = 'title name headline heading subject label topic'.split()
 # what is asked and what is answered belong together, with what stands BEFORE and with MORE
 BEFORE = ['system', 'system_prompt', 'context']
@@ -158,7 +158,8 @@ def paired_by(suffix, profile, candidates):
         words = [words_a_row(profile[name]) for name in (ask, answer)]
         if sum(words) < PROSE or asked == 'source' and min(words) < PROSE:
             continue  # and a source may say where a text is from
-        if talks(profile[answer]) and not talks(profile[ask]):
+        has_both = profile[answer]['asks'] > 0.5 * profile[answer]['talks'] or not profile[answer]['answers']
+        if talks(profile[answer]) and not talks(profile[ask]) and has_both:
             return [answer]  # a conversation begins with what was asked
         before = [get(name) for name in BEFORE if get(name)][:2]
         more = [get(MORE)] if asked == 'instruction' and get(MORE) else []

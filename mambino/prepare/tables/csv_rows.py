@@ -9,8 +9,9 @@ How the file writes its rows was found out by csv_look.py.
 import io
 
 from mambino.prepare.files import CHUNK
-from mambino.prepare.tables.cells import AS_IT_STANDS, rows_of
+from mambino.prepare.tables.cells import AS_IT_STANDS
 from mambino.prepare.tables.csv_records import NULL, Dialect, Rows, lines_of, masked, unmasked
+from mambino.prepare.tables.rows import rows_of
 from mambino.prepare.texts.encodings import open_text
 
 BLOCK = 1 << 18         # characters that are split at once

@@ -7,8 +7,8 @@ import itertools
 
 from mambino.configurator import fail
 from mambino.prepare.files import Skip
-from mambino.prepare.tables.cells import rows_of
 from mambino.prepare.tables.looks import profile_of
+from mambino.prepare.tables.rows import rows_of
 
 LOOKED_AT = 200  # rows that tell which column has the text: they come over the net
 

@@ -10,11 +10,12 @@ import json
 
 from mambino.prepare import files
 from mambino.prepare.files import Skip, open_bytes
-from mambino.prepare.tables.cells import AS_IT_STANDS, rows_of
+from mambino.prepare.tables.cells import AS_IT_STANDS
 from mambino.prepare.tables.columns import LONGEST_ROW
 from mambino.prepare.tables.json_look import as_dict, parsed
 from mambino.prepare.tables.json_objects import rows_of_columns
 from mambino.prepare.tables.json_values import DECODER, Values
+from mambino.prepare.tables.rows import rows_of
 from mambino.prepare.texts.encodings import is_wide, open_text
 from mambino.prepare.texts.evidence import REPLACEMENT
 

@@ -10,7 +10,7 @@ import os
 
 from mambino.prepare import sniff
 from mambino.prepare.files import Notes, Skip
-from mambino.prepare.tables import arrow_rows, columns, csv_look, json_look
+from mambino.prepare.tables import arrow_rows, columns, csv_look, json_look, talks
 
 KINDS = ('jsonl', 'csv', 'parquet', 'arrow', 'data', 'text')  # that are tables, or may be
 APART = {'parquet': arrow_rows.read_parquet, 'arrow': arrow_rows.read_arrow}  # whose parsers may crash
@@ -68,11 +68,17 @@ def is_json(name):
     return extension == '.json' or stem.endswith('.json')
 
 
-def plan_of(looked, chosen):
+def plan_of(looked, chosen, options):
     """The plan of a table. chosen: names of columns."""
-    form = columns.form_of(chosen, looked['profile'])
-    facts = {'format': looked['format'], 'columns': form} | looked['facts']
-    plan = looked['plan'] | {'columns': chosen, 'form': form, 'facts': facts}
+    profile = looked['profile']
+    form = columns.form_of(chosen, profile)
+    speakers = talks.speakers(chosen, profile, options)
+    said = talks.said_of(chosen, speakers, profile, options)
+    facts = {'format': looked['format'], 'columns': form} | looked['facts'] | said
+    plan = looked['plan'] | {'columns': chosen, 'form': form, 'facts': facts, 'speakers': speakers}
+    if speakers:
+        plan['columns'] = [name for name, _ in speakers]
+    plan['written'] = [name for name in chosen if name in profile and profile[name]['written']]
     return {key: value for key, value in plan.items() if value or key in ('names', 'said')}
 
 
@@ -81,7 +87,7 @@ def decide(kind, looked, chosen, reason, options):
     None, and `reason` why there are none. Skip(reason) where it is neither a table nor a text.
     """
     if chosen and (options['text_column'] or not is_setting(kind, looked, chosen)):
-        return looked['kind'], plan_of(looked, chosen)
+        return looked['kind'], plan_of(looked, chosen, options)
     plan = setting_plan(looked, chosen) if chosen else plain_plan(kind, looked, reason, options)
     if plan is None:
         raise Skip(reason)

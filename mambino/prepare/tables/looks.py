@@ -10,6 +10,7 @@ A profile is made of dicts and numbers that JSON can hold.
 import re
 import zlib
 
+from mambino.prepare.tables import turns
 from mambino.prepare.tables.cells import text_of
 
 WIDEST = 40    # columns in an object that are counted one by one: more are keys, not columns
@@ -81,7 +82,11 @@ def new_column():
         'single': 0,     # texts of no more than one word
         'looks': {},     # {look: how many of the texts}
         'other': {},     # {what else is there: how many}
-        'talks': 0,      # conversations
+        'talks': 0,      # conversations,
+        'written': 0,    # of these that are written as a text,
+        'answers': 0,    # have an answer,
+        'asks': 0,       # a question,
+        'known': 0,      # and no roles but those that are known here
         'width': [],     # [fewest, most] characters of a text
     }
 
@@ -151,8 +156,11 @@ def count(column, value, seen):
     seen.add(zlib.crc32(text[:LOOKED].encode('utf-8', 'replace')))
     fewest, most = column['width'] or (len(text), len(text))
     column['width'] = [min(fewest, len(text)), max(most, len(text))]
-    if isinstance(value, dict) or isinstance(value, (list, tuple)) and isinstance(value[0], dict):
+    is_talk, *more = turns.look(value)
+    if is_talk or isinstance(value, dict) or isinstance(value, (list, tuple)) and isinstance(value[0], dict):
         column['talks'] += 1
+        for name, is_so in zip(('written', 'answers', 'asks', 'known'), more):
+            column[name] += is_so
     else:
         look = look_of_list(value) if isinstance(value, (list, tuple)) else look_of(text)
         if look:
