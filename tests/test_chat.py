@@ -171,10 +171,10 @@ def test_an_answer_that_goes_together_with_what_asks_for_it():
     "{{ cycler.__init__.__globals__ }}", "{% if", "{{ " + "(" * 3000 + ")" * 3000 + " }}", "{% if 1 %}" * 200,
     "a" * 300_000])
 def test_a_bomb_is_a_line(template):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError) as error:
         render(template, dict(messages=TALK))
-    assert '\n' not in str(error.value) and time.monotonic() - began < 30
+    assert '\n' not in str(error.value) and time.process_time() - began < 30
 
 
 # --- what lies beside a tokenizer -----------------------------------------------------------------

@@ -5,10 +5,9 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers.prepare import ROOT, dataset, jsonl, prepare, write
+from helpers.prepare import ROOT, dataset, jsonl, prepare, wait_for, write
 
 from mambino.configurator import fail
 from mambino.prepare import progress, report
@@ -110,14 +109,17 @@ def test_the_line_moves_while_one_task_works(monkeypatch, stream):
     for name in ('BEGINS', 'ON_TERMINAL', 'ELSEWHERE'):
         monkeypatch.setattr(progress, name, 0.05)
     inside = iter(range(0, 10_000_000, 500_000))
+
+    def shares():
+        return set(re.findall(r'(\d+\.\d) of 20.0 MB', out.getvalue()))
+
     with progress.Progress('reading', 20_000_000, lambda: next(inside, 9_000_000)) as line:
-        time.sleep(0.4)
+        wait_for(lambda: len(shares()) > 3)
         line.add(20_000_000)
     said = out.getvalue()
-    assert len(set(re.findall(r'(\d+\.\d) of 20.0 MB', said))) > 3
     assert said.endswith(' s\n') or said.rstrip(' ').endswith('s\n') or '20.0 of 20.0 MB' in said
     assert ('\r' in said) == (stream is Terminal)
     with pytest.raises(ValueError), progress.Progress('looking', also='at 3 files'):
-        time.sleep(0.2)
+        wait_for(lambda: 'looking   at 3 files' in out.getvalue())
         raise ValueError
     assert 'looking   at 3 files' in out.getvalue()

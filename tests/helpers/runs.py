@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -94,13 +93,6 @@ def opened(*arguments):
     return logged
 metrics.open_log = opened
 '''
-
-
-def wait_for_lines(process, n, log='out/metrics.jsonl'):
-    while process.poll() is None:
-        if os.path.exists(log) and len(open(log).readlines()) >= n:
-            return
-        time.sleep(0.001)
 
 
 def metrics(out='out', key=None):
