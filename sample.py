@@ -31,6 +31,8 @@ from mambino.console import end_quietly
 out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
 start = '\n'            # the prompt; FILE:path: that file is it, LINES:path: each line is one;
                         # <|endoftext|> starts a new document
+heal = True             # a prompt may end inside a token, as 'def ' does: its last ids are taken back,
+                        # and what is drawn begins with their text; False: it goes on behind them
 num_samples = 1         # of each prompt, drawn side by side
 max_new_tokens = 500    # 0: without end, until a stop or Ctrl-C
 stop = ''               # stop at this text; several are separated by |, a mark such as <|end|> is
@@ -160,6 +162,7 @@ options = Options(
     stops=stops_of(stop),
     logprobs=logprobs,
     stream=stream,
+    heal=heal,
 )
 
 # --- do what is asked for
@@ -174,7 +177,7 @@ with context:
         ids = encode_prompt(tok, prompts[0], begins=not goes_on) if prompts else []
         if stream and prompts:
             say(without_mark(prompts[0]))
-        Dialogue(net, tok, text, options).answer(ids)
+        Dialogue(net, tok, text, options).answer(ids, ''.join(prompts))
         save()
     elif beams > 1:
         show_beams(net, tok, prompts, num_samples, beams, length_penalty, options)

@@ -185,7 +185,11 @@ class Stream:
         """The text that is complete with this id; that of an id that does not exist is U+FFFD."""
         if not 0 <= i < len(self.table):
             return self.trim(self.decoder.decode(b'', final=True) + BROKEN, i)
-        text = self.decoder.decode(self.table[i])
+        return self.feed_bytes(self.table[i], i)
+
+    def feed_bytes(self, raw, i=None):
+        """The text that is complete with these bytes; i: the id that they are of, or a part of."""
+        text = self.decoder.decode(raw)
         return text if self.is_plain else self.trim(text, i)
 
     def flush(self):

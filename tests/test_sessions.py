@@ -89,7 +89,7 @@ def test_a_conversation_never_reads_its_past(run, kind, steps, monkeypatch):
     session = torch.load(f'{kind}/sessions/talk.pt', weights_only=True)
     tokens = session['tokens'].tolist()
     assert read_so_far == tokens[:-1] and session['unread'] == tokens[-1:]     # each once, in order
-    assert tokens[:len(tok.encode('e et'))] == tok.encode('e et').tolist()
+    assert tok.decode(tokens).startswith('e et')
     assert 'a e\nC' in tok.decode(tokens) and 'tt' in tok.decode(tokens) and '~' not in tok.decode(tokens)
     assert len(out) > 20
 

@@ -118,7 +118,8 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
     """Draws a token for each row of logits (B, V) → (B,) int64. The filters apply in the order
     top-k, min-p, top-p.
 
-    generator: see `uniform`. min-p: Nguyen et al. 2024; top-p (nucleus): Holtzman et al. 2020."""
+    A token of score -inf is never drawn. generator: see `uniform`. min-p: Nguyen et al. 2024; top-p
+    (nucleus): Holtzman et al. 2020."""
     logits = logits.float()
     if temperature == 0:
         return fast_topk(logits, 1)[1][:, 0]
@@ -129,7 +130,7 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
     else:
         top = logits.amax(-1, keepdim=True)
     # probabilities / that of the likeliest
-    weights = ((logits - top) / max(temperature, 1e-30)).exp()
+    weights = ((logits - top) / min(max(temperature, 1e-30), 1e30)).exp()
     if min_p > 0:
         weights = weights.masked_fill(weights < min_p, 0)
     if top_p < 1:
@@ -137,6 +138,7 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
         if index is None:
             weights, index = nucleus_candidates(weights, enough)
         before = weights.cumsum(-1) - weights               # the token that reaches top_p stays
+        before[:, 0] = -1                                   # and so does the first, be top_p ever so small
         weights = weights.masked_fill(before >= enough, 0)
     cumulative = weights.cumsum(-1)
     u = uniform(generator, len(weights), weights.device)
@@ -214,17 +216,19 @@ class Rows:
         self.logits = None          # (B, V) of the next token
         self.state = None           # the model's
         self.factors = None         # (B, V) the penalty of ids that are there, else 1
+        self.rests = []             # of each row what is still to be spelled of its prompt, or None
 
     @torch.no_grad()
-    def add(self, prompts):
+    def add(self, prompts, rests=()):
         """New rows: of each prompt what prefill returned, (logits, state, ids); the ids may be
-        more, and are only for the penalty."""
+        more, and are only for the penalty. rests: of each what healing.look_ahead returned."""
         logits, states, texts = map(list, zip(*prompts))
         new_factors = [self.factors_of(texts).to(logits[0].device)] if self.penalty != 1 else []
         if self.state is not None:
             logits.insert(0, self.logits)
             states.insert(0, self.state)
             new_factors.insert(0, self.factors)
+        self.rests = self.rests + list(rests or [None] * len(prompts))
         self.logits = torch.cat(logits)
         self.state = join_states(states)
         if self.penalty != 1:
@@ -239,7 +243,15 @@ class Rows:
 
     def draw(self, **sampling):
         """The next token of each row, (B,). sampling: see sample_token."""
-        return sample_token(self.penalized(self.logits), **sampling)
+        return sample_token(self.possible(self.logits), **sampling)
+
+    def possible(self, scores):
+        """Scores (B, V or more) of the tokenizer's ids, penalized; of a row that still has to spell its
+        prompt only those that can, see healing.py."""
+        scores = self.penalized(scores)
+        if not any(self.rests):
+            return scores
+        return torch.stack([rest.add_to(row) if rest else row for row, rest in zip(scores, self.rests)])
 
     def penalized(self, scores):
         """Scores (B, V or more) of the tokenizer's ids; of what is there already divided by the
@@ -256,6 +268,8 @@ class Rows:
         """Reads one token of each row, (B,)."""
         if self.penalty != 1:
             self.factors.scatter_(1, ids[:, None], self.penalty)
+        if any(self.rests):
+            self.rests = [rest and rest.following.get(i) for rest, i in zip(self.rests, ids.tolist())]
         logits, self.state = step(self.net, ids[:, None], self.state)
         self.logits = logits[:, -1]
 
@@ -264,6 +278,7 @@ class Rows:
         if not rows:
             self.clear()
         elif rows != list(range(len(self.logits))):
+            self.rests = [self.rests[row] for row in rows]
             self.logits = select_rows(self.logits, rows)
             self.state = {name: select_rows(value, rows) for name, value in self.state.items()}
             if self.penalty != 1:
@@ -290,40 +305,53 @@ def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_pe
 # --- beams, losses --------------------------------------------------------------------------------
 
 def beam_search(net, prompt, beams, max_new_tokens, vocab_size, is_end, length_penalty=1.0,
-                repetition_penalty=1.0):
+                repetition_penalty=1.0, heal=None):
     """The likeliest continuations of a prompt that such a search finds: [(score, ids), …], best
-    first, as many as beams.
+    first, as many as beams if there are so many.
 
     score: the sum of the tokens' logprobs / number of tokens ** length_penalty. is_end(ids):
     whether a continuation ends here. It goes on until none of the running beams, were it to end
-    now, is better than the worst that ended (transformers' early_stopping=False)."""
+    now, is better than the worst that ended (transformers' early_stopping=False).
+
+    heal: from what prefill returned to what is still to be spelled of the prompt, see healing.py.
+    Tokens that only spell it have their scores as any, but are none of max_new_tokens; and a beam is
+    chosen by how likely the rest is to follow, too."""
     rows = Rows(net, vocab_size, repetition_penalty)
-    rows.add([prefill(net, prompt)])
-    running = [(0.0, [])]                                               # (sum of logprobs, ids)
+    read = prefill(net, prompt)
+    rows.add([read], [heal(read)] if heal else [])
+    running = [(0.0, [], 0)]                            # (sum of logprobs, ids, those of new text)
     finished = []                                                       # (score, ids)
     for n in count(1):
-        sums = torch.tensor([[total] for total, _ in running], device=rows.logits.device)
-        sums = rows.penalized(rows.logits.float().log_softmax(-1)) + sums       # (B, V)
+        logprobs = rows.logits.float().log_softmax(-1)
+        sums = torch.tensor([[total] for total, _, _ in running], device=logprobs.device)
+        chances = rows.possible(logprobs) + sums                        # (B, V)
+        sums = rows.penalized(logprobs) + sums                          # (B, V)
         candidates = min(2 * beams, sums.numel())   # enough, even if each beam has one that ends
-        best, index = sums.flatten().topk(candidates)
+        best, index = chances.flatten().topk(candidates)
+        index = index[best > -torch.inf]
         parents = []
         before, running = running, []
-        for rank, (total, place) in enumerate(zip(best.tolist(), index.tolist())):
+        for rank, (total, place) in enumerate(zip(sums.flatten()[index].tolist(), index.tolist())):
             parent, token = divmod(place, vocab_size)
-            ids = before[parent][1] + [token]
-            if n == max_new_tokens or is_end(ids):
+            _, ids, new = before[parent]
+            ids = ids + [token]
+            rest = rows.rests[parent]
+            if not (rest and rest.is_inside(token)):
+                new += 1
+            if new == max_new_tokens or is_end(ids):
                 if rank < beams:
                     finished.append((total / n ** length_penalty, ids))
             elif len(running) < beams:
-                running.append((total, ids))
+                running.append((total, ids, new))
                 parents.append(parent)
         finished = sorted(finished, key=lambda beam: -beam[0])[:beams]
         if not running:
             return finished
-        if len(finished) == beams and running[0][0] / n ** length_penalty <= finished[-1][0]:
+        best_running = max(total for total, _, _ in running)
+        if len(finished) == beams and best_running / n ** length_penalty <= finished[-1][0]:
             return finished
         rows.keep(parents)
-        rows.advance(torch.tensor([ids[-1] for _, ids in running], device=sums.device))
+        rows.advance(torch.tensor([ids[-1] for _, ids, _ in running], device=sums.device))
 
 
 @torch.no_grad()

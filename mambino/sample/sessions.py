@@ -20,6 +20,7 @@ import torch
 from mambino import files
 from mambino.configurator import fail
 from mambino.sample.generation import Rows, prefill
+from mambino.sample.healing import look_ahead
 from mambino.weights.checkpoint import save_checkpoint
 
 CONTENTS = {'fingerprint', 'tokens', 'unread', 'state', 'generator'}    # of the file
@@ -32,26 +33,41 @@ class Session:
         self.tokens = array('i')            # all of the text
         self.unread = []                    # those of them that are not in the state
         self.state = None                   # the model's; None before the first token
+        self.logits = None                  # (1, V) of what comes behind the state
         self.generator = torch.Generator().manual_seed(seed)
 
-    def go_on(self, net, tok, ids, repetition_penalty=1.0, end_ids=(), **sampling):
+    def reopen(self, tok, end_ids=()):
+        """Takes back what was drawn last if it ended an answer: end-of-text or one of end_ids."""
+        if self.unread and self.unread[0] in (tok.eot, *end_ids):
+            self.tokens.pop()
+            self.unread = []
+
+    def needs_ids(self):
+        """Whether nothing can be drawn before an id is read."""
+        return self.logits is None and not self.unread
+
+    def go_on(self, net, tok, ids, repetition_penalty=1.0, end_ids=(), owed=b'', **sampling):
         """Reads ids, then yields one token after another, (id, logits (1, V) it was drawn from).
         sampling: see generation.sample_token.
 
         If what was drawn last, end-of-text or one of end_ids, ended an answer, and the text goes on
-        with ids, it is taken back."""
-        if ids and self.unread and self.unread[0] in (tok.eot, *end_ids):
-            self.tokens.pop()
-            self.unread = []
-        if not ids and not self.unread:
+        with ids, it is taken back. owed: bytes of the text behind ids that the first tokens spell, see
+        healing.py; only with them is the text what it should be."""
+        if ids or owed:
+            self.reopen(tok, end_ids)
+        elif not self.unread:
             ids = tok.context()                             # nothing at all: a new document
         self.tokens.extend(ids)
-        logits, self.state, _ = prefill(net, [*self.unread, *ids], self.state)
+        unread = [*self.unread, *ids]
+        if unread:
+            self.logits, self.state, _ = prefill(net, unread, self.state)
         self.unread = []
+        read = self.logits, self.state, self.tokens
         rows = Rows(net, tok.vocab_size, repetition_penalty)
-        rows.add([(logits, self.state, self.tokens)])
+        rows.add([read], [look_ahead(net, tok, read, owed)])
         while True:
             self.state = rows.state
+            self.logits = rows.logits
             next_ids = rows.draw(generator=[self.generator], **sampling)    # (1,)
             self.unread = next_ids.tolist()
             self.tokens.extend(self.unread)

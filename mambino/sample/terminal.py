@@ -15,16 +15,20 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from mambino.configurator import fail
 from mambino.sample.conversation import Conversation
 from mambino.sample.generation import Rows, beam_search, logprobs_of, prefill
+from mambino.sample.healing import look_ahead, spelling_of
 from mambino.sample.text import (
     CONTEXT,
     Writer,
     encode_prompt,
+    healed,
     token_text,
     without_mark,
 )
@@ -41,6 +45,7 @@ class Options:
     stops: tuple = ()               # a sample ends before such a text
     logprobs: int = 0               # show each token's logprob, and of so many likeliest; 0: no table
     stream: bool = True             # show the (first) sample while it is generated
+    heal: bool = True               # a prompt may end inside a token
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -93,15 +98,15 @@ def show_rate(tokens, seconds, prompt_seconds, prompt_tokens):
 class Sample:
     """One continuation of a prompt while it grows; with stream the first one shows itself."""
 
-    def __init__(self, tok, number, prompt, ids, seed, options):
+    def __init__(self, tok, number, prompt, seed, options):
         self.tok = tok
         self.number = number
-        self.prompt = without_mark(prompt)
+        self.prompt = without_mark(prompt.text)
         self.live = options.stream and number == 0
-        self.writer = Writer(tok, options.stops, before=ids, keep=not self.live)
+        self.limit = options.max_new_tokens
+        self.writer = Writer(tok, options.stops, prompt.ids, keep=not self.live, owed=prompt.owed)
         # an odd factor: no two alike
         self.generator = torch.Generator().manual_seed((seed + number * 0x9E3779B97F4A7C15) % 2**63)
-        self.length = 0                 # tokens drawn
         self.table = []                 # with logprobs, of each token
         if self.live:
             say(self.prompt)
@@ -113,7 +118,9 @@ class Sample:
             say(new)
         if logprobs:
             self.table.append((i, logprobs))
-        self.length += 1
+
+    def is_done(self):
+        return self.writer.done or 0 < self.limit <= self.writer.length
 
     def show(self):
         """The sample is over: shows all of it, or if it was seen while it grew the rest."""
@@ -127,29 +134,44 @@ class Sample:
             show_table(self.tok, self.table)
 
 
+class Prompt(NamedTuple):
+    """What comes before a sample."""
+    text: str
+    ids: list           # that are read
+    owed: bytes         # what of the text is still to be spelled behind them, see healing.py
+
+
+def prompt_of(tok, text, heal):
+    """The Prompt of a text of the setting `start`."""
+    ids = encode_prompt(tok, text)
+    return Prompt(text, *(healed(tok, ids, text) if heal else (ids, b'')))
+
+
 class Prompts:
     """Reads prompts; samples of one prompt share what was read of it."""
 
-    def __init__(self, net):
+    def __init__(self, net, tok):
         self.net = net
-        self.last = None                # what prefill returned
+        self.tok = tok
+        self.last = None                # a Prompt, and what was read of it
         self.seconds = 0.0
 
-    def read(self, ids):
-        """→ what Rows.add takes."""
-        if self.last is None or self.last[2] is not ids:
+    def read(self, prompt):
+        """→ what Rows.add takes: what prefill returned, and the Rest or None."""
+        if self.last is None or self.last[0] is not prompt:
             began = time.perf_counter()
-            self.last = prefill(self.net, ids)
+            read = prefill(self.net, prompt.ids)
+            self.last = prompt, read, look_ahead(self.net, self.tok, read, prompt.owed)
             self.seconds += time.perf_counter() - began
-        return self.last
+        return self.last[1:]
 
 
 def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
     """Continues each prompt num_samples times, at most batch_size rows side by side, and shows the
     results in order, the first as it grows."""
-    encoded = [(text, encode_prompt(tok, text)) for text in texts]
+    encoded = [prompt_of(tok, text, options.heal) for text in texts]
     waiting = deque(prompt for prompt in encoded for _ in range(num_samples))
-    prompts = Prompts(net)
+    prompts = Prompts(net, tok)
     rows = Rows(net, tok.vocab_size, options.repetition_penalty)
     active = []                         # the samples of the rows
     finished = {}                       # {number: sample}, those that wait for an earlier one
@@ -168,12 +190,12 @@ def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
         while (waiting or active) and not interrupts:
             new_rows = []
             while waiting and len(active) < batch_size:
-                text, ids = waiting.popleft()
-                new_rows.append(prompts.read(ids))
-                active.append(Sample(tok, begun, text, ids, seed, options))
+                prompt = waiting.popleft()
+                new_rows.append(prompts.read(prompt))
+                active.append(Sample(tok, begun, prompt, seed, options))
                 begun += 1
             if new_rows:
-                rows.add(new_rows)
+                rows.add(*zip(*new_rows))
                 if not waiting:
                     prompts.last = None                     # its state was copied
 
@@ -185,7 +207,7 @@ def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
             going_on = []
             for place, (sample, i) in enumerate(zip(active, next_ids.tolist())):
                 sample.feed(i, likeliest and likeliest[place])
-                if sample.writer.done or sample.length == options.max_new_tokens:
+                if sample.is_done():
                     finish(sample)
                 else:
                     going_on.append(place)
@@ -200,23 +222,31 @@ def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
     if interrupts:
         print('interrupted', file=sys.stderr)
     seconds = time.perf_counter() - began - prompts.seconds
-    show_rate(tokens, seconds, prompts.seconds, sum(len(ids) for _, ids in encoded))
+    show_rate(tokens, seconds, prompts.seconds, sum(len(prompt.ids) for prompt in encoded))
 
 
 def show_beams(net, tok, texts, num_samples, beams, length_penalty, options):
     """The best num_samples of `beams` continuations of each prompt, with their scores."""
     longest = max((len(stop.encode()) for stop in options.stops), default=0)
-
-    def is_end(ids):
-        end = tok.decode(ids[-longest - 4:], begins=False)  # a token is a byte or more
-        return ids[-1] == tok.eot or any(stop in end for stop in options.stops)
+    latest = longest + 4                                    # a token is a byte or more
 
     for text in texts:
-        prompt = encode_prompt(tok, text)
-        best = beam_search(net, prompt, beams, options.max_new_tokens, tok.vocab_size, is_end,
-                           length_penalty, options.repetition_penalty)
+        prompt = prompt_of(tok, text, options.heal)
+
+        def is_end(ids, prompt=prompt):
+            """Whether a continuation's last ids end it."""
+            old = ids[:-latest]
+            owed = spelling_of(tok).still_owed(prompt.owed, old) if prompt.owed else b''
+            writer = Writer(tok, options.stops, [*prompt.ids, *old], owed=owed)
+            for i in ids[-latest:]:
+                writer.feed(i)
+            return writer.done
+
+        best = beam_search(net, prompt.ids, beams, options.max_new_tokens, tok.vocab_size, is_end,
+                           length_penalty, options.repetition_penalty,
+                           heal=partial(look_ahead, net, tok, owed=prompt.owed))
         for score, ids in best[:num_samples]:
-            writer = Writer(tok, options.stops, before=prompt)
+            writer = Writer(tok, options.stops, prompt.ids, owed=prompt.owed)
             for i in ids:
                 writer.feed(i)
             writer.close()
@@ -237,18 +267,27 @@ class Dialogue:
         self.options = options
         self.end_ids = end_ids
 
-    def answer(self, ids, show_speed=True):
-        """Reads ids, then draws and shows tokens until one ends the answer."""
+    def answer(self, ids, text='', show_speed=True):
+        """Reads ids, then draws and shows tokens until one ends the answer. text: what the ids say, if
+        the answer goes on with it, and not behind a mark."""
         options = self.options
-        before = [*self.session.tokens[-CONTEXT:], *ids]
-        writer = Writer(self.tok, options.stops, before, self.end_ids, keep=not options.stream)
-        drawn = self.session.go_on(self.net, self.tok, ids, options.repetition_penalty,
-                                   self.end_ids, **options.sampling)
+        session = self.session
+        owed = b''
+        if ids:
+            session.reopen(self.tok, self.end_ids)
+        if text and options.heal:
+            ids, owed = healed(self.tok, ids, text, not session.tokens, session.needs_ids())
+        before = [*session.tokens[-CONTEXT:], *ids]
+        writer = Writer(self.tok, options.stops, before, self.end_ids, keep=not options.stream, owed=owed)
+        drawn = session.go_on(self.net, self.tok, ids, options.repetition_penalty,
+                              self.end_ids, owed, **options.sampling)
         table = []
-        first = None                                        # when the first token was there
+        n = 0                                               # tokens
+        first = None                                        # when the first one was there
         began = time.perf_counter()
         with patience() as interrupts:
-            for n, (i, logits) in enumerate(drawn, 1):
+            for i, logits in drawn:
+                n += 1
                 first = first or time.perf_counter()
                 new = writer.feed(i)
                 if options.stream and new:
@@ -257,7 +296,9 @@ class Dialogue:
                     next_id = torch.tensor([i], device=logits.device)
                     likeliest, = logprobs_of(logits, next_id, options.logprobs, self.tok.vocab_size)
                     table.append((i, likeliest))
-                if writer.done or interrupts or n == options.max_new_tokens:
+                if writer.owed:             # until it is spelled the session lacks what it was given
+                    continue
+                if writer.done or interrupts or 0 < options.max_new_tokens <= writer.length:
                     break
         seconds = time.perf_counter() - first
         rest = writer.close()
@@ -280,6 +321,7 @@ def converse(dialogue, opening, chat, save):
     session = dialogue.session
     talk = Conversation(tok, session, opening) if chat else None
     ids = encode_prompt(tok, opening, begins=not session.tokens) if opening and not chat else []
+    text = '' if chat else opening      # what ids say
     if sys.stdin.isatty():
         print('Enter sends a line, Ctrl-C ends an answer, Ctrl-D the conversation', file=sys.stderr)
     while (line := read_typed()) is not None:
@@ -289,13 +331,15 @@ def converse(dialogue, opening, chat, save):
             else:
                 begins = not (session.tokens or ids)
                 turn = ids + (tok.bos if begins and line else []) + tok.encode(line, begins).tolist()
+                text += line
         except ValueError as error:
             print(f'{error}; say it otherwise', file=sys.stderr)
             continue
-        ids = []
-        dialogue.answer(turn, show_speed=False)
+        dialogue.answer(turn, text, show_speed=False)
         if chat:
             talk.answered()
+        ids = []
+        text = ''
         if save:
             save()
     if sys.stdin.isatty():

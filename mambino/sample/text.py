@@ -13,6 +13,7 @@ from mambino import chat
 from mambino.configurator import fail, split_list
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.texts.encodings import read_whole
+from mambino.sample.healing import take_back
 from mambino.tokenizer import CHAT
 
 CONTEXT = 16            # tokens before a text that its first characters may hang on
@@ -72,6 +73,15 @@ def encode_prompt(tok, text, setting='start', begins=True):
     if begins and not ids:      # nothing but white space, which this tokenizer leaves out
         return tok.context()
     return ids
+
+
+def healed(tok, ids, text, begins=True, keep_one=False):
+    """→ (the ids of a text's ids that a model reads, the bytes that it is to spell itself), see
+    healing.py. begins: as of encode_prompt; keep_one: as of take_back."""
+    read, owed = take_back(tok, ids, without_mark(text), keep_one)
+    if begins and not read:
+        read = tok.context()
+    return read, owed
 
 
 def without_mark(prompt):
@@ -138,10 +148,11 @@ class Writer:
     """Turns one sample's ids into text, whole characters only, and ends it at end-of-text or before
     a stop string.
 
-    before: ids of what the text continues. end_ids: ids that end it, besides end-of-text. keep:
-    whether `text` is wanted at the end."""
+    before: ids of what the text continues. owed: bytes behind them that stand in the prompt, but are
+    still to be spelled by ids (healing.py): the text begins behind them. end_ids: ids that end it,
+    besides end-of-text. keep: whether `text` is wanted at the end."""
 
-    def __init__(self, tok, stops=(), before=(), end_ids=(), keep=True):
+    def __init__(self, tok, stops=(), before=(), end_ids=(), keep=True, owed=b''):
         self.stops = stops
         self.end_ids = {tok.eot, *end_ids}
         self.keep = keep
@@ -149,8 +160,13 @@ class Writer:
         self.pieces = []            # what was shown
         self.pending = ''           # the beginning of what may become a stop string
         self.done = False
+        self.length = 0             # ids of the text
+        self.owed = owed
         for i in before[-CONTEXT:]:
             self.decoder.feed(i)
+        if owed:
+            self.decoder.feed_bytes(owed)
+            self.decoder.space = ''
 
     @property
     def text(self):
@@ -160,9 +176,22 @@ class Writer:
         """Takes the next id; returns the text that can be shown now."""
         if self.done:
             return ''
+        if self.owed:
+            return self.feed_owed(i)
+        self.length += 1
         if i in self.end_ids:
             return self.close()
         return self.show(self.decoder.feed(i), final=False)
+
+    def feed_owed(self, i):
+        """Takes an id that spells what is owed; returns what it goes on with."""
+        raw = self.decoder.table[i]
+        new = raw[len(self.owed):]
+        self.owed = self.owed[len(raw):]
+        if not new:
+            return ''
+        self.length += 1
+        return self.show(self.decoder.feed_bytes(new), final=False)
 
     def close(self):
         """Returns what was held back: an incomplete character, the beginning of a stop string."""

@@ -5,12 +5,14 @@ its own."""
 import torch
 
 from mambino import machine
-from mambino.sample.generation import generate
-from mambino.sample.text import Writer, encode_prompt
+from mambino.sample.generation import Rows, prefill
+from mambino.sample.healing import look_ahead
+from mambino.sample.text import Writer, encode_prompt, healed
 from mambino.train import batches, processes
 from mambino.train.processes import say, summed
 
 TOKENS = 4096   # at once: enough to keep a GPU busy, and without gradients less than a step of training
+SAMPLE = 200            # tokens of a piece of text
 
 
 @torch.no_grad()
@@ -46,10 +48,20 @@ def show_sample(net, tokenizer, prompt, step, seed, device):
     step."""
     net.eval()
     ids = encode_prompt(tokenizer, prompt, 'sample_start')
-    writer = Writer(tokenizer, before=ids)
+    owed = b''
+    if not processes.SHARDED:           # with fsdp all processes must take the same steps, whatever they draw
+        ids, owed = healed(tokenizer, ids, prompt)
+    writer = Writer(tokenizer, before=ids, owed=owed)
     generator = torch.Generator(device).manual_seed(seed)
-    for row in generate(net, ids, 1, 200, tokenizer.vocab_size, temperature=0.8, top_k=200, generator=generator):
-        writer.feed(int(row))
+    read = prefill(net, ids)
+    rows = Rows(net, tokenizer.vocab_size)
+    rows.add([read], [look_ahead(net, tokenizer, read, owed)])
+    for _ in range(SAMPLE + len(owed)):
+        drawn = rows.draw(temperature=0.8, top_k=200, generator=generator)
+        writer.feed(int(drawn))
+        if writer.length == SAMPLE:
+            break
+        rows.advance(drawn)
     net.train()
     say(f'--- sample at step {step}\n{prompt}{writer.text}\n---')
     return step
