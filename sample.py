@@ -78,7 +78,7 @@ explicit = configure(globals())     # of the settings those that the user gave
 from mambino.machine import autocast, choose_device, choose_dtype
 from mambino.sample.conversation import check_chat
 from mambino.sample.score import show_score
-from mambino.sample.sessions import Session, open_session
+from mambino.sample.sessions import Session, check_state, open_session
 from mambino.sample.terminal import Dialogue, Options, converse, say, show_beams, show_samples
 from mambino.sample.text import encode_prompt, prompts_of, stops_of, without_mark
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
@@ -145,7 +145,8 @@ if session:
     tensors = {f'{n}.{name}.{weight}': tensor for n, (part, weight) in enumerate(parts)
                for name, tensor in part['weights'].items()}
     model_fingerprint = fingerprint(tensors)
-    text, path, goes_on = open_session(out_dir, session, fork, seed, model_fingerprint, where)
+    text, path, goes_on = open_session(
+        out_dir, session, fork, seed, model_fingerprint, where, tok.vocab_size)
     save = partial(text.save, path, model_fingerprint)
 if goes_on and 'seed' in explicit:
     text.generator.manual_seed(seed)
@@ -167,6 +168,10 @@ options = Options(
 
 # --- do what is asked for
 with context:
+    if goes_on:
+        check_state(net, text, path)
+    if fork:
+        save()
     if score:
         is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
         show_score(net, tok, score, autocast(where, choose_dtype('auto', where)) if is_auto else nullcontext())
@@ -177,8 +182,10 @@ with context:
         ids = encode_prompt(tok, prompts[0], begins=not goes_on) if prompts else []
         if stream and prompts:
             say(without_mark(prompts[0]))
-        Dialogue(net, tok, text, options).answer(ids, ''.join(prompts))
-        save()
+        try:
+            Dialogue(net, tok, text, options).answer(ids, ''.join(prompts))
+        finally:                                        # also where nobody reads on
+            save()
     elif beams > 1:
         show_beams(net, tok, prompts, num_samples, beams, length_penalty, options)
     else:

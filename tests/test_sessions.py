@@ -44,15 +44,16 @@ def drawn_in(session, net, n, ids=()):
 
 
 def test_a_session_goes_on_as_if_it_had_not_stopped(net, tmp_path):
-    path = str(tmp_path / 'sessions' / 'a.pt')
     whole = Session(3)
     want = drawn_in(whole, net, 60, [1, 2, 3])
     for cuts in ((60,), (1, 59), (20, 1, 39)):
         session, got = Session(3), []
+        path = str(tmp_path / 'sessions' / f'{len(cuts)}.pt')
         for i, n in enumerate(cuts):
             got += drawn_in(session, net, n, [] if i else [1, 2, 3])
             session.save(path, 'x')
-            session = sessions.load_session(path, 'x', 'cpu')
+            session = sessions.load_session(path, 'x', 'cpu', 50)
+            sessions.check_state(net, session, path)
         assert got == want and session.tokens == whole.tokens
         assert list(session.tokens) == [1, 2, 3] + want
     told, again = Session(3), Session(3)
@@ -173,3 +174,17 @@ def test_chat(run, steps, monkeypatch):
     whole = ''.join({begin: '<', end: '>'}.get(i) or tok.decode([i]) for i in tokens)
     assert whole.startswith('<system\nsys>\n<user\ne>\n<assistant\n') and '>\n<user\net>\n<assistant\n' in whole
     assert [i for step in steps for i in step] == tokens[:-1]
+
+
+def test_a_session_is_saved_where_nobody_reads_on(run, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            if len(self.getvalue()) > 20:
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr('sys.stdout', Closed())
+    with pytest.raises(BrokenPipeError):
+        script('sample.py', '--out_dir=char --device=cpu --start="e et" --session=piped --max_new_tokens=60')
+    tokens = torch.load('char/sessions/piped.pt', weights_only=True)['tokens']
+    assert open_run('char')[1].decode(tokens.tolist()).startswith('e et') and len(tokens) > 10

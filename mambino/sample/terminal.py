@@ -335,13 +335,15 @@ def converse(dialogue, opening, chat, save):
         except ValueError as error:
             print(f'{error}; say it otherwise', file=sys.stderr)
             continue
-        dialogue.answer(turn, text, show_speed=False)
-        if chat:
-            talk.answered()
+        try:
+            dialogue.answer(turn, text, show_speed=False)
+            if chat:
+                talk.answered()
+        finally:                        # also where nobody reads on
+            if save:
+                save()
         ids = []
         text = ''
-        if save:
-            save()
     if sys.stdin.isatty():
         print()
 
