@@ -281,11 +281,17 @@ def read_contents(path):
 
 
 def is_tensor(value, dtype=None, ndim=None):
-    """Whether a value is a plain tensor, all of whose numbers are in the file; of this type and so many
-    dimensions."""
-    return (type(value) is torch.Tensor and value.layout == torch.strided
-            and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-            and (dtype is None or value.dtype == dtype) and (ndim is None or value.ndim == ndim))
+    """Whether a value is a plain tensor, each of whose numbers is in the file and has a place of its
+    own; of this type and so many dimensions."""
+    if type(value) is not torch.Tensor or value.layout != torch.strided:
+        return False
+    reach = 1                                           # places that the dimensions so far take
+    for stride, size in sorted(zip(value.stride(), value.shape)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach += stride * (size - 1)
+    return (dtype is None or value.dtype == dtype) and (ndim is None or value.ndim == ndim)
 
 
 def checksum(contents):
