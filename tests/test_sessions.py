@@ -1,4 +1,5 @@
 """sessions.py, conversations: a text goes on as if it had not stopped; nothing is ever read twice."""
+import errno
 import io
 import signal
 import types
@@ -181,11 +182,10 @@ def test_a_session_is_saved_where_nobody_reads_on(run, monkeypatch):
         def write(self, text):
             said = self.getvalue()              # first the settings
             if said.count('e et') > 1 and len(said) - said.index('e et', said.index('e et') + 1) > 12:
-                raise BrokenPipeError
+                raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
             return super().write(text)
 
     monkeypatch.setattr('sys.stdout', Closed())
-    with pytest.raises(BrokenPipeError):
-        script('sample.py', '--out_dir=char --device=cpu --start="e et" --session=piped --max_new_tokens=60')
+    assert script('sample.py', '--out_dir=char --device=cpu --start="e et" --session=piped --max_new_tokens=60') == 0
     tokens = torch.load('char/sessions/piped.pt', weights_only=True)['tokens']
     assert open_run('char')[1].decode(tokens.tolist()).startswith('e et') and len(tokens) > 10
