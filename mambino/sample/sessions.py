@@ -93,6 +93,7 @@ class Session:
         self.tokens = array('i')
         self.unread = []
         self.state = None
+        self.logits = None
 
     def save(self, path, fingerprint):
         """Writes the file whole or not at all, which ends the program in a line. If there is another
