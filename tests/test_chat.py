@@ -77,7 +77,7 @@ def test_answers_are_learned_with_the_mark_that_ends_them(family):
 
 
 def test_an_export_has_the_same_template_marks_and_ids(family, tmp_path):
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling
     folder, end = family
     tok = tokenizer.load_tokenizer(folder)
     special = special_tokens(tok, tok.vocab_size + 1)
@@ -88,8 +88,13 @@ def test_an_export_has_the_same_template_marks_and_ids(family, tmp_path):
     assert asked == encode_prompt_of(tok, TALK[:1])
     assert tok.hf.token_to_id(end) in special.ends() and theirs.eos_token_id == special.eos in special.ends()
     assert theirs.pad_token_id == special.pad == tok.vocab_size and special.pad not in special.ends()
+    collate = DataCollatorForLanguageModeling(theirs, mlm=False)
+    labels = collate([{'input_ids': [special.eos, *asked]}, {'input_ids': asked[:2]}])['labels']
+    assert labels[0, 0] == special.eos and (labels[1, :2] == -100).sum() + (labels[1, -2:] == -100).sum() == 2
     again = tokenizer.load_tokenizer(tmp_path)
     assert again.config['chat_template'] == tok.config['chat_template'] and again.eot == tok.eot
+    if not tok.bos:
+        assert again.sha256() == tok.sha256()
 
 
 def test_nobody_forges_a_mark(family):

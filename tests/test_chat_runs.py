@@ -13,7 +13,7 @@ from mambino import chat, tokenizer
 from mambino.weights import checkpoint, loading
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-SOUNDS = dict(cow='moo', dog='woof', cat='meow', duck='quack', sheep='baa', pig='oink', owl='hoo', bee='buzz')
+SOUNDS = dict(cow='moo', dog='woof', pig='oink', owl='hoo')
 MODEL = ('--model=gpt --n_layer=2 --n_head=4 --n_embd=64 --block_size=32 --batch_size=24 --tokens_per_step=768 '
          '--learning_rate=8e-3 --warmup_iters=10 --device=cpu --dtype=float32 --log_interval=50')
 
@@ -55,7 +55,7 @@ def talks(tmp_path_factory):
     write_dataset('data/talks', tok, made)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert script('train.py', MODEL, '--dataset=talks --max_iters=160 --eval_interval=80') == 0
+    assert script('train.py', MODEL, '--dataset=talks --max_iters=200 --eval_interval=100') == 0
     torch.set_num_threads(threads)
     yield made
     os.chdir(before)
@@ -79,7 +79,7 @@ def test_answers_are_learned_and_prompts_are_not(talks, monkeypatch, capsys):
         answers.append(losses[learned].mean().item())
         prompts.append(losses[~learned].mean().item())
     assert np.mean(answers) < 0.4 and np.mean(prompts) > 3, (np.mean(answers), np.mean(prompts))
-    lines = [f'{animal}?' for animal in ('owl', 'cow')]
+    lines = [f'xqkvjz {animal}?' for animal in ('owl', 'cow')]
     monkeypatch.setattr('sys.stdin', io.StringIO('\n'.join(lines)))
     capsys.readouterr()
     assert script('sample.py', '--chat=True --interactive=True --temperature=0 --max_new_tokens=30 --device=cpu') == 0
@@ -98,7 +98,7 @@ def test_exports_hold_the_same_conversation(talks, capsys):
     assert 'FAILED' not in said and 'a conversation has the same ids' in said
     theirs = transformers.AutoTokenizer.from_pretrained('both')
     model = transformers.AutoModelForCausalLM.from_pretrained('both', dtype=torch.float32)
-    messages = [{'role': 'user', 'content': 'pig?'}]
+    messages = [{'role': 'user', 'content': 'xqkvjz pig?'}]
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', return_dict=True)
     assert prompt['input_ids'][0].tolist() == chat.encode_prompt_of(tok, messages)
     out = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt['input_ids'].shape[1]:].tolist()

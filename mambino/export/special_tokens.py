@@ -4,7 +4,6 @@ file that says it.
     special = special_tokens(tok, net.config.vocab_size)
     special.bos, special.eos, special.turn, special.pad         # ids; turn and pad may be None
     special.ends()                                              # what ends a generated text
-    text = with_pad(tok, special)                               # the tokenizer.json, <|pad|> in it
 
 What ends an answer, `turn`, there is for models that know conversations: their tokenizer has a
 template. A pad is never what ends a text, which a collator would take out of the loss with it. Where
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from mambino import chat
 
 PAD = '<|pad|>'
+FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
 PADS = (PAD, '<pad>', '[PAD]', '<|finetune_right_pad_id|>', '<|padding|>')      # as vocabularies call it
 
 
@@ -70,8 +70,7 @@ def pad_of(tok, names, ids, ends, vocab_size):
 def text_with(text, pad):
     """A tokenizer.json with <|pad|> as the id `pad`."""
     spec = json.loads(text)
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    spec['added_tokens'] = [*(spec.get('added_tokens') or []), dict(id=pad, content=PAD, **flags)]
+    spec['added_tokens'] = [*(spec.get('added_tokens') or []), dict(id=pad, content=PAD, **FLAGS)]
     return json.dumps(spec, ensure_ascii=False, indent=2)
 
 

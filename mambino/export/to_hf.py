@@ -33,7 +33,7 @@ import torch
 from mambino import chat
 from mambino.export.classes import check_classes, check_modules, look_up, look_up_alike
 from mambino.export.compare import difference, greedy, silent, some_ids, some_texts
-from mambino.export.special_tokens import note_of, special_tokens, text_with
+from mambino.export.special_tokens import FLAGS, PAD, note_of, special_tokens
 from mambino.export.to_safetensors import save_safetensors
 from mambino.tokenizer_json import beginning_only, marks_of, names_in_reach
 from mambino.weights.from_hf import EXPERTS
@@ -206,7 +206,7 @@ def write_json(folder, name, value):
 def write_tokenizer(tok, folder, block_size, special):
     """tokenizer.json, without what would add tokens that our training never saw, and how
     transformers is to use it."""
-    spec = json.loads(text_with(tok.text, special.pad) if special.is_new else tok.text)
+    spec = json.loads(tok.text)
     processor = spec.get('post_processor')
     if not tok.bos:
         processor = None
@@ -214,11 +214,13 @@ def write_tokenizer(tok, folder, block_size, special):
         processor = beginning_only(processor)
     changed = dict(post_processor=processor, truncation=None, padding=None)
     tok.save(folder)
-    if special.is_new or any(spec.get(name) != value for name, value in changed.items()):
+    if any(spec.get(name) != value for name, value in changed.items()):
         write_json(folder, 'tokenizer.json', spec | changed)
     template = tok.config.get('chat_template')
     said = dict(special.names, tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
                 split_special_tokens=not template, clean_up_tokenization_spaces=False, padding_side='left')
+    if special.is_new:                  # the tokenizer.json stays what it was, and so do those who know it by that
+        said['added_tokens_decoder'] = {str(special.pad): {'content': PAD, **FLAGS}}
     if tok.config.get('additional_special_tokens'):
         said['additional_special_tokens'] = tok.config['additional_special_tokens']
     if template:
