@@ -67,7 +67,8 @@ class Dataset:
         # (V,) bytes of text an id stands for, see text_bytes(); None for a bare .bin
         self.token_bytes = self.tokenizer and self.text_bytes()
         # whether there may be tokens that are not learned; what is not read now may have some
-        self.is_masked = np.dtype(self.dtype).kind == 'i' and self.tokens['train'] > READ_AT_ONCE
+        is_talk = self.meta is None or bool(self.meta.get('conversations'))
+        self.is_masked = is_talk and self.dtype == 'int32' and self.tokens['train'] > READ_AT_ONCE
         # a foreign id would crash an embedding in the middle of a run
         for split, n in self.tokens.items():
             if n <= READ_AT_ONCE:
