@@ -11,6 +11,7 @@ import argparse
 import collections
 import errno
 import importlib
+import io
 import os
 import random
 import runpy
@@ -126,10 +127,14 @@ def watch(at, count, way):
             return function(*arguments)
         return call
 
-    plain_open = open
+    class Disturbed(io.BufferedWriter):
+        write = disturbed(io.BufferedWriter.write)
+
+    plain_open, create = open, mambino.files.create
     sys.addaudithook(heard)
     os.fsync = disturbed(os.fsync)
-    mambino.files.Writer.write = disturbed(mambino.files.Writer.write)
+    mambino.files.create = lambda path: Disturbed(create(path).detach())
+    importlib.import_module('mambino.train.progress').SPACE_SECONDS = 0.1
 
 
 def disturb(name, way, rng, operations):
