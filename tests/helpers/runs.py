@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -93,6 +94,14 @@ def opened(*arguments):
     return logged
 metrics.open_log = opened
 '''
+
+
+def wait_for_lines(process, n, log='out/metrics.jsonl'):
+    """Until the log of a process has so many lines, or it has ended."""
+    while process.poll() is None:
+        if os.path.exists(log) and len(open(log).readlines()) >= n:
+            return
+        time.sleep(0.01)
 
 
 def metrics(out='out', key=None):
