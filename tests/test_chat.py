@@ -255,4 +255,7 @@ def test_a_template_that_writes_anew_what_was_read():
         session.unread = [chat.end_ids(tok)[0]]
         talk.answered()
     assert talk.messages == SYSTEM + TALK
+    later = Conversation(tok, session)
+    assert later.ids_of('home?') == encode_prompt_of(tok, [*talk.messages, {'role': 'user', 'content': 'home?'}])
+    session.tokens.extend(ids)
     assert session.tokens[:len(ids)].tolist() == ids == encode_prompt_of(tok, SYSTEM + TALK[:3])

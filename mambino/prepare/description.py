@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 
-from mambino.chat import template_of
+from mambino.chat import template_of, trouble
 from mambino.prepare import screen, spool
 from mambino.prepare.spool import FORMAT
 
@@ -39,14 +39,15 @@ def describe(inputs, base, tok, corpus, account, skipped, written, split_seed, v
         'sha256': written.sha256,
         # the same for the same data, whatever it is called
         'content': content_of(written.sha256, tok.sha256()),
-        'notes': base.get('notes', []) + account['notes'] + notes_of(written),
+        'notes': base.get('notes', []) + account['notes'] + notes_of(written, tok),
         'skipped': base.get('skipped', []) + skipped,
     }
 
 
-def notes_of(written):
-    """What the tokenizer's template did not take as it was, [{'file', 'note'}]."""
-    notes = []
+def notes_of(written, tok):
+    """What the tokenizer's template did not take as it was, or does to conversations, [{'file',
+    'note'}]."""
+    notes = trouble(tok) if written.talks else []
     if written.mended:
         notes.append(f'{written.mended:,} conversations have what the system says before their first question, for the '
                      'chat template of the tokenizer takes no system message')

@@ -32,8 +32,12 @@ class Conversation:
         self.tok = tok
         self.session = session
         self.ends = chat.end_ids(tok)
-        self.messages = [{'role': 'system', 'content': system}] if system else []
-        self.goes_on = len(session.tokens) > 0      # from another day
+        # of another day; a session that went on otherwise meanwhile does not tell them
+        is_known = session.talk.get('tokens') == len(session.tokens)
+        self.messages = session.talk['messages'] if is_known else []
+        self.goes_on = len(session.tokens) > 0 and not is_known
+        if system:
+            self.messages = [*self.messages, {'role': 'system', 'content': system}]
         self.is_told = False
         self.line = ''                              # the last one
         self.read = 0                               # tokens of the session before its answer
@@ -65,3 +69,4 @@ class Conversation:
             drawn.pop()
         text = self.tok.decode(drawn, begins=False).strip()
         self.messages += [{'role': 'user', 'content': self.line}, {'role': chat.ANSWERS, 'content': text}]
+        self.session.talk = dict(tokens=len(self.session.tokens), messages=self.messages)

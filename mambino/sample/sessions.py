@@ -16,6 +16,7 @@ A file is written whole or not at all, and over no other than the one that was o
 process saved meanwhile stays, and this text is kept beside it.
 """
 import hashlib
+import json
 import os
 import re
 import sys
@@ -42,6 +43,7 @@ class Session:
         self.state = None                   # the model's; None before the first token
         self.logits = None                  # (1, V) of what comes behind the state
         self.generator = torch.Generator().manual_seed(seed)
+        self.talk = {}                      # of a conversation: its messages after so many tokens
         self.is_whole = False               # whether all parts are of one moment: it can be saved
         self.path = None                    # where it is saved
         self.stamp = None                   # of the file that is there, if it was opened or saved
@@ -94,6 +96,7 @@ class Session:
         self.unread = []
         self.state = None
         self.logits = None
+        self.talk = {}
 
     def save(self, path, fingerprint):
         """Writes the file whole or not at all, which ends the program in a line. If there is another
@@ -109,6 +112,8 @@ class Session:
             logits=self.logits.cpu(),
             generator=self.generator.get_state(),
         )
+        if self.talk:
+            contents['talk'] = json.dumps(self.talk)
         contents['sha256'] = checksum(contents)
         self.path = self.path or path
         try:
@@ -220,6 +225,7 @@ def load_session(path, fingerprint, device, vocab_size):
                          for name, value in contents['state'].items()}
         if contents.get('logits') is not None:          # an older version kept none
             session.logits = contents['logits'].to(device)
+        session.talk = json.loads(contents.get('talk', '{}'))
     except FileNotFoundError:
         names = names_in(os.path.dirname(path))
         there = 'are ' + ', '.join(names) if names else 'is none yet'
@@ -273,12 +279,25 @@ def read_contents(path):
     logits = contents.get('logits')
     for tensor in [*state.values(), *([] if logits is None else [logits])]:
         require(is_tensor(tensor), 'state')
+    require(is_talk(contents.get('talk', '{}')), 'talk')
     unread = contents['unread']
     require(type(unread) is list and len(unread) <= 1 and all(type(i) is int for i in unread), 'unread')
     require(unread == contents['tokens'][-1:].tolist() or not unread, 'unread')
     if 'sha256' in contents:                            # an older version wrote none
         require(contents['sha256'] == checksum(contents), 'its contents are not what was saved')
     return contents
+
+
+def is_talk(text):
+    """Whether a text is the JSON of a conversation's messages and the number of tokens after them; or of
+    {}."""
+    talk = json.loads(text) if type(text) is str else None
+    if talk == {}:
+        return True
+    return (isinstance(talk, dict) and talk.keys() == {'tokens', 'messages'} and type(talk['tokens']) is int
+            and isinstance(talk['messages'], list)
+            and all(isinstance(message, dict) and message.keys() == {'role', 'content'}
+                    and all(type(value) is str for value in message.values()) for message in talk['messages']))
 
 
 def is_tensor(value, dtype=None, ndim=None):
@@ -299,6 +318,8 @@ def checksum(contents):
     """A hash of all that a session is."""
     parts = {name: contents[name] for name in ('fingerprint', 'tokens', 'unread', 'logits', 'generator')}
     parts |= {f'state.{name}': value for name, value in contents['state'].items()}
+    if 'talk' in contents:
+        parts['talk'] = contents['talk']
     digest = hashlib.sha256()
     for name, value in sorted(parts.items()):
         if isinstance(value, torch.Tensor):

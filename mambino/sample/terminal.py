@@ -337,9 +337,9 @@ def converse(dialogue, opening, chat, save):
             continue
         try:
             dialogue.answer(turn, text, show_speed=False)
+        finally:                        # also where nobody reads on
             if chat:
                 talk.answered()
-        finally:                        # also where nobody reads on
             if save:
                 save()
         ids = []
