@@ -36,7 +36,8 @@ heal = True             # a prompt may end inside a token, as 'def ' does: its l
 num_samples = 1         # of each prompt, drawn side by side
 max_new_tokens = 500    # 0: without end, until a stop or Ctrl-C
 stop = ''               # stop at this text; several are separated by |, a mark such as <|end|> is
-                        # one; \n is a newline, \| a bar, \\ a backslash; end-of-text always stops
+                        # one; \n is a newline, \t a tab, \| a bar, \\ a backslash; end-of-text
+                        # always stops
 batch_size = 16         # rows at most side by side; as one is done, the next begins
 # --- how to choose the next token
 temperature = 0.8       # below 1 is more careful, above 1 wilder; 0: always the likeliest token
@@ -86,10 +87,16 @@ from mambino.weights.loading import attach_adapters, load_adapters, model_of, pr
 from mambino.weights.quantize import PRECISIONS
 
 # --- what cannot be
+MOST = 2**31 - 1
 require(globals(), {
-    'at least 1': dict(num_samples=num_samples >= 1, batch_size=batch_size >= 1, beams=beams >= 1),
-    '0 or more': dict(temperature=temperature >= 0, top_k=top_k >= 0, logprobs=logprobs >= 0),
-    '1 or more, or 0: without end': dict(max_new_tokens=max_new_tokens >= 0),
+    f'from 1 to {MOST}': dict(
+        num_samples=1 <= num_samples <= MOST,
+        batch_size=1 <= batch_size <= MOST,
+        beams=1 <= beams <= MOST,
+    ),
+    '0 or more': dict(temperature=temperature >= 0, top_k=top_k >= 0),
+    f'from 1 to {MOST}, or 0: without end': dict(max_new_tokens=0 <= max_new_tokens <= MOST),
+    'from 0 to 1000': dict(logprobs=0 <= logprobs <= 1000),
     'above 0 and at most 1': dict(top_p=0 < top_p <= 1),
     'from 0 to 1': dict(min_p=0 <= min_p <= 1),
     'above 0 and at most 100; 1 is none': dict(repetition_penalty=0 < repetition_penalty <= 100),

@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 from helpers.models import perturb
-from helpers.runs import ROOT, cut, refused, script
+from helpers.runs import POSIX, ROOT, cut, refused, script
 from helpers.sampling import KINDS, open_run
 
-from mambino.sample import generation
+from mambino import console, machine
+from mambino.sample import generation, terminal, text
 from mambino.sample.generation import generate
 from mambino.weights import adapters, checkpoint, loading
 
@@ -244,6 +245,41 @@ def test_unusable_input_is_one_line(capsys, flags, words, before):
     refused(capsys, *words.split())
 
 
+@POSIX
+@pytest.mark.parametrize('flags', ['--score=/dev/zero', '--start=FILE:/dev/zero', '--start=LINES:/dev/random'])
+def test_what_has_no_end_is_not_read(capsys, flags):
+    assert script('sample.py', '--out_dir=char --device=cpu', flags) == 2
+    refused(capsys, '/dev/', 'device')
+
+
+def test_what_is_too_large_is_not_read(capsys, monkeypatch):
+    monkeypatch.setattr(text, 'MOST_BYTES', 100)
+    for flags in ('--score=text.txt', '--start=FILE:text.txt'):
+        assert script('sample.py', '--out_dir=char --device=cpu', flags) == 2
+        refused(capsys, 'text.txt', 'has more than')
+
+
+def test_more_rows_than_memory_has_room_for(run, capsys, monkeypatch):
+    want = run('char', '--num_samples=70 --max_new_tokens=2')
+    for free, calls in ((1, 70), (10**12, 70)):
+        monkeypatch.setattr(machine, 'available_memory', lambda device, free=free: free)
+        monkeypatch.setattr(terminal, 'available_memory', machine.available_memory)
+        assert script('sample.py', '--out_dir=char --device=cpu --start=e --max_new_tokens=2',
+                      f'--num_samples={calls} --batch_size=2000000000') == 0
+        said = capsys.readouterr()
+        assert said.out.endswith(want) and ('1 at once' in said.err) == (free == 1)
+
+
+def test_a_score_shows_its_progress(run, capsys, monkeypatch):
+    want = run('char', '--score=text.txt')
+    monkeypatch.setattr(console.Stream, 'isatty', lambda stream: True)
+    assert script('sample.py', '--out_dir=char --device=cpu --score=text.txt') == 0
+    said = capsys.readouterr()
+    assert said.out.endswith(want)
+    for reading in ('in windows', 'with all the text before'):
+        assert re.search(rf'{reading}: [\d,]+ of [\d,]+ tokens, [\d,]+ tokens/s, 0 s left', said.err)
+
+
 @pytest.mark.parametrize('flags, words', [
     ('--start=LINES:nothing.txt', 'start=LINES:nothing.txt No such file'),
     ('--start=LINES:blank.txt', 'LINES:blank.txt no prompt FILE:'),
@@ -280,6 +316,12 @@ def test_unusable_input_is_one_line(capsys, flags, words, before):
     ('--session=foreign', 'foreign.pt another model'),
     ('--chat=True', 'chat interactive'),
     ('--chat=True --interactive=True --start=x', 'chat <|im_start|>'),
+    ('--num_samples=2147483648', 'num_samples=2147483648 from'),
+    ('--batch_size=1e10', 'batch_size from'),
+    ('--beams=2147483648', 'beams from'),
+    ('--beams=2000000000 --num_samples=1 --start="e et"', 'beams=2000000000 memory at most'),
+    ('--max_new_tokens=1e30', 'max_new_tokens from'),
+    ('--logprobs=1001', 'logprobs from 0 to'),
     ('--quantize=int5', 'quantize=int5'),
     ('--adapters=nowhere', 'nowhere no such checkpoint'),
     ('--adapters=char:much', 'adapters much weight'),

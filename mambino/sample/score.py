@@ -21,6 +21,7 @@ from mambino.sample.text import read_text, token_text
 
 SURPRISES = 10          # tokens that a score lists
 BEFORE, AFTER = 12, 5   # tokens beside them
+ROWS = 8                # windows at once
 
 
 def show_score(net, tok, path, precision):
@@ -65,7 +66,13 @@ def as_evaluated(net, tok, ids, size):
     sequence = [*opening, *ids]
     if len(sequence) <= given:
         return 0.0, 0, 0
-    nats = sum(window_losses(net, sequence, given))
+    nats = 0.0
+    seen = 0                                                # tokens
+    began = time.perf_counter()
+    for some in window_losses(net, sequence, given, ROWS):
+        nats += some
+        seen = min(seen + ROWS * net.config.block_size, len(sequence) - 1)
+        show_progress(seen, len(sequence) - 1, time.perf_counter() - began, 'in windows')
     sizes = tok.sizes()
     share = sizes[sequence[given:]].sum() / sizes[ids].sum()
     return nats, len(sequence) - given, size * share
@@ -85,8 +92,7 @@ def surprises(net, ids, before):
         positions = (index + seen).tolist()
         worst = heapq.nlargest(SURPRISES, worst + list(zip(values.tolist(), positions)))
         seen += len(nats)
-        if sys.stderr.isatty():
-            show_progress(seen, len(ids), time.perf_counter() - began)
+        show_progress(seen, len(ids), time.perf_counter() - began, 'with all the text before')
     return total, worst
 
 
@@ -105,8 +111,10 @@ def around(tok, ids, at):
     return shown
 
 
-def show_progress(seen, total, seconds):
-    """A line that changes, with rate and time left."""
-    rate = seen / seconds
-    line = f'{seen:,} of {total:,} tokens, {rate:,.0f} tokens/s, {(total - seen) / rate:,.0f} s left   '
+def show_progress(seen, total, seconds, reading):
+    """A line that changes, on a terminal, with rate and time left."""
+    if not (sys.stderr and sys.stderr.isatty()):
+        return
+    rate = seen / max(seconds, 1e-9)
+    line = f'{reading}: {seen:,} of {total:,} tokens, {rate:,.0f} tokens/s, {(total - seen) / rate:,.0f} s left   '
     print('\r' + line, end='\n' if seen == total else '', file=sys.stderr, flush=True)

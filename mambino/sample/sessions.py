@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from array import array
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ class Session:
                 if stamp_of(self.path) != self.stamp:
                     self.path = free_path(self.path)
                     print(f'note: {path} was saved by another process meanwhile, and stays; this text is kept as '
-                          f'--session={name_of(self.path)}', file=sys.stderr)
+                          f'--session={shlex.quote(name_of(self.path))}', file=sys.stderr)
                 save_checkpoint(self.path, contents)
                 self.stamp = stamp_of(self.path)
         except (OSError, RuntimeError) as error:

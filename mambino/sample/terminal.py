@@ -12,17 +12,16 @@ Text goes to stdout; rates, progress and hints, which are not part of it, to std
 import signal
 import sys
 import time
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from mambino.configurator import fail
+from mambino.configurator import fail, shown
+from mambino.machine import available_memory
 from mambino.sample.conversation import Conversation
-from mambino.sample.generation import Rows, beam_search, logprobs_of, prefill
+from mambino.sample.generation import Rows, beam_search, is_cache, logprobs_of, prefill
 from mambino.sample.healing import look_ahead, spelling_of
 from mambino.sample.text import (
     CONTEXT,
@@ -34,6 +33,7 @@ from mambino.sample.text import (
 )
 
 RULE = '---------------'
+FEW = 64                # rows that need no look at the memory
 
 
 @dataclass
@@ -166,12 +166,29 @@ class Prompts:
         return self.last[1:]
 
 
+def rows_that_fit(net, read, vocab_size):
+    """How many rows, each of what prefill returned, memory has room for; 2**31 where nobody knows."""
+    logits, state, _ = read
+    row = 40 * max(vocab_size, logits.shape[-1]) + 2000         # scores, sums, an order; what Python holds
+    for name, value in state.items():
+        grown = max(1, net.config.block_size // value.shape[2]) if is_cache(name) else 1
+        row += value.numel() * value.element_size() * grown
+    there = available_memory(next(net.parameters()).device)
+    return 2**31 if there is None else max(1, int(there * 0.8) // row)
+
+
 def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
     """Continues each prompt num_samples times, at most batch_size rows side by side, and shows the
     results in order, the first as it grows."""
     encoded = [prompt_of(tok, text, options.heal) for text in texts]
-    waiting = deque(prompt for prompt in encoded for _ in range(num_samples))
+    total = len(encoded) * num_samples
     prompts = Prompts(net, tok)
+    if min(batch_size, total) > FEW:
+        longest = max(encoded, key=lambda prompt: len(prompt.ids))
+        most = rows_that_fit(net, prompts.read(longest)[0], tok.vocab_size)
+        if most < min(batch_size, total):
+            print(f'note: batch_size={batch_size} is more than memory has room for: {most} at once', file=sys.stderr)
+            batch_size = most
     rows = Rows(net, tok.vocab_size, options.repetition_penalty)
     active = []                         # the samples of the rows
     finished = {}                       # {number: sample}, those that wait for an earlier one
@@ -187,16 +204,16 @@ def show_samples(net, tok, texts, num_samples, batch_size, seed, options):
 
     began = time.perf_counter()
     with patience() as interrupts:
-        while (waiting or active) and not interrupts:
+        while (begun < total or active) and not interrupts:
             new_rows = []
-            while waiting and len(active) < batch_size:
-                prompt = waiting.popleft()
+            while begun < total and len(active) < batch_size:
+                prompt = encoded[begun // num_samples]
                 new_rows.append(prompts.read(prompt))
                 active.append(Sample(tok, begun, prompt, seed, options))
                 begun += 1
             if new_rows:
                 rows.add(*zip(*new_rows))
-                if not waiting:
+                if begun == total:
                     prompts.last = None                     # its state was copied
 
             generators = [sample.generator for sample in active]
@@ -242,9 +259,15 @@ def show_beams(net, tok, texts, num_samples, beams, length_penalty, options):
                 writer.feed(i)
             return writer.done
 
+        def heal(read, prompt=prompt):
+            """The Rest of a prompt; where memory has no room for so many beams, the end."""
+            if beams > FEW and beams > (most := rows_that_fit(net, read, tok.vocab_size)):
+                fail(f'beams={beams}: is more than memory has room for: give at most {most}')
+            return look_ahead(net, tok, read, prompt.owed)
+
         best = beam_search(net, prompt.ids, beams, options.max_new_tokens, tok.vocab_size, is_end,
                            length_penalty, options.repetition_penalty,
-                           heal=partial(look_ahead, net, tok, owed=prompt.owed))
+                           heal=heal)
         for score, ids in best[:num_samples]:
             writer = Writer(tok, options.stops, prompt.ids, owed=prompt.owed)
             for i in ids:
@@ -323,6 +346,7 @@ def converse(dialogue, opening, chat, save):
     ids = encode_prompt(tok, opening, begins=not session.tokens) if opening and not chat else []
     text = '' if chat else opening      # what ids say
     if sys.stdin.isatty():
+        edit_lines()
         print('Enter sends a line, Ctrl-C ends an answer, Ctrl-D the conversation', file=sys.stderr)
     while (line := read_typed()) is not None:
         try:
@@ -333,7 +357,7 @@ def converse(dialogue, opening, chat, save):
                 turn = ids + (tok.bos if begins and line else []) + tok.encode(line, begins).tolist()
                 text += line
         except ValueError as error:
-            print(f'{error}; say it otherwise', file=sys.stderr)
+            print(shown(f'{error}; say it otherwise'), file=sys.stderr)
             continue
         try:
             dialogue.answer(turn, text, show_speed=False)
@@ -346,6 +370,17 @@ def converse(dialogue, opening, chat, save):
         text = ''
     if sys.stdin.isatty():
         print()
+
+
+def edit_lines():
+    """From here on input() lets a person edit the line, and find earlier ones, where Python can."""
+    try:
+        import readline
+    except ImportError:                 # Windows
+        return
+    readline.set_completer(None)
+    if 'libedit' not in (readline.__doc__ or ''):
+        readline.parse_and_bind('tab: self-insert')     # else it would complete names of files
 
 
 def read_typed():

@@ -6,37 +6,53 @@
         print(writer.feed(i), end='')       # whole characters only, and nothing of a stop string
     print(writer.close())
 """
+import os
 import re
+import stat
 import sys
+from contextlib import nullcontext
 
 from mambino import chat
-from mambino.configurator import fail, split_list
-from mambino.prepare.files import Notes, Skip
-from mambino.prepare.texts.encodings import read_whole
+from mambino.configurator import fail, shown, split_list
+from mambino.prepare.files import Notes, Skip, open_bytes
+from mambino.prepare.texts.encodings import clean, decoded
 from mambino.sample.healing import take_back
 from mambino.tokenizer import CHAT
 
+MOST_BYTES = 2**28      # of a text that is read whole
 CONTEXT = 16            # tokens before a text that its first characters may hang on
 MARK = r'<\|[^\s<>|]+\|>'               # a special token, as <|im_end|>: its bars separate nothing
 # in the place of messages that a session of another day does not tell
 EARLIER = [{'role': 'user', 'content': 'Hello'}, {'role': chat.ANSWERS, 'content': 'Hello'}]
-ESCAPES = {r'\n': '\n', r'\\': '\\'}     # in the setting `stop`
+ESCAPES = {r'\n': '\n', r'\t': '\t', r'\\': '\\'}     # in the setting `stop`
 
 
 # --- prompts --------------------------------------------------------------------------------------
 
 def read_text(path, setting):
     """The text of a file, or of standard input for '-', opened as prepare.py opens it; what was
-    guessed or is damaged is said on stderr. What is no text ends the program in a line that begins
-    with `setting`."""
+    guessed or is damaged is said on stderr. What is no text, or has no end, ends the program in a line
+    that begins with `setting`."""
     notes = Notes()
     try:
-        text = read_whole(path, notes)
+        if path != '-' and not is_readable(os.stat(path).st_mode):
+            fail(f'{setting}: is a device, and no file of text; what another program writes is read by -, as in '
+                 'cat book.txt | python sample.py --score=-')
+        with nullcontext(sys.stdin.buffer) if path == '-' else open_bytes(path) as f:
+            data = f.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            fail(f'{setting}: has more than {MOST_BYTES >> 20} MiB: give a part of it')
+        text = clean(decoded(data, notes))
     except (OSError, Skip) as error:
         fail(f'{setting}: cannot be read as text: {error}')
     for note in notes:
-        print(f'{setting}: {note}', file=sys.stderr)
+        print(shown(f'{setting}: {note}'), file=sys.stderr)
     return text
+
+
+def is_readable(mode):
+    """Whether what has this st_mode is a file, a pipe or a folder, which open() refuses itself."""
+    return stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISDIR(mode)
 
 
 def prompts_of(start):
