@@ -139,7 +139,8 @@ from mambino import machine
 from mambino.train import batches, begin, identity, memory, processes
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
-from mambino.train.metrics import Report, StatusLine, Trace, introduction, no_log, open_log
+from mambino.train.log import no_log, open_log
+from mambino.train.metrics import Report, StatusLine, Trace, introduction, remedies
 from mambino.train.processes import leave, say, summed
 from mambino.train.progress import (
     Clock,
@@ -271,7 +272,7 @@ status = StatusLine()
 report = Report(
     log, status, progress, max_iters, tokens_per_step, epoch_tokens=data.tokens['train'],
     flops=net.flops_per_token(block_size) - adapters.flops_saved(net),
-    peak_flops=machine.peak_flops(device, dtype) * world, device=device)
+    peak_flops=machine.peak_flops(device, dtype) * world, device=device, remedies=remedies(settings))
 
 # --- what the loop needs
 loader = Loader(data, block_size, seed, device, sequences, rank, world)

@@ -110,16 +110,24 @@ def timed(device, work):
 
 def matmul_peak(device, dtype):
     """Measured FLOP/s of matrix products, the best of some: about 0.2 s, also where a CPU has this
-    precision only in software, a thousand times slower. dtype: torch's or its name."""
+    precision only in software, thousands of times slower. dtype: torch's or its name."""
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    n = 2048 if torch.device(device).type == 'cpu' else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
-    out = torch.empty_like(a)
-    rows = 16
+    n = 64
 
     def multiply():
         torch.mm(a[:rows], b, out=out[:rows])
-    timed(device, multiply)                                 # wakes threads and libraries
+    for larger in (256, 2048 if torch.device(device).type == 'cpu' else 8192):
+        a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+        out = torch.empty_like(a)
+        rows = 1
+        timed(device, multiply)                             # wakes threads and libraries
+        # one row of the larger size takes (larger / n)² times as long: too long, and n stays small
+        if min(timed(device, multiply) for _ in range(3)) * (larger / n) ** 2 > 1:
+            break
+        n = larger
+    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+    out = torch.empty_like(a)
+    timed(device, multiply)
     seconds_a_row = math.inf
     end = time.perf_counter() + 0.2
     while time.perf_counter() < end:
@@ -141,6 +149,14 @@ def peak_flops(device, dtype):
                 if re.search(rf'\b{known}\b', name, re.I):
                     return peak
     return matmul_peak(device, dtype)
+
+
+def slowdown(device, dtype):
+    """How many times slower a CPU is in this precision than in fp32: many, where it has it in software
+    alone. 1 for what is no CPU."""
+    if device != 'cpu' or dtype == 'float32':
+        return 1.0
+    return peak_flops(device, 'float32') / peak_flops(device, dtype)
 
 
 def copy_bandwidth(device):

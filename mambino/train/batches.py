@@ -88,6 +88,10 @@ class Dataset:
         """As Mixture.mixture_lines: there is nothing to tell."""
         return []
 
+    def epochs(self, n, block_size, seed):
+        """As Mixture.epochs."""
+        return {self.name: n * block_size / max(1, self.tokens['train'])}
+
     def read(self, split):
         """The tokens of a split. Mapped anew each time: a memmap that stays keeps every page it ever
         read. Changed if somebody has written into the file."""
@@ -272,10 +276,15 @@ class Mixture:
         """Lines for the reader: what each part is, and how often a run of n sequences passes over
         it."""
         width = max(len(part.name) for part in self.parts)
-        for part, weight, count in zip(self.parts, self.weights, self.counts(n, seed)):
-            tokens = part.tokens['train']
-            epochs = count * block_size / max(1, tokens)
-            yield f'  {part.name:<{width}}  weight {weight:.4f}  {tokens:>14,} tokens  {epochs:6.1f} epochs'
+        epochs = self.epochs(n, block_size, seed)
+        for part, weight in zip(self.parts, self.weights):
+            yield (f'  {part.name:<{width}}  weight {weight:.4f}  {part.tokens["train"]:>14,} tokens  '
+                   f'{epochs[part.name]:6.1f} epochs')
+
+    def epochs(self, n, block_size, seed):
+        """{name: how often a run of n sequences passes over this dataset}."""
+        return {part.name: int(count) * block_size / max(1, part.tokens['train'])
+                for part, count in zip(self.parts, self.counts(n, seed))}
 
 
 def val_result(data, sums):

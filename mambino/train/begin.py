@@ -44,6 +44,7 @@ SIZES = {           # of about so many parameters, with a vocabulary of 16,384
     ('hybrid', '400m'): dict(n_layer=20, n_embd=1024),
 }
 BATCH_SIZE = 16     # sequences at once where memory has room for them
+SOFTWARE = 4        # times that a precision is slower than fp32 which the processor does not have
 
 # The model's settings that only training reads: they may change from run to run.
 OF_TRAINING = ('dropout', 'capacity_factor', 'aux_loss', 'z_loss')
@@ -235,6 +236,10 @@ def fill_unset(settings, explicit, data):
     # tokens_per_step says it; a later run may cut the same step otherwise
     settings['gradient_accumulation_steps'] = 0
     settings['dtype'] = machine.choose_dtype(settings['dtype'], device)
+    slowdown = machine.slowdown(device, settings['dtype'])
+    if slowdown > SOFTWARE:
+        processes.say(f'note: this processor computes {settings["dtype"]} {slowdown:.0f} times slower than float32: '
+                      '--dtype=float32 is the faster one here, and more exact')
     if settings['adapter'] == 'prefix':
         settings['gradient_checkpointing'] = False  # its caches are written only once
     block_size = settings['block_size']

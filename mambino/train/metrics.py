@@ -1,88 +1,26 @@
-"""What a run says: to its user, a line every few steps; to metrics.jsonl, TensorBoard and W&B the
-same as numbers; and where its time goes.
+"""What a run says: to its user, a line every few steps, and what is worth knowing about it; the same
+as numbers to the log (log.py); and where its time goes.
 
-    log = open_log('out', step=500)             # a resumed run: lines after step 500 go, they will come again
-    log(510, loss=3.21, lr=1e-3)                # {"step": 510, "loss": 3.21, "lr": 0.001}
     report = Report(log, progress, …)           # the lines on the screen, and in the log
     report.step(loss=3.21, lr=1e-3, …)
 """
-import atexit
 import datetime
-import json
-import math
 import os
 import shutil
 import sys
+import threading
 
 import torch
 
-from mambino import files, kernels, machine
-from mambino.configurator import fail
+from mambino import kernels, machine
 from mambino.train import processes
 from mambino.train.processes import say
 from mambino.weights import adapters
 
-# --- the log --------------------------------------------------------------------------------------
-
-def logged_step(line):
-    """The step of a line of metrics.jsonl; infinite if a kill or a full disk cut it short."""
-    try:
-        return json.loads(line)['step']
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def open_log(folder, step=0, tensorboard=False, wandb=None):
-    """Returns log(step, **numbers), which appends a line of JSON to metrics.jsonl; lines after
-    `step` go.
-
-    wandb: a dict of the arguments of wandb.init. What is not there ends the program in a line, a
-    disk that fills up later does not."""
-    path = os.path.join(folder, 'metrics.jsonl')
-    keep_lines(path, step)
-    # unbuffered: a kill loses nothing, and nothing is left to write at the end
-    file = open(path, 'ab', buffering=0)
-    board = wandb_run = None
-    try:
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(folder, purge_step=step or None)
-            atexit.register(board.close)        # it writes what it has gathered
-        if wandb:
-            import wandb as weights_and_biases
-            wandb_run = weights_and_biases.init(**wandb)
-    except ImportError as error:
-        fail(f'{error.name} is not installed: pip install {error.name}, or leave out --tensorboard and --wandb_log')
-    except Exception as error:                  # wandb has many: not logged in, no network
-        fail(f'wandb: {error}; set it up, or leave out --wandb_log')
-
-    def log(step, **values):
-        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        try:
-            file.write((json.dumps(dict(step=step, **values)) + '\n').encode())
-        except OSError as error:
-            print(f'warning: {path} cannot be written to ({error.strerror}); training goes on', flush=True)
-        for name, value in values.items():
-            if board and value is not None:
-                board.add_scalar(name, value, step)
-        if wandb_run:
-            wandb_run.log(values, step=step)
-
-    return log
-
-
-def no_log(step, **values):
-    """The log of all processes but the first."""
-
-
-def keep_lines(path, last_step):
-    """Leaves of a log the lines up to a step; an empty one, if there was none."""
-    lines = []
-    if last_step and os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            lines = [line for line in f if logged_step(line) <= last_step]
-    with files.whole(path) as f:
-        f.write(''.join(lines).encode())
+SLOW_STEP = 10      # seconds of a step that is announced
+USUAL_MFU = 0.4     # of the speed of matrix products, what a step reaches
+MANY_EPOCHS = 20    # passes over a text that are worth a word
+RISES = 3           # evaluations without a better loss that are no accident
 
 
 # --- the lines a person reads ---------------------------------------------------------------------
@@ -91,20 +29,21 @@ class StatusLine:
     """On a terminal one line that changes; elsewhere each on a line of its own."""
 
     def __init__(self):
-        self.columns = 0                        # of a terminal
-        if sys.stdout.isatty():
-            self.columns = shutil.get_terminal_size((140, 24)).columns - 1
+        self.on_terminal = sys.stdout.isatty()
 
-    def show(self, line):
-        """Shows a line in the place of the last one."""
-        if self.columns:
-            say('\r' + line[:self.columns].ljust(self.columns), end='')
-        else:
-            say(line)
+    def show(self, *lines):
+        """Shows a line in the place of the last one. lines: the same, ever shorter: the first that
+        fits the terminal is taken."""
+        if not self.on_terminal:
+            say(lines[0])
+            return
+        columns = shutil.get_terminal_size((140, 24)).columns - 1   # it may have become another
+        line = next((line for line in lines if len(line) <= columns), lines[-1])
+        say('\r' + line[:columns].ljust(columns), end='')
 
     def end(self):
         """Leaves the last line as it is: what comes begins below."""
-        if self.columns:
+        if self.on_terminal:
             say()
 
 
@@ -112,18 +51,45 @@ class Report:
     """What a run says while it trains: to its user, and to the log.
 
     epoch_tokens: of the train split. flops: of a token. peak_flops: a second, of all processes
-    together."""
+    together. remedies: what helps against learning by heart, see `remedies`."""
 
-    def __init__(self, log, status, progress, max_iters, tokens_per_step, epoch_tokens, flops, peak_flops, device):
+    def __init__(self, log, status, progress, max_iters, tokens_per_step, epoch_tokens, flops, peak_flops, device,
+                 remedies=''):
         self.log, self.status, self.progress = log, status, progress
         self.max_iters, self.tokens_per_step = max_iters, tokens_per_step
-        self.epoch_tokens = epoch_tokens
+        self.epoch_tokens, self.remedies = epoch_tokens, remedies
         self.flops, self.peak_flops, self.device = flops, peak_flops, device
         self.last_step, self.last_seconds = progress.step, progress.seconds     # of the last line
+        self.losses = []                # of training, since the last evaluation
+        self.loss_at_best = None        # their mean before that of the best val loss
+        self.has_warned = False         # of learning by heart
+        self.say_if_slow()
+
+    def say_if_slow(self):
+        """A step that takes long is announced: nothing else is said until the first one is done."""
+        first = self.progress.step
+        seconds = self.tokens_per_step * self.flops / (USUAL_MFU * self.peak_flops)
+        if seconds >= SLOW_STEP:
+            steps = self.max_iters - first
+            advice = 'a smaller --size, fewer --tokens_per_step or --max_iters make it shorter'
+            if self.device == 'cpu':
+                advice = 'config/quick.py is of a size for a CPU; ' + advice
+            say(f'a step will take about {duration(seconds)} on this machine, the {steps:,} steps about '
+                f'{duration(steps * seconds)}: {advice}')
+
+        def remind():
+            if self.progress.step == first and self.last_step == first:
+                say(f'(the first step is not done after {SLOW_STEP} seconds)')
+        timer = threading.Timer(SLOW_STEP, remind)
+        timer.daemon = True
+        self.timer = timer
+        timer.start()
 
     def step(self, loss, lr, grad_norm, expert_load):
         """A step, and how fast those since the last line were. expert_load: further values for the
         log."""
+        self.timer.cancel()
+        self.losses.append(loss)
         progress = self.progress
         seconds = max(progress.seconds - self.last_seconds, 1e-9)
         rate = (progress.step - self.last_step) * self.tokens_per_step / seconds
@@ -138,25 +104,33 @@ class Report:
             epoch=progress.tokens_seen / self.epoch_tokens,
             tokens=progress.tokens_seen,
             seconds=progress.seconds)
-        self.status.show(self.line(values))
+        self.status.show(*self.lines(values))
         self.log(progress.step, **values, **(expert_load or {}))
 
-    def line(self, values):
-        """The line for a step; values: as in the log."""
+    def lines(self, values):
+        """The line for a step, and shorter ones: step, loss and the time left stay to the last.
+        values: as in the log."""
         step, rate, memory = self.progress.step, values['tokens_per_s'], values['memory']
         seconds_left = (self.max_iters - step) * self.tokens_per_step / rate
-        parts = [
-            f'step {step:>6}/{self.max_iters}',
-            f'loss {values["loss"]:.4f}',
-            f'lr {values["lr"]:.2e}',
-            f'norm {values["grad_norm"]:6.2f}',
-            f'{rate:>9,.0f} tok/s',
-            f'MFU {values["mfu"]:4.0%}',
-            f'{memory / 2**30:.1f} GB' if memory else '',
-            f'epoch {values["epoch"]:.2f}',
-            f'left {datetime.timedelta(seconds=round(seconds_left))}',
-        ]
-        return ' | '.join(part for part in parts if part)
+        parts = dict(
+            step=f'step {step:>6}/{self.max_iters}',
+            loss=f'loss {values["loss"]:.4f}',
+            lr=f'lr {values["lr"]:.2e}',
+            norm=f'norm {values["grad_norm"]:6.2f}',
+            rate=f'{rate:>9,.0f} tok/s',
+            mfu=f'MFU {values["mfu"]:4.0%}',
+            memory=f'{memory / 2**30:.1f} GB' if memory else '',
+            epoch=f'epoch {values["epoch"]:.2f}',
+            left=f'left {clock(seconds_left)}')
+        yield joined(parts)
+        for name in ('memory', 'mfu', 'norm', 'lr', 'epoch', 'rate'):
+            parts[name] = ''
+            yield joined(parts)
+        parts['step'] = f'{step}/{self.max_iters}'
+        yield joined(parts)
+        parts['loss'] = f'{values["loss"]:.3f}'
+        yield joined(parts)
+        yield f'{step} {parts["loss"]} {clock(seconds_left)}'
 
     def evaluation(self, result, improved, drawn):
         """What `evaluate` found. drawn: {name: share} of a mixture's datasets so far; {} without
@@ -169,6 +143,49 @@ class Report:
         say(line + (' (best)' if improved else ''))
         if drawn:
             say('drawn: ' + '  '.join(f'{name} {share:.1%}' for name, share in drawn.items()))
+        self.watch(result['val_loss'], improved)
+
+    def watch(self, val_loss, improved):
+        """Says, once, that the model learns its text by heart: the val loss has risen over some
+        evaluations while that of training fell."""
+        progress = self.progress
+        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses = []
+        if improved or self.loss_at_best is None:
+            self.loss_at_best = mean
+            return
+        rises = progress.bad_evals >= RISES and val_loss > 1.01 * progress.best_loss
+        if rises and mean is not None and mean < self.loss_at_best and not self.has_warned:
+            self.has_warned = True
+            say(f'note: the val loss has risen from {progress.best_loss:.4f} to {val_loss:.4f} while that of training '
+                f'falls: the model learns its text by heart; best.pt is the better one. What helps: {self.remedies}')
+
+
+def remedies(settings):
+    """What helps against learning by heart, of what is not done already. settings: all of train.py's."""
+    wanted = ['fewer --max_iters', 'more text', 'a smaller model (--n_layer, --n_embd)']
+    if not settings['dropout']:
+        wanted.insert(0, '--dropout=0.1')
+    if not settings['patience']:
+        wanted.insert(0, '--patience=3')
+    return ', '.join(wanted)
+
+
+def joined(parts):
+    return ' | '.join(part for part in parts.values() if part)
+
+
+def clock(seconds):
+    """h:mm:ss, also of a time that is too long for a date."""
+    return str(datetime.timedelta(seconds=round(seconds))) if seconds < 86400 * 10**6 else 'ages'
+
+
+def duration(seconds):
+    """A time for a sentence: '95 seconds', '3 hours'."""
+    for unit, size in (('years', 31557600), ('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= 2 * size:
+            return f'{seconds / size:,.0f} {unit}' if seconds < 1e15 else 'ages'
+    return f'{seconds:.0f} seconds'
 
 
 def introduction(settings, net, data, adapter, micro_batch, memory_line, progress):
@@ -193,7 +210,13 @@ def introduction(settings, net, data, adapter, micro_batch, memory_line, progres
     if memory_line:
         yield memory_line
     steps_left = max(0, max_iters - progress.step)
-    yield from data.mixture_lines((progress.tokens_seen + steps_left * tokens_per_step) // T, T, settings['seed'])
+    sequences = (progress.tokens_seen + steps_left * tokens_per_step) // T
+    yield from data.mixture_lines(sequences, T, settings['seed'])
+    epochs = data.epochs(sequences, T, settings['seed'])
+    name = max(epochs, key=epochs.get)
+    if epochs[name] > MANY_EPOCHS and not settings['eval_only']:
+        yield (f'note: {name} is read {epochs[name]:,.0f} times: a model learns so small a text by heart, and not from '
+               f'it. What helps: {remedies(settings)}')
 
 
 def parameter_lines(net):
