@@ -1,0 +1,225 @@
+"""The loss of one or several runs over their steps, from the metrics.jsonl in their out_dirs.
+
+    python -m mambino.bench.plot out                            # in the terminal
+    python -m mambino.bench.plot out-a out-b --to=curves.svg    # … and as a picture, or as a page: curves.html
+    python -m mambino.bench.plot out-a out-b --x=hours          # over the time of training, or over tokens
+
+    metrics.jsonl ──► [(x, loss)] of train and val of each run ──► characters │ SVG │ HTML
+
+Nothing is needed but Python, and torch is not imported: a curve is there at once, also of a run that
+is still being trained.
+"""
+import html
+import json
+import math
+import os
+import shutil
+import sys
+
+from mambino.configurator import configure, fail, require, shown
+from mambino.console import end_quietly
+
+to = ''                 # a file to write as well: curves.svg, or curves.html
+x = 'step'              # what the loss is drawn over: 'step', 'tokens' or 'hours' of training
+inputs = []             # out_dirs
+
+MARKS = '●○■□▲△◆◇'      # of a run's val and train, in the terminal
+PLAIN_MARKS = '*.#:@,%;'
+COLORS = ('#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#e377c2')
+WIDTH, HEIGHT = 900, 480                                    # of a picture
+LEFT, RIGHT, TOP, BOTTOM = 70, 20, 20, 50                   # its margins
+POINTS = 600            # of a curve in a picture; more would not be seen
+
+
+# --- what is drawn --------------------------------------------------------------------------------
+
+def read_run(folder, x):
+    """({'train': [(x, loss)], 'val': […]}, the number of lines that could not be read) of a run."""
+    path = os.path.join(folder, 'metrics.jsonl') if os.path.isdir(folder) else folder
+    try:
+        with open(path, 'rb') as f:
+            lines = f.read().split(b'\n')
+    except OSError as error:
+        advice = '' if os.path.isdir(folder) else '; name the --out_dir of a run of train.py'
+        fail(f'{path}: {error.strerror}{advice}')
+    points = {'train': {}, 'val': {}}
+    damaged = 0
+    last = {}                                               # an evaluation tells its step alone
+    for line in filter(bytes.strip, lines):
+        try:
+            values = json.loads(line)
+            step = values['step']
+            is_sound = is_number(step)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_sound = False
+        if not is_sound:
+            damaged += 1
+            continue
+        seen = {'step': step, 'tokens': values.get('tokens'), 'hours': values.get('seconds')}
+        if is_number(seen['hours']):
+            seen['hours'] /= 3600
+        last = {name: value for name, value in (last | seen).items() if is_number(value) or name in last}
+        at = seen[x] if is_number(seen[x]) else last.get(x)
+        for curve, name in (('train', 'loss'), ('val', 'val_loss')):
+            if is_number(values.get(name)) and is_number(at):
+                points[curve][at] = values[name]            # of a step that stands twice the last
+    return {curve: sorted(of_curve.items()) for curve, of_curve in points.items()}, damaged
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def thinned(points, most):
+    """At most so many points: each the mean of neighbours."""
+    if len(points) <= most:
+        return points
+    means = []
+    for i in range(most):
+        group = points[i * len(points) // most:(i + 1) * len(points) // most]
+        means.append(tuple(sum(values) / len(group) for values in zip(*group)))
+    return means
+
+
+def bounds(curves):
+    """((least x, greatest x), (least y, greatest y)) of all points; of the highest losses those of a
+    beginning are left out of sight where they would press the rest flat."""
+    xs = [at for points in curves.values() for at, _ in points]
+    ys = sorted(loss for points in curves.values() for _, loss in points)
+    low, high = ys[0], ys[-1]
+    usual = ys[int(0.98 * (len(ys) - 1))]
+    if usual > low and high - low > 2 * (usual - low):
+        high = usual
+    if high - low < 1e-9 * max(1, abs(high)):
+        low, high = low - 0.5, high + 0.5
+    left, right = min(xs), max(xs)
+    return (left, right if right > left else left + 1), (low, high)
+
+
+def ticks(low, high, n):
+    """About n round numbers between two."""
+    step = 10 ** math.floor(math.log10((high - low) / n))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= n)
+    first = math.ceil(low / step)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value):
+    """A number for an axis: 1500000 is 1.5M."""
+    for unit, size in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if abs(value) >= 10 * size or (abs(value) >= size and value % size == 0):
+            return f'{value / size:g}{unit}'
+    return f'{value:.4g}'
+
+
+# --- in the terminal ------------------------------------------------------------------------------
+
+def draw_text(curves, x, columns, rows, marks):
+    """Lines of characters. curves: {label: [(x, loss)]}, a run's train before its val."""
+    (left, right), (low, high) = bounds(curves)
+    margin = 8
+    width = max(20, columns - margin - 2)
+    grid = [[' '] * width for _ in range(rows)]
+    for mark, points in zip(marks, curves.values()):
+        for at, loss in thinned(points, width):
+            column = round((at - left) / (right - left) * (width - 1))
+            row = round((high - min(loss, high)) / (high - low) * (rows - 1))
+            grid[row][column] = mark
+    labels = {round((high - tick) / (high - low) * (rows - 1)): tick for tick in ticks(low, high, max(2, rows // 4))}
+    for i, row in enumerate(grid):
+        label = f'{labels[i]:.4g}' if i in labels else ''
+        yield f'{label:>{margin - 1}} |{"".join(row)}'.rstrip()
+    yield ' ' * margin + '+' + '-' * width
+    ends = short(left), short(right)
+    yield ' ' * (margin + 1) + ends[0] + f'{x:^{max(1, width - len(ends[0]) - len(ends[1]))}}' + ends[1]
+    for mark, (label, points) in zip(marks, curves.items()):
+        best = min(loss for _, loss in points)
+        yield f'  {mark} {label}: {points[-1][1]:.4f} at the end, {best:.4f} the lowest'
+
+
+# --- as a picture ---------------------------------------------------------------------------------
+
+def draw_svg(curves, x):
+    """The picture as SVG. curves: as in draw_text; a run's two have one colour, its train is paler."""
+    (left, right), (low, high) = bounds(curves)
+    height = HEIGHT + 18 * len(curves)
+
+    def place(at, loss):
+        return (LEFT + (at - left) / (right - left) * (WIDTH - LEFT - RIGHT),
+                TOP + (high - min(loss, high)) / (high - low) * (HEIGHT - TOP - BOTTOM))
+    yield (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+           f'height="{height}" font-family="sans-serif" font-size="12">')
+    yield f'<rect width="{WIDTH}" height="{height}" fill="white"/>'
+    for tick in ticks(low, high, 6):
+        _, y = place(left, tick)
+        yield f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
+    for tick in ticks(left, right, 8):
+        at, _ = place(tick, low)
+        yield f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#eee"/>'
+        yield f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>'
+    yield f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">{x}</text>'
+    runs = list(dict.fromkeys(label.rpartition(' ')[0] for label in curves))
+    for i, (label, points) in enumerate(curves.items()):
+        run, _, kind = label.rpartition(' ')
+        style = f'stroke="{COLORS[runs.index(run) % len(COLORS)]}" stroke-opacity="{1 if kind == "val" else 0.4}"'
+        line = ' '.join(f'{at:.1f},{y:.1f}' for at, y in (place(*point) for point in thinned(points, POINTS)))
+        yield f'<polyline points="{line}" fill="none" stroke-width="1.5" {style}/>'
+        for at, y in [place(*point) for point in points] if kind == 'val' and len(points) <= 60 else []:
+            yield f'<circle cx="{at:.1f}" cy="{y:.1f}" r="2.5" fill="none" {style}/>'
+        y = HEIGHT + 18 * i
+        yield f'<line x1="{LEFT}" x2="{LEFT + 24}" y1="{y}" y2="{y}" stroke-width="2" {style}/>'
+        text = html.escape(f'{shown(label)}: {points[-1][1]:.4f} at the end, {min(loss for _, loss in points):.4f} the '
+                           'lowest')
+        yield f'<text x="{LEFT + 32}" y="{y + 4}">{text}</text>'
+    yield '</svg>'
+
+
+def write_picture(path, curves, x):
+    """Writes an .svg, or an .html with it inside."""
+    text = '\n'.join(draw_svg(curves, x)) + '\n'
+    if path.lower().endswith(('.html', '.htm')):
+        text = f'<!doctype html>\n<meta charset="utf-8">\n<title>loss</title>\n{text}'
+    try:
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text)
+    except OSError as error:
+        fail(f'to={path}: cannot be written: {error.strerror}')
+    print(f'written: {path}')
+
+
+def main(folders, to, x):
+    """The curves of these runs in the terminal, and where `to` says so in a file."""
+    curves = {}
+    for folder in dict.fromkeys(folders):
+        run, damaged = read_run(folder, x)
+        if damaged:
+            lines = 'line that is' if damaged == 1 else 'lines that are'
+            print(f'note: {folder}: {damaged} {lines} damaged, left out')
+        if not any(run.values()):
+            print(f'note: {folder}: no loss by {x} in its log')
+        name = os.path.normpath(folder)
+        curves |= {f'{name} {kind}': points for kind, points in run.items() if points}
+    if not curves:
+        fail('nothing to draw: no run has logged a loss yet')
+    size = shutil.get_terminal_size((100, 30))
+    marks = MARKS
+    try:
+        MARKS.encode(sys.stdout.encoding or 'ascii')
+    except (UnicodeError, LookupError):
+        marks = PLAIN_MARKS
+    pairs = -(-len(curves) // len(marks))
+    for line in draw_text(curves, x, min(size.columns, 120), max(8, min(24, size.lines - 6)), marks * pairs):
+        print(shown(line))
+    if to:
+        write_picture(to, curves, x)
+
+
+if __name__ == '__main__':
+    end_quietly()
+    configure(globals(), positional='inputs')
+    require(globals(), {
+        'step, tokens or hours': dict(x=x in ('step', 'tokens', 'hours')),
+        'a file that ends in .svg or .html': dict(to=not to or to.lower().endswith(('.svg', '.html', '.htm'))),
+    })
+    main(inputs or ['out'], to, x)
