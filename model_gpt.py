@@ -59,11 +59,10 @@ class GPTConfig:
             raise ValueError(f'n_head={self.n_head} must be a multiple of '
                              f'n_kv_head={self.n_kv_head}')
         if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head} '
-                             '(or set head_dim)')
+            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim % 2:
-            raise ValueError(f'head_dim={self.head_dim} must be even: RoPE turns pairs')
+            raise ValueError(f'head_dim={self.head_dim}, which is n_embd / n_head, must be even: RoPE turns pairs')
         self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 3 // 64) * 64
         check_at_least_one(self, 'head_dim intermediate_size')
         if self.window < 0:

@@ -19,6 +19,7 @@ computed at once), loader.py and batches.py (which tokens), processes.py (one or
 import datetime
 import math
 import os
+import shlex
 from contextlib import suppress
 from functools import partial
 
@@ -136,7 +137,7 @@ import torch
 from torch.profiler import record_function
 
 from mambino import machine
-from mambino.train import batches, begin, identity, memory, processes
+from mambino.train import batches, begin, building, identity, memory, processes
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
 from mambino.train.log import no_log, open_log
@@ -218,7 +219,7 @@ if origin.in_shards:
 # --- the optimizers, and how far the run is
 device_type = device.partition(':')[0]
 is_fused = device_type in ('cpu', 'cuda')
-optimizers = begin.build_optimizers(
+optimizers = building.build_optimizers(
     net, optimizer, learning_rate, weight_decay, betas=(beta1, beta2), fused=is_fused)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # they would vanish unscaled
 data_record = identity.record(data, settings)
@@ -279,7 +280,7 @@ loader = Loader(data, block_size, seed, device, sequences, rank, world)
 loader.seek(progress.tokens_seen, micro_batch)
 wrapped = net  # compiled, and joined to the other processes' gradients
 if compile:
-    wrapped = begin.compiled_model(net, *loader.peek(), device, dtype, adapter_record)
+    wrapped = building.compiled_model(net, *loader.peek(), device, dtype, adapter_record)
 wrapped = processes.shared(wrapped, device)
 cache_weights = not processes.SHARDED  # rounded ones stay from layer to layer
 trace = Trace(os.path.join(out_dir, 'trace.json'), profile if rank == 0 else 0, device_type)
@@ -369,5 +370,5 @@ trace.end()
 say(f'done: {step} steps, {progress.tokens_seen:,} tokens, '
     f'{datetime.timedelta(seconds=round(progress.seconds))} of training; '
     f'best val loss {progress.best_loss:.4f} in {best}')
-say(f'to read what it writes: python sample.py --out_dir={out_dir}')
+say(f'to read what it writes: python sample.py --out_dir={shlex.quote(out_dir)}')
 leave()

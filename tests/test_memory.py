@@ -33,7 +33,7 @@ import torch
 from mambino.weights import checkpoint
 from mambino import machine
 from mambino.machine import memory_used
-from mambino.train.begin import build_optimizers
+from mambino.train.building import build_optimizers
 
 def train(config, batch, T, steps):
     net = checkpoint.build(job['kind'], config)

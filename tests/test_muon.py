@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from mambino.train.begin import build_optimizers
+from mambino.train.building import build_optimizers
 from mambino.train.muon import Muon, orthogonalize
 from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, MambaConfig

@@ -44,7 +44,7 @@ def read_run(folder, x):
         fail(f'{path}: {error.strerror}{advice}')
     points = {'train': {}, 'val': {}}
     damaged = 0
-    last = {}                                               # an evaluation tells its step alone
+    last = 0, 0                                             # an evaluation tells its step alone
     for line in filter(bytes.strip, lines):
         try:
             values = json.loads(line)
@@ -58,8 +58,11 @@ def read_run(folder, x):
         seen = {'step': step, 'tokens': values.get('tokens'), 'hours': values.get('seconds')}
         if is_number(seen['hours']):
             seen['hours'] /= 3600
-        last = {name: value for name, value in (last | seen).items() if is_number(value) or name in last}
-        at = seen[x] if is_number(seen[x]) else last.get(x)
+        at = seen[x]
+        if is_number(at):
+            last = step, at
+        elif last[0]:
+            at = last[1] * step / last[0]
         for curve, name in (('train', 'loss'), ('val', 'val_loss')):
             if is_number(values.get(name)) and is_number(at):
                 points[curve][at] = values[name]            # of a step that stands twice the last

@@ -23,6 +23,8 @@ import functools
 import json
 import math
 import os
+import re
+import shlex
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -365,7 +367,7 @@ def check_parts(text, parts):
             fail(f'dataset={text}: {parts[b].name} was not made with the tokenizer of '
                  f'{parts[a].name}, so their ids mean different text; '
                  'prepare it again: python prepare.py your/files '
-                 f'--tokenizer={folders[a]} --out={folders[b]}')
+                 f'--tokenizer={shlex.quote(folders[a])} --out={shlex.quote(folders[b])}')
     templates = {part.tokenizer.config.get('chat_template') for part in parts if part.tokenizer} - {None}
     if len(templates) > 1:
         fail(f'dataset={text}: their conversations were written by different chat templates; prepare them with one')
@@ -424,7 +426,9 @@ def find_folder(name, root):
     known = sorted(os.listdir(root)) if os.path.isdir(root) else []
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     advice = f' (did you mean --dataset={near[0]}?)' if near else ''
-    fail(f'{in_root}: no such dataset{advice}; make it: python prepare.py your/files --out={in_root}')
+    options = ' --tokenizer=char' if re.search(r'(^|[_-])char($|[_-])', name) else ''  # as recipes call them
+    files = '' if name == 'stdlib' else f' your/files{options} --out={shlex.quote(in_root)}'
+    fail(f'{in_root}: no such dataset{advice}; make it: python prepare.py{files}')
 
 
 def count_tokens(path, dtype, meta, split):

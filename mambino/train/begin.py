@@ -18,16 +18,16 @@ import dataclasses
 import math
 import os
 import re
-import sys
+import shlex
 
 import numpy as np
 import torch
 
-from mambino import kernels, machine
+from mambino import machine
 from mambino.configurator import fail, require
 from mambino.sample.text import encode_prompt
 from mambino.train import batches, identity, processes
-from mambino.train.muon import Muon, row_kinds
+from mambino.train.building import OF_TRAINING, is_unset, model_config, named_flags, require_room
 from mambino.train.progress import Progress, best_of, latest_of, remembered
 from mambino.weights import adapters, checkpoint, loading
 from mambino.weights.checkpoint import MODELS
@@ -45,10 +45,6 @@ SIZES = {           # of about so many parameters, with a vocabulary of 16,384
 }
 BATCH_SIZE = 16     # sequences at once where memory has room for them
 SOFTWARE = 4        # times that a precision is slower than fp32 which the processor does not have
-
-# The model's settings that only training reads: they may change from run to run.
-OF_TRAINING = ('dropout', 'capacity_factor', 'aux_loss', 'z_loss')
-
 
 @dataclasses.dataclass
 class Origin:
@@ -82,6 +78,7 @@ def find_origin(settings, explicit):
     makes the model cannot change."""
     out_dir, init_from = settings['out_dir'], settings['init_from']
     latest = latest_of(out_dir)
+    refuse_dataset(out_dir)
     names_model = init_from not in ('auto', 'resume', 'scratch')
     own_paths = [os.path.realpath(path) for path in (out_dir, latest, best_of(out_dir))]
     if names_model and os.path.realpath(init_from) in own_paths:
@@ -133,8 +130,8 @@ def fine_tune(settings, explicit):
     model does not have."""
     init_from = settings['init_from']
     if not os.path.exists(init_from.removeprefix('hf:')):
-        fail(f'init_from={init_from} must be auto, resume or scratch, '
-             'or the out_dir of another run, or hf: and a folder of transformers')
+        fail(f'init_from={init_from}: no such folder; it must be auto, resume or scratch, or the out_dir of another '
+             f'run, or hf: and a folder of transformers{runs_here()}')
     base = loading.load_base(init_from)
     settings['model'] = base['kind']
     settings['block_size'] = settings['block_size'] or base['block_size']
@@ -146,16 +143,23 @@ def fine_tune(settings, explicit):
     return Origin(base=base)
 
 
-def named_flags():
-    """Names of the settings that the command line itself names, not a config file."""
-    flags = [arg.lstrip('-').partition('=')[0] for arg in sys.argv if arg.startswith('--')]
-    return [flag.replace('-', '_') for flag in flags]
+def runs_here():
+    """'; here are out, out-lora': the folders here that hold a run; '' if there are none."""
+    runs = [name for name in sorted(os.listdir()) if os.path.exists(latest_of(name)) or os.path.exists(best_of(name))]
+    return f'; runs are in {", ".join(runs[:8])}{", …" if len(runs) > 8 else ""}' if runs else ''
 
 
-def is_unset(name, value):
-    """Whether this value of a setting leaves it to the machine, or to the model's own default."""
-    nothing = -1 if name == 'window' else 0
-    return value == '' or (type(value) is int and value == nothing)
+def refuse_dataset(out_dir):
+    """Ends the program if out_dir is data/, or a dataset, or in one: the next prepare.py would take it
+    for its own."""
+    folder = os.path.realpath(out_dir)
+    if folder == os.path.realpath('data'):
+        fail(f'out_dir={out_dir}: datasets are there; choose a folder for the run, such as --out_dir=out')
+    while folder != os.path.dirname(folder):
+        if os.path.exists(os.path.join(folder, 'train.bin')) and not os.path.exists(latest_of(out_dir)):
+            where = 'is a dataset' if folder == os.path.realpath(out_dir) else f'is in the dataset {folder}'
+            fail(f'out_dir={out_dir}: {where}; choose a folder for the run, such as --out_dir=out')
+        folder = os.path.dirname(folder)
 
 
 def named_for_model(explicit):
@@ -186,7 +190,14 @@ NOT_NEGATIVE = (
     'vocab_size', 'n_layer', 'n_embd', 'block_size', 'n_head', 'n_kv_head', 'state_size', 'n_expert',
     'max_iters', 'intermediate_size', 'low_rank', 'batch_size', 'gradient_accumulation_steps',
     'tokens_per_step', 'weight_decay', 'grad_clip', 'lr_decay_iters', 'min_lr', 'eval_iters',
-    'patience', 'sample_interval', 'profile', 'save_minutes')
+    'patience', 'sample_interval', 'profile', 'capacity_factor', 'aux_loss', 'z_loss', 'save_minutes')
+
+# What is larger cannot be meant, and would be counted, drawn or waited for without an end.
+AT_MOST = dict(
+    max_iters=10**10, tokens_per_step=2**40, batch_size=2**30, gradient_accumulation_steps=2**30, block_size=2**30,
+    vocab_size=2**31, n_embd=2**24, lora_rank=2**16, prefix_length=2**20, learning_rate=1e4, min_lr=1e4,
+    weight_decay=1e6, lora_alpha=1e6, aux_loss=1e6, z_loss=1e6)
+MOST = 10**15       # … of all other numbers
 
 
 def check_settings(settings, origin):
@@ -203,12 +214,14 @@ def check_settings(settings, origin):
         'empty, lora or prefix': dict(adapter=settings['adapter'] in ('', 'lora', 'prefix')),
         'adamw or muon': dict(optimizer=settings['optimizer'] in ('adamw', 'muon')),
         'cosine or wsd': dict(schedule=settings['schedule'] in ('cosine', 'wsd')),
-        'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and float(vram) > 0)),
+        'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and 0 < float(vram) < 1e9)),
         'true, false or left out': dict(gradient_checkpointing=checkpointing in (None, True, False)),
         'more than 0': {name: settings[name] > 0 for name in POSITIVE},
         '-1 or more': {name: settings[name] >= -1 for name in ('warmup_iters', 'window')},
         'at least 0 and below 1': {name: 0 <= settings[name] < 1 for name in fractions},
         'from 0 to 1': dict(decay_fraction=0 <= settings['decay_fraction'] <= 1),
+        **{f'{most:g} at most': {name: settings[name] <= most} for name, most in AT_MOST.items()},
+        f'{MOST:g} at most': {name: value <= MOST for name, value in settings.items() if type(value) in (int, float)},
         'from 0 to 2**31': dict(seed=0 <= settings['seed'] < 2**31),
         '0 or more': {name: settings[name] >= 0 for name in NOT_NEGATIVE},
     })
@@ -229,7 +242,7 @@ def fill_unset(settings, explicit, data):
         settings[name] = settings[name] or sizes[name]
     if not settings['n_head']:                      # of some 64 channels
         n_embd = settings['n_embd']
-        settings['n_head'] = max(n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0)
+        settings['n_head'] = next(n for n in range(max(1, n_embd // 64), 0, -1) if n_embd % n == 0)
     if settings['warmup_iters'] < 0:
         settings['warmup_iters'] = min(100, settings['max_iters'] // 10)
     settings['tokens_per_step'] = tokens_per_step(settings, explicit, sizes['tokens_per_step'])
@@ -279,6 +292,9 @@ def tokens_per_step(settings, explicit, suggested):
     if product not in (0, tokens):
         fail(f'tokens_per_step={tokens} is not batch_size * block_size * '
              f'gradient_accumulation_steps = {product}: leave out one of them')
+    if tokens > AT_MOST['tokens_per_step']:
+        fail(f'a step of {tokens:,} tokens would take years: choose a smaller --tokens_per_step, --batch_size or '
+             '--gradient_accumulation_steps')
     if tokens // T % world:
         fail(f'{tokens // T} sequences a step cannot be shared by {world} processes: '
              f'set --tokens_per_step to a multiple of {T * world}')
@@ -310,7 +326,7 @@ def open_data(settings, explicit, origin):
              f'that run was trained on ({ckpt["settings"]["dataset"]}), or choose another --out_dir')
     if base and base['tokenizer'] and base['tokenizer'].sha256() != tokenizer_id:
         fail(f'dataset {data.name} has another tokenizer than {init_from}: '
-             f'prepare the text anew with --tokenizer={base["tokenizer_path"]}')
+             f'prepare the text anew with --tokenizer={shlex.quote(base["tokenizer_path"])}')
     for name, tok in ((out_dir, ckpt and checkpoint.tokenizer_of(ckpt)), (init_from, base and base['tokenizer'])):
         if tok and tok.bos != data.tokenizer.bos:
             old, new = (' '.join(map(tok.name_of, bos)) or 'nothing' for bos in (tok.bos, data.tokenizer.bos))
@@ -327,8 +343,11 @@ def build_model(settings, explicit, origin, data):
     """(net, adapter): the model on the CPU with the weights it begins with, and what its
     checkpoints say of an adapter, or None."""
     torch.manual_seed(settings['seed'])
+    config = model_config(settings, explicit, origin, data)
+    if not origin.model:
+        require_room(settings['model'], config)
     try:
-        net = checkpoint.build(settings['model'], model_config(settings, explicit, origin, data))
+        net = checkpoint.build(settings['model'], config)
     except ValueError as error:
         fail(error)
     if origin.model and not origin.in_shards:
@@ -341,49 +360,6 @@ def build_model(settings, explicit, origin, data):
     prefix_ids = data.batch(np.arange(1), length, settings['seed'])[0][0]
     source = settings['init_from']
     return net, adapters.begin_adapter(net, settings, source, origin.ckpt, origin.base, prefix_ids)
-
-
-def model_config(settings, explicit, origin, data):
-    """{field: value} for the model's config: of the model there is, what training may not change;
-    else of the settings."""
-    kind = settings['model']
-    fields = {name: {field.name for field in dataclasses.fields(config)}
-              for name, (_, config) in MODELS.items()}
-    flags = named_flags()
-    for name in explicit:  # a config file may serve several models, a flag is meant
-        of_another = name not in fields[kind] and any(name in names for names in fields.values())
-        if of_another and name in flags:
-            fail(f'{name} means nothing to a {kind} model; leave it out')
-    if origin.model:
-        changes = {name: settings[name] for name in OF_TRAINING if name in fields[kind]}
-        config = origin.model['config'] | changes | dict(block_size=settings['block_size'])
-        if data.vocab_size > config['vocab_size']:
-            holder = f'the run in {settings["out_dir"]}' if origin.ckpt else settings['init_from']
-            fail(f'dataset {data.name} has a vocabulary of {data.vocab_size}, '
-                 f'{holder} one of {config["vocab_size"]}')
-        return config
-    config = {name: value for name, value in settings.items()
-              if name in fields[kind] and not is_unset(name, value)}
-    config['vocab_size'] = data.vocab_size
-    if data.vocab_size > 1000:
-        # a rounder matrix, and at least one id more: an export can make it what fills up texts
-        config['vocab_size'] = math.ceil((data.vocab_size + bool(data.tokenizer)) / 64) * 64
-    return config
-
-
-def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95),
-                     fused=True):
-    """[AdamW], or [AdamW, Muon]: Muon for the hidden matrices, AdamW for the rest."""
-    groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')
-    adamw_groups = [group for group in groups if group['kind'] == 'adamw']
-    muon_groups = [group for group in groups if group['kind'] == 'muon']
-    optimizers = [torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=betas, fused=fused)]
-    if muon_groups:
-        rows = row_kinds(net)
-        for group in muon_groups:
-            group['rows'] = [rows.get(p) for p in group['params']]
-        optimizers.append(Muon(muon_groups, lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
-    return optimizers
 
 
 def restore(origin, optimizers, scaler, out_dir, data_record):
@@ -411,22 +387,3 @@ def restore(origin, optimizers, scaler, out_dir, data_record):
         fail('the processes are at different steps: '
              f'{out_dir} must be one folder that all machines see')
     return progress
-
-
-def compiled_model(net, x, y, device, dtype, adapter):
-    """The model as torch.compile makes it, tried on a batch x, y (B, T); the model itself where
-    that does not work."""
-    if processes.SHARDED or (adapter and adapter['type'] == 'prefix'):
-        setting = 'parallel=fsdp' if processes.SHARDED else 'adapter=prefix'
-        processes.say(f'note: torch.compile is left out with --{setting}')
-        return net
-    try:
-        compiled = kernels.compiled(net)
-        with machine.autocast(device, dtype):
-            compiled(x, y)[1].backward()
-        net.zero_grad(set_to_none=True)
-        return compiled
-    except Exception as error:
-        name = type(error).__name__
-        processes.say(f'torch.compile does not work here ({name}); going on without')
-        return net

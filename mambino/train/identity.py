@@ -131,12 +131,15 @@ def require_same_text(ckpt, data, settings, is_named):
     if settings['eval_only'] or (settings['init_from'] == 'resume' and is_named):
         say(f'note: {latest} was trained on other data than {name} holds now ({", ".join(changes)})')
         return
+    apart = 'choose another --out_dir'
+    if not settings['adapter']:
+        apart += ', or begin anew with --init_from=scratch'
     command = f'--init_from=resume {shlex.quote(f"--dataset={name}")}'
     if name != old_name:
         fail(f'{latest} holds a run with dataset={old_name}, not {name}: leave the setting out to go on with it; to '
-             f'go on with the other text say {command}; or choose another --out_dir')
+             f'go on with the other text say {command}; or {apart}')
     fail(f'{latest}: the data of this run has changed since ({", ".join(changes)}): to go on with what it is now say '
-         f'{command}; else put the old data back, or choose another --out_dir')
+         f'{command}; else put the old data back, or {apart}')
 
 
 # --- what a run's losses were measured on ----------------------------------------------------------

@@ -17,6 +17,7 @@ peak of the process is 1 to 2% above the estimate with MALLOC_MMAP_THRESHOLD_=65
 environment, and 17 to 67% above it without, because glibc keeps what is freed. No GPU was measured.
 """
 import dataclasses
+import math
 import re
 import weakref
 from bisect import bisect_right
@@ -32,7 +33,8 @@ from mambino.configurator import fail
 from mambino.kernels import portable
 from mambino.kernels.anywhere import loss_chunk
 from mambino.train import processes
-from mambino.train.begin import BATCH_SIZE, build_optimizers
+from mambino.train.begin import BATCH_SIZE
+from mambino.train.building import build_optimizers
 from mambino.weights import adapters, checkpoint
 
 # of the memory there is: the rest is for what libraries take and for holes between blocks
@@ -291,7 +293,9 @@ def largest_micro_batch(kind, config, sequences, T, budget, checkpointing=None, 
 
 
 def divisors(n):
-    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]
+    """All of them, the least first."""
+    small = [divisor for divisor in range(1, math.isqrt(n) + 1) if n % divisor == 0]
+    return sorted({*small, *(n // divisor for divisor in small)})
 
 
 def refuse(parts, T, budget, share, checkpointing):
@@ -346,6 +350,8 @@ def choose_micro_batch(settings, net, adapter=None):
     if named >= 2 * micro_batch and micro_batch < sequences:
         processes.say(f'note: {sequences} sequences a step can only be cut '
                       f'into micro-batches of {micro_batch}, not {named}')
+    if settings['vram'] != 'auto':
+        line = line.replace(' GB free', ' GB that --vram says')
     settings['batch_size'] = named or micro_batch
     settings['gradient_checkpointing'] = bool(checkpointing)
     return micro_batch, line

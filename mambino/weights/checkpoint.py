@@ -140,7 +140,7 @@ def load_checkpoint(path, read_shards=True):
     if os.path.isdir(path):
         names = [name for name in ('best.pt', 'ckpt.pt') if os.path.exists(os.path.join(path, name))]
         if not names:
-            fail(f'{path}: holds no checkpoint; train one with: python train.py --out_dir={path}')
+            fail(f'{path}: holds no checkpoint; train one with: python train.py --out_dir={shlex.quote(path)}')
         path = os.path.join(path, names[0])
     if not os.path.exists(path):
         fail(f'{path}: no such checkpoint; train one with: python train.py, or name another '

@@ -1,0 +1,115 @@
+"""What a run's model and its optimizers are made of.
+
+    config = model_config(settings, explicit, origin, data)         # {field: value}
+    require_room('gpt', config)                                     # before its weights are there
+    optimizers = build_optimizers(net, 'muon', learning_rate=1e-2)
+"""
+import dataclasses
+import math
+import sys
+
+import torch
+
+from mambino import kernels, machine
+from mambino.configurator import fail
+from mambino.train import processes
+from mambino.train.muon import Muon, row_kinds
+from mambino.weights import checkpoint
+from mambino.weights.checkpoint import MODELS
+
+# The model's settings that only training reads: they may change from run to run.
+OF_TRAINING = ('dropout', 'capacity_factor', 'aux_loss', 'z_loss')
+
+
+def named_flags():
+    """Names of the settings that the command line itself names, not a config file."""
+    flags = [arg.lstrip('-').partition('=')[0] for arg in sys.argv if arg.startswith('--')]
+    return [flag.replace('-', '_') for flag in flags]
+
+
+def is_unset(name, value):
+    """Whether this value of a setting leaves it to the machine, or to the model's own default."""
+    nothing = -1 if name == 'window' else 0
+    return value == '' or (type(value) is int and value == nothing)
+
+
+def require_room(kind, config):
+    """Ends the program if the weights of a model alone are more than the memory that is free. They are
+    counted before there are any, from models of one and of two layers."""
+    def size(n_layer):
+        with torch.device('meta'):
+            return checkpoint.build(kind, config | dict(n_layer=n_layer)).num_params()
+    try:
+        one = size(1)
+        parameters = one + (config['n_layer'] - 1) * (size(2) - one)
+    except ValueError as error:
+        fail(error)
+    except (RuntimeError, OverflowError, TypeError):            # more than a tensor can have
+        parameters = 1 << 62
+    free = machine.available_memory('cpu') or 1 << 50
+    if 4 * parameters > free:
+        fail(f'a model of {parameters / 1e9:,.1f} billion parameters takes {4 * parameters / 2**30:,.0f} GB for its '
+             f'weights alone, and {free / 2**30:,.1f} GB are free: lower --n_layer, --n_embd, or what else makes it '
+             'large')
+
+
+def model_config(settings, explicit, origin, data):
+    """{field: value} for the model's config: of the model there is, what training may not change;
+    else of the settings."""
+    kind = settings['model']
+    fields = {name: {field.name for field in dataclasses.fields(config)}
+              for name, (_, config) in MODELS.items()}
+    flags = named_flags()
+    for name in explicit:  # a config file may serve several models, a flag is meant
+        of_another = name not in fields[kind] and any(name in names for names in fields.values())
+        if of_another and name in flags:
+            fail(f'{name} means nothing to a {kind} model; leave it out')
+    if origin.model:
+        changes = {name: settings[name] for name in OF_TRAINING if name in fields[kind]}
+        config = origin.model['config'] | changes | dict(block_size=settings['block_size'])
+        if data.vocab_size > config['vocab_size']:
+            holder = f'the run in {settings["out_dir"]}' if origin.ckpt else settings['init_from']
+            fail(f'dataset {data.name} has a vocabulary of {data.vocab_size}, '
+                 f'{holder} one of {config["vocab_size"]}')
+        return config
+    config = {name: value for name, value in settings.items()
+              if name in fields[kind] and not is_unset(name, value)}
+    config['vocab_size'] = data.vocab_size
+    if data.vocab_size > 1000:
+        # a rounder matrix, and at least one id more: an export can make it what fills up texts
+        config['vocab_size'] = math.ceil((data.vocab_size + bool(data.tokenizer)) / 64) * 64
+    return config
+
+
+def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95),
+                     fused=True):
+    """[AdamW], or [AdamW, Muon]: Muon for the hidden matrices, AdamW for the rest."""
+    groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')
+    adamw_groups = [group for group in groups if group['kind'] == 'adamw']
+    muon_groups = [group for group in groups if group['kind'] == 'muon']
+    optimizers = [torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=betas, fused=fused)]
+    if muon_groups:
+        rows = row_kinds(net)
+        for group in muon_groups:
+            group['rows'] = [rows.get(p) for p in group['params']]
+        optimizers.append(Muon(muon_groups, lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
+    return optimizers
+
+
+def compiled_model(net, x, y, device, dtype, adapter):
+    """The model as torch.compile makes it, tried on a batch x, y (B, T); the model itself where
+    that does not work."""
+    if processes.SHARDED or (adapter and adapter['type'] == 'prefix'):
+        setting = 'parallel=fsdp' if processes.SHARDED else 'adapter=prefix'
+        processes.say(f'note: torch.compile is left out with --{setting}')
+        return net
+    try:
+        compiled = kernels.compiled(net)
+        with machine.autocast(device, dtype):
+            compiled(x, y)[1].backward()
+        net.zero_grad(set_to_none=True)
+        return compiled
+    except Exception as error:
+        name = type(error).__name__
+        processes.say(f'torch.compile does not work here ({name}); going on without')
+        return net
