@@ -198,6 +198,7 @@ def update_weights(optimizers, scaler, norm):
 # --- what the run begins from, and what its settings come to
 settings = {name: globals()[name] for name in find_settings(globals())}
 settings['device'] = processes.start(device, parallel)  # one, or those that torchrun starts
+begin.refuse_dataset(out_dir)
 if not eval_only:
     processes.hold(out_dir)  # one run at a time; who only reads needs no leave
 origin = begin.find_origin(settings, explicit)  # a run that goes on, a model to tune, or nothing

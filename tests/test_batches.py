@@ -16,8 +16,8 @@ from mambino.train.batches import (
     open_dataset,
     quotas_of,
     shuffled,
-    val_result,
 )
+from mambino.train.evaluation import val_result
 from mambino.train.loader import Loader
 
 

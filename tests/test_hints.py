@@ -66,4 +66,4 @@ def test_a_line_that_helps(here, capsys, flags, words):
     train(flags, status=2)
     refused(capsys, *(word.replace('-', ' ') if not word.startswith('--') and '=' not in word and word != 'billion'
                       else word for word in words.split()))
-    assert not os.path.exists('new')
+    assert not os.path.exists('new') and not os.path.exists('data/tiny/train.lock')

@@ -78,7 +78,6 @@ def find_origin(settings, explicit):
     makes the model cannot change."""
     out_dir, init_from = settings['out_dir'], settings['init_from']
     latest = latest_of(out_dir)
-    refuse_dataset(out_dir)
     names_model = init_from not in ('auto', 'resume', 'scratch')
     own_paths = [os.path.realpath(path) for path in (out_dir, latest, best_of(out_dir))]
     if names_model and os.path.realpath(init_from) in own_paths:

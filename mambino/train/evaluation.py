@@ -2,13 +2,16 @@
 
 Neither touches the training: evaluation draws no random numbers, a sample draws from a generator of
 its own."""
+import math
+
 import torch
 
 from mambino import machine
+from mambino.configurator import fail
 from mambino.sample.generation import Rows, prefill
 from mambino.sample.healing import look_ahead
 from mambino.sample.text import Writer, encode_prompt, healed
-from mambino.train import batches, processes
+from mambino.train import processes
 from mambino.train.processes import say, summed
 
 TOKENS = 4096   # at once: enough to keep a GPU busy, and without gradients less than a step of training
@@ -40,7 +43,33 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
                 text_bytes += part.token_bytes[counted.numpy()].sum()
         sums.append(summed(nats, targets, text_bytes))
     net.train()
-    return batches.val_result(data, sums)
+    return val_result(data, sums)
+
+
+def val_result(data, sums):
+    """{'val_loss', 'perplexity', 'bits_per_byte'} from the sums over each part's val split: nats,
+    targets, bytes of text.
+
+    The parts weigh as in training, whatever the sizes of their val splits; 'val_loss/<part>' tells
+    them apart."""
+    total = sum(targets for _, targets, _ in sums)
+    if not all(targets for _, targets, _ in sums):
+        fail(f'dataset={data.name}: its val split has nothing that is learned, no answer at all, so there is no loss; '
+             'prepare it with more conversations, or with a larger --val_fraction')
+    nats = text_bytes = 0
+    for weight, (part_nats, targets, part_bytes) in zip(data.weights, sums):
+        scale = weight * total / targets                            # 1 where there is one part
+        nats += scale * part_nats
+        text_bytes += scale * part_bytes
+    loss = nats / total
+    result = dict(
+        val_loss=loss,
+        perplexity=math.exp(min(loss, 700)),
+        bits_per_byte=nats / math.log(2) / text_bytes if text_bytes else None)
+    if len(sums) > 1:
+        for part, (part_nats, targets, _) in zip(data.parts, sums):
+            result[f'val_loss/{part.name}'] = part_nats / targets
+    return result
 
 
 def show_sample(net, tokenizer, prompt, step, seed, device):
