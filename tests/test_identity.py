@@ -142,3 +142,42 @@ def test_batches_of_an_older_run_are_counted_again(finished, capsys):
     said = capsys.readouterr().out
     assert 'eval_iters=6' in said and 'does not say by its content' in said and 'counted anew' not in said
     assert load()['settings']['eval_iters'] == 6 and load()['data']['parts'][0]['name'] == 'tiny'
+
+
+def test_an_evaluation_that_memory_does_not_hold_is_made_in_parts(here, monkeypatch):
+    from mambino.train.evaluation import evaluate
+    from mambino.weights import checkpoint
+    data, sizes = open_dataset('tiny'), []
+    net = checkpoint.build('gpt', dict(vocab_size=40, n_layer=1, n_embd=32, n_head=2, block_size=16))
+    whole = evaluate(net, data, 16, 0, 'cpu', 'float32')
+    forward = type(net).forward
+
+    def scarce(self, x, y):
+        sizes.append(len(x))
+        if len(x) > 10:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(self, x, y)
+    monkeypatch.setattr(type(net), 'forward', scarce)
+    assert evaluate(net, data, 16, 0, 'cpu', 'float32') == pytest.approx(whole, abs=1e-5)
+    assert max(sizes) > 10 >= sizes[-1]
+
+
+@pytest.mark.parametrize('kind, config', [
+    ('gpt', dict(n_head=2)), ('gpt', dict(n_head=2, n_expert=4)), ('mamba', {}), ('hybrid', dict(n_head=2))])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_processes_share_an_evaluation(here, monkeypatch, kind, config, dtype):
+    """The sums of two processes are those of one; what is computed at once is no other."""
+    from mambino.train import evaluation
+    from mambino.weights import checkpoint
+    data, sums = open_dataset('tiny'), []
+    net = checkpoint.build(kind, dict(vocab_size=40, n_layer=1, n_embd=32, block_size=16, **config))
+    monkeypatch.setattr(evaluation, 'TOKENS', 64)
+    monkeypatch.setattr(evaluation, 'summed', lambda *values: sums.append(values) or values)
+    alone = evaluation.evaluate(net, data, 16, 9, 'cpu', dtype)['val_loss']
+    monkeypatch.setattr(evaluation.processes, 'WORLD', 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(evaluation.processes, 'RANK', rank)
+        evaluation.evaluate(net, data, 16, 9, 'cpu', dtype)
+    one, *two = sums
+    assert sum(part[1] for part in two) == one[1] == 9 * 16 and all(part[1] for part in two)
+    assert sum(part[0] for part in two) / one[1] == pytest.approx(alone, abs=1e-9)

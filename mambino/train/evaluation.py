@@ -11,7 +11,7 @@ from mambino.configurator import fail
 from mambino.sample.generation import Rows, prefill
 from mambino.sample.healing import look_ahead
 from mambino.sample.text import Writer, encode_prompt, healed
-from mambino.train import processes
+from mambino.train import memory, processes
 from mambino.train.processes import say, summed
 
 TOKENS = 4096   # at once: enough to keep a GPU busy, and without gradients less than a step of training
@@ -34,16 +34,30 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
         nats, targets, text_bytes = 0.0, 0, 0
         own_batches = part.val_batches(at_once, block_size, eval_iters, processes.RANK, processes.WORLD)
         for x, y in processes.in_step(own_batches):         # (B, T) each
-            with machine.autocast(device, dtype):
-                loss = net(x.to(device), y.to(device))[1]
             counted = y[y >= 0]
-            nats += loss.item() * len(counted)
+            nats += nats_of(net, x, y, device, dtype)
             targets += len(counted)
             if part.token_bytes is not None:
                 text_bytes += part.token_bytes[counted.numpy()].sum()
         sums.append(summed(nats, targets, text_bytes))
     net.train()
     return val_result(data, sums)
+
+
+def nats_of(net, x, y, device, dtype):
+    """The sum of the losses of x, y (B, T). Where the memory does not suffice for all rows at once,
+    those of its halves."""
+    try:
+        with machine.autocast(device, dtype):
+            return net(x.to(device), y.to(device))[1].item() * int((y >= 0).sum())
+    except (RuntimeError, MemoryError) as error:
+        memory.is_exhausted(error)                      # else it is raised again
+        if len(x) == 1 or processes.SHARDED:            # which no process can do without the others
+            raise
+    if device.startswith('cuda'):
+        torch.cuda.empty_cache()                        # the error, which holds tensors, is gone
+    half = len(x) // 2
+    return sum(nats_of(net, *rows, device, dtype) for rows in ((x[:half], y[:half]), (x[half:], y[half:])))
 
 
 def val_result(data, sums):
