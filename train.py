@@ -260,11 +260,11 @@ if is_new and init_from != 'scratch' and os.path.exists(latest):
     fail(f'{out_dir}: another run has begun there meanwhile; run the same command again')
 if rank == 0:
     try:
-        if is_new and os.path.exists(latest):
+        if is_new and any(map(os.path.exists, (latest, best) if init_from == 'scratch' else ())):
             log_file = os.path.join(out_dir, 'metrics.jsonl')
             # ckpt.pt last: after a kill between them the rest follows
             ending = checkpoint.set_aside(checkpoint.shards_of(latest), best, log_file, latest)
-            say(f'the run that was there is set aside: {latest}{ending} and others')
+            say(f'the run that was there is set aside: its files end in {ending} now')
         wandb_arguments = dict(
             project=wandb_project, name=wandb_run_name or None, dir=out_dir, config=settings)
         log = open_log(out_dir, progress.step, tensorboard, wandb_arguments if wandb_log else None)

@@ -12,7 +12,7 @@ from helpers.runs import POSIX, files, load, metrics, plain, refused, same_run, 
 
 from mambino import files as whole_files
 from mambino.language_model import LanguageModel
-from mambino.train import progress
+from mambino.train import memory, progress
 from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -107,6 +107,16 @@ def test_a_kill_while_a_run_is_set_aside(finished, monkeypatch):
         {path + '.old': data for path, data in before.items()}
 
 
+def test_an_exported_model_is_not_trained_over(finished, capsys):
+    assert script('export.py', '--out_dir=out --format=native --to=native --verify=False') == 0
+    before = files('native')
+    train('--model=gpt --out_dir=native', status=2)
+    refused(capsys, 'native: holds an exported model', '--out_dir')
+    assert files('native') == before
+    train('--model=gpt --out_dir=native --init_from=scratch --max_iters=1')
+    assert files('native')['native/best.pt.old'] == before['native/best.pt']
+
+
 # --- what others do
 
 @pytest.mark.parametrize('way', ['replaced', 'gone', 'shorter', 'val shorter'])
@@ -187,19 +197,23 @@ def test_a_flipped_bit_is_refused_with_advice(finished, capsys):
 # --- memory and disks
 
 def test_a_step_without_memory_is_forgotten_before_it_is_tried_again(here, monkeypatch):
-    forward, held, alive = LanguageModel.forward, [], []
+    forward, release, held, alive = LanguageModel.forward, memory.release, [], []
 
     class Activation(torch.Tensor):
         pass
 
-    def short(self, idx, targets=None):
+    def watched(net):                   # what it can give back is what nobody has any more
         alive.extend(ref() is not None for ref in held)
+        release(net)
+
+    def short(self, idx, targets=None):
         if targets is None or len(idx) == 1 or not self.training:
             return forward(self, idx, targets)
         activation = torch.zeros(10).as_subclass(Activation)
         held.append(weakref.ref(activation))
         raise RuntimeError(f'out of memory: {activation.numel()}')
     monkeypatch.setattr(LanguageModel, 'forward', short)
+    monkeypatch.setattr(memory, 'release', watched)
     train('--model=gpt --max_iters=2 --batch_size=4')
     assert len(held) == 2 and alive and not any(alive)
 

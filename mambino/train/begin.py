@@ -88,6 +88,8 @@ def find_origin(settings, explicit):
         goes_on = checkpoint.begun_by(latest, remembered(explicit))
     if settings['eval_only'] or init_from == 'resume' or goes_on:
         return resume(settings, explicit)
+    if init_from != 'scratch' and checkpoint.is_export(best_of(out_dir)):
+        fail(f'{out_dir}: holds an exported model, whose best.pt would be lost: choose another --out_dir')
     if names_model:
         return fine_tune(settings, explicit)
     return Origin()

@@ -264,7 +264,7 @@ def end_unfinished(out_dir, step, saved_at, explicit, changed, stop_signals):
     if summed(bool(changed) and not stop_signals)[0]:
         name = changed or 'a file of the dataset'
         reason = (f'{name}: was changed, replaced or removed while training; stopped at step {step}, '
-                  f'{saved}. {to_move.capitalize()}Put it back and run the same command again, '
+                  f'{saved}: {to_move}put it back and run the same command again, '
                   'or train on what is there now in another --out_dir')
         processes.together(partial(fail, reason) if processes.RANK == 0 else bool)
     say(f'stopped at step {step}, {saved}; to go on: {to_move}{command_to_go_on(out_dir, explicit)}')

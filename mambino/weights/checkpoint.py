@@ -118,6 +118,14 @@ def others_beside(path):
     return ''
 
 
+def is_export(path):
+    """Whether a checkpoint is there that export.py wrote, with nothing to go on training from."""
+    try:
+        return not torch.load(path, map_location='cpu', weights_only=True, mmap=True)['optimizers']
+    except Exception:           # not there, or damaged
+        return False
+
+
 def begun_by(path, command):
     """Whether a checkpoint is there of a run that is not complete, and was begun by this command,
     {name: value} of what it named."""
