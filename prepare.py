@@ -28,8 +28,9 @@ What is in it depends on the files and the settings alone: not on the number of 
 of the arguments, or how often the run was interrupted.
 """
 import os
+import shlex
 
-from mambino.configurator import configure, fail, require
+from mambino.configurator import configure, fail, require, shown
 from mambino.console import end_quietly
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
@@ -59,6 +60,8 @@ pdf = 'auto'          # pypdf; or pypdfium2, faster, a package of its own; auto:
 file_seconds = 60.0   # of computing that a PDF or an HTML page may take; for a PDF half a second
                       # more with each page
 file_memory_mb = 1024.0  # that it may need (Linux)
+unpack_ratio = 200.0  # a packed file (gz, zip, docx, parquet, ...) may hold so many times its size, and
+                      # 100 MB in any case: what holds more is a bomb
 # --- tokens ---
 tokenizer = 'bpe'     # char, byte, bpe (trained on these texts), gpt2, or a path to tokenizer.json
 vocab_size = 4096     # of a bpe trained here, at most: small, for the embedding of a small model is
@@ -92,7 +95,8 @@ def main():
         'between 0 and 1': dict(val_fraction=0 < val_fraction < 1),
         'between -2**63 and 2**63': dict(split_seed=abs(split_seed) < 2 ** 63),
         'above 0': dict(
-            sample_mb=sample_mb > 0, file_seconds=file_seconds > 0, file_memory_mb=file_memory_mb > 0),
+            sample_mb=sample_mb > 0, file_seconds=file_seconds > 0, file_memory_mb=file_memory_mb > 0,
+            unpack_ratio=unpack_ratio > 0),
         '0 or more': dict(max_file_mb=max_file_mb >= 0),
         '0, or the number of processes': dict(workers=0 <= workers < 1000),
         'auto, true or false': dict(conversations=conversations.lower() in talks.MODES),
@@ -136,7 +140,8 @@ def main():
         mode = talks.mode_of(conversations, why_no_talks)
         options = {'text_column': text_column, 'encoding': encoding, 'max_file_mb': max_file_mb, 'pdf': pdf,
                    'file_seconds': file_seconds, 'file_memory_mb': file_memory_mb,
-                   'document_separator': separator, 'conversations': mode}
+                   'unpack_ratio': unpack_ratio, 'dedupe': dedupe, 'document_separator': separator,
+                   'conversations': mode}
         files, plans, unusable = extract.look(files, work, options)
 
         # extract
@@ -153,13 +158,13 @@ def main():
         corpus = Corpus(tasks, reports, total['dropped'], work)
         if not len(corpus.rows):
             raise TooLittle(report.nothing_readable(inputs, skipped))
-        corpus.decide(fraction, dedupe, **output.decided_before(base))
+        corpus.decide(fraction, dedupe, total['copies'], **output.decided_before(base))
         if mode == talks.ALWAYS and not corpus.talks():
             fail(f'conversations={conversations}: there are none; say which columns with --text_column=question,answer')
         if 'split_seed' in explicit and not corpus.limit:
             print(unused.said('split_seed', 'one document is split by position'))
         if not corpus.use.any():
-            print(f'nothing new: all {corpus.copies:,} documents are in {target} already')
+            print(shown(f'nothing new: all {corpus.copies:,} documents are in {target} already'))
             return
 
         # tokenizer
@@ -179,7 +184,7 @@ def main():
     dataset = os.path.relpath(folder, os.path.realpath('data'))
     if dataset.startswith('..'):
         dataset = target
-    print(f'\nnow: python train.py --dataset={dataset}')
+    print(f'\nnow: python train.py {shown(shlex.quote(f"--dataset={dataset}"))}')
 
 
 if __name__ == '__main__':

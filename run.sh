@@ -3,7 +3,9 @@
 # ./run.sh test        sets up and runs ruff and all tests (further arguments go to pytest alone)
 # ./run.sh test quick  the heart of everything in a minute, with no more installed than ./run.sh needs, and pytest
 # All are quick the second time: what is installed, prepared or trained already stays.
+# TORCH=cpu or TORCH=cuda before any of them says which torch is installed; without it, it is the one for this machine.
 set -euo pipefail
+trap 'exit 130' INT    # pip ends with a status of its own after Ctrl-C, and nothing is to come after that
 cd "$(dirname "$0")"
 
 environment() {  # .venv, and its interpreter in $python
@@ -49,16 +51,54 @@ show(sys.argv[1])
 END
 }
 
+pip_install() {
+    "$python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+has_card() {  # of NVIDIA; in WSL too
+    nvidia-smi -L > /dev/null 2>&1 || [ -e /proc/driver/nvidia/version ] || [ -e /dev/nvidia0 ] ||
+        /usr/lib/wsl/lib/nvidia-smi -L > /dev/null 2>&1
+}
+
+torch() {  # the one without CUDA where nothing here could use that: it is a tenth as large. Elsewhere pip's usual one
+    local version installed
+    version=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.txt)
+    installed=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2> /dev/null || true)
+    case "${TORCH:-}" in
+        ''|cpu|cuda) ;;
+        *) echo "error: TORCH=$TORCH: it is cpu or cuda" >&2; exit 2 ;;
+    esac
+    if [ "${TORCH:-}" = cuda ] && [[ "$installed" = *+cpu ]]; then
+        echo 'fetching torch with CUDA in the place of the one without, about 3 GB'
+        pip_install --force-reinstall --no-deps "torch==$version" || failed
+    fi
+    # of the others it is said in the stamp alone that they were asked for
+    [ "$(uname -s)" = Linux ] && [ "${TORCH:-}" != cuda ] && [[ "$installed" != *+cpu ]] || return 0
+    if [ -z "${TORCH:-}" ]; then
+        # what is there stays, and so does where the person has told pip to look
+        [ -z "$installed" ] || return 0
+        ! "$python" -m pip config list | grep -Eq '(index-url|find-links|no-index)=' || return 0
+        ! has_card || { echo 'torch is fetched with CUDA, for the NVIDIA card here: about 3 GB'; return 0; }
+    fi
+    echo 'torch is fetched for the CPU, without CUDA: about 200 MB (TORCH=cuda ./run.sh for the other)'
+    pip_install "torch==$version+cpu" --index-url https://download.pytorch.org/whl/cpu ||
+        echo "that did not work (pip's message is above): now pip's usual torch, with CUDA, about 3 GB"
+}
+
+failed() {
+    echo 'error: pip could not install it; its message is above. Run the same command again to go on' >&2
+    exit 2
+}
+
 setup() {  # .venv with what is required for group $1, '': to run; again only when that changes
     environment
     local wanted=.venv/wanted.txt stamp=.venv/installed-${1:-core}.txt
     requirements "$1" > "$wanted"
+    [ -z "${TORCH:-}" ] || echo "# TORCH=$TORCH" >> "$wanted"
     if ! cmp -s "$wanted" "$stamp"; then
-        echo "installing what is needed into .venv (torch is large; some minutes the first time)"
-        if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$wanted"; then
-            echo 'error: pip could not install it; its message is above. Run the same command again to go on' >&2
-            exit 2
-        fi
+        echo 'installing what is needed into .venv: some minutes the first time'
+        torch
+        pip_install -r "$wanted" || failed
         cp "$wanted" "$stamp"
     fi
 }

@@ -306,7 +306,7 @@ def test_bombs(tmp_path):
     nothing = bytes(150_000_000)
     for name, inside in ('a.zip', 'a.txt'), ('a.docx', 'word/document.xml'), ('a.epub', 'META-INF/container.xml'):
         bomb = zipped({'[Content_Types].xml': '', inside: nothing})
-        assert 'unpacks to more than 200 times its size' in reason(write(tmp_path / name, bomb))
+        assert 'unpacks to more than' in reason(write(tmp_path / name, bomb))
     laughs = '<!DOCTYPE d [<!ENTITY a "ha">' + ''.join(
         f'<!ENTITY {chr(98 + i)} "{f"&{chr(97 + i)};" * 10}">' for i in range(9)) + ']>'
     data = make_odt('<office:text><text:p>&j;</text:p></office:text>')

@@ -81,7 +81,7 @@ def test_links_in_circles_and_pipes(corpus):
     made = dataset(corpus / 'data' / 'mine')
     assert len(made.all) == 60 and made.meta['copies'] == 0
     assert {os.path.basename(e['file']): e['reason'] for e in made.meta['skipped']} == \
-        {'dangling.txt': 'no regular file', 'pipe.txt': 'no regular file'}
+        {'dangling.txt': 'a link that leads nowhere', 'pipe.txt': 'no regular file'}
 
 
 def test_junk_is_left_out_beside_what_exclude_names(corpus):

@@ -127,8 +127,9 @@ def test_the_characters_of_a_file_that_is_dropped_are_not_in_the_vocabulary(line
 
 def entry(**more):
     return {
-        'file': 'a', 'kind': 'jsonl', 'part': None, 'rows': [0, 1], 'documents': 1, 'copies': 0, 'separators': 0,
-        'taken': 1, 'lost': {}, 'facts': {}, 'notes': [], 'skip': '', 'suspect': [0, ''], 'sample': '', 'chars': '',
+        'file': 'a', 'kind': 'jsonl', 'part': None, 'rows': [0, 1], 'documents': 1, 'copies': 0, 'dropped': 0,
+        'separators': 0, 'taken': 1, 'lost': {}, 'facts': {}, 'notes': [], 'skip': '', 'suspect': [0, ''],
+        'sample': '', 'chars': '',
     } | more
 
 

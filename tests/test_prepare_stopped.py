@@ -6,14 +6,20 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import tempfile
+import zipfile
 from types import SimpleNamespace
 
 import pytest
+from helpers import kills
 from helpers.prepare import (
     DIES,
     DIES_EARLY,
+    command,
     dataset,
     driven,
+    environment,
     files,
     jsonl,
     nobody_left,
@@ -212,7 +218,7 @@ def test_two_at_once(mixed):
         os.killpg(first.pid, signal.SIGSTOP)     # it is at work until it is told to go on
         for other in argv, (*argv, '--append'), ('mine', '--out=data/both', '--tokenizer=byte'):
             said = prepare(mixed.folder, *other, code=2)
-            assert 'at work' in said or '--append' in other
+            assert f'prepare.py (process {first.pid} on ' in said or '--append' in other
             assert parts(partial)
         os.killpg(first.pid, signal.SIGCONT)
         out, err = first.communicate(timeout=120)
@@ -316,6 +322,7 @@ def test_what_lies_in_its_own_input_is_no_input(corpus):
 
 
 BETWEEN = '''
+output.exchange.exchange = lambda *args: False  # of systems that have no such thing
 rename, count = os.rename, []
 def stop(a, b):
     rename(a, b)
@@ -343,6 +350,48 @@ def test_killed_between_the_renames(corpus, append, n):
         assert files(corpus / 'data' / '1.partial' / 'old') == old
     prepare(corpus, *argv)
     assert files(corpus / 'data' / '1') == new and dataset(corpus / 'data' / '1')
+
+
+@posix
+@pytest.mark.parametrize('act', [kills.die, kills.no_room, kills.interrupt])
+def test_stopped_at_any_change_to_the_disk(tmp_path, act):
+    """kill -9, a full disk and Ctrl-C at every eleventh of them; at all of them: python tests/helpers/kills.py"""
+    states = kills.prepare_inputs(tmp_path)
+    before, wanted = 'b', 'a'
+    for n in range(0, 100, 11):
+        if not kills.try_change(tmp_path, states, before, wanted, n, act):
+            break
+        before, wanted = wanted, before
+    assert n > 40
+
+
+@posix
+def test_nobody_takes_what_is_said(corpus):
+    """stdout is closed, or a pipe that nobody reads, or on a full disk: the dataset is made all the same."""
+    env = environment(PYTHONUNBUFFERED='')  # else it ends with the first line that it says
+    reader, pipe = os.pipe()
+    os.close(reader)
+    full = os.open('/dev/full', os.O_WRONLY) if os.path.exists('/dev/full') else pipe
+    for name, settings, code in (
+            ('closed', {'preexec_fn': lambda: os.close(1)}, 0), ('pipe', {'stdout': pipe}, 0),
+            ('full', {'stdout': full}, 2 if full != pipe else 0)):
+        argv = command('mine', '--tokenizer=byte', f'--out=data/{name}')
+        done = subprocess.run(argv, cwd=corpus, stderr=subprocess.PIPE, text=True, env=env, **settings)
+        assert done.returncode == code, (name, done.stderr)
+        assert not code or one_line(done.stderr, 'standard output cannot be written to')
+        assert code or done.stderr == '', name
+        assert dataset(corpus / 'data' / name)
+
+
+@posix
+def test_archives_need_no_temporary_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as archive:
+        for i in range(3):
+            archive.writestr(f'{i}.txt', f'some text {i} ' * 20)
+    status, said = kills.forked(
+        tmp_path, ['a.zip', '--tokenizer=byte', '--out=x'], lambda: setattr(tempfile, 'tempdir', '/nowhere'))
+    assert status == 0, said
+    assert len(dataset(tmp_path / 'x').all) == 3
 
 
 def test_a_mistake_costs_no_journal(corpus):

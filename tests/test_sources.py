@@ -1,5 +1,4 @@
 """sources.py: what it finds in made-up folders, in which order, and why it leaves out the rest."""
-import contextlib
 import itertools
 import json
 import os
@@ -40,14 +39,15 @@ def test_the_order_of_inputs_is_of_no_account(here):
     kept, skipped = results[0]
     files = [source.path for source in kept if source.kind != 'hf']
     assert [os.path.basename(path) for path in files] == [
-        '4.txt', '5.txt', '0.txt', '2.txt', '6.txt', '7.txt',
+        '4.txt', '5.txt', '0.txt', '2.txt', '6.txt',
     ]
     real = [os.fsencode(os.path.realpath(path)) for path in files]
     # a-b before a/, for so the bytes compare
     assert real == sorted(set(real)) and real[0] < real[1]
     assert kept[-2:] == [Source('hf:a/a', 'hf', 0, 0), Source('hf:z/z', 'hf', 0, 0)]
     real_skipped = [os.fsencode(os.path.realpath(entry['file'])) for entry in skipped]
-    assert real_skipped == sorted(set(real_skipped)) and len(real_skipped) == 3
+    assert real_skipped == sorted(set(real_skipped)) and len(real_skipped) == 4
+    assert {entry['file']: entry['reason'] for entry in skipped}['b/deep/to_other'] == sources.LINK
 
 
 def test_a_further_input_takes_nothing_away(here):
@@ -92,38 +92,45 @@ def test_links_in_circles_pipes_and_what_is_gone(here):
     write(here / 'm' / 'dataset_info.json')
     write(here / 'm' / 'x.arrow')
     kept, skipped = look('m')
-    # in the order of far/b.txt and m/1/a.txt
-    assert list(kept) == ['m/0far/b.txt', 'm/1/a.txt', 'm/x.arrow']
+    assert list(kept) == ['m/1/a.txt', 'm/x.arrow']
     assert names(skipped) == {
-        **dict.fromkeys(('gone.txt', 'gone2.txt', 'round.txt', 'pipe.txt'), 'no regular file'),
-        '.gitignore': 'hidden',
+        **dict.fromkeys(('gone.txt', 'gone2.txt', 'round.txt'), 'a link that leads nowhere'),
+        'pipe.txt': 'no regular file', '.gitignore': 'hidden', '0far': sources.LINK,
         **dict.fromkeys(('state.json', 'dataset_info.json'), 'describes a saved dataset'),
     }
     assert look('m/gone.txt', 'm/pipe.txt') == (
         {},
-        {'m/gone.txt': 'no regular file', 'm/pipe.txt': 'no regular file'},
+        {'m/gone.txt': 'a link that leads nowhere', 'm/pipe.txt': 'no regular file'},
     )
 
 
 @posix
-def test_a_folder_shows_its_own_path_if_it_has_one(here, monkeypatch):
-    write(here / 'm' / 'real' / 'a.txt')
-    write(here / 'far' / 'b.txt')
+def test_links_out_of_a_folder(here, monkeypatch):
+    """They may lead to anything on this machine: to what nobody meant to have read. A link to what is read
+    anyway is not worth a word.
+    """
+    for name in ('far/b.txt', 'far/deep/c.txt', 'secret.txt', 'm/.env', 'm/a.txt', 'twin.txt'):
+        write(here / name)
     for link, to in (
-        ('0', 'real'),
-        ('z', 'real'),
-        ('l1', '../far'),
-        ('l2', '../far'),
-        ('l3', '../far'),
-    ):
+            ('README', '../secret.txt'), ('absolute.txt', here / 'secret.txt'), ('folder', '../far'),
+            ('notes.txt', '.env'), ('same.txt', 'a.txt'), ('up', '..'), ('around.txt', '../m/a.txt'),
+            ('null.txt', os.devnull)):
         os.symlink(to, here / 'm' / link)
-    assert look('m')[0].keys() == {'m/l1/b.txt', 'm/real/a.txt'}
-    scandir = os.scandir
-    monkeypatch.setattr(
-        os, 'scandir', lambda path: contextlib.nullcontext(list(scandir(path))[::-1])
-    )
-    # in whatever order a file system lists them
-    assert look('m')[0].keys() == {'m/l1/b.txt', 'm/real/a.txt'}
+    os.link(here / 'twin.txt', here / 'm' / 'twin.txt')
+    kept, skipped = look('m')
+    assert names(kept) == {'a.txt': 'text', 'twin.txt': 'text'}
+    assert names(skipped).keys() == {'README', 'folder', 'up', 'null.txt', '.env'}
+    assert {reason for name, reason in names(skipped).items() if name != '.env'} == {sources.LINK}
+    assert 'a secret' in names(skipped)['.env']
+    # named, they are followed; and what they lead to, where it is an input
+    assert 'm/README' in look('m', 'm/README')[0]
+    assert names(look('m', 'm/folder')[0]).keys() == {'a.txt', 'twin.txt', 'b.txt', 'c.txt'}
+    assert names(look('m', 'far')[0]).keys() == {'a.txt', 'twin.txt', 'b.txt', 'c.txt'}
+    assert look('m/*')[0].keys() >= {'m/README', 'm/folder/b.txt'}
+    opened = []
+    monkeypatch.setattr(sources.sniff, 'known_kind', opened.append)
+    write(here / 'm' / 'proc.unknown', '')     # as those of /proc, that say 0 bytes and may be waited for
+    assert names(look('m')[1])['proc.unknown'] == 'empty' and not opened
 
 
 @posix

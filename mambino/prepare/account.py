@@ -4,7 +4,7 @@ judged as a whole.
     account.book(report, account.whole([entry]))       # a source that was read in one
     total = account.settle(tasks, reports)             # one report for all: parts are put together
 
-An entry: {'file', 'kind', 'documents', 'copies', 'taken', 'lost', 'facts', 'notes', 'skip': why it
+An entry: {'file', 'kind', 'documents', 'copies', 'dropped', 'taken', 'lost', 'facts', 'notes', 'skip': why it
 could not be read or '', 'suspect': [score, why], 'sample': the text's beginning, 'chars', 'separators',
 'part': None or [number, of how many]; then 'rows': [begin, end] in its task's .rows}.
 """
@@ -26,6 +26,7 @@ def new_report():
         'notes': [],       # {'file', 'note'}
         'suspects': [],    # [score, path, why]
         'decided': {},     # [kind, facts] as JSON -> [how many files, sample of the first]
+        'copies': 0,       # documents that are not written, since earlier ones are the same
         'separators': 0,   # documents' own marks at which texts were cut
         'parts': [],       # entries of parts, whose file is not yet judged
         'chars': set(),    # the characters of what was taken, if they were asked for
@@ -35,7 +36,7 @@ def new_report():
 def merged(entries):
     """One entry with the sums of several."""
     total = dict(entries[0])
-    for name in ('documents', 'copies', 'taken', 'separators'):
+    for name in ('documents', 'copies', 'dropped', 'taken', 'separators'):
         total[name] = sum(entry[name] for entry in entries)
     total['lost'] = {}
     total['facts'] = {}
@@ -92,6 +93,7 @@ def book(report, entry):
     score, why = entry['suspect']
     if why:
         report['suspects'] = screen.worst([*report['suspects'], [score, entry['file'], why]])
+    report['copies'] += entry['dropped']
     report['separators'] += entry['separators']
     report['chars'].update(entry['chars'])
 
@@ -111,6 +113,7 @@ def add(report, more):
     report['skipped'] += more['skipped']
     report['notes'] += more['notes']
     report['suspects'] = screen.worst(report['suspects'] + more['suspects'])
+    report['copies'] += more['copies']
     report['separators'] += more['separators']
     report['chars'].update(more['chars'])
 

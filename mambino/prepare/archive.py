@@ -16,9 +16,9 @@ import zipfile
 import zlib
 from typing import NamedTuple
 
-from mambino.prepare import isolate, screen, sources, survey
-from mambino.prepare.documents.office import MOST_PACKED, SMALL, open_zip
-from mambino.prepare.files import CHUNK, Notes, Skip, judge
+from mambino.prepare import files, isolate, screen, sources, survey
+from mambino.prepare.documents.office import open_zip
+from mambino.prepare.files import CHUNK, Bomb, Notes, Skip, judge
 from mambino.prepare.readers import reason_of
 from mambino.prepare.tables import looking
 
@@ -57,6 +57,8 @@ def read_members(source, options, notes):
                 documents += 1
                 notes.taken += 1
                 yield text, last
+    except Bomb:
+        raise
     except Skip as reason:
         if not documents:
             raise
@@ -71,6 +73,7 @@ def documents_of(name, member, options, notes, left_out):
     """Yields (document, last) of one member, a Source; last is True, or TALK for a conversation."""
     own_notes = Notes()
     pieces = []
+    passed_on = False
     try:
         kind, plan = plan_of(member, options)
         member = isolate.look(member._replace(kind=kind), own_notes)
@@ -79,7 +82,6 @@ def documents_of(name, member, options, notes, left_out):
         view = screen.Screen(member, options.get('document_separator', ''))
         waiting = []  # for the verdict on the whole member, if it is not too large
         size = 0
-        passed_on = False
         head = ''
         for text, last in view.passed(isolate.read(member, options | plan, own_notes)):
             head += text[:max(0, HEAD - len(head))]
@@ -99,6 +101,8 @@ def documents_of(name, member, options, notes, left_out):
         yield from waiting
         own_notes += [verdict] if verdict else lines
     except Skip as reason:
+        if passed_on and isinstance(reason, Bomb):
+            raise Bomb(f'{os.path.basename(name)} in it {reason}') from None
         left_out[str(reason)] += 1
     notes += [f'{os.path.basename(name)}: {line}' for line in own_notes]
 
@@ -132,9 +136,10 @@ def members_of_zip(stack, path):
 
 def members_of_tar(stack, path):
     """The same; links and devices are not there."""
+    stream = stack.enter_context(files.open_bytes(path))
     try:
-        archive = stack.enter_context(tarfile.open(path, 'r:*'))
-    except tarfile.TarError:
+        archive = stack.enter_context(tarfile.open(fileobj=stream, mode='r:' if stream.seekable() else 'r|'))
+    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError):
         raise Skip('damaged tar archive') from None
     for entry in archive:
         if entry.isfile():
@@ -146,10 +151,12 @@ def members(source, options, left_out):
     `left_out`, a Counter, by its reason. The file is gone when the next one comes.
     """
     excludes = sources.Excludes('')
-    room = max(SMALL, MOST_PACKED * os.path.getsize(source.path))
+    packed_size = os.path.getsize(source.path)
+    room = files.most_unpacked(packed_size)
     find = members_of_zip if source.kind == 'zip' else members_of_tar
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix='mambino-'))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(
+            prefix='members-', suffix='.tmp', dir=options.get('scratch'), ignore_cleanup_errors=True))
         found = find(stack, source.path)
         for number in range(MOST_MEMBERS):
             try:
@@ -158,16 +165,17 @@ def members(source, options, left_out):
                     return
                 room -= member.size
                 if room < 0:
-                    break
+                    raise files.bomb_of(packed_size)
                 kind, reason = look(member, excludes, options['max_file_mb'])
                 if reason:
                     left_out[reason] += 1
                     continue
                 extension = sources.kind_of(os.path.basename(member.name))[1]
                 path = os.path.join(folder, f'{number}{extension}')
-                with member.open() as packed, open(path, 'wb') as out:
-                    while data := packed.read(CHUNK):
-                        out.write(data)
+                with member.open() as packed:
+                    save(packed, path)
+            except DiskFailed as failed:
+                raise failed.error from None
             except DAMAGED as error:
                 if getattr(error, 'errno', None):  # of the disk
                     raise Skip(os.strerror(error.errno)) from error
@@ -175,9 +183,52 @@ def members(source, options, left_out):
                     raise Skip(f'damaged archive ({type(error).__name__})') from None
                 left_out['damaged'] += 1
                 continue
+            room -= inside(path, room)
+            if room < 0:
+                raise files.bomb_of(packed_size)
             yield member.name, sources.Source(path, kind, member.size, 0)
             os.remove(path)
-        raise Skip(f'unpacks to more than {MOST_PACKED} times its size')
+        raise Skip(f'an archive of more than {MOST_MEMBERS:,} files: unpack it first')
+
+
+class DiskFailed(Exception):
+    """What a file unpacks to could not be written: no fault of the archive."""
+
+    def __init__(self, error):
+        super().__init__(str(error))
+        self.error = error
+
+
+def save(packed, path):
+    """Writes what an open member holds to a file."""
+    with open(path, 'wb', buffering=0) as out:
+        while data := packed.read(CHUNK):
+            try:
+                while data:
+                    data = data[out.write(data):]
+            except OSError as error:
+                raise DiskFailed(error) from None
+
+
+def inside(path, room):
+    """Bytes that a member unpacks to itself, a packed one or a document of an office program; counted no
+    further than beyond `room`.
+    """
+    size = 0
+    try:
+        with open(path, 'rb') as f:
+            is_zip = f.read(2) == b'PK'
+        if is_zip:
+            with open_zip(path) as archive:
+                return sum(entry.file_size for entry in archive.infolist())
+        if files.is_packed(path):
+            for data in files.chunks(path):
+                size += len(data)
+                if size > room:
+                    break
+    except (Skip, *DAMAGED):  # its reader says so
+        pass
+    return size
 
 
 def look(member, excludes, max_file_mb):

@@ -55,11 +55,11 @@ class Corpus:
         """The slice of `rows` and `use` that is a block's."""
         return slice(int(self.starts[block]), int(self.starts[block + 1]))
 
-    def decide(self, val_fraction, dedupe, known=None, limit=None, bytes_before=0):
-        """Fills `use`, `limit` and `copies`. known, limit, bytes_before: {side: hashes}, limit and
-        bytes of the dataset that is added to. A document that alone is more than val_fraction of
-        all is for training, where there are others: it would be all of val, and nobody would learn
-        from it.
+    def decide(self, val_fraction, dedupe, copies=0, known=None, limit=None, bytes_before=0):
+        """Fills `use`, `limit` and `copies`. copies: documents that were dropped before they were
+        written. known, limit, bytes_before: {side: hashes}, limit and bytes of the dataset that is added
+        to. A document that alone is more than val_fraction of all is for training, where there are
+        others: it would be all of val, and nobody would learn from it.
         """
         known = known or {}
         self.limit = limit
@@ -68,7 +68,7 @@ class Corpus:
         is_copy = np.zeros(len(rows), bool)
         if dedupe:
             is_copy = copies_in(rows, np.concatenate([np.zeros(0, HASH), *known.values()]))
-        self.copies = int(np.sum(is_copy & is_first))
+        self.copies = copies + int(np.sum(is_copy & is_first))
         kept = ~is_copy
         if not kept.any():
             return

@@ -11,11 +11,18 @@ import lzma
 import os
 
 CHUNK = 1 << 20   # bytes or characters that a reader takes at once
+TIMES = 200            # its size a packed file may hold, where --unpack_ratio says no other number: logs have 100
+SMALL = 100_000_000    # bytes: but this much is nothing to fear
+NO_MEMORY = 'needs too much memory: more than --file_memory_mb'
 MOST_LOST = 0.2   # share of a file's rows: where more are lost than that, it is left out
 
 
 class Skip(Exception):
     """This file cannot be used; the message is the reason, a few words that can be counted."""
+
+
+class Bomb(Skip):
+    """It unpacks to far more than anybody's files do; what came out of it so far is left out as well."""
 
 
 class Notes(list):
@@ -54,6 +61,63 @@ def judge(taken, lost):
 # -----------------------------------------------------------------------------
 # Bytes
 
+_times = TIMES  # for what this process unpacks
+
+
+def allow(times):
+    """From now on, a packed file may hold so many times its size."""
+    global _times
+    _times = times
+
+
+def most_unpacked(size):
+    """Bytes that a packed file of this size may hold."""
+    return max(SMALL, int(_times * size))
+
+
+def bomb_of(size):
+    """The reason why a file of this size is read no further."""
+    most = most_unpacked(size)
+    return Bomb(f'unpacks to more than {most / 1e6:,.0f} MB, {most // max(1, size):,} times its size: '
+                'if it is no bomb, raise --unpack_ratio')
+
+
+class Limited(io.RawIOBase):
+    """The bytes of an open file that is being unpacked: Bomb where they are more than a file of so many
+    bytes may hold.
+    """
+
+    def __init__(self, f, size):
+        super().__init__()
+        self.f = f
+        self.size = size
+        self.left = most_unpacked(size)
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return self.f.seekable()
+
+    def readinto(self, buffer):
+        data = self.f.read1(len(buffer))  # what can be had at once: of a damaged file what is before that place
+        self.left -= len(data)
+        if self.left < 0:
+            raise bomb_of(self.size)
+        buffer[:len(data)] = data
+        return len(data)
+
+    def seek(self, *place):
+        return self.f.seek(*place)
+
+    def tell(self):
+        return self.f.tell()
+
+    def close(self):
+        self.f.close()
+        super().close()
+
+
 # how a packed file begins, and by whom it is unpacked; a key of PACKED, or whose it is
 SIGNATURES = [
     (b'\x1f\x8b', '.gz'),
@@ -68,6 +132,7 @@ SIGNATURES = [
 ]
 ANY_SIGNATURE = tuple(signature for signature, _ in SIGNATURES)
 SKIPPABLE = b'\x2a\x4d\x18'  # of a frame of zstd that holds no text, behind a byte 0x50 to 0x5f
+BUFFER = 1 << 14  # bytes that are unpacked together: of a damaged file a small buffer loses little
 WIDEST = 27  # a window of 2 ** 27 bytes is what zstd itself allows without being asked
 
 
@@ -76,8 +141,7 @@ def open_zst(path, mode):
     window = window_of(path)
     if window <= 1 << WIDEST:
         import pyarrow
-        # of a damaged file a small buffer loses little
-        return io.BufferedReader(pyarrow.CompressedInputStream(open(path, mode), 'zstd'), 1 << 14)
+        return io.BufferedReader(pyarrow.CompressedInputStream(open(path, mode), 'zstd'), BUFFER)
     try:
         from compression import zstd  # of Python 3.14
         return zstd.ZstdFile(path, options={zstd.DecompressionParameter.window_log_max: 31})
@@ -191,8 +255,9 @@ def open_bytes(path):
         f.close()
         raise
     if packing:
+        size = os.fstat(f.fileno()).st_size
         f.close()
-        return PACKED[packing](path, 'rb')
+        return io.BufferedReader(Limited(PACKED[packing](path, 'rb'), size), BUFFER)
     return f
 
 

@@ -6,7 +6,7 @@ process of their own.
     this process ──► a line of JSON: [kind, path, options] ──► reader process, with limits of
                  ◄── frames: a letter, a length, UTF-8 ◄────── memory and of computing time
                      T a piece of text, L the last piece of a document, C that of a conversation
-                     N a line for the notes, F the rest of them, S skip, E end of the file
+                     N a line for the notes, F the rest of them; E end of the file, S skip, B a bomb
 
 The reader process serves file after file. Where one is its end, that file is skipped with the
 reason, and the next gets a new process. Where it had read other files before it crashed or ran out
@@ -25,7 +25,7 @@ import time
 
 from mambino.prepare import files, sniff
 from mambino.prepare.conversations import TALK
-from mambino.prepare.files import Notes, Skip
+from mambino.prepare.files import NO_MEMORY, Bomb, Notes, Skip
 from mambino.prepare.readers import guarded, reason_of
 from mambino.prepare.texts.encodings import clean
 
@@ -42,12 +42,14 @@ LIBRARIES = {
     'epub': 'xml.etree.ElementTree',
     'rtf': 'striprtf.striprtf',
     'email': 'email.message',
+    'notebook': 'json',
 }
 STEADY = ('xlsx', 'odt')  # pieces of these come one by one, however large a sheet is
-NO_MEMORY = 'needs too much memory'
 LETTERS = {False: b'T', True: b'L', TALK: b'C'}  # of a frame, by what `last` is beside its text
 LAST = {letter: last for last, letter in LETTERS.items()}
+HEAVY = 4_000_000  # bytes: a notebook, all of which is in memory, is read so where it has more, or may have
 FRAME = struct.Struct('<cI')
+ENDS = (b'E', b'S', b'B')
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # not '', the working directory
 READER = f'import sys; sys.path[0] = {ROOT!r}; from mambino.prepare import isolate; isolate.serve()'
@@ -74,7 +76,7 @@ def read(source, options, notes):
     the last text may be the beginning of a document that never ends. options: text_column,
     max_file_mb, pdf ('pypdf' or 'pypdfium2'), file_seconds, file_memory_mb.
     """
-    pieces = isolated if source.kind in LIBRARIES else guarded
+    pieces = isolated if needs_limits(source) else guarded
     pending = ''  # a \r at the end of a piece may be half of \r\n
     documents = 0
     try:
@@ -88,10 +90,19 @@ def read(source, options, notes):
             yield clean(text), last
             documents += bool(last)
             notes.taken += bool(last)
+    except Bomb:
+        raise
     except Skip as reason:
         if not documents:
             raise
         notes.append(f'stopped after {documents:,} documents: {reason}')
+
+
+def needs_limits(source):
+    """Whether a source is read in the reader process."""
+    if source.kind == 'notebook':
+        return os.path.getsize(source.path) > HEAVY or files.is_packed(source.path)
+    return source.kind in LIBRARIES
 
 
 def isolated(kind, path, options, notes):
@@ -110,7 +121,7 @@ def isolated(kind, path, options, notes):
             _deadline = time.monotonic() + patience
             process.stdin.write(json.dumps([kind, path, options]).encode() + b'\n')
             process.stdin.flush()
-            while letter not in (b'E', b'S'):
+            while letter not in ENDS:
                 letter, text = next_frame(process.stdout)
                 if letter == b'N':
                     said.append(text)
@@ -131,7 +142,7 @@ def isolated(kind, path, options, notes):
             again = not late
         finally:
             _deadline = None
-            if letter not in (b'E', b'S'):  # nobody wants the rest
+            if letter not in ENDS:  # nobody wants the rest
                 stop_reader()
         if again:
             stop_reader()
@@ -140,8 +151,8 @@ def isolated(kind, path, options, notes):
         notes += said
         notes.lost |= lost
         notes.facts |= facts
-        if letter == b'S':
-            raise Skip(text)
+        if letter in (b'S', b'B'):
+            raise (Bomb if letter == b'B' else Skip)(text)
         return
 
 
@@ -204,7 +215,7 @@ def stop_reader(patience=0):
 def why_it_died(status, late, options):
     """(why a reader process died, in words; whether that was for the time it took)"""
     if late or hasattr(signal, 'SIGXCPU') and status == -signal.SIGXCPU:
-        return f'took longer than {options["file_seconds"]:g} s', True
+        return f'took longer than {options["file_seconds"]:g} s (--file_seconds)', True
     names = {-number: number.name for number in signal.Signals}
     return f'crashed its reader ({names.get(status, f"status {status}")})', False
 
@@ -244,6 +255,7 @@ def answer(stream, kind, path, options):
     notes = Notes()
     last_frame = (b'E', '')
     seconds = options['file_seconds']
+    files.allow(options.get('unpack_ratio', files.TIMES))
     chunk = files.CHUNK
     try:
         began = time.process_time()
@@ -259,7 +271,7 @@ def answer(stream, kind, path, options):
             if (last or kind in STEADY) and time.monotonic() > renewed + seconds / 10:
                 renewed = limit_seconds(seconds)  # a billion rows may take their time
     except Skip as reason:
-        last_frame = (b'S', str(reason))
+        last_frame = (b'B' if isinstance(reason, Bomb) else b'S', str(reason))
     except MemoryError:
         last_frame = (b'S', NO_MEMORY)
     for note in notes:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mambino.configurator import fail
-from mambino.prepare import pool, report, spool, tokens
+from mambino.prepare import exchange, locks, pool, report, spool, tokens, vocabulary
 from mambino.prepare.corpus import HASH, TooLittle
 from mambino.prepare.progress import Progress
 from mambino.prepare.sources import LOCK, OURS, PARTIAL
@@ -30,6 +30,7 @@ from mambino.prepare.tables.hub import Unreachable
 from mambino.tokenizer import FILE, UnknownCharacter, build_tokenizer, load_tokenizer
 
 GOES_ON = '; the same command goes on from here'
+JOURNAL = 'written'  # what of the dataset is written
 COMMIT_SECONDS = 3  # so much encoding is lost at most when a run is killed
 
 
@@ -112,43 +113,43 @@ def open_work(folder):
     work = folder + PARTIAL
     if os.path.isdir(work) and os.listdir(work) and not os.path.exists(os.path.join(work, LOCK)):
         fail(f'{work}: is in the way, and not of prepare.py\'s making; move it, or choose another --out')
-    os.makedirs(work, exist_ok=True)
-    lock = open(os.path.join(work, LOCK), 'a')
     try:
-        if os.name == 'nt':
-            import msvcrt
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        fail(f'{work}: another prepare.py is at work there; wait for it, or choose another --out')
-    except OSError:
-        pass  # some network file systems have no locks
+        lock = locks.take(os.path.join(work, LOCK))
+    except locks.Held as holder:
+        fail(f'{work}: another prepare.py{holder} is at work there; wait for it, or choose another --out')
     old = os.path.join(work, 'old')
     if os.path.isdir(old) and not os.path.lexists(folder):
         os.rename(old, folder)  # a kill in the middle of publish(): the new one was not there yet
     shutil.rmtree(old, ignore_errors=True)
     for path in glob.glob(os.path.join(glob.escape(work), '*.tmp*')):
-        os.remove(path)
-    return lock
-
-
-def close_work(work, lock):
-    """Deletes it, the lock last: it tells whose the folder is."""
-    for name in set(os.listdir(work)) - {LOCK}:
-        path = os.path.join(work, name)
         if os.path.isdir(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.remove(path)
+    return lock
+
+
+def close_work(work, lock):
+    """Deletes it: first what says that something is done, the lock last, which tells whose the folder is.
+    What cannot be deleted, the next run will find there.
+    """
+    done = [JOURNAL, *(name for name in os.listdir(work) if name.endswith('.json')), vocabulary.STAMP]
+    for name in [*done, *(set(os.listdir(work)) - {LOCK, *done})]:
+        path = os.path.join(work, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                os.remove(path)
     if os.name == 'nt':
         lock.close()  # there, a file that is open cannot be deleted
     shutil.rmtree(work, ignore_errors=True)
 
 
 def publish(work, folder, meta, tok):
-    """Puts the finished dataset in its place, after making sure that it is on the disk."""
+    """Puts the finished dataset in its place, after making sure that it is on the disk. Where the system
+    can, the old one and the new one change places at once, so that there always is one.
+    """
     new = os.path.join(work, 'dataset')
     old = os.path.join(work, 'old')
     tok.save(new)
@@ -158,6 +159,9 @@ def publish(work, folder, meta, tok):
         with open(os.path.join(new, name), 'rb+') as f:
             os.fsync(f.fileno())
     if os.path.isdir(folder):
+        os.remove(os.path.join(work, JOURNAL))  # it speaks of the new one, and in its place will be the old one
+        if exchange.exchange(new, folder):
+            return
         os.rename(folder, old)
     try:
         os.rename(new, folder)
@@ -236,7 +240,7 @@ class Output:
 
     def __init__(self, work, made_of, base):
         self.folder = os.path.join(work, 'dataset')
-        self.journal = os.path.join(work, 'written')
+        self.journal = os.path.join(work, JOURNAL)
         self.state = {}
         if os.path.exists(self.journal):
             with open(self.journal, encoding='utf-8') as f:

@@ -226,8 +226,8 @@ def run_program(main):
         status = 130
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(0)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if not status:
+        sys.stdout.flush()
     if _stuck:
         os._exit(status)
     sys.exit(status)

@@ -92,8 +92,11 @@ class Progress:
             rate = done / max(time.monotonic() - self.began, 1e-3)
             amount = f'{done / 1e6:9.1f} of {self.total / 1e6:.1f} MB'
             line = f'{self.label:<9} {amount} {rate / 1e6:7.1f} MB/s  {remark}'
-        if self.is_terminal:
-            print(f'\r{line[:width()]:<{width()}}', end=end, flush=True)
-        else:
-            print(line, flush=True)
+        try:
+            if self.is_terminal:
+                print(f'\r{line[:width()]:<{width()}}', end=end, flush=True)
+            else:
+                print(line, flush=True)
+        except OSError:  # nobody reads it, or the disk under it is full: the work goes on
+            return
         self.is_shown = True

@@ -27,9 +27,8 @@ from mambino.prepare.documents.office import read_docx, read_pptx, read_rtf, rea
 from mambino.prepare.documents.opendocument import read_odt
 from mambino.prepare.documents.pdf_text import read_pdf
 from mambino.prepare.documents.webpage import read_html
-from mambino.prepare.files import Skip, open_bytes
+from mambino.prepare.files import NO_MEMORY, Skip, chunks
 from mambino.prepare.tables.arrow_rows import read_arrow, read_parquet
-from mambino.prepare.tables.columns import LONGEST_ROW
 from mambino.prepare.tables.csv_rows import read_csv
 from mambino.prepare.tables.hub import Unreachable, read_hf
 from mambino.prepare.tables.json_rows import read_json
@@ -38,9 +37,8 @@ from mambino.prepare.texts.encodings import decoded, read_text
 
 def read_notebook(path, options, notes):
     """The markdown and code cells, an empty line between them."""
+    data = b''.join(chunks(path, options['max_file_mb'] * 1e6))
     try:
-        with open_bytes(path) as f:
-            data = f.read(LONGEST_ROW)
         book = json.loads(decoded(data, notes, options.get('encoding', '')))
         if 'cells' in book:
             cells = book['cells']
@@ -101,7 +99,7 @@ def guarded(kind, path, options, notes):
 def reason_of(error):
     """Why a file cannot be read, in a few words, from what a library raised."""
     if isinstance(error, MemoryError):
-        return 'needs too much memory'
+        return NO_MEMORY
     if isinstance(error, EOFError) or 'truncated' in str(error).lower():
         return 'truncated'
     if isinstance(error, OSError) and error.errno:

@@ -139,13 +139,14 @@ def show(folder, meta, tok):
     """The tables at the end of a run, and three windows of the text."""
     print(f'\n{"":<9}{"files":>9}{"documents":>12}{"characters":>16}{"tokens":>16}')
     for kind, n in sorted(meta['kinds'].items(), key=lambda item: -item[1]['tokens']):
-        print(f'{kind:<9}{n["files"]:>9,}{n["documents"]:>12,}{n["characters"]:>16,}{n["tokens"]:>16,}')
+        print(f'{shown(kind):<9}{n["files"]:>9,}{n["documents"]:>12,}{n["characters"]:>16,}{n["tokens"]:>16,}')
     print(f'\n{"":<9}{"":>9}{"documents":>12}{"bytes":>16}{"tokens":>16}{"bytes/token":>14}')
     for split, n in meta['splits'].items():
         bytes_per_token = n['bytes'] / max(1, n['tokens'])
-        print(f'{split:<9}{"":>9}{n["documents"]:>12,}{n["bytes"]:>16,}{n["tokens"]:>16,}{bytes_per_token:>14.2f}')
+        counts = f'{n["documents"]:>12,}{n["bytes"]:>16,}{n["tokens"]:>16,}'
+        print(f'{shown(split):<9}{"":>9}{counts}{bytes_per_token:>14.2f}')
     if meta.get('conversations'):
-        shares = [f'{percent(n["learned"], n["tokens"])} of {split}' for split, n in meta['splits'].items()]
+        shares = [f'{percent(n["learned"], n["tokens"])} of {shown(split)}' for split, n in meta['splits'].items()]
         print(f'{meta["conversations"]:,} documents are conversations, of which the answers are learned: '
               f'{", ".join(shares)} in tokens')
     sizes = {split: n['tokens'] for split, n in meta['splits'].items()}
@@ -179,7 +180,7 @@ def show_decided(decided, most=30):
     that was taken.
     """
     print('\nread as:')
-    rows = [(item['kind'], facts_of(item), in_words(item['files'])) for item in decided[:most]]
+    rows = [(shown(item['kind']), facts_of(item), in_words(item['files'])) for item in decided[:most]]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     width = shutil.get_terminal_size((120, 24)).columns
     for item, (kind, facts, files) in zip(decided, rows):
@@ -248,8 +249,11 @@ def inspect(path):
     Ends the program, with status 2 and one line, if it is damaged.
     """
     folder = path if os.path.isdir(path) else os.path.join('data', path)
+    path_of_meta = os.path.join(folder, 'meta.json')
     try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+        if os.path.exists(path_of_meta) and not os.path.isfile(path_of_meta):
+            fail(f'{path}: not a dataset (meta.json is no file); prepare.py makes one')
+        with open(path_of_meta, encoding='utf-8') as f:
             meta = json.load(f)
         if meta['format'] != FORMAT:
             fail(f'{path}: made by an older prepare.py, without offsets and hashes; prepare it again')
@@ -260,7 +264,8 @@ def inspect(path):
         sources = ', '.join(meta['sources'])
         print(shown(f'{folder}: {tok.kind} tokenizer of {tok.vocab_size:,} ids, from {sources}'))
         show(folder, meta, tok)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+            MemoryError) as error:
         why = getattr(error, 'strerror', None) or type(error).__name__
         fail(f'{path}: not a dataset ({why}); prepare.py makes one')
     show_histogram(lengths)

@@ -106,7 +106,7 @@ PATCH = re.compile(rb'From [0-9a-f]{40} ')  # of git format-patch: a mailbox to 
 MHTML = re.compile(rb'(?:[\w-]+:[^\n]*\n(?:[ \t][^\n]*\n)*){0,20}content-type:\s*multipart/related', re.I)
 OPEN_DOCUMENT = b'application/vnd.oasis.opendocument'
 ZIPPED = ('docx', 'pptx', 'xlsx', 'odt', 'epub')
-DIRECTORY = 1 << 25  # bytes of names and places in a zip archive: more are no one's documents
+DIRECTORY = 1 << 24  # bytes of names and places in a zip archive: more are no one's documents
 # these keep their kind where the content is a text: templates begin like pages, for example
 WRITTEN = ('code', 'html', 'notebook', 'hf')
 
@@ -213,7 +213,10 @@ def kind_of_zip(path, named):
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            mimetype = archive.read('mimetype')[:100] if 'mimetype' in names else b''
+            mimetype = b''
+            if 'mimetype' in names:
+                with archive.open('mimetype') as f:
+                    mimetype = f.read(100)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, EOFError):
         raise Skip(f'damaged {named}' if named in ZIPPED else 'a damaged zip archive') from None
     tops = {name.partition('/')[0] for name in names}

@@ -15,8 +15,9 @@ however often and through however many links they lead to a file. So the same fi
 dataset.
 
 A folder that is named is walked for its own sake: neither its name, nor a .gitignore above it, nor
-that it lies in another input changes what is found in it. Links are followed; a folder that is
-reached both ways shows its own path.
+that it lies in another input changes what is found in it. A link that is named is followed; one that
+is found in a folder is not, for it may lead to anything on this machine. Where it leads to what is
+among the inputs, that is read for its own sake.
 """
 import difflib
 import glob
@@ -104,6 +105,7 @@ OURS = {
     'meta.json', 'tokenizer.json',
 }
 PARTIAL = '.partial'   # how the folder is called in which prepare.py works
+LINK = 'a link; name it, or what it leads to, to have that read'
 LOCK = 'prepare.lock'  # in it, tells it from another's
 SAVED_WITH = ('state.json', 'dataset_info.json')  # what Hugging Face's save_to_disk writes beside rows
 
@@ -161,11 +163,10 @@ def walk(folders, excludes, gitignore, walked):
     """Yields (real path, path, why it is skipped or '') of all that is in `folders`; adds to
     `walked` what it has read.
     """
-    # Taken from the end: a folder inside another comes first, as an input of its own. Links come last.
+    # Taken from the end: a folder inside another comes first, as an input of its own.
     waiting = [(real, path, '', ()) for real, path in sorted(folders.items())]
-    linked = []
-    while waiting or linked:
-        folder, path, inside, rules = waiting.pop() if waiting else linked.pop(0)
+    while waiting:
+        folder, path, inside, rules = waiting.pop()
         if folder in walked:
             continue
         try:
@@ -201,9 +202,10 @@ def walk(folders, excludes, gitignore, walked):
                 yield real, entry.path, excludes.reason(below, is_folder)
             elif excluded is None and is_ignored(below, is_folder, rules):
                 yield real, entry.path, 'ignored by .gitignore'
+            elif is_link:
+                yield real, entry.path, LINK if os.path.exists(entry.path) else 'a link that leads nowhere'
             elif is_folder:
-                queue = linked if is_link else waiting
-                queue.append((real, entry.path, below + '/', rules))
+                waiting.append((real, entry.path, below + '/', rules))
             else:
                 yield real, entry.path, asides.get(entry.name, '')
 
@@ -253,16 +255,16 @@ def look(path, limit):
     try:
         status = os.stat(path)
     except OSError as error:
-        return None, 'no regular file' if os.path.islink(path) else error.strerror or 'unreadable'
+        return None, 'a link that leads nowhere' if os.path.islink(path) else error.strerror or 'unreadable'
     kind, extension = kind_of(os.path.basename(path))
     if not stat.S_ISREG(status.st_mode):
         return None, 'no regular file'
+    if status.st_size == 0:  # so are those of /proc, of which some can be waited for
+        return None, 'empty'
     if kind is None and limit is not None:
         kind = sniff.known_kind(path)
         if kind is None:
             return None, sniff.remedy_for(path) or f'unknown type {extension}'
-    if status.st_size == 0:
-        return None, 'empty'
     if limit is not None and kind not in STREAMED and status.st_size > limit * 1e6:
         if kind not in ('text', 'data') or not sniff.has_rows(path):
             return None, f'larger than {limit:g} MB'
@@ -360,6 +362,6 @@ def rows_in(path, arrows):
         if not os.path.isfile(state):
             state = os.devnull  # a pipe would wait for ever
         with open(state, encoding='utf-8') as f:
-            return {file['filename'] for file in json.load(f)['_data_files']}
+            return {file['filename'] for file in json.loads(f.read(1 << 24))['_data_files']}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {name for name in arrows if not name.startswith('cache-')}

@@ -24,7 +24,7 @@ import time
 import numpy as np
 import pyarrow
 
-from mambino.prepare import account, archive, conversations, isolate, rendered, screen
+from mambino.prepare import account, archive, conversations, files, isolate, rendered, screen
 from mambino.prepare.conversations import TALK
 from mambino.prepare.files import PACKED, Notes, Skip, extension_of
 from mambino.prepare.readers import READERS
@@ -33,7 +33,7 @@ from mambino.prepare.tables import talks
 from mambino.seams import SEAM
 
 FORMAT = 2         # of a dataset
-JOURNAL = 4        # of the reports on the way there
+JOURNAL = 5        # of the reports on the way there
 PIECE = 1 << 18    # characters: where the text goes on, a piece ends at the first seam beyond
 LONGEST = 1 << 20  # characters: without a seam it ends here
 BLOCK = 1 << 21    # bytes of text that are packed, and later encoded, together
@@ -83,7 +83,8 @@ def digest(value):
 class Spool:
     """Takes documents, piece by piece, and writes the blocks and rows of a task."""
 
-    def __init__(self, path, seed):
+    def __init__(self, path, seed, dedupe=False):
+        self.dedupe = dedupe
         self.file = open(path + '.text', 'wb')
         self.rows_file = open(path + '.rows', 'wb')
         self.new_hash = new_hash(seed).copy
@@ -102,7 +103,8 @@ class Spool:
         self.bytes = 0      # of its text
         self.documents = 0
         self.known = set()  # hashes of its documents
-        self.copies = 0     # documents that are among the known
+        self.copies = 0     # documents that are among the known,
+        self.dropped = 0    # and those of them that are not written
         self.head = ''      # the beginning of the source, to judge it by
         self.sample = ''    # that of its first document, to be shown
         self.start_document()
@@ -115,6 +117,7 @@ class Spool:
         self.rows_file.seek(self.mark)
         self.rows_file.truncate()
         self.documents = 0
+        self.dropped = 0
 
     def rows_of_source(self):
         """[begin, end] of its rows in the file."""
@@ -127,6 +130,7 @@ class Spool:
         self.blank = True
         self.talk = False
         self.hash = self.new_hash()
+        self.begun = (len(self.blocks), len(self.waiting), self.size)
 
     def add(self, text, last):
         """Takes more of the current document; a conversation comes in one, with TALK for `last`."""
@@ -171,15 +175,28 @@ class Spool:
         """Writes the rows of the current document."""
         self.documents += 1
         pair = hash_pair(self.hash)
-        if pair[0] in self.known:
+        if pair in self.known:
             self.copies += 1
+            if self.dedupe:
+                self.drop_document()
+                return
         elif len(self.known) < KNOWN:
-            self.known.add(pair[0])
+            self.known.add(pair)
         for part, piece in enumerate(self.pieces):
             is_last = part == len(self.pieces) - 1
             self.rows.append((*pair, *piece, part, is_last, self.kind, self.talk))
         if len(self.rows) > 50_000:
             self.write_rows()
+
+    def drop_document(self):
+        """Writes nothing of a document that is the same as an earlier one; what of its text is in a
+        block already, stays there.
+        """
+        self.dropped += 1
+        block, waiting, size = self.begun
+        if block == len(self.blocks):
+            del self.waiting[waiting:]
+            self.size = size
 
     def cut(self, n):
         """The next n characters are a piece."""
@@ -231,7 +248,7 @@ def extract(task):
     work = f'{path}.{os.getpid()}.tmp'
     if os.getcwd() != task['cwd']:
         os.chdir(task['cwd'])  # on another machine of a cluster
-    spool = Spool(work, task['seed'])
+    spool = Spool(work, task['seed'], task['options'].get('dedupe', False))
     pulse = Pulse(work + '.at')
     try:
         report = read_sources(task, spool, pulse)
@@ -309,8 +326,10 @@ def read_source(task, source, plan, part, size, spool, pulse):
     """
     spool.start(KINDS.index(source.kind))
     notes = Notes()
-    options = task['options'] | plan
+    options = task['options'] | plan | {'scratch': task['folder']}
     view = None
+    files.allow(options.get('unpack_ratio', files.TIMES))
+    most = files.most_unpacked(size)
     packing = PACKING if extension_of(source.path) in PACKED else 1
     chars = set()
     reason = ''
@@ -322,6 +341,8 @@ def read_source(task, source, plan, part, size, spool, pulse):
         marks = rendered.Rendered(options.get('conversations') in (talks.AUTO, talks.ALWAYS))
         for text, last in marks.passed(view.passed(archive.read(source, options, notes))):
             spool.add(text, last)
+            if spool.bytes + ROW.itemsize * spool.documents > most and source.kind != 'hf':
+                raise files.bomb_of(size)
             pulse.beat(spool.bytes // packing, size)
             if task['chars']:
                 chars.update(text)
@@ -335,7 +356,8 @@ def read_source(task, source, plan, part, size, spool, pulse):
     score, why = screen.suspicion(spool.head)
     entry = {
         'file': source.path, 'kind': source.kind, 'part': part, 'rows': spool.rows_of_source() if part else None,
-        'documents': spool.documents, 'copies': spool.copies, 'separators': view.separators() if view else 0,
+        'documents': spool.documents, 'copies': spool.copies, 'dropped': spool.dropped,
+        'separators': view.separators() if view else 0,
         'taken': notes.taken, 'lost': notes.lost, 'facts': notes.facts, 'notes': list(notes),
         'skip': reason, 'suspect': [round(score, 3), why], 'sample': spool.sample,
         'chars': ''.join(sorted(chars)),

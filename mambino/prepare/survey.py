@@ -15,7 +15,7 @@ import json
 import os
 
 from mambino.configurator import fail
-from mambino.prepare import isolate, pool
+from mambino.prepare import files, isolate, pool
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.readers import reason_of
 from mambino.prepare.sources import Source
@@ -70,6 +70,7 @@ def look_at(task):
     """[(index, what looking.look found)] of some sources, of those where it found something."""
     if os.getcwd() != task['cwd']:
         os.chdir(task['cwd'])  # on another machine of a cluster
+    files.allow(task['options'].get('unpack_ratio', files.TIMES))
     results = []
     for i, source in zip(task['indexes'], map(Source._make, task['sources'])):
         try:

@@ -16,6 +16,7 @@ from collections import Counter
 import numpy as np
 
 from mambino import chat
+from mambino.configurator import shown
 from mambino.prepare import conversations, spool, tokens
 from mambino.prepare.corpus import TooLittle
 from mambino.prepare.files import MOST_LOST
@@ -42,7 +43,7 @@ def try_tokenizer(tok, name, corpus, work, account, why_no_talks):
     notes = [note for note in notes if note] + (chat.trouble(tok) if corpus.talks() else [])
     for note in notes:
         more = f'; {OTHERS}' if note.startswith(LOSES) else ''
-        print(f'tokenizer {name}: {note.removeprefix("the tokenizer ")}{more}')
+        print(shown(f'tokenizer {name}: {note.removeprefix("the tokenizer ")}{more}'))
     return [{'file': 'tokenizer.json', 'note': note} for note in notes]
 
 

@@ -10,9 +10,10 @@ import time
 from mambino.chat import encode_chat
 from mambino.prepare import pool, spool
 from mambino.prepare.progress import Progress
-from mambino.tokenizer import build_tokenizer, load_tokenizer
+from mambino.tokenizer import FILE, build_tokenizer, load_tokenizer
 
 TRAINED = ('char', 'bpe')
+STAMP = os.path.join('tokenizer', 'made_of')  # in the workplace: what the tokenizer there was made of
 
 
 def fixed_tokenizer(kind, vocab_size):
@@ -42,12 +43,12 @@ def make_tokenizer(fixed, kind, vocab_size, sample_mb, split_seed, corpus, chars
     built now, unless a run before this one did that. chars: the set of all characters, for kind 'char'.
     """
     folder = os.path.join(work, 'tokenizer')
-    stamp = os.path.join(folder, 'made_of')
+    stamp = os.path.join(work, STAMP)
     if fixed:
         made_of = fixed.sha256()
     else:
         made_of = spool.digest([kind, vocab_size, sample_mb, split_seed, corpus.decision()])
-    if read_text(stamp) == made_of:
+    if read_text(stamp) == made_of and os.path.exists(os.path.join(folder, FILE)):
         return fixed or load_tokenizer(folder)
     os.makedirs(folder, exist_ok=True)
     if os.path.exists(stamp):

@@ -397,6 +397,8 @@ def find_folder(name, root):
     for folder in (in_root, name):
         if os.path.isdir(folder):
             return folder
+        if os.path.isdir(os.path.join(folder + '.partial', 'old')):  # systems on which folders cannot change places
+            fail(f'{folder}: prepare.py was killed as it put the new dataset in its place; say the same command again')
     known = sorted(os.listdir(root)) if os.path.isdir(root) else []
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     advice = f' (did you mean --dataset={near[0]}?)' if near else ''

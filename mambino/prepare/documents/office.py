@@ -13,16 +13,15 @@ import collections
 import datetime
 import io
 import itertools
+import os
 import re
 import zipfile
 
 from mambino.prepare.documents.legible import SYMBOLS
 from mambino.prepare.documents.webpage import text_of
-from mambino.prepare.files import CHUNK, Skip, open_bytes
+from mambino.prepare.files import CHUNK, NO_MEMORY, Skip, bomb_of, most_unpacked, open_bytes
 from mambino.prepare.tables.sheets import rows_of_sheets
 
-MOST_PACKED = 200    # a zip archive that unpacks to more times its size is no one's document
-SMALL = 100_000_000  # bytes: but this much is nothing to fear
 SHEET_MEMORY = 1.6   # bytes of memory for each byte of the XML of a sheet
 PIECE = 1 << 16      # characters of a sheet that are passed on together
 
@@ -38,11 +37,10 @@ def open_zip(path):
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
         raise Skip('damaged (no zip archive inside)') from None
-    packed = sum(entry.compress_size for entry in archive.infolist())
-    unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > max(SMALL, MOST_PACKED * packed):
+    size = os.path.getsize(path)  # not the sum of its parts, which may lie in each other
+    if sum(entry.file_size for entry in archive.infolist()) > most_unpacked(size):
         archive.close()
-        raise Skip(f'unpacks to more than {MOST_PACKED} times its size')
+        raise bomb_of(size)
     return archive
 
 
@@ -195,7 +193,7 @@ def read_xlsx(path, options, notes):
         with open_zip(path) as archive:
             largest = max((entry.file_size for entry in archive.infolist()), default=0)
         if SHEET_MEMORY * largest > options['file_memory_mb'] * 1e6:
-            raise Skip('needs too much memory: more than --file_memory_mb')
+            raise Skip(NO_MEMORY)
         uncomputed = count_uncomputed(path)
         if uncomputed:
             notes.append(f'{uncomputed:,} cells of formulas have no value: save it once with a spreadsheet program')

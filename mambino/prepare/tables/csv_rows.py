@@ -38,7 +38,7 @@ def rows_as_dicts(path, options, notes):
     is_beginning = not part or part[0] == 0
     with open_part(path, options['encoding'], part) as f:
         for _ in range(dialect.skip if is_beginning else 0):
-            f.readline()
+            f.readline(LONGEST_LINE)
         table = Rows(blocks(f, dialect, notes), dialect)
         if dialect.header and is_beginning:
             table.drop_header()
@@ -64,7 +64,10 @@ def blocks(f, dialect, notes):
     """Yields the lines of an open file, masked, some at a time; those that are too long are lost."""
     while text := f.read(BLOCK):
         text += f.readline(LONGEST_LINE)
-        while dialect.escape and text.endswith('\\\n') and (more := f.readline(LONGEST_LINE)):
+        while dialect.escape and text.endswith('\\\n') and len(text) < LONGEST_LINE:
+            more = f.readline(LONGEST_LINE)
+            if not more:
+                break
             text += more
         if len(text) > LONGEST_LINE and text[-1] != '\n':
             text = text[:text.rfind('\n') + 1]

@@ -22,7 +22,7 @@ from mambino.prepare.files import Notes, Skip, is_packed
 from mambino.prepare.tables.cells import text_of
 from mambino.prepare.tables.columns import LONGEST_ROW, SAMPLE_ROWS
 from mambino.prepare.tables.json_objects import look_inside
-from mambino.prepare.tables.json_values import DECODER, Broken, Values
+from mambino.prepare.tables.json_values import DECODER, Broken, Values, is_too_costly
 from mambino.prepare.tables.looks import new_column, profile_of
 from mambino.prepare.texts.encodings import encoding_of, encoding_of_bytes, is_wide, open_text
 
@@ -167,6 +167,8 @@ def is_array(value):
 
 def parsed(line):
     """What a line says in JSON; None where it is none, or null."""
+    if is_too_costly(line):
+        return None
     try:
         return DECODER.decode(line.lstrip('\ufeff'))
     except (ValueError, RecursionError):

@@ -9,12 +9,12 @@ import codecs
 import json
 
 from mambino.prepare import files
-from mambino.prepare.files import Skip, open_bytes
+from mambino.prepare.files import NO_MEMORY, Skip, open_bytes
 from mambino.prepare.tables.cells import AS_IT_STANDS
 from mambino.prepare.tables.columns import LONGEST_ROW
 from mambino.prepare.tables.json_look import as_dict, parsed
 from mambino.prepare.tables.json_objects import rows_of_columns
-from mambino.prepare.tables.json_values import DECODER, Values
+from mambino.prepare.tables.json_values import COSTLY, DECODER, Values, is_too_costly
 from mambino.prepare.tables.rows import rows_of
 from mambino.prepare.texts.encodings import is_wide, open_text
 from mambino.prepare.texts.evidence import REPLACEMENT
@@ -41,12 +41,13 @@ def rows_in_lines(path, options, notes):
     """Yields the row in each line."""
     names = options['names']
     decode = DECODER.decode
+    memory = options['file_memory_mb'] * 1e6
     lost = 0
     first = 0
     long = 0
     try:
         for line, number in lines_of(path, options, notes):
-            if line is None:
+            if line is None or len(line) > COSTLY and is_too_costly(line, memory):
                 long += 1
                 continue
             try:
@@ -140,6 +141,8 @@ def whole_table(path, options):
         text = f.read(LONGEST_ROW + 1)
     if len(text) > LONGEST_ROW:
         raise Skip('one JSON object of more than 64 MB: write it as JSON lines')
+    if is_too_costly(text, options['file_memory_mb'] * 1e6):
+        raise Skip(NO_MEMORY)
     try:
         return rows_of_columns(json.loads(text.lstrip('\ufeff'), strict=False))
     except ValueError:

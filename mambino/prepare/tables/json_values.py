@@ -18,7 +18,20 @@ BETWEEN = re.compile('[\\s,\x1e\ufeff\0]*')
 NEXT_OBJECT = re.compile('[\n\r\x1e][\\s,]*(?=\\{)|(?<=\\})\\s*,?\\s*(?=\\{)')
 NEXT = re.compile('[\n\r\x1e]+')
 NEAR = 12  # characters before the end of what was read: a word or an escape that is cut there looks broken
+COSTLY = 1 << 22  # characters: of a shorter text, no value takes much memory
+# bytes of memory that a value takes at most: those of its text, those of each object or list, of each item in one
+OF_TEXT, OF_CONTAINER, OF_ITEM = 3, 72, 40
 DECODER = json.JSONDecoder(strict=False)  # a tab within a string is a tab
+
+
+def is_too_costly(text, memory=1e9):
+    """Whether the value in a text may take more bytes of memory than that: '[{},{},{}]' takes 24 times its
+    length.
+    """
+    if len(text) < COSTLY:
+        return False
+    containers = text.count('{') + text.count('[')
+    return OF_TEXT * len(text) + OF_CONTAINER * containers + OF_ITEM * text.count(',') > memory
 
 
 class Broken(ValueError):
@@ -84,15 +97,16 @@ class Values:
             if self.ended:
                 raise EOFError(str(error))
             size = len(self.buffer) - self.at
-            if size > longest:
+            if size > longest or size > COSTLY and is_too_costly(self.buffer[self.at:]):
                 raise EOFError('too long')
             self.read(max(CHUNK, size))
 
     def lose(self):
         """Goes on behind a value that is broken."""
         self.bad += 1
-        behind = self.buffer[:self.at]
-        self.first_bad = self.first_bad or self.lines + (behind.count('\n') or behind.count('\r'))
+        if not self.first_bad:
+            behind = self.buffer[:self.at]
+            self.first_bad = self.lines + (behind.count('\n') or behind.count('\r'))
         pattern = NEXT_OBJECT if self.buffer[self.at] == '{' else NEXT
         self.at += 1
         while True:
