@@ -152,6 +152,10 @@ def trouble(tok):
         lines.append('its chat template writes earlier messages anew when there are later ones: of a conversation only '
                      'what stays, the last answer, is learned' if answers else
                      'its chat template shows no place where an answer stands: nothing is learned')
+    asks = written(tok, messages[:1], True).text != written(tok, messages[:1], False).text
+    if not asks and any(start == begin for start, _ in answers for begin, _ in chat.marks):
+        lines.append('its chat template does not ask for an answer: what it writes before one is learned with it, and '
+                     'a model will write it')
     ids, _ = encoded(tok, chat.text)
     if answers and not {*end_ids(tok)} & {*ids[-4:].tolist()}:
         lines.append('its chat template has no mark that ends an answer: a model will not know where to stop')

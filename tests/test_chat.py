@@ -159,6 +159,29 @@ def test_an_answer_that_goes_together_with_what_asks_for_it():
     assert 'in the middle of a token' in chat.trouble(tok)[0]
 
 
+ODD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize('template, learned, trouble', [
+    (ODD, '<|im_start|>assistant\nsat on the mat.<|im_end|>', 'does not ask for an answer'),
+    (ODD + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}",
+     'sat on the mat.<|im_end|>', ''),
+    (ODD + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+     'sat on the mat.<|im_end|>', 'otherwise than it asks'),
+    ("{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
+     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}", 'sat on the mat.', 'no mark that ends'),
+    ('hello', '', 'nothing is learned'), ('{{ messages[99].content.x }}', None, 'refuses')])
+def test_templates_of_an_odd_kind(template, learned, trouble):
+    """What is certain is learned, and what may surprise is said."""
+    tok = chatml()
+    tok.config['chat_template'] = template
+    assert trouble in ' '.join(chat.trouble(tok)) and bool(trouble) == bool(chat.trouble(tok))
+    if learned is not None:
+        ids = encode_chat(tok, TALK[:2])
+        assert ''.join(tok.name_of(i) if i in chat.marks_of(tok).values() else tok.decode([i])
+                       for i in ids[ids >= 0]) == learned
+
+
 # --- what a template cannot do --------------------------------------------------------------------
 
 @pytest.mark.parametrize('template', [
