@@ -46,7 +46,8 @@ def test_goes_on(name):
 def test_samples(capsys, name):
     session = name == 'session'
     source = '--out_dir=mamba2 --session=tale' if session else f'--out_dir={name} --start="the "'
-    assert said(capsys, 'sample.py', source, SAMPLE) == EXPECTED[name]['greedy']
+    text = said(capsys, 'sample.py', source, SAMPLE)
+    assert re.sub(r'(?m)^heal +=.*\n', '', text) == EXPECTED[name]['greedy']
 
 
 @with_figure('score')
