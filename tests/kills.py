@@ -45,16 +45,21 @@ WATCHED = {'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate'}
 
 
 def prepare(folder):
-    """The dataset, an older run in old/, and each undisturbed run in <name>-unbroken/."""
+    """The dataset, and an older run in old/."""
     os.chdir(folder)
     write_text('tiny.txt', 4000)
     run(lambda: script('prepare.py', 'tiny.txt --tokenizer=char --out=data/tiny'))
-    train('--model=hybrid --max_iters=4 --out_dir=old')
-    operations = {}
-    for name, flags in RUNS.items():
-        train(flags, f'--out_dir={name}-unbroken', count='operations.txt')
-        operations[name] = int(open('operations.txt').read())
-    return operations
+    # here, not in a forked process: those have all imports already then
+    assert script('train.py', TINY, '--model=hybrid --max_iters=4 --out_dir=old') == 0
+
+
+def undisturbed(name):
+    """Makes a run in <name>-unbroken/, if it is not there; returns how many operations on files it has."""
+    count = f'{name}-operations.txt'
+    if not os.path.exists(count):
+        status = train(RUNS[name], f'--out_dir={name}-unbroken', count=count)
+        assert status == 0, open('complained.txt').read()
+    return int(open(count).read())
 
 
 def run(action, wait=True):
@@ -199,23 +204,21 @@ def difference(name, way, rng, operations):
 def main(kills, seed, folder, say=print):
     """Disturbs so many runs in a folder; returns {(run, way): (tried, differences)}."""
     import torch
-
-    from mambino.kernels import native
-    importlib.import_module('mambino.train.memory')         # which imports all: forked runs have it already
     torch.set_num_threads(1)
-    native.library()
     before, rng = os.getcwd(), random.Random(seed)
     tried, wrong = collections.Counter(), collections.Counter()
     try:
-        operations = prepare(folder)
+        prepare(folder)
         for i in range(kills):
             name, way = rng.choice(list(RUNS)), WAYS[i % len(WAYS)]
-            found = difference(name, way, rng, operations[name])
+            found = difference(name, way, rng, undisturbed(name))
             tried[name, way] += 1
             if found:
                 wrong[name, way] += 1
                 kept = f'{folder}/wrong-{i}'
-                shutil.copytree('out', kept, dirs_exist_ok=True)
+                os.makedirs(kept)
+                if os.path.isdir('out'):
+                    shutil.copytree('out', f'{kept}/out')
                 shutil.copy('complained.txt', kept)
                 shutil.copy('said.txt', kept)
                 say(f'{i}: {name}, {way}: {found}; kept in {kept}', flush=True)
