@@ -179,7 +179,8 @@ def test_no_link_leads_a_session_to_another_file(net, tmp_path):
     folder = tmp_path / 'sessions'
     folder.mkdir()
     (tmp_path / 'precious').write_text('mine')
-    (folder / 'tale.pt.try').symlink_to(tmp_path / 'precious')
+    for name in ('tale.pt.try', 'tale.pt.tmp'):
+        (folder / name).symlink_to(tmp_path / 'precious')
     sessions.make_room(str(folder / 'tale.pt'))
     saved(net, folder / 'tale.pt')
     assert (tmp_path / 'precious').read_text() == 'mine'
