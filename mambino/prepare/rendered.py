@@ -26,7 +26,6 @@ HEAD = 200      # characters that tell whether a document begins as one
 MOST = 1 << 24  # characters of a document in which conversations are looked for
 MARKS = ('<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|eot_id|>', '<start_of_turn>', '<end_of_turn>',
          '<|user|>', '<|assistant|>', '[INST]')
-PARTS = ('<|', '_of_turn>', '[INST]')  # of them: one is in each
 MANY = 20       # questions in a conversation, that may be several ones
 LONG = ('documents are one conversation each, of more than 20 questions: what the system says, an empty line or '
         '<|endoftext|> tells several in one document apart')
@@ -125,9 +124,10 @@ class Rendered:
         """Counts the documents that are texts, and those with marks in them; a document is counted once."""
         if self.tail is not None:
             both = self.tail + text if self.tail else text
-            if any(part in both for part in PARTS) and any(mark in both for mark in MARKS):
-                self.marked += 1
-                self.tail = None
+            if '<|' in both or '_of_turn>' in both or '[INST]' in both:  # one is in each mark: seen sooner
+                if any(mark in both for mark in MARKS):
+                    self.marked += 1
+                    self.tail = None
         if last:
             self.texts += 1
             self.tail = ''

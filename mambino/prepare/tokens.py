@@ -30,11 +30,12 @@ class Side:
         self.offsets = []  # where documents end among the ids
         self.rows = []     # the rows with which they end
 
-    def add(self, ids, size, i, last):
-        """ids int32 of the row i, with which a document ends if last; size: bytes of what it says."""
+    def add(self, ids, learned, size, i, last):
+        """ids int32 of the row i, with which a document ends if last; learned: how many of them are; size:
+        bytes of what it says."""
         self.arrays.append(ids)
         self.tokens += len(ids)
-        self.learned += int((ids >= 0).sum())
+        self.learned += learned
         self.bytes += size
         if last:
             self.offsets.append(self.tokens)
@@ -73,7 +74,7 @@ def encode(task):
             ids = np.concatenate([opening, ids])
         if last:
             ids = np.concatenate([ids, closing])
-        side.add(ids, len(text.encode('utf-8')), i, last)
+        side.add(ids, len(ids), len(text.encode('utf-8')), i, last)
         kinds[row_kinds[i]] += len(ids)
 
     def add_talk(side, i, messages):
@@ -83,7 +84,8 @@ def encode(task):
             refused.append((row_kinds[i], sum(map(len, conversations.said(messages))), str(error)))
             return
         side.mended += is_mended
-        side.add(ids, sum(len(text.encode('utf-8')) for text in conversations.said(messages)), i, True)
+        size = sum(len(text.encode('utf-8')) for text in conversations.said(messages))
+        side.add(ids, int((ids >= 0).sum()), size, i, True)
         side.talks += 1
         kinds[row_kinds[i]] += len(ids)
 
