@@ -96,7 +96,7 @@ class LowRank(nn.Module):
         self.down = nn.Linear(linear.in_features, r, bias=False)
         self.up = nn.Linear(r, linear.out_features, bias=False)
         nn.init.normal_(self.down.weight, std=linear.in_features ** -0.5)
-        std = float(linear.weight.detach().std())
+        std = 0.0 if linear.weight.is_meta else float(linear.weight.detach().std())
         nn.init.normal_(self.up.weight, std=std * (linear.in_features / r) ** 0.5)
 
     def forward(self, x):

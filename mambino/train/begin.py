@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from mambino import machine
-from mambino.configurator import fail, require
+from mambino.configurator import checked, fail, require
 from mambino.sample.text import encode_prompt
 from mambino.train import batches, identity, processes
 from mambino.train.building import OF_TRAINING, is_unset, model_config, named_flags, require_room
 from mambino.train.progress import Progress, best_of, latest_of, remembered
-from mambino.weights import adapters, checkpoint, loading
+from mambino.weights import adapters, checkpoint, fitting, loading, soundness
 from mambino.weights.checkpoint import MODELS
 
 SIZES = {           # of about so many parameters, with a vocabulary of 16,384
@@ -105,9 +105,9 @@ def resume(settings, explicit):
     checkpoint.refuse_quantized(ckpt, out_dir)
     for name, value in remembered(ckpt['settings']).items():
         if name in settings and name not in explicit:
-            settings[name] = value
+            settings[name] = checked(value, settings[name], f'{latest}: its settings: {name}')
     if not ckpt.get('data') and 'eval_iters' not in explicit and settings['eval_iters']:
-        settings['eval_iters'] *= max(1, ckpt['settings']['batch_size'])
+        settings['eval_iters'] *= max(1, int(ckpt['settings'].get('batch_size') or 1))
         processes.say(f'note: eval_iters counts sequences, and no batches any more: what the run in {out_dir} had is '
                       f'eval_iters={settings["eval_iters"]}')
 
@@ -343,17 +343,18 @@ def open_data(settings, explicit, origin):
 def build_model(settings, explicit, origin, data):
     """(net, adapter): the model on the CPU with the weights it begins with, and what its
     checkpoints say of an adapter, or None."""
+    kind, config = settings['model'], model_config(settings, explicit, origin, data)
     torch.manual_seed(settings['seed'])
-    config = model_config(settings, explicit, origin, data)
     if not origin.model:
-        require_room(settings['model'], config)
+        require_room(kind, config)
     try:
-        net = checkpoint.build(settings['model'], config)
+        if origin.model and not origin.in_shards:
+            # of an adapter's run, what it stands beside
+            net = fitting.build_with(kind, config, (origin.base or origin.ckpt)['weights'])
+        else:
+            net = checkpoint.build(kind, config)
     except ValueError as error:
         fail(error)
-    if origin.model and not origin.in_shards:
-        # of an adapter's run, what it stands beside
-        net.load_state_dict((origin.base or origin.ckpt)['weights'])
     if not settings['adapter']:
         return net, None
     length = min(settings['prefix_length'], settings['block_size'])
@@ -369,6 +370,7 @@ def restore(origin, optimizers, scaler, out_dir, data_record):
     progress = Progress()
     ckpt = origin.ckpt
     if ckpt:
+        check_moved(ckpt, optimizers, latest_of(out_dir))
         for opt, saved in zip(optimizers, ckpt['optimizers']):
             said_now = [{name: value for name, value in group.items() if name != 'params'}
                         for group in opt.param_groups]
@@ -377,7 +379,7 @@ def restore(origin, optimizers, scaler, out_dir, data_record):
                 group.update(values)                # what is said now holds, not what was saved
         if ckpt['scaler']:
             scaler.load_state_dict(ckpt['scaler'])
-        progress = Progress(**ckpt['counters'])
+        progress = Progress(**{name: ckpt['counters'][name] for name in Progress().counters if name in ckpt['counters']})
         changes = identity.measure_changes(ckpt, data_record)
         if changes and progress.evaluated >= 0:
             progress.compare_anew()
@@ -388,3 +390,14 @@ def restore(origin, optimizers, scaler, out_dir, data_record):
         fail('the processes are at different steps: '
              f'{out_dir} must be one folder that all machines see')
     return progress
+
+
+def check_moved(ckpt, optimizers, latest):
+    """Ends the program in a line if a checkpoint's optimizers are not those of this run."""
+    try:
+        if len(optimizers) != len(ckpt['optimizers']):
+            raise ValueError(f'it has {len(ckpt["optimizers"])} optimizers, and the run {len(optimizers)}')
+        for opt, saved in zip(optimizers, ckpt['optimizers']):
+            soundness.check_optimizer(opt, saved)
+    except ValueError as error:
+        fail(f'{latest}: damaged, or not of this run: {error}')

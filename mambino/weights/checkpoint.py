@@ -26,7 +26,7 @@ import torch
 
 from mambino import files, tokenizer
 from mambino.configurator import fail
-from mambino.weights import shards
+from mambino.weights import shards, soundness
 from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, MambaConfig
@@ -156,11 +156,19 @@ def load_checkpoint(path, read_shards=True):
     ckpt = read_file(path)
     if not isinstance(ckpt, dict) or not CONTENTS <= ckpt.keys():
         fail(f'{path}: a PyTorch file, but not one of train.py\'s checkpoints')
-    if ckpt['format'] not in (FORMAT, IN_SHARDS) or ckpt['kind'] not in MODELS:
+    known = isinstance(ckpt['kind'], str) and ckpt['kind'] in MODELS and isinstance(ckpt['format'], int)
+    if not known or ckpt['format'] not in (FORMAT, IN_SHARDS):
         fail(f'{path}: checkpoint format {ckpt["format"]} of a {ckpt["kind"]}; this version reads '
              f'{FORMAT} and {IN_SHARDS}')
-    if not ckpt.get('shards'):
-        return ckpt
+    try:
+        config_class = MODELS[ckpt['kind']][1]
+        soundness.check_contents(ckpt, config_class)
+        ckpt['config'] = dataclasses.asdict(config_class(**ckpt['config']))     # what an older version did not know
+        if not ckpt.get('shards'):
+            check_tensors(ckpt)
+            return ckpt
+    except ValueError as error:
+        fail(f'{path}: damaged, or not made by train.py: {error}')
 
     if ckpt['format'] != IN_SHARDS:
         out_dir = os.path.dirname(path) or '.'
@@ -177,7 +185,19 @@ def load_checkpoint(path, read_shards=True):
             return tensors.get(value, value) if isinstance(value, str) else value
         for part in ('weights', 'optimizers'):
             ckpt[part] = map_values(tensor_of, ckpt[part])
+        try:
+            check_tensors(ckpt)
+        except ValueError as error:
+            fail(f'{path}: its shards are damaged: {error}')
     return ckpt
+
+
+def check_tensors(ckpt):
+    """ValueError if the tensors of a checkpoint are none, or claim more than its file holds."""
+    soundness.check_tensors(ckpt['weights'], 'weights', floats=not ckpt.get('quantized'))
+    for i, saved in enumerate(ckpt['optimizers']):
+        for number, state in saved['state'].items():
+            soundness.check_tensors(state, f'optimizers.{i}.{number}', may_be=(int, float))
 
 
 def refuse_quantized(ckpt, source):
@@ -191,7 +211,16 @@ def refuse_quantized(ckpt, source):
 
 def tokenizer_of(ckpt):
     """The tokenizer in a checkpoint; None if the model was trained on a bare .bin."""
-    return tokenizer.from_state(ckpt['tokenizer']) if ckpt.get('tokenizer') else None
+    if not ckpt.get('tokenizer'):
+        return None
+    try:
+        tok = tokenizer.from_state(ckpt['tokenizer'])
+    except ValueError as error:
+        fail(f'the tokenizer in the checkpoint cannot be used: {error}')
+    if tok.vocab_size > ckpt['config']['vocab_size']:
+        fail(f'the tokenizer in the checkpoint has {tok.vocab_size} ids, more than its model, which has '
+             f'{ckpt["config"]["vocab_size"]}')
+    return tok
 
 
 def fingerprint(weights):

@@ -14,10 +14,11 @@ import re
 from mambino.configurator import fail, split_list
 from mambino.machine import autocast, choose_dtype
 from mambino.weights.adapters import attach_adapter, merge_adapters
-from mambino.weights.checkpoint import build, fingerprint, load_checkpoint, refuse_quantized, tokenizer_of
+from mambino.weights.checkpoint import fingerprint, load_checkpoint, refuse_quantized, tokenizer_of
+from mambino.weights.fitting import build_with
 from mambino.weights.from_hf import load_hf
 from mambino.weights.from_peft import load_adapter
-from mambino.weights.quantize import prepare_quantized, quantize_model
+from mambino.weights.quantize import quantize_model
 
 # --- one model ------------------------------------------------------------------------------------
 
@@ -26,13 +27,9 @@ def model_of(ckpt):
     try:
         if ckpt.get('adapter'):
             return with_base(ckpt).eval()
-        net = build(ckpt['kind'], ckpt['config'])
-        if ckpt.get('quantized'):
-            prepare_quantized(net, ckpt['quantized'])
-        net.load_state_dict(ckpt['weights'])
-    except (TypeError, ValueError, RuntimeError) as error:
-        fail('the checkpoint\'s weights and settings do not fit together: '
-             f'{str(error).splitlines()[0]}')
+        net = build_with(ckpt['kind'], ckpt['config'], ckpt['weights'], ckpt.get('quantized'))
+    except ValueError as error:
+        fail(f'the checkpoint\'s weights and settings do not fit together: {error}')
     return net.eval()
 
 
@@ -96,8 +93,7 @@ def with_base(ckpt, base=None):
     """The model of an adapter's checkpoint: its base, and the adapter attached. base: if it is
     loaded already."""
     base = base or base_of(ckpt)
-    net = build(ckpt['kind'], ckpt['config'])
-    net.load_state_dict(base['weights'])
+    net = build_with(ckpt['kind'], ckpt['config'], base['weights'])
     return attach_adapter(net, ckpt)
 
 
