@@ -21,6 +21,8 @@ class KVStep:
     for a GPU."""
 
     def __init__(self, pos, t, window, device):
+        if len(pos) and int(pos.min()) < 0:
+            raise ValueError(f'a token at position {int(pos.min())}')
         self.pos = pos
         self.t = t
         self.window = window

@@ -59,6 +59,9 @@ CHAT = ['<|im_start|>', '<|im_end|>']  # ChatML's marks around a message, kept f
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
+MOST_IDS = 1 << 23      # the largest vocabularies there are have 2**18
+
+
 class UnknownCharacter(ValueError):
     """A text that a tokenizer has no ids for."""
 
@@ -171,6 +174,8 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, text):
         vocab = json.loads(text)['model']['vocab']
+        if list(vocab.values()) != list(range(len(vocab))) or any(len(c) != 1 for c in vocab):
+            raise ValueError('its characters do not have the ids from 0 on, in order')
         table = [c.encode('utf-8') for c in vocab] + [b'']
         super().__init__(text, len(vocab) + 1, len(vocab), Pieces(table))
         self.ids = np.full(0x110000, -1, dtype=np.int32)  # code point -> id
@@ -304,17 +309,32 @@ def from_text(text, eot=None, bos=(), spec=None):
         if model['type'] not in MODELS:
             raise ValueError(f'its model is a {model["type"]}, and only {", ".join(MODELS)} are known')
         split = spec.get('pre_tokenizer') or {}
+        check_ids(spec)
         if model['type'] == 'WordLevel' and split.get('pattern') == {'Regex': EVERY_CHARACTER}:
             return CharTokenizer(text)
         if model['type'] == 'BPE' and model['vocab'] == {c: b for b, c in BYTE_TO_CHAR.items()}:
             return ByteTokenizer(text)
-        return BPETokenizer(text, spec, eot, bos)
+        tok = BPETokenizer(text, spec, eot, bos)
+        if not all(type(i) is int and 0 <= i < tok.vocab_size for i in (tok.eot, *tok.bos)):
+            raise ValueError(f'{tok.eot} and {tok.bos}, which end and begin a text, are not in its vocabulary')
+        return tok
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'not a tokenizer.json ({type(error).__name__}: {error})') from None
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and what is none where it panics
         raise ValueError(str(error)) from None
+
+
+def check_ids(spec):
+    """ValueError if an id of a tokenizer.json is none, or so large that a list of all ids would not fit
+    in memory."""
+    vocab = spec['model'].get('vocab')
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token['id'] for token in spec['added_tokens']]
+    wrong = next((i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS), None)
+    if wrong is not None:
+        raise ValueError(f'{wrong!r} is no id: they are whole numbers below {MOST_IDS}')
 
 
 def from_state(state):

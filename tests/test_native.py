@@ -58,16 +58,71 @@ def test_a_forked_process_has_threads_of_its_own():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch):
+@pytest.fixture
+def seven(tmp_path, monkeypatch):
+    """A source of one function, compiled in a folder of its own; how often, is counted."""
     if native.compiler() is None:
         pytest.skip("no C++ compiler here")
     (tmp_path / "native.cpp").write_text('extern "C" int seven() { return 7; }\n')
     monkeypatch.setattr(native, "SOURCE", str(tmp_path / "native.cpp"))
-    assert native.library.__wrapped__().seven() == 7
-    file, = (tmp_path / "__pycache__").iterdir()
-    file.unlink()
-    file.write_bytes(b"")
-    assert native.library.__wrapped__().seven() == 7
+    runs = []
+    run_compiler = native.run_compiler
+    monkeypatch.setattr(native, "run_compiler", lambda path: runs.append(path) or run_compiler(path))
+    return runs
+
+
+def open_seven():
+    library = native.library.__wrapped__()
+    assert library is None or library.seven() == 7
+    return library
+
+
+@pytest.mark.parametrize("damage", [b"", b"cut", b"of another make"])
+def test_a_damaged_library_is_compiled_anew_once(tmp_path, seven, damage):
+    assert open_seven() and open_seven() and len(seven) == 1
+    file, = (tmp_path / "__pycache__").glob("native-*/*.so")
+    whole = file.read_bytes()
+    file.unlink()                               # another file: this one is loaded
+    file.write_bytes(whole[:len(whole) // 2] if damage == b"cut" else damage)
+    assert open_seven() and open_seven() and len(seven) == 2
+    assert len(list((tmp_path / "__pycache__").glob("native-*/*.so"))) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_library_that_others_can_write_is_not_loaded(tmp_path, seven):
+    assert open_seven()
+    file, = (tmp_path / "__pycache__").glob("native-*/*.so")
+    file.chmod(0o777)
+    assert open_seven() and len(seven) == 2
+    file.parent.chmod(0o777)
+    assert open_seven() and len(seven) == 3 and "others can write to it" in native.trouble
+    assert "at every start" in kernels.describe_kernels("cpu") or native.library() is None
+
+
+def test_a_full_disk_is_told_as_it_is(tmp_path, seven, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(native, "try_room", full)
+    assert open_seven() is None and not seven
+    assert "No space left on device" in native.trouble and str(tmp_path) in native.trouble
+
+
+def test_a_source_that_does_not_compile_is_told(tmp_path, seven):
+    (tmp_path / "native.cpp").write_text("no C++\n")
+    assert open_seven() is None and len(seven) == 1
+    assert "does not compile it" in native.trouble and "error" in native.trouble
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_of_several_processes_one_compiles(tmp_path, seven):
+    children = []
+    for _ in range(3):
+        children.append(os.fork())
+        if not children[-1]:
+            signal.alarm(60)
+            os._exit(0 if open_seven() and len(seven) <= 1 else 1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert open_seven() and not seven           # by one of them
 
 
 def test_a_changed_header_is_compiled_anew(tmp_path, monkeypatch):

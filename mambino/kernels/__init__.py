@@ -6,8 +6,6 @@ here.
     MAMBINO_KERNELS=0 python train.py       # the definitions alone: the same numbers, later
     MAMBINO_NATIVE=0 python train.py        # without native.cpp
 """
-import os
-
 import torch
 
 from mambino.kernels import anywhere, cpu, cuda, native  # noqa: F401, to offer their kernels
@@ -22,11 +20,9 @@ def describe_kernels(device='cpu'):
     if not ENABLED:
         return 'operations as they are defined, since MAMBINO_KERNELS=0'
     if device == 'cpu' and native.library():
-        return 'operations compiled for this CPU'
+        return f'operations compiled for this CPU{native.trouble and "; " + native.trouble}'
     if device == 'cpu':
-        asked = os.environ.get('MAMBINO_NATIVE') == '0'
-        reason = 'MAMBINO_NATIVE=0' if asked else 'no working C++ compiler was found'
-        return f'operations in plain PyTorch, since {reason}'
+        return f'operations in plain PyTorch, since {native.trouble}'
     functions, notes = cuda.fused(device)
     names = ', '.join(functions)
     line = f"mamba-ssm's kernels ({names})" if functions else 'operations in plain PyTorch'

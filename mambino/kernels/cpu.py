@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mambino.kernels import native
-from mambino.kernels.native import launch, thread_count
+from mambino.kernels.native import expect, launch, thread_count
 from mambino.kernels.registry import kernel
 
 LANES = 16          # numbers that native.cpp computes side by side
@@ -76,8 +76,11 @@ class Norm(Function):
         x = even_rows(x).contiguous()
         gate = None if gate is None else even_rows(gate)
         gate_stride = 0 if gate is None else gate.stride(-2)
+        expect('norm', (weight, x.shape[-1:]), (x if gate is None else gate, x.shape))
         n = x.numel() // x.shape[-1]
         size = x.shape[-1] // groups
+        if size * groups != x.shape[-1]:
+            raise ValueError(f'norm: {x.shape[-1]} channels in {groups} groups')
         y = torch.empty_like(x)
         rstd = x.new_empty(n * groups)
         launch('norm_forward', n, 2 * x.numel(), groups, size, float(eps), x, gate, gate_stride, weight,
@@ -122,6 +125,7 @@ class SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up):
         gate, up = gate.contiguous(), up.contiguous()
+        expect('swiglu', (up, gate.shape))
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
         launch('swiglu_forward', gate.numel() // LANES, gate.numel(), gate, up, y)
@@ -148,12 +152,16 @@ class Rope(Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin, sign):
+        cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
         ctx.sign = sign
         x = x.contiguous()
+        expect('rope', (sin, cos.shape), (x, (*x.shape[:-1], 2 * cos.shape[-1])))
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         half, heads = cos.shape[-1], x.shape[-2]
         n = x.numel() // (2 * half * heads)
+        if not cos.numel() or n % (cos.numel() // half):
+            raise ValueError(f'rope: tables of shape {tuple(cos.shape)} for {tuple(x.shape)}')
         launch('rope', n, x.numel(), cos.numel() // half, heads, 2 * half, x, cos, sin, sign, y)
         return y
 
@@ -181,6 +189,9 @@ class Attention(Function):
         q, k, v = (u.float().contiguous() for u in (q, k, v))   # (B, T, H, P), (B, T, G, P) twice
         B, T, H, P = q.shape
         G = k.shape[2]
+        expect('attention', (k, (B, T, G, P)), (v, (B, T, G, P)))
+        if not G or H % G or window < 0:
+            raise ValueError(f'attention: {H} heads of {G} key heads, window {window}')
         ctx.sizes = (T, H, G, P, window)
         ctx.options = (H * P, G * P, P ** -0.5, dropout, seed)  # the rows' distances, the scale, what drops
         ctx.work = q.numel() * min(T, window or T) // 30
@@ -225,6 +236,9 @@ class Mamba1(Function):
             B, C = B.contiguous(), C.contiguous()
         batch, T, E = x.shape
         N = A.shape[1]
+        expect('mamba1_scan', (dt, x.shape), (z, x.shape), (B, (batch, T, N)), (C, (batch, T, N)), (A, (E, N)),
+               (dt_bias, (E,)), (D, (E,)), (state, (batch, N, E)))
+        A, state = A.float(), state.float()
         A = A.t().contiguous()                                  # (N, E)
         state = state.clone(memory_format=torch.contiguous_format)  # (B, N, E)
         y = torch.empty_like(x)
@@ -272,6 +286,10 @@ class Mamba2(Function):
         dt = even_rows(dt)                                      # (B, T, H)
         batch, T, width = xBC.shape
         _, H, P, N = state.shape
+        expect('mamba2_scan', (xBC, (batch, T, H * P + 2 * groups * N)), (dt, (batch, T, H)), (dt_bias, (H,)),
+               (A, (H,)), (D, (H,)), (state, (batch, H, P, N)))
+        if groups < 1 or H % groups or not N or chunk_size < 1:
+            raise ValueError(f'mamba2_scan: {H} heads in {groups} groups, chunks of {chunk_size}')
         chunks = -(-T // chunk_size)
         starts = xBC.new_empty(batch, H, chunks + 1, N, P)      # the state before each chunk, and the last
         starts[:, :, 0] = state.transpose(2, 3)
@@ -305,7 +323,7 @@ class Mamba2(Function):
 @kernel
 def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
     batch, T, H = dt.shape
-    N = (xBC.shape[-1] - H * head_dim) // (2 * groups)
+    N = (xBC.shape[-1] - H * head_dim) // (2 * max(1, groups))
     if head_dim % LANES or N % LANES or chunk_size % LANES or not applies(xBC, dt_bias, D):
         return NotImplemented
     if state is None:
@@ -321,6 +339,7 @@ class ConvSilu(Function):
     def forward(ctx, x, weight, bias):                          # (B, T, E), (4, E), (E)
         x, weight = even_rows(x), weight.contiguous()
         B, T, E = x.shape
+        expect('causal_conv1d', (weight, (4, E)), (bias, (E,)))
         y = x.new_empty(x.shape)
         n = B * -(-E // ConvSilu.TILE)
         launch('conv_forward', n, 2 * x.numel(), T, E, x, x.stride(-2), weight, bias, y)
@@ -368,6 +387,9 @@ def cross_entropy_(logits, targets):
     """Sum of the cross-entropies of fp32 logits (n, V), which become its gradient. A target below 0
     does not count; IndexError of one that is V or more."""
     targets = targets.long().contiguous()
+    expect('cross_entropy', (logits, (len(targets), logits.shape[-1])))
+    if not logits.is_contiguous():
+        raise ValueError('cross_entropy: logits that are not in one piece')
     losses = logits.new_empty(len(targets))
     if native.has_data(targets) and len(targets) and int(targets.max()) >= logits.shape[1]:
         raise IndexError(f'target {int(targets.max())} is outside the vocabulary of {logits.shape[1]}')

@@ -12,18 +12,26 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'native.cpp')
 FLAGS = '-std=c++17', '-O3', '-fno-math-errno', '-fPIC', '-shared', '-w'
 TARGETS = ('-march=native',), ('-mcpu=native',), ()     # the first that the compiler knows
+ROOM = 8 << 20                                          # bytes that compiling needs on a disk
 
 
 # --- compiling --------------------------------------------------------------------------------------
+# What is kept is called native-KEY-DIGEST.so: of KEY it was made, source, flags, compiler and processor, and
+# DIGEST is that of its own bytes, so that one cut short, or of another make, is known before it is loaded.
+
+trouble = ''            # why `library` has none, or makes it anew at every start
+
 
 def processor():
     """What the compiled file depends on: the processor and what it can do. A home folder may serve
@@ -51,51 +59,165 @@ def source_text():
     return text
 
 
+def key():
+    """What a library is made of, in 16 hex digits."""
+    program = os.path.realpath(shutil.which(compiler()))
+    made = os.stat(program)
+    parts = program, made.st_size, made.st_mtime_ns, FLAGS, TARGETS, processor()
+    return hashlib.sha256(source_text() + repr(parts).encode()).hexdigest()[:16]
+
+
 @functools.cache
 def library():
     """native.cpp as a library, compiled now if it has not been; None where there is no compiler, or
-    where the environment asks for none."""
+    where the environment asks for none. `trouble` then says why."""
+    global trouble
+    trouble = ''
     unwanted = '0' in (os.environ.get('MAMBINO_NATIVE'), os.environ.get('MAMBINO_KERNELS'))
     aligned = os.name != 'nt'           # MinGW does not align its stack for vectors
-    if unwanted or not aligned or not compiler():
+    if unwanted or not aligned:
+        trouble = 'MAMBINO_NATIVE=0' if unwanted else 'Windows aligns no stack for it'
         return None
-    name = hashlib.sha256(source_text() + (compiler() + processor()).encode()).hexdigest()[:16]
-    path = os.path.join(os.path.dirname(SOURCE), '__pycache__', f'native-{name}.so')
+    if not compiler():
+        trouble = 'no working C++ compiler was found'
+        return None
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not os.path.exists(path):
-            compile_to(path)
-        return ctypes.CDLL(path)
-    except OSError:                     # cannot be written, or was written by another system
-        pass
-    except subprocess.CalledProcessError:
+        name = key()
+        return kept(name) or made(name)
+    except (OSError, subprocess.SubprocessError) as error:
+        trouble = str(error)
         return None
-    folder = tempfile.mkdtemp(prefix='mambino-')    # for this process alone
+
+
+def folder_of(user):
+    """Where this user's libraries are kept."""
+    return os.path.join(os.path.dirname(SOURCE), '__pycache__', f'native-{user}')
+
+
+def trusted(path):
+    """Whether a file or folder is this user's or root's, and nobody else can write to it: what is in
+    a library is run."""
+    about = os.lstat(path)
+    return about.st_uid in (0, os.getuid()) and not about.st_mode & 0o022 and not stat.S_ISLNK(about.st_mode)
+
+
+def digest_of(path):
+    """That of a file's bytes, in 32 hex digits."""
+    with open(path, 'rb') as f:
+        return hashlib.sha256(f.read()).hexdigest()[:32]
+
+
+def kept(name):
+    """The library that is kept for this key, root's or this user's; None if there is none that is
+    whole."""
+    for user in dict.fromkeys((0, os.getuid())):
+        folder = folder_of(user)
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), f'native-{name}-*.so'))):
+            try:
+                if trusted(folder) and trusted(path) and path.endswith(f'-{digest_of(path)}.so'):
+                    return ctypes.CDLL(path)
+            except OSError:             # gone meanwhile, not ours to read, or on a disk that runs nothing
+                pass
+    return None
+
+
+def made(name):
+    """The library, compiled now, once: into the folder where it is kept or, where that cannot be
+    written, for this process alone. OSError says why there is none."""
+    global trouble
+    folder = folder_of(os.getuid())
     try:
-        path = os.path.join(folder, 'native.so')
-        compile_to(path)
-        return ctypes.CDLL(path)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if not trusted(folder):
+            raise OSError('others can write to it')
+        with lock(folder):              # of several processes one compiles, the others wait
+            library = kept(name)
+            if library is None:
+                try_room(folder)
+                library = ctypes.CDLL(compile_to(folder, name))
+            return library
+    except OSError as error:
+        if isinstance(error, CompilerError):
+            raise
+        trouble = f'it is compiled at every start, since {folder} cannot be used: {reason(error)}'
+    try:
+        folder = tempfile.mkdtemp(prefix='mambino-')
+    except OSError as error:
+        raise OSError(f'{trouble}; nor can a temporary folder: {reason(error)}') from None
+    try:
+        try_room(folder)
+        return ctypes.CDLL(compile_to(folder, name))
+    except OSError as error:
+        raise OSError(f'{trouble}; nor can {folder}: {reason(error)}') from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)   # what is loaded stays
 
 
-def compile_to(path):
-    """native.cpp → a library at `path`, all or nothing: several processes may compile at once."""
-    handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path), suffix='.so')
+class CompilerError(OSError):
+    """The compiler itself fails: it would in any folder."""
+
+
+def reason(error):
+    """What an OSError says, without its number."""
+    return error.strerror or str(error)
+
+
+@contextmanager
+def lock(folder):
+    """Within, this process is alone in a folder; where locks do not work, perhaps not."""
+    import fcntl                        # which Windows has not
+    with open(os.path.join(folder, 'lock'), 'ab') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
+def try_room(folder):
+    """OSError if a folder has no room for what a compiler writes."""
+    handle, path = tempfile.mkstemp(dir=folder)
     try:
-        for target in TARGETS:
-            command = [compiler(), *FLAGS, *target, SOURCE, '-o', unfinished]
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            if done.returncode == 0:
-                os.fsync(handle)
-                return os.replace(unfinished, path)
-        done.check_returncode()
+        with open(handle, 'wb') as f:
+            f.write(bytes(ROOM))
     finally:
-        os.close(handle)
+        os.remove(path)
+
+
+def compile_to(folder, name):
+    """native.cpp → the path of its library in a folder, whole or not at all."""
+    handle, unfinished = tempfile.mkstemp(dir=folder, suffix='.so')
+    os.close(handle)
+    try:
+        run_compiler(unfinished)
+        with open(unfinished, 'rb') as f:
+            os.fsync(f.fileno())
+        os.chmod(unfinished, 0o755)
+        path = os.path.join(folder, f'native-{name}-{digest_of(unfinished)}.so')
+        for old in glob.glob(os.path.join(glob.escape(folder), f'native-{name}-*.so')):
+            os.remove(old)              # a damaged one
+        os.replace(unfinished, path)
+        return path
+    finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def run_compiler(target_path):
+    """native.cpp → a library at a path. CompilerError in the compiler's own words, OSError where it
+    cannot write."""
+    environment = {**os.environ, 'TMPDIR': os.path.dirname(target_path), 'LC_ALL': 'C'}
+    for target in TARGETS:
+        command = [compiler(), *FLAGS, *target, SOURCE, '-o', target_path]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=environment)
+        if done.returncode == 0:
+            return
+        lines = done.stdout.decode('utf-8', 'replace').strip().split('\n')
+        line = next((line for line in lines if 'error' in line), lines[-1])[:200]
+        if any(word in line for word in ('No space', 'quota', 'Read-only', 'Permission denied')):
+            raise OSError(line)
+    raise CompilerError(f'{compiler()} does not compile it: {line}')
 
 
 # --- calling ----------------------------------------------------------------------------------------
@@ -127,10 +249,21 @@ def converted(name, argument):
         return ctypes.c_float(argument)
     if not isinstance(argument, torch.Tensor):
         return ctypes.c_int64(argument)
-    assert argument.dtype in (torch.float32, torch.int64) and argument.device.type == 'cpu', name
-    assert argument.stride(-1) == 1 or argument.shape[-1] == 1 or not argument.numel(), name
-    assert type(argument) in (torch.Tensor, torch.nn.Parameter), type(argument)  # with data
+    if argument.dtype not in (torch.float32, torch.int64) or argument.device.type != 'cpu':
+        raise ValueError(f'{name}: a tensor of {argument.dtype} on {argument.device}')
+    if argument.stride(-1) != 1 and argument.shape[-1] != 1 and argument.numel():
+        raise ValueError(f'{name}: a tensor whose rows are not in one piece')
+    if type(argument) not in (torch.Tensor, torch.nn.Parameter):            # another may have no data
+        raise ValueError(f'{name}: a {type(argument).__name__}')
     return ctypes.c_void_p(argument.data_ptr())
+
+
+def expect(operation, *shapes):
+    """ValueError unless each (tensor, shape) is so: what native.cpp reads and writes by address, it
+    takes to be as large as it is told."""
+    for tensor, shape in shapes:
+        if tensor.shape != shape:
+            raise ValueError(f'{operation}: a tensor of shape {tuple(tensor.shape)} in the place of {tuple(shape)}')
 
 
 def launch(name, n, work, *args):
@@ -154,6 +287,7 @@ def launch(name, n, work, *args):
 
 # --- matrices by a few vectors ----------------------------------------------------------------------
 
+GROUP = 64              # columns that share a scale in int4, matrices.h's
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # matrices.h's
 
 
@@ -163,7 +297,22 @@ class Matrix(ctypes.Structure):
 
 
 def matrix_of(codes, scales, columns):
-    """The Matrix of contiguous codes (rows, …) and their scales or None, which must live as long."""
+    """The Matrix of contiguous codes (rows, …) and their scales or None, which must live as long.
+    ValueError if they are not those of a matrix of so many columns."""
+    groups = -(-columns // GROUP)
+    wanted = {
+        torch.float32: (columns, None, None),
+        torch.bfloat16: (columns, None, None),
+        torch.int8: (columns, (len(codes),), torch.float32),
+        torch.uint8: (groups * GROUP // 2, (len(codes), groups, 2), torch.bfloat16),
+    }.get(codes.dtype)
+    if wanted is None:
+        raise ValueError(f'a matrix of {codes.dtype}')
+    width, shape, dtype = wanted
+    expect('matrix', (codes, (len(codes), width)), *([(scales, shape)] if shape else []))
+    for tensor in (codes, scales) if shape else (codes,):
+        if not tensor.is_contiguous() or tensor.device.type != 'cpu' or (tensor is scales and tensor.dtype != dtype):
+            raise ValueError(f'a matrix of {tensor.dtype} on {tensor.device}')
     scales_at = 0 if scales is None else scales.data_ptr()
     return Matrix(FORMATS[codes.dtype], len(codes), columns, codes.data_ptr(), scales_at)
 
@@ -176,6 +325,8 @@ def few(x):
 def linear(x, codes, scales):
     """x (..., K) fp32 times a quantized matrix (rows, K), transposed, as quantize.py keeps it."""
     x = x.contiguous()
+    if x.dtype != torch.float32 or not x.numel():
+        raise ValueError(f'a product with {x.dtype} of shape {tuple(x.shape)}')
     y = x.new_empty(*x.shape[:-1], len(codes))
     count = x.numel() // x.shape[-1]
     matrix = matrix_of(codes, scales, x.shape[-1])

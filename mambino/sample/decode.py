@@ -65,7 +65,7 @@ class Slots(NamedTuple):
 def address(tensor, dtype=torch.float32):
     """Where a tensor's numbers begin."""
     require(tensor.dtype == dtype, tensor.dtype)
-    require(tensor.device.type == 'cpu' and tensor.is_contiguous(), 'order of memory')
+    require(tensor.device.type == 'cpu' and tensor.is_contiguous() and tensor.numel(), 'order of memory')
     return tensor.data_ptr()
 
 
@@ -78,21 +78,34 @@ def dense(linear):
 def rounded(linear):
     require(linear.codes.dtype in native.FORMATS, linear.codes.dtype)
     address(linear.codes, linear.codes.dtype)
+    require(len(linear.codes) == linear.rows, 'rows')
     return native.matrix_of(linear.codes, linear._buffers.get('scales'), linear.columns)
 
 
 MATRICES = {nn.Linear: dense, model_mamba.TimeStep: dense, quantize.Linear: rounded}
 
 
-def matrix(module):
-    """The native.Matrix of a module that multiplies by one."""
+def matrix(module, rows=None, columns=None):
+    """The native.Matrix of a module that multiplies by one, of this size where it is said."""
     require(type(module) in MATRICES, type(module))
-    return MATRICES[type(module)](module)
+    try:
+        made = MATRICES[type(module)](module)
+    except ValueError as error:                                             # codes and scales of other sizes
+        raise Unknown(error) from None
+    require(rows in (None, made.rows) and columns in (None, made.columns), 'size of a matrix')
+    return made
+
+
+def sized(*tensors):
+    """Unknown if one of (tensor or None, shape) has another shape."""
+    for tensor, shape in tensors:
+        require(tensor is None or tensor.shape == shape, 'size of a weight')
 
 
 # --- the parts of a model ---------------------------------------------------------------------------
 # Each yields the calls that compute y = module(x) in layer i: (function of native.cpp, *arguments).
-# What native.cpp has no function for is called itself: (module, x, y).
+# What native.cpp has no function for is called itself: (module, x, y). ('width', D) says what x and y
+# must be: native.cpp has addresses alone.
 
 def calls(module, i, x, y):
     require(type(module) in PARTS, type(module))
@@ -101,11 +114,15 @@ def calls(module, i, x, y):
 
 def rms_norm(norm, i, x, y):
     D = len(norm.weight)
+    yield 'width', D
     yield 'norm_forward', 0, 'rows', 0, 1, D, float(norm.eps), x, None, 0, norm.weight, y, 'rstd'
 
 
 def swiglu(mlp, i, x, y):
-    matrices = matrix(mlp.gate_proj), matrix(mlp.up_proj), matrix(mlp.down_proj)
+    gate = matrix(mlp.gate_proj)
+    inner, D = gate.rows, gate.columns
+    matrices = gate, matrix(mlp.up_proj, inner, D), matrix(mlp.down_proj, D, inner)
+    yield 'width', D
     yield 'mlp_step', 'threads', 'rows', *matrices, x, y
 
 
@@ -116,11 +133,15 @@ def experts(moe, i, x, y):
 def attention(layer, i, x, y):
     P = layer.head_dim
     require(P % cpu.LANES == 0, 'head_dim')
-    matrices = [matrix(part) for part in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)]
-    H, G = matrices[0].rows // P, matrices[1].rows // P
+    q, k = matrix(layer.q_proj), matrix(layer.k_proj)
+    H, G, D = q.rows // P, k.rows // P, q.columns
+    require(G and H % G == 0 and q.rows == H * P, 'heads')
+    matrices = q, matrix(layer.k_proj, G * P, D), matrix(layer.v_proj, G * P, D), matrix(layer.o_proj, D, H * P)
+    yield 'width', D
     norms = None, None, 0.0
     if layer.qk_norm:
         require(type(layer.q_norm) is type(layer.k_norm) is RMSNorm, 'qk_norm')
+        sized((layer.q_norm.weight, (P,)), (layer.k_norm.weight, (P,)))
         norms = layer.q_norm.weight, layer.k_norm.weight, float(layer.q_norm.eps)
     keys, values = State(f'k.{i}', (G, None, P)), State(f'v.{i}', (G, None, P))
     yield ('attention_step', 'threads', 'rows', H, G, P, Slots(keys.name), *matrices, *norms,
@@ -131,15 +152,20 @@ def convolution(conv1d, i):
     """→ the weight (E, 1, taps) and bias (E) of a mixer's convolution, and its State."""
     require(type(conv1d) is model_mamba.Conv1d, type(conv1d))
     E, _, taps = conv1d.weight.shape
+    sized((conv1d.weight, (E, 1, taps)), (conv1d.bias, (E,)))
     return conv1d.weight, conv1d.bias, State(f'conv.{i}', (taps - 1, E))
 
 
 def mamba1(mixer, i, x, y):
     E, N = mixer.A_log.shape
     R = mixer.dt_proj.weight.shape[1]
-    parts = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
+    in_proj = matrix(mixer.in_proj, 2 * E)
+    D = in_proj.columns
+    parts = matrix(mixer.x_proj, R + 2 * N, E), matrix(mixer.dt_proj, E, R), matrix(mixer.out_proj, D, E)
     weight, bias, conv = convolution(mixer.conv1d, i)
-    yield ('mamba1_step', 'threads', 'rows', E, N, weight.shape[-1], R, *map(matrix, parts), weight, bias,
+    sized((bias, (E,)), (mixer.dt_proj.bias, (E,)), (mixer.D, (E,)))
+    yield 'width', D
+    yield ('mamba1_step', 'threads', 'rows', E, N, weight.shape[-1], R, in_proj, *parts, weight, bias,
            mixer.dt_proj.bias, mixer.A_log, mixer.D, conv, State(f'ssm.{i}', (N, E)), x, y)
 
 
@@ -150,8 +176,12 @@ def mamba2(mixer, i, x, y):
     H, E, G = len(mixer.A_log), len(norm.weight), norm.groups
     P, N = E // H, (len(weight) - E) // (2 * G)
     require(P % cpu.LANES == N % cpu.LANES == 0, 'head_dim or state_size')
-    yield ('mamba2_step', 'threads', 'rows', H, G, P, N, weight.shape[-1], matrix(mixer.in_proj),
-           matrix(mixer.out_proj), weight, bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight,
+    require(P and N and E == H * P and H % G == 0 and len(weight) == E + 2 * G * N, 'heads')
+    in_proj = matrix(mixer.in_proj, E + len(weight) + H)
+    sized((mixer.dt_bias, (H,)), (mixer.D, (H,)))
+    yield 'width', in_proj.columns
+    yield ('mamba2_step', 'threads', 'rows', H, G, P, N, weight.shape[-1], in_proj,
+           matrix(mixer.out_proj, in_proj.columns, E), weight, bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight,
            float(norm.eps), conv, State(f'ssm.{i}', (H, P, N)), x, y)
 
 
@@ -163,6 +193,12 @@ def mix(branches, norms, controller, scale):
     unused = [None] * (3 - len(branches))
     weights = [norm.weight for norm in norms] or [None] * len(branches)
     eps = float(norms[0].eps) if norms else 0.0
+    D = len(scale)
+    sized(*[(norm.weight, (D,)) for norm in norms])
+    if controller:
+        sized((controller.weight, (len(branches), D)), (controller.bias, (len(branches),)))
+    require(len(norms) in (0, len(branches)), 'branch_norms')
+    yield 'width', D
     choice = (controller.weight, controller.bias) if controller else (None, None)
     yield ('mix_step', 'rows', len(scale), len(branches), *branches, *unused, *weights, *unused, eps,
            *choice, scale, 'h', 'x', 'x')
@@ -269,6 +305,9 @@ class Recipe:
         require(type(net.lm_head) in MATRICES, type(net.lm_head))
         count = 0
         for function, *arguments in calls(net, 0, 'x', 'x'):
+            if function == 'width':
+                require(arguments == [self.width], 'width')
+                continue
             if isinstance(function, nn.Module):
                 self.pieces.append((count, len(self.words), function, *arguments))
                 count = 0
@@ -337,7 +376,7 @@ class Plan:
             if is_cache(expected):
                 values[Slots(name)] = tensor.shape[2]
                 slots.add(tensor.shape[2])
-        require(len(slots) < 2, 'caches of several lengths')
+        require(len(slots) < 2 and 0 not in slots, 'caches of several lengths')
         self.slots = max(slots, default=0)                                  # 0: there are no caches
 
         self.rope = recipe.rope
@@ -416,14 +455,16 @@ def ready(net, idx, state, window):
         return None
     pos = state['pos']
     try:
-        require(pos.shape == (len(idx),) and pos.dtype == torch.int64, 'positions')
+        require(pos.shape == (len(idx),) and pos.dtype == torch.int64 and pos.device.type == 'cpu', 'positions')
+        positions = pos.tolist()
+        require(min(positions) >= 0, 'positions')
         plan = plan_of(recipe_of(net), state, len(idx))
     except Unknown:
         return None
     window = getattr(net.config, 'window', 0) or window
     if not plan.slots:
         return plan
-    fits = plan.slots == window if window else int(pos.max()) < plan.slots  # a ring, or there is room
+    fits = plan.slots == window if window else max(positions) < plan.slots  # a ring, or there is room
     return plan if fits else None
 
 

@@ -36,6 +36,7 @@ from mambino.weights import checkpoint, quantize
 # of train.py, that make an adapter
 SETTINGS = 'adapter', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'prefix_length'
 
+LONGEST_PREFIX = 1 << 16        # where no keys tell: its first state is computed anew
 # Without a LoRA if no targets are named: keys gain the least (Hu et al., table 5); peft refuses
 # out_proj in a Mamba; and transformers multiplies by dt_proj's matrix itself, so that it would not
 # see one there.
@@ -319,6 +320,10 @@ def attach_adapter(net, ckpt, weight=1.0, name=''):
         raise ValueError(f'{weight} is no weight of an adapter')
     if spec['type'] == 'prefix':
         name = 'prefix'
+        kept = {tensor.shape[2] for key, tensor in ckpt['weights'].items() if key[:9] in ('prefix.k.', 'prefix.v.')
+                and tensor.ndim == 4}
+        if spec['length'] > (max(kept) if kept else LONGEST_PREFIX):
+            raise ValueError(f'length={spec["length"]} is not that of its tensors')
         if weight != 1:
             raise ValueError('a prefix is there or not; it has no weight')
     elif not name:

@@ -6,6 +6,7 @@ A config is a few numbers, and a model of its sizes may need more memory and tim
 So the names and shapes of its parameters, which take no memory, are first compared with the weights.
 """
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mambino.weights.checkpoint import MODELS, build
 from mambino.weights.quantize import PRECISIONS, prepare_quantized
@@ -47,11 +48,31 @@ def parameters_of(kind, config, weights, quantized=''):
         raise ValueError(f'n_layer={n_layer}, and the weights are of {len(layers)} layers')
     if quantized and quantized not in PRECISIONS:
         raise ValueError(f'quantized={quantized!r} must be one of {", ".join(PRECISIONS)}')
+    return model_of_shapes(kind, config, quantized).state_dict()
+
+
+def model_of_shapes(kind, config, quantized=''):
+    """Such a model without memory, for its names and shapes. ValueError where the config cannot be."""
     try:
-        with torch.device('meta'):
+        with torch.device('meta'), Undrawn():
             net = build(kind, config)
-            if quantized:
-                prepare_quantized(net, quantized)
+            return prepare_quantized(net, quantized) if quantized else net
     except (RuntimeError, OverflowError):       # more than a tensor can have
         raise ValueError('its config describes a model larger than any') from None
-    return net.state_dict()
+
+
+class Undrawn(TorchFunctionMode):
+    """Within, nothing is drawn, nor computed of what was: for some of it torch imports its compiler, where
+    tensors have no memory, which takes seconds."""
+    SAME_SHAPE = {
+        'normal_', 'uniform_', 'kaiming_uniform_', 'exp', 'expm1', 'log', 'log_', 'clamp', 'mul', 'add', 'neg', 'div_'}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, '__name__', '')
+        if name in self.SAME_SHAPE:
+            return args[0] if args else kwargs['tensor']
+        if name == 'arange':
+            function, args = torch.empty, [len(range(*map(int, args)))]
+        if name == 'rand':
+            function = torch.empty
+        return function(*args, **(kwargs or {}))

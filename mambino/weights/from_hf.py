@@ -23,15 +23,19 @@ import dataclasses
 import json
 import math
 import os
+import re
 from typing import NamedTuple
 
 import torch
 
 from mambino import tokenizer
 from mambino.configurator import fail
-from mambino.weights.checkpoint import HybridConfig, build, config_of
+from mambino.plain import LARGEST
+from mambino.weights.checkpoint import HybridConfig, config_of
+from mambino.weights.fitting import model_of_shapes
 from mambino.weights.tensor_files import read_bin, read_json, read_safetensors
 
+MOST_LAYERS = 1000
 WEIGHTS = (
     'model.safetensors',
     'model.safetensors.index.json',
@@ -132,7 +136,7 @@ def number(theirs, key, default=None, kind=int):
     value = default if theirs.get(key) is None else theirs[key]
     if value is None:
         raise ValueError(f'{key} is missing')
-    if type(value) not in (int, float) or not math.isfinite(value) or value != kind(value):
+    if type(value) not in (int, float) or not abs(value) <= LARGEST or value != kind(value):
         refuse(key, value, 'must be a whole number' if kind is int else 'must be a number')
     return kind(value)
 
@@ -308,8 +312,10 @@ def files_of_weights(folder):
                 and all(isinstance(name, str) for name in weight_map.values())):
             fail(f'{os.path.join(folder, first)}: has no weight_map')
         names = sorted(set(weight_map.values()))
-    # an index names no other folder
-    return first, [os.path.join(folder, os.path.basename(name)) for name in names]
+    for name in names:
+        if re.search(r'[/\\\0]', name) or name in ('', '.', '..'):
+            fail(f'{os.path.join(folder, first)}: names {name!r}, a file elsewhere')
+    return first, [os.path.join(folder, name) for name in names]
 
 
 def read_weights(folder):
@@ -369,11 +375,14 @@ def load_hf(folder):
         fail(f'{path}: no such file; hf: takes a folder that save_pretrained of transformers wrote')
     try:
         kind, config = to_ours(read_json(path))
-        # meta: names and shapes, no memory. A low rank starts from values
-        with torch.device('cpu' if config.get('low_rank') else 'meta'):
-            net = build(kind, config)
+        layers = config.get('n_layer', 0)
+        net = model_of_shapes(kind, config | dict(n_layer=min(layers, MOST_LAYERS)))
+        if layers > MOST_LAYERS:
+            raise ValueError(f'{layers} layers are more than any model has')
     except (ValueError, ArithmeticError) as error:
         fail(f'{path}: {error}')
+    except (AttributeError, KeyError, TypeError) as error:      # of values of another type
+        fail(f'{path}: not a sound config.json ({type(error).__name__}: {error})')
     weights = read_weights(folder)
     try:
         to_our_names(weights)

@@ -3,12 +3,13 @@
     attach_adapter(net, load_adapter('out-mine'))           # a run of train.py --adapter=
     attach_adapter(net, load_adapter('peft-folder'))        # adapter_config.json and its tensors
 """
-import json
 import math
 import os
 
 from mambino.configurator import fail
+from mambino.plain import number, parse_json, table, whole
 from mambino.weights.checkpoint import load_checkpoint
+from mambino.weights.soundness import check_adapter
 from mambino.weights.tensor_files import read_safetensors
 
 # what peft says of a LoRA, and has here its meaning, or none
@@ -42,7 +43,9 @@ def read_peft(folder):
     """An adapter that peft saved, as attach_adapter takes it: {'adapter', 'weights'}. ValueError if
     it is of another kind than those here."""
     with open(os.path.join(folder, 'adapter_config.json'), encoding='utf-8') as f:
-        theirs = json.load(f)
+        theirs = parse_json(f.read())
+    if not table(theirs):
+        raise ValueError('adapter_config.json is no JSON object')
     tensors = dict(read_safetensors(os.path.join(folder, 'adapter_model.safetensors')))
     peft_type = theirs.get('peft_type')
     if peft_type == 'PREFIX_TUNING' and not theirs.get('prefix_projection'):
@@ -54,6 +57,7 @@ def read_peft(folder):
         raise ValueError(f'a {peft_type} of peft with {unknown} is not known here; read are plain LoRA, '
                          'begun beside the base as it is, and PREFIX_TUNING without projection')
     base = dict(base=theirs.get('base_model_name_or_path') or '', base_at='', base_fingerprint=None)
+    check_adapter(spec | base)
     return dict(adapter=spec | base, weights=weights)
 
 
@@ -74,6 +78,8 @@ def read_prefix(theirs, tensors):
     n = theirs['num_virtual_tokens']
     layers = theirs['num_layers']
     K = theirs['num_attention_heads']
+    if not all(whole(size, 1) for size in (n, layers, K, theirs['token_dim'])):
+        raise ValueError('its sizes must be whole numbers above 0')
     P = theirs['token_dim'] // K
     embeddings = tensors['prompt_embeddings'].view(n, layers, 2, K, P)
     embeddings = embeddings.permute(1, 2, 3, 0, 4)          # (layers, 2, K, n, P)
@@ -88,11 +94,13 @@ def read_lora(theirs, tensors):
     """→ (the spec of a LoRA, its weights)."""
     weights = {key.removeprefix('base_model.model.'): value for key, value in tensors.items()}
     rank = theirs['r']
+    if not whole(rank, 1) or not number(theirs['lora_alpha']):
+        raise ValueError(f'r={rank!r} and lora_alpha={theirs["lora_alpha"]!r} must be numbers above 0')
     scale = math.sqrt(rank) if theirs.get('use_rslora') else 1.0
     spec = dict(
         type='lora',
         rank=rank,
-        alpha=theirs['lora_alpha'] * scale,
+        alpha=float(theirs['lora_alpha'] * scale),
         dropout=theirs.get('lora_dropout', 0.0),
         targets=','.join(sorted({key.rpartition('.lora_')[0] for key in weights})),
     )

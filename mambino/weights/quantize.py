@@ -176,7 +176,8 @@ class Embedding(Matrix):
 
     def forward(self, idx):
         scales = None if self.precision == 'bfloat16' else self.scales[idx]
-        return self.dequantize(self.codes[idx], scales)
+        codes = self.codes.index_select(0, idx.flatten()).unflatten(0, idx.shape)   # IndexError below 0, too
+        return self.dequantize(codes, scales)
 
 
 class QuantizedExperts(nn.Module):

@@ -6,13 +6,14 @@
 A safetensors file is 8 bytes for the length of a header, the header in JSON, the tensors. Its
 package is not needed, and no code in a file is ever run.
 """
-import json
 import math
 import os
 
 import torch
 
 from mambino.configurator import fail
+from mambino.plain import parse_json, table, whole
+from mambino.weights.soundness import check_tensors
 
 FLOATS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 
@@ -26,8 +27,11 @@ def read_safetensors(path):
         if start > size:
             raise ValueError(f'no safetensors file, or cut short: of {size} bytes the header alone '
                              f'would be {start}')
-        header = json.loads(f.read(start - 8))
+        header = parse_json(f.read(start - 8))
+        if not table(header):
+            raise ValueError('its header is no JSON object')
         header.pop('__metadata__', None)
+        check_header(header, size - start)
         for name, entry in header.items():
             shape = entry['shape']
             begin, end = entry['data_offsets']
@@ -43,7 +47,25 @@ def read_safetensors(path):
             f.seek(start + begin)
             data = bytearray(end - begin)
             f.readinto(data)
-            yield name, torch.frombuffer(data, dtype=dtype).view(shape).float()
+            tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0)
+            tensor = tensor.view(shape).float()
+            check_tensors({name: tensor}, 'it')
+            yield name, tensor
+
+
+def check_header(header, room):
+    """ValueError if the entries of a header are no descriptions of tensors, or of more than the bytes
+    that there is room for."""
+    claimed = 0
+    for name, entry in header.items():
+        shape, offsets = (entry.get(key) if table(entry) else None for key in ('shape', 'data_offsets'))
+        if not isinstance(shape, list) or not all(whole(n, 0) for n in shape) or not isinstance(entry.get('dtype'), str):
+            raise ValueError(f'damaged: {name} has no shape and dtype')
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(whole(n, 0, 2**62) for n in offsets):
+            raise ValueError(f'damaged: {name} has no data_offsets')
+        claimed += max(0, offsets[1] - offsets[0])
+    if claimed > room:
+        raise ValueError(f'cut short, or damaged: its tensors have {claimed} bytes, and there are {room}')
 
 
 def read_bin(path):
@@ -57,9 +79,12 @@ def read_bin(path):
         raise ValueError('not a dict of tensors')
     for name in list(tensors):
         tensor = tensors.pop(name)
+        if not isinstance(name, str):
+            raise ValueError(f'{name!r} is no name of a tensor')
         if not torch.is_tensor(tensor) or tensor.dtype not in FLOATS.values():
             dtype = getattr(tensor, 'dtype', type(tensor).__name__)
             raise ValueError(f'{name} is {dtype}; read are {", ".join(FLOATS)}')
+        check_tensors({name: tensor}, 'it')
         yield name, tensor.float()
 
 
@@ -72,7 +97,7 @@ def read_json(path):
     """The dict in a JSON file. The program ends in a line if there is none."""
     try:
         with open(path, encoding='utf-8') as f:
-            value = json.load(f, object_hook=infinity)
+            value = parse_json(f.read(), object_hook=infinity)
     except (OSError, ValueError, TypeError) as error:
         fail(f'{path}: cannot be read: {error}')
     if not isinstance(value, dict):
