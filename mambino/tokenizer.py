@@ -33,6 +33,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from mambino import files
 from mambino.configurator import fail
 from mambino.detokenizer import Pieces, Stream, WindowStream, pieces_of
+from mambino.plain import parse_json
 from mambino.seams import WORD, cut
 from mambino.tokenizer_config import config_beside, known_of
 from mambino.tokenizer_json import (
@@ -378,7 +379,7 @@ def meta_beside(folder, text):
     """meta.json of the dataset in a folder that was made with this tokenizer.json, else None."""
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            meta = json.load(f)
+            meta = parse_json(f.read())
         is_its = meta['tokenizer']['sha256'] == hashlib.sha256(text.encode('utf-8')).hexdigest()
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -165,7 +165,7 @@ def reason(error):
 @contextmanager
 def lock(folder):
     """Within, this process is alone in a folder; where locks do not work, perhaps not."""
-    import fcntl                        # which Windows has not
+    import fcntl  # which Windows has not
     with open(os.path.join(folder, 'lock'), 'ab') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX)

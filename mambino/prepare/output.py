@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mambino.configurator import fail
+from mambino.plain import number, parse_json, whole
 from mambino.prepare import exchange, locks, pool, report, spool, tokens, vocabulary
 from mambino.prepare.corpus import HASH, TooLittle
 from mambino.prepare.progress import Progress
@@ -181,12 +182,14 @@ def open_base(folder, target, explicit):
     """
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            base = json.load(f)
+            base = parse_json(f.read())
         if base['format'] != FORMAT:
             fail(f'{target}: made by an older prepare.py; prepare it anew, with everything that is to be in it')
         tok = load_tokenizer(folder)
         if tok.sha256() != base['tokenizer']['sha256']:
             fail(f'{target}: its tokenizer.json is not the one it was made with')
+        if not whole(base['split_seed'], most=2**63) or not number(base['val_fraction']):
+            raise ValueError('its split_seed and val_fraction are no numbers')
         for name in ('split_seed', 'val_fraction'):
             value = base[name]
             if explicit.get(name, value) != value:
@@ -244,7 +247,7 @@ class Output:
         self.state = {}
         if os.path.exists(self.journal):
             with open(self.journal, encoding='utf-8') as f:
-                self.state = json.load(f)
+                self.state = parse_json(f.read())
         if self.state.get('made_of') != made_of or not os.path.isdir(self.folder):
             self.begin(made_of, base)
         self.files = {}

@@ -5,7 +5,6 @@
 """
 import collections
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 
 from mambino.chat import CHATML, visible
 from mambino.configurator import fail, shown
+from mambino.plain import parse_json
 from mambino.prepare import tokens
 from mambino.prepare.progress import in_words
 from mambino.prepare.spool import FORMAT, hash_pair, new_hash, talk_key
@@ -254,7 +254,7 @@ def inspect(path):
         if os.path.exists(path_of_meta) and not os.path.isfile(path_of_meta):
             fail(f'{path}: not a dataset (meta.json is no file); prepare.py makes one')
         with open(path_of_meta, encoding='utf-8') as f:
-            meta = json.load(f)
+            meta = parse_json(f.read())
         if meta['format'] != FORMAT:
             fail(f'{path}: made by an older prepare.py, without offsets and hashes; prepare it again')
         wrong, lengths, checked = check(folder, meta)

@@ -20,7 +20,6 @@ it is read as if it were trained on alone, epoch by epoch.
 """
 import difflib
 import functools
-import json
 import math
 import os
 import re
@@ -33,6 +32,7 @@ import torch
 from mambino import tokenizer
 from mambino.chat import visible
 from mambino.configurator import fail, split_list
+from mambino.plain import parse_json
 from mambino.train import processes
 from mambino.train.order import ROUND, deal, quotas_of, shuffled
 
@@ -368,7 +368,7 @@ def open_folder(name, vocab_size, dtype, root):
     if os.path.exists(path):
         try:
             with open(path, encoding='utf-8') as f:
-                meta = json.load(f)
+                meta = parse_json(f.read())
             dtype, vocab_size = meta['dtype'], meta['vocab_size']
             tokenizer_path = os.path.join(folder, meta['tokenizer']['file'])
         except (OSError, ValueError, KeyError, TypeError) as error:

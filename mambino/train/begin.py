@@ -379,7 +379,8 @@ def restore(origin, optimizers, scaler, out_dir, data_record):
                 group.update(values)                # what is said now holds, not what was saved
         if ckpt['scaler']:
             scaler.load_state_dict(ckpt['scaler'])
-        progress = Progress(**{name: ckpt['counters'][name] for name in Progress().counters if name in ckpt['counters']})
+        counters = ckpt['counters']
+        progress = Progress(**{name: counters[name] for name in Progress().counters if name in counters})
         changes = identity.measure_changes(ckpt, data_record)
         if changes and progress.evaluated >= 0:
             progress.compare_anew()

@@ -9,13 +9,13 @@ text another name.
     the same at a resume ──────────────────────────────────────────► equal? ◄───────┘
 """
 import hashlib
-import json
 import os
 import shlex
 
 import numpy as np
 
 from mambino.configurator import fail
+from mambino.plain import parse_json
 from mambino.train.processes import say
 from mambino.train.progress import latest_of
 
@@ -105,7 +105,7 @@ def same_text(parts, root='data'):
     for name in sorted(os.listdir(root)) if parts and len(parts) == 1 and os.path.isdir(root) else []:
         try:
             with open(os.path.join(root, name, 'meta.json'), encoding='utf-8') as f:
-                meta = json.load(f)
+                meta = parse_json(f.read())
             if all(told_digest(meta, split) == parts[0][split] for split in ('train', 'val')):
                 return name
         except (OSError, ValueError, AttributeError):

@@ -30,6 +30,9 @@ LORA = dict(
     rank=lambda v: whole(v, 1), alpha=lambda v: number(v) and v > 0, dropout=lambda v: number(v) and 0 <= v < 1,
     targets=lambda v: isinstance(v, str))
 PREFIX = dict(length=lambda v: whole(v, 1))
+DATA = dict(
+    name=lambda v: isinstance(v, str), weight=number, train=lambda v: isinstance(v, str),
+    val=lambda v: isinstance(v, str))
 BASE = dict(
     base=lambda v: isinstance(v, str), base_at=lambda v: isinstance(v, str),
     base_fingerprint=lambda v: v is None or isinstance(v, str))
@@ -85,6 +88,11 @@ def check_contents(ckpt, config_class):
     need(settings.get('model', ckpt['kind']) == ckpt['kind'], f'settings.model is {brief(settings.get("model"))}')
     need((settings.get('adapter') or '') == (adapter['type'] if adapter else ''),
          f'settings.adapter is {brief(settings.get("adapter"))}')
+    if ckpt.get('data') is not None:
+        parts = ckpt['data'].get('parts') if table(ckpt['data']) else None
+        need(isinstance(parts, list), 'data has no parts')
+        for part in parts:
+            need_fields(part, DATA, 'data.parts')
     if ckpt.get('shards'):
         need(table(ckpt['shards']) and whole(ckpt['shards'].get('step', ckpt['shards'].get('world')), 0, COUNT),
              'shards has no step')

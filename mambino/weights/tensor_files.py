@@ -58,8 +58,8 @@ def check_header(header, room):
     that there is room for."""
     claimed = 0
     for name, entry in header.items():
-        shape, offsets = (entry.get(key) if table(entry) else None for key in ('shape', 'data_offsets'))
-        if not isinstance(shape, list) or not all(whole(n, 0) for n in shape) or not isinstance(entry.get('dtype'), str):
+        shape, offsets, dtype = (entry.get(key) if table(entry) else None for key in ('shape', 'data_offsets', 'dtype'))
+        if not isinstance(shape, list) or not all(whole(n, 0) for n in shape) or not isinstance(dtype, str):
             raise ValueError(f'damaged: {name} has no shape and dtype')
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(whole(n, 0, 2**62) for n in offsets):
             raise ValueError(f'damaged: {name} has no data_offsets')

@@ -22,8 +22,8 @@ def deep():
 
 
 PLAIN = [None, True, False, 0, -1, 1, 3, 2**31, 2**32, 2**63, -2**63, 10**30, 1.5, -0.5, 1e300, math.nan, math.inf, '',
-         'x', '0', 'char', '\x1b[31mred', '../../elsewhere', 'a\0b', '\udcff', 'é' * 300, [], {}, [1, 2], [[]], {'a': 1},
-         100_000, 'bfloat16', 'int8']
+         'x', '0', 'char', '\x1b[31mred', '../../elsewhere', 'a\0b', '\udcff', 'é' * 300, [], {}, [1, 2], [[]],
+         {'a': 1}, 100_000, 'bfloat16', 'int8']
 
 
 def plain(rng):
@@ -55,6 +55,8 @@ def damage_bytes(data, rng):
 def places(value, path=()):
     """The paths of all values in dicts and lists in one another."""
     found = [path] if path else []
+    if len(path) > 20:
+        return found
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:
         found += places(part, (*path, key))
@@ -100,7 +102,8 @@ def damage_json(text, rng):
 def damage_tensor(tensor, rng):
     """A tensor of another shape, type, kind or with other numbers."""
     changes = [
-        lambda t: t.flatten(), lambda t: t[None], lambda t: t[:0], lambda t: t.new_zeros(()), lambda t: t[..., :1],
+        lambda t: t.flatten(), lambda t: t[None], lambda t: t.flatten()[:0], lambda t: t.new_zeros(()),
+        lambda t: t[..., :1] if t.ndim else t,
         lambda t: t.double(), lambda t: t.to(torch.int64), lambda t: t.to(torch.complex64), lambda t: t.to(torch.bool),
         lambda t: t.to(torch.uint8), lambda t: t.float() * math.nan, lambda t: t.float() + math.inf,
         lambda t: t.float() * 1e30, lambda t: -t.float().abs() - 5, lambda t: t.float().to_sparse(),
