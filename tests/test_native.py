@@ -1,6 +1,7 @@
 """native.cpp as a library: how it is compiled, kept and called."""
 import math
 import os
+import re
 import signal
 
 import pytest
@@ -135,3 +136,50 @@ def test_a_changed_header_is_compiled_anew(tmp_path, monkeypatch):
     for number in (7, 8):
         (tmp_path / 'cpp' / 'number.h').write_text(f'#define NUMBER {number}\n')
         assert native.library.__wrapped__().number() == number
+
+
+# Of each operation its tensors, by the letters of their sizes, and itself. A size in brackets may be any.
+SIZES = dict(B=2, T=5, E=32, H=2, G=1, P=16, N=16, W=64, V=24, R=8)
+OPERATIONS = {
+    "rms_norm": ("(B)(T)E E", lambda x, weight: cpu.rms_norm(x, weight, 1e-5)),
+    "gated_rms_norm": ("BTE BTE E", lambda y, z, weight: cpu.gated_rms_norm(y, z, weight, 1e-5, 2)),
+    "swiglu": ("BTE BTE", cpu.swiglu),
+    "apply_rope": ("(B)(T)(H)P BT1R BT1R", lambda x, cos, sin: cpu.apply_rope(x, (cos, sin))),
+    "attention": ("BT(H)P BTGP BTGP", cpu.attention),
+    "mamba1_scan": ("BTE BTE E EN BTN BTN E BTE BNE", cpu.mamba1_scan),
+    "mamba2_scan": ("BTW BTH H H H BHPN",
+                    lambda xBC, dt, bias, A, D, state: cpu.mamba2_scan(xBC, dt, bias, A, D, 1, 16, 16, state)),
+    "cross_entropy_": ("T(V) T", lambda logits, targets: cpu.cross_entropy_(logits, (targets * 0).long())),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_refuses_tensors_of_other_sizes(name):
+    """In a process of its own, which lives: nothing is written where it does not belong."""
+    if native.library() is None:
+        pytest.skip("no C++ compiler here")
+    letters, operation = OPERATIONS[name]
+    free = re.findall(r"\((\w)\)", letters)
+    named = [list(shape) for shape in re.sub("[()]", "", letters).split()]
+    shapes = [[SIZES.get(letter, 1) for letter in shape] for shape in named]
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        accepted = []
+        assert operation(*[torch.rand(shape) for shape in shapes]) is not NotImplemented
+        for i, shape in enumerate(shapes):
+            for j in range(len(shape)):
+                for size in (0, 1, 3, shape[j] - 1, shape[j] + 16, 640):
+                    if size == shape[j] or (i == 0 and named[i][j] in free):
+                        continue
+                    other = [list(s) for s in shapes]
+                    other[i][j] = size
+                    try:
+                        if operation(*[torch.rand(s) for s in other]) is not NotImplemented:
+                            accepted.append((other[i], shape))
+                    except (ValueError, RuntimeError, IndexError, ZeroDivisionError):
+                        pass
+        print(accepted, flush=True)
+        os._exit(min(len(accepted), 100))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
