@@ -91,7 +91,10 @@ def damage_json(text, rng):
         return damage_bytes(text, rng)
     if rng.random() < 0.03:
         return b'[' * 100_000
-    contents = damage_values(json.loads(text), rng)
+    try:
+        contents = damage_values(json.loads(text), rng)
+    except ValueError:              # it is damaged already
+        return damage_bytes(text, rng)
     try:
         text = json.dumps(contents)
     except RecursionError:
