@@ -11,7 +11,7 @@ from helpers.models import perturb
 
 import model_gpt
 from mambino.kernels import native
-from mambino.sample import decode, generation
+from mambino.sample import decode, generation, parts
 from mambino.weights import adapters, checkpoint, quantize
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason='no C++ compiler')
@@ -294,7 +294,7 @@ def test_an_interrupted_plan_is_none(monkeypatch):
     state = walk(net, 2)[1]
     decode.recipes.pop(net)
     with monkeypatch.context() as patch:
-        patch.setitem(decode.PARTS, model_gpt.SwiGLU, interrupted)
+        patch.setitem(parts.PARTS, model_gpt.SwiGLU, interrupted)
         with pytest.raises(KeyboardInterrupt):
             decode.step(net, ids, state)
     assert net not in decode.recipes and int(state['pos'][0]) == 4

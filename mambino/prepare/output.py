@@ -175,6 +175,10 @@ def publish(work, folder, meta, tok):
 # -----------------------------------------------------------------------------
 # The dataset that is added to
 
+KINDS_OF_META = dict(splits=dict, kinds=dict, sources=list, decided=list, suspects=list, notes=list, skipped=list,
+                     copies=int)
+
+
 def open_base(folder, target, explicit):
     """(meta.json of the dataset with its 'folder', its tokenizer): its settings hold. Ends the
     program where there is none, or where what the person set is something else. explicit: {name:
@@ -190,6 +194,12 @@ def open_base(folder, target, explicit):
             fail(f'{target}: its tokenizer.json is not the one it was made with')
         if not whole(base['split_seed'], most=2**63) or not number(base['val_fraction']):
             raise ValueError('its split_seed and val_fraction are no numbers')
+        int(base['split_limit'] or '0', 16)
+        for name, kind in KINDS_OF_META.items():
+            if not isinstance(base.get(name, kind()), kind):
+                raise ValueError(f'its {name} are damaged')
+        if not all(whole(base['splits'][split]['bytes'], 0, 2**62) for split in SIDES.values()):
+            raise ValueError('its splits have no bytes')
         for name in ('split_seed', 'val_fraction'):
             value = base[name]
             if explicit.get(name, value) != value:

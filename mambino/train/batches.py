@@ -32,7 +32,7 @@ import torch
 from mambino import tokenizer
 from mambino.chat import visible
 from mambino.configurator import fail, split_list
-from mambino.plain import parse_json
+from mambino.plain import parse_json, table, whole
 from mambino.train import processes
 from mambino.train.order import ROUND, deal, quotas_of, shuffled
 
@@ -370,6 +370,11 @@ def open_folder(name, vocab_size, dtype, root):
             with open(path, encoding='utf-8') as f:
                 meta = parse_json(f.read())
             dtype, vocab_size = meta['dtype'], meta['vocab_size']
+            if not whole(vocab_size, 1):
+                raise ValueError(f'vocab_size={vocab_size!r} is no number of ids')
+            for split in ('train', 'val'):
+                if not table(meta.get('splits', {})) or not table(meta.get('splits', {}).get(split, {})):
+                    raise ValueError(f'it does not describe {split}')
             tokenizer_path = os.path.join(folder, meta['tokenizer']['file'])
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f'{path}: not readable as a dataset\'s description ({type(error).__name__}: {error}); '

@@ -1,0 +1,256 @@
+"""The parts of a model as calls of native.cpp, for decode.py: which function computes a module's next
+token, of which weights and which tensors of the state.
+
+    for function, *arguments in calls(net, 0, 'x', 'x'): ...
+
+What no table here knows is `Unknown`, and so is a weight of another size than its neighbours say:
+native.cpp gets addresses, and takes what lies there to be as large as it is told.
+
+Letters of the shapes: B rows, D model width, S cache slots; others as in the models' files.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+import model_gpt
+import model_hybrid
+import model_mamba
+from mambino.kernels import cpu, native
+from mambino.language_model import RMSNorm
+from mambino.weights import quantize
+
+
+class Unknown(Exception):
+    """Something of a model, or of a state, that has no place in a plan."""
+
+
+def require(condition, subject):
+    if not condition:
+        raise Unknown(subject)
+
+
+# --- arguments of a call ----------------------------------------------------------------------------
+# They are numbers, weights (fp32 tensors), None, and what is below; and names of what a plan has: room
+# for x, h, a, b, c (B, D), rstd (B), cos, sin (B, P / 2), pos (B), and threads, rows = B, elements = B D.
+
+class State(NamedTuple):
+    """A tensor of the state: its name, and its shape after B; None stands for a cache's slots."""
+    name: str
+    shape: tuple
+
+
+class Slots(NamedTuple):
+    """How many slots the cache of this name has."""
+    name: str
+
+
+def address(tensor, dtype=torch.float32):
+    """Where a tensor's numbers begin."""
+    require(tensor.dtype == dtype, tensor.dtype)
+    require(tensor.device.type == 'cpu' and tensor.is_contiguous() and tensor.numel(), 'order of memory')
+    return tensor.data_ptr()
+
+
+def dense(linear):
+    require(linear.bias is None or type(linear) is model_mamba.TimeStep, 'bias')    # a step adds that one
+    address(linear.weight)
+    return native.matrix_of(linear.weight, None, linear.weight.shape[1])
+
+
+def rounded(linear):
+    require(linear.codes.dtype in native.FORMATS, linear.codes.dtype)
+    address(linear.codes, linear.codes.dtype)
+    require(len(linear.codes) == linear.rows, 'rows')
+    return native.matrix_of(linear.codes, linear._buffers.get('scales'), linear.columns)
+
+
+MATRICES = {nn.Linear: dense, model_mamba.TimeStep: dense, quantize.Linear: rounded}
+
+
+def matrix(module, rows=None, columns=None):
+    """The native.Matrix of a module that multiplies by one, of this size where it is said."""
+    require(type(module) in MATRICES, type(module))
+    try:
+        made = MATRICES[type(module)](module)
+    except ValueError as error:                                             # codes and scales of other sizes
+        raise Unknown(error) from None
+    require(rows in (None, made.rows) and columns in (None, made.columns), 'size of a matrix')
+    return made
+
+
+def sized(*tensors):
+    """Unknown if one of (tensor or None, shape) has another shape."""
+    for tensor, shape in tensors:
+        require(tensor is None or tensor.shape == shape, 'size of a weight')
+
+
+# --- the parts of a model ---------------------------------------------------------------------------
+# Each yields the calls that compute y = module(x) in layer i: (function of native.cpp, *arguments).
+# What native.cpp has no function for is called itself: (module, x, y). ('width', D) says what x and y
+# must be: native.cpp has addresses alone.
+
+def calls(module, i, x, y):
+    require(type(module) in PARTS, type(module))
+    return PARTS[type(module)](module, i, x, y)
+
+
+def rms_norm(norm, i, x, y):
+    D = len(norm.weight)
+    yield 'width', D
+    yield 'norm_forward', 0, 'rows', 0, 1, D, float(norm.eps), x, None, 0, norm.weight, y, 'rstd'
+
+
+def swiglu(mlp, i, x, y):
+    gate = matrix(mlp.gate_proj)
+    inner, D = gate.rows, gate.columns
+    matrices = gate, matrix(mlp.up_proj, inner, D), matrix(mlp.down_proj, D, inner)
+    yield 'width', D
+    yield 'mlp_step', 'threads', 'rows', *matrices, x, y
+
+
+def experts(moe, i, x, y):
+    yield moe, x, y
+
+
+def attention(layer, i, x, y):
+    P = layer.head_dim
+    require(P % cpu.LANES == 0, 'head_dim')
+    q, k = matrix(layer.q_proj), matrix(layer.k_proj)
+    H, G, D = q.rows // P, k.rows // P, q.columns
+    require(G and H % G == 0 and q.rows == H * P, 'heads')
+    matrices = q, matrix(layer.k_proj, G * P, D), matrix(layer.v_proj, G * P, D), matrix(layer.o_proj, D, H * P)
+    yield 'width', D
+    norms = None, None, 0.0
+    if layer.qk_norm:
+        require(type(layer.q_norm) is type(layer.k_norm) is RMSNorm, 'qk_norm')
+        sized((layer.q_norm.weight, (P,)), (layer.k_norm.weight, (P,)))
+        norms = layer.q_norm.weight, layer.k_norm.weight, float(layer.q_norm.eps)
+    keys, values = State(f'k.{i}', (G, None, P)), State(f'v.{i}', (G, None, P))
+    yield ('attention_step', 'threads', 'rows', H, G, P, Slots(keys.name), *matrices, *norms,
+           'pos', 'cos', 'sin', keys, values, x, y)
+
+
+def convolution(conv1d, i):
+    """→ the weight (E, 1, taps) and bias (E) of a mixer's convolution, and its State."""
+    require(type(conv1d) is model_mamba.Conv1d, type(conv1d))
+    E, _, taps = conv1d.weight.shape
+    sized((conv1d.weight, (E, 1, taps)), (conv1d.bias, (E,)))
+    return conv1d.weight, conv1d.bias, State(f'conv.{i}', (taps - 1, E))
+
+
+def mamba1(mixer, i, x, y):
+    E, N = mixer.A_log.shape
+    R = mixer.dt_proj.weight.shape[1]
+    in_proj = matrix(mixer.in_proj, 2 * E)
+    D = in_proj.columns
+    parts = matrix(mixer.x_proj, R + 2 * N, E), matrix(mixer.dt_proj, E, R), matrix(mixer.out_proj, D, E)
+    weight, bias, conv = convolution(mixer.conv1d, i)
+    sized((bias, (E,)), (mixer.dt_proj.bias, (E,)), (mixer.D, (E,)))
+    yield 'width', D
+    yield ('mamba1_step', 'threads', 'rows', E, N, weight.shape[-1], R, in_proj, *parts, weight, bias,
+           mixer.dt_proj.bias, mixer.A_log, mixer.D, conv, State(f'ssm.{i}', (N, E)), x, y)
+
+
+def mamba2(mixer, i, x, y):
+    norm = mixer.norm
+    require(type(norm) is model_mamba.GatedRMSNorm, type(norm))
+    weight, bias, conv = convolution(mixer.conv1d, i)                       # of E + 2 G N channels
+    H, E, G = len(mixer.A_log), len(norm.weight), norm.groups
+    P, N = E // H, (len(weight) - E) // (2 * G)
+    require(P % cpu.LANES == N % cpu.LANES == 0, 'head_dim or state_size')
+    require(P and N and E == H * P and H % G == 0 and len(weight) == E + 2 * G * N, 'heads')
+    in_proj = matrix(mixer.in_proj, E + len(weight) + H)
+    sized((mixer.dt_bias, (H,)), (mixer.D, (H,)))
+    yield 'width', in_proj.columns
+    yield ('mamba2_step', 'threads', 'rows', H, G, P, N, weight.shape[-1], in_proj,
+           matrix(mixer.out_proj, in_proj.columns, E), weight, bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight,
+           float(norm.eps), conv, State(f'ssm.{i}', (H, P, N)), x, y)
+
+
+def mix(branches, norms, controller, scale):
+    """x += scale * the branches, up to three: normed if there are norms, and weighted if there is a
+    controller, which reads h."""
+    require(all(type(norm) is RMSNorm for norm in norms), 'branch_norms')
+    require(controller is None or type(controller) is nn.Linear, type(controller))
+    unused = [None] * (3 - len(branches))
+    weights = [norm.weight for norm in norms] or [None] * len(branches)
+    eps = float(norms[0].eps) if norms else 0.0
+    D = len(scale)
+    sized(*[(norm.weight, (D,)) for norm in norms])
+    if controller:
+        sized((controller.weight, (len(branches), D)), (controller.bias, (len(branches),)))
+    require(len(norms) in (0, len(branches)), 'branch_norms')
+    yield 'width', D
+    choice = (controller.weight, controller.bias) if controller else (None, None)
+    yield ('mix_step', 'rows', len(scale), len(branches), *branches, *unused, *weights, *unused, eps,
+           *choice, scale, 'h', 'x', 'x')
+
+
+def gpt_layer(layer, i, x, y):
+    yield from calls(layer.input_layernorm, i, x, 'h')
+    yield from calls(layer.self_attn, i, 'h', 'a')
+    yield 'add_step', 'elements', x, 'a', y
+    yield from calls(layer.post_attention_layernorm, i, y, 'h')
+    yield from calls(layer.mlp, i, 'h', 'a')
+    yield 'add_step', 'elements', y, 'a', y
+
+
+def mamba_block(block, i, x, y):
+    yield from calls(block.norm, i, x, 'h')
+    yield from calls(block.mixer, i, 'h', 'a')
+    yield 'add_step', 'elements', x, 'a', y
+
+
+def hybrid_layer(layer, i, *_):
+    norms = list(layer.branch_norms or [])
+    yield from calls(layer.input_layernorm, i, 'x', 'h')
+    yield from calls(layer.mamba, i, 'h', 'a')
+    yield from calls(layer.self_attn, i, 'h', 'b')
+    if layer.parallel:
+        yield from calls(layer.mlp, i, 'h', 'c')
+        yield from mix(['a', 'b', 'c'], norms, layer.controller, layer.residual_scale)
+    else:
+        yield from mix(['a', 'b'], norms, layer.controller, layer.residual_scale)
+        yield from calls(layer.pre_mlp_layernorm, i, 'x', 'h')
+        yield from calls(layer.mlp, i, 'h', 'a')
+        norms = [layer.mlp_norm] if layer.mlp_norm else []
+        yield from mix(['a'], norms, None, layer.mlp_residual_scale)
+
+
+# Of a model: in x is the embedding before, and what the head reads after.
+
+def stack(layers, norm):
+    for i, layer in enumerate(layers):
+        yield from calls(layer, i, 'x', 'x')
+    yield from calls(norm, 0, 'x', 'x')
+
+
+def gpt(net, *_):
+    yield from stack(net.model.layers, net.model.norm)
+
+
+def mamba(net, *_):
+    yield from stack(net.backbone.layers, net.backbone.norm_f)
+
+
+def hybrid(net, *_):
+    yield from calls(net.model.embed_norm, 0, 'x', 'x')
+    yield from stack(net.model.layers, net.model.norm)
+
+
+PARTS = {
+    RMSNorm: rms_norm,
+    model_gpt.SwiGLU: swiglu,
+    model_gpt.MoE: experts,
+    model_gpt.Attention: attention,
+    model_mamba.Mamba1Mixer: mamba1,
+    model_mamba.Mamba2Mixer: mamba2,
+    model_gpt.Layer: gpt_layer,
+    model_mamba.Block: mamba_block,
+    model_hybrid.Layer: hybrid_layer,
+    model_gpt.GPT: gpt,
+    model_mamba.Mamba: mamba,
+    model_hybrid.Hybrid: hybrid,
+}
+EMBEDDINGS = nn.Embedding, quantize.Embedding
