@@ -235,3 +235,11 @@ def test_junk_is_left_out_by_its_name(here):
     assert names(skipped)['main.bundle.js'] == 'excluded by default (*.bundle.js)'
     assert names(skipped)['__pycache__'] == 'excluded by default (__pycache__/)'
     assert 'a.svg' in names(look('m', exclude='!*.svg')[0]) and 'a.svg' in names(look('m/a.svg')[0])
+
+
+def test_a_name_with_many_stars_takes_no_time():
+    """Nor does one with many question marks between them; and what it matches stays what git says."""
+    rules = [(0, ignore.compile_rules(['*a*a*a*a*a*a*a*a*b', '*?c*?c*?c*?c*?c*?c*?d', '!keep*x*y.z', '*.log']))]
+    for name, verdict in ('a' * 250, None), ('a' * 250 + 'b', True), ('c' * 250, None), ('ccc' * 80 + 'dd', True), \
+            ('d/keep1x2y.z', False), ('keepxy.z', False), ('keepyx.z', None), ('q.log', True):
+        assert ignore.is_ignored(name, False, rules) is verdict, name

@@ -25,6 +25,9 @@ CLASSES = {
     'digit': '0-9', 'graph': '!-~', 'lower': 'a-z', 'print': ' -~',
     'punct': r'!-/:-@\[-`{-~', 'space': r' \t\n\r', 'upper': 'A-Z', 'xdigit': '0-9a-fA-F',
 }
+# names of a group that finds what stands between two stars of a name at the first place where it is, and looks for no
+# other one: else a name with many stars could be tried for years
+GROUP, GROUP_AGAIN = '(?P<first>', '(?P=first)'
 NEVER = '(?!)'  # matches nothing
 
 
@@ -56,8 +59,19 @@ def read_gitignore(path):
 def compile_rules(lines):
     """(regular expression, the numbers of the groups in it whose pattern began with '!')."""
     rules = [rule for rule in map(translate, lines) if rule][::-1]
-    pattern = re.compile('|'.join(f'({regex})' for regex, _ in rules) or NEVER, re.DOTALL)
-    return pattern, {number for number, (_, keep) in enumerate(rules, 1) if keep}
+    regexes = []
+    kept = set()
+    groups = 0
+    for regex, keep in rules:
+        groups += 1  # of the whole rule, which closes last
+        if keep:
+            kept.add(groups)
+        inner = regex.count(GROUP)
+        for _ in range(inner):
+            groups += 1
+            regex = regex.replace(GROUP, f'(?P<g{groups}>', 1).replace(GROUP_AGAIN, f'(?P=g{groups})', 1)
+        regexes.append(f'({regex})')
+    return re.compile('|'.join(regexes) or NEVER, re.DOTALL), kept
 
 
 def translate(line):
@@ -78,6 +92,7 @@ def translate(line):
     line = line.removeprefix('/')
 
     regex = ''
+    star = None  # where in it the last star of this name is
     i = 0
     while i < len(line):
         token = TOKEN.match(line, i)
@@ -88,8 +103,14 @@ def translate(line):
             piece, i = character_set(line, i, negated=len(token['set']) > 1)
         elif token.lastgroup:
             piece = MEANING[token.lastgroup]
+            if token.lastgroup == 'some' and star is not None:
+                regex = f'{regex[:star]}(?={GROUP}[^/]*?{regex[star + len(piece):]})){GROUP_AGAIN}'
+            if token.lastgroup != 'one':
+                star = len(regex) if token.lastgroup == 'some' else None
         else:
             piece = re.escape(token[0][-1])  # itself, without a backslash before it
+            if piece == '/':
+                star = None
         regex += piece
     if not regex:
         return None
