@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 YES = ('true', '1', 'yes', 'on')
 NO = ('false', '0', 'no', 'off')
+LARGEST_CONFIG = 1 << 20    # bytes
 
 
 # --- refusing -------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def require(namespace, conditions):
 
 def refuse_unknown(name, where, known):
     """No such setting: says which known name is nearest."""
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)
+    near = difflib.get_close_matches(name.lower()[:100], known, n=1, cutoff=0)
     hint = f' (did you mean --{near[0]}?)' if near else ''
     fail(f"{where}: unknown setting '{name}'{hint}")
 
@@ -176,7 +177,7 @@ def is_setting(name, namespace):
 def from_text(text, default, where):
     """The value of a --name=text flag, of the type of the default."""
     if isinstance(default, str):
-        return text
+        return checked(text, default, where)
     if isinstance(default, bool):
         if text.lower() not in YES + NO:
             fail(f'{where}: expected true or false, not {text!r}')
@@ -188,7 +189,10 @@ def from_text(text, default, where):
             return text.lower() == 'true'
     for number in (int, float):
         try:
-            return checked(number(text), default, where)
+            value = number(text)
+            if type(default) is float and value in (math.inf, -math.inf) and 'inf' not in text.lower():
+                fail(f'{where}: larger than any number that a computer has')
+            return checked(value, default, where)
         except ValueError:
             pass
     return text if default is None else checked(text, default, where)
@@ -199,6 +203,10 @@ def checked(value, default, where):
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, float) and math.isnan(value):
         fail(f'{where}: nan is not a usable value')
+    if isinstance(value, str) and '\0' in value:
+        fail(f'{where}: holds a NUL character, which no name or text may')
+    if isinstance(value, int) and abs(value) >= 2**63:
+        fail(f'{where}: expected a number below 2**63')
     if isinstance(default, bool):
         wanted = 'true or false'
         fits = isinstance(value, bool) or (is_number and value in (0, 1))
@@ -243,6 +251,8 @@ def run_config(path, current, defaults, namespace):
     """Executes one config file and returns what it set, as {name: value}."""
     if not os.path.isfile(path) or not path.endswith('.py'):
         refuse_config(path, defaults, namespace['__file__'])
+    if os.path.getsize(path) > LARGEST_CONFIG:
+        fail(f'{path}: too large for a config file, which is some assignments')
     # The settings stand where builtins stand: the file can read them, and what is in `scope` afterwards
     # is exactly what the file assigned.
     scope = {'__file__': path, '__name__': 'config', '__builtins__': {**vars(builtins), **current}}
@@ -275,6 +285,8 @@ def refuse_config(path, defaults, script):
     if path.partition('=')[0].replace('-', '_') in defaults:
         fail(f'{path}: is it a setting? write --{path}')
     trouble = 'a config file ends in .py' if os.path.exists(path) else 'no such config file'
+    if os.path.exists(path) and not os.path.isfile(path):
+        trouble = 'a folder, no config file' if os.path.isdir(path) else 'no ordinary file'
     fail(f'{path}: {trouble}{nearest_config(path, script)}')
 
 
