@@ -151,7 +151,7 @@ def disturb(name, way, rng, operations):
         return '' if status in {'kill': (-9, 0), 'full': (0, 2), 'pipe': (0,)}[way] else f'status {status}'
     pid = train(flags, '--out_dir=out', wait=False)
     if way == 'second':
-        while not os.path.exists('out/metrics.jsonl') and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        while not os.path.exists('out/train.lock') and os.waitpid(pid, os.WNOHANG) == (0, 0):
             time.sleep(0.001)
         os.kill(pid, signal.SIGSTOP)
         os.symlink('out', 'also-out')
