@@ -134,3 +134,10 @@ def test_a_state_of_other_sizes_never_reaches_compiled_code(name, one_thread):
             changed = state | {key: change(state[key].clone())}
             assert decode.ready(net, token, changed, 0) is None, (key, changed[key].shape)
     assert decode.step(net, token, state)[0].isfinite().all()
+
+
+def test_a_model_without_finite_numbers_ends_in_a_line(capsys):
+    from mambino.sample.generation import sample_token
+    with pytest.raises(SystemExit):
+        sample_token(torch.full((1, 40), math.nan), top_k=5)
+    assert 'no finite numbers' in capsys.readouterr().err

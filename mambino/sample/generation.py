@@ -141,6 +141,8 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
         before[:, 0] = -1                                   # and so does the first, be top_p ever so small
         weights = weights.masked_fill(before >= enough, 0)
     cumulative = weights.cumsum(-1)
+    if not bool(cumulative[:, -1].isfinite().all()):
+        fail('the model gives no finite numbers for the next token: its weights are damaged, or training ruined them')
     u = uniform(generator, len(weights), weights.device)
     u = u.clamp(max=1 - 2**-23)                             # less than all, rounded or not
     place = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)     # (B, 1)
