@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mambino.templates import BEGIN, END, NONCE, render
 from mambino.tokenizer import CHAT, open_hf
-from mambino.tokenizer_config import NAMES
+from mambino.tokenizer_config import BEGIN, END, NAMES, NONCE
 from mambino.tokenizer_json import completed, without_training
 
 CHATML = ("{% for message in messages %}"
@@ -230,6 +229,7 @@ def marks_in(text, template):
 def written(tok, messages, asks, tools=None):
     """The Written of plain messages. asks: whether an answer is to follow."""
     template = template_of(tok)
+    from mambino.templates import render  # Jinja takes a while to import, and ChatML does without
     marks = marks_in(tok.text, template)
     pattern = one_of(marks)
 

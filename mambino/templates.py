@@ -10,7 +10,6 @@ import datetime
 import functools
 import json
 import re
-import secrets
 import threading
 import time
 
@@ -20,16 +19,13 @@ from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from mambino.tokenizer_config import LONGEST_TEMPLATE
+from mambino.tokenizer_config import BEGIN, END, LONGEST_TEMPLATE
 
 ROUNDS = 50_000         # of all loops together, and calls of macros; and one for each character that goes in
 SECONDS = 10            # the longest a text may take
 SIZE = 20_000_000       # characters and items that may be built, and so many times those that go in:
 TIMES = 200
 WIDEST = 10_000         # the largest number that a filter or a method takes, as a width
-# what no text may have in it by chance or by intent, so that it tells what the template wrote
-NONCE = secrets.token_hex(8)
-BEGIN, END = f'\ufdd2{NONCE}', f'\ufdd3{NONCE}'
 # of Jinja's filters those that no template needs, and that build much from little
 LEFT_OUT = ('center', 'filesizeformat', 'pprint', 'random', 'urlencode', 'urlize', 'wordwrap', 'xmlattr')
 METHODS_LEFT_OUT = ('encode', 'expandtabs', 'maketrans', 'translate')

@@ -11,11 +11,15 @@ Kept are known keys, with values of their types and of sizes that make sense.
 """
 import json
 import os
+import secrets
 
 NAMES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 LONGEST_NAME = 200          # characters of a token's name
 LONGEST_LIST = 10_000       # names, or ids
 LONGEST_TEMPLATE = 200_000  # characters; the longest in use have 30,000
+# what no text may have in it by chance or by intent, so that it tells what a template wrote: around its answers
+NONCE = secrets.token_hex(8)
+BEGIN, END = f'\ufdd2{NONCE}', f'\ufdd3{NONCE}'
 
 
 def config_beside(folder):
