@@ -61,6 +61,7 @@ def end_quietly():
     has read enough with status 0 and none, a full disk under stdout with status 2 and a line, and
     SIGTERM and a closed terminal end it as an error would, so that it can tidy up."""
     fill_gaps()
+    wait_for_readers()
     sys.excepthook = end_of
     for number in ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:      # under nohup SIGHUP is ignored
@@ -91,6 +92,14 @@ def fill_gaps():
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
+
+
+def wait_for_readers():
+    """A pipe that is full is waited for. Where whoever started this has set it not to block, Python would
+    lose lines without a word."""
+    for number in (1, 2) if os.name == 'posix' else ():
+        if not os.get_blocking(number):
+            os.set_blocking(number, True)
 
 
 def end_by_signal(number, _):

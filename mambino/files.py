@@ -15,6 +15,7 @@ its holder counts in the file, and who comes later looks for half a minute wheth
 import atexit
 import datetime
 import errno
+import hashlib
 import json
 import os
 import re
@@ -170,6 +171,20 @@ def checksum(path):
         while data := f.read(1 << 22):
             crc = zlib.crc32(data, crc)
     return crc
+
+
+def sha256(path):
+    """Of a file, as hex."""
+    state = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while data := f.read(1 << 22):
+            state.update(data)
+    return state.hexdigest()
+
+
+def stamp_of(status):
+    """What of a file's status stays as long as nobody writes into it, or puts another in its place."""
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
 # --- one writer -----------------------------------------------------------------------------------

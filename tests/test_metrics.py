@@ -117,3 +117,11 @@ def test_remedies_are_those_not_taken():
     said = remedies(dict(dropout=0, patience=0))
     assert '--dropout' in said and '--patience' in said
     assert not re.search('--(dropout|patience)', remedies(dict(dropout=0.1, patience=3)))
+
+
+def test_what_is_read_often_is_said_to_who_does_nothing_about_it():
+    settings = dict(dropout=0, patience=0)
+    line, = metrics.epochs_lines(dict(code=3.0, docs=82.0), settings)
+    assert 'docs is read 82 times' in line and '--patience=3' in line
+    assert not list(metrics.epochs_lines(dict(code=3.0), settings))
+    assert not list(metrics.epochs_lines(dict(code=82.0), dict(dropout=0.2, patience=8)))   # config/shakespeare_char.py

@@ -128,6 +128,21 @@ def test_what_is_written_last_is_missed(tmp_path):
     assert run.returncode == 0 and (tmp_path / 'a').read_text() == ''
 
 
+@POSIX
+def test_a_slow_reader_gets_every_line():
+    """… also of a pipe that somebody has set not to block."""
+    code = ('from mambino.console import end_quietly; end_quietly()\n'
+            'for i in range(20000): print(i, "." * 20, flush=i % 100 == 0)')
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    run = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': ROOT}, stdout=writing)
+    os.close(writing)
+    time.sleep(0.3)
+    with open(reading) as f:
+        assert len(f.readlines()) == 20000
+    assert run.wait() == 0
+
+
 # --- torchrun
 
 @POSIX

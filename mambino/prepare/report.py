@@ -4,7 +4,6 @@
     python prepare.py my_folder --dry_run      # report.show_plan
 """
 import collections
-import hashlib
 import os
 import re
 import shutil
@@ -15,21 +14,12 @@ import numpy as np
 
 from mambino.chat import CHATML, visible
 from mambino.configurator import fail, shown
+from mambino.files import sha256
 from mambino.plain import parse_json
 from mambino.prepare import tokens
 from mambino.prepare.progress import in_words
 from mambino.prepare.spool import FORMAT, hash_pair, new_hash, talk_key
 from mambino.tokenizer import load_tokenizer
-
-
-def sha256(path):
-    """Of a file, as hex."""
-    state = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while data := f.read(1 << 22):
-            state.update(data)
-    return state.hexdigest()
-
 
 # -----------------------------------------------------------------------------
 # What was left out

@@ -32,6 +32,7 @@ import torch
 from mambino import tokenizer
 from mambino.chat import visible
 from mambino.configurator import fail, split_list
+from mambino.files import sha256, stamp_of
 from mambino.plain import parse_json, table, whole
 from mambino.train import processes
 from mambino.train.order import ROUND, deal, quotas_of, shuffled
@@ -46,15 +47,11 @@ class Changed(Exception):
     """Somebody has written into a file of a dataset that is being read."""
 
 
-def stamp_of(status):
-    """What of a file's status stays as long as nobody writes into it, or puts another in its place."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 @dataclass
 class Dataset:
     """Its files are what they were when they were opened first: other ones that take their names
-    are not read, and what is written into them is Changed."""
+    are not read, and what is written into them is Changed. A touch, or the very same text put back, is
+    no change."""
     name: str                       # as --dataset says it: the folder in data/, or its path
     paths: dict                     # split → file
     dtype: str                      # of the files
@@ -63,6 +60,7 @@ class Dataset:
     tokenizer: object = None        # None for a bare .bin
     meta: dict = None
     files: dict = field(default_factory=dict)       # split → (its open file, its stamp)
+    digests: dict = field(default_factory=dict)     # split → what it was, as identity.identity_of found it
     weights = (1.0,)                # by itself it is a mixture of one
 
     def __post_init__(self):
@@ -103,21 +101,38 @@ class Dataset:
             file = open(self.paths[split], 'rb')
             self.files[split] = file, stamp_of(os.fstat(file.fileno()))
         file, then = self.files[split]
-        if stamp_of(os.fstat(file.fileno())) != then:
+        if stamp_of(os.fstat(file.fileno())) != then and not self.is_same_text(split):
             if processes.WORLD > 1:     # the others are in the step, and cannot save without this one
                 fail(f'{self.paths[split]}: was changed while training; put it back and run the same command again')
             raise Changed(self.paths[split])
-        return np.memmap(file, dtype=self.dtype, mode='r')
+        return np.memmap(self.files[split][0], dtype=self.dtype, mode='r')
+
+    def is_same_text(self, split):
+        """Whether the file at a split's path, which has another stamp than the one that is read, has its
+        very bytes: then it is read from here on."""
+        path = self.paths[split]
+        try:
+            stamp = stamp_of(os.stat(path))
+            if stamp[0] != self.files[split][1][0] or sha256(path) != self.digests.get(split):
+                return False
+            file = open(path, 'rb')
+        except OSError:
+            return False
+        if stamp_of(os.fstat(file.fileno())) != stamp:      # written while it was looked at
+            file.close()
+            return False
+        self.files[split] = file, stamp
+        return True
 
     def changed(self):
         """The path of a file that is not there any more, or not the one that is read; '' if all
         are."""
-        for split, (_, then) in self.files.items():
+        for split, (_, then) in list(self.files.items()):
             try:
                 now = stamp_of(os.stat(self.paths[split]))
             except OSError:
                 now = None
-            if now != then:
+            if now != then and not self.is_same_text(split):
                 return self.paths[split]
         return ''
 

@@ -106,7 +106,8 @@ def resume(settings, explicit):
     for name, value in remembered(ckpt['settings']).items():
         if name in settings and name not in explicit:
             settings[name] = checked(value, settings[name], f'{latest}: its settings: {name}')
-    if not ckpt.get('data') and 'eval_iters' not in explicit and settings['eval_iters']:
+    counts_batches = not ckpt.get('data') and not settings['eval_only']     # which asks for all, or what is named now
+    if counts_batches and 'eval_iters' not in explicit and settings['eval_iters']:
         settings['eval_iters'] *= max(1, int(ckpt['settings'].get('batch_size') or 1))
         processes.say(f'note: eval_iters counts sequences, and no batches any more: what the run in {out_dir} had is '
                       f'eval_iters={settings["eval_iters"]}')

@@ -28,11 +28,12 @@ STRETCHES = 1024
 
 
 def identity_of(data):
-    """[{'name', 'weight', 'train', 'val'}] of each dataset in `data`, the last two hex digests."""
+    """[{'name', 'weight', 'train', 'val'}] of each dataset in `data`, the last two hex digests, by which
+    it knows its own files again."""
     parts = []
     for part, weight in zip(data.parts, data.weights):
-        digests = {split: digest(part, split) for split in ('train', 'val')}
-        parts.append(dict(name=part.name, weight=float(weight), **digests))
+        part.digests = {split: digest(part, split) for split in ('train', 'val')}
+        parts.append(dict(name=part.name, weight=float(weight), **part.digests))
     return parts
 
 

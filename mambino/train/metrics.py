@@ -212,9 +212,14 @@ def introduction(settings, net, data, adapter, micro_batch, memory_line, progres
     steps_left = max(0, max_iters - progress.step)
     sequences = (progress.tokens_seen + steps_left * tokens_per_step) // T
     yield from data.mixture_lines(sequences, T, settings['seed'])
-    epochs = data.epochs(sequences, T, settings['seed'])
+    if not settings['eval_only']:
+        yield from epochs_lines(data.epochs(sequences, T, settings['seed']), settings)
+
+
+def epochs_lines(epochs, settings):
+    """A line, if need be, on what is read very often. epochs: {name of a dataset: passes over it}."""
     name = max(epochs, key=epochs.get)
-    if epochs[name] > MANY_EPOCHS and not settings['eval_only']:
+    if epochs[name] > MANY_EPOCHS and not settings['patience']:     # with it the run ends where that does harm
         yield (f'note: {name} is read {epochs[name]:,.0f} times: a model learns so small a text by heart, and not from '
                f'it. What helps: {remedies(settings)}')
 
