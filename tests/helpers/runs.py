@@ -76,8 +76,8 @@ def at_a_call(action, lines, calls=0):
     lines and so many more functions, Python's or C's, were called in the main thread."""
     return f'''
 import os, signal, sys
-from mambino.train import metrics
-open_log = metrics.open_log
+from mambino.train import log as log_file
+open_log = log_file.open_log
 def opened(*arguments):
     log, lines, calls = open_log(*arguments), [], []
     def happen(frame, event, called):
@@ -92,7 +92,7 @@ def opened(*arguments):
         if len(lines) == {lines}:
             sys.setprofile(happen)
     return logged
-metrics.open_log = opened
+log_file.open_log = opened
 '''
 
 
