@@ -194,7 +194,7 @@ def test_nan_ends_the_run_and_names_a_good_checkpoint(here, capsys, rate, eval_i
 
 
 def test_nan_before_any_checkpoint(here, capsys):
-    train('--model=gpt --grad_clip=0 --warmup_iters=0 --learning_rate=1e38', status=2)
+    train('--model=gpt --grad_clip=0 --warmup_iters=0 --learning_rate=1e15', status=2)
     refused(capsys, 'not a finite number', 'no checkpoint')
     assert not os.path.exists('out/ckpt.pt')
 
