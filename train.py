@@ -12,9 +12,10 @@ A run that was stopped, by Ctrl-C or by kill -9, goes on where it was: say the s
 On a CPU it then ends with the very bits it would have had. Nothing but the step decides what
 happens in it: its data, its dropout, its learning rate.
 
-Behind its steps stand, in mambino/train/: begin.py (what a run begins from), memory.py (how much is
-computed at once), loader.py and batches.py (which tokens), processes.py (one or many), progress.py
-(counters and checkpoints), evaluation.py and metrics.py (what is measured, and said).
+Behind its steps stand, in mambino/train/: begin.py and building.py (what a run begins from),
+identity.py (which text it knows), memory.py (how much is computed at once), loader.py, batches.py and
+order.py (which tokens), processes.py (one or many), progress.py (counters and checkpoints),
+evaluation.py, metrics.py and log.py (what is measured, said and noted).
 """
 import datetime
 import math

@@ -1,3 +1,3 @@
 """Small language models from your own files. The commands stand a folder above; this is what they are made of."""
 
-__version__ = '0.3.0'
+__version__ = '0.4.0'
