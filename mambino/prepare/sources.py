@@ -17,12 +17,14 @@ dataset.
 A folder that is named is walked for its own sake: neither its name, nor a .gitignore above it, nor
 that it lies in another input changes what is found in it. A link that is named is followed; one that
 is found in a folder is not, for it may lead to anything on this machine. Where it leads to what is
-among the inputs, that is read for its own sake.
+among the inputs, that is read for its own sake. In Hugging Face's cache the files lie in blobs/, under
+hashes, and the links to them in snapshots/ have their names: those are followed.
 """
 import difflib
 import glob
 import json
 import os
+import re
 import stat
 from typing import NamedTuple
 
@@ -107,6 +109,8 @@ OURS = {
 PARTIAL = '.partial'   # how the folder is called in which prepare.py works
 LINK = 'a link; name it, or what it leads to, to have that read'
 LOCK = 'prepare.lock'  # in it, tells it from another's
+CACHE = re.compile('(datasets|models|spaces)--')  # how a folder in Hugging Face's cache is called
+BLOBS = "of Hugging Face's cache: read by the names in snapshots/"
 SAVED_WITH = ('state.json', 'dataset_info.json')  # what Hugging Face's save_to_disk writes beside rows
 
 
@@ -183,6 +187,8 @@ def walk(folders, excludes, gitignore, walked):
             continue
         walked.add(folder)
         asides = saved_dataset(path, names)
+        if CACHE.match(os.path.basename(folder)) and 'snapshots' in names:
+            asides |= dict.fromkeys(('blobs', 'refs'), BLOBS)
         if gitignore and '.gitignore' in names:
             rules += ((len(inside), read_gitignore(os.path.join(path, '.gitignore'))),)
 
@@ -202,9 +208,9 @@ def walk(folders, excludes, gitignore, walked):
                 yield real, entry.path, excludes.reason(below, is_folder)
             elif excluded is None and is_ignored(below, is_folder, rules):
                 yield real, entry.path, 'ignored by .gitignore'
-            elif is_link:
+            elif is_link and not is_cached(folder, real):
                 yield real, entry.path, LINK if os.path.exists(entry.path) else 'a link that leads nowhere'
-            elif is_folder:
+            elif is_folder and not asides.get(entry.name):
                 waiting.append((real, entry.path, below + '/', rules))
             else:
                 yield real, entry.path, asides.get(entry.name, '')
@@ -340,6 +346,13 @@ def is_saved(names):
     """
     has_rows = any(name.endswith('.arrow') for name in names)
     return has_rows and set(SAVED_WITH) <= set(names)
+
+
+def is_cached(folder, real):
+    """Whether the file at `real` lies in Hugging Face's cache, and `folder` is among the snapshots of the same
+    dataset there. Both are real paths."""
+    root, snapshots, _ = (folder + os.sep).rpartition(f'{os.sep}snapshots{os.sep}')
+    return bool(snapshots) and os.path.dirname(real) == os.path.join(root, 'blobs') and os.path.isfile(real)
 
 
 def saved_dataset(path, names):
