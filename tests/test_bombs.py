@@ -143,6 +143,17 @@ def test_text_that_no_limit_before_has_seen(tmp_path, monkeypatch):
         assert SAID in report['skipped'][0]['reason'] and rows == b''
 
 
+def test_a_table_of_copies_is_no_bomb_at_once(tmp_path, monkeypatch):
+    """They take no room; but without end they are one."""
+    path = write(tmp_path / 'a.txt', 'x' * 100)
+    for n, is_bomb in (100, False), (3000, True):
+        monkeypatch.setattr(spool.archive, 'read', lambda *args, n=n: (('long enough ' * 100, True) for _ in range(n)))
+        report, _ = extracted(tmp_path, path, dedupe=True)
+        assert bool(report['skipped']) == is_bomb
+        assert is_bomb or report['copies'] == n - 1
+    assert SAID in report['skipped'][0]['reason']
+
+
 def test_copies_are_dropped_before_they_are_written(tmp_path, monkeypatch):
     path = write(tmp_path / 'a.txt', 'x' * 100_000)
     monkeypatch.setattr(spool, 'BLOCK', 5000)

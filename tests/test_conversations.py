@@ -7,6 +7,13 @@ from mambino.prepare import conversations, rendered
 from mambino.prepare.files import Notes, Skip
 
 pytestmark = pytest.mark.usefixtures('no_reader_left')
+
+
+def by_name(*messages):
+    names = {'user': 'Human', 'assistant': 'Assistant'}
+    return ''.join(f'\n\n{names[message["role"]]}: {message["content"]}' for message in messages)
+
+
 ROWS = {  # a row of each shape, and the messages it is
     'messages': lambda i: ({'messages': pair(i)}, pair(i)),
     'with a system': lambda i: ({'id': i, 'messages': said(('system', 'Be good.')) + pair(i)},
@@ -32,6 +39,10 @@ ROWS = {  # a row of each shape, and the messages it is
     'parts': lambda i: ({'messages': [turn(m['role'], [{'type': 'text', 'text': m['content']}]) for m in pair(i)]},
                         pair(i)),
     'speakers': lambda i: ({'conversation': [{'human': prose(i), 'assistant': prose(-i)}]}, pair(i)),
+    'a text and an answer to messages': lambda i: ({'prompt': pair(i)[:1], 'response': prose(-i)}, pair(i)),
+    'written by name': lambda i: ({'chosen': by_name(*pair(i)), 'rejected': by_name(*pair(-i))}, pair(i)),
+    'a prompt by name': lambda i: ({'prompt': by_name(pair(i)[0]) + '\n\nAssistant:', 'response': prose(-i)}, pair(i)),
+    'in turns': lambda i: ({'conversations': [prose(i), prose(-i)]}, pair(i)),
     'thoughts': lambda i: ({'question': prose(i), 'reasoning': prose(i, 30), 'answer': str(i)},
                            said(('user', prose(i)), ('assistant', f'{prose(i, 30)}\n\n{i}'))),
 }
@@ -47,8 +58,8 @@ def test_rows_are_messages_in_every_format(tmp_path, shape):
     made = [ROWS[shape](i) for i in range(1, N + 1)]
     rows, want = [row for row, _ in made], [messages for _, messages in made]
     for name, form in FORMATS.items():
-        if shape == 'squad' and form in ('csv', 'python'):
-            continue  # an object with a list in it is none of csv's
+        if shape in ('squad', 'in turns') and form in ('csv', 'python'):
+            continue  # an object with a list in it, or a list of texts, is none of csv's
         found, notes, facts = documents_of(save(tmp_path / name, rows, form))
         assert found == want, (name, found[:2])
         assert form == 'zip' or facts['as'].startswith('conversations'), (name, facts)
@@ -118,6 +129,28 @@ def test_what_stays_a_text(tmp_path, what):
     found, notes, _ = documents_of(path, text_column=text_column)
     assert all(isinstance(text, str) for text in found) and len(found) == N and not notes
     assert found == documents_of(path, '', text_column=text_column)[0]
+
+
+UNSAID = {  # rows that are read as texts, and what is said of them
+    'a message a row': (lambda i: {'role': 'user', 'parent_id': f'a{i}', 'text': prose(i)},
+                        'each message a text of its own, without role'),
+    'other roles': (lambda i: {'messages': [turn('usuario', prose(i)), turn('asistente', prose(i))]},
+                    'conversations of unknown roles, as text'),
+    'lists': (lambda i: {'id': i, 'data': [prose(i), prose(-i)]},
+              'lists as text; --conversations=true has the user and the assistant speak in turns'),
+    'a text beside': (lambda i: {'instruction': prose(i), 'output': prose(-i), 'text': prose(i, 30)},
+                      'text; instruction + output beside it is left out'),
+}
+
+
+@pytest.mark.parametrize('what', UNSAID)
+def test_what_might_be_a_conversation_is_told(tmp_path, what):
+    row, reason = UNSAID[what]
+    path = save(tmp_path / 'a.jsonl', [row(i) for i in range(1, N + 1)], 'lines')
+    found, _, facts = documents_of(path)
+    assert isinstance(found[0], str) and facts['as'] == reason
+    if what == 'lists':
+        assert documents_of(path, 'always')[0][0] == pair(1)
 
 
 def test_any_columns_are_a_conversation_where_a_person_says_so(tmp_path):

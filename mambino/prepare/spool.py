@@ -41,6 +41,7 @@ JUDGED = 1 << 13   # characters: so much of a source's beginning tells whether i
 SAMPLE = 80        # characters of its text, to be shown
 KNOWN = 50_000     # documents of a source, that later ones are compared with
 PACKING = 4        # times smaller than its text is a packed file, about
+COPIED = 0.1       # of its size a copy counts for what a file may hold: it takes time, and no room
 PULSE = 0.5        # seconds after which a task says how far it is
 KINDS = [*READERS, *archive.KINDS]  # their order is that of the numbers in `kind`
 ENDINGS = ('.text', '.rows', '.json')    # the report last: it says that the others are there
@@ -100,7 +101,7 @@ class Spool:
         self.write_rows()
         self.kind = kind
         self.mark = self.rows_file.tell()
-        self.bytes = 0      # of its text
+        self.bytes = 0      # of its text, COPIED of that of copies
         self.documents = 0
         self.known = set()  # hashes of its documents
         self.copies = 0     # documents that are among the known,
@@ -193,6 +194,7 @@ class Spool:
         block already, stays there.
         """
         self.dropped += 1
+        self.bytes -= int(sum(size for _, size, *_ in self.pieces) * (1 - COPIED))
         block, waiting, size = self.begun
         if block == len(self.blocks):
             del self.waiting[waiting:]

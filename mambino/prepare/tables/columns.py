@@ -42,6 +42,8 @@ ANSWERED = ['output', 'response', 'completion', 'answer', 'answers.text', 'answe
             'target', 'targets', 'assistant', 'bot', 'reply', 'code', 'rationale', 'reasoning']
 REASONED = ['reasoning', 'rationale', 'chain_of_thought', 'complex_cot', 'cot', 'thinking', 'explanation']  # between
 CHOICES = {'choices', 'options', 'endings', 'candidates', 'answers'}  # texts in there are parts of a question's
+# columns with the answers that there are to choose from, of which the answer is a number or a letter
+CHOICE = re.compile('choices(?:[.].*)?|options(?:[.].*)?|endings|(?:(?:choice|option|op|opt)[ _]?)?[abcd1234]')
 SUFFIXES = ['', '_text', 'text', '_pretokenized']  # input_text and target_text are input and target
 ONLY_WITH = {'source': ['target'], 'human': ['assistant', 'bot'], 'user': ['assistant', 'bot']}
 
@@ -145,12 +147,16 @@ def paired_by(suffix, profile, candidates):
 
     def is_short_answer(name):
         """Whether an answer is a number, a year or a word, by its column of the profile."""
-        what = trouble(profile[name])
-        is_choice = what == 'numbers' and {'choices', 'options'} & by_name.keys()
-        return what in ('', 'numbers', 'dates', 'codes') and not is_choice and name.lower() != 'code'
+        return trouble(profile[name]) in ('', 'numbers', 'dates', 'codes') and name.lower() != 'code'
+
+    def is_choice(name):
+        """Whether an answer is the number or the letter of one of those in other columns."""
+        of_one = max(profile[name]['width'] or [0]) == 1
+        return (of_one or trouble(profile[name]) == 'numbers') and any(map(CHOICE.fullmatch, by_name))
 
     for asked in filter(get, ASKED):
         answers = [name for name in ANSWERED if get(name, is_short_answer) and name in ONLY_WITH.get(asked, ANSWERED)]
+        answers = [name for name in answers if not is_choice(get(name, is_short_answer))]
         if not answers or get(asked) not in candidates:
             continue
         ask = get(asked)

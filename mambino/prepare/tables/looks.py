@@ -87,6 +87,7 @@ def new_column():
         'answers': 0,    # have an answer,
         'asks': 0,       # a question,
         'known': 0,      # and no roles but those that are known here
+        'lists': 0,      # lists of texts
         'width': [],     # [fewest, most] characters of a text
     }
 
@@ -156,6 +157,7 @@ def count(column, value, seen):
     seen.add(zlib.crc32(text[:LOOKED].encode('utf-8', 'replace')))
     fewest, most = column['width'] or (len(text), len(text))
     column['width'] = [min(fewest, len(text)), max(most, len(text))]
+    column['lists'] += turns.are_texts(value)
     is_talk, *more = turns.look(value)
     if is_talk or isinstance(value, dict) or isinstance(value, (list, tuple)) and isinstance(value[0], dict):
         column['talks'] += 1

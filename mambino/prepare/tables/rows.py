@@ -11,8 +11,8 @@ from mambino.prepare import conversations
 from mambino.prepare.conversations import TALK, normalised, pack
 from mambino.prepare.files import Skip
 from mambino.prepare.tables.cells import cell, cell_text, row_text
-from mambino.prepare.tables.talks import MESSAGES
-from mambino.prepare.tables.turns import turns_of, written
+from mambino.prepare.tables.talks import IN_TURNS, MESSAGES
+from mambino.prepare.tables.turns import in_turns, turns_of, written
 
 
 def rows_of(rows, options, notes):
@@ -83,6 +83,8 @@ def turns_in_row(row, speakers, odd):
     turns = []
     for name, who in speakers:
         value = cell(row, name)
+        if who == IN_TURNS:
+            return in_turns(value) if value else []
         if who == MESSAGES:
             inner = written(value)
             value = value if inner is None else inner

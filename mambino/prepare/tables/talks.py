@@ -11,6 +11,8 @@
 from mambino.configurator import fail
 from mambino.prepare.tables import columns
 from mambino.prepare.tables.cells import AS_IT_STANDS
+from mambino.prepare.tables.looks import trouble
+from mambino.prepare.tables.turns import SAYINGS
 
 AUTO, ALWAYS, AS_TEXT = 'auto', 'always', 'text'  # options['conversations']; '' is as text without a word
 MODES = {'auto': AUTO, 'true': ALWAYS, '1': ALWAYS, 'false': AS_TEXT, '0': AS_TEXT}  # what a person writes
@@ -18,6 +20,9 @@ SYSTEM = ('system', 'system_prompt', 'system_message', 'system_instruction')
 # pairs of columns that are no question and answer, though the names would do: a text and what became of it
 NO_QUESTIONS = ('source',)
 MESSAGES = 'messages'
+IN_TURNS = 'in turns'  # lists of texts, which the user and the assistant say in turns
+TURNS = ('messages', 'conversations', 'conversation')  # what columns of such lists are called
+OF_ONE = ('role', 'speaker', 'sender', 'parent_id')  # columns beside messages that are a row each
 IN_TEXT = 'conversations as text'  # what is said of them where they are not to be one
 
 
@@ -30,7 +35,7 @@ def mode_of(setting, why_no_talks):
 
 
 def speakers(chosen, profile, options):
-    """[[column, who speaks there: system, user, assistant, or MESSAGES for whole turns]] of the columns
+    """[[column, who speaks there: system, user, assistant, or MESSAGES and IN_TURNS for both]] of the columns
     that are read; [] where they are no conversation, or are not to be one."""
     mode = options.get('conversations')
     if mode not in (AUTO, ALWAYS) or not chosen or chosen == [AS_IT_STANDS]:
@@ -42,16 +47,18 @@ def in_columns(chosen, profile, is_asked, mode):
     """The same. is_asked: a person has named these columns."""
     names = [name for name in chosen if name in profile]
     with_turns = [name for name in names if is_answered(profile[name])]
+    if len(names) == 1 and are_lists(profile[names[0]]) and (mode == ALWAYS or names[0].lower() in TURNS):
+        return [[names[0], IN_TURNS]]
     if len(names) < 2 and not with_turns:
         return []
     if with_turns:
-        found = [[name, MESSAGES if columns.talks(profile[name]) else by_name(name, 'user')] for name in names]
+        found = [[name, speaker_in(name, profile)] for name in names]
     elif is_asked and mode == AUTO or base_of(names[-2]) in NO_QUESTIONS and mode == AUTO:
         return []
     elif mode == AUTO and not is_pair(names):
         return []
     else:
-        found = [[name, by_name(name, 'user')] for name in names[:-1]] + [[names[-1], 'assistant']]
+        found = [[name, speaker_in(name, profile)] for name in names[:-1]] + [[names[-1], 'assistant']]
         if len(names) > 2 and base_of(names[-2]) in columns.REASONED:
             found[-2][1] = 'assistant'
     if with_turns and not is_asked and not any(who == 'system' for _, who in found):
@@ -84,9 +91,16 @@ def base_of(name):
     return name.removesuffix(ends[0]) if ends else name
 
 
-def by_name(name, other):
-    """Who speaks in a column of this name: the system, or `other`."""
-    return 'system' if base_of(name) in SYSTEM else other
+def are_lists(column):
+    """Whether a column, of a profile, holds lists of texts."""
+    return column['lists'] > 0.9 * column['text']
+
+
+def speaker_in(name, profile):
+    """Who speaks in a column before the answer: both, the system, or the user."""
+    if columns.talks(profile[name]):
+        return MESSAGES
+    return 'system' if base_of(name) in SYSTEM else 'user'
 
 
 def said_of(chosen, found, profile, options):
@@ -96,13 +110,34 @@ def said_of(chosen, found, profile, options):
     if found:
         names = [name.lower() for name, _ in found]
         rejected = 'chosen' in names and any(name.lower() == 'rejected' for name in profile)
-        return {'as': 'conversations' + ', of answers those that were chosen' * rejected,
+        in_turns = any(who == IN_TURNS for _, who in found)
+        return {'as': 'conversations' + ', of answers those that were chosen' * rejected
+                + ', in which the user and the assistant take turns' * in_turns,
                 'columns': ' + '.join(columns.shown(name) for name, _ in found)}
     if mode == AS_TEXT and chosen != [AS_IT_STANDS] and in_columns(chosen, profile, bool(options['text_column']), AUTO):
         return {'as': IN_TEXT}
     if mode == AUTO and options['text_column'] and in_columns(chosen, profile, False, AUTO):
         return {'as': 'text; --conversations=true makes questions and answers of it'}
-    talking = [profile[name] for name in chosen if name in profile and columns.talks(profile[name])]
-    if mode in (AUTO, ALWAYS) and any(column['known'] and not column['answers'] for column in talking):
-        return {'as': 'conversations without answers, as text'}
+    if mode in (AUTO, ALWAYS) and chosen != [AS_IT_STANDS]:
+        reason = why_text([name for name in chosen if name in profile], profile, bool(options['text_column']))
+        return {'as': reason} if reason else {}
     return {}
+
+
+def why_text(names, profile, is_asked):
+    """What is said of columns that are read as a text though there may be a conversation; '' for others."""
+    talking = [profile[name] for name in names if columns.talks(profile[name])]
+    if talking:
+        is_known = any(column['known'] for column in talking)
+        return 'conversations without answers, as text' if is_known else 'conversations of unknown roles, as text'
+    if len(names) != 1 or is_asked:
+        return ''
+    name = names[0]
+    if are_lists(profile[name]) and name.lower() in (*columns.TALKS, 'data'):
+        return 'lists as text; --conversations=true has the user and the assistant speak in turns'
+    beside = [other for other in profile if other.lower() in OF_ONE]
+    if beside and name.lower() in SAYINGS:
+        return f'each message a text of its own, without {columns.shown(beside[0])}'
+    candidates = {other: column for other, column in profile.items() if column['text'] and not trouble(column)}
+    pair = columns.paired(profile, candidates) or []
+    return f'text; {columns.form_of(pair, profile)} beside it is left out' if pair and name not in pair else ''

@@ -8,9 +8,12 @@
     columns of turns       {'role': [one, ...], 'content': [one, ...]}
     speakers               [{'human': 'Hi', 'assistant': 'Hello'}]
     a tree of messages     a turn with its replies, and theirs
+    written                'Human: Hi\\n\\nAssistant: Hello'
+    taken in turns         ['Hi', 'Hello']: where the column says that these are turns
 """
 import ast
 import json
+import re
 import warnings
 from collections import Counter
 
@@ -25,6 +28,7 @@ SPEAKERS = ('system', *ASKING, *ANSWERING)
 REPLIES = ('replies', 'children')  # turns below a turn: a tree of messages
 CALLS = ('tool_calls', 'function_call')  # what an answer may be instead of a text
 LONGEST_WRITTEN = 1 << 22  # characters of a conversation that is written in a text
+SPOKEN = re.compile(r'(?:^|\n\n)(Human|Assistant):')  # before each turn of a conversation that is written as a text
 DECODER = json.JSONDecoder(strict=False)  # a tab within a string is a tab
 
 
@@ -126,12 +130,28 @@ def content_of(value, odd=None):
     return '\n'.join(filter(None, texts))
 
 
+def in_turns(texts):
+    """The same of a list of texts that two say in turns, the user first; None for anything else."""
+    if not are_texts(texts):
+        return None
+    return [('assistant' if i % 2 else 'user', text, 1) for i, text in enumerate(texts)]
+
+
+def are_texts(value):
+    """Whether this is a list of texts, and may be that of who speaks in turns."""
+    return isinstance(value, (list, tuple)) and len(value) > 1 and all(isinstance(text, str) for text in value)
+
+
 def written(text):
     """What a text says that is JSON, or a list as Python writes it, with objects in it: tables in csv
-    have conversations so. None for any other text."""
-    if not isinstance(text, str) or len(text) > LONGEST_WRITTEN or not text.lstrip().startswith(('[', '{')):
+    have conversations so; or that is 'Human: ...' and 'Assistant: ...'. None for any other text."""
+    if not isinstance(text, str) or len(text) > LONGEST_WRITTEN:
         return None
     text = text.strip()
+    if text.startswith('Human:') and '\n\nAssistant:' in text:
+        return spoken_in(text)
+    if not text.startswith(('[', '{')):
+        return None
     for read in DECODER.decode, ast.literal_eval:
         try:
             with warnings.catch_warnings():
@@ -141,6 +161,13 @@ def written(text):
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     return None
+
+
+def spoken_in(text):
+    """The turns of 'Human: Hi\\n\\nAssistant: Hello'; an answer that is still to come is none."""
+    _, *parts = SPOKEN.split(text)
+    turns = [{'role': who, 'content': what.strip()} for who, what in zip(parts[::2], parts[1::2])]
+    return turns if turns[-1]['content'] else turns[:-1]
 
 
 def look(value):
