@@ -207,15 +207,19 @@ def hold(folder):
             break
         os.close(number)            # its holder has ended just now, and taken the file away
     counting = None
+    identity = dict(pid=os.getpid(), host=socket.gethostname(),
+                    since=datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S'))
     if is_locked is None:
         try:
             watch(path)
+            write_holder(number, identity)
+            time.sleep(BEAT / 5)
+            if (other := holder_in(path)) not in (identity, {}):        # who began in the same moment
+                raise Held(other)
         except Held:
             os.close(number)
             raise
         counting = threading.Event()
-    identity = dict(pid=os.getpid(), host=socket.gethostname(),
-                    since=datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S'))
     write_holder(number, identity)
     held[key] = number, counting
     if counting:

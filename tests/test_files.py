@@ -104,6 +104,13 @@ def test_without_locks_the_holder_counts(tmp_path, monkeypatch):
     path.write_text(json.dumps(foreign))
     files.hold(tmp_path)                                    # nobody counts any more
     assert json.loads(path.read_text())['host'] != 'elsewhere'
+    files.release()
+
+    def watched(path):                                      # another sees nobody either, and writes last
+        monkeypatch.setattr(files, 'write_holder', lambda *_: path.write_text(json.dumps(foreign)))
+    monkeypatch.setattr(files, 'watch', lambda _: watched(path))
+    with pytest.raises(files.Held):
+        files.hold(tmp_path)
 
 
 # --- whole or not at all

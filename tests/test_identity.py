@@ -10,6 +10,7 @@ from helpers.runs import load, metrics, refused, script, train, write_text
 
 from mambino.train import identity
 from mambino.train.batches import open_dataset
+from mambino.train.progress import Progress
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 MORE = '--model=gpt --max_iters=15'
@@ -48,6 +49,12 @@ def test_who_names_it_goes_on_and_the_best_is_counted_anew(swapped, capsys):
     assert load('out/best.pt.old')['counters'] == then['counters']
     train('--model=gpt --max_iters=20')                     # it is the data of the run now
     assert 'counted anew' not in capsys.readouterr().out
+
+
+def test_a_best_of_other_data_is_known_after_a_kill():
+    """… that came before the first evaluation of the new data."""
+    assert Progress(step=12, evaluated=10).has_other_best
+    assert not Progress(step=12, evaluated=10, best_loss=2.0).has_other_best and not Progress().has_other_best
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])

@@ -201,6 +201,20 @@ def test_environments_that_can_be():
         assert processes.read_environment(environment) == expected
 
 
+def test_a_process_that_waits_for_others_ends_at_once(monkeypatch):
+    """… where torchrun asks for it: no handler would run meanwhile."""
+    seen = []
+    monkeypatch.setattr(processes, 'WORLD', 2)
+    monkeypatch.setattr(processes, 'summed', lambda *values: values)
+    monkeypatch.setattr(processes.dist, 'init_process_group', lambda _: seen.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        processes.start('cpu')
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIG_DFL]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
 def test_kills(tmp_path):

@@ -118,7 +118,10 @@ def resume(settings, explicit):
     was = {name: ckpt['settings'].get(name) for name in ('model', 'optimizer', *adapters.SETTINGS)}
     was |= ckpt['config']
     for name in [name for name in was if name in named]:
-        refuse_change(f'{latest} holds a run', name, was[name], named[name], settings['adapter'])
+        advice = 'choose another --out_dir, or begin anew with --init_from=scratch'
+        if settings['adapter']:
+            advice = 'or choose another --out_dir'
+        refuse_change(f'{latest} holds a run', name, was[name], named[name], advice)
 
     base = None
     if ckpt.get('adapter'):
@@ -141,7 +144,7 @@ def fine_tune(settings, explicit):
     was = {'model': base['kind']} | base['config']
     for name in [name for name in was if name in named]:
         holder = f'{init_from} holds a model'
-        refuse_change(holder, name, was[name], named[name], settings['adapter'])
+        refuse_change(holder, name, was[name], named[name], 'or choose another model to begin with')
     return Origin(base=base)
 
 
@@ -172,15 +175,11 @@ def named_for_model(explicit):
             if name in adapters.SETTINGS or not (is_unset(name, value) or name in may_change)}
 
 
-def refuse_change(holder, name, was, now, adapter):
+def refuse_change(holder, name, was, now, advice):
     """Ends the program if a setting that makes a run, or a model, what it is has another value
     now."""
-    if was == now:
-        return
-    advice = 'choose another --out_dir, or begin anew with --init_from=scratch'
-    if adapter:
-        advice = 'or choose another --out_dir'
-    fail(f'{holder} with {name}={was}, not {now}: leave the setting out to go on with it, {advice}')
+    if was != now:
+        fail(f'{holder} with {name}={was}, not {now}: leave the setting out to go on with it, {advice}')
 
 
 # --- settings: what they may be, and what the unset ones stand for --------------------------------

@@ -27,20 +27,22 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
     on block_size alone, so that the last bits of the loss, too, are the same whatever the memory,
     the batch size and the number of processes: fp32 sums of another batch differ in the seventh
     digit, those of bf16 sooner."""
-    net.eval()
     at_once = max(1, TOKENS // block_size)
     sums = []  # (nats, targets, bytes of text) of each dataset
-    for part in data.parts:
-        nats, targets, text_bytes = 0.0, 0, 0
-        own_batches = part.val_batches(at_once, block_size, eval_iters, processes.RANK, processes.WORLD)
-        for x, y in processes.in_step(own_batches):         # (B, T) each
-            counted = y[y >= 0]
-            nats += nats_of(net, x, y, device, dtype)
-            targets += len(counted)
-            if part.token_bytes is not None:
-                text_bytes += part.token_bytes[counted.numpy()].sum()
-        sums.append(summed(nats, targets, text_bytes))
-    net.train()
+    net.eval()
+    try:
+        for part in data.parts:
+            nats, targets, text_bytes = 0.0, 0, 0
+            own_batches = part.val_batches(at_once, block_size, eval_iters, processes.RANK, processes.WORLD)
+            for x, y in processes.in_step(own_batches):     # (B, T) each
+                counted = y[y >= 0]
+                nats += nats_of(net, x, y, device, dtype)
+                targets += len(counted)
+                if part.token_bytes is not None:
+                    text_bytes += part.token_bytes[counted.numpy()].sum()
+            sums.append(summed(nats, targets, text_bytes))
+    finally:
+        net.train()
     return val_result(data, sums)
 
 

@@ -62,7 +62,8 @@ class Progress:
 
     def __post_init__(self):
         self.saved = self.step or -1    # the step of the last checkpoint; -1: there is none
-        self.has_other_best = False     # best.pt is of losses that cannot be compared
+        # whether best.pt is of losses that cannot be compared: they were compared anew, and there is no best one since
+        self.has_other_best = self.evaluated >= 0 and self.best_loss == math.inf
         self.best_before = self.best_loss   # than that of the last evaluation, which may be the best
         self.is_full = False            # whether the last save failed for want of space
         self.tried_at = time.monotonic()    # when a checkpoint was written last, or could not be
