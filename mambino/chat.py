@@ -177,13 +177,16 @@ def plain(tok, messages):
         if not isinstance(role, str) or not role:
             raise ValueError(f'a message without a role: {str(message)[:60]!r}')
         rest = {key: value for key, value in message.items() if value is not None and key != 'content'}
-        if rest.get('tool_calls') and not tok.config.get('chat_template'):
+        if rest.get('tool_calls') and tok.config.get('chat_template', CHATML) == CHATML:
             raise ValueError('a message calls tools, and ChatML has no place for that')
         content = message.get('content')
         if content is not None or not rest.get('tool_calls'):
             rest['content'] = text_of(content)
         result.append(rest)
-    return json.loads(json.dumps(result))           # a template gets plain values, and its own
+    try:
+        return json.loads(json.dumps(result))       # a template gets plain values, and its own
+    except RecursionError:
+        raise ValueError('a message that nests too deep') from None
 
 
 def text_of(content):
@@ -311,7 +314,7 @@ def spans_of_answers(tok, messages, tools, chat):
             continue
         try:
             whole = written(tok, messages[:i + 1], False, tools) if i + 1 < len(messages) else chat
-            asked = written(tok, messages[:i], True, tools).text if i else ''
+            asked = text_before(tok, messages[:i], tools)
         except ValueError:          # a conversation that ends there is none to it
             continue
         start = len(asked) if whole.text.startswith(asked) else len(os.path.commonprefix((asked, whole.text)))
@@ -319,6 +322,16 @@ def spans_of_answers(tok, messages, tools, chat):
         if end > start and chat.text[:end] == whole.text[:end]:
             spans.append((start, end))
     return spans
+
+
+def text_before(tok, messages, tools):
+    """The text of messages that wait for an answer; '' if there are none and the template wants some."""
+    try:
+        return written(tok, messages, True, tools).text
+    except ValueError:
+        if messages:
+            raise
+        return ''
 
 
 def end_behind(whole, start, content):

@@ -12,6 +12,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import MappingView
 
 import jinja2
 from jinja2 import nodes
@@ -27,8 +28,14 @@ SIZE = 20_000_000       # characters and items that may be built, and so many ti
 TIMES = 200
 WIDEST = 10_000         # the largest number that a filter or a method takes, as a width
 # of Jinja's filters those that no template needs, and that build much from little
-LEFT_OUT = ('center', 'filesizeformat', 'pprint', 'random', 'urlencode', 'urlize', 'wordwrap', 'xmlattr')
+LEFT_OUT = ('batch', 'center', 'filesizeformat', 'pprint', 'random', 'slice', 'urlencode', 'urlize', 'wordwrap',
+            'xmlattr')
 METHODS_LEFT_OUT = ('encode', 'expandtabs', 'maketrans', 'translate')
+OF_LIST = 16            # what a list or dict costs besides its items
+CONTAINERS = (list, tuple, dict, MappingView)
+# filters that look at a container's items, and make no text of them
+OF_ITEMS = ('count', 'd', 'default', 'dictsort', 'first', 'groupby', 'items', 'last', 'length', 'list', 'map', 'max',
+            'min', 'reject', 'rejectattr', 'reverse', 'select', 'selectattr', 'sort', 'sum', 'unique')
 
 
 class Budget(threading.local):
@@ -36,22 +43,27 @@ class Budget(threading.local):
     rounds = 0
     size = 0
     until = 0.0
+    sizes = {}
 
     def begin(self, size):
         self.rounds = ROUNDS + size
         self.size = SIZE + TIMES * size
+        self.sizes = {}                         # of containers, by id: itself, that nobody else gets its id, and …
         self.until = time.monotonic() + SECONDS
 
     def take(self, size):
         self.size -= size
         if self.size < 0:
             raise SecurityError('it builds a text without end')
+        if time.monotonic() > self.until:
+            raise SecurityError('it does not come to an end')
 
     def tick(self):
         """A round of a loop, or a call. → '', so that a template may write it."""
         self.rounds -= 1
-        if self.rounds < 0 or self.rounds % 100 == 0 and time.monotonic() > self.until:
+        if self.rounds < 0:
             raise SecurityError('it does not come to an end')
+        self.take(0)
         return ''
 
 
@@ -62,14 +74,50 @@ BUDGET = Budget()
 
 def size_of(value):
     """Characters, or items."""
-    return len(value) if isinstance(value, (str, list, tuple, dict)) else 0
+    return len(value) if isinstance(value, (str, *CONTAINERS)) else 0
 
+
+def measured(value):
+    """(items, characters, levels) of a container and what is in it, one inside another, as often as it is
+    there: a few lists that each hold the one before twice have very many. Known of each from then on,
+    since no template changes one."""
+    known = BUDGET.sizes.get(id(value))
+    if known:
+        return known[1:]
+    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    BUDGET.take(len(parts))
+    items, characters, levels = OF_LIST + len(parts), 0, 1
+    for part in parts:
+        if isinstance(part, str):
+            characters += len(part)
+        elif isinstance(part, CONTAINERS):
+            more_items, more_characters, more_levels = measured(part)
+            items += more_items
+            characters += more_characters
+            levels = max(levels, 1 + more_levels)
+    BUDGET.sizes[id(value)] = value, items, characters, levels
+    return items, characters, levels
+
+
+def take_all(value, in_text=False, indent=0):
+    """Takes all that is in a container. in_text: with the characters of its texts, as where text is made of
+    it; indent: for each line of that and each level."""
+    if isinstance(value, CONTAINERS):
+        items, characters, levels = measured(value)
+        BUDGET.take(items * (1 + indent * levels) + (characters if in_text else 0))
+
+
+def text_size(value):
+    """Characters of a value as text, about."""
+    if isinstance(value, CONTAINERS):
+        return sum(measured(value)[:2])
+    return len(value) if isinstance(value, str) else len(str(value))
 
 def check_format(text, arguments):
     """A format, % or {}, may not be wide nor take the same long argument again and again."""
-    if re.search(r'\d{5}|%[^a-z%]*\*|:[^{}]*\{', text):
+    if re.search(r'\d{5}|%[^a-z%]*\*|:[^{}:]*\{', text):
         raise SecurityError('it formats a value too wide')
-    BUDGET.take((text.count('%') + text.count('{')) * sum(len(str(value)) for value in arguments))
+    BUDGET.take((text.count('%') + text.count('{')) * sum(map(text_size, arguments)))
 
 
 def check_call(name, subject, arguments):
@@ -77,7 +125,11 @@ def check_call(name, subject, arguments):
     for value in arguments:
         if isinstance(value, int) and abs(value) > WIDEST:
             raise SecurityError(f'it calls {name} with {value if abs(value) < 10**20 else "a huge number"}')
-    if name == 'replace' and len(arguments) >= 2 and isinstance(subject, str):
+    if name == 'sum' and any(isinstance(value, CONTAINERS) for value in arguments):
+        raise SecurityError('it adds up lists')
+    if name in ('split', 'rsplit', 'splitlines') and isinstance(subject, str):
+        BUDGET.take(8 * len(subject))           # many little texts
+    elif name == 'replace' and len(arguments) >= 2 and isinstance(subject, str):
         old, new = str(arguments[0]), str(arguments[1])
         BUDGET.take(len(subject) + subject.count(old) * len(new))
     elif name == 'join':
@@ -91,8 +143,6 @@ def check_call(name, subject, arguments):
         BUDGET.take(len(subject) + subject.count('\n') * (width if isinstance(width, int) else len(str(width))))
     elif name == 'format' and isinstance(subject, str):
         check_format(subject, arguments)
-    elif name in ('batch', 'slice') and arguments:
-        BUDGET.take(arguments[0] if isinstance(arguments[0], int) else 0)
 
 
 def guarded(name, function):
@@ -103,16 +153,34 @@ def guarded(name, function):
     def call(*args, **kwargs):
         subject, *arguments = args[passes:]
         BUDGET.take(size_of(subject))       # it may go through all of it
+        for value in (subject, *arguments, *kwargs.values()) if name not in OF_ITEMS else ():
+            take_all(value, in_text=True)
         check_call(name, subject, [*arguments, *kwargs.values()])
         result = function(*args, **kwargs)
         BUDGET.take(size_of(result))
+        take_all(result)
         return result
     return call
 
 
+def guarded_test(function):
+    """A test of Jinja's, in which time counts: a filter may ask it of each of many."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        BUDGET.take(1)
+        return function(*args, **kwargs)
+    return call
+
+
+def to_be_shown(value):
+    """A value of which text is to be made."""
+    take_all(value, in_text=True)
+    return value
+
+
 def joined(parts):
     """str.join, for which texts count."""
-    parts = [str(part) for part in parts]
+    parts = [str(to_be_shown(part)) for part in parts]
     BUDGET.take(sum(map(len, parts)))
     return ''.join(parts)
 
@@ -120,7 +188,8 @@ def joined(parts):
 # --- Jinja, bounded -------------------------------------------------------------------------------
 
 class Generator(CodeGenerator):
-    """Jinja's compiler, whose ~ counts what it builds."""
+    """Jinja's compiler, whose ~ and whose lists count what they build, and whose comparisons and parts of texts
+    see what time it is."""
 
     def visit_Concat(self, node, frame):
         self.write('environment.concat((')
@@ -128,6 +197,33 @@ class Generator(CodeGenerator):
             self.visit(part, frame)
             self.write(', ')
         self.write('))')
+
+    def visit_List(self, node, frame):
+        self.write('environment.built(')
+        super().visit_List(node, frame)
+        self.write(')')
+
+    def visit_Dict(self, node, frame):
+        self.write('environment.built(')
+        super().visit_Dict(node, frame)
+        self.write(')')
+
+    def visit_Tuple(self, node, frame):
+        if node.ctx != 'load':              # names to assign to
+            return super().visit_Tuple(node, frame)
+        self.write('environment.built(')
+        super().visit_Tuple(node, frame)
+        self.write(')')
+
+    def visit_Compare(self, node, frame):
+        self.write('(environment.watch() or ')
+        super().visit_Compare(node, frame)
+        self.write(')')
+
+    def visit_Getitem(self, node, frame):
+        self.write('(environment.watch() or ')
+        super().visit_Getitem(node, frame)
+        self.write(')')
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -147,6 +243,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def tick(self):
         return BUDGET.tick()
 
+    def watch(self):
+        """→ None. What comes next takes a while of a long text."""
+        BUDGET.take(1)
+
+    def built(self, value):
+        """A list, tuple or dict that a template writes."""
+        take_all(value)
+        return value
+
     def call_binop(self, context, operator, left, right):
         if operator == '%' and isinstance(left, str):
             check_format(left, right if isinstance(right, tuple) else (right,))
@@ -160,7 +265,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             BUDGET.take(size_of(left) + size_of(right))
         result = super().call_binop(context, operator, left, right)
         BUDGET.take(result.bit_length() ** 2 // 1000 if isinstance(result, int) else size_of(result))
-        return result
+        if operator == '+' and isinstance(result, (list, tuple)):       # one of all messages grows so by each
+            one, other = measured(left), measured(right)
+            BUDGET.sizes[id(result)] = (
+                result, one[0] + other[0] - OF_LIST, one[1] + other[1], max(one[2], other[2]))
+        return self.built(result)
 
     def is_safe_attribute(self, obj, attr, value):
         left_out = isinstance(obj, str) and attr in METHODS_LEFT_OUT
@@ -171,6 +280,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         subject = getattr(function, '__self__', None)
         if isinstance(subject, (str, list, dict)):
             check_call(function.__name__, subject, [*args, *kwargs.values()])
+        take_all([args, kwargs])        # which may become a tuple and a dict
         result = super().call(context, function, *args, **kwargs)
         BUDGET.take(size_of(result))
         return result
@@ -207,6 +317,9 @@ class Namespace(jinja2.utils.Namespace):
             raise SecurityError(f'it sets {name}')
         super().__setitem__(name, value)
 
+    def __repr__(self):
+        return '<Namespace>'                # whatever it holds
+
 
 def raise_exception(message):
     """What a template calls to refuse a conversation."""
@@ -215,6 +328,8 @@ def raise_exception(message):
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """As transformers' filter: nothing is escaped for HTML."""
+    if indent is not None:
+        take_all(value, indent=indent if isinstance(indent, int) else len(str(indent)))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -229,9 +344,11 @@ def compiled(template):
     """The template as Jinja has it. ValueError where it is none."""
     if len(template) > LONGEST_TEMPLATE:
         raise ValueError(f'its chat template has {len(template):,} characters, more than {LONGEST_TEMPLATE:,}')
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Answers, loopcontrols])
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Answers, loopcontrols],
+                      finalize=to_be_shown)
     filters = {**sandbox.filters, 'tojson': to_json}
     sandbox.filters = {name: guarded(name, function) for name, function in filters.items() if name not in LEFT_OUT}
+    sandbox.tests = {name: guarded_test(function) for name, function in sandbox.tests.items()}
     del sandbox.globals['lipsum']
     sandbox.globals |= dict(raise_exception=raise_exception, strftime_now=strftime_now, namespace=Namespace)
     BUDGET.begin(len(template))         # of constants

@@ -1,14 +1,16 @@
 """Conversations as ids: those of transformers, what is learned of them, what nobody can forge, and what
 a template from outside cannot do."""
 import json
+import random
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from helpers import foreign
 from helpers.talks import FAMILIES, SYSTEM, TALK, write_family
 
-from mambino import chat, tokenizer
+from mambino import chat, templates, tokenizer
 from mambino.chat import encode_chat, encode_prompt_of, visible
 from mambino.export.special_tokens import special_tokens
 from mambino.export.to_hf import write_tokenizer
@@ -182,6 +184,44 @@ def test_templates_of_an_odd_kind(template, learned, trouble):
                        for i in ids[ids >= 0]) == learned
 
 
+CONTENTS = [
+    '', '\n', '\n\n', ' ', ' \n x', '\nSo', 'So\n', 'So\n\n', 'assistant\n', '<|im_end|>', '<|im_', '<|endoftext|>',
+    '<|im_start|>user\nHi<|im_end|>\n', '日本語 😀', '\u0301e', 'a\x00b', '\r\n', '\ufdd0', "don't  stop   ", '\ud83d',
+    'x' * 5000, None, [{'type': 'text', 'text': 'in '}, {'type': 'text', 'text': 'parts'}]]
+
+
+def test_chatml_by_its_short_way_is_what_its_template_writes(monkeypatch):
+    """Ids, and what of them is learned, whatever stands in the messages."""
+    tok = chatml()
+    rng = random.Random(1)
+    talks = [[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': content}] for content in CONTENTS]
+    roles = ['system', 'user', 'assistant', 'assistant', 'tool', 'a\nb', '<|im_end|>']
+    for _ in range(60):
+        talks.append([{'role': rng.choice(roles), 'content': rng.choice(CONTENTS)} for _ in range(rng.randint(1, 6))])
+    short = [encode_chat(tok, talk).tolist() for talk in talks]
+    monkeypatch.setattr(tok, 'fast', None)
+    for talk, ids in zip(talks, short):
+        assert encode_chat(tok, talk).tolist() == ids, talk
+
+
+@pytest.mark.parametrize('config', [{}, {'chat_template': chat.CHATML}])
+@pytest.mark.parametrize('content', [None, 'Let me look.'])
+def test_chatml_has_no_place_for_calls(config, content):
+    """Also of a dataset that has ChatML by name, and to which more is appended."""
+    tok = chatml()
+    tok.config = config
+    with pytest.raises(ValueError, match='no place'):
+        encode_chat(tok, [TALK[0], {'role': 'assistant', 'content': content, 'tool_calls': [{'name': 'f'}]}])
+
+
+def test_a_message_that_nests_deep_is_a_line():
+    deep = []
+    for _ in range(20_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match='deep'):
+        encode_chat(chatml(), [{'role': 'user', 'content': 'Hi', 'more': deep}])
+
+
 # --- what a template cannot do --------------------------------------------------------------------
 
 @pytest.mark.parametrize('template', [
@@ -203,6 +243,46 @@ def test_a_bomb_is_a_line(template):
     with pytest.raises(ValueError) as error:
         render(template, dict(messages=TALK))
     assert '\n' not in str(error.value) and time.process_time() - began < 30
+
+
+@pytest.mark.parametrize('step', [
+    'set n.x = [n.x, n.x]', 'set n.x = (n.x, n.x)', 'set n.x = dict(a=n.x, b=n.x)', 'set n.x = cycler(n.x, n.x).items',
+    'set n.x = [n.x] + [n.x]', 'set n.x = [n.x] * 2', 'set _ = f(n.x, n.x)', 'set n.x = n.x|groupby(0)'])
+@pytest.mark.parametrize('use', ["{{ n.x }}", "{{ n.x|tojson }}", "{{ n.x == [n.x] }}", "{{ {n.x: 1} }}", ''])
+def test_lists_that_hold_the_same_twice_end_in_a_line(step, use, monkeypatch):
+    """Ninety steps make few lists, and 2**90 places in them."""
+    monkeypatch.setattr(templates, 'SIZE', 10**5)
+    template = ("{% set n = namespace(x=[1, 1]) %}{% macro f() %}{% set n.x = varargs %}{% endmacro %}"
+                "{% for i in range(90) %}{% " + step + " %}{% endfor %}" + use)
+    with pytest.raises(ValueError, match='without end|conversation'):
+        render(template, dict(messages=TALK))
+
+
+@pytest.mark.parametrize('template', [
+    "{{ [s] * 2000 }}", "{{ '%s' % ([s] * 2000) }}", "{{ [s] * 2000 ~ '' }}", "{{ [[s] * 2000]|join }}",
+    "{{ 'x'|replace('x', [s] * 2000) }}", "{{ ([1] * 9999)|tojson(indent=9999) }}", "{{ [[1]]|sum(start=[]) }}",
+    "{{ dict(a=[s] * 2000).values() }}"])
+def test_text_of_a_list_is_measured_before_it_is_made(template):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match='without end|adds up lists'):
+        render("{% set s = 'x' * 100000 %}" + template, dict(messages=TALK))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 50_000_000
+
+
+def test_a_format_is_looked_at_once():
+    began = time.process_time()
+    assert len(render("{{ (':' * 300000) % () }}", {})) == 300000
+    assert time.process_time() - began < 5
+
+
+def test_unrolled_work_is_timed(monkeypatch):
+    """Not only in loops is looked at the time."""
+    monkeypatch.setattr(templates, 'SECONDS', 0.2)
+    for work in ("x.count('ab')", "'ab' in x", 'x[1:]'):
+        with pytest.raises(ValueError, match='come to an end'):
+            render("{% set x = 'a' * 9000000 %}{% set y = [" + f'{work}, ' * 999 + '] %}', {})
 
 
 # --- what lies beside a tokenizer -----------------------------------------------------------------
