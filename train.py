@@ -242,7 +242,10 @@ for line in introduction(settings, net, data, adapter_record, micro_batch, memor
     say(line)
 if eval_only:
     rows = eval_iters if 'eval_iters' in explicit else 0
-    result = evaluate(net, data, block_size, rows, device, dtype)
+    try:
+        result = evaluate(net, data, block_size, rows, device, dtype)
+    except batches.Changed as changed:
+        fail(f'{changed}: was changed while it was read; run the same command again')
     values = [f'{name} {value:.4f}' for name, value in result.items() if value is not None]
     say(f'{out_dir}, step {progress.step}:', *values)
     leave()

@@ -366,8 +366,9 @@ def show_help(namespace, defaults, positional):
     rows = help_rows(namespace, defaults)
     arguments = {'config': '[config/file.py ...] ', 'inputs': '[file or folder ...] '}.get(positional, '')
     print((namespace.get('__doc__') or '').strip())
-    package = namespace.get('__package__')          # of what was started by python -m
-    program = f'-m {package}' if package else os.path.basename(namespace['__file__'])
+    program = os.path.basename(namespace['__file__'])
+    if namespace.get('__package__'):                # it was started by python -m
+        program = '-m ' + namespace['__spec__'].name.removesuffix('.__main__')
     print(f'\nusage: python {program} {arguments}[--name=value ...]')
     name_width = max((len('--' + row.name) for row in rows), default=0)
     value_width = min(24, max((len(row.value) for row in rows), default=0))

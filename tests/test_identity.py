@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers.runs import load, metrics, refused, script, train, write_text
 
-from mambino.train import identity
+from mambino.language_model import LanguageModel
+from mambino.train import evaluation, identity
 from mambino.train.batches import open_dataset
 from mambino.train.progress import Progress
 
@@ -82,6 +83,18 @@ def test_another_name_for_the_same_text_is_no_matter(finished, capsys):
     said = capsys.readouterr().out
     assert 'note' not in said and 'counted anew' not in said
     assert load()['settings']['dataset'] == 'elsewhere'
+
+
+def test_data_that_changes_under_an_evaluation(finished, capsys, monkeypatch):
+    path, forward = 'data/tiny/val.bin', LanguageModel.forward
+
+    def change(*arguments):
+        os.truncate(path, 400)
+        return forward(*arguments)
+    monkeypatch.setattr(LanguageModel, 'forward', change)
+    monkeypatch.setattr(evaluation, 'TOKENS', 8)
+    train('--eval_only', status=2)
+    refused(capsys, path, 'changed', 'same command')
 
 
 def test_a_mixture_with_one_part_changed(here, capsys):

@@ -69,3 +69,9 @@ def test_no_torch_is_needed():
     env = {**os.environ, 'PYTHONPATH': ROOT, 'PYTHONIOENCODING': 'ascii'}
     run = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.endswith('False\n'), run.stderr
+
+
+def test_help_says_what_to_type():
+    run = subprocess.run([sys.executable, '-m', 'mambino.bench.plot', '--help'], env={**os.environ, 'PYTHONPATH': ROOT},
+                         capture_output=True, encoding='utf-8')
+    assert run.returncode == 0 and 'usage: python -m mambino.bench.plot [file or folder' in run.stdout, run.stderr

@@ -206,13 +206,15 @@ def test_a_process_that_waits_for_others_ends_at_once(monkeypatch):
     seen = []
     monkeypatch.setattr(processes, 'WORLD', 2)
     monkeypatch.setattr(processes, 'summed', lambda *values: values)
-    monkeypatch.setattr(processes.dist, 'init_process_group', lambda _: seen.append(signal.getsignal(signal.SIGTERM)))
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    numbers = signal.SIGINT, signal.SIGTERM
+    monkeypatch.setattr(processes.dist, 'init_process_group', lambda _: seen.extend(map(signal.getsignal, numbers)))
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
     try:
         processes.start('cpu')
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert seen == [signal.SIG_DFL]
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+    assert seen == [signal.SIG_DFL] * 2
 
 
 @pytest.mark.slow

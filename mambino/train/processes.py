@@ -76,7 +76,8 @@ def start(device, parallel='ddp'):
     if WORLD > 1:
         # No handler of Python's runs while this waits for another process: torchrun would wait, and kill it after
         # half a minute. There is nothing to save before the loop.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         if 'TORCHELASTIC_RUN_ID' in os.environ:
             threading.Thread(target=end_with_torchrun, daemon=True).start()
         try:
