@@ -362,3 +362,48 @@ def test_a_template_that_writes_anew_what_was_read():
     assert later.ids_of('home?') == encode_prompt_of(tok, [*talk.messages, {'role': 'user', 'content': 'home?'}])
     session.tokens.extend(ids)
     assert session.tokens[:len(ids)].tolist() == ids == encode_prompt_of(tok, SYSTEM + TALK[:3])
+
+
+def answer_with(session, tok, ids, text, is_ended=True):
+    """Reads ids, and draws a text; is_ended: and the mark that ends an answer."""
+    session.reopen(tok, chat.end_ids(tok))
+    drawn = [*tok.encode(text).tolist(), *chat.end_ids(tok)[:is_ended]]
+    session.tokens.extend([*ids, *drawn])
+    session.unread = drawn[-1:]
+
+
+def test_a_system_message_is_said_once():
+    """The same command on another day says nothing twice; another message is said."""
+    tok, session = chatml(), Session(0)
+    for system, n in (('Be brief.', 1), ('Be brief.', 1), ('Be long.', 2), ('Be brief.', 3), ('Be brief.', 3)):
+        talk = Conversation(tok, session, system)
+        answer_with(session, tok, talk.ids_of('Hi'), 'Hello')
+        talk.answered()
+        assert [message['role'] for message in talk.messages].count('system') == n
+        visible_ids = visible(encode_chat(tok, talk.messages)).tolist()
+        assert session.tokens.tolist() == visible_ids[:-len(tok.encode('\n'))]
+
+
+def test_a_template_without_a_system_gets_it_before_the_question(capsys):
+    tok, session = chatml(), Session(0)
+    tok.config['chat_template'] = ("{% for message in messages %}{% if message.role == 'system' %}"
+                                   "{{ raise_exception('no system') }}{% endif %}{% endfor %}" + chat.CHATML)
+    for system, said in (('Be brief.', 'Be brief.\n\nHi'), ('Be brief.', 'Hi'), ('Be long.', 'Be long.\n\nHi')):
+        talk = Conversation(tok, session, system)
+        answer_with(session, tok, talk.ids_of('Hi'), 'Hello')
+        talk.answered()
+        assert talk.messages[-2] == {'role': 'user', 'content': said}
+    assert capsys.readouterr().err.count('before your line') == 2
+
+
+@pytest.mark.parametrize('text', ['Hel', '', '\n', ' Hello ', 'one\n\n', '<|im_start|>', 'What is it?'])
+def test_an_answer_that_was_broken_off_is_closed(text):
+    """By Ctrl-C, a stop or max_new_tokens: the next line is read behind the mark that ends an answer."""
+    tok, session = chatml(), Session(0)
+    talk = Conversation(tok, session)
+    answer_with(session, tok, talk.ids_of('Hi'), text, is_ended=False)
+    talk.answered()
+    end, begin = tok.hf.token_to_id('<|im_end|>'), tok.hf.token_to_id('<|im_start|>')
+    wanted = [end, *tok.encode('\n'), begin, *tok.encode('user\nAnd?'), end, *tok.encode('\n'), begin,
+              *tok.encode('assistant\n')]
+    assert talk.ids_of('And?') == wanted

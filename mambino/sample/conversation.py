@@ -7,11 +7,13 @@ what was read before.
     talk.answered()                     # and is one of the messages
 
 Where the template leaves earlier messages as they are, nothing is read twice. Where it writes them
-anew, as those do that forget what was thought, all is read anew, which is said once.
+anew, as those do that forget what was thought, all is read anew, which is said once. Where it takes no
+system message, that is put before the question, as prepare.py does with a dataset's.
 """
 import sys
 
 from mambino import chat
+from mambino.prepare.conversations import without_system
 from mambino.sample.text import chat_marks, chat_turn
 
 
@@ -36,24 +38,39 @@ class Conversation:
         is_known = session.talk.get('tokens') == len(session.tokens)
         self.messages = session.talk['messages'] if is_known else []
         self.goes_on = len(session.tokens) > 0 and not is_known
-        if system:
+        if system and not is_in_force(system, self.messages):
             self.messages = [*self.messages, {'role': 'system', 'content': system}]
         self.is_told = False
-        self.line = ''                              # the last one
+        self.said = []                              # messages, and the last line
         self.read = 0                               # tokens of the session before its answer
 
     def ids_of(self, line):
         """The ids to read before the answer to a line. ValueError says why there are none."""
         said = [*self.messages, {'role': 'user', 'content': line}]
-        ids = chat_turn(self.tok, said, first=not self.session.tokens)
-        if ids is None:
-            ids = chat_turn(self.tok, said, first=True)
+        try:
+            ids, is_anew = self.turn(said)
+        except ValueError:
+            mended = without_system(said[-2:])
+            if not mended:
+                raise
+            said = [*said[:-2], *mended]
+            ids, is_anew = self.turn(said)
+            print('note: the chat template of this model takes no system message here: it was put before your line',
+                  file=sys.stderr)
+        if is_anew:
             self.tell()
             self.session.begin_anew()
         ended = self.session.unread and self.session.unread[0] in self.ends     # is taken back, and read with ids
-        self.line = line
+        self.said = said
         self.read = len(self.session.tokens) - bool(ended) + len(ids)
         return ids
+
+    def turn(self, said):
+        """(the ids of messages to be read, whether nothing that was read before can stay)"""
+        ids = chat_turn(self.tok, said, first=not self.session.tokens)
+        if ids is not None:
+            return ids, False
+        return chat_turn(self.tok, said, first=True), True
 
     def tell(self):
         """Says once that nothing of the text before can stay."""
@@ -68,5 +85,13 @@ class Conversation:
         if drawn and drawn[-1] in self.ends:
             drawn.pop()
         text = self.tok.decode(drawn, begins=False).strip()
-        self.messages += [{'role': 'user', 'content': self.line}, {'role': chat.ANSWERS, 'content': text}]
+        self.messages = [*self.said, {'role': chat.ANSWERS, 'content': text}]
         self.session.talk = dict(tokens=len(self.session.tokens), messages=self.messages)
+
+
+def is_in_force(system, messages):
+    """Whether this is the latest that the system says in messages, as one of them or before a question."""
+    before_question = f'{system}\n\n'
+    told = [message['content'] for message in messages
+            if message['role'] == 'system' or message['content'].startswith(before_question)]
+    return bool(told) and (told[-1] == system or told[-1].startswith(before_question))
