@@ -62,7 +62,7 @@ def test_rows_are_messages_in_every_format(tmp_path, shape):
             continue  # an object with a list in it, or a list of texts, is none of csv's
         found, notes, facts = documents_of(save(tmp_path / name, rows, form))
         assert found == want, (name, found[:2])
-        assert form == 'zip' or facts['as'].startswith('conversations'), (name, facts)
+        assert facts['as'].startswith('conversations'), (name, facts)
         assert notes == [], name
 
 
@@ -136,6 +136,8 @@ UNSAID = {  # rows that are read as texts, and what is said of them
                         'each message a text of its own, without role'),
     'other roles': (lambda i: {'messages': [turn('usuario', prose(i)), turn('asistente', prose(i))]},
                     'conversations of unknown roles, as text'),
+    'few answers': (lambda i: {'messages': [turn('narrator', prose(i)), pair(i)[i % 3 // 2]]},
+                    'conversations, many of them without answers, as text'),
     'lists': (lambda i: {'id': i, 'data': [prose(i), prose(-i)]},
               'lists as text; --conversations=true has the user and the assistant speak in turns'),
     'a text beside': (lambda i: {'instruction': prose(i), 'output': prose(-i), 'text': prose(i, 30)},

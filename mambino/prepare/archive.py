@@ -25,6 +25,7 @@ from mambino.prepare.tables import looking
 KINDS = ('zip', 'tar')
 HEAD = 1 << 13  # characters of a member by which it is judged
 MOST_MEMBERS = 1_000_000
+MOST_FACTS = 3  # different ones of its members, that are told of an archive
 HELD = 1 << 24  # characters of a member that wait for the verdict on the whole of it
 
 
@@ -100,11 +101,20 @@ def documents_of(name, member, options, notes, left_out):
             raise Skip(f'{os.path.basename(name)}: {verdict}')
         yield from waiting
         own_notes += [verdict] if verdict else lines
+        gather(notes.facts, own_notes.facts)
     except Skip as reason:
         if passed_on and isinstance(reason, Bomb):
             raise Bomb(f'{os.path.basename(name)} in it {reason}') from None
         left_out[str(reason)] += 1
     notes += [f'{os.path.basename(name)}: {line}' for line in own_notes]
+
+
+def gather(facts, of_member):
+    """Adds what was decided of a member to the facts of its archive."""
+    for name, value in of_member.items():
+        before = facts[name].split('; ') if name in facts else []
+        if value not in before and len(before) <= MOST_FACTS:
+            facts[name] = '; '.join([*before, value if len(before) < MOST_FACTS else '...'])
 
 
 def plan_of(member, options):

@@ -137,8 +137,8 @@ def show(folder, meta, tok):
         print(f'{shown(split):<9}{"":>9}{counts}{bytes_per_token:>14.2f}')
     if meta.get('conversations'):
         shares = [f'{percent(n["learned"], n["tokens"])} of {shown(split)}' for split, n in meta['splits'].items()]
-        print(f'{meta["conversations"]:,} documents are conversations, of which the answers are learned: '
-              f'{", ".join(shares)} in tokens')
+        print(f'{meta["conversations"]:,} documents are conversations, of which the answers are learned. '
+              f'Of all tokens, {" and ".join(shares)} are learned')
     sizes = {split: n['tokens'] for split, n in meta['splits'].items()}
     share = sizes['val'] / max(1, sum(sizes.values()))
     if not meta['val_fraction'] / 4 < share < meta['val_fraction'] * 2.5:

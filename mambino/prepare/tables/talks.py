@@ -128,6 +128,8 @@ def why_text(names, profile, is_asked):
     """What is said of columns that are read as a text though there may be a conversation; '' for others."""
     talking = [profile[name] for name in names if columns.talks(profile[name])]
     if talking:
+        if any(column['answers'] for column in talking):
+            return 'conversations, many of them without answers, as text'
         is_known = any(column['known'] for column in talking)
         return 'conversations without answers, as text' if is_known else 'conversations of unknown roles, as text'
     if len(names) != 1 or is_asked:
