@@ -29,6 +29,7 @@ TOO_LONG = f'conversations are longer than {LONGEST:,} characters'
 LOST = (NO_ANSWER, NO_TURNS, TOO_LONG)
 SILENT = 'turns that say nothing were left out'
 CALLS = 'calls of tools were left out of conversations'
+THOUGHTS = 'thoughts beside answers were left out'
 REPLIES = 'other replies in trees of messages were left out: of each turn the first one is taken'
 QUESTION = 'conversations ended with no answer: what stands behind the last one was left out'
 PICTURES = 'parts of messages that are no text, as pictures, were left out'

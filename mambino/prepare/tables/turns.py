@@ -27,6 +27,8 @@ ANSWERING = ('assistant', 'bot', 'gpt', 'model', 'response', 'answer', 'output',
 SPEAKERS = ('system', *ASKING, *ANSWERING)
 REPLIES = ('replies', 'children')  # turns below a turn: a tree of messages
 CALLS = ('tool_calls', 'function_call')  # what an answer may be instead of a text
+THOUGHTS = ('reasoning_content', 'thinking')  # beside an answer
+LEARNED = ('train', 'training')  # false: it is read only, as with a weight of 0
 LONGEST_WRITTEN = 1 << 22  # characters of a conversation that is written in a text
 SPOKEN = re.compile(r'(?:^|\n\n)(Human|Assistant):')  # before each turn of a conversation that is written as a text
 DECODER = json.JSONDecoder(strict=False)  # a tab within a string is a tab
@@ -94,7 +96,9 @@ def own_turns(turn, odd=None):
     has_calls = any(turn.get(name) for name in CALLS)
     if odd is not None:
         odd[conversations.CALLS] += has_calls
-    weight = turn.get('weight', 1)
+        odd[conversations.THOUGHTS] += any(bool(turn.get(name)) for name in THOUGHTS)
+    is_read_only = turn.get('weight') in (0, '0') or any(turn.get(name) is False for name in LEARNED)
+    weight = 0 if is_read_only else 1
     if role is not None and names and turn.get(names[0]) is not role:
         said = content_of(turn[names[0]], odd)
         if said is None:
@@ -132,7 +136,7 @@ def content_of(value, odd=None):
 
 def in_turns(texts):
     """The same of a list of texts that two say in turns, the user first; None for anything else."""
-    if not are_texts(texts):
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         return None
     return [('assistant' if i % 2 else 'user', text, 1) for i, text in enumerate(texts)]
 
