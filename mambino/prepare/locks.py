@@ -6,6 +6,8 @@ import contextlib
 import os
 import socket
 
+from mambino import files
+
 
 class Held(Exception):
     """Another process has it; the message is which: ' (process 123 on host)', or '' where nobody can tell."""
@@ -16,7 +18,7 @@ def take(path):
     while True:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            lock = open(path, 'a+', encoding='utf-8')
+            lock = open(path, 'a+', encoding='utf-8', errors='replace')  # a host's name may be anything
         except FileNotFoundError:  # who had it before was just done, and has removed it
             continue
         close_unless_mine(lock)
@@ -34,20 +36,12 @@ def take(path):
 
 
 def close_unless_mine(lock):
-    """Locks an open file; Held, and it is closed, where another process has it."""
-    try:
-        if os.name == 'nt':
-            import msvcrt
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    """Locks an open file; Held, and it is closed, where another process has it. Some network file systems have
+    no locks."""
+    if files.lock(lock.fileno()) is False:
         holder = holder_of(lock)
         lock.close()
-        raise Held(holder) from None
-    except OSError:
-        pass  # some network file systems have no locks
+        raise Held(holder)
 
 
 def holder_of(lock):
@@ -55,6 +49,6 @@ def holder_of(lock):
     try:
         lock.seek(0)
         said = lock.read(200)
-    except (OSError, ValueError):  # Windows lets nobody read what is locked
+    except (OSError, ValueError):
         return ''
     return f' ({said})' if said else ''
