@@ -110,10 +110,11 @@ class Dataset:
     def is_same_text(self, split):
         """Whether the file at a split's path, which has another stamp than the one that is read, has its
         very bytes: then it is read from here on."""
-        path = self.paths[split]
+        path, digest = self.paths[split], self.digests.get(split, '')
         try:
             stamp = stamp_of(os.stat(path))
-            if stamp[0] != self.files[split][1][0] or sha256(path) != self.digests.get(split):
+            is_known = len(digest) == 64 and stamp[0] == self.files[split][1][0]    # pieces of a file prove nothing
+            if not is_known or sha256(path) != digest:
                 return False
             file = open(path, 'rb')
         except OSError:
