@@ -148,8 +148,7 @@ class Dataset:
             return sizes                                    # nothing is lost: val need not be read for it
         counts = np.zeros(len(sizes), np.int64)             # of each id in val
         for start in range(0, self.tokens['val'], 10_000_000):
-            ids = self.read('val')[start:start + 10_000_000]
-            ids = visible(ids)
+            ids = visible(self.read('val')[start:start + 10_000_000])
             counts += np.bincount(ids[ids < len(sizes)], minlength=len(sizes))
         total = counts @ sizes
         size = (self.meta or {}).get('splits', {}).get('val', {}).get('bytes')
