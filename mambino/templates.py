@@ -12,7 +12,6 @@ import json
 import re
 import threading
 import time
-from collections.abc import MappingView
 
 import jinja2
 from jinja2 import nodes
@@ -32,7 +31,7 @@ LEFT_OUT = ('batch', 'center', 'filesizeformat', 'pprint', 'random', 'slice', 'u
             'xmlattr')
 METHODS_LEFT_OUT = ('encode', 'expandtabs', 'maketrans', 'translate')
 OF_LIST = 16            # what a list or dict costs besides its items
-CONTAINERS = (list, tuple, dict, MappingView)
+CONTAINERS = (list, tuple, dict, *(type(view) for view in ({}.keys(), {}.values(), {}.items())))
 # filters that look at a container's items, and make no text of them
 OF_ITEMS = ('count', 'd', 'default', 'dictsort', 'first', 'groupby', 'items', 'last', 'length', 'list', 'map', 'max',
             'min', 'reject', 'rejectattr', 'reverse', 'select', 'selectattr', 'sort', 'sum', 'unique')
