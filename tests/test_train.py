@@ -30,7 +30,7 @@ from helpers.runs import (
     train,
 )
 
-from mambino.train import batches
+from mambino.train import batches, identity
 from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -279,7 +279,7 @@ def test_weight_decay_can_change_on_the_way(here):
 
 
 def test_more_tokens_a_step_go_on_where_the_text_was(here, monkeypatch):
-    from mambino.train import batches
+    from mambino.train import batches, identity
     seen, batch = [], batches.Dataset.batch
 
     def watched(self, indices, *rest):
@@ -298,8 +298,9 @@ def test_more_tokens_a_step_go_on_where_the_text_was(here, monkeypatch):
 def test_a_foreign_id_in_the_middle_of_a_run(here, capsys, monkeypatch, more):
     """In a file too large to be checked at the start."""
     monkeypatch.setattr(
-        batches.Dataset, '__post_init__', lambda self: setattr(self, 'token_bytes', None)
+        batches.Dataset, '__post_init__', lambda self: vars(self).update(token_bytes=None, is_masked=False)
     )
+    monkeypatch.setattr(identity, 'WHOLE', 0)
     ids = np.fromfile('data/tiny/train.bin', '<i4')
     # the first sequence of step 12, counted from 0
     x, _ = batches.open_dataset('tiny').batch(np.arange(4 * 12, 4 * 12 + 1), 16, 1337)

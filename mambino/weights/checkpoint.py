@@ -160,6 +160,12 @@ def load_checkpoint(path, read_shards=True):
     if not known or ckpt['format'] not in (FORMAT, IN_SHARDS):
         fail(f'{path}: checkpoint format {ckpt["format"]} of a {ckpt["kind"]}; this version reads '
              f'{FORMAT} and {IN_SHARDS}')
+    shared = ckpt.get('shards')
+    if ckpt['format'] == FORMAT and isinstance(shared, dict) and isinstance(shared.get('world'), int):
+        out_dir = os.path.dirname(path) or '.'
+        fail(f'{path}: was saved in shards by {shared["world"]} processes of an older version: '
+             'go on with that one, which leaves a whole file when it is stopped, or begin with '
+             f'{os.path.join(out_dir, "best.pt")}: --init_from={shlex.quote(out_dir)} --out_dir=another')
     try:
         config_class = MODELS[ckpt['kind']][1]
         soundness.check_contents(ckpt, config_class)
@@ -167,14 +173,11 @@ def load_checkpoint(path, read_shards=True):
         if not ckpt.get('shards'):
             check_tensors(ckpt)
             return ckpt
+        if ckpt['format'] != IN_SHARDS:
+            raise ValueError(f'shards do not belong to format {FORMAT}')
     except ValueError as error:
         fail(f'{path}: damaged, or not made by train.py: {error}')
 
-    if ckpt['format'] != IN_SHARDS:
-        out_dir = os.path.dirname(path) or '.'
-        fail(f'{path}: was saved in shards by {ckpt["shards"]["world"]} processes of an older version: '
-             'go on with that one, which leaves a whole file when it is stopped, or begin with '
-             f'{os.path.join(out_dir, "best.pt")}: --init_from={shlex.quote(out_dir)} --out_dir=another')
     ckpt['shards'] = shards_of(path, ckpt['shards']['step'])
     ckpt.setdefault('shard_files', None)    # an older version noted no checksums
     if read_shards:
