@@ -31,7 +31,7 @@ import os
 import shlex
 
 from mambino.configurator import configure, fail, require, shown
-from mambino.console import end_quietly
+from mambino.console import end_quietly, go_on_without_stdout
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
 inputs = []
@@ -126,6 +126,7 @@ def main():
         return
     output.check_free(folder, target)
     pool.begin(engine, workers)
+    go_on_without_stdout()  # the dataset is worth more than what is said of it
 
     with output.workplace(folder, target, tokenizer) as work:
         if append:  # the settings of what is there hold

@@ -225,7 +225,7 @@ optimizers = building.build_optimizers(
     net, optimizer, learning_rate, weight_decay, betas=(beta1, beta2), fused=is_fused)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # they would vanish unscaled
 data_record = identity.record(data, settings)
-progress = begin.restore(origin, optimizers, scaler, out_dir, data_record)
+progress = begin.restore(origin, [] if eval_only else optimizers, scaler, out_dir, data_record)
 lr_of = partial(
     get_lr, schedule=schedule, peak=learning_rate, end_lr=min_lr, warmup_iters=warmup_iters,
     decay_iters=lr_decay_iters or max_iters, decay_fraction=decay_fraction)

@@ -366,11 +366,12 @@ def build_model(settings, explicit, origin, data):
 
 def restore(origin, optimizers, scaler, out_dir, data_record):
     """The Progress of a run; if it goes on, the optimizers and the scaler of fp16 are as they were,
-    too. data_record: of identity.record."""
+    too. optimizers: none for an evaluation alone. data_record: of identity.record."""
     progress = Progress()
     ckpt = origin.ckpt
     if ckpt:
-        check_moved(ckpt, optimizers, latest_of(out_dir))
+        if optimizers:
+            check_moved(ckpt, optimizers, latest_of(out_dir))
         for opt, saved in zip(optimizers, ckpt['optimizers']):
             said_now = [{name: value for name, value in group.items() if name != 'params'}
                         for group in opt.param_groups]
