@@ -116,10 +116,10 @@ def flush(*folders):
             os.close(number)
 
 
-def try_to_write(folder):
-    """OSError if no file can be made in a folder, which is made if it is not there."""
-    os.makedirs(folder, exist_ok=True)
-    name = temporary(os.path.join(folder, 'try'))
+def try_to_write(path):
+    """OSError if a file of this name cannot be made; its folder is made if it is not there."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    name = temporary(path)
     create(name).close()
     os.remove(name)
 

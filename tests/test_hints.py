@@ -36,7 +36,7 @@ def test_settings_that_are_named_exist():
 
 
 def test_what_recipes_name_exists():
-    known = settings_of('train.py') | settings_of('prepare.py')
+    known = settings_of('train.py') | settings_of('prepare.py') | settings_of('sample.py')
     for path in tracked('config/*.py'):
         assert set(re.findall(r'--([a-z][a-z_0-9]+)', read(path))) <= known, path
 

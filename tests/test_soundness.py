@@ -105,7 +105,7 @@ def test_shapes_alone_are_those_of_the_model(name):
 
 
 def test_an_optimizer_of_other_shapes_is_refused():
-    from mambino.train.begin import build_optimizers
+    from mambino.train.building import build_optimizers
     ckpt = contents()
     net = loading.model_of(ckpt)
     optimizer, = build_optimizers(net, 'adamw')

@@ -206,7 +206,7 @@ def make_room(path):
     """The folder of a session that is to be written. If it cannot be, that is said here, and not
     when the text is there."""
     try:
-        files.try_to_write(os.path.dirname(path))
+        files.try_to_write(path)
         files.remove_leftovers(os.path.dirname(path), older=3600)   # no write takes that long
     except OSError as error:
         fail(f'{path}: cannot be written: {error}')
