@@ -375,5 +375,7 @@ trace.end()
 say(f'done: {step} steps, {progress.tokens_seen:,} tokens, '
     f'{datetime.timedelta(seconds=round(progress.seconds))} of training; '
     f'best val loss {progress.best_loss:.4f} in {best}')
-say(f'to read what it writes: python sample.py --out_dir={shlex.quote(out_dir)}')
+talks = any(part.is_masked for part in data.parts)  # of conversations the answers alone are learned
+say(f'to read what it writes: python sample.py --out_dir={shlex.quote(out_dir)}'
+    + ' --interactive=True --chat=True' * talks)
 leave()

@@ -279,7 +279,7 @@ def test_weight_decay_can_change_on_the_way(here):
 
 
 def test_more_tokens_a_step_go_on_where_the_text_was(here, monkeypatch):
-    from mambino.train import batches, identity
+    from mambino.train import batches
     seen, batch = [], batches.Dataset.batch
 
     def watched(self, indices, *rest):
