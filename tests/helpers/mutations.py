@@ -93,7 +93,7 @@ def damage_json(text, rng):
         return b'[' * 100_000
     try:
         contents = damage_values(json.loads(text), rng)
-    except ValueError:              # it is damaged already
+    except (ValueError, RecursionError):    # it is damaged already
         return damage_bytes(text, rng)
     try:
         text = json.dumps(contents)
