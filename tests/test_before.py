@@ -50,6 +50,12 @@ def test_samples(capsys, name):
     assert re.sub(r'(?m)^heal +=.*\n', '', text) == EXPECTED[name]['greedy']
 
 
+def test_a_session_begins_another(capsys):
+    copy = said(capsys, 'sample.py', '--out_dir=mamba2 --session=new --fork=tale', SAMPLE)
+    tale = said(capsys, 'sample.py', '--out_dir=mamba2 --session=tale', SAMPLE)
+    assert copy.splitlines()[-2:] == tale.splitlines()[-2:]
+
+
 @with_figure('score')
 def test_scores(capsys, name):
     text = said(capsys, 'sample.py', f'--out_dir={name} --device=cpu --dtype=float32 --score=score.txt')

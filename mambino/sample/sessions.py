@@ -110,9 +110,10 @@ class Session:
             tokens=torch.tensor(self.tokens, dtype=torch.int32),
             unread=self.unread,
             state={name: value.cpu() for name, value in self.state.items()},
-            logits=self.logits.cpu(),
             generator=self.generator.get_state(),
         )
+        if self.logits is not None:         # one of an older version, that was not gone on with, has none
+            contents['logits'] = self.logits.cpu()
         if self.talk:
             contents['talk'] = json.dumps(self.talk)
         contents['sha256'] = checksum(contents)
@@ -317,7 +318,8 @@ def is_tensor(value, dtype=None, ndim=None):
 
 def checksum(contents):
     """A hash of all that a session is."""
-    parts = {name: contents[name] for name in ('fingerprint', 'tokens', 'unread', 'logits', 'generator')}
+    names = ('fingerprint', 'tokens', 'unread', 'logits', 'generator')
+    parts = {name: contents[name] for name in names if name in contents}
     parts |= {f'state.{name}': value for name, value in contents['state'].items()}
     if 'talk' in contents:
         parts['talk'] = contents['talk']
