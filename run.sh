@@ -61,7 +61,7 @@ has_card() {  # of NVIDIA; in WSL too
 }
 
 torch() {  # the one without CUDA where nothing here could use that: it is a tenth as large. Elsewhere pip's usual one
-    local version installed
+    local version installed settings
     version=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.txt)
     installed=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2> /dev/null || true)
     case "${TORCH:-}" in
@@ -77,7 +77,9 @@ torch() {  # the one without CUDA where nothing here could use that: it is a ten
     if [ -z "${TORCH:-}" ]; then
         # what is there stays, and so does where the person has told pip to look
         [ -z "$installed" ] || return 0
-        ! "$python" -m pip config list | grep -Eq '(index-url|find-links|no-index)=' || return 0
+        # (all of it is read: where grep -q has seen enough, pip calls its closed pipe an error)
+        settings=$("$python" -m pip config list) || true
+        ! grep -Eq '(index-url|find-links|no-index)=' <<< "$settings" || return 0
         ! has_card || { echo 'torch is fetched with CUDA, for the NVIDIA card here: about 3 GB'; return 0; }
     fi
     echo 'torch is fetched for the CPU, without CUDA: about 200 MB (TORCH=cuda ./run.sh for the other)'

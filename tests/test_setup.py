@@ -11,7 +11,7 @@ PYTHON = '''#!/bin/sh
 echo "$@" >> "$LOG"
 case "$*" in
     *m.version*) [ -n "$INSTALLED" ] && echo "$INSTALLED" ;;
-    *"config list"*) echo "$CONFIG" ;;
+    *"config list"*) echo "$CONFIG"; seq 100000 || exit 1 ;;
     *whl/cpu*) exit "${INDEX:-0}" ;;
     *"pip install"*) exit "${PIP:-0}" ;;
 esac
