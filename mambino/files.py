@@ -182,8 +182,10 @@ def sha256(path):
     return state.hexdigest()
 
 
-def stamp_of(status):
-    """What of a file's status stays as long as nobody writes into it, or puts another in its place."""
+def stamp_of(file):
+    """What of a file, a path or the number of an open one, stays as long as nobody writes into it, or puts
+    another in its place. OSError if it is not there."""
+    status = os.stat(file)
     return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
@@ -196,19 +198,9 @@ def hold(folder):
     if key in held:
         return
     path = os.path.join(folder, LOCK)
-    while True:
-        number = open_lock(path)
-        is_locked = lock(number)
-        if is_locked is False:
-            holder = holder_in(path)
-            os.close(number)
-            raise Held(holder)
-        if is_same(number, path):
-            break
-        os.close(number)            # its holder has ended just now, and taken the file away
+    number, is_locked = take(path)
     counting = None
-    identity = dict(pid=os.getpid(), host=socket.gethostname(),
-                    since=datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S'))
+    identity = own_identity()
     if is_locked is None:
         try:
             watch(path)
@@ -225,6 +217,46 @@ def hold(folder):
     if counting:
         threading.Thread(target=count, args=(number, identity, counting), daemon=True).start()
     remove_leftovers(folder)
+
+
+def take(path):
+    """→ (the number of a lock file, to be left open; whether it is locked for this process, None where
+    there are no locks). Held if another process has it."""
+    while True:
+        number = open_lock(path)
+        is_locked = lock(number)
+        if is_locked is False:
+            holder = holder_in(path)
+            os.close(number)
+            raise Held(holder)
+        if is_same(number, path):
+            return number, is_locked
+        os.close(number)            # its holder has ended just now, and taken the file away
+
+
+def own_identity():
+    """What a lock file says of this process."""
+    since = datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S')
+    return dict(pid=os.getpid(), host=socket.gethostname(), since=since)
+
+
+@contextmanager
+def alone_in(folder):
+    """Meanwhile no other process is in here with the same folder: it is waited for. Where the system has
+    no such locks, nothing is."""
+    number = None
+    if os.name == 'posix':
+        import fcntl
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX)
+        except OSError:             # some network file systems
+            pass
+    try:
+        yield
+    finally:
+        if number is not None:
+            os.close(number)
 
 
 def release():

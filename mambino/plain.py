@@ -1,6 +1,7 @@
 """Plain values from outside: JSON of any depth, and whether a value is what it should be.
 
     header = parse_json(text)                   # ValueError for all that is none
+    text = json_text(raw)                       # of the bytes of a file
     whole(value, 0)                             # an int, no bool, from 0 to LARGEST
     number(value)                               # a finite int or float
 """
@@ -16,6 +17,12 @@ def parse_json(text, **options):
         return json.loads(text, **options)
     except RecursionError:
         raise ValueError('JSON that is nested too deeply') from None
+
+
+def json_text(raw):
+    """The text of JSON's bytes: UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+    UnicodeDecodeError, a ValueError, if they are none."""
+    return raw.decode(json.detect_encoding(raw)).removeprefix('\ufeff')
 
 
 def whole(value, least=None, most=LARGEST):

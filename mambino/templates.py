@@ -112,6 +112,7 @@ def text_size(value):
         return sum(measured(value)[:2])
     return len(value) if isinstance(value, str) else len(str(value))
 
+
 def check_format(text, arguments):
     """A format, % or {}, may not be wide nor take the same long argument again and again."""
     if re.search(r'\d{5}|%[^a-z%]*\*|:[^{}:]*\{', text):
@@ -197,32 +198,29 @@ class Generator(CodeGenerator):
             self.write(', ')
         self.write('))')
 
-    def visit_List(self, node, frame):
-        self.write('environment.built(')
-        super().visit_List(node, frame)
+    def write_within(self, beginning, visit, node, frame):
+        """What a visit writes, behind a beginning that opens a bracket."""
+        self.write(beginning)
+        visit(node, frame)
         self.write(')')
 
+    def visit_List(self, node, frame):
+        self.write_within('environment.built(', super().visit_List, node, frame)
+
     def visit_Dict(self, node, frame):
-        self.write('environment.built(')
-        super().visit_Dict(node, frame)
-        self.write(')')
+        self.write_within('environment.built(', super().visit_Dict, node, frame)
 
     def visit_Tuple(self, node, frame):
         if node.ctx != 'load':              # names to assign to
-            return super().visit_Tuple(node, frame)
-        self.write('environment.built(')
-        super().visit_Tuple(node, frame)
-        self.write(')')
+            super().visit_Tuple(node, frame)
+        else:
+            self.write_within('environment.built(', super().visit_Tuple, node, frame)
 
     def visit_Compare(self, node, frame):
-        self.write('(environment.watch() or ')
-        super().visit_Compare(node, frame)
-        self.write(')')
+        self.write_within('(environment.watch() or ', super().visit_Compare, node, frame)
 
     def visit_Getitem(self, node, frame):
-        self.write('(environment.watch() or ')
-        super().visit_Getitem(node, frame)
-        self.write(')')
+        self.write_within('(environment.watch() or ', super().visit_Getitem, node, frame)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):

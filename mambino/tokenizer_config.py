@@ -9,9 +9,10 @@ the template of a conversation.
 
 Kept are known keys, with values of their types and of sizes that make sense.
 """
-import json
 import os
 import secrets
+
+from mambino.plain import json_text, parse_json
 
 NAMES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 LONGEST_NAME = 200          # characters of a token's name
@@ -44,8 +45,8 @@ def read_json(path):
     if not os.path.isfile(path):
         return {}
     try:
-        value = json.loads(decoded(path))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(decoded(path))
+    except ValueError as error:
         raise ValueError(f'{path}: damaged JSON ({error}); copy or download it anew, or delete it') from None
     if not isinstance(value, dict):
         raise ValueError(f'{path}: JSON, but no object; copy or download it anew, or delete it')
@@ -56,8 +57,7 @@ def decoded(path):
     """The text of a file: UTF-8, UTF-16 or UTF-32, with a byte order mark or without."""
     try:
         with open(path, 'rb') as f:
-            raw = f.read()
-        return raw.decode(json.detect_encoding(raw)).removeprefix('\ufeff')
+            return json_text(f.read())
     except OSError as error:
         raise ValueError(f'{path}: cannot be read: {error.strerror}') from None
     except UnicodeDecodeError as error:

@@ -9,10 +9,10 @@
 A tokenizer.json (of the tokenizers library) is a pipeline: normalizer, pre_tokenizer, model,
 post_processor, and a decoder for the way back, which detokenizer.py reads.
 """
-import json
 import os
 
 from mambino.configurator import fail
+from mambino.plain import json_text, parse_json
 
 FILE = 'tokenizer.json'
 EOT = '<|endoftext|>'
@@ -51,9 +51,9 @@ def read(path):
     except OSError as error:
         fail(f'{file}: cannot be used as a tokenizer: {error}')
     try:
-        text = raw.decode(json.detect_encoding(raw)).removeprefix('\ufeff')
-        spec = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        text = json_text(raw)
+        spec = parse_json(text)
+    except ValueError as error:
         fail(f'{file}: cannot be used as a tokenizer: {what_else(raw, error)}')
     if not isinstance(spec, dict) or not isinstance(spec.get('model'), dict):
         fail(f'{file}: cannot be used as a tokenizer: JSON, but no tokenizer.json, which has a model in it; where '

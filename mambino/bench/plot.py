@@ -10,7 +10,6 @@ Nothing is needed but Python, and torch is not imported: a curve is there at onc
 is still being trained.
 """
 import html
-import json
 import math
 import os
 import shutil
@@ -18,6 +17,7 @@ import sys
 
 from mambino.configurator import configure, fail, require, shown
 from mambino.console import end_quietly
+from mambino.plain import parse_json
 
 to = ''                 # a file to write as well: curves.svg, or curves.html
 x = 'step'              # what the loss is drawn over: 'step', 'tokens' or 'hours' of training
@@ -47,10 +47,10 @@ def read_run(folder, x):
     last = 0, 0                                             # an evaluation tells its step alone
     for line in filter(bytes.strip, lines):
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             step = values['step']
             is_sound = is_number(step)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             is_sound = False
         if not is_sound:
             damaged += 1

@@ -16,9 +16,10 @@ import stat
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
+
+from mambino.files import alone_in, sha256
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'native.cpp')
 FLAGS = '-std=c++17', '-O3', '-fno-math-errno', '-fPIC', '-shared', '-w'
@@ -101,12 +102,6 @@ def trusted(path):
     return about.st_uid in (0, os.getuid()) and not about.st_mode & 0o022 and not stat.S_ISLNK(about.st_mode)
 
 
-def digest_of(path):
-    """That of a file's bytes, in 32 hex digits."""
-    with open(path, 'rb') as f:
-        return hashlib.sha256(f.read()).hexdigest()[:32]
-
-
 def kept(name):
     """The library that is kept for this key, root's or this user's; None if there is none that is
     whole."""
@@ -114,7 +109,7 @@ def kept(name):
         folder = folder_of(user)
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), f'native-{name}-*.so'))):
             try:
-                if trusted(folder) and trusted(path) and path.endswith(f'-{digest_of(path)}.so'):
+                if trusted(folder) and trusted(path) and path.endswith(f'-{sha256(path)[:32]}.so'):
                     return ctypes.CDLL(path)
             except OSError:             # gone meanwhile, not ours to read, or on a disk that runs nothing
                 pass
@@ -130,7 +125,7 @@ def made(name):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         if not trusted(folder):
             raise OSError('others can write to it')
-        with lock(folder):              # of several processes one compiles, the others wait
+        with alone_in(folder):          # of several processes one compiles, the others wait
             library = kept(name)
             if library is None:
                 try_room(folder)
@@ -162,18 +157,6 @@ def reason(error):
     return error.strerror or str(error)
 
 
-@contextmanager
-def lock(folder):
-    """Within, this process is alone in a folder; where locks do not work, perhaps not."""
-    import fcntl  # which Windows has not
-    with open(os.path.join(folder, 'lock'), 'ab') as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
-
-
 def try_room(folder):
     """OSError if a folder has no room for what a compiler writes."""
     handle, path = tempfile.mkstemp(dir=folder)
@@ -193,7 +176,7 @@ def compile_to(folder, name):
         with open(unfinished, 'rb') as f:
             os.fsync(f.fileno())
         os.chmod(unfinished, 0o755)
-        path = os.path.join(folder, f'native-{name}-{digest_of(unfinished)}.so')
+        path = os.path.join(folder, f'native-{name}-{sha256(unfinished)[:32]}.so')
         for old in glob.glob(os.path.join(glob.escape(folder), f'native-{name}-*.so')):
             os.remove(old)              # a damaged one
         os.replace(unfinished, path)

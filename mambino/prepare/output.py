@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mambino import files
 from mambino.configurator import fail
 from mambino.plain import number, parse_json, whole
-from mambino.prepare import exchange, locks, pool, report, spool, tokens, vocabulary
+from mambino.prepare import exchange, pool, report, spool, tokens, vocabulary
 from mambino.prepare.corpus import HASH, TooLittle
 from mambino.prepare.progress import Progress
 from mambino.prepare.sources import LOCK, OURS, PARTIAL
@@ -115,9 +116,11 @@ def open_work(folder):
     if os.path.isdir(work) and os.listdir(work) and not os.path.exists(os.path.join(work, LOCK)):
         fail(f'{work}: is in the way, and not of prepare.py\'s making; move it, or choose another --out')
     try:
-        lock = locks.take(os.path.join(work, LOCK))
-    except locks.Held as holder:
-        fail(f'{work}: another prepare.py{holder} is at work there; wait for it, or choose another --out')
+        lock = take_lock(work)
+    except files.Held as held:
+        pid, host = held.holder.get('pid'), held.holder.get('host')
+        who = f' (process {pid} on {host})' if pid else ''
+        fail(f'{work}: another prepare.py{who} is at work there; wait for it, or choose another --out')
     old = os.path.join(work, 'old')
     if os.path.isdir(old) and not os.path.lexists(folder):
         os.rename(old, folder)  # a kill in the middle of publish(): the new one was not there yet
@@ -128,6 +131,18 @@ def open_work(folder):
         else:
             os.remove(path)
     return lock
+
+
+def take_lock(work):
+    """The lock of a workplace, which is made, as an open file; files.Held where another process has it."""
+    while True:
+        os.makedirs(work, exist_ok=True)
+        try:
+            lock, _ = files.take(os.path.join(work, LOCK))
+        except FileNotFoundError:  # who had it before was just done, and has removed it
+            continue
+        files.write_holder(lock, files.own_identity())
+        return open(lock, 'r+b', buffering=0)
 
 
 def close_work(work, lock):

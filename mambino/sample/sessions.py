@@ -22,7 +22,6 @@ import re
 import shlex
 import sys
 from array import array
-from contextlib import contextmanager
 
 import torch
 
@@ -120,7 +119,7 @@ class Session:
         self.path = self.path or path
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with alone_in(os.path.dirname(path)):
+            with files.alone_in(os.path.dirname(path)):
                 if stamp_of(self.path) != self.stamp:
                     self.path = free_path(self.path)
                     print(f'note: {path} was saved by another process meanwhile, and stays; this text is kept as '
@@ -158,29 +157,9 @@ def free_path(path):
 def stamp_of(path):
     """What tells a file from one that takes its place; None if there is none."""
     try:
-        status = os.stat(path)
+        return files.stamp_of(path)
     except FileNotFoundError:
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-@contextmanager
-def alone_in(folder):
-    """Meanwhile no other process is in here with the same folder; where the system has no such locks,
-    none is waited for."""
-    number = None
-    if os.name == 'posix':
-        import fcntl
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX)
-        except OSError:             # some network file systems
-            pass
-    try:
-        yield
-    finally:
-        if number is not None:
-            os.close(number)
 
 
 def open_session(out_dir, name, fork, seed, fingerprint, device, vocab_size):

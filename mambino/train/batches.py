@@ -99,9 +99,9 @@ class Dataset:
             return np.zeros(0, self.dtype)
         if split not in self.files:
             file = open(self.paths[split], 'rb')
-            self.files[split] = file, stamp_of(os.fstat(file.fileno()))
+            self.files[split] = file, stamp_of(file.fileno())
         file, then = self.files[split]
-        if stamp_of(os.fstat(file.fileno())) != then and not self.is_same_text(split):
+        if stamp_of(file.fileno()) != then and not self.is_same_text(split):
             if processes.WORLD > 1:     # the others are in the step, and cannot save without this one
                 fail(f'{self.paths[split]}: was changed while training; put it back and run the same command again')
             raise Changed(self.paths[split])
@@ -112,14 +112,14 @@ class Dataset:
         very bytes: then it is read from here on."""
         path, digest = self.paths[split], self.digests.get(split, '')
         try:
-            stamp = stamp_of(os.stat(path))
+            stamp = stamp_of(path)
             is_known = len(digest) == 64 and stamp[0] == self.files[split][1][0]    # pieces of a file prove nothing
             if not is_known or sha256(path) != digest:
                 return False
             file = open(path, 'rb')
         except OSError:
             return False
-        if stamp_of(os.fstat(file.fileno())) != stamp:      # written while it was looked at
+        if stamp_of(file.fileno()) != stamp:      # written while it was looked at
             file.close()
             return False
         self.files[split] = file, stamp
@@ -130,7 +130,7 @@ class Dataset:
         are."""
         for split, (_, then) in list(self.files.items()):
             try:
-                now = stamp_of(os.stat(self.paths[split]))
+                now = stamp_of(self.paths[split])
             except OSError:
                 now = None
             if now != then and not self.is_same_text(split):

@@ -46,6 +46,7 @@ SIZES = {           # of about so many parameters, with a vocabulary of 16,384
 BATCH_SIZE = 16     # sequences at once where memory has room for them
 SOFTWARE = 4        # times that a precision is slower than fp32 which the processor does not have
 
+
 @dataclasses.dataclass
 class Origin:
     """What a run begins from. Neither: from nothing; both: an adapter in training, and the model it

@@ -16,6 +16,7 @@ import secrets
 
 from mambino import files
 from mambino.configurator import fail
+from mambino.plain import parse_json
 from mambino.train.processes import say
 
 RUN_FILE = 'wandb_id'           # in out_dir: which run of W&B it is
@@ -69,8 +70,8 @@ def logged_step(line):
     """The step of a line of metrics.jsonl; None if it tells none: a kill or a full disk cut it
     short, or something has damaged it."""
     try:
-        step = json.loads(line)['step']
-    except (ValueError, KeyError, TypeError, RecursionError):
+        step = parse_json(line)['step']
+    except (ValueError, KeyError, TypeError):
         return None
     return step if type(step) is int and step >= 0 else None
 
