@@ -134,6 +134,15 @@ def test_prepare_knows_no_torch():
     assert run.stdout == 'False\n', run.stderr
 
 
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'export.py'])
+def test_settings_are_read_before_torch_is_there(script):
+    command = [sys.executable, '-X', 'importtime', script, '--no_such_setting=1']
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and 'unknown setting' in run.stderr
+    modules = {line.rpartition('|')[2].strip() for line in run.stderr.split('\n')}
+    assert 'mambino.configurator' in modules and 'torch' not in modules
+
+
 def test_length_of_files():
     paths = tracked('*.py', '*.cpp', '*.h', '*.sh')
     assert not {path for path in paths if read(path).count('\n') > 450}
