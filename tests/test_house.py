@@ -8,16 +8,17 @@ import sys
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = {'prepare', 'train', 'sample', 'export'}
+SCRIPTS = {'prepare', 'train', 'sample', 'export', 'serve'}
 TOP = {
     'README.md', 'LICENSE', 'run.sh', 'requirements.txt', 'pyproject.toml', 'Dockerfile',
     'model_mamba.py', 'model_gpt.py', 'model_hybrid.py',
-    'prepare.py', 'train.py', 'sample.py', 'export.py',
+    'prepare.py', 'train.py', 'sample.py', 'export.py', 'serve.py',
     'config', 'data', 'docs', 'tests', 'mambino',
 }
 # A module's floor is that of the longest of these names it begins with. It imports lower floors, and its own folder.
 FLOORS = {
-    'prepare': 7, 'train': 7, 'sample': 7, 'export': 7, 'mambino.bench': 7,
+    'prepare': 7, 'train': 7, 'sample': 7, 'export': 7, 'serve': 7, 'mambino.bench': 7,
+    'mambino.serve': 6,
     'mambino.train': 5, 'mambino.sample': 5, 'mambino.export': 5,
     'mambino.weights': 4,
     'model_hybrid': 3.5, 'model_mamba': 3, 'model_gpt': 3,
@@ -134,7 +135,7 @@ def test_prepare_knows_no_torch():
     assert run.stdout == 'False\n', run.stderr
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'export.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'export.py', 'serve.py'])
 def test_settings_are_read_before_torch_is_there(script):
     command = [sys.executable, '-X', 'importtime', script, '--no_such_setting=1']
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

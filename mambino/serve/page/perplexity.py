@@ -1,0 +1,7 @@
+"""The panel Perplexity."""
+from nicegui import ui
+
+
+def show(library):
+    """Fills the panel."""
+    ui.label('Perplexity')

@@ -1,0 +1,7 @@
+"""The panel Train."""
+from nicegui import ui
+
+
+def show(library):
+    """Fills the panel."""
+    ui.label('Train')
