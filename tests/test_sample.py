@@ -14,7 +14,7 @@ from helpers.runs import POSIX, ROOT, cut, refused, script
 from helpers.sampling import KINDS, open_run
 
 from mambino import console, machine
-from mambino.sample import generation, terminal, text
+from mambino.sample import score, terminal, text
 from mambino.sample.generation import generate
 from mambino.weights import adapters, checkpoint, loading
 
@@ -161,8 +161,7 @@ def test_score_in_the_script(run, capsys, monkeypatch):
     monkeypatch.setattr('sys.stdin', open('score.txt', encoding='utf-8'))
     assert run('bpe', '--score=- --dtype=float32') == out
     assert 'loss' in run('char', '--score=score.txt')
-    monkeypatch.setattr(generation.F, 'cross_entropy',
-                        lambda logits, targets, reduction: torch.full((len(targets),), 800.0))
+    monkeypatch.setattr(score, 'logprobs_of', lambda logits, ids, n, vocab_size: [(-800.0, [])] * len(ids))
     # which no float can hold
     assert re.search('perplexity +inf', run('char', '--score=score.txt'))
 

@@ -357,16 +357,16 @@ def beam_search(net, prompt, beams, max_new_tokens, vocab_size, is_end, length_p
 
 
 @torch.no_grad()
-def token_losses(net, ids, before):
-    """Yields the nats (t,) of ids, a list, array or tensor, chunk after chunk; the first one's
-    after the ids `before`."""
+def token_logits(net, ids, before):
+    """Yields (logits (t, V), ids (t,)) of ids, a list, array or tensor, chunk after chunk: what the
+    model expects of each after all that stand before it, the first one after the ids `before`."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     *read, last = before
     state = prefill(net, read)[1] if read else None
     inputs = torch.cat((torch.tensor([last]), ids[:-1]))
     for idx, targets in zip(chunks(net, inputs), chunks(net, ids)):     # (1, t) each
         logits, state = step(net, idx, state)
-        yield require_finite(F.cross_entropy(logits[0].float(), targets[0], reduction='none'))
+        yield require_finite(logits[0]), targets[0]
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """How likely a text is to a model, and what it expected least.
 
     show_score(net, tok, 'book.txt', nullcontext())
+    for piece in token_scores(net, tok, ids, top=5):        # the same, token by token
+        for logprob, likeliest in piece: …
 
 The figures are those of train.py's evaluation: of the same text and model the very numbers of
 --eval_only. The text is read in windows of block_size tokens, each by itself, and the first token is
@@ -14,9 +16,10 @@ import heapq
 import math
 import sys
 import time
+from array import array
 
 from mambino.configurator import fail
-from mambino.sample.generation import token_losses, window_losses
+from mambino.sample.generation import logprobs_of, token_logits, window_losses
 from mambino.sample.text import read_text, token_text
 
 SURPRISES = 10          # tokens that a score lists
@@ -35,7 +38,7 @@ def show_score(net, tok, path, precision):
     if not ids:
         why = "has no ids in this model's tokenizer" if text else 'is empty'
         fail(f'score={path}: {why}, there is nothing to score')
-    total, worst = surprises(net, ids, tok.context())
+    total, worst = surprises(net, tok, ids)
     size = len(text.encode('utf-8'))
     with precision:
         nats, targets, target_bytes = as_evaluated(net, tok, ids, size)
@@ -78,22 +81,29 @@ def as_evaluated(net, tok, ids, size):
     return nats, len(sequence) - given, size * share
 
 
-def surprises(net, ids, before):
+def token_scores(net, tok, ids, top=0):
+    """Yields lists of (logprob, [(id, logprob), …]), one for each of a text's ids and piece after piece:
+    the id itself and so many likeliest in its place, with all the text before it."""
+    for logits, targets in token_logits(net, ids, tok.context()):
+        yield logprobs_of(logits, targets, top, tok.vocab_size)
+
+
+def total_nats(logprobs):
+    """The nats of all tokens of a text. Rounded once, so that the sum is the same to the last bit however the
+    text came in pieces, and wherever it is shown."""
+    return -math.fsum(logprobs)
+
+
+def surprises(net, tok, ids):
     """(nats of all ids, [(nats, position), …] of those that were expected least), each with all
     the text before it."""
-    total = 0.0
-    seen = 0                            # tokens
-    worst = []
+    logprobs = array('d')
     began = time.perf_counter()
-    for nats in token_losses(net, ids, before):             # (t,)
-        nats = nats.cpu()
-        total += nats.double().sum().item()
-        values, index = nats.topk(min(SURPRISES, len(nats)))
-        positions = (index + seen).tolist()
-        worst = heapq.nlargest(SURPRISES, worst + list(zip(values.tolist(), positions)))
-        seen += len(nats)
-        show_progress(seen, len(ids), time.perf_counter() - began, 'with all the text before')
-    return total, worst
+    for piece in token_scores(net, tok, ids):
+        logprobs.extend(logprob for logprob, _ in piece)
+        show_progress(len(logprobs), len(ids), time.perf_counter() - began, 'with all the text before')
+    worst = heapq.nsmallest(SURPRISES, zip(logprobs, range(len(ids))))
+    return total_nats(logprobs), [(-logprob, at) for logprob, at in worst]
 
 
 def around(tok, ids, at):
