@@ -198,3 +198,62 @@ def way(request, monkeypatch):
     if request.param == 'compiled' and native.library() is None:
         pytest.skip('no C++ compiler here: native.cpp is not tested')
     return request.param
+
+
+# --- to look at the page: test_page_use.py, test_page_runs.py, see helpers/browser.py
+
+@pytest.fixture(scope='module')
+def served_folder(trained_runs, tmp_path_factory):
+    """A copy of the two small runs and their datasets, for a server."""
+    copy = tmp_path_factory.mktemp('served')
+    shutil.copytree(trained_runs, copy, dirs_exist_ok=True)
+    return copy
+
+
+@pytest.fixture(scope='module')
+def server(served_folder):
+    """serve.py in that folder, a process of its own."""
+    for package in ('fastapi', 'uvicorn', 'nicegui'):
+        pytest.importorskip(package)
+    from helpers.browser import Server
+    server = Server(served_folder)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """A Chromium."""
+    from helpers.browser import open_browser
+    playwright, chromium = open_browser()
+    yield chromium
+    chromium.close()
+    playwright.stop()
+
+
+@pytest.fixture
+def watched_context(browser, server):
+    """A browser's profile in which the page's secret is known, and its Watched."""
+    from helpers.browser import PATIENCE, Watched
+    context = browser.new_context(viewport=dict(width=1280, height=800))
+    context.set_default_timeout(PATIENCE * 1000)
+    watched = Watched(context)
+    context.request.get(server.at('/'))         # takes the cookie
+    yield context, watched
+    context.close()
+
+
+@pytest.fixture
+def watched(watched_context):
+    """The Watched of page."""
+    return watched_context[1]
+
+
+@pytest.fixture
+def page(watched_context):
+    """A tab; when the test is over it has asked for nothing elsewhere and complained of nothing."""
+    context, watched = watched_context
+    yield context.new_page()
+    watched.check()
