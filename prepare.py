@@ -30,7 +30,7 @@ of the arguments, or how often the run was interrupted.
 import os
 import shlex
 
-from mambino.configurator import configure, fail, require, shown
+from mambino.configurator import configure, fail, require, shown, typed
 from mambino.console import end_quietly, go_on_without_stdout
 
 # files, folders, 'patterns/**/*.md', hf:name; none: the Python standard library, 10 MB of good code
@@ -185,7 +185,7 @@ def main():
     dataset = os.path.relpath(folder, os.path.realpath('data'))
     if dataset.startswith('..'):
         dataset = target
-    print(f'\nnow: python train.py {shown(shlex.quote(f"--dataset={dataset}"))}')
+    print(typed(f'\nnow: python train.py {shown(shlex.quote(f"--dataset={dataset}"))}'))
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ from functools import partial
 # one busy process steps are 2 to 10 times faster.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
-from mambino.configurator import configure, fail, find_settings
+from mambino.configurator import configure, fail, find_settings, typed
 from mambino.console import end_quietly, go_on_without_stdout
 
 # --- what and where
@@ -376,6 +376,6 @@ say(f'done: {step} steps, {progress.tokens_seen:,} tokens, '
     f'{datetime.timedelta(seconds=round(progress.seconds))} of training; '
     f'best val loss {progress.best_loss:.4f} in {best}')
 talks = any(part.is_masked for part in data.parts)  # of conversations the answers alone are learned
-say(f'to read what it writes: python sample.py --out_dir={shlex.quote(out_dir)}'
-    + ' --interactive=True --chat=True' * talks)
+say(typed(f'to read what it writes: python sample.py --out_dir={shlex.quote(out_dir)}'
+          + ' --interactive=True --chat=True' * talks))
 leave()

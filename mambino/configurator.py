@@ -39,8 +39,18 @@ LARGEST_CONFIG = 1 << 20    # bytes
 
 def fail(message):
     """One line to stderr and exit status 2: for everything that a user can cause."""
-    print('error: ' + shown(' '.join(str(message).split('\n'))), file=sys.stderr)
+    print('error: ' + shown(typed(' '.join(str(message).split('\n')))), file=sys.stderr)
     raise SystemExit(2)
+
+
+def typed(text):
+    """A text with our commands as this one was typed: python train.py, or mambino train where pip has made that
+    command (mambino/__main__.py)."""
+    command = os.environ.get('MAMBINO_COMMAND')
+    if not command:
+        return text
+    text = re.sub(r'\bpython (prepare|train|sample|export|serve)\.py\b', rf'{command} \1', text)
+    return re.sub(r'\b(torchrun( --\S+)*) train\.py\b', r'\1 -m mambino train', text)
 
 
 def shown(text):
@@ -249,6 +259,7 @@ def split_list(text, separator, whole=''):
 
 def run_config(path, current, defaults, namespace):
     """Executes one config file and returns what it set, as {name: value}."""
+    path = config_path(path, namespace['__file__'])
     if not os.path.isfile(path) or not path.endswith('.py'):
         refuse_config(path, defaults, namespace['__file__'])
     if os.path.getsize(path) > LARGEST_CONFIG:
@@ -280,11 +291,27 @@ def run_config(path, current, defaults, namespace):
     return values
 
 
+def config_path(path, script):
+    """The path of a config file: config/x.py is also found beside the script, if there is none here."""
+    beside = os.path.join(os.path.dirname(script), path)
+    return beside if is_recipe(path) and not os.path.lexists(path) and os.path.isfile(beside) else path
+
+
+def is_recipe(path):
+    """Whether a path is one of config/, wherever that is."""
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == 'config'
+
+
 def refuse_config(path, defaults, script):
     """What stands for a config file on the command line is none."""
     if path.partition('=')[0].replace('-', '_') in defaults:
         fail(f'{path}: is it a setting? write --{path}')
-    trouble = 'a config file ends in .py' if os.path.exists(path) else 'no such config file'
+    trouble = 'a config file ends in .py'
+    if not os.path.exists(path):
+        folder = os.path.dirname(os.path.abspath(script))
+        trouble = 'no such config file'
+        if is_recipe(path) and folder != os.getcwd():
+            trouble += f', neither here nor in {folder}'
     if os.path.exists(path) and not os.path.isfile(path):
         trouble = 'a folder, no config file' if os.path.isdir(path) else 'no ordinary file'
     fail(f'{path}: {trouble}{nearest_config(path, script)}')
@@ -293,17 +320,15 @@ def refuse_config(path, defaults, script):
 def nearest_config(path, script):
     """', did you mean config/x.py?' with the nearest file in config/ here or beside the script; ''
     if there is none."""
-    configs = {}
+    configs = set()
     for folder in ('config', os.path.join(os.path.dirname(script), 'config')):
         if os.path.isdir(folder):
-            for name in sorted(os.listdir(folder)):
-                if name.endswith('.py'):
-                    configs.setdefault(name, os.path.join(folder, name))
+            configs.update(name for name in os.listdir(folder) if name.endswith('.py'))
     wanted = os.path.basename(path)
     if not wanted.endswith('.py'):
         wanted += '.py'
-    near = difflib.get_close_matches(wanted, configs, n=1, cutoff=0)
-    return f', did you mean {configs[near[0]]}?' if near else ''
+    near = difflib.get_close_matches(wanted, sorted(configs), n=1, cutoff=0)
+    return f', did you mean {os.path.join("config", near[0])}?' if near else ''
 
 
 # --- --help ---------------------------------------------------------------------------------------
@@ -365,11 +390,11 @@ def show_help(namespace, defaults, positional):
     comment beside."""
     rows = help_rows(namespace, defaults)
     arguments = {'config': '[config/file.py ...] ', 'inputs': '[file or folder ...] '}.get(positional, '')
-    print((namespace.get('__doc__') or '').strip())
+    print(typed((namespace.get('__doc__') or '').strip()))
     program = os.path.basename(namespace['__file__'])
     if namespace.get('__package__'):                # it was started by python -m
         program = '-m ' + namespace['__spec__'].name.removesuffix('.__main__')
-    print(f'\nusage: python {program} {arguments}[--name=value ...]')
+    print(typed(f'\nusage: python {program} {arguments}[--name=value ...]'))
     name_width = max((len('--' + row.name) for row in rows), default=0)
     value_width = min(24, max((len(row.value) for row in rows), default=0))
     indent = name_width + value_width + 6

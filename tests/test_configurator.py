@@ -218,6 +218,26 @@ def test_a_list_may_hold_its_separator(text, parts):
     assert split_list(text, ',') == parts
     assert split_list(text.replace(',', '|'), '|') == [part.replace(',', '|') for part in parts]
 
+def test_a_recipe_is_found_beside_the_script_too(script, refused, tmp_path, monkeypatch, capsys):
+    config('a.py', 'batch_size = 3\n')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    assert script('config/a.py')[0] == {'batch_size': 3}
+    capsys.readouterr()
+    where = f'neither here nor in {tmp_path}'
+    assert refused('config/b.py') == f'error: config/b.py: no such config file, {where}, did you mean config/a.py?\n'
+    for path in ('a.py', '../config/../elsewhere/a.py', 'config/../../elsewhere/b.py'):
+        assert 'neither' not in refused(path)
+    os.mkdir('config')
+    config('a.py', 'batch_size = 4\n')
+    assert script('config/a.py')[0] == {'batch_size': 4}        # the one here goes before
+    capsys.readouterr()
+    assert refused(config('bad.py', 'x = 1\n')).startswith('error: config/bad.py:1: unknown setting')
+    os.remove('config/a.py')
+    os.mkdir('config/a.py')
+    assert 'a folder, no config file' in refused('config/a.py')
+
+
 def test_as_a_program(tmp_path):
     source = SCRIPT.replace('if False', 'if True') + 'print(batch_size)\n'
     (tmp_path / 'script.py').write_text(source, encoding='utf-8')

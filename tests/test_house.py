@@ -18,6 +18,7 @@ TOP = {
 # A module's floor is that of the longest of these names it begins with. It imports lower floors, and its own folder.
 FLOORS = {
     'prepare': 7, 'train': 7, 'sample': 7, 'export': 7, 'serve': 7, 'mambino.bench': 7,
+    'mambino.__main__': 7,                          # runs the scripts, imports none
     'mambino.serve': 6,
     'mambino.train': 5, 'mambino.sample': 5, 'mambino.export': 5,
     'mambino.weights': 4,
@@ -54,8 +55,8 @@ def module_of(path):
 
 
 def source_modules():
-    """{module: its path}, of all that is no test and no recipe."""
-    return {module_of(path): path for path in tracked('*.py') if not path.startswith(('tests/', 'config/'))}
+    """{module: its path}, of all that is no test, no recipe and not for pip."""
+    return {module_of(path): path for path in tracked('*.py') if not path.startswith(('tests/', 'config/', '.'))}
 
 
 def imports_of(path, modules):

@@ -13,6 +13,13 @@ from mambino.kernels import cpu, native
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    """A user without a cache folder that can be written."""
+    (tmp_path / "no-cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-cache"))
+
+
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
     native.library.cache_clear()
     try:
@@ -98,6 +105,16 @@ def test_a_library_that_others_can_write_is_not_loaded(tmp_path, seven):
     file.parent.chmod(0o777)
     assert open_seven() and len(seven) == 3 and "others can write to it" in native.trouble
     assert "at every start" in kernels.describe_kernels("cpu") or native.library() is None
+
+
+def test_where_another_user_has_installed_it_it_is_kept_in_the_own_cache(tmp_path, seven, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "__pycache__").write_text("a file in the folder's place")
+    assert open_seven() and open_seven() and len(seven) == 1 and native.trouble == ""
+    file, = (tmp_path / "cache" / "mambino").glob("native-*/*.so")
+    assert file.parent.parent.stat().st_mode & 0o077 == file.parent.stat().st_mode & 0o077 == 0
+    file.parent.chmod(0o777)
+    assert open_seven() and len(seven) == 2 and "at every start" in native.trouble
 
 
 def test_a_full_disk_is_told_as_it_is(tmp_path, seven, monkeypatch):

@@ -1,4 +1,5 @@
-"""native.cpp as a library: compiled once, in some seconds, kept in __pycache__, called with tensors.
+"""native.cpp as a library: compiled once, in some seconds, kept in __pycache__ (where that cannot be written, in
+the user's cache), called with tensors.
 
     launch('swiglu_forward', n, work, gate, up, y)  # items 0 to n, on as many threads as pay
 
@@ -95,6 +96,12 @@ def folder_of(user):
     return os.path.join(os.path.dirname(SOURCE), '__pycache__', f'native-{user}')
 
 
+def own_cache():
+    """Where they are kept if another user has installed this, and nobody else may write there."""
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(os.path.abspath(cache), 'mambino', f'native-{os.getuid()}')
+
+
 def trusted(path):
     """Whether a file or folder is this user's or root's, and nobody else can write to it: what is in
     a library is run."""
@@ -105,8 +112,7 @@ def trusted(path):
 def kept(name):
     """The library that is kept for this key, root's or this user's; None if there is none that is
     whole."""
-    for user in dict.fromkeys((0, os.getuid())):
-        folder = folder_of(user)
+    for folder in dict.fromkeys((folder_of(0), folder_of(os.getuid()), own_cache())):
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), f'native-{name}-*.so'))):
             try:
                 if trusted(folder) and trusted(path) and path.endswith(f'-{sha256(path)[:32]}.so'):
@@ -117,24 +123,16 @@ def kept(name):
 
 
 def made(name):
-    """The library, compiled now, once: into the folder where it is kept or, where that cannot be
-    written, for this process alone. OSError says why there is none."""
+    """The library, compiled now, once: into the first folder where it can be kept or, where there is none,
+    for this process alone. OSError says why there is none."""
     global trouble
-    folder = folder_of(os.getuid())
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        if not trusted(folder):
-            raise OSError('others can write to it')
-        with alone_in(folder):          # of several processes one compiles, the others wait
-            library = kept(name)
-            if library is None:
-                try_room(folder)
-                library = ctypes.CDLL(compile_to(folder, name))
-            return library
-    except OSError as error:
-        if isinstance(error, CompilerError):
+    for folder in (folder_of(os.getuid()), own_cache()):
+        try:
+            return made_in(folder, name)
+        except CompilerError:
             raise
-        trouble = f'it is compiled at every start, since {folder} cannot be used: {reason(error)}'
+        except OSError as error:
+            trouble = trouble or f'it is compiled at every start, since {folder} cannot be used: {reason(error)}'
     try:
         folder = tempfile.mkdtemp(prefix='mambino-')
     except OSError as error:
@@ -146,6 +144,23 @@ def made(name):
         raise OSError(f'{trouble}; nor can {folder}: {reason(error)}') from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)   # what is loaded stays
+
+
+def made_in(folder, name):
+    """The library, compiled into a folder to be kept there. OSError where that cannot be."""
+    global trouble
+    if folder == own_cache():
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if not trusted(folder):
+        raise OSError('others can write to it')
+    with alone_in(folder):              # of several processes one compiles, the others wait
+        library = kept(name)
+        if library is None:
+            try_room(folder)
+            library = ctypes.CDLL(compile_to(folder, name))
+        trouble = ''
+        return library
 
 
 class CompilerError(OSError):
