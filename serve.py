@@ -12,6 +12,8 @@ In mambino/serve/ api.py has what clients may ask for, guard.py who may ask, lib
 scheduler.py how answers share one model, page/ what is seen.
 """
 import os
+import sys
+import threading
 
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py
 
@@ -25,7 +27,10 @@ host = '127.0.0.1'      # whom it listens to: this machine alone; 0.0.0.0: every
 port = 8000
 page = True             # the page at /; False: the API alone
 api_key = ''            # what clients must know; better in the environment: MAMBINO_API_KEY
-cors_origin = ''        # another page that may use the API from a browser, as http://localhost:3000
+cors_origin = ''        # another page that may use the API from a browser, as http://localhost:3000;
+                        # several: with commas
+allowed_hosts = ''      # other names of this machine that browsers and proxies call it by, as
+                        # box.example.org; several: with commas, *: any
 # --- the model
 device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: as sample.py
@@ -48,28 +53,45 @@ timeout = 600.0         # seconds from the request to its last token
 end_quietly()
 explicit = configure(globals(), positional=None)
 
+LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 require(globals(), {
     'from 0 to 65535; 0: any that is free': dict(port=0 <= port <= 65535),
     'from 1 to 256': dict(rows=1 <= rows <= 256),
     '0 or more': dict(queue=queue >= 0, memory=memory >= 0, kept_memory=kept_memory >= 0),
     'above 0': dict(max_tokens=max_tokens > 0, max_prompt=max_prompt > 0, max_body=max_body > 0, timeout=timeout > 0),
+    'int8, int4, bfloat16, or empty': dict(quantize=quantize in ('', 'int8', 'int4', 'bfloat16')),
 })
-api_key = api_key or os.environ.get('MAMBINO_API_KEY', '')
-if host not in ('127.0.0.1', 'localhost', '::1') and not api_key:
+key = (api_key or os.environ.get('MAMBINO_API_KEY', '')).strip()
+if not key.isprintable():
+    fail('api_key must be of characters that can be printed: it is sent in a header')
+if not key and host not in LOOPBACK:
     fail(f'host={host}: whoever reaches this machine could use it, so it needs --api_key too (or MAMBINO_API_KEY in '
          'the environment)')
+if not key and '*' in cors_origin:
+    fail(f'cors_origin={cors_origin}: any page in a browser could use the API, so it needs --api_key too')
+if adapters and not out_dir:
+    fail(f'adapters={adapters}: are of one model, so --out_dir must name it')
 
 try:
     import fastapi  # noqa: F401
-    import uvicorn
+    import uvicorn  # noqa: F401
     if page:
         import nicegui  # noqa: F401
 except ImportError as error:
     fail(f'{error.name} is not installed: pip install fastapi uvicorn nicegui (or: pip install --group serve); '
          '--page=false needs no nicegui')
 
+# --- the place: who comes while the rest is read waits at the door
+from mambino.serve.listening import Server, open_door
+from mambino.serve.start import check_folder, cookie_of, hosts_of, say_where, urls_of
+
+check_folder('.', out_dir)
+door = open_door(host, port)
+port = door.getsockname()[1]
+
 from mambino.serve.api import Limits, make_app
-from mambino.serve.library import Library
+from mambino.serve.library import Library, NoModel
+from mambino.serve.page_token import page_token
 from mambino.serve.work import Room
 
 # --- the models
@@ -77,9 +99,26 @@ library = Library('.', out_dir, device, dtype, quantize, adapters, memory, Room(
 limits = Limits(max_tokens, max_prompt, int(max_body * 1e6), timeout)
 
 # --- the API, and the page on it
-app = make_app(library, limits, api_key, cors_origin)
+token = page_token('.') if page else ''
+app = make_app(library, limits, key, cors_origin, hosts_of(host, allowed_hosts, key), token, cookie_of(port))
 if page:
     from mambino.serve.page.shell import add_page
     add_page(app, library)
+server = Server(app, library.close)
 
-uvicorn.run(app, host=host, port=port, log_level='warning')
+
+def load_first():
+    """The model that answers where none is named, while the page can be seen already."""
+    try:
+        library.get()
+    except NoModel as error:
+        if out_dir and not server.should_exit:
+            server.fail(error)
+        elif library.default():
+            print(f'note: {error}', file=sys.stderr)
+
+
+say_where(library, urls_of(host, port, token), key, rows, queue)
+threading.Thread(target=load_first, name='first model', daemon=True).start()
+server.run(door)
+server.leave()

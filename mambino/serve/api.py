@@ -1,10 +1,26 @@
 """What clients may ask for: OpenAI's API, and what belongs to a language model besides.
 
     app = make_app(library, Limits(), api_key='', cors_origin='')       # an ASGI app
+
+    GET  /health, /metrics                      here
+    GET  /v1/models, /v1/models/{id}            here
+    POST /tokenize, /detokenize, /score, …      texts.py
+    GET  /sessions, …                           session_api.py
+    POST /v1/completions, …                     completions.py
+
+guard.py sees each request first; what is refused is said in the shape of errors.py.
 """
 from typing import NamedTuple
 
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
+from starlette.responses import JSONResponse
+
+from mambino.serve.errors import add_handlers
+from mambino.serve.guard import Guard, Rules
+from mambino.serve.metrics import Metrics
+from mambino.serve.told import NoModel
 
 
 class Limits(NamedTuple):
@@ -15,18 +31,52 @@ class Limits(NamedTuple):
     timeout: float = 600.0      # seconds
 
 
-def make_app(library, limits, api_key='', cors_origin=''):
-    """The ASGI app of the API."""
-    app = FastAPI(title='Mambino', docs_url=None, redoc_url=None)
+def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', cookie='mambino'):
+    """The ASGI app of the API. hosts: names besides localhost by which it may be called, None: any; token,
+    cookie: of the page, '' where there is none."""
+    app = FastAPI(title='Mambino', docs_url=None, redoc_url=None, openapi_url=None)
+    metrics = library.metrics = library.metrics or Metrics()
+    rules = Rules(
+        api_key=api_key,
+        hosts=hosts,
+        origins=tuple(origin.strip().rstrip('/').lower() for origin in cors_origin.split(',') if origin.strip()),
+        token=token,
+        cookie=cookie,
+        max_body=limits.max_body,
+    )
+    app.add_middleware(Guard, rules=rules, count=metrics.count_request)
+    add_handlers(app)
 
     @app.get('/health')
     def health():
-        return dict(status='ok')
+        schedulers = library.schedulers()
+        dead = [name for name, scheduler in schedulers.items() if not scheduler.is_alive()]
+        if dead:
+            return JSONResponse(dict(status='dead', models=dead), 500)
+        if schedulers:
+            return dict(status='ok')
+        status = 'loading' if library.loading else 'no model'
+        return JSONResponse(dict(status=status), 503)
 
     @app.get('/v1/models')
     def models():
-        data = [dict(id=run['id'], object='model', created=run['created'], owned_by='mambino')
-                for run in library.names()]
-        return dict(object='list', data=data)
+        return dict(object='list', data=[model_of(run) for run in library.names()])
+
+    @app.get('/v1/models/{name:path}')
+    def model(name: str):
+        for run in library.names():
+            if run['id'] == name:
+                return model_of(run)
+        raise NoModel(f'no model {name[:100]!r}; GET /v1/models lists those that there are')
+
+    @app.get('/metrics')
+    async def measured():
+        text = await run_in_threadpool(metrics.text, library)
+        return PlainTextResponse(text, media_type='text/plain; version=0.0.4; charset=utf-8')
 
     return app
+
+
+def model_of(run):
+    """A run as the list of models has it."""
+    return dict(id=run['id'], object='model', created=run['created'], owned_by='mambino')

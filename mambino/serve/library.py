@@ -4,36 +4,34 @@
     library.names()                 # [{'id', 'created', 'out_dir'}, …], the one trained last first
     served = library.get('out')     # loads it; '' is the one that answers where none is named
     served.scheduler.submit(job, send)
+
+    get ──► is it loaded? ──► Served
+              └─ no: a thread loads it, while all who want it wait for that one, and nobody else does
+              └─ its file is another now: the old one answers until the new one is loaded, whole
+
+Where memory is short, the models that were used longest ago leave it; never one that answers.
 """
-import contextlib
-import io
 import os
 import threading
-from dataclasses import dataclass
+import time
+import traceback
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
-from mambino.machine import choose_device
+import torch
+
+from mambino import files
+from mambino.machine import autocast, available_memory, choose_device, choose_dtype
+from mambino.serve.observed import Observed
 from mambino.serve.scheduler import Scheduler
+from mambino.serve.told import NoModel, told
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
 from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
 
-
-class NoModel(Exception):
-    """There is none of this name (status 404), or it cannot be loaded (status 400, 503)."""
-
-    def __init__(self, message, status=404):
-        super().__init__(message)
-        self.status = status
-
-
-@contextlib.contextmanager
-def told():
-    """What would end a script in a line is a NoModel with that line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            yield
-    except SystemExit:
-        raise NoModel(said.getvalue().strip().removeprefix('error: '), 503) from None
+FILES = ('best.pt', 'ckpt.pt')      # of a run, the first one that is there answers
+AGAIN = 10          # seconds after which a model that could not be loaded is tried again
+RECENT = 5          # seconds since somebody got a model, in which it is taken to be in use
+TICK = 0.5          # seconds between looks whether a model that is to leave is still in use
 
 
 @dataclass
@@ -47,12 +45,21 @@ class Served:
     tok: object
     fingerprint: str        # of its weights: whose sessions it can go on with
     scheduler: object
+    context: object = None      # in which it computes
+    precision: object = None    # in which train.py evaluates, where --score does
+    size: int = 0               # bytes of its weights
+    about: str = ''             # its kind, size and precision, to be read
+    used: float = field(default_factory=time.monotonic)     # when somebody got it last
+
+    def is_in_use(self):
+        return time.monotonic() - self.used < RECENT or self.scheduler.is_busy()
 
 
 class Library:
-    """See the top of the file. folder: where the runs are."""
+    """See the top of the file. folder: where the runs are; memory: GB for them, 0: half of what is free;
+    metrics: what the schedulers are observed with, None: nothing."""
 
-    def __init__(self, folder, out_dir, device, dtype, quantize, adapters, memory, room):
+    def __init__(self, folder, out_dir, device, dtype, quantize, adapters, memory, room, metrics=None):
         self.folder = folder
         self.out_dir = out_dir
         self.device = device
@@ -61,44 +68,279 @@ class Library:
         self.adapters = adapters
         self.memory = memory
         self.room = room
-        self.loaded = {}                    # {id: Served}
-        self.lock = threading.Lock()
+        self.metrics = metrics
+        self.loaded = {}                    # {id: Served}, the one used last at the end
+        self.leaving = []                   # Served in whose place others are, until their answers end
+        self.loading = {}                   # {id: Future of a Served}
+        self.refused = {}                   # {id: (stamp, NoModel, when)}
+        self.says = print                   # what is worth a line
+        self.lock = threading.RLock()
+        self.is_closed = False
+
+    # --- which there are --------------------------------------------------------------------------
 
     def names(self):
-        """Of each run its id, its folder and when it was written, the latest first."""
-        found = []
-        for name in sorted(os.listdir(self.folder)):
-            folder = os.path.join(self.folder, name)
-            times = [os.path.getmtime(os.path.join(folder, file)) for file in ('ckpt.pt', 'best.pt')
-                     if os.path.isfile(os.path.join(folder, file))]
-            if times:
-                found.append(dict(id=name, created=int(max(times)), out_dir=folder))
-        return sorted(found, key=lambda run: -run['created'])
+        """Of each run its id, its folder and when it was written, the latest first; of models that
+        are loaded, too, whose folder is not there any more."""
+        runs = {}
+        home = os.path.realpath(self.folder)
+        for name in listed(self.folder):
+            path = os.path.join(self.folder, name)
+            checkpoint = checkpoint_in(path)
+            if checkpoint and not name.startswith('.') and is_inside(checkpoint, home):
+                runs[name] = run_of(name, path, checkpoint)
+        own = self.own_id()
+        if own:
+            checkpoint = self.out_dir if os.path.isfile(self.out_dir) else checkpoint_in(self.out_dir)
+            if checkpoint:
+                runs[own] = run_of(own, self.out_dir, checkpoint)
+        runs = {name: run for name, run in runs.items() if run}
+        with self.lock:
+            for served in self.loaded.values():
+                runs.setdefault(served.id, dict(id=served.id, created=served.created, out_dir=served.out_dir))
+        return sorted(runs.values(), key=lambda run: (-run['created'], run['id']))
+
+    def own_id(self):
+        """The id of out_dir's model; '' if none was named."""
+        if not self.out_dir:
+            return ''
+        return os.path.basename(os.path.abspath(self.out_dir))
+
+    def default(self):
+        """The id of the model that answers where none is named; '' if there is none."""
+        return self.own_id() or next((run['id'] for run in self.names()), '')
+
+    # --- one of them ------------------------------------------------------------------------------
 
     def get(self, name=''):
-        """The Served of this name, loaded now if it is not; NoModel if that cannot be. It takes as long
-        as loading does: not for an event loop."""
+        """The Served of this name, loaded now if it is not; NoModel if that cannot be. It takes as
+        long as loading does: not for an event loop."""
+        run = self.find(name)
+        name = run['id']
         with self.lock:
-            runs = {run['id']: run for run in self.names()}
-            name = name or os.path.basename(os.path.normpath(self.out_dir)) if self.out_dir else next(iter(runs), '')
-            if name not in runs:
-                raise NoModel(f'no model {name!r}; there are: {", ".join(runs) or "none yet"}')
-            if name not in self.loaded:
-                self.loaded[name] = self.load(runs[name])
-            return self.loaded[name]
+            self.refuse_if_closed()
+            served = self.loaded.get(name)
+            if served:
+                served.used = time.monotonic()
+                self.loaded[name] = self.loaded.pop(name)
+            if not served or run.get('stamp', served.stamp) != served.stamp:
+                refused = self.refused_lately(run)
+                if refused and not served:
+                    raise NoModel(str(refused), refused.status)
+                future = self.loading.get(name)
+                if not (future or refused):
+                    future = self.loading[name] = Future()
+                    threading.Thread(target=self.load_for, args=(run, future), name=f'load {name}', daemon=True).start()
+        return served or future.result()
+
+    def find(self, name):
+        """The run of this name, with its file's stamp if that is there."""
+        runs = {run['id']: run for run in self.names()}
+        if not isinstance(name, str):
+            raise NoModel('model must be the id of one, a text', 400)
+        name = name or self.own_id() or next(iter(runs), '')
+        if name in runs:
+            return runs[name]
+        if not runs:
+            raise NoModel('there is no model yet: train one, on the page or with python train.py; it answers as soon '
+                          'as its first checkpoint is written')
+        raise NoModel(f'no model {name[:100]!r}; there are: {", ".join(runs)}')
+
+    def refused_lately(self, run):
+        """Why this very file could not be loaded a moment ago, a NoModel; None if it can be tried."""
+        stamp, error, when = self.refused.get(run['id'], (None, None, 0))
+        if error and (stamp == run['stamp'] or run['id'] in self.loaded) and time.monotonic() - when < AGAIN:
+            return error
+        return None
+
+    def refuse_if_closed(self):
+        if self.is_closed:
+            raise NoModel('the server is ending', 503)
+
+    # --- loading ----------------------------------------------------------------------------------
+
+    def load_for(self, run, future):
+        """The thread that loads a run for all who wait for the future."""
+        name = run['id']
+        try:
+            served = self.load(run)
+        except NoModel as error:
+            self.take_back(run, future, error)
+            return
+        except Exception as error:
+            traceback.print_exc()
+            message = f'{name}: cannot be loaded: {type(error).__name__}: {error}'
+            self.take_back(run, future, NoModel(message, 503))
+            return
+        with self.lock:
+            self.loading.pop(name, None)
+            self.refused.pop(name, None)
+            if self.is_closed:
+                served.scheduler.close()
+                return
+            before = self.loaded.pop(name, None)
+            self.loaded[name] = served
+            if before:
+                self.leave(before)
+        settle(future, served)
+        self.says(f'loaded    {name}: {served.about}' + (', in the place of what was there before' if before else ''))
+
+    def take_back(self, run, future, error):
+        """Tells all who wait why there is no such model, and where another one goes on in its place
+        tells the person once."""
+        name = run['id']
+        with self.lock:
+            self.loading.pop(name, None)
+            was_said = self.refused.get(name, (None, None))[1]
+            self.refused[name] = run['stamp'], error, time.monotonic()
+            goes_on = name in self.loaded
+        settle(future, error)
+        if goes_on and not was_said:
+            self.says(f'note: {error}; until there is a sound one, the model of before goes on answering')
 
     def load(self, run):
-        with told():
-            where = choose_device(self.device)
-            ckpt = load_checkpoint(run['out_dir'])
-            tok = tokenizer_of(ckpt)
-            net = attach_adapters(model_of(ckpt), load_adapters(self.adapters), self.adapters)
-            net, context = prepare_model(net, where, self.dtype, precision=self.quantize)
-        mark = fingerprint({f'0.{name}.1.0': tensor for name, tensor in ckpt['weights'].items()})
-        return Served(run['id'], run['out_dir'], run['created'], (), net, tok, mark,
-                      Scheduler(net, tok, self.room, context))
+        """The Served of a run, with a thread of its own; NoModel if it cannot be."""
+        is_own = run['id'] == self.own_id()
+        adapters = self.adapters if is_own else ''
+        try:
+            with told():
+                where = choose_device(self.device)
+                ckpt = load_checkpoint(run['out_dir'])
+                extra = load_adapters(adapters)
+                parts = [(ckpt, 1.0), *extra]
+                mark = fingerprint({f'{n}.{name}.{weight}': tensor for n, (part, weight) in enumerate(parts)
+                                    for name, tensor in part['weights'].items()})
+                ckpt.pop('optimizers', None)
+                tok = tokenizer_of(ckpt)
+                if tok is None:
+                    raise NoModel(f'{run["id"]}: was trained on a bare .bin without a tokenizer, so there is nothing '
+                                  'to read or write text with', 400)
+                self.make_room(where, sum(tensor.nbytes for tensor in ckpt['weights'].values()))
+                net = attach_adapters(model_of(ckpt), extra, adapters)
+                net, context = prepare_model(net, where, self.dtype, precision=self.quantize)
+        except (MemoryError, torch.OutOfMemoryError):
+            message = f'{run["id"]}: there is not enough memory for it; --quantize=int8 takes a quarter'
+            raise NoModel(message, 503) from None
+        is_auto = self.dtype == 'auto' and not self.quantize
+        precision = autocast(where, choose_dtype('auto', where)) if is_auto else None
+        scheduler = Observed(make_scheduler(net, tok, self.room, context, run['out_dir'], mark), self.metrics)
+        size = sum(tensor.nbytes for tensor in net.state_dict().values())
+        return Served(run['id'], run['out_dir'], run['created'], run['stamp'], net, tok, mark, scheduler, context,
+                      precision, size, describe(ckpt, net, where, self.quantize or self.dtype))
+
+    # --- leaving ----------------------------------------------------------------------------------
+
+    def make_room(self, device, wanted):
+        """Lets models go that were used longest ago, until there is room for one of so many bytes, or
+        all others are in use."""
+        with self.lock:
+            budget = self.budget(device)
+            used = sum(served.size for served in self.loaded.values())
+            for served in list(self.loaded.values()):
+                if used + wanted <= budget:
+                    break
+                if served.is_in_use():
+                    continue
+                del self.loaded[served.id]
+                used -= served.size
+                self.leave(served)
+
+    def budget(self, device):
+        """Bytes for all models."""
+        if self.memory:
+            return self.memory * 1e9
+        free = available_memory(device)
+        if free is None:
+            return float('inf')
+        return (free + sum(served.size for served in self.loaded.values())) / 2
+
+    def leave(self, served):
+        """Ends a model that nobody gets any more, as soon as its answers have ended."""
+        self.leaving.append(served)
+        threading.Thread(target=self.see_off, args=(served,), name=f'leave {served.id}', daemon=True).start()
+
+    def see_off(self, served):
+        while served.is_in_use() and not self.is_closed:
+            time.sleep(TICK)
+        served.scheduler.close()
+        with self.lock:
+            if served in self.leaving:
+                self.leaving.remove(served)
+
+    # --- how it is --------------------------------------------------------------------------------
+
+    def schedulers(self):
+        """{id: scheduler} of what is loaded."""
+        with self.lock:
+            return {name: served.scheduler for name, served in self.loaded.items()}
 
     def close(self):
-        """Ends all."""
-        for served in self.loaded.values():
-            served.scheduler.close()
+        """Ends all: whoever waits for a model is told so, what is answered ends."""
+        with self.lock:
+            self.is_closed = True
+            waiting = list(self.loading.values())
+            models = [*self.loaded.values(), *self.leaving]
+        for future in waiting:
+            settle(future, NoModel('the server is ending', 503))
+        enders = [threading.Thread(target=served.scheduler.close, daemon=True) for served in models]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join()
+
+
+def settle(future, result):
+    """Gives those who wait for it a result or an exception, unless they have one."""
+    try:
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+    except Exception:           # InvalidStateError: the server is ending
+        pass
+
+
+def make_scheduler(net, tok, room, context, out_dir, mark):
+    return Scheduler(net, tok, room, context)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+def listed(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def checkpoint_in(folder):
+    """The path of the checkpoint of a run's folder; '' if there is none."""
+    for name in FILES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path
+    return ''
+
+
+def is_inside(path, home):
+    """Whether no link leads a path out of a folder."""
+    return os.path.realpath(path).startswith(os.path.join(home, ''))
+
+
+def run_of(name, out_dir, checkpoint):
+    """What names() has of a run, and its stamp; None if its file has gone this moment."""
+    try:
+        stamp = files.stamp_of(checkpoint)
+        return dict(id=name, created=int(os.path.getmtime(checkpoint)), out_dir=out_dir, stamp=stamp)
+    except OSError:
+        return None
+
+
+def describe(ckpt, net, device, precision):
+    """A model in a line."""
+    kind = ckpt['kind']
+    millions = sum(tensor.numel() for tensor in net.parameters()) / 1e6
+    millions = millions or sum(tensor.numel() for tensor in ckpt['weights'].values()) / 1e6
+    precision = 'float32' if precision == 'auto' and device == 'cpu' else precision
+    trained = ckpt['counters'].get('step', 0)
+    return f'{kind}, {millions:.1f}M parameters, {precision} on {device}, trained for {trained:,} steps'

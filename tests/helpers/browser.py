@@ -70,7 +70,7 @@ class Server:
         try:
             return urllib.request.urlopen(f'{self.url}/health', timeout=5).status == 200
         except urllib.error.HTTPError as error:
-            return error.code != 503
+            return error.code != 503 or b'no model' in error.read()
         except OSError:
             return False
 
