@@ -71,22 +71,28 @@ def prompts_of(start):
 
 
 def encode_prompt(tok, text, setting='start', begins=True):
-    """Ids of a prompt. begins: whether it begins a text, else it goes on with one; <|endoftext|> at
-    its beginning always begins a new one. A text that begins has at least one id. Unusable text ends
-    the program in a line that names the setting it came from."""
+    """Ids of a prompt, see prompt_ids. An empty or unusable text ends the program in a line that names
+    the setting it came from."""
     if not text:
         fail(f'{setting} is empty: give a prompt, as in --{setting}="Once upon a time"; a newline alone '
              'will do')
+    try:
+        return prompt_ids(tok, text, begins)
+    except ValueError as error:
+        fail(f'{setting}: {error}, in {without_mark(text)[:60]!r}; choose another --{setting}')
+
+
+def prompt_ids(tok, text, begins=True):
+    """Ids of a prompt; ValueError if the tokenizer has none for it. begins: whether it begins a text,
+    else it goes on with one; <|endoftext|> at its beginning always begins a new one. A text that begins
+    has at least one id."""
     ids = tok.bos if begins else []
     if text.startswith('<|endoftext|>'):
         ids = tok.context() if begins else [tok.eot, *tok.opening()]
         text = without_mark(text)
         begins = True
-    try:
-        ids = ids + tok.encode(text, begins).tolist()
-    except ValueError as error:
-        fail(f'{setting}: {error}, in {text[:60]!r}; choose another --{setting}')
-    if begins and not ids:      # nothing but white space, which this tokenizer leaves out
+    ids = ids + tok.encode(text, begins).tolist()
+    if begins and not ids:      # nothing, or nothing but white space, which this tokenizer leaves out
         return tok.context()
     return ids
 

@@ -1,0 +1,135 @@
+"""POST /v1/completions: texts that a model goes on with.
+
+    curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "Once upon a time", "max_tokens": 50}'
+
+    body ──► parameters ──► prompts ──► jobs ──► answers ──► choices, whole or as a stream
+
+Choice number p * n + i is answer i to prompt p.
+"""
+import asyncio
+import os
+import secrets
+import time
+
+from fastapi import Request
+
+from mambino.sample import sessions
+from mambino.serve.answers import Answers, Choice, usage_of
+from mambino.serve.chat_api import add_chat
+from mambino.serve.errors import Refused, body_of
+from mambino.serve.jobs import check_length, check_rows, ids_prompt, jobs_of, text_prompt
+from mambino.serve.logprobs import as_completion, names_of
+from mambino.serve.parameters import COMPLETION, read
+from mambino.serve.responses import add_responses
+from mambino.serve.sending import DONE, EventStream, Shape, collect, event_of, opened
+
+
+def add_completions(app, library, limits):
+    """Puts /v1/completions, /v1/chat/completions and /v1/responses on an app. limits: see api.py."""
+
+    @app.post('/v1/completions')
+    async def completions(request: Request):
+        deadline = asyncio.get_running_loop().time() + limits.timeout
+        values = read(COMPLETION, await body_of(request))
+        check(values, library.room)
+        served, (prompts, jobs) = await opened(library, values.model, lambda served: asked(served, values, limits))
+        count = values.best_of or values.n
+        choices = [Choice(served.tok, job, prompts[i // count].text if values.echo else '', values.logprobs is not None)
+                   for i, job in enumerate(jobs)]
+        shape = Completions(served, values, prompts, choices)
+        answers = Answers(served.scheduler, jobs, deadline)
+        if values.stream:
+            return EventStream(answers, choices, shape)
+        return await collect(request, answers, choices, shape)
+
+    add_chat(app, library, limits)
+    add_responses(app, library, limits)
+
+
+def check(values, room):
+    """Refused if parameters do not go together."""
+    best_of = values.best_of or values.n
+    total = len(values.prompt) * best_of
+    if best_of < values.n:
+        raise Refused(f'best_of is {best_of}; it must be at least n, which is {values.n}', param='best_of')
+    if values.stream and best_of > values.n:
+        raise Refused('which answers are the best is known at the end: best_of and stream do not go together',
+                      param='best_of')
+    if values.session and total > 1:
+        raise Refused('a session has one text: ask for one answer to one prompt', param='session')
+    if values.heal and values.logprobs is not None:
+        raise Refused('heal changes where tokens begin: it and logprobs do not go together', param='heal')
+    check_rows(total, room)
+
+
+def asked(served, values, limits):
+    """→ (the Prompts, the Jobs) of a request."""
+    tok = served.tok
+    heals = values.heal
+    if heals is None:
+        heals = not values.echo and values.logprobs is None
+    begins = not values.session or not os.path.lexists(sessions.path_of(served.out_dir, values.session))
+    prompts = []
+    for prompt in values.prompt:
+        prompts.append(text_prompt(tok, prompt, heals, begins) if isinstance(prompt, str) else ids_prompt(tok, prompt))
+        check_length(prompts[-1], limits, 'prompt')
+    listed = -1
+    scores = values.best_of or values.n
+    if values.logprobs is not None:
+        names_of(tok)                   # now, in this thread
+        listed = values.logprobs
+    elif scores > values.n:
+        listed = 0                      # to know the best
+    jobs = jobs_of(
+        served, values, prompts, scores,
+        max_tokens=min(values.max_tokens, limits.max_tokens),
+        logprobs=listed,
+        prompt_logprobs=values.logprobs if values.echo and values.logprobs is not None else -1,
+        session=values.session,
+    )
+    return prompts, jobs
+
+
+class Completions(Shape):
+    """The answers as this API has them."""
+
+    def __init__(self, served, values, prompts, choices):
+        super().__init__(choices)
+        self.tok = served.tok
+        self.values = values
+        self.prompts = prompts
+        self.head = dict(id=f'cmpl-{secrets.token_hex(12)}', object='text_completion', created=int(time.time()),
+                         model=served.id)
+
+    def whole(self):
+        n = self.values.n
+        count = len(self.choices) // len(self.prompts)
+        told = []
+        for first in range(0, len(self.choices), count):
+            answers = self.choices[first:first + count]
+            if count > n:
+                answers = sorted(answers, key=lambda choice: -choice.logprob / max(1, choice.tokens))[:n]
+            told += [self.told(choice, first // count * n + i) for i, choice in enumerate(answers)]
+        return dict(self.head, choices=told, usage=usage_of(self.prompts, self.choices))
+
+    def told(self, choice, index):
+        """A choice: what is new of it."""
+        text, entries = choice.new()
+        logprobs = as_completion(self.tok, entries) if choice.listing else None
+        return dict(text=text, index=index, logprobs=logprobs, finish_reason=choice.reason)
+
+    def news(self, choice, index):
+        if not (choice.pieces or choice.entries or choice.reason):
+            return b''
+        return event_of(self.chunk([self.told(choice, index)]))
+
+    def chunk(self, choices, usage=None):
+        body = dict(self.head, choices=choices)
+        if self.values.stream_options:
+            body['usage'] = usage
+        return body
+
+    def end(self):
+        if not self.values.stream_options:
+            return DONE
+        return event_of(self.chunk([], usage_of(self.prompts, self.choices))) + DONE

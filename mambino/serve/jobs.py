@@ -1,0 +1,98 @@
+"""From what a request asks for to the jobs of a scheduler: prompts as ids, a job for each answer.
+
+    prompt = text_prompt(tok, 'Once upon a time', heal=True)
+    jobs = jobs_of(served, values, [prompt], count=3, max_tokens=100)       # prompt by prompt, count of each
+
+A text is a prompt as sample.py reads it, and the seeds are sample.py's: number i of a request with a
+seed is what `sample.py --seed=… --num_samples=…` draws for its sample i.
+"""
+import random
+from typing import NamedTuple
+
+from mambino.chat import marks_in
+from mambino.sample.text import healed, prompt_ids, without_mark
+from mambino.serve.errors import Refused
+from mambino.serve.work import Job
+
+
+class Prompt(NamedTuple):
+    """What an answer goes on with."""
+    text: str               # as an echo shows it
+    ids: list               # all of them
+    read: list              # those that the model reads
+    owed: bytes = b''       # of the text what it spells itself behind them, see sample/healing.py
+
+
+def text_prompt(tok, text, heal, begins=True):
+    """The Prompt of a text; '' begins a new document. begins: else it goes on with one."""
+    try:
+        ids = prompt_ids(tok, text, begins)
+    except ValueError as error:
+        raise Refused(f'the prompt is no text to this model: {error}', param='prompt') from None
+    read, owed = healed(tok, ids, text, begins, keep_one=not begins) if heal else (ids, b'')
+    return Prompt(without_mark(text), ids, read, owed)
+
+
+def ids_prompt(tok, ids):
+    """The Prompt of token ids, which are read as they are; none begin a new document."""
+    wrong = next((i for i in ids if not 0 <= i < tok.vocab_size), None)
+    if wrong is not None:
+        raise Refused(f'the prompt has a token id of {wrong}, which is not in the vocabulary of {tok.vocab_size}',
+                      param='prompt')
+    stream = tok.stream()
+    text = ''.join([stream.feed(i) for i in ids])   # of half a character at its end the answer has the rest
+    ids = ids or tok.context()
+    return Prompt(text, ids, ids)
+
+
+def check_length(prompt, limits, param):
+    """Refused if a prompt is longer than the limit; in words that clients look for."""
+    if len(prompt.ids) > limits.max_prompt:
+        raise Refused(f'this server\'s maximum context length is {limits.max_prompt} tokens, but the prompt has '
+                      f'{len(prompt.ids)}: shorten it, or start the server with a larger --max_prompt', param=param,
+                      code='context_length_exceeded')
+
+
+def check_rows(total, room):
+    """Refused if a request asks for more answers than could ever wait together."""
+    most = max(1, room.queue)
+    if total > most:
+        raise Refused(f'the request asks for {total} answers, of each prompt n or best_of; this server takes {most} '
+                      'at once: send fewer, or start it with a larger --queue', param='n')
+
+
+def jobs_of(served, values, prompts, count, **more):
+    """The Jobs of prompts, `count` for each. values: what parameters.read returned; more: fields of all
+    jobs besides."""
+    tok = served.tok
+    seed = random.getrandbits(63) if values.seed is None else values.seed
+    unknown = next((i for i in values.logit_bias if i >= tok.vocab_size), None)
+    if unknown is not None:
+        raise Refused(f'logit_bias has a token id of {unknown}, which is not in the vocabulary of {tok.vocab_size}',
+                      param='logit_bias')
+    more['stops'] = (*values.stop, *more.get('stops', ()))
+    more['end_ids'] = (*more.get('end_ids', ()), *marks_among(tok, values.stop))
+    return [Job(
+        ids=prompt.read,
+        owed=prompt.owed,
+        temperature=values.temperature,
+        top_k=max(0, values.top_k),
+        top_p=values.top_p,
+        min_p=values.min_p,
+        repetition_penalty=values.repetition_penalty,
+        presence_penalty=values.presence_penalty,
+        frequency_penalty=values.frequency_penalty,
+        logit_bias=values.logit_bias,
+        ignore_eos=values.ignore_eos,
+        seed=(seed + number * 0x9E3779B97F4A7C15) % 2**63,      # as sample.py's
+        **more,
+    ) for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count))]
+
+
+def marks_among(tok, stops):
+    """Ids of the special tokens that are named among texts to stop at: the ids have no text that could
+    be found."""
+    if not stops:
+        return ()
+    marks = marks_in(tok.text, '')
+    return tuple(marks[stop] for stop in stops if stop in marks)

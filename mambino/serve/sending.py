@@ -1,0 +1,121 @@
+"""Answers on their way over the wire: whole, or as a stream of server-sent events.
+
+    body = await collect(request, answers, choices, shape)          # shape.whole(): a dict, when all is there
+    return EventStream(answers, choices, shape)                     # events as they come
+
+A shape says what a request's answers look like in one of OpenAI's APIs. A stream begins at once and says
+`: ping` in long silences, so that nobody in between takes the connection for dead; what goes wrong then
+is an event, too.
+"""
+import json
+
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response, StreamingResponse
+
+from mambino.serve.answers import Gone
+from mambino.serve.errors import Refused, error_of, json_bytes
+
+HEADERS = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}      # nginx would keep events until it has many
+PING = b': ping\n\n'
+DONE = b'data: [DONE]\n\n'
+# clients of OpenAI try again after 503 unless they are told not to
+TOO_LATE = {'x-should-retry': 'false'}
+
+
+class Shape:
+    """What the answers of a request look like, of which a subclass says the rest. choices: see
+    answers.py."""
+
+    def __init__(self, choices):
+        self.choices = choices
+
+    def whole(self):
+        """A dict, when all is there."""
+
+    def begin(self):
+        """Bytes of the events that a stream begins with."""
+        return b''
+
+    def news(self, choice, index):
+        """Bytes of the events that say what is new of a choice."""
+
+    def end(self):
+        """Bytes of the events that a stream ends with."""
+        return DONE
+
+    def failed(self, error):
+        """Bytes of the events that end it instead. error: a Refused."""
+        return event_of(error_of(error.message, error.status, error.param, error.code)) + DONE
+
+
+def event_of(value):
+    """A server-sent event with JSON in it."""
+    return f'data: {json.dumps(value, separators=(",", ":"))}\n\n'.encode()
+
+
+async def opened(library, name, make):
+    """→ (the Served of this name, make(served)), both made in a thread: a model may have to be loaded,
+    a long text be encoded."""
+    def work():
+        served = library.get(name)
+        if served.tok is None:
+            raise Refused(f'{served.id} was trained without a tokenizer: it can neither read nor write text', param='model')
+        return served, make(served)
+    return await run_in_threadpool(work)
+
+
+async def collect(request, answers, choices, shape):
+    """The Response with all answers. If the client goes away meanwhile, nobody gets it."""
+    try:
+        async with answers.listening(request.receive):
+            while (events := await answers.events()) is not None:
+                for index, event in events:
+                    choices[index].take(event)
+            check_begun(answers, choices)
+    except Gone:
+        return Response(status_code=499)
+    return Response(json_bytes(shape.whole()), media_type='application/json')
+
+
+def check_begun(answers, choices):
+    """Refused if time was over before a prompt was read: an empty answer would look like one."""
+    if not all(choice.is_read for choice in choices):
+        why = 'its time was over (--timeout)' if answers.is_late else 'the model is closed'
+        raise Refused(f'{why} before the prompt was read', 503, headers=TOO_LATE)
+
+
+class EventStream(StreamingResponse):
+    """The Response with answers as they come."""
+
+    def __init__(self, answers, choices, shape):
+        super().__init__(iter(()), headers=HEADERS, media_type='text/event-stream')
+        self.answers = answers
+        self.choices = choices
+        self.shape = shape
+
+    async def __call__(self, scope, receive, send):
+        async def write(body, more=True):
+            await send({'type': 'http.response.body', 'body': body, 'more_body': more})
+
+        await send({'type': 'http.response.start', 'status': 200, 'headers': self.raw_headers})
+        try:
+            async with self.answers.listening(receive):
+                await write(self.shape.begin())
+                while (events := await self.answers.events()) is not None:
+                    body = self.told(events) if events else PING
+                    if body:
+                        await write(body)
+                check_begun(self.answers, self.choices)
+                await write(self.shape.end(), more=False)
+        except Gone:
+            pass
+        except Refused as error:
+            await write(self.shape.failed(error), more=False)
+
+    def told(self, events):
+        """Bytes that say what is new: of each answer at once all that has come."""
+        touched = {}
+        for index, event in events:
+            self.choices[index].take(event)
+            touched[index] = self.choices[index]
+        return b''.join([self.shape.news(choice, index) for index, choice in touched.items()])
