@@ -19,7 +19,7 @@ from functools import partial
 
 from mambino.serve.errors import Refused
 from mambino.serve.logprobs import Listing
-from mambino.serve.work import Done, Failed, Full, Read, Token
+from mambino.serve.work import Done, Failed, Read, Token
 
 PING = 10.0             # seconds of silence after which a stream says that it is alive
 GRACE = 5.0             # seconds in which jobs that are cancelled end
@@ -84,7 +84,7 @@ class Answers:
         try:
             for index, job in enumerate(jobs):
                 self.tickets.append(scheduler.submit(job, partial(put, self, index)))
-        except Full:
+        except BaseException:           # Full, or the model has left
             self.cancel()
             raise
 

@@ -17,6 +17,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 from starlette.responses import JSONResponse
 
+from mambino.serve.completions import add_completions
 from mambino.serve.errors import add_handlers
 from mambino.serve.guard import Guard, Rules
 from mambino.serve.metrics import Metrics
@@ -74,6 +75,7 @@ def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', 
         text = await run_in_threadpool(metrics.text, library)
         return PlainTextResponse(text, media_type='text/plain; version=0.0.4; charset=utf-8')
 
+    add_completions(app, library, limits)
     return app
 
 

@@ -73,12 +73,14 @@ def content_of(content, param):
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Refused(f'{param} must be a text or a list of parts, as [{{"type": "text", "text": "Hello"}}]', param=param)
+        raise Refused(f'{param} must be a text or a list of parts, as [{{"type": "text", "text": "Hello"}}]',
+                      param=param)
     texts = []
     for part in content:
         kind = part.get('type', 'text') if isinstance(part, dict) else None
         if kind not in PARTS or not isinstance(part.get('text'), str):
-            raise Refused(f'{param} has a part of type {str(kind)[:40]!r}; the models here read text alone', param=param)
+            raise Refused(f'{param} has a part of type {str(kind)[:40]!r}; the models here read text alone',
+                          param=param)
         texts.append(part['text'])
     return ''.join(texts)
 

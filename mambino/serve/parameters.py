@@ -201,7 +201,7 @@ COMPLETION = [
     *MODEL, *SAMPLING, *FILTERS, *STREAM,
     Parameter('prompt', prompts, [''], 'texts, or token ids; an empty one begins a new document'),
     Parameter('max_tokens', whole(0, 2**31), 16, 'of an answer; more than the server allows is that'),
-    Parameter('best_of', whole(1, MOST_CHOICES), None, 'so many are generated; the n with the highest logprob are sent'),
+    Parameter('best_of', whole(1, MOST_CHOICES), None, 'so many are generated; the n likeliest are sent'),
     Parameter('echo', flag, False, 'the prompt stands before the answer'),
     Parameter('logprobs', whole(0, MOST_LIKELIEST), None, 'of each token, and of so many likeliest in its place'),
     Parameter('session', session_name, '', 'a name: the text is kept on disk, and the next prompt goes on with it'),

@@ -75,7 +75,8 @@ class OneResponse(Shape):
         usage = usage_of(self.prompts, self.choices)
         status = 'completed' if choice.reason == 'stop' else 'incomplete'
         more = {} if status == 'completed' else dict(incomplete_details=dict(reason='max_output_tokens'))
-        return self.response(status, **more, output=[self.message(status, [self.part(''.join(self.pieces))])], usage=dict(
+        message = self.message(status, [self.part(''.join(self.pieces))])
+        return self.response(status, **more, output=[message], usage=dict(
             input_tokens=usage['prompt_tokens'],
             input_tokens_details=usage['prompt_tokens_details'],
             output_tokens=usage['completion_tokens'],

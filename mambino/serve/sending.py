@@ -59,7 +59,8 @@ async def opened(library, name, make):
     def work():
         served = library.get(name)
         if served.tok is None:
-            raise Refused(f'{served.id} was trained without a tokenizer: it can neither read nor write text', param='model')
+            raise Refused(f'{served.id} was trained without a tokenizer: it can neither read nor write text',
+                          param='model')
         return served, make(served)
     return await run_in_threadpool(work)
 
