@@ -348,6 +348,31 @@ class HelpRow(NamedTuple):
     comment: str
 
 
+class Setting(NamedTuple):
+    """A setting of a script that is not run."""
+    heading: str        # of its group
+    name: str
+    default: object
+    comment: str
+
+
+def settings_of(path):
+    """[Setting, …] of a script, in its order. Nothing of it is executed."""
+    namespace = {'__file__': path}
+    for node in ast.parse(read_source(path)).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                namespace[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:              # it is computed, so it is no setting
+                pass
+    settings = []
+    heading = ''
+    for row in help_rows(namespace, namespace):
+        heading = row.heading or heading
+        settings.append(Setting(heading, row.name, namespace[row.name], row.comment))
+    return settings
+
+
 def comments_of(path):
     """{line: Comment} of a script."""
     comments = {}
