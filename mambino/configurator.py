@@ -9,7 +9,7 @@ order:
 
     config/x.py        is executed; it sees the current settings, and what it assigns must be settings
     --name=value       is converted to the type of the default; a string is taken as it stands, never evaluated
-    --name             turns a bool on
+    --name             turns on what may be true, a bool or a setting that is None
 
 What goes wrong ends the program with one line and exit status 2. What differs from the defaults is
 printed, and nothing else.
@@ -120,8 +120,8 @@ def read_flag(arg, following, defaults):
         fail(f'{arg}: settings are written --name=value, see --help')
     if name not in defaults:
         refuse_unknown(name, arg, defaults)
-    is_bool = type(defaults[name]) is bool
-    if not equals and (not is_bool or following.lower() in YES + NO):
+    is_switch = type(defaults[name]) in (bool, type(None))
+    if not equals and (not is_switch or following.lower() in YES + NO):
         fail(f'{arg}: a value is missing, write --{name}={following or "value"}')
     return name, from_text(text if equals else 'true', defaults[name], arg)
 

@@ -27,6 +27,7 @@ FLOORS = {
     'mambino.language_model': 2, 'mambino.cache': 2, 'mambino.machine': 2, 'mambino.tokenizer': 2,
     'mambino.chat': 2.2, 'mambino.templates': 1.2, 'mambino.tokenizer_config': 1,
     'mambino.detokenizer': 1.5, 'mambino.tokenizer_json': 1.2, 'mambino.seams': 1,
+    'mambino.standalone': 1.2,
     'mambino.kernels': 1, 'mambino.configurator': 1, 'mambino.console': 1,
     'mambino.files': 0.5,
     'mambino': 0,                                   # its version
