@@ -26,8 +26,7 @@ import sys
 import threading
 from typing import NamedTuple
 
-import mambino
-from mambino import files
+from mambino import files, script_path
 from mambino.plain import parse_json
 from mambino.train.progress import OF_THE_MACHINE
 
@@ -82,11 +81,6 @@ def preparing(name):
 def exporting(out_dir):
     """The Task of an export."""
     return Task('export.py', os.path.join(out_dir, 'export.log'), os.path.join(out_dir, 'export.started.json'))
-
-
-def script_path(script):
-    """Where a script lies: beside the package, in a checkout as where it is installed."""
-    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(mambino.__file__))), script)
 
 
 def input_path(text):
