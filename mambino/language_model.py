@@ -83,10 +83,13 @@ class LanguageModel(nn.Module):
     and its parameters' names."""
     gradient_checkpointing = False  # True: only what goes into each layer is kept for the gradient
     initial_state = None            # B → the learned state before the first token (a prefix's)
+    between_layers = None           # called before each layer: a server gives others a turn there
 
     def run_layer(self, i, layer, state, x, *args):
         """layer(x, …) for `hidden_states`: with its part of the state, which it changes; or by
         gradient checkpointing (Chen et al. 2016), if that is wanted and there is no state."""
+        if self.between_layers is not None:
+            self.between_layers()
         if state is None:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 return checkpoint(layer, x, *args, use_reentrant=False,

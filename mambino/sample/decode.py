@@ -31,7 +31,7 @@ from mambino.sample.parts import EMBEDDINGS, MATRICES, Slots, State, Unknown, ad
 FUNCTIONS = (           # by the numbers that `replay` of native.cpp knows them by
     'norm_forward', 'add_step', 'mlp_step', 'attention_step', 'mamba1_step', 'mamba2_step', 'mix_step')
 ROWS = 32               # at most; with more, PyTorch's matrix products are quicker
-PLANS = 4               # that are kept of a model: conversations by turns
+PLANS = 4               # that are kept of a model: conversations by turns; a model's `plans` says otherwise
 
 
 # --- recipes and plans ------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class Recipe:
         self.words, self.blanks, self.pieces = [], [], []
         self.states = {}                                                    # {name: State}
         self.matrices = []                                                  # words point to them
-        self.plans = {}                                                     # {key: Plan}, the latest few
+        self.plans = {}                                                     # {key: Plan}, the one used last at the end
         self.width = net.config.n_embd
         self.watch(net)
         require(not self.disturbed(), 'hook or dropout')
@@ -188,19 +188,19 @@ def recipe_of(net):
     return recipe
 
 
-def plan_of(recipe, state, B):
-    """A recipe's plan for this state, made now if there is none; Unknown if there can be none."""
+def plan_of(recipe, state, B, most=PLANS):
+    """A recipe's plan for this state, made now if there is none; Unknown if there can be none. most: plans
+    that are kept, those that were used last."""
     require(all(state.get(name) is not None for name in recipe.states), 'no state yet')
     tensors = [state[name] for name in recipe.states]
     memory = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
     key = torch.get_num_threads(), B, *memory
-    plan = recipe.plans.get(key)
-    if plan is None:
-        plan = Plan(recipe, state, B)
-        with lock:
-            if len(recipe.plans) >= PLANS:
-                recipe.plans.pop(next(iter(recipe.plans)))
-            recipe.plans[key] = plan
+    plan = recipe.plans.get(key) or Plan(recipe, state, B)
+    with lock:
+        recipe.plans.pop(key, None)
+        while len(recipe.plans) >= most:
+            recipe.plans.pop(next(iter(recipe.plans)))
+        recipe.plans[key] = plan
     return plan
 
 
@@ -219,7 +219,7 @@ def ready(net, idx, state, window):
         require(pos.shape == (len(idx),) and pos.dtype == torch.int64 and pos.device.type == 'cpu', 'positions')
         positions = pos.tolist()
         require(min(positions) >= 0, 'positions')
-        plan = plan_of(recipe_of(net), state, len(idx))
+        plan = plan_of(recipe_of(net), state, len(idx), getattr(net, 'plans', PLANS))
     except Unknown:
         return None
     window = getattr(net.config, 'window', 0) or window

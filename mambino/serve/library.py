@@ -25,6 +25,7 @@ from mambino.machine import autocast, available_memory, choose_device, choose_dt
 from mambino.serve.observed import Observed
 from mambino.serve.scheduler import Scheduler
 from mambino.serve.told import NoModel, told
+from mambino.serve.turns import Turns
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
 from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
 
@@ -68,6 +69,7 @@ class Library:
         self.adapters = adapters
         self.memory = memory
         self.room = room
+        self.turns = Turns()            # of the models' threads
         self.metrics = metrics
         self.loaded = {}                    # {id: Served}, the one used last at the end
         self.leaving = []                   # Served in whose place others are, until their answers end
@@ -183,8 +185,6 @@ class Library:
             if before:
                 self.leave(before)
         settle(future, served)
-        if self.metrics:
-            self.metrics.add('models_loaded')
         self.says(f'loaded    {name}: {served.about}' + (', in the place of what was there before' if before else ''))
 
     def take_back(self, run, future, error):
@@ -225,7 +225,8 @@ class Library:
             raise NoModel(message, 503) from None
         is_auto = self.dtype == 'auto' and not self.quantize
         precision = autocast(where, choose_dtype('auto', where)) if is_auto else None
-        scheduler = Observed(make_scheduler(net, tok, self.room, context, run['out_dir'], mark), self.metrics)
+        scheduler = make_scheduler(net, tok, self.room, context, run['out_dir'], mark, self.turns)
+        scheduler = Observed(scheduler, self.metrics)
         size = sum(tensor.nbytes for tensor in net.state_dict().values())
         return Served(run['id'], run['out_dir'], run['created'], run['stamp'], net, tok, mark, scheduler, context,
                       precision, size, describe(ckpt, net, where, self.quantize or self.dtype))
@@ -302,8 +303,8 @@ def settle(future, result):
         pass
 
 
-def make_scheduler(net, tok, room, context, out_dir, mark):
-    return Scheduler(net, tok, room, context)
+def make_scheduler(net, tok, room, context, out_dir, mark, turns):
+    return Scheduler(net, tok, room, context, out_dir, mark, turns)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -341,8 +342,8 @@ def run_of(name, out_dir, checkpoint):
 def describe(ckpt, net, device, precision):
     """A model in a line."""
     kind = ckpt['kind']
-    parameters = sum(tensor.numel() for tensor in ckpt['weights'].values())
-    size = f'{parameters / 1e6:.1f}M' if parameters >= 1e6 else f'{parameters / 1e3:.0f}K'
+    millions = sum(tensor.numel() for tensor in net.parameters()) / 1e6
+    millions = millions or sum(tensor.numel() for tensor in ckpt['weights'].values()) / 1e6
     precision = 'float32' if precision == 'auto' and device == 'cpu' else precision
     trained = ckpt['counters'].get('step', 0)
-    return f'{kind}, {size} parameters, {precision} on {device}, trained for {trained:,} steps'
+    return f'{kind}, {millions:.1f}M parameters, {precision} on {device}, trained for {trained:,} steps'

@@ -4,18 +4,40 @@
     ticket = scheduler.submit(job, send)        # Full if too many wait
     future = scheduler.call(function)           # something else in the model's thread, between steps
     scheduler.close()
+
+    waiting ──► reading: its prompt, by itself ──► a row ──► a token a step … ──► Done
+                  │ between its layers                ▲          state and tokens ──► kept
+                  └── the running rows have a step ───┘
+
+All live rows have a step at once (batch.py), each draws its own token, and whoever is done
+makes room for the next. What takes longer than a step, a prompt or a function of `call`, is computed as
+ever, but between its layers the running rows have their turn whenever it took as long as a step of
+theirs: so either side goes on at half of its speed at least, and a token never waits for a whole prompt.
 """
+import math
 import queue
 import threading
-from concurrent.futures import Future
+import time
+import traceback
+from collections import deque
+from concurrent.futures import Future, InvalidStateError
 from contextlib import nullcontext
 
 import torch
 
-from mambino.sample.generation import Rows, logprobs_of, prefill
-from mambino.sample.healing import look_ahead
-from mambino.sample.text import Writer
-from mambino.serve.work import Done, Failed, Full, Logprob, Read, Token
+from mambino.serve.batch import Batch
+from mambino.serve.named import Named, told_of
+from mambino.serve.reading import Reading
+from mambino.serve.states import Kept, trimmed
+from mambino.serve.turns import Turns
+from mambino.serve.work import Done, Failed, Full, Read
+
+RECENT = 5.0            # seconds whose tokens are the pace
+PATIENCE = 600          # seconds of Full, at most
+
+
+class Stopped(BaseException):
+    """What is computed is not wanted any more."""
 
 
 class Ticket:
@@ -25,95 +47,395 @@ class Ticket:
         self.job = job
         self.send = send
         self.is_cancelled = False
+        self.problem = None             # why there is no answer: (message, status)
+        self.session = None             # that the answer goes on with, a Session
+        self.path = None                # of its file
+        self.read = None                # a Reading of the same prompt, done
 
     def cancel(self):
+        """Its row is free before the next step; Done('cancelled') is sent."""
         self.is_cancelled = True
+
+    def key(self):
+        """What two jobs have in common whose prompt is read once."""
+        job = self.job
+        return tuple(job.ids), job.owed, job.prompt_logprobs
 
 
 class Scheduler:
-    """See the top of the file. context: in which the model computes."""
+    """See the top of the file. context: in which the model computes. out_dir, fingerprint: where sessions
+    are kept, and of which model. turns: shared by the schedulers of several models."""
 
-    def __init__(self, net, tok, room, context=None):
+    def __init__(self, net, tok, room, context=None, out_dir='', fingerprint='', turns=None):
         self.net = net
         self.tok = tok
         self.room = room
         self.context = context or nullcontext()
-        self.waiting = queue.Queue()
+        self.turns = turns or Turns()
+        self.named = Named(out_dir, fingerprint, tok, next(net.parameters()).device, self.hand_in)
+        self.inbox = queue.SimpleQueue()        # tickets, calls, None: to end
+        self.count = 0                          # jobs that were handed in, and have no row yet
+        self.lock = threading.Lock()            # of count
+        self.waiting = deque()                  # tickets
+        self.readings = []                      # of prompts, the oldest first
+        self.calls = deque()                    # (function or generator, Future)
+        self.batch = None                       # of answers, made in the thread
+        self.rows = None                        # the batch's
+        self.kept = Kept(room.kept_memory * 1e9)
+        self.totals = dict(jobs=0, steps=0, prompt_tokens=0, cached_tokens=0, answer_tokens=0)
+        self.recent = deque()                   # (time, tokens) of the latest steps
+        self.job_seconds = 1.0                  # that a row is taken, on average
+        self.step_seconds = 0.0                 # of a step, the latest
+        self.owed_seconds = 0.0                 # that rows have waited since
+        self.mark = None                        # since when; None: nothing else is computed
+        self.wanted = lambda: True              # whether what is computed else is wanted still
+        self.is_shortest = self.is_call = False # whose turn it was: of the shortest prompt, of a call
+        self.ending = False
         self.thread = threading.Thread(target=self.work, name='model', daemon=True)
         self.thread.start()
 
+    # --- from other threads ---------------------------------------------------------------------------
+
     def submit(self, job, send):
         """→ a Ticket; Full where too many wait already. send(event) is called in the model's thread."""
-        if self.waiting.qsize() >= self.room.queue:
-            raise Full(1)
         ticket = Ticket(job, send)
-        self.waiting.put(ticket)
+        with self.lock:
+            free = self.rows.room - self.rows.live if self.rows else self.room.rows
+            if self.count >= self.room.queue + free:
+                raise Full(self.seconds_to_wait())
+            self.count += 1
+        if not self.is_alive():
+            send(Failed('the model has stopped: its thread ended with an error', 500))
+        elif job.session:
+            self.named.open(ticket)             # and then it is handed in
+        else:
+            self.inbox.put(ticket)
         return ticket
+
+    def hand_in(self, item):
+        """A ticket whose session is open; what a disk had to do and has done."""
+        self.inbox.put(item)
 
     def call(self, function):
         """→ a Future of what function() returns, called in the model's thread between steps. One that is
-        a generator function is gone through, a piece between steps: its value is what it returns."""
+        a generator function is gone through, a piece between steps: its value is what it returns. A
+        Future that is cancelled stops it."""
         future = Future()
-        self.waiting.put((function, future))
+        self.inbox.put((function, future))
+        if not self.is_alive():
+            settle(future, error=RuntimeError('the model has stopped'))
         return future
 
     def is_alive(self):
         """Whether its thread works."""
         return self.thread.is_alive()
 
+    def seconds_to_wait(self):
+        """After which a row may be free."""
+        rows = self.rows.room if self.rows else self.room.rows
+        return min(PATIENCE, max(1, math.ceil(self.job_seconds * (self.count - self.room.queue + 1) / rows)))
+
     def stats(self):
         """{name: number} of rows, queue, tokens, states."""
-        return dict(rows=self.room.rows, rows_used=0, queue=self.waiting.qsize())
+        rows = self.rows
+        now = time.perf_counter()
+        recent = [(when, tokens) for when, tokens in self.recent.copy() if when > now - RECENT]
+        return dict(
+            self.totals,
+            rows=rows.room if rows else self.room.rows,
+            rows_used=rows.live if rows else 0,
+            queue=self.count,
+            tokens_per_second=sum(tokens for _, tokens in recent) / RECENT,
+            step_seconds=self.step_seconds,
+            kept_states=len(self.kept.entries),
+            kept_bytes=self.kept.bytes,
+            bytes_a_row=rows.bytes_a_row(rows.slots) if rows else 0,
+        )
 
     def close(self):
         """Cancels all, and ends the thread."""
-        self.waiting.put(None)
-        self.thread.join()
+        self.ending = True
+        self.inbox.put(None)
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
+        self.named.close()
+        self.end_all('')                        # what the disk has handed in since
+
+    # --- the model's thread ---------------------------------------------------------------------------
 
     def work(self):
-        with self.context, torch.no_grad():
-            while (item := self.waiting.get()) is not None:
-                if isinstance(item, tuple):
-                    function, future = item
-                    try:
-                        result = function()
-                        if hasattr(result, 'send'):
-                            while True:
-                                try:
-                                    next(result)
-                                except StopIteration as end:
-                                    result = end.value
-                                    break
-                        future.set_result(result)
-                    except BaseException as error:
-                        future.set_exception(error)
-                    continue
-                try:
-                    self.answer(item)
-                except Exception as error:
-                    item.send(Failed(f'{type(error).__name__}: {error}'))
+        reason = 'the model has stopped'
+        try:
+            with self.context, torch.no_grad(), self.turns:
+                self.batch = Batch(self.net, self.tok, self.room.rows, self.tell, self.over)
+                self.rows = self.batch.rows
+                if self.rows.logits.device.type == 'cpu':   # elsewhere a layer is not computed when it returns
+                    self.net.between_layers = self.between
+                while not self.ending:
+                    self.go_round()
+                self.batch.end_all()
+        except BaseException as error:
+            reason = f'the model has stopped: {told_of(error)[0]}'
+            traceback.print_exc()
+        finally:
+            self.net.between_layers = None
+            self.end_all(reason)
 
-    def answer(self, ticket):
-        job = ticket.job
-        V = self.tok.vocab_size
-        read = prefill(self.net, job.ids)
-        ticket.send(Read(len(job.ids), 0, []))
-        rows = Rows(self.net, V, job.repetition_penalty)
-        rows.add([read], [look_ahead(self.net, self.tok, read, job.owed)])
-        writer = Writer(self.tok, job.stops, job.ids, job.end_ids, keep=False, owed=job.owed)
-        generator = torch.Generator().manual_seed(job.seed)
-        while not writer.done and writer.length < job.max_tokens and not ticket.is_cancelled:
-            ids = rows.draw(generator=[generator], temperature=job.temperature, top_k=job.top_k, top_p=job.top_p,
-                            min_p=job.min_p)
-            i = int(ids)
-            logprob = None
-            if job.logprobs >= 0:
-                own, top = logprobs_of(rows.logits, ids, job.logprobs, V)[0]
-                logprob = Logprob(i, own, top)
-            before = writer.length
-            text = writer.feed(i)
-            ticket.send(Token(i, text, logprob, writer.length == before))
-            if not writer.done:
-                rows.advance(ids)
-        reason = 'cancelled' if ticket.is_cancelled else 'stop' if writer.done else 'length'
-        ticket.send(Done(reason, writer.close(), writer.length))
+    def end_all(self, reason):
+        """Nobody waits for ever."""
+        cancelled = self.ending
+        self.ending = True
+        self.take_in(block=False)
+        tickets = [*self.waiting, *(reading.ticket for reading in self.readings)]
+        tickets += [answer.ticket for answer in self.batch.answers] if self.batch else []
+        for ticket in tickets:
+            self.tell(ticket, Done('cancelled', '', 0) if cancelled else Failed(reason, 500))
+        for _, future in self.calls:
+            settle(future, error=RuntimeError(reason))
+        for some in (self.waiting, self.readings, self.calls, self.batch.answers if self.batch else []):
+            some.clear()
+
+    def go_round(self):
+        """Takes in what has come, and does a piece of each kind of work there is."""
+        is_idle = not (self.waiting or self.readings or self.calls or self.batch.answers)
+        if is_idle:
+            self.owed_seconds = 0.0
+            self.turns.__exit__()
+            self.take_in(block=True)
+            self.turns.__enter__()
+        self.take_in(block=False)
+        if self.ending:
+            return
+        self.drop_cancelled()
+        self.admit()
+        aside = self.next_aside()
+        if aside is not None:
+            self.do_aside(aside)
+        if self.batch.answers and (aside is None or self.owed_seconds >= self.step_seconds):
+            self.step()
+        self.turns.give_way()
+
+    def take_in(self, block):
+        """What has come in meanwhile; block: there is something, or one waits for it."""
+        while True:
+            try:
+                item = self.inbox.get(block)
+            except queue.Empty:
+                return
+            block = False
+            if isinstance(item, Ticket):
+                self.waiting.append(item)
+            elif callable(item):
+                item()
+            elif item is not None:
+                self.calls.append(item)
+
+    def drop_cancelled(self):
+        """Whoever waits no longer."""
+        for ticket in [ticket for ticket in self.waiting if ticket.is_cancelled or ticket.problem]:
+            self.waiting.remove(ticket)
+            self.leave(ticket)
+        for reading in [reading for reading in self.readings if reading.ticket.is_cancelled]:
+            self.readings.remove(reading)
+            self.leave(reading.ticket)
+        self.batch.drop_cancelled()
+
+    def leave(self, ticket):
+        """A job that has no row yet goes."""
+        with self.lock:
+            self.count -= 1
+        self.tell(ticket, Failed(*ticket.problem) if ticket.problem else Done('cancelled', '', 0))
+        self.named.release(ticket)
+
+    def tell(self, ticket, event):
+        """Sends an event; whoever cannot be told anything is cancelled."""
+        try:
+            ticket.send(event)
+        except Exception:
+            ticket.is_cancelled = True
+
+    # --- beside the rows: prompts, functions ----------------------------------------------------------
+
+    def next_aside(self):
+        """What is computed next beside the rows: a Reading, or a call's; None if there is nothing."""
+        reading = self.next_reading()
+        self.is_call = not self.is_call
+        if self.calls and (reading is None or self.is_call):
+            return self.calls.popleft()
+        return reading
+
+    def next_reading(self):
+        """Of the prompts for which there is a row the one that came first, and by turns the shortest."""
+        free = self.rows.room - self.rows.live - len(self.readings)
+        while self.waiting and free > 0 and len(self.readings) < 2:
+            if not self.begin(self.waiting.popleft()):
+                continue
+            free -= 1
+        some = [reading for reading in self.readings if not reading.is_done]
+        if not some:
+            return None
+        self.is_shortest = not self.is_shortest
+        return min(some, key=Reading.left) if self.is_shortest else some[0]
+
+    def begin(self, ticket):
+        """A ticket's Reading; whether there is one."""
+        try:
+            if ticket.read is not None:
+                reading = ticket.read.for_another(ticket)
+            else:
+                reading = Reading(ticket, self.net, self.tok, self.kept, self.named)
+        except (Exception, SystemExit) as error:
+            ticket.problem = told_of(error)
+            self.leave(ticket)
+            return False
+        self.readings.append(reading)
+        if reading.is_done:
+            self.admit()
+        return True
+
+    def do_aside(self, aside):
+        """A piece of it; the rows have their turns meanwhile."""
+        self.mark = time.perf_counter()
+        try:
+            if isinstance(aside, Reading):
+                self.wanted = lambda: not aside.ticket.is_cancelled
+                self.read(aside)
+            else:
+                self.wanted = lambda: not aside[1].cancelled()
+                self.go_on_with(*aside)
+        finally:
+            if self.rows.logits.device.type == 'cuda':
+                torch.cuda.synchronize()
+            if self.mark is not None:
+                self.owed_seconds = min(1.0, self.owed_seconds + time.perf_counter() - self.mark)
+            self.mark = None
+
+    def between(self):
+        """Between two layers of what is computed beside the rows: they have a step if it is their turn."""
+        if self.mark is None:
+            return
+        if self.ending or not self.wanted():
+            raise Stopped
+        now = time.perf_counter()
+        self.owed_seconds += now - self.mark
+        self.mark = None                        # a step has layers, too
+        while self.batch.answers and self.owed_seconds >= self.step_seconds:
+            self.take_in(block=False)
+            self.batch.drop_cancelled()
+            if self.batch.answers:
+                self.step()
+        if not self.batch.answers:
+            self.owed_seconds = 0.0
+        self.turns.give_way()
+        self.mark = time.perf_counter()
+
+    def read(self, reading):
+        """A piece of a prompt."""
+        try:
+            reading.piece()
+        except Stopped:
+            return                              # drop_cancelled tells it
+        except (Exception, SystemExit) as error:
+            self.readings.remove(reading)
+            reading.ticket.problem = told_of(error)
+            self.leave(reading.ticket)
+            return
+        if reading.is_done:
+            self.keep_read(reading)
+            self.admit()
+
+    def keep_read(self, reading):
+        """What was read stays for later, and for those who wait with the same prompt."""
+        if reading.ticket.session is not None:
+            return
+        if reading.top < 0:
+            self.kept.add(reading.ids, trimmed(reading.state, self.rows.window), reading.logits)
+        key = reading.ticket.key()
+        for other in self.waiting:
+            if not other.job.session and other.key() == key:
+                other.read = reading
+        for place, other in enumerate(self.readings):
+            if other is not reading and not other.ticket.job.session and other.ticket.key() == key:
+                self.readings[place] = reading.for_another(other.ticket)
+
+    def admit(self):
+        """Gives rows to those whose prompt is read."""
+        for reading in [reading for reading in self.readings if reading.is_done]:
+            job = reading.ticket.job
+            if job.max_tokens > 0 and not self.rows.has_room(len(reading.ids) + job.max_tokens):
+                break
+            self.readings.remove(reading)
+            with self.lock:
+                self.count -= 1
+            self.totals['jobs'] += 1
+            self.totals['prompt_tokens'] += len(reading.ids)
+            self.totals['cached_tokens'] += reading.cached
+            self.tell(reading.ticket, Read(len(reading.ids), reading.cached, reading.logprobs))
+            if job.max_tokens > 0:
+                try:
+                    self.batch.add(reading)
+                except (Exception, SystemExit) as error:
+                    self.finish(reading.ticket, Failed(*told_of(error)))
+            else:
+                self.named.finish(reading.ticket, reading.state, reading.logits, [])
+                self.finish(reading.ticket, Done('length', '', 0))
+
+    def go_on_with(self, function, future):
+        """Calls a function, or goes on with a generator."""
+        try:
+            result = next(function) if hasattr(function, '__next__') else function()
+            if hasattr(result, '__next__') and not hasattr(function, '__next__'):
+                self.calls.append((result, future))
+            elif hasattr(function, '__next__'):
+                self.calls.append((function, future))
+            else:
+                settle(future, result)
+        except StopIteration as end:
+            settle(future, end.value)
+        except Stopped:
+            settle(future, error=RuntimeError('the model has stopped'))
+        except BaseException as error:
+            settle(future, error=error)
+
+    # --- the rows -------------------------------------------------------------------------------------
+
+    def step(self):
+        """A step of the rows; what it takes, they have had."""
+        began = time.perf_counter()
+        tokens = self.batch.step()
+        now = time.perf_counter()
+        self.step_seconds = now - began
+        self.owed_seconds = max(0.0, self.owed_seconds - self.step_seconds)
+        self.totals['steps'] += 1
+        self.totals['answer_tokens'] += tokens
+        self.recent.append((now, tokens))
+        while self.recent[0][0] < now - RECENT:
+            self.recent.popleft()
+
+    def over(self, answer, event, state, logits, ids):
+        """An answer is over, and its row free; state: after all of ids, None if that is of no use."""
+        ticket = answer.ticket
+        if state is not None and ticket.session is not None:
+            self.named.finish(ticket, state, logits, answer.drawn)
+        elif state is not None and ticket.job.prompt_logprobs < 0:
+            self.kept.add(ids, state, logits)
+        self.finish(ticket, event)
+        self.job_seconds += 0.1 * (time.perf_counter() - answer.began - self.job_seconds)
+
+    def finish(self, ticket, event):
+        """The last event of a job, after its session is on the disk."""
+        if ticket.session is None:
+            self.tell(ticket, event)
+        else:
+            self.named.close_after(ticket, event, lambda done: self.tell(ticket, done))
+
+
+def settle(future, result=None, error=None):
+    """Gives a Future its result, unless nobody wants it."""
+    try:
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+    except InvalidStateError:
+        pass

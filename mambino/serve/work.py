@@ -34,7 +34,7 @@ class Job:
     presence_penalty: float = 0.0           # taken once from the logits of ids in the answer so far
     frequency_penalty: float = 0.0          # taken from them each time
     logit_bias: dict = field(default_factory=dict)      # {id: what is added to its logit}
-    seed: int = 0                   # of the row's own generator
+    seed: int = 0                   # of the row's own generator; None: a session's, where it stood
     stops: tuple = ()               # texts before which the answer ends
     end_ids: tuple = ()             # ids that end it, besides end-of-text
     logprobs: int = -1              # of the ids drawn, and of so many likeliest; -1: none
