@@ -42,6 +42,9 @@ init_from = 'auto'          # 'auto': go on with out_dir's run if it has one; 'r
                             # have one; 'scratch': begin anew; another out_dir, or hf:folder (of
                             # transformers): begin with the weights there, to fine-tune them
 eval_only = False           # evaluate out_dir's checkpoint, and end
+report = None               # --report: write what there is to see of out_dir's run, while it is going
+                            # on too, and end: its curves, settings and samples, as
+                            # out_dir/report.html; or as the file named here, .html or .png
 # --- model (a 0 is filled in: sizes by the machine, the rest as the model's own file says)
 model = 'mamba'             # 'mamba', 'gpt' or 'hybrid'
 size = ''                   # '50m', '150m' or '400m' parameters: layers and width that suit;
@@ -132,6 +135,10 @@ seed = 1337
 end_quietly()  # by Ctrl-C; until the loop there is nothing to save
 go_on_without_stdout()  # the model is worth more than its log on the screen
 explicit = configure(globals())  # {name: value} of what config files and flags name
+if report:
+    from mambino.train.report import write_report
+    write_report(out_dir, report, __file__)
+    raise SystemExit
 
 import numpy as np
 import torch
@@ -275,7 +282,7 @@ if rank == 0:
     except OSError as error:
         fail(f'{out_dir}: cannot be written to: {error.strerror}; choose another --out_dir')
 status = StatusLine()
-report = Report(
+journal = Report(
     log, status, progress, max_iters, tokens_per_step, epoch_tokens=data.tokens['train'],
     flops=net.flops_per_token(block_size) - adapters.flops_saved(net),
     peak_flops=machine.peak_flops(device, dtype) * world, device=device, remedies=remedies(settings))
@@ -309,7 +316,7 @@ while True:
             health.require(progress, latest, status)  # a model that was just ruined is not saved
             improved = progress.add_evaluation(result, lr_of(step))
             ended = ended or 0 < patience <= progress.bad_evals
-            report.evaluation(result, improved, data.shares(progress.tokens_seen // block_size, seed))
+            journal.evaluation(result, improved, data.shares(progress.tokens_seen // block_size, seed))
             # best first: after a kill between the two the run comes back to this step
             save([best, latest] if improved else [latest], shards=[] if ended else [latest])
     if samples and step % sample_interval == 0 and step != sampled:
@@ -358,7 +365,7 @@ while True:
     if logged:
         health.require(progress, latest, status)
         clock.read()
-        report.step(summed(total_loss.item())[0] / world, lr, norm.item(), net.expert_load())
+        journal.step(summed(total_loss.item())[0] / world, lr, norm.item(), net.expert_load())
 
 # --- the end
 clock.read()

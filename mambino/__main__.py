@@ -15,19 +15,9 @@ import os
 import runpy
 import sys
 
+from mambino import __version__, script_path
+
 COMMANDS = ('prepare', 'train', 'sample', 'export', 'serve')
-
-
-def scripts_folder():
-    """Where the scripts are, and config/ beside them."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    installed = os.path.join(here, 'scripts')
-    return installed if os.path.isdir(installed) else os.path.dirname(here)
-
-
-def path_of(name):
-    """The path of a command's script."""
-    return os.path.join(scripts_folder(), f'{name}.py')
 
 
 def overview():
@@ -35,7 +25,7 @@ def overview():
     yield 'usage: mambino COMMAND [--name=value ...]'
     yield ''
     for name in COMMANDS:
-        with open(path_of(name), encoding='utf-8') as f:
+        with open(script_path(f'{name}.py'), encoding='utf-8') as f:
             opening = ast.get_docstring(ast.parse(f.read()))
         yield f'  {name:<9}{" ".join(opening.partition(".")[0].partition(":")[0].split())}'
     yield ''
@@ -47,14 +37,13 @@ def main():
     name, *arguments = sys.argv[1:] or ['--help']
     if name in COMMANDS:
         os.environ['MAMBINO_COMMAND'] = 'mambino'   # what messages tell to type
-        sys.argv = [path_of(name), *arguments]
+        sys.argv = [script_path(f'{name}.py'), *arguments]
         runpy.run_path(sys.argv[0], run_name='__main__')
         return
     if name in ('--help', '-h', 'help'):
         print('\n'.join(overview()))
         return
     if name == '--version':
-        from mambino import __version__
         print(f'mambino {__version__}')
         return
     near, = difflib.get_close_matches(name.lower()[:100], COMMANDS, n=1, cutoff=0)

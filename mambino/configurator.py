@@ -9,7 +9,7 @@ order:
 
     config/x.py        is executed; it sees the current settings, and what it assigns must be settings
     --name=value       is converted to the type of the default; a string is taken as it stands, never evaluated
-    --name             turns a bool on
+    --name             turns on what may be true, a bool or a setting that is None
 
 What goes wrong ends the program with one line and exit status 2. What differs from the defaults is
 printed, and nothing else.
@@ -120,8 +120,8 @@ def read_flag(arg, following, defaults):
         fail(f'{arg}: settings are written --name=value, see --help')
     if name not in defaults:
         refuse_unknown(name, arg, defaults)
-    is_bool = type(defaults[name]) is bool
-    if not equals and (not is_bool or following.lower() in YES + NO):
+    is_switch = type(defaults[name]) in (bool, type(None))
+    if not equals and (not is_switch or following.lower() in YES + NO):
         fail(f'{arg}: a value is missing, write --{name}={following or "value"}')
     return name, from_text(text if equals else 'true', defaults[name], arg)
 
@@ -346,6 +346,31 @@ class HelpRow(NamedTuple):
     name: str
     value: str
     comment: str
+
+
+class Setting(NamedTuple):
+    """A setting of a script that is not run."""
+    heading: str        # of its group
+    name: str
+    default: object
+    comment: str
+
+
+def settings_of(path):
+    """[Setting, …] of a script, in its order. Nothing of it is executed."""
+    namespace = {'__file__': path}
+    for node in ast.parse(read_source(path)).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                namespace[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:              # it is computed, so it is no setting
+                pass
+    settings = []
+    heading = ''
+    for row in help_rows(namespace, namespace):
+        heading = row.heading or heading
+        settings.append(Setting(heading, row.name, namespace[row.name], row.comment))
+    return settings
 
 
 def comments_of(path):

@@ -234,6 +234,26 @@ def browser():
 
 
 @pytest.fixture
+def open_file(browser):
+    """open_file(path) → a page with this file, which asks for nothing else and has nothing to complain of."""
+    from pathlib import Path
+
+    from helpers.browser import Watched
+    context = browser.new_context(color_scheme='dark')
+    watched = Watched(context)
+    opened = []
+
+    def open_file(path):
+        page = context.new_page()
+        opened.append(Path(path).resolve().as_uri())
+        page.goto(opened[-1])
+        return page
+    yield open_file
+    context.close()
+    assert watched.elsewhere == opened and not watched.errors
+
+
+@pytest.fixture
 def watched_context(browser, server):
     """A browser's profile in which the page's secret is known, and its Watched."""
     from helpers.browser import PATIENCE, Watched

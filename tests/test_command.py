@@ -160,6 +160,13 @@ def test_ctrl_c_ends_it_as_it_ends_a_script(mambino, tmp_path):
     assert (tmp_path / 'out' / 'ckpt.pt').exists()
 
 
+def test_the_server_starts_the_scripts_that_were_installed_with_it(mambino, tmp_path):
+    code = 'from mambino.serve import launch, recipes; print(launch.script_path("train.py"), recipes.recipes()[0])'
+    done = command(mambino.python, '-c', code, folder=tmp_path)
+    where = os.path.join(mambino.packages, 'mambino', 'scripts')
+    assert done.stdout.split() == [os.path.join(where, 'train.py'), os.path.join(where, 'config', 'finetune_chat.py')]
+
+
 def test_in_a_checkout_it_runs_the_scripts_that_are_there(tmp_path):
     done = command(sys.executable, '-m', 'mambino', 'train', '--help', PYTHONPATH=ROOT, folder=tmp_path)
     assert done.returncode == 0 and 'usage: mambino train [config/file.py ...]' in done.stdout, done.stderr

@@ -27,9 +27,10 @@ FLOORS = {
     'mambino.language_model': 2, 'mambino.cache': 2, 'mambino.machine': 2, 'mambino.tokenizer': 2,
     'mambino.chat': 2.2, 'mambino.templates': 1.2, 'mambino.tokenizer_config': 1,
     'mambino.detokenizer': 1.5, 'mambino.tokenizer_json': 1.2, 'mambino.seams': 1,
+    'mambino.standalone': 1.2,
     'mambino.kernels': 1, 'mambino.configurator': 1, 'mambino.console': 1,
     'mambino.files': 0.5,
-    'mambino': 0,                                   # its version
+    'mambino': 0,                                   # its version, and where its scripts are
 }
 ALSO = {('mambino.train', 'mambino.sample')}        # samples while training
 # These may import each other, in no circle.

@@ -10,14 +10,13 @@ Nothing is needed but Python, and torch is not imported: a curve is there at onc
 is still being trained.
 """
 import html
-import math
 import os
 import shutil
 import sys
 
 from mambino.configurator import configure, fail, require, shown
 from mambino.console import end_quietly
-from mambino.plain import parse_json
+from mambino.train.curves import LEFT, Frame, bounds, is_number, read_lines, short, thinned, ticks
 
 to = ''                 # a file to write as well: curves.svg, or curves.html
 x = 'step'              # what the loss is drawn over: 'step', 'tokens' or 'hours' of training
@@ -27,7 +26,6 @@ MARKS = '●○■□▲△◆◇'      # of a run's val and train, in the termi
 PLAIN_MARKS = '*.#:@,%;'
 COLORS = ('#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#e377c2')
 WIDTH, HEIGHT = 900, 480                                    # of a picture
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 20, 50                   # its margins
 POINTS = 600            # of a curve in a picture; more would not be seen
 
 
@@ -37,24 +35,14 @@ def read_run(folder, x):
     """({'train': [(x, loss)], 'val': […]}, the number of lines that could not be read) of a run."""
     path = os.path.join(folder, 'metrics.jsonl') if os.path.isdir(folder) else folder
     try:
-        with open(path, 'rb') as f:
-            lines = f.read().split(b'\n')
+        lines, damaged = read_lines(path)
     except OSError as error:
         advice = '' if os.path.isdir(folder) else '; name the --out_dir of a run of train.py'
         fail(f'{path}: {error.strerror}{advice}')
     points = {'train': {}, 'val': {}}
-    damaged = 0
     last = 0, 0                                             # an evaluation tells its step alone
-    for line in filter(bytes.strip, lines):
-        try:
-            values = parse_json(line)
-            step = values['step']
-            is_sound = is_number(step)
-        except (ValueError, KeyError, TypeError):
-            is_sound = False
-        if not is_sound:
-            damaged += 1
-            continue
+    for values in lines:
+        step = values['step']
         seen = {'step': step, 'tokens': values.get('tokens'), 'hours': values.get('seconds')}
         if is_number(seen['hours']):
             seen['hours'] /= 3600
@@ -69,57 +57,11 @@ def read_run(folder, x):
     return {curve: sorted(of_curve.items()) for curve, of_curve in points.items()}, damaged
 
 
-def is_number(value):
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def thinned(points, most):
-    """At most so many points: each the mean of neighbours."""
-    if len(points) <= most:
-        return points
-    means = []
-    for i in range(most):
-        group = points[i * len(points) // most:(i + 1) * len(points) // most]
-        means.append(tuple(sum(values) / len(group) for values in zip(*group)))
-    return means
-
-
-def bounds(curves):
-    """((least x, greatest x), (least y, greatest y)) of all points; of the highest losses those of a
-    beginning are left out of sight where they would press the rest flat."""
-    xs = [at for points in curves.values() for at, _ in points]
-    ys = sorted(loss for points in curves.values() for _, loss in points)
-    low, high = ys[0], ys[-1]
-    usual = ys[int(0.98 * (len(ys) - 1))]
-    if usual > low and high - low > 2 * (usual - low):
-        high = usual
-    if high - low < 1e-9 * max(1, abs(high)):
-        low, high = low - 0.5, high + 0.5
-    left, right = min(xs), max(xs)
-    return (left, right if right > left else left + 1), (low, high)
-
-
-def ticks(low, high, n):
-    """About n round numbers between two."""
-    step = 10 ** math.floor(math.log10((high - low) / n))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= n)
-    first = math.ceil(low / step)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def short(value):
-    """A number for an axis: 1500000 is 1.5M."""
-    for unit, size in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
-        if abs(value) >= 10 * size or (abs(value) >= size and value % size == 0):
-            return f'{value / size:g}{unit}'
-    return f'{value:.4g}'
-
-
 # --- in the terminal ------------------------------------------------------------------------------
 
 def draw_text(curves, x, columns, rows, marks):
     """Lines of characters. curves: {label: [(x, loss)]}, a run's train before its val."""
-    (left, right), (low, high) = bounds(curves)
+    (left, right), (low, high) = bounds(curves.values())
     margin = 8
     width = max(20, columns - margin - 2)
     grid = [[' '] * width for _ in range(rows)]
@@ -144,31 +86,18 @@ def draw_text(curves, x, columns, rows, marks):
 
 def draw_svg(curves, x):
     """The picture as SVG. curves: as in draw_text; a run's two have one colour, its train is paler."""
-    (left, right), (low, high) = bounds(curves)
     height = HEIGHT + 18 * len(curves)
-
-    def place(at, loss):
-        return (LEFT + (at - left) / (right - left) * (WIDTH - LEFT - RIGHT),
-                TOP + (high - min(loss, high)) / (high - low) * (HEIGHT - TOP - BOTTOM))
+    frame = Frame.of(curves.values(), WIDTH, HEIGHT)
     yield (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
            f'height="{height}" font-family="sans-serif" font-size="12">')
     yield f'<rect width="{WIDTH}" height="{height}" fill="white"/>'
-    for tick in ticks(low, high, 6):
-        _, y = place(left, tick)
-        yield f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
-        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
-    for tick in ticks(left, right, 8):
-        at, _ = place(tick, low)
-        yield f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#eee"/>'
-        yield f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>'
-    yield f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">{x}</text>'
+    yield from frame.grid(x)
     runs = list(dict.fromkeys(label.rpartition(' ')[0] for label in curves))
     for i, (label, points) in enumerate(curves.items()):
         run, _, kind = label.rpartition(' ')
         style = f'stroke="{COLORS[runs.index(run) % len(COLORS)]}" stroke-opacity="{1 if kind == "val" else 0.4}"'
-        line = ' '.join(f'{at:.1f},{y:.1f}' for at, y in (place(*point) for point in thinned(points, POINTS)))
-        yield f'<polyline points="{line}" fill="none" stroke-width="1.5" {style}/>'
-        for at, y in [place(*point) for point in points] if kind == 'val' and len(points) <= 60 else []:
+        yield frame.polyline(thinned(points, POINTS), style)
+        for at, y in [frame.place(*point) for point in points] if kind == 'val' and len(points) <= 60 else []:
             yield f'<circle cx="{at:.1f}" cy="{y:.1f}" r="2.5" fill="none" {style}/>'
         y = HEIGHT + 18 * i
         yield f'<line x1="{LEFT}" x2="{LEFT + 24}" y1="{y}" y2="{y}" stroke-width="2" {style}/>'

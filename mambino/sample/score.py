@@ -64,9 +64,7 @@ def perplexity(loss):
 def as_evaluated(net, tok, ids, size):
     """(nats, how many targets, their bytes) of train.py's evaluation where this text is the val
     split. ids: of the whole text; size: its bytes."""
-    opening = tok.opening()
-    given = max(1, len(opening))                            # ids that are no targets
-    sequence = [*opening, *ids]
+    sequence, given, target_bytes = windows_of(tok, ids, size)
     if len(sequence) <= given:
         return 0.0, 0, 0
     nats = 0.0
@@ -76,9 +74,18 @@ def as_evaluated(net, tok, ids, size):
         nats += some
         seen = min(seen + ROWS * net.config.block_size, len(sequence) - 1)
         show_progress(seen, len(sequence) - 1, time.perf_counter() - began, 'in windows')
+    return nats, len(sequence) - given, target_bytes
+
+
+def windows_of(tok, ids, size):
+    """(the ids that are read in windows, how many of them are no targets, the bytes of the others) of
+    the ids of a text of so many bytes."""
+    opening = tok.opening()
+    given = max(1, len(opening))
+    sequence = [*opening, *ids]
     sizes = tok.sizes()
     share = sizes[sequence[given:]].sum() / sizes[ids].sum()
-    return nats, len(sequence) - given, size * share
+    return sequence, given, float(size * share)
 
 
 def token_scores(net, tok, ids, top=0):

@@ -21,6 +21,8 @@ from mambino.serve.completions import add_completions
 from mambino.serve.errors import add_handlers
 from mambino.serve.guard import Guard, Rules
 from mambino.serve.metrics import Metrics
+from mambino.serve.session_api import add_sessions
+from mambino.serve.texts import add_texts
 from mambino.serve.told import NoModel
 
 
@@ -76,6 +78,8 @@ def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', 
         return PlainTextResponse(text, media_type='text/plain; version=0.0.4; charset=utf-8')
 
     add_completions(app, library, limits)
+    add_texts(app, library, limits)
+    add_sessions(app, library)
     return app
 
 

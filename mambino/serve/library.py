@@ -185,6 +185,8 @@ class Library:
             if before:
                 self.leave(before)
         settle(future, served)
+        if self.metrics:
+            self.metrics.add('models_loaded')
         self.says(f'loaded    {name}: {served.about}' + (', in the place of what was there before' if before else ''))
 
     def take_back(self, run, future, error):
@@ -342,8 +344,8 @@ def run_of(name, out_dir, checkpoint):
 def describe(ckpt, net, device, precision):
     """A model in a line."""
     kind = ckpt['kind']
-    millions = sum(tensor.numel() for tensor in net.parameters()) / 1e6
-    millions = millions or sum(tensor.numel() for tensor in ckpt['weights'].values()) / 1e6
+    parameters = sum(tensor.numel() for tensor in ckpt['weights'].values())
+    size = f'{parameters / 1e6:.1f}M' if parameters >= 1e6 else f'{parameters / 1e3:.0f}K'
     precision = 'float32' if precision == 'auto' and device == 'cpu' else precision
     trained = ckpt['counters'].get('step', 0)
-    return f'{kind}, {millions:.1f}M parameters, {precision} on {device}, trained for {trained:,} steps'
+    return f'{kind}, {size} parameters, {precision} on {device}, trained for {trained:,} steps'

@@ -1,8 +1,8 @@
 """What a run says: to its user, a line every few steps, and what is worth knowing about it; the same
 as numbers to the log (log.py); and where its time goes.
 
-    report = Report(log, progress, …)           # the lines on the screen, and in the log
-    report.step(loss=3.21, lr=1e-3, …)
+    journal = Report(log, progress, …)          # the lines on the screen, and in the log
+    journal.step(loss=3.21, lr=1e-3, …)
 """
 import datetime
 import os

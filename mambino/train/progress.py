@@ -26,7 +26,7 @@ from mambino.weights import adapters, checkpoint
 
 # Settings of the call, not of the run: a checkpoint does not keep them. Who goes on by hand must
 # say those of the machine again.
-OF_THE_CALL = ('out_dir', 'init_from', 'eval_only')
+OF_THE_CALL = ('out_dir', 'init_from', 'eval_only', 'report')
 OF_THE_MACHINE = (
     'device', 'compile', 'profile', 'vram', 'tensorboard', 'wandb_log', 'wandb_project',
     'wandb_run_name', 'parallel')
