@@ -103,7 +103,7 @@ token = page_token('.') if page else ''
 app = make_app(library, limits, key, cors_origin, hosts_of(host, allowed_hosts, key), token, cookie_of(port))
 if page:
     from mambino.serve.page.shell import add_page
-    add_page(app, library)
+    add_page(app, library, needs_key=bool(key))
 server = Server(app, library.close)
 
 
@@ -112,9 +112,7 @@ def load_first():
     try:
         library.get()
     except NoModel as error:
-        if server.should_exit:
-            return
-        if out_dir:
+        if out_dir and not server.should_exit:
             server.fail(error)
         elif library.default():
             print(f'note: {error}', file=sys.stderr)

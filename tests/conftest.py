@@ -221,6 +221,7 @@ def server(served_folder):
         yield server.start()
     finally:
         server.stop()
+    assert 'Traceback' not in server.said(), server.said()
 
 
 @pytest.fixture(scope='module')

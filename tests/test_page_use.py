@@ -1,6 +1,15 @@
 """The page in a real browser: its shell, and the panels on which a model is used."""
-from helpers.browser import has_no_sideways_scroll
+import math
+import os
+import re
+import shutil
+import time
+import urllib.request
 
+from helpers.browser import has_no_sideways_scroll, wait_for
+from helpers.runs import script
+
+FREE = 3        # seconds until a row is free, of a server that may share its core; a second else
 PLACES = ('start', 'machine', 'data', 'train', 'runs', 'generate', 'perplexity', 'export', 'server')
 
 
@@ -67,3 +76,270 @@ def test_the_keyboard_skips_to_the_content(page, server):
     assert page.evaluate('document.activeElement.className') == 'skip'
     page.keyboard.press('Enter')
     page.wait_for_function('document.activeElement.id === "content"')
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+def rows_used(server):
+    """How many answers the server is at work on."""
+    with urllib.request.urlopen(f'{server.url}/metrics', timeout=10) as response:
+        text = response.read().decode()
+    return sum(float(number) for number in re.findall(r'^mambino_model_rows_used\S* (\S+)$', text, re.M))
+
+
+def open_panel(page, server, name, model='bpe'):
+    """Goes to a panel, and chooses a model there."""
+    page.goto(server.at(f'/{name}'))
+    choose(page, 'model', model)
+
+
+def choose(page, name, value):
+    """Chooses one of a select's options, when the page is connected."""
+    page.wait_for_function('window.did_handshake')
+    page.get_by_test_id(name).click()
+    option = page.get_by_role('option', name=value, exact=True).locator('visible=true')
+    option.click()
+    option.wait_for(state='hidden')
+
+
+def fill(page, **values):
+    for name, value in values.items():
+        page.get_by_test_id(name).fill(str(value))
+
+
+def answer_text(page, number=0):
+    """What an answer says, with its prompt."""
+    return page.get_by_test_id('answer-text').nth(number).evaluate('element => element.textContent')
+
+
+def start(page):
+    """Begins, and waits for the end of all answers."""
+    page.evaluate('document.querySelectorAll("[data-testid=answer]").forEach(answer => answer.dataset.old = 1)')
+    page.get_by_test_id('start').click()
+    states = '[...document.querySelectorAll("[data-testid=answer]:not([data-old]) [data-testid=answer-state]")]'
+    ends = '/finished|full length|stopped|no answer/'
+    page.wait_for_function(f'{states}.length && {states}.every(state => {ends}.test(state.textContent))')
+
+
+def sampled(served_folder, capsys, *flags):
+    """What sample.py writes in the served folder, without the settings it repeats."""
+    before = os.getcwd()
+    os.chdir(served_folder)
+    try:
+        capsys.readouterr()
+        assert script('sample.py', '--device=cpu', *flags) == 0
+        return re.sub(r'\A(\w+ +=.*\n)+', '', capsys.readouterr().out)
+    finally:
+        os.chdir(before)
+
+
+def test_generate_is_what_sample_writes(page, server, served_folder, capsys, one_thread):
+    """Token by token, with the same seeds; the likeliest in a token's place are told."""
+    open_panel(page, server, 'generate')
+    fill(page, prompt='e', length=40, answers=2)
+    start(page)
+    texts = sampled(served_folder, capsys, '--out_dir=bpe --start=e --max_new_tokens=40 --num_samples=2 --stream=false')
+    for number in range(2):
+        assert answer_text(page, number) in texts
+    assert '40 tokens' in page.get_by_test_id('answer-state').first.text_content()
+    token = page.locator('.token').filter(has_text=re.compile(r'\w')).first
+    token.hover()
+    others = page.locator('.pop:visible .other')
+    assert others.count() == 5
+    assert 'nats' in page.locator('.pop:visible .head').text_content()
+    token.focus()
+    page.keyboard.press('ArrowRight')
+    assert token.evaluate('token => token.nextElementSibling === document.activeElement')
+
+
+def test_stop_frees_the_row(page, server):
+    """Within a second; the text so far stays."""
+    open_panel(page, server, 'generate')
+    fill(page, prompt='e', length=4096)
+    page.get_by_test_id('start').click()
+    page.wait_for_function('document.querySelectorAll(".token").length > 5')
+    assert rows_used(server) == 1
+    page.get_by_test_id('stop').click()
+    began = time.monotonic()
+    wait_for(lambda: rows_used(server) == 0)
+    assert time.monotonic() - began < FREE
+    page.get_by_test_id('start').wait_for()
+    assert 'stopped' in page.get_by_test_id('answer-state').text_content()
+    assert len(answer_text(page)) > 5
+
+
+def test_a_closed_tab_frees_the_row(page, server):
+    open_panel(page, server, 'generate')
+    fill(page, prompt='e', length=4096)
+    page.get_by_test_id('start').click()
+    page.wait_for_function('document.querySelectorAll(".token").length > 5')
+    assert rows_used(server) == 1
+    page.close()
+    began = time.monotonic()
+    wait_for(lambda: rows_used(server) == 0)
+    assert time.monotonic() - began < FREE
+
+
+def test_two_models_side_by_side(page, server):
+    open_panel(page, server, 'generate')
+    choose(page, 'second-model', 'char')
+    fill(page, prompt='e', length=10)
+    start(page)
+    assert page.get_by_test_id('answer-model').all_text_contents() == ['bpe', 'char']
+    assert all(len(answer_text(page, number)) > 1 for number in range(2))
+
+
+def test_chat(page, server):
+    """Messages and answers stand one below the other."""
+    open_panel(page, server, 'generate')
+    page.get_by_test_id('mode').get_by_text('Chat').click()
+    for number, line in enumerate(('ann', 'ett'), 1):
+        fill(page, prompt=line, length=8)
+        page.get_by_role('button', name='Send').click()
+        page.locator('.message').nth(2 * number - 1).wait_for()
+        page.get_by_test_id('start').wait_for()
+    assert page.locator('.message.user .said').all_text_contents() == ['ann', 'ett']
+    assert page.get_by_test_id('answer-text').count() == 2
+    page.get_by_test_id('forget').click()
+    page.locator('.message').first.wait_for(state='detached')
+
+
+def test_what_cannot_be_is_said(page, server):
+    """And the next answer comes all the same."""
+    open_panel(page, server, 'generate', 'char')
+    fill(page, prompt='漢', length=5)
+    page.get_by_test_id('start').click()
+    page.get_by_test_id('trouble').wait_for()
+    assert '漢' in page.get_by_test_id('trouble').text_content()
+    fill(page, prompt='e')
+    start(page)
+    page.get_by_test_id('trouble').wait_for(state='hidden')
+
+
+def test_what_was_typed_stays(page, server):
+    open_panel(page, server, 'generate')
+    fill(page, prompt='typed before', temperature='0.5')
+    page.wait_for_function('(localStorage.getItem("mambino-generate") || "").includes("0.5")')
+    page.reload()
+    page.wait_for_function('document.querySelector("[data-testid=prompt]").value === "typed before"')
+    assert page.get_by_test_id('temperature').input_value() == '0.5'
+
+
+# --- perplexity -----------------------------------------------------------------------------------
+
+TEXT = 'Dies ist ein Text,\n\tmit Umlauten: äöü, 漢字 und <b>Zeichen</b>.\n' * 3
+
+
+def score(page, text):
+    fill(page, text=text)
+    page.get_by_test_id('score').click()
+    page.get_by_test_id('surprises').wait_for()
+
+
+def figures(page):
+    return [sheet.locator('.value').all_text_contents() for sheet in page.get_by_test_id('figures').all()]
+
+
+def test_heat_map_is_the_score_of_sample(page, server, served_folder, capsys, one_thread):
+    """As many tokens as the text has, their sum is the figure, and the figures are --score's."""
+    open_panel(page, server, 'perplexity')
+    score(page, TEXT)
+    (served_folder / 'scored.txt').write_text(TEXT, encoding='utf-8')
+    told = sampled(served_folder, capsys, '--out_dir=bpe --score=scored.txt')
+    tokens, nats, loss, perplexity, bits = figures(page)[0]
+    assert f'loss {loss}, perplexity {perplexity}, bits/byte {bits}' in told
+    shown = page.locator('.token').evaluate_all('all => all.map(token => Number(token.dataset.nats))')
+    assert f'{len(shown):,}' == tokens and f'tokens      {tokens}' in told
+    assert f'{math.fsum(shown):,.4f}' == nats
+    text = page.get_by_test_id('heat-map').evaluate('element => element.textContent')
+    assert text.replace('↵\n', '\n').replace('⇥', '\t') == TEXT
+    page.locator('.token').nth(7).hover()
+    assert page.locator('.pop:visible .other').count() == 5
+
+
+def test_two_models_compared(page, server, served_folder):
+    """Of one tokenizer token by token; of two the figures alone."""
+    shutil.copytree(served_folder / 'bpe', served_folder / 'again')
+    open_panel(page, server, 'perplexity')
+    choose(page, 'second-model', 'again')
+    score(page, 'eta oin')
+    assert len(figures(page)) == 2 and figures(page)[0] == figures(page)[1]
+    page.get_by_test_id('view').get_by_text('Difference').click()
+    apart = '[...document.querySelectorAll(".token")].map(token => token.style.getPropertyValue("--h"))'
+    page.wait_for_function(f'{apart}.every(heat => heat === "0.000")')
+    shutil.rmtree(served_folder / 'again')
+    choose(page, 'second-model', 'char')
+    score(page, 'eta oin')
+    page.get_by_text('have different tokens').wait_for()
+
+
+# --- server, and all of them ----------------------------------------------------------------------
+
+def test_server_panel(page, server):
+    page.goto(server.at('/server'))
+    assert page.get_by_test_id('address').text_content() == f'{server.url}/v1'
+    page.get_by_test_id('models').get_by_text('bpe').wait_for()
+    page.wait_for_function('!document.querySelector("[data-testid=activity]").textContent.includes("…")')
+
+
+def test_html_is_text(page, server, served_folder):
+    """In the name of a model, in a prompt, and in what comes of a text."""
+    trap = '<img src=x onerror=window.caught=1>'
+    folder = served_folder / f'x{trap}'
+    shutil.copytree(served_folder / 'bpe', folder)
+    try:
+        open_panel(page, server, 'generate', folder.name)
+        fill(page, prompt=trap, length=5)
+        start(page)
+        assert trap in answer_text(page)
+        open_panel(page, server, 'perplexity', folder.name)
+        score(page, trap)
+        page.locator('.token').first.hover()
+        page.goto(server.at('/server'))
+        page.get_by_test_id('models').get_by_text(folder.name, exact=True).wait_for()
+        page.goto(server.at())
+        page.get_by_test_id('step-2').wait_for()
+        assert page.evaluate('window.caught') is None and page.locator('img').count() == 0
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_the_keyboard_reaches_all(page, server):
+    """Every control of a panel, each of which has a name."""
+    for name in ('generate', 'perplexity', 'server'):
+        page.goto(server.at(f'/{name}'))
+        page.wait_for_function('window.did_handshake')
+        controls = 'main :is(input, textarea, button, a[href], [role=combobox]):not([type=file])'
+        controls = f'[...document.querySelectorAll("{controls}")].filter(one => one.checkVisibility())'
+        name_of = 'one => one.ariaLabel || one.innerText || (one.labels || [])[0]?.innerText'
+        names = page.evaluate(f'{controls}.map({name_of})')
+        assert len(names) > 2 and all(names), names
+        page.evaluate(f'{controls}.forEach(one => one.dataset.waits = 1)')
+        page.evaluate('document.addEventListener("focusin", event => delete event.target.dataset.waits)')
+        for _ in range(80):
+            page.keyboard.press('Tab')
+        left = page.evaluate('[...document.querySelectorAll("[data-waits]")].map(one => one.outerHTML)')
+        assert not left
+
+
+def test_narrow_with_answers(page, server):
+    page.set_viewport_size(dict(width=360, height=700))
+    open_panel(page, server, 'generate')
+    fill(page, prompt='e' * 100, length=30)
+    start(page)
+    assert has_no_sideways_scroll(page)
+    open_panel(page, server, 'perplexity')
+    score(page, 'averylongword' * 20)
+    assert has_no_sideways_scroll(page)
+
+
+def test_a_server_that_was_killed(page, server, watched):
+    """The page comes back by itself, at its place."""
+    page.goto(server.at('/generate'))
+    page.wait_for_function('window.did_handshake')
+    page.evaluate('window.before = true')
+    server.kill()
+    server.start()
+    page.wait_for_function('!window.before && window.did_handshake')
+    page.get_by_test_id('start').wait_for()
+    watched.forgive_broken_connections()

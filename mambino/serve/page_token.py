@@ -57,12 +57,10 @@ def read(path):
             number = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0))
         except OSError:
             return ''
-        try:
+        with open(number, 'rb') as f:
             if not is_private(os.fstat(number)):
                 return ''
-            text = os.read(number, 200).decode('ascii', 'replace').strip()
-        finally:
-            os.close(number)
+            text = f.read(200).decode('ascii', 'replace').strip()
         if text or time.monotonic() > end:
             return text if TOKEN.fullmatch(text) else ''
         time.sleep(0.02)

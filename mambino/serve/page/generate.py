@@ -1,7 +1,257 @@
-"""The panel on which a model writes."""
-from nicegui import ui
+"""The panel on which a model writes: texts that go on, or messages that are answered.
+
+    prompt ──► jobs ──► the model's scheduler ──► tokens, some times a second ──► the browser
+"""
+import json
+
+from nicegui import run, ui
+
+from mambino.serve.errors import Refused
+from mambino.serve.page import look
+from mambino.serve.page.answers import Answer, Asked, jobs_asked
+from mambino.serve.page.sessions import show_sessions
+from mambino.serve.page.tokens import Tokens
+from mambino.serve.told import NoModel
+
+NONE = '—'              # in the place of a second model
+TICK = 0.07             # seconds between two looks at what came
+# name, label, default, smallest, largest, step, what it does
+KNOBS = (
+    ('length', 'Tokens', 200, 1, 4096, 50, 'How many are written at most'),
+    ('temperature', 'Temperature', 0.8, 0, 5, 0.1, 'Below 1 more careful, above 1 wilder; 0: always the likeliest'),
+    ('top_k', 'Top-k', 200, 0, 100000, 10, 'Only among so many likeliest tokens; 0: all'),
+    ('top_p', 'Top-p', 1.0, 0.01, 1, 0.05, 'Only among the likeliest that together have this probability'),
+    ('min_p', 'Min-p', 0.0, 0, 1, 0.01, 'Only tokens at least this times as likely as the likeliest'),
+    ('repetition', 'Repetition', 1.0, 0.1, 10, 0.05, 'Above 1, what is in the text already becomes less likely'),
+    ('answers', 'Answers', 1, 1, 8, 1, 'So many, side by side'),
+    ('seed', 'Seed', 1337, 0, 2**53, 1, 'The same seed gives the same text'),
+)
+WHOLE = ('length', 'top_k', 'answers', 'seed')
 
 
 def show(library):
     """Fills the panel."""
-    ui.label(', '.join(run['id'] for run in library.names()))
+    look.title('Generate', 'Give the beginning of a text, or a message. Point at a word of the answer, or go to it by '
+               'the arrow keys, to see what else could have stood there.')
+    names = [run['id'] for run in library.names()]
+    if not names:
+        look.empty('There is no model yet.', 'Train one first', '/train')
+        return
+    Panel(library, names)
+
+
+class Panel:
+    """The controls, and what goes on."""
+
+    def __init__(self, library, names):
+        self.library = library
+        self.answers = []               # that are shown
+        self.messages = []              # of the chat so far
+        self.knobs = {}
+        with ui.element('div').classes('work'):
+            with ui.element('div'):
+                self.show_asking(names)
+                self.trouble = look.trouble()
+                self.shown = look.mark(ui.element('div').classes('answers'), 'shown')
+            with ui.element('div').classes('knobs'):
+                self.show_knobs()
+                self.show_more()
+        self.timer = ui.timer(TICK, self.tick, active=False)
+        ui.context.client.on_disconnect(self.stop)
+        look.remember('generate', dict(self.knobs, prompt=self.prompt, model=self.model, mode=self.mode))
+        self.change()
+
+    # --- what is seen
+
+    def show_asking(self, names):
+        with look.sheet():
+            with look.row():
+                self.mode = ui.toggle({'text': 'Text', 'chat': 'Chat'}, value='text', on_change=self.change)
+                look.mark(self.mode, 'mode')
+                self.mode.props('dense unelevated no-caps toggle-color=primary aria-label="Text or chat"')
+                self.model = ui.select(names, value=names[0], label='Model', on_change=self.change)
+                self.second = ui.select([NONE, *names], value=NONE, label='Beside it', on_change=self.change)
+                look.field(self.model, 'model').classes('choice')
+                look.field(self.second, 'second-model', 'A second model gets the same prompt').classes('choice')
+            self.talk = look.mark(ui.element('div').classes('stack'), 'talk')
+            self.prompt = look.field(ui.textarea('Prompt', value='Once upon a time', on_change=self.change), 'prompt')
+            self.prompt.props('autogrow input-style="min-height: 76px; max-height: 40vh"').classes('w-full')
+            self.prompt.on('keydown.ctrl.enter', self.start)
+            with look.row():
+                self.go = look.mark(ui.button('Generate', icon='play_arrow', on_click=self.start), 'start')
+                self.halt = look.mark(ui.button('Stop', icon='stop', on_click=self.stop).props('outline'), 'stop')
+                self.go_on = look.mark(ui.button('Go on', on_click=self.take_up).props('flat'), 'go-on')
+                self.forget = look.mark(ui.button('New conversation', on_click=self.begin_anew).props('flat'), 'forget')
+                self.state = look.mark(ui.label().classes('muted small').props('role=status'), 'state')
+            self.halt.set_visibility(False)
+            self.go_on.set_visibility(False)
+
+    def show_knobs(self):
+        with look.sheet('How it writes'):
+            with ui.element('div').classes('fields'):
+                for name, label, value, low, high, step, hint in KNOBS:
+                    knob = ui.number(label, value=value, min=low, max=high, step=step, on_change=self.change)
+                    self.knobs[name] = look.field(knob, name, hint)
+            stop = ui.input('Stop at', placeholder=r'\n|THE END', on_change=self.change).classes('w-full')
+            self.knobs['stop'] = look.field(stop, 'stop-texts', 'Ends before this text; several are separated by |')
+            heal = ui.checkbox('Finish the last word', value=True, on_change=self.change)
+            self.knobs['heal'] = look.field(heal, 'heal', 'A prompt may end inside a word: it is gone on with')
+            self.system = look.field(ui.textarea('System message').props('autogrow').classes('w-full'), 'system')
+
+    def show_more(self):
+        with look.sheet().classes('tight') as self.sessions:
+            with ui.expansion('Sessions').props('data-testid=sessions'):
+                self.session = look.field(ui.input('Session').props('clearable').classes('w-full'), 'session',
+                                          'A name: the text is kept, and goes on the next time')
+                self.refresh_sessions = show_sessions(self.library, self.model, self.session)
+        with look.sheet().classes('tight'), ui.expansion('The same by the API').props('data-testid=as-request'):
+            self.request = look.code('', 'request')
+
+    def change(self):
+        """After a control was changed."""
+        if not hasattr(self, 'timer'):
+            return
+        is_chat = self.mode.value == 'chat'
+        self.second.set_visibility(not is_chat)
+        self.talk.set_visibility(is_chat)
+        self.system.set_visibility(is_chat)
+        self.sessions.set_visibility(not is_chat)
+        self.knobs['heal'].set_visibility(not is_chat)
+        self.knobs['answers'].set_visibility(not is_chat)
+        self.forget.set_visibility(is_chat and bool(self.messages))
+        self.prompt.props(f'label="{"Message" if is_chat else "Prompt"}"')
+        self.go.set_text('Send' if is_chat else 'Generate')
+        self.request.set_text(self.as_request())
+
+    def settings(self):
+        """What the knobs say, within their bounds."""
+        values = {}
+        for name, _, default, low, high, _, _ in KNOBS:
+            value = self.knobs[name].value
+            value = default if value is None else min(max(value, low), high)
+            values[name] = int(value) if name in WHOLE else float(value)
+        return dict(values, stop=self.knobs['stop'].value or '', heal=self.knobs['heal'].value)
+
+    def as_request(self):
+        """A command that asks the API for the same."""
+        settings = self.settings()
+        is_chat = self.mode.value == 'chat'
+        body = dict(model=self.model.value, max_tokens=settings['length'], temperature=settings['temperature'],
+                    top_p=settings['top_p'], top_k=settings['top_k'], seed=settings['seed'], stream=True)
+        if is_chat:
+            body['messages'] = self.said(self.prompt.value)
+        else:
+            body['prompt'] = self.prompt.value
+            body['n'] = settings['answers']
+        address = str(ui.context.client.request.base_url) + ('v1/chat/completions' if is_chat else 'v1/completions')
+        quoted = json.dumps(body, ensure_ascii=False, indent=1).replace("'", "'\\''")
+        return f"curl {address} \\\n  -H 'Content-Type: application/json' -d '{quoted}'"
+
+    # --- what is done
+
+    def said(self, line):
+        """The messages of the chat, with this one."""
+        system = [dict(role='system', content=self.system.value)] if self.system.value else []
+        return [*system, *self.messages, dict(role='user', content=line or '')]
+
+    async def start(self):
+        """Begins the answers."""
+        if self.timer.active:
+            return
+        is_chat = self.mode.value == 'chat'
+        if is_chat and not (self.prompt.value or '').strip():
+            return
+        messages = self.said(self.prompt.value) if is_chat else None
+        settings = self.settings()
+        if is_chat:
+            settings['answers'] = 1
+        session = '' if is_chat else (self.session.value or '').strip()
+        asked = Asked(self.prompt.value or '', messages, settings, session)
+        names = [self.model.value]
+        if not is_chat and self.second.value != NONE:
+            names.append(self.second.value)
+        self.trouble.set_text('')
+        self.go.disable()
+        self.go_on.set_visibility(False)
+        pairs = []
+        try:
+            for name in names:
+                self.state.set_text(f'Loading {name} …')
+                served = await run.io_bound(self.library.get, name)
+                jobs = await run.io_bound(jobs_asked, served, asked)
+                pairs += [(served, job) for job in jobs]
+        except (NoModel, Refused) as error:
+            self.trouble.set_text(str(error))
+            return
+        finally:
+            self.state.set_text('')
+            self.go.enable()
+        self.begin(pairs, asked)
+
+    def begin(self, pairs, asked):
+        if asked.messages:
+            self.messages.append(asked.messages[-1])
+            with self.talk:
+                look.message('You', asked.messages[-1]['content'], 'user')
+            self.prompt.set_value('')
+            self.answers = [self.answer_in_talk(*pairs[0])]
+        else:
+            self.shown.clear()
+            with self.shown:
+                self.answers = [self.answer_on_sheet(asked, number, *pair) for number, pair in enumerate(pairs)]
+        self.go.set_visibility(False)
+        self.halt.set_visibility(True)
+        for answer in self.answers:
+            answer.begin()
+        self.timer.activate()
+
+    def answer_on_sheet(self, asked, number, served, job):
+        with look.sheet(test_id='answer'):
+            with ui.element('div').classes('head'):
+                look.mark(ui.label(served.id).classes('strong'), 'answer-model')
+                label = look.mark(ui.label().classes('muted small figure'), 'answer-state')
+            tokens = Tokens(f'Answer {number + 1}, of {served.id}', 'answer-text')
+            if asked.prompt and not asked.session:
+                tokens.add([dict(t=asked.prompt.removeprefix('<|endoftext|>'))])
+        return Answer(served, job, tokens, label)
+
+    def answer_in_talk(self, served, job):
+        with self.talk, ui.element('div').classes('message'):
+            with ui.element('div').classes('row-of'):
+                ui.label(served.id).classes('who')
+                label = look.mark(ui.label().classes('muted small figure'), 'answer-state')
+            tokens = Tokens(f'Answer of {served.id}', 'answer-text')
+        return Answer(served, job, tokens, label)
+
+    def tick(self):
+        """Shows what came."""
+        going_on = [answer.goes_on() for answer in self.answers]
+        if any(going_on):
+            return
+        self.timer.deactivate()
+        self.go.set_visibility(True)
+        self.halt.set_visibility(False)
+        self.trouble.set_text(next((answer.trouble for answer in self.answers if answer.trouble), ''))
+        if self.mode.value == 'chat':
+            self.messages.append(dict(role='assistant', content=self.answers[0].text.strip()))
+            self.forget.set_visibility(True)
+        else:
+            self.go_on.set_visibility(len(self.answers) == 1 and not self.trouble.text)
+            self.refresh_sessions()
+
+    def stop(self):
+        """Ends the answers, also where the person has gone."""
+        for answer in self.answers:
+            answer.cancel()
+
+    async def take_up(self):
+        """Goes on with what was written."""
+        is_kept = bool(self.session.value)
+        self.prompt.set_value('' if is_kept else self.prompt.value + self.answers[0].text)
+        await self.start()
+
+    def begin_anew(self):
+        """Forgets the conversation."""
+        self.messages = []
+        self.talk.clear()
+        self.change()

@@ -138,11 +138,18 @@ def copy(text):
     ui.notify('Copied', timeout=1500)
 
 
-def table(columns, rows, test_id=''):
+def message(who, text, role):
+    """What was said in a conversation."""
+    with ui.element('div').classes(f'message {role}'):
+        ui.label(who).classes('who')
+        ui.label(text).classes('said')
+
+
+def table(columns, rows, test_id='', kind=''):
     """A plain table of texts. columns: names, those of figures with a # before them; → the element of
-    its rows, to be cleared and filled again by fill_table."""
+    its rows, to be filled again by fill_table. kind: more classes."""
     is_figure = [name.startswith('#') for name in columns]
-    with ui.element('div').classes('scroll-x'), mark(ui.element('table').classes('table'), test_id):
+    with ui.element('div').classes('scroll-x'), mark(ui.element('table').classes(f'table {kind}'), test_id):
         with ui.element('thead'), ui.element('tr'):
             for name, right in zip(columns, is_figure):
                 cell(name.removeprefix('#'), right, 'th')

@@ -6,6 +6,7 @@ Each panel has an address of its own, so that a reload, a link and the browser's
 What a panel shows it reads anew each time: nothing that matters is kept by the page.
 """
 from contextlib import asynccontextmanager
+from functools import partial
 
 from nicegui import app as pages
 from nicegui import ui
@@ -32,11 +33,11 @@ SIGN = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">'
         '<circle cx="24.6" cy="10.4" r="2" fill="#9fe3c2"/></svg>')
 
 
-def add_page(app, library):
-    """Puts the page on an app."""
+def add_page(app, library, needs_key=False):
+    """Puts the page on an app. needs_key: whether the API's clients must know a key."""
     look.dress()
-    for name in PANELS:
-        add_panel(name, library)
+    for name, (title, _, show) in PANELS.items():
+        add_panel(name, title, partial(show, library, needs_key) if name == 'server' else partial(show, library))
     lifespan = app.router.lifespan_context
     # tailwind=False: look.css is all there is, and a browser has half a megabyte less to read
     ui.run_with(app, title='Mambino', dark=None, favicon=SIGN, language='en-US', tailwind=False,
@@ -51,9 +52,8 @@ def add_page(app, library):
     app.router.lifespan_context = begun
 
 
-def add_panel(name, library):
+def add_panel(name, title, show):
     """The page of one panel."""
-    title, _, show = PANELS[name]
 
     @ui.page(f'/{name}', title=f'{title} · Mambino' if name else 'Mambino')
     def page():
@@ -61,7 +61,7 @@ def add_panel(name, library):
             look.Words('a', 'Skip to the content').classes('skip').props('href=#content')
             show_places(name)
             with ui.element('main').classes('panel').props('id=content tabindex=-1'):
-                show(library)
+                show()
 
 
 def show_places(here):

@@ -1,0 +1,142 @@
+"""What is asked on the page, as jobs, and their answers as they grow.
+
+    asked = Asked(prompt='Once upon', messages=None, settings={…}, session='')
+    for job in jobs_asked(served, asked): …             # one for each answer that is wanted
+    answer = Answer(served, job, tokens, label)
+    answer.begin()
+    while answer.goes_on(): …                           # takes what came since, and shows it
+
+The model's thread puts events into a queue of the answer; the page takes them some times a second, all
+at once, so that a quick model sends few messages.
+"""
+import os
+import time
+from collections import deque
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from mambino.sample.sessions import path_of
+from mambino.sample.text import stops_of
+from mambino.serve.chat_api import question_of
+from mambino.serve.jobs import jobs_of, text_prompt
+from mambino.serve.page.tokens import token_of
+from mambino.serve.told import NoModel, told
+from mambino.serve.work import Done, Failed, Full, Read, Token
+
+ALTERNATIVES = 5        # of each token that are shown
+ENDS = {'stop': 'finished', 'length': 'full length', 'cancelled': 'stopped'}
+# of what the API takes, what has no knob here
+UNUSED = dict(presence_penalty=0.0, frequency_penalty=0.0, logit_bias={}, ignore_eos=False)
+
+
+class Asked(NamedTuple):
+    """What a person wants of a model."""
+    prompt: str
+    messages: list          # of a chat, the last one waits for an answer; None: the prompt is a text
+    settings: dict          # what generate.py's knobs say, by their names
+    session: str = ''       # a text that is kept, and goes on
+
+
+def jobs_asked(served, asked):
+    """The jobs of what is asked, one for each answer; NoModel or Refused with a sentence where it cannot
+    be. It may take a while."""
+    settings = asked.settings
+    more = dict(max_tokens=settings['length'], logprobs=ALTERNATIVES, session=asked.session)
+    with told(400):
+        stops = tuple(stops_of(settings['stop']))
+        if asked.messages:
+            question = question_of(served.tok, asked.messages, True, 'messages')
+            prompt = question.prompt
+            more.update(stops=question.stops, end_ids=question.end_ids)
+        else:
+            begins = not asked.session or not os.path.lexists(path_of(served.out_dir, asked.session))
+            prompt = text_prompt(served.tok, asked.prompt, settings['heal'], begins)
+    values = SimpleNamespace(**UNUSED, stop=stops, temperature=settings['temperature'], top_k=settings['top_k'],
+                             top_p=settings['top_p'], min_p=settings['min_p'], seed=settings['seed'],
+                             repetition_penalty=settings['repetition'])
+    return jobs_of(served, values, [prompt], settings['answers'], **more)
+
+
+class Answer:
+    """One answer, see the top of the file."""
+
+    def __init__(self, served, job, tokens, label):
+        self.served = served
+        self.job = job
+        self.tokens = tokens            # where it is shown
+        self.label = label              # where is said how far it is
+        self.events = deque()
+        self.ticket = None
+        self.parts = []
+        self.count = 0
+        self.began = self.first = self.last = None
+        self.end = ''                   # why it is over
+        self.trouble = ''               # what went wrong
+
+    @property
+    def text(self):
+        return ''.join(self.parts)
+
+    def begin(self):
+        """Waits for its row from now on."""
+        self.began = time.perf_counter()
+        try:
+            self.ticket = self.served.scheduler.submit(self.job, self.put)
+        except Full:
+            self.trouble = 'Too many answers wait already: try again in a moment.'
+        except NoModel as error:
+            self.trouble = str(error)
+        self.tell()
+
+    def put(self, event):
+        """In the model's thread."""
+        self.events.append((time.perf_counter(), event))
+
+    def cancel(self):
+        """Its row is free before the next step."""
+        if self.ticket and not self.end:
+            self.ticket.cancel()
+
+    def goes_on(self):
+        """Shows what came since; whether more will come."""
+        shown = []
+        while self.events:
+            moment, event = self.events.popleft()
+            if isinstance(event, Read):
+                self.first = self.last = moment
+            elif isinstance(event, Token):
+                self.take(event, moment, shown)
+            elif isinstance(event, Done):
+                self.end = event.reason
+                self.count = event.tokens
+                self.parts.append(event.text)
+                shown += [dict(t=event.text)] if event.text else []
+            elif isinstance(event, Failed):
+                self.trouble = event.message
+        if shown:
+            self.tokens.add(shown)
+        self.tell()
+        return not (self.end or self.trouble)
+
+    def take(self, event, moment, shown):
+        self.last = moment
+        self.count += not event.spells
+        self.parts.append(event.text)
+        if event.logprob is None:
+            shown.append(dict(t=event.text))
+        elif event.text or not event.spells:
+            shown.append(token_of(self.served.tok, *event.logprob, event.text))
+
+    def tell(self):
+        """Says how far it is."""
+        if self.trouble:
+            said = 'no answer'
+        elif self.first is None and not self.end:
+            said = 'waiting …'
+        else:
+            seconds = (self.last or 0) - (self.first or 0)
+            rate = f' · {self.count / seconds:,.0f} tokens/s' if self.count > 1 and seconds > 0 else ''
+            end = f' · {ENDS.get(self.end, self.end)}' if self.end else ''
+            said = f'{self.count:,} tokens{rate}{end}'
+        if self.label.text != said:
+            self.label.set_text(said)
