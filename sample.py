@@ -4,7 +4,7 @@
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
     python sample.py --start=LINES:prompts.txt --temperature=0  # each line a prompt, side by side
     python sample.py --session=tale --start="Once upon a time"  # tomorrow: --session=tale goes on
-    python sample.py --score=book.txt                           # perplexity, and what was unexpected
+    python sample.py --score=book.txt --html=book.html          # perplexity, and what was unexpected
 
 out_dir's checkpoint holds the model and its tokenizer; nothing else is needed. The prompt is read
 once, in chunks, then each new token costs one `step` of the model, whose state stands for all that
@@ -63,6 +63,8 @@ fork = ''               # begin that session as a copy of this one
 # --- what to say of a text
 logprobs = 0            # show each token drawn with its logprob, and of so many likeliest
 score = ''              # instead of generating: the perplexity of this file (-: standard input)
+html = ''               # with score: a page to write, book.html, that shows it token by token, in the
+                        # colours of how little each was expected
 # --- where
 device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU, bfloat16 where a
@@ -86,7 +88,14 @@ from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_o
 from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
 from mambino.weights.quantize import PRECISIONS
 
+
 # --- what cannot be
+def is_page(path):
+    """Whether an HTML file can have this name; none has ''."""
+    folder = os.path.dirname(os.path.abspath(path))
+    return not path or path.lower().endswith(('.html', '.htm')) and os.path.isdir(folder)
+
+
 MOST = 2**31 - 1
 require(globals(), {
     f'from 1 to {MOST}': dict(
@@ -102,6 +111,7 @@ require(globals(), {
     'above 0 and at most 100; 1 is none': dict(repetition_penalty=0 < repetition_penalty <= 100),
     'from -10 to 10': dict(length_penalty=-10 <= length_penalty <= 10),
     'from 0 to 2**63 - 1': dict(seed=0 <= seed < 2**63),
+    'a file that ends in .html, in a folder that is there': dict(html=is_page(html)),
     'int8, int4, bfloat16, or empty': dict(quantize=quantize in ('', *PRECISIONS)),
 })
 EXCLUDES = dict(
@@ -128,7 +138,7 @@ for one, others in EXCLUDES.items():
 if beams > 1 and (num_samples > beams or not max_new_tokens):
     fail(f'beams={beams} find as many texts, of a length that is known before: '
          f'num_samples={num_samples} must be at most beams, max_new_tokens={max_new_tokens} at least 1')
-for one, other in dict(chat='interactive', fork='session').items():
+for one, other in dict(chat='interactive', fork='session', html='score').items():
     if globals()[one] and not globals()[other]:
         fail(f'{one}={globals()[one]} needs --{other} too')
 if (interactive or score == '-') and sys.stdin is None:
@@ -181,7 +191,8 @@ with context:
         save()
     if score:
         is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
-        show_score(net, tok, score, autocast(where, choose_dtype('auto', where)) if is_auto else nullcontext())
+        precision = autocast(where, choose_dtype('auto', where)) if is_auto else nullcontext()
+        show_score(net, tok, score, precision, html)
     elif interactive:
         end_ids = check_chat(tok) if chat else ()
         converse(Dialogue(net, tok, text, options, end_ids), ''.join(prompts), chat, save)

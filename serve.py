@@ -112,7 +112,9 @@ def load_first():
     try:
         library.get()
     except NoModel as error:
-        if out_dir and not server.should_exit:
+        if server.should_exit:
+            return
+        if out_dir:
             server.fail(error)
         elif library.default():
             print(f'note: {error}', file=sys.stderr)

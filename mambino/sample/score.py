@@ -1,6 +1,6 @@
 """How likely a text is to a model, and what it expected least.
 
-    show_score(net, tok, 'book.txt', nullcontext())
+    show_score(net, tok, 'book.txt', nullcontext(), page='book.html')
     for piece in token_scores(net, tok, ids, top=5):        # the same, token by token
         for logprob, likeliest in piece: …
 
@@ -10,7 +10,7 @@ given. A second line has the figures where every token is predicted from all tha
 behind end-of-text or the ids that begin a text.
 
     text ──► ids ──► windows ──► nats ──► loss, perplexity, bits/byte
-              └────► one after another ──► the same, and what was expected least
+              └────► one after another ──► the same, and what was expected least ──► heatmap.py
 """
 import heapq
 import math
@@ -20,6 +20,7 @@ from array import array
 
 from mambino.configurator import fail
 from mambino.sample.generation import logprobs_of, token_logits, window_losses
+from mambino.sample.heatmap import TOKENS, TOP, Heat, write_heatmap
 from mambino.sample.text import read_text, token_text
 
 SURPRISES = 10          # tokens that a score lists
@@ -27,9 +28,10 @@ BEFORE, AFTER = 12, 5   # tokens beside them
 ROWS = 8                # windows at once
 
 
-def show_score(net, tok, path, precision):
+def show_score(net, tok, path, precision, page=''):
     """Prints how well the model predicts a text, as a document of its own, and the tokens that it
-    expected least. precision: the context in which train.py evaluates."""
+    expected least. precision: the context in which train.py evaluates; page: an HTML file to write, which shows
+    it token by token."""
     text = read_text(path, f'score={path}')
     try:
         ids = tok.encode(text).tolist()
@@ -38,22 +40,32 @@ def show_score(net, tok, path, precision):
     if not ids:
         why = "has no ids in this model's tokenizer" if text else 'is empty'
         fail(f'score={path}: {why}, there is nothing to score')
-    total, worst = surprises(net, tok, ids)
-    size = len(text.encode('utf-8'))
+    kept = []
+    total, worst = surprises(net, tok, ids, kept, TOKENS if page else 0)
     with precision:
-        nats, targets, target_bytes = as_evaluated(net, tok, ids, size)
-    print(f'tokens      {len(ids):,}')
+        evaluated = as_evaluated(net, tok, ids, len(text.encode('utf-8')))
+    lines = '\n'.join(figures(net, tok, ids, text, total, worst, evaluated))
+    print(lines)
+    if page:
+        write_heatmap(page, path, lines, Heat(tok, ids, kept))
+
+
+def figures(net, tok, ids, text, total, worst, evaluated):
+    """Yields the lines that say it. total, worst: of surprises; evaluated: of as_evaluated."""
+    nats, targets, target_bytes = evaluated
+    size = len(text.encode('utf-8'))
+    yield f'tokens      {len(ids):,}'
     if targets:
-        print(f'loss        {nats / targets:.4f} nats/token')
-        print(f'perplexity  {perplexity(nats / targets)}')
-        print(f'bits/byte   {nats / math.log(2) / target_bytes:.4f}')
-        print(f'in windows of {net.config.block_size} tokens, as train.py evaluates')
-    print(f'with all the text before each token: loss {total / len(ids):.4f}, '
-          f'perplexity {perplexity(total / len(ids))}, bits/byte {total / math.log(2) / size:.4f}')
-    print('\nleast expected, in nats:')
+        yield f'loss        {nats / targets:.4f} nats/token'
+        yield f'perplexity  {perplexity(nats / targets)}'
+        yield f'bits/byte   {nats / math.log(2) / target_bytes:.4f}'
+        yield f'in windows of {net.config.block_size} tokens, as train.py evaluates'
+    yield (f'with all the text before each token: loss {total / len(ids):.4f}, '
+           f'perplexity {perplexity(total / len(ids))}, bits/byte {total / math.log(2) / size:.4f}')
+    yield '\nleast expected, in nats:'
     for nats, at in worst:
         left, token, right = around(tok, ids, at)
-        print(f'{nats:7.2f}  {left}  >>{token}<<  {right}')
+        yield f'{nats:7.2f}  {left}  >>{token}<<  {right}'
 
 
 def perplexity(loss):
@@ -101,13 +113,16 @@ def total_nats(logprobs):
     return -math.fsum(logprobs)
 
 
-def surprises(net, tok, ids):
+def surprises(net, tok, ids, kept=(), most=0):
     """(nats of all ids, [(nats, position), …] of those that were expected least), each with all
-    the text before it."""
+    the text before it. kept: a list that gets the token_scores of so many first ids, each with the likeliest in
+    its place."""
     logprobs = array('d')
     began = time.perf_counter()
-    for piece in token_scores(net, tok, ids):
+    for piece in token_scores(net, tok, ids, TOP if most else 0):
         logprobs.extend(logprob for logprob, _ in piece)
+        if len(kept) < most:
+            kept += piece[:most - len(kept)]
         show_progress(len(logprobs), len(ids), time.perf_counter() - began, 'with all the text before')
     worst = heapq.nsmallest(SURPRISES, zip(logprobs, range(len(ids))))
     return total_nats(logprobs), [(-logprob, at) for logprob, at in worst]

@@ -27,6 +27,7 @@ from mambino.configurator import fail, shown
 HEAD_SECONDS = 15           # in which a request's head must be there
 KEEP_ALIVE = 60             # seconds that a connection may be idle between requests
 GRACE = 1                   # seconds, twice: until all answers have ended, until all have been sent
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 WAITING = 1024              # connections that the system keeps until they are taken
 
 
@@ -90,12 +91,13 @@ class Server(uvicorn.Server):
         self.at_end = at_end
         self.signal = None              # that ended it
         self.status = 0                 # with which the process will end
+        # from here on, though uvicorn's handlers come later: who reads the address may end it at once
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) != signal.SIG_IGN:      # as SIGHUP is under nohup
+                signal.signal(number, self.handle_exit)
 
     def run(self, door):
         """Serves on this socket until a signal comes."""
-        hangup = getattr(signal, 'SIGHUP', None)
-        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-            signal.signal(hangup, self.handle_exit)
         super().run([door])
 
     def handle_exit(self, number, frame):

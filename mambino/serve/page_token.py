@@ -57,10 +57,12 @@ def read(path):
             number = os.open(path, os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0))
         except OSError:
             return ''
-        with open(number, 'rb') as f:
+        try:
             if not is_private(os.fstat(number)):
                 return ''
-            text = f.read(200).decode('ascii', 'replace').strip()
+            text = os.read(number, 200).decode('ascii', 'replace').strip()
+        finally:
+            os.close(number)
         if text or time.monotonic() > end:
             return text if TOKEN.fullmatch(text) else ''
         time.sleep(0.02)
