@@ -37,7 +37,7 @@ class Limits(NamedTuple):
 def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', cookie='mambino'):
     """The ASGI app of the API. hosts: names besides localhost by which it may be called, None: any; token,
     cookie: of the page, '' where there is none."""
-    app = FastAPI(title='Mambino', docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title='Mambino', docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     metrics = library.metrics = library.metrics or Metrics()
     rules = Rules(
         api_key=api_key,
