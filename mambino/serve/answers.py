@@ -24,6 +24,8 @@ from mambino.serve.work import Done, Failed, Read, Token
 PING = 10.0             # seconds of silence after which a stream says that it is alive
 GRACE = 5.0             # seconds in which jobs that are cancelled end
 BROKEN = '\ufffd'
+LATE = 'the time of the request is over (--timeout)'
+NO_RETRY = {'x-should-retry': 'false'}      # clients try again after 503 unless they are told not to
 
 
 class Gone(Exception):
@@ -144,7 +146,7 @@ class Answers:
             if not self.running:
                 return None
             if self.is_stuck:
-                raise Refused('the model does not answer any more', 503)
+                raise Refused(f'{LATE}, and the model is still at something else', 503, headers=NO_RETRY)
             if self.is_silent:
                 self.is_silent = False
                 return []

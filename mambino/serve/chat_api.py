@@ -138,6 +138,7 @@ def can_write(tok, text):
 
 def chat_jobs(served, values, messages, most, limits, param):
     """→ (the Question, the Jobs) of a conversation. most: tokens of an answer, or None."""
+    check_rows(values.n, served.scheduler)
     question = question_of(served.tok, messages, not values.logprobs, param)
     check_length(question.prompt, limits, param)
     if values.logprobs:
@@ -165,7 +166,6 @@ def add_chat(app, library, limits):
         values = read(CHAT, await body_of(request))
         if values.top_logprobs and not values.logprobs:
             raise Refused('top_logprobs needs logprobs: true', param='top_logprobs')
-        check_rows(values.n, library.room)
         messages = messages_of(values.messages, 'messages')
         most = values.max_tokens if values.max_completion_tokens is None else values.max_completion_tokens
         served, (question, jobs) = await opened(

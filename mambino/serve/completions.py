@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import time
+from functools import partial
 
 from fastapi import Request
 
@@ -31,7 +32,7 @@ def add_completions(app, library, limits):
     async def completions(request: Request):
         deadline = asyncio.get_running_loop().time() + limits.timeout
         values = read(COMPLETION, await body_of(request))
-        check(values, library.room)
+        check(values)
         served, (prompts, jobs) = await opened(library, values.model, lambda served: asked(served, values, limits))
         count = values.best_of or values.n
         choices = [Choice(served.tok, job, prompts[i // count].text if values.echo else '', values.logprobs is not None)
@@ -46,7 +47,7 @@ def add_completions(app, library, limits):
     add_responses(app, library, limits)
 
 
-def check(values, room):
+def check(values):
     """Refused if parameters do not go together."""
     best_of = values.best_of or values.n
     total = len(values.prompt) * best_of
@@ -57,31 +58,34 @@ def check(values, room):
                       param='best_of')
     if values.session and total > 1:
         raise Refused('a session has one text: ask for one answer to one prompt', param='session')
+    if values.session and values.echo and values.logprobs is not None:
+        raise Refused('of a session only the answer has logprobs: leave echo out', param='echo')
     if values.heal and values.logprobs is not None:
         raise Refused('heal changes where tokens begin: it and logprobs do not go together', param='heal')
-    check_rows(total, room)
 
 
 def asked(served, values, limits):
     """→ (the Prompts, the Jobs) of a request."""
     tok = served.tok
+    each = values.best_of or values.n
+    check_rows(len(values.prompt) * each, served.scheduler)
     heals = values.heal
     if heals is None:
         heals = not values.echo and values.logprobs is None
     begins = not values.session or not os.path.lexists(sessions.path_of(served.out_dir, values.session))
     prompts = []
     for prompt in values.prompt:
-        prompts.append(text_prompt(tok, prompt, heals, begins) if isinstance(prompt, str) else ids_prompt(tok, prompt))
+        make = partial(text_prompt, heal=heals) if isinstance(prompt, str) else ids_prompt
+        prompts.append(make(tok, prompt, begins=begins))
         check_length(prompts[-1], limits, 'prompt')
     listed = -1
-    scores = values.best_of or values.n
     if values.logprobs is not None:
         names_of(tok)                   # now, in this thread
         listed = values.logprobs
-    elif scores > values.n:
+    elif each > values.n:
         listed = 0                      # to know the best
     jobs = jobs_of(
-        served, values, prompts, scores,
+        served, values, prompts, each,
         max_tokens=min(values.max_tokens, limits.max_tokens),
         logprobs=listed,
         prompt_logprobs=values.logprobs if values.echo and values.logprobs is not None else -1,

@@ -29,19 +29,21 @@ def text_prompt(tok, text, heal, begins=True):
         ids = prompt_ids(tok, text, begins)
     except ValueError as error:
         raise Refused(f'the prompt is no text to this model: {error}', param='prompt') from None
-    read, owed = healed(tok, ids, text, begins, keep_one=not begins) if heal else (ids, b'')
+    read, owed = healed(tok, ids, text, begins) if heal else (ids, b'')
     return Prompt(without_mark(text), ids, read, owed)
 
 
-def ids_prompt(tok, ids):
-    """The Prompt of token ids, which are read as they are; none begin a new document."""
+def ids_prompt(tok, ids, begins=True):
+    """The Prompt of token ids, which are read as they are; none begin a new document. begins: as of
+    text_prompt."""
     wrong = next((i for i in ids if not 0 <= i < tok.vocab_size), None)
     if wrong is not None:
         raise Refused(f'the prompt has a token id of {wrong}, which is not in the vocabulary of {tok.vocab_size}',
                       param='prompt')
     stream = tok.stream()
     text = ''.join([stream.feed(i) for i in ids])   # of half a character at its end the answer has the rest
-    ids = ids or tok.context()
+    if begins:
+        ids = ids or tok.context()
     return Prompt(text, ids, ids)
 
 
@@ -53,9 +55,9 @@ def check_length(prompt, limits, param):
                       code='context_length_exceeded')
 
 
-def check_rows(total, room):
-    """Refused if a request asks for more answers than could ever wait together."""
-    most = max(1, room.queue)
+def check_rows(total, scheduler):
+    """Refused if a request asks for more answers than could ever be at work and wait together."""
+    most = scheduler.stats()['rows'] + scheduler.room.queue
     if total > most:
         raise Refused(f'the request asks for {total} answers, of each prompt n or best_of; this server takes {most} '
                       'at once: send fewer, or start it with a larger --queue', param='n')
@@ -65,7 +67,9 @@ def jobs_of(served, values, prompts, count, **more):
     """The Jobs of prompts, `count` for each. values: what parameters.read returned; more: fields of all
     jobs besides."""
     tok = served.tok
-    seed = random.getrandbits(63) if values.seed is None else values.seed
+    seed = values.seed
+    if seed is None and not more.get('session'):        # a session's generator goes on
+        seed = random.getrandbits(63)
     unknown = next((i for i in values.logit_bias if i >= tok.vocab_size), None)
     if unknown is not None:
         raise Refused(f'logit_bias has a token id of {unknown}, which is not in the vocabulary of {tok.vocab_size}',
@@ -84,7 +88,7 @@ def jobs_of(served, values, prompts, count, **more):
         frequency_penalty=values.frequency_penalty,
         logit_bias=values.logit_bias,
         ignore_eos=values.ignore_eos,
-        seed=(seed + number * 0x9E3779B97F4A7C15) % 2**63,      # as sample.py's
+        seed=None if seed is None else (seed + number * 0x9E3779B97F4A7C15) % 2**63,    # as sample.py's
         **more,
     ) for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count))]
 

@@ -12,14 +12,12 @@ import json
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 
-from mambino.serve.answers import Gone
+from mambino.serve.answers import LATE, NO_RETRY, Gone
 from mambino.serve.errors import Refused, error_of, json_bytes
 
 HEADERS = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}      # nginx would keep events until it has many
 PING = b': ping\n\n'
 DONE = b'data: [DONE]\n\n'
-# clients of OpenAI try again after 503 unless they are told not to
-TOO_LATE = {'x-should-retry': 'false'}
 
 
 class Shape:
@@ -81,8 +79,8 @@ async def collect(request, answers, choices, shape):
 def check_begun(answers, choices):
     """Refused if time was over before a prompt was read: an empty answer would look like one."""
     if not all(choice.is_read for choice in choices):
-        why = 'its time was over (--timeout)' if answers.is_late else 'the model is closed'
-        raise Refused(f'{why} before the prompt was read', 503, headers=TOO_LATE)
+        why = LATE if answers.is_late else 'the model has left memory, or the server is ending'
+        raise Refused(f'{why}, and the prompt was not read', 503, headers=NO_RETRY if answers.is_late else None)
 
 
 class EventStream(StreamingResponse):
