@@ -278,3 +278,49 @@ def page(watched_context):
     context, watched = watched_context
     yield context.new_page()
     watched.check()
+
+
+# --- to ask the API: test_openai*.py
+
+@pytest.fixture(scope='module')
+def api(runs):
+    """A Server of the runs char and bpe, and of tuned, the latter with a chat template."""
+    from helpers.served import serving, write_tuned
+    write_tuned()
+    with serving(runs, out_dir='bpe') as server:
+        yield server
+
+
+@pytest.fixture
+def ask(api):
+    """ask(prompt, **parameters) → the completion of a model, bpe."""
+    client = api.client()
+
+    def ask(prompt, model='bpe', **parameters):
+        return client.completions.create(model=model, prompt=prompt, **parameters)
+    return ask
+
+
+@pytest.fixture
+def talk(api):
+    """talk(messages, **parameters) → the answer of a model, bpe."""
+    from helpers.served import HELLO
+    client = api.client()
+
+    def talk(messages=HELLO, model='bpe', **parameters):
+        return client.chat.completions.create(model=model, messages=messages, **parameters)
+    return talk
+
+
+@pytest.fixture
+def jobs(api, monkeypatch):
+    """A list of the jobs that come to the models' schedulers."""
+    seen = []
+    for name in ('bpe', 'tuned', 'char'):
+        scheduler = api.scheduler(name)
+
+        def submit(job, send, before=scheduler.submit):
+            seen.append(job)
+            return before(job, send)
+        monkeypatch.setattr(scheduler, 'submit', submit)
+    return seen

@@ -11,12 +11,20 @@ A test of it is skipped where FastAPI is not installed.
 import contextlib
 import http.client
 import json
+import os
+import shutil
 import socket
 import threading
 import time
 
 import pytest
+import torch
 
+from helpers.sampling import open_run
+from mambino import chat
+from mambino.weights import checkpoint
+
+HELLO = [dict(role='system', content='tin 12.'), dict(role='user', content='Bra nit?')]
 PATIENCE = 20           # seconds until a condition holds, on the slowest machine
 
 
@@ -121,3 +129,35 @@ def listening(app):
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
+
+
+# --- what is asked, and what comes of it ----------------------------------------------------------
+
+def write_tuned():
+    """The run tuned in the working directory: bpe with a chat template."""
+    shutil.copytree('bpe', 'tuned')
+    for name in os.listdir('tuned'):
+        if name.endswith('.pt'):
+            contents = checkpoint.load_checkpoint(f'tuned/{name}')
+            contents['tokenizer']['config'] = dict(chat_template=chat.CHATML)
+            checkpoint.save_checkpoint(f'tuned/{name}', contents)
+
+
+def parts_of(stream):
+    """{index: [text, finish_reason] that a stream comes to}, and no part of a character in it."""
+    answers = {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            answer = answers.setdefault(choice.index, ['', None])
+            new = choice.text if hasattr(choice, 'text') else choice.delta.content
+            assert '\ufffd' not in (new or '')
+            answer[0] += new or ''
+            answer[1] = choice.finish_reason or answer[1]
+    return answers
+
+
+@torch.no_grad()
+def logprobs_by_model(kind, ids):
+    """(T − 1, V) of the ids behind the first."""
+    net, tok = open_run(kind)
+    return net.eval()(torch.tensor([ids]))[0][0].float().log_softmax(-1)[:-1, :]
