@@ -57,7 +57,7 @@ def test_its_order():
     assert names[:2] == ['FROM', 'ARG'] and names.index('USER') > max(i for i, n in enumerate(names) if n == 'RUN')
     assert arguments_of('USER') == ['mambino'] and arguments_of('VOLUME') == arguments_of('WORKDIR')[-1:] == ['/work']
     port, = re.findall(r'^port = (\d+)', read('serve.py'), re.M)
-    assert arguments_of('EXPOSE') == [port] and f':{port}/health' in arguments_of('HEALTHCHECK')[0]
+    assert arguments_of('EXPOSE') == [port] and f"'127.0.0.1', {port}" in arguments_of('HEALTHCHECK')[0]
 
 
 def test_what_it_copies_is_there():
@@ -105,23 +105,30 @@ def test_it_opens_with_the_page_and_a_key(shell):
 
 
 def test_its_health():
+    """Well as soon as it answers, with a model or without one; not where it is broken, or not there."""
     command = json.loads(arguments_of('HEALTHCHECK')[0].partition('CMD ')[2])
-    answers = []
+    statuses = [200, 503, 500]
+    asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            answers.append(self.path)
-            self.send_response(200 if len(answers) == 1 else 503)
+            asked.append(self.path)
+            self.send_response(statuses[len(asked) - 1])
             self.end_headers()
 
         def log_message(self, *arguments):
             pass
     server = http.server.HTTPServer(('127.0.0.1', 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = command[2].replace(':8000', f':{server.server_port}')
-    statuses = [subprocess.run([sys.executable, *command[1:2], code], capture_output=True).returncode for _ in range(2)]
+    code = command[2].replace('8000', str(server.server_port))
+
+    def is_well():
+        return not subprocess.run([sys.executable, *command[1:2], code], capture_output=True).returncode
+    assert command[0] == 'python' and [is_well() for _ in statuses] == [True, True, False]
+    assert asked == ['/health'] * 3
     server.shutdown()
-    assert command[0] == 'python' and answers == ['/health'] * 2 and statuses == [0, 1]
+    server.server_close()
+    assert not is_well()
 
 
 def test_what_its_head_says_to_type():
