@@ -242,6 +242,11 @@ def test_every_response_says_what_a_browser_may_do_with_it():
 
 # --- the body -------------------------------------------------------------------------------------
 
+async def never():
+    raise AssertionError('the body was read')
+    yield
+
+
 async def pieces(*parts):
     for part in parts:
         yield part
@@ -253,8 +258,20 @@ def test_a_body_that_is_too_large_is_refused():
     for content in (b'x' * 1001, pieces(b'x' * 600, b'x' * 401)):
         response = asked(rules, 'POST', '/v1/completions', content=content)
         assert response.status_code == 413 and response.json()['error']['message'] == 'the body has more than 0.001 MB'
-    response = asked(rules, 'POST', '/v1/completions', {'Content-Length': '9' * 5000}, content=pieces(b''))
-    assert response.status_code == 413
+    for headers in ({'Content-Length': '9' * 5000}, {'Content-Length': '1001', 'Expect': '100-continue'}):
+        response = asked(rules, 'POST', '/v1/completions', headers, content=never())     # nothing of it is waited for
+        assert response.status_code == 413
+
+
+def test_who_sends_what_is_too_large_reads_why():
+    sent = []
+
+    async def many():
+        for _ in range(50):
+            sent.append(1)
+            yield b'x' * 1000
+    assert asked(dict(max_body=1000), 'POST', '/v1/completions', content=many()).status_code == 413
+    assert len(sent) == 50
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch):

@@ -32,6 +32,7 @@ API = ('/v1', '/health', '/tokenize', '/detokenize', '/tokenizer_info', '/score'
 PUBLIC = '/health'              # needs no key
 THIS_MACHINE = ('localhost', '127.0.0.1', '[::1]')
 BODY_SECONDS = 60               # in which a body must be there
+MOST_READ = 256_000_000         # bytes of a body that is too large
 COOKIE_SECONDS = 400 * 86400    # the most that browsers allow
 METHODS = 'GET, POST, DELETE, OPTIONS'
 HEADERS = {
@@ -242,12 +243,16 @@ async def read_body(receive, headers, most):
     """→ receive of ASGI that has the whole body at once, and then what comes behind it: that the
     client has gone. Refused if it is larger, or takes longer, than anybody needs."""
     length = headers.get('content-length', '')
-    if length.isdecimal() and int(length[:20]) > most:
+    length = int(length[:20]) if length.isdecimal() else 0
+    waits = headers.get('expect', '').lower() == '100-continue'         # to be told to send it
+    if length > MOST_READ or length > most and waits:
         raise too_large(most)
     try:
         body = await asyncio.wait_for(all_of(receive, most), BODY_SECONDS)
     except asyncio.TimeoutError:
         raise Refused(f'the body was not there after {BODY_SECONDS} s', 408, headers={'Connection': 'close'}) from None
+    if body is None:
+        raise too_large(most)
     messages = [{'type': 'http.request', 'body': body, 'more_body': False}]
 
     async def receive_again():
@@ -257,17 +262,24 @@ async def read_body(receive, headers, most):
 
 
 async def all_of(receive, most):
-    """The bytes of a body. ClientDisconnect if its client leaves."""
+    """The bytes of a body; None where they are more than `most`, which are read all the same and kept
+    nowhere: a client that still sends would see that it is cut off, and not why. ClientDisconnect if it
+    leaves."""
     body = bytearray()
+    size = 0
     while True:
         message = await receive()
         if message['type'] == 'http.disconnect':
             raise ClientDisconnect
-        body += message.get('body', b'')
-        if len(body) > most:
-            raise too_large(most)
+        size += len(message.get('body', b''))
+        if size > most:
+            body.clear()
+        else:
+            body += message.get('body', b'')
+        if size > MOST_READ:
+            return None
         if not message.get('more_body'):
-            return bytes(body)
+            return bytes(body) if size <= most else None
 
 
 def too_large(most):
