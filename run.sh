@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh             sets up, prepares Python's own sources, trains a small Mamba on them, and lets it write
+# ./run.sh serve       sets up and opens the page, on which all this is done without typing (further arguments: serve.py)
 # ./run.sh test        sets up and runs ruff and all tests (further arguments go to pytest alone)
 # ./run.sh test quick  the heart of everything in a minute, with no more installed than ./run.sh needs, and pytest
 # All are quick the second time: what is installed, prepared or trained already stays.
@@ -120,6 +121,11 @@ case "${1:-}" in
         fi
         exec "$python" -m pytest -q "$@"
         ;;
+    serve)
+        shift
+        setup serve
+        exec "$python" serve.py "$@"
+        ;;
     '')
         setup ''
         [ -e data/stdlib/meta.json ] || "$python" prepare.py
@@ -134,10 +140,11 @@ This model was trained here, on the Python sources of this machine. What to type
     python prepare.py your/files --out=data/mine        # text and code, files or folders
     python train.py --dataset=mine                      # --model=gpt, --model=hybrid; --help lists the rest
     python sample.py
+    ./run.sh serve                                      # all of it, and talking to the model, on a page; and an API
 END
         ;;
     *)
-        echo "error: unknown argument '$1': it is ./run.sh, ./run.sh test or ./run.sh test quick" >&2
+        echo "error: unknown argument '$1': it is ./run.sh, ./run.sh serve, ./run.sh test or ./run.sh test quick" >&2
         exit 2
         ;;
 esac
