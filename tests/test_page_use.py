@@ -6,6 +6,7 @@ import shutil
 import time
 import urllib.request
 
+import torch
 from helpers.browser import has_no_sideways_scroll, wait_for
 from helpers.runs import script
 
@@ -26,7 +27,8 @@ def test_panels_have_addresses(page, server):
     for place in PLACES:
         page.get_by_test_id(f'go-{place}').click()
         page.wait_for_url(f'{server.url}{address_of(place)}')
-        page.reload()
+        if place == 'generate':
+            page.reload()
         assert page.get_by_test_id(f'go-{place}').get_attribute('aria-current') == 'page'
         titles.add(page.title())
     assert len(titles) == len(PLACES)
@@ -273,6 +275,43 @@ def test_two_models_compared(page, server, served_folder):
     page.get_by_text('have different tokens').wait_for()
 
 
+# --- sessions, export -----------------------------------------------------------------------------
+
+def test_a_session_goes_on(page, server, served_folder):
+    """It is kept, listed, gone on with, copied and deleted."""
+    open_panel(page, server, 'generate')
+    page.get_by_test_id('sessions').click()
+    fill(page, prompt='eta', length=5, session='tale')
+    start(page)
+    page.get_by_test_id('session-row').wait_for()
+    size = len(torch.load(served_folder / 'bpe/sessions/tale.pt', weights_only=True)['tokens'])
+    page.get_by_test_id('go-on').click()
+    wait_for(lambda: len(torch.load(served_folder / 'bpe/sessions/tale.pt', weights_only=True)['tokens']) == size + 5)
+    page.get_by_role('button', name='Fork tale').click()
+    page.get_by_role('button', name='Delete tale-2').click()
+    page.get_by_role('button', name='Delete', exact=True).click()
+    page.get_by_role('button', name='Delete tale-2').wait_for(state='detached')
+    assert os.listdir(served_folder / 'bpe/sessions') == ['tale.pt']
+
+
+def test_export_shows_its_check(page, server):
+    """And a reload shows the same; why another one is not written is said."""
+    open_panel(page, server, 'export', 'char')
+    page.get_by_test_id('format-hf').click()
+    page.get_by_test_id('format-safetensors').click()
+    page.get_by_text('--out_dir=char --format=safetensors').wait_for()
+    page.get_by_test_id('export').click()
+    page.get_by_test_id('check').get_by_text('equal bit for bit').wait_for()
+    page.get_by_test_id('files').get_by_text('char-safetensors/weights.safetensors').wait_for()
+    open_panel(page, server, 'export', 'char')
+    page.get_by_test_id('check').get_by_text('equal bit for bit').wait_for()
+    page.get_by_test_id('format-hf').click()
+    page.get_by_test_id('format-safetensors').click()
+    page.get_by_text('--out_dir=char --format=safetensors').first.wait_for()
+    page.get_by_test_id('export').click()
+    page.get_by_test_id('export-trouble').get_by_text('is not empty').wait_for()
+
+
 # --- server, and all of them ----------------------------------------------------------------------
 
 def test_server_panel(page, server):
@@ -306,7 +345,7 @@ def test_html_is_text(page, server, served_folder):
 
 def test_the_keyboard_reaches_all(page, server):
     """Every control of a panel, each of which has a name."""
-    for name in ('generate', 'perplexity', 'server'):
+    for name in ('generate', 'perplexity', 'export', 'server'):
         page.goto(server.at(f'/{name}'))
         page.wait_for_function('window.did_handshake')
         controls = 'main :is(input, textarea, button, a[href], [role=combobox]):not([type=file])'

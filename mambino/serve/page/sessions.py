@@ -3,24 +3,20 @@
     refresh = show_sessions(library, model, session)    # model, session: controls that name them
 """
 import os
-import shutil
 import time
 
 from nicegui import ui
 
-from mambino.sample.sessions import free_path, names_in, path_of
+from mambino.sample.sessions import free_path, name_of, names_in
+from mambino.serve import session_api
+from mambino.serve.errors import Refused
 from mambino.serve.page import look
-from mambino.serve.told import NoModel, told
+from mambino.serve.told import NoModel
 
 
-def folder_of(library, name):
-    """The folder of a run; '' where there is none of this name."""
-    return next((run['out_dir'] for run in library.names() if run['id'] == name), '')
-
-
-def sessions_of(out_dir):
-    """[(name, when it was written), …], the latest first."""
-    folder = os.path.join(out_dir, 'sessions')
+def sessions_of(run):
+    """[(name, when it was written), …] of a model, the latest first."""
+    folder = os.path.dirname(session_api.path_of(run, 'x'))
     found = []
     for name in names_in(folder):
         try:
@@ -30,27 +26,16 @@ def sessions_of(out_dir):
     return sorted(found, key=lambda session: -session[1])
 
 
-def existing_path(out_dir, name):
-    """The file of a session that is there; NoModel where there is none."""
-    with told():
-        path = path_of(out_dir, name)
-    if not os.path.isfile(path):
-        raise NoModel(f'There is no session {name!r} any more.')
-    return path
-
-
-def fork(out_dir, name):
+def fork(run, name):
     """Copies a session → the copy's name."""
-    path = existing_path(out_dir, name)
-    copy = free_path(path)
-    shutil.copyfile(path, copy + '.partial')
-    os.replace(copy + '.partial', copy)
-    return os.path.basename(copy).removesuffix('.pt')
+    copy = name_of(free_path(session_api.existing(run, name)))
+    session_api.copy(run, name, copy)
+    return copy
 
 
-def delete(out_dir, name):
+def delete(run, name):
     """Deletes a session."""
-    os.remove(existing_path(out_dir, name))
+    os.remove(session_api.existing(run, name))
 
 
 def show_sessions(library, model, session):
@@ -60,16 +45,16 @@ def show_sessions(library, model, session):
 
     def act(function, name):
         try:
-            made = function(folder_of(library, model.value), name)
+            made = function(library.find(model.value), name)
             trouble.set_text('')
             if made:
                 session.set_value(made)
-        except (NoModel, OSError) as error:
+        except (NoModel, Refused, OSError) as error:
             trouble.set_text(str(error))
         refresh()
 
     def confirm(name):
-        with ui.dialog() as dialog, look.sheet():
+        with ui.dialog() as dialog, ui.element('div').classes('sheet'):
             ui.label(f'Delete the session {name}? Its text is lost.')
             with look.row():
                 ui.button('Delete', on_click=lambda: (dialog.close(), act(delete, name))).props('color=negative')
@@ -78,8 +63,10 @@ def show_sessions(library, model, session):
 
     def refresh():
         rows.clear()
-        out_dir = folder_of(library, model.value)
-        found = sessions_of(out_dir) if out_dir else []
+        try:
+            found = sessions_of(library.find(model.value))
+        except NoModel:                 # it went meanwhile
+            found = []
         with rows:
             if not found:
                 ui.label('None yet.').classes('muted small')
