@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh             sets up, prepares Python's own sources, trains a small Mamba on them, and lets it write
-# ./run.sh serve       sets up and opens the page, on which all this is done without typing (further arguments: serve.py)
+# ./run.sh serve       sets up and opens the page, on which all this is done without typing (more arguments: serve.py)
 # ./run.sh test        sets up and runs ruff and all tests (further arguments go to pytest alone)
 # ./run.sh test quick  the heart of everything in a minute, with no more installed than ./run.sh needs, and pytest
 # All are quick the second time: what is installed, prepared or trained already stays.
