@@ -56,6 +56,7 @@ def test_what_is_not_there_is_said_in_the_shape_of_errors(server, path, method, 
     assert got == status and error['type'] == 'invalid_request_error' and error['message']
     assert set(error) == {'message', 'type', 'param', 'code'}
     assert headers['Content-Type'] == 'application/json'
+    assert (status == 405) == ('Allow' in headers)
 
 
 # --- tokens ---------------------------------------------------------------------------------------

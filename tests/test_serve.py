@@ -187,6 +187,9 @@ def test_without_a_model_the_page_opens_and_the_api_says_so(tmp_path):
         assert opener.open(server.url + '/generate', timeout=PATIENCE).status == 200
         status, text = server.get('/v1/completions', b'{"prompt": "e"}')
         assert status == 404 and 'train one' in json.loads(text)['error']['message']
+        for path, data, expected in (('/v1/embeddings', b'{}', 404), ('/v1/completions', None, 405)):
+            status, text = server.get(path, data)           # no page of the page's
+            assert status == expected and json.loads(text)['error']['type'] == 'invalid_request_error'
         assert server.get('/health') == (503, '{"status":"no model"}')
         assert json.loads(server.get('/v1/models')[1])['data'] == []
 

@@ -15,11 +15,13 @@ from typing import NamedTuple
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute, Match
 
 from mambino.serve.completions import add_completions
 from mambino.serve.errors import add_handlers
-from mambino.serve.guard import Guard, Rules
+from mambino.serve.guard import Guard, Rules, is_api
 from mambino.serve.metrics import Metrics
 from mambino.serve.session_api import add_sessions
 from mambino.serve.texts import add_texts
@@ -50,7 +52,7 @@ def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', 
     app.add_middleware(Guard, rules=rules, count=metrics.count_request)
     add_handlers(app)
 
-    @app.get('/health')
+    @app.api_route('/health', methods=['GET', 'HEAD'])
     def health():
         schedulers = library.schedulers()
         dead = [name for name, scheduler in schedulers.items() if not scheduler.is_alive()]
@@ -80,7 +82,27 @@ def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', 
     add_completions(app, library, limits)
     add_texts(app, library, limits)
     add_sessions(app, library)
+    app.router.routes.append(Nothing(list(app.router.routes)))
     return app
+
+
+class Nothing(BaseRoute):
+    """What answers at the API's paths where no other route does: the page, which is mounted below it at /,
+    would answer there with a page. routes: the others."""
+
+    def __init__(self, routes):
+        self.others = routes
+
+    def matches(self, scope):
+        is_ours = scope['type'] == 'http' and is_api(scope['path'])
+        return Match.FULL if is_ours else Match.NONE, {}
+
+    async def handle(self, scope, receive, send):
+        near = [route for route in self.others if route.matches(scope)[0] == Match.PARTIAL]
+        if near:
+            allowed = ', '.join(sorted(set().union(*(route.methods for route in near))))
+            raise HTTPException(405, headers={'Allow': allowed})
+        raise HTTPException(404)
 
 
 def model_of(run):

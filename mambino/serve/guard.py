@@ -48,7 +48,7 @@ API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 # loaded from, elsewhere.
 PAGE_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'none'; "
+    "img-src 'self' data:; font-src 'self'; connect-src 'self'; object-src 'none'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'"
 )
 NO_COOKIE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">{again}
