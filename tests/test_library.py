@@ -1,4 +1,5 @@
 """The models of a folder: which there are, loading, replacing, leaving."""
+import asyncio
 import os
 import shutil
 import sys
@@ -160,6 +161,25 @@ def test_who_come_together_load_it_once(opened, monkeypatch):
     assert begun == ['char'] and len(got) == 5 and len({id(served) for served in got}) == 1
 
 
+def test_who_wait_for_a_model_take_no_thread_from_others(opened, monkeypatch):
+    library = opened()
+    library.get('bpe')
+    may_go, begun = slow_loading(monkeypatch)
+
+    async def ask():
+        waiting = [asyncio.ensure_future(library.fetch('char')) for _ in range(200)]
+        while not begun:
+            await asyncio.sleep(0.01)
+        assert (await asyncio.wait_for(library.fetch('bpe'), 20)).id == 'bpe'
+        for one in waiting[:100]:                       # they leave
+            one.cancel()
+        await asyncio.sleep(0)
+        may_go.set()
+        return await asyncio.gather(*waiting[100:])
+    got = asyncio.run(ask())
+    assert begun == ['char'] and {id(served) for served in got} == {id(library.get('char'))}
+
+
 def test_a_model_that_loads_keeps_nobody_from_another(opened, monkeypatch):
     library = opened()
     library.get('bpe')
@@ -261,8 +281,7 @@ def test_a_file_that_is_replaced_is_loaded_while_the_old_one_answers(opened, fol
     may_go.set()
     wait_until(lambda: library.get('char') is not before)
     assert library.get('char').tok.kind == 'bpe'
-    wait_until(lambda: not before.scheduler.is_alive())
-    assert not library.leaving
+    wait_until(lambda: not before.scheduler.is_alive() and not library.leaving)
     assert any('in the place of what was there before' in line for line in library.lines)
 
 

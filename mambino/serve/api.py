@@ -53,7 +53,7 @@ def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', 
     add_handlers(app)
 
     @app.api_route('/health', methods=['GET', 'HEAD'])
-    def health():
+    async def health():
         schedulers = library.schedulers()
         dead = [name for name, scheduler in schedulers.items() if not scheduler.is_alive()]
         if dead:

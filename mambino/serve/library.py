@@ -3,6 +3,7 @@
     library = Library('.', out_dir='out', …)
     library.names()                 # [{'id', 'created', 'out_dir'}, …], the one trained last first
     served = library.get('out')     # loads it; '' is the one that answers where none is named
+    served = await library.fetch('out')
     served.scheduler.submit(job, send)
 
     get ──► is it loaded? ──► Served
@@ -11,6 +12,7 @@
 
 Where memory is short, the models that were used longest ago leave it; never one that answers.
 """
+import asyncio
 import os
 import threading
 import time
@@ -117,6 +119,20 @@ class Library:
     def get(self, name=''):
         """The Served of this name, loaded now if it is not; NoModel if that cannot be. It takes as
         long as loading does: not for an event loop."""
+        served = self.begin(name)
+        return served.result() if isinstance(served, Future) else served
+
+    async def fetch(self, name=''):
+        """The same for an event loop. However many wait for a model, they take no thread from others."""
+        served = await asyncio.to_thread(self.begin, name)
+        if isinstance(served, Future):
+            wrapped = asyncio.wrap_future(served)
+            wrapped.add_done_callback(lambda future: future.cancelled() or future.exception())
+            served = await asyncio.shield(wrapped)      # else who leaves would end it for all
+        return served
+
+    def begin(self, name):
+        """The Served of this name, or the Future of it; NoModel if there is none."""
         run = self.find(name)
         name = run['id']
         with self.lock:
@@ -133,7 +149,7 @@ class Library:
                 if not (future or refused):
                     future = self.loading[name] = Future()
                     threading.Thread(target=self.load_for, args=(run, future), name=f'load {name}', daemon=True).start()
-        return served or future.result()
+        return served or future
 
     def find(self, name):
         """The run of this name, with its file's stamp if that is there."""

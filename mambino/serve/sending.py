@@ -52,15 +52,10 @@ def event_of(value):
 
 
 async def opened(library, name, make):
-    """→ (the Served of this name, make(served)), both made in a thread: a model may have to be loaded,
-    a long text be encoded."""
-    def work():
-        served = library.get(name)
-        if served.tok is None:
-            raise Refused(f'{served.id} was trained without a tokenizer: it can neither read nor write text',
-                          param='model')
-        return served, make(served)
-    return await run_in_threadpool(work)
+    """→ (the Served of this name, make(served)); that is made in a thread, since a long text may have to
+    be encoded."""
+    served = await library.fetch(name)
+    return served, await run_in_threadpool(make, served)
 
 
 async def collect(request, answers, choices, shape):

@@ -10,6 +10,7 @@ Every one takes `model`. Text is text: no mark written in it becomes an id, but 
 the last bit.
 """
 import asyncio
+import functools
 import math
 import threading
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from mambino.serve.errors import Refused, body_of, json_bytes
 from mambino.serve.told import told
 
 MOST_TOP = 100              # likeliest tokens in the place of each
+MOST_SHOWN = 500_000        # of them in a response
 
 
 def add_texts(app, library, limits):
@@ -46,9 +48,7 @@ def add_texts(app, library, limits):
         body = await body_of(request)
         ids = body.get('tokens')
         tok, name, _ = await tokenizer_named(body.get('model'))
-        if not isinstance(ids, list) or not all(whole(i, 0, tok.vocab_size - 1) for i in ids):
-            raise Refused(f'tokens must be a list of ids from 0 to {tok.vocab_size - 1}', param='tokens')
-        text = await run_in_threadpool(tok.decode, ids)
+        text = await run_in_threadpool(text_of, tok, ids)
         return answer(dict(prompt=text, content=text, model=name))
 
     @app.get('/tokenizer_info')
@@ -71,23 +71,23 @@ def add_texts(app, library, limits):
         top = body.get('top', 0)
         if not whole(top, 0, MOST_TOP):
             raise Refused(f'top must be a whole number from 0 to {MOST_TOP}', param='top')
-        served = await named(body.get('model'))
+        served = await library.fetch(body.get('model') or '')
         ids = await run_in_threadpool(ids_of, served.tok, text, False, marks=False)
         if not ids:
             raise Refused('the text has no tokens, there is nothing to score', param='text')
         if len(ids) > limits.max_prompt:
             raise Refused(f'the text has {len(ids):,} tokens; at most {limits.max_prompt:,} are read at once',
                           param='text', code='context_length_exceeded')
+        if len(ids) * top > MOST_SHOWN:
+            raise Refused(f'top is {top}; of {len(ids):,} tokens at most {MOST_SHOWN // len(ids)} can be told',
+                          param='top')
         scored = await in_model(request, served, lambda: scores(served, ids, top, text), limits.timeout)
-        return Response(await run_in_threadpool(json_bytes, shown(served, ids, text, *scored)),
-                        media_type='application/json')
-
-    async def named(model):
-        return await run_in_threadpool(library.get, model or '')
+        raw = await run_in_threadpool(shown, served, ids, text, *scored)
+        return Response(raw, media_type='application/json')
 
     async def tokenizer_named(model):
         """→ (a model's tokenizer, its id, the tokens that it was trained on at once)."""
-        served = await named(model)
+        served = await library.fetch(model or '')
         return served.tok, served.id, served.net.config.block_size
 
 
@@ -115,6 +115,13 @@ def ids_of(tok, text, begins, marks=True):
         return [*(tok.bos if begins else []), *tok.encode(text).tolist()]
     except ValueError as error:
         raise Refused(str(error), param='prompt') from None
+
+
+def text_of(tok, ids):
+    """The text of a list of ids."""
+    if not isinstance(ids, list) or not all(whole(i, 0, tok.vocab_size - 1) for i in ids):
+        raise Refused(f'tokens must be a list of ids from 0 to {tok.vocab_size - 1}', param='tokens')
+    return tok.decode(ids)
 
 
 def template_of(tok):
@@ -185,18 +192,19 @@ def scores(served, ids, top, text):
 
 
 def shown(served, ids, text, tokens, windows):
-    """The body of the response."""
+    """The body of the response, bytes."""
     tok = served.tok
+    names = functools.lru_cache(None)(lambda i: tok.decode([i], begins=False))
     stream = tok.stream()
     pieces = [stream.feed(i) for i in ids]
     pieces[-1] += stream.flush()
-    listed = [dict(id=i, text=piece, logprob=logprob, top=[dict(id=j, text=tok.decode([j], begins=False), logprob=other)
-                                                           for j, other in likeliest])
+    listed = [dict(id=i, text=piece, logprob=logprob,
+                   top=[dict(id=j, text=names(j), logprob=other) for j, other in likeliest])
               for i, piece, (logprob, likeliest) in zip(ids, pieces, tokens)]
     nats = total_nats(logprob for logprob, _ in tokens)
     totals = figures(nats, len(ids), len(text.encode()))
     in_windows = dict(figures(*windows), block_size=served.net.config.block_size)
-    return dict(object='score', model=served.id, **totals, windows=in_windows, tokens=listed)
+    return json_bytes(dict(object='score', model=served.id, **totals, windows=in_windows, tokens=listed))
 
 
 def figures(nats, count, size):
