@@ -7,7 +7,7 @@ import time
 import urllib.request
 
 import torch
-from helpers.browser import has_no_sideways_scroll, wait_for
+from helpers.browser import choose, has_no_sideways_scroll, wait_for
 from helpers.runs import script
 
 FREE = 3        # seconds until a row is free, of a server that may share its core; a second else
@@ -93,15 +93,6 @@ def open_panel(page, server, name, model='bpe'):
     """Goes to a panel, and chooses a model there."""
     page.goto(server.at(f'/{name}'))
     choose(page, 'model', model)
-
-
-def choose(page, name, value):
-    """Chooses one of a select's options, when the page is connected."""
-    page.wait_for_function('window.did_handshake')
-    page.get_by_test_id(name).click()
-    option = page.get_by_role('option', name=value, exact=True).locator('visible=true')
-    option.click()
-    option.wait_for(state='hidden')
 
 
 def fill(page, **values):

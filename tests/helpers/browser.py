@@ -151,3 +151,12 @@ class Watched:
 def has_no_sideways_scroll(page):
     """Whether all of a page is as wide as its window."""
     return page.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
+
+
+def choose(page, name, value):
+    """Chooses one of a select's options, when the page is connected."""
+    page.wait_for_function('window.did_handshake')
+    page.get_by_test_id(name).click()
+    option = page.get_by_role('option', name=value, exact=True).locator('visible=true')
+    option.click()
+    option.wait_for(state='hidden')

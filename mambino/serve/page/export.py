@@ -104,6 +104,7 @@ class Panel:
                 self.halt = ui.button('Stop', icon='stop', on_click=self.stop).props('outline')
                 look.mark(self.halt, 'export-stop')
                 self.state = look.mark(ui.label().classes('muted small').props('role=status'), 'state')
+        self.halt.set_visibility(False)
         self.trouble = look.trouble()
         self.result = look.mark(ui.element('div').classes('stack'), 'result')
         self.change()

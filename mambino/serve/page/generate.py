@@ -57,7 +57,9 @@ class Panel:
                 self.show_knobs()
                 self.show_more()
         self.timer = ui.timer(TICK, self.tick, active=False)
-        ui.context.client.on_disconnect(self.stop)
+        self.is_here = True             # the person, as far as one knows
+        ui.context.client.on_connect(self.come)
+        ui.context.client.on_disconnect(self.leave)
         look.remember('generate', dict(self.knobs, prompt=self.prompt, model=self.model, mode=self.mode))
         self.change()
 
@@ -75,7 +77,7 @@ class Panel:
                 look.field(self.second, 'second-model', 'A second model gets the same prompt').classes('choice')
             self.talk = look.mark(ui.element('div').classes('stack'), 'talk')
             self.prompt = look.field(ui.textarea('Prompt', value='Once upon a time', on_change=self.change), 'prompt')
-            self.prompt.props('autogrow input-style="min-height: 76px; max-height: 40vh"').classes('w-full')
+            self.prompt.props('autogrow input-style="min-height: 76px; max-height: 40vh"').classes('w-full typed')
             self.prompt.on('keydown.ctrl.enter', self.start)
             with look.row():
                 self.go = look.mark(ui.button('Generate', icon='play_arrow', on_click=self.start), 'start')
@@ -186,7 +188,8 @@ class Panel:
         finally:
             self.state.set_text('')
             self.go.enable()
-        self.begin(pairs, asked)
+        if self.is_here:
+            self.begin(pairs, asked)
 
     def begin(self, pairs, asked):
         if asked.messages:
@@ -239,8 +242,16 @@ class Panel:
             self.go_on.set_visibility(len(self.answers) == 1 and not self.trouble.text)
             self.refresh_sessions()
 
+    def come(self):
+        self.is_here = True
+
+    def leave(self):
+        """The tab was closed, or the browser has gone: nobody waits."""
+        self.is_here = False
+        self.stop()
+
     def stop(self):
-        """Ends the answers, also where the person has gone."""
+        """Ends the answers."""
         for answer in self.answers:
             answer.cancel()
 

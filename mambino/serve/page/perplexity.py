@@ -114,7 +114,7 @@ class Panel:
                 self.model = look.field(ui.select(names, value=names[0], label='Model'), 'model').classes('choice')
                 self.second = look.field(ui.select([NONE, *names], value=NONE, label='Compare with'), 'second-model')
                 self.second.classes('choice')
-            self.text = look.field(ui.textarea('Text', value=EXAMPLE), 'text').classes('w-full')
+            self.text = look.field(ui.textarea('Text', value=EXAMPLE), 'text').classes('w-full typed')
             self.text.props('autogrow input-style="min-height: 96px; max-height: 36vh"')
             with look.row():
                 self.go = look.mark(ui.button('Score', icon='gradient', on_click=self.start), 'score')
@@ -127,7 +127,9 @@ class Panel:
         self.trouble = look.trouble()
         self.shown = ui.element('div').classes('stack')
         self.timer = ui.timer(TICK, self.tick, active=False)
-        ui.context.client.on_disconnect(self.cancel)
+        self.is_here = True
+        ui.context.client.on_connect(self.come)
+        ui.context.client.on_disconnect(self.leave)
         look.remember('perplexity', dict(text=self.text, model=self.model))
 
     async def read(self, event):
@@ -161,6 +163,8 @@ class Panel:
         finally:
             self.state.set_text('')
             self.go.enable()
+        if not self.is_here:
+            return
         self.show_places()
         for scoring in self.scorings:
             scoring.begin()
@@ -208,8 +212,9 @@ class Panel:
         self.timer.deactivate()
         self.state.set_text('')
         for scoring in self.scorings:
-            if error := scoring.future.exception():
-                self.trouble.set_text(f'{scoring.served.id}: {error}')
+            if len(scoring.scores) < len(scoring.ids):
+                why = '' if scoring.future.cancelled() else scoring.future.exception()
+                self.trouble.set_text(f'{scoring.served.id}: {why or "the server has ended this"}')
                 return
         self.show_surprises(self.scorings[0])
         if len(self.scorings) == 2:
@@ -245,7 +250,12 @@ class Panel:
                 rows.append((f'{-logprob:.2f}', left, token, right))
             look.table(('#nats', '#before', 'token', 'after'), rows, 'surprise-rows', 'words mono')
 
-    def cancel(self):
+    def come(self):
+        self.is_here = True
+
+    def leave(self):
+        """Nobody waits any more."""
+        self.is_here = False
         for scoring in self.scorings:
             scoring.is_cancelled = True
 
