@@ -5,15 +5,17 @@ would use instead?
     python -m mambino.bench --models=gpt --sections=train --nanogpt=../nanoGPT --json=bench.json
     python -m mambino.bench --sections=train,length --plot=bench.png            # and as a picture
     python -m mambino.bench --sections=generate --kinds=mamba --batches=1 --rounds=5
+    python -m mambino.bench --sections=serve --kinds=mamba,gpt --ways=float32,int8  # the server's scheduler
     python -m mambino.bench --sections=data --memory_mb=4000     # prepare.py; some minutes, 8 GB of disk
     python -m mambino.bench --sections= --time_to_loss=1.88     # whole runs: seconds to that val loss
     python -m mambino.bench --sections=train,layers,sample,generate,data --against=../before
 
-Eight sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and
+Nine sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and
 backward of two bare Mamba-1 layers, since the peers are too slow for a whole model; `length` is
 training steps on ever longer sequences, at the same tokens a step; `loss` is the cross-entropy over
 a large vocabulary alone; `sample` is reading a prompt and writing token by token; `generate` is the
-same in each precision, beside transformers' generate and llama.cpp; `data` is prepare.py's speed
+same in each precision, beside transformers' generate and llama.cpp; `serve` is the server's
+scheduler, beside sample.py's rows; `data` is prepare.py's speed
 and memory; `inputs` is how many files of a collection (--legacy, --pdfs) it reads right.
 
 Each contender (a model in a dtype) is a process of its own, so that its peak memory is its own. It
@@ -30,14 +32,14 @@ from types import SimpleNamespace
 
 import torch
 
-from mambino.bench import curve, data, generation, inputs, pictures, steps
+from mambino.bench import curve, data, generation, inputs, pictures, serving, steps
 from mambino.bench.contenders import OURS, PEERS, ours
 from mambino.configurator import configure, fail, find_settings
 from mambino.machine import choose_device, copy_bandwidth, machine_name, peak_flops
 from mambino.weights.quantize import PRECISIONS
 
 # what to measure
-sections = 'train,layers,length,loss,sample'  # also generate, data, inputs; '': --time_to_loss alone
+sections = 'train,layers,length,loss,sample'  # also generate, serve, data, inputs; '': --time_to_loss alone
 models = 'gpt,mamba2,mamba1,hybrid'
 # Compared with the model each resembles; '': none. hf_: transformers'; cross_entropy: PyTorch's
 peers = 'llama,litgpt,nanogpt,hf_mamba2,mamba_ssm,mambapy,hf_mamba,cross_entropy'
@@ -74,6 +76,9 @@ batches = '1,16'                 # sequences at once
 size = '50m'                     # or 150m, 400m: parameters
 prompt = 32                      # tokens
 new_tokens = 64
+# the section `serve`, on a CPU, besides the kinds, ways, size, prompt and new_tokens above
+clients = '1,2,4,8,16,32'        # at once
+long_prompt = 2000               # tokens of a prompt that is read while others run
 # the section `data`
 speed_mb = 200                   # size of the corpus for speed; 0 leaves that out
 memory_mb = 2000                 # size of the corpus for memory; 0 leaves that out
@@ -98,7 +103,7 @@ plot = ''                        # a .png or .svg of `length`, `train` and the w
                                  # needs matplotlib
 
 STEPS = ('train', 'layers', 'length', 'loss', 'sample')
-SECTIONS = (*STEPS, 'generate', 'data', 'inputs')
+SECTIONS = (*STEPS, 'generate', 'serve', 'data', 'inputs')
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAY_BE_0 = ('vocab_size', 'rounds', 'threads', 'speed_mb', 'memory_mb')
 
@@ -110,7 +115,7 @@ def settings_of(section):
     settings.vocab_size = vocab_size or (4096 if is_step else 16384)
     settings.rounds = rounds or (5 if is_step else 3)
     settings.device = choose_device(device)
-    if section == 'generate':
+    if section in ('generate', 'serve'):
         settings.limit = float('inf')
     return settings
 
@@ -129,7 +134,7 @@ def check():
     for name, value in globals().items():
         if type(value) is int and name.islower() and value < (0 if name in MAY_BE_0 else 1):
             fail(f'--{name}={value}: at least {0 if name in MAY_BE_0 else 1}')
-    for name in ('positions', 'lengths', 'batches'):
+    for name in ('positions', 'lengths', 'batches', 'clients'):
         if not all(number.isdecimal() and int(number) for number in globals()[name].split(',')):
             fail(f'--{name}={globals()[name]}: expected whole numbers of at least 1, '
                  'as in 100,4000')
@@ -196,6 +201,8 @@ def main():
             rows += steps.measure(section, settings_of(section), peaks)
         elif section == 'generate':
             rows += generation.measure(settings_of(section))
+        elif section == 'serve':
+            rows += serving.measure(settings_of(section))
         elif section == 'inputs':
             rows += inputs.measure(settings)
         else:
