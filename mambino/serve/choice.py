@@ -38,7 +38,7 @@ class Group:
             self.top_p = column([job.top_p if job.top_p < 1 else math.inf for job in jobs])
         self.most = max(job.top_k for job in jobs)
         self.top_k = None
-        if min(job.top_k for job in jobs) < self.most:
+        if way == 'some' and min(job.top_k for job in jobs) < self.most:
             self.top_k = torch.tensor([job.top_k for job in jobs], device=device)[:, None]  # (n, 1)
 
     def draw(self, logits, u):

@@ -312,7 +312,7 @@ class Scheduler:
 
     def between(self):
         """Between two layers of what is computed beside the rows: they have a step if it is their turn."""
-        if self.mark is None:
+        if self.mark is None or threading.current_thread() is not self.thread:
             return
         if self.ending or not self.wanted():
             raise Stopped

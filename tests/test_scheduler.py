@@ -1,0 +1,408 @@
+"""scheduler.py: each answer is what it is alone, whoever is there, comes and goes; what is kept, cancelled, refused."""
+import random
+import threading
+from functools import partial
+
+import pytest
+import torch
+from helpers.jobs import DEADLINE, KINDS, Result, answer, by_sample, scheduler_of, small_net, small_tok
+
+from mambino.sample.generation import logprobs_of, step
+from mambino.sample.text import encode_prompt, healed
+from mambino.serve import reading
+from mambino.serve.work import Done, Failed, Full, Job, Read
+
+every_kind = pytest.mark.parametrize('kind', KINDS)
+some_kinds = pytest.mark.parametrize('kind', ['gpt', 'mamba2', 'hybrid-full'])
+TEXTS = ['the model rea', 'main', 'maintains a li', ' of lis', 'memory and ', 'l', 'the list of ', 'them']
+
+
+def random_job(rnd, n, plain=False):
+    tok = small_tok()
+    if rnd.random() < 0.3:
+        text = rnd.choice(TEXTS)
+        ids, owed = healed(tok, encode_prompt(tok, text), text)
+    else:
+        ids, owed = [rnd.randrange(tok.vocab_size) for _ in range(rnd.choice([1, 2, 5, 17, 33, 60]))], b''
+    job = Job(ids, rnd.choice([1, 2, 5, 12, 25, 40]), owed=owed, seed=n, temperature=rnd.choice([0, 0.7, 1, 1.5]),
+              top_k=rnd.choice([0, 0, 3, 40]), top_p=rnd.choice([1, 0.9, 0.5]), min_p=rnd.choice([0, 0, 0.05]),
+              repetition_penalty=rnd.choice([1, 1, 1.2]), stops=rnd.choice([(), ('e',), ('st', 'in')]),
+              end_ids=rnd.choice([(), (7, 70)]))
+    if not plain:
+        job.presence_penalty = rnd.choice([0, 0, 0.8])
+        job.frequency_penalty = rnd.choice([0, 0, 0.5])
+        job.logit_bias = rnd.choice([{}, {}, {5: 3.0, tok.eot: -100.0}])
+        job.logprobs = rnd.choice([-1, -1, 0, 3])
+        job.ignore_eos = rnd.random() < 0.2
+    return job
+
+
+@every_kind
+def test_in_company_as_alone(kind):
+    """200 jobs in all, that arrive as others end; some are cancelled. Each gets what it gets alone."""
+    rnd = random.Random(kind)
+    jobs = [random_job(rnd, n) for n in range(29)]
+    crowd = scheduler_of(kind, rows=5)
+    results, waiting, lock = {}, list(range(len(jobs))), threading.Lock()
+    all_in = threading.Event()
+
+    def submit(count):
+        for _ in range(count):
+            with lock:
+                if not waiting:
+                    return all_in.set()
+                n = waiting.pop(0)
+            results[n] = Result(crowd, jobs[n], cancel_after=1 + n % 9 if n % 6 == 5 else None,
+                                on_end=partial(submit, n % 3))
+
+    submit(9)
+    while not all_in.is_set():
+        submit(1)
+    for result in results.values():
+        result.wait()
+    all_left(crowd)
+    alone = scheduler_of(kind, rows=1)
+    for n, job in enumerate(jobs):
+        got, want = results[n], answer(alone, job)
+        if got.end.reason == 'cancelled':
+            assert got.cancel_after and got.ids == want.ids[:len(got.ids)]
+            assert len(got.events) <= got.cancel_after + 2
+            continue
+        assert got.ids == want.ids and got.text == want.text and got.end == want.end, job
+        for mine, theirs in zip(got.tokens, want.tokens):
+            assert (mine.logprob is None) == (job.logprobs < 0)
+            if mine.logprob:
+                assert mine.logprob.id == mine.id and len(mine.logprob.top) == job.logprobs
+                assert mine.logprob.logprob == pytest.approx(theirs.logprob.logprob, abs=1e-4)
+    all_left(alone)
+
+
+def all_left(one):
+    """Ends a scheduler, in which nothing is left of anyone."""
+    one.call(lambda: None).result(DEADLINE)
+    stats = one.stats()
+    assert (stats['rows_used'], stats['queue'], one.readings, one.batch.edits.jobs) == (0, 0, [], [])
+    one.close()
+
+
+@every_kind
+def test_as_sample_has_it(kind):
+    rnd = random.Random(3)
+    jobs = [random_job(rnd, n, plain=True) for n in range(16)]
+    crowd = scheduler_of(kind, rows=6)
+    try:
+        results = [Result(crowd, job) for job in jobs]
+        for job, result in zip(jobs, results):
+            assert (result.wait().ids, result.text) == by_sample(kind, job), job
+            assert any(job.owed for job in jobs)
+            spelled = [token for token in result.tokens if token.spells]
+            assert result.end.tokens == len(result.tokens) - len(spelled)
+            assert not spelled or job.owed
+    finally:
+        crowd.close()
+
+
+@some_kinds
+def test_what_is_kept_is_not_read_again(kind):
+    one = scheduler_of(kind, kept=0.01)
+    try:
+        job = Job([5, 6, 7, 8] * 4, 12, seed=1, ignore_eos=True)
+        first, again = answer(one, job), answer(one, job)
+        assert (first.read, again.read) == (Read(16, 0, []), Read(16, 16, []))
+        assert first.ids == again.ids
+        # the turn after: all of the answer but its last id is known
+        turn = Job(job.ids + first.ids + [9, 10], 12, seed=2, ignore_eos=True)
+        told = answer(one, turn)
+        assert told.read == Read(30, 27, [])
+        fresh = scheduler_of(kind)
+        assert answer(fresh, turn).ids == told.ids
+        fresh.close()
+        assert answer(one, Job([5, 6, 7], 1)).read.cached == 0
+        assert one.stats()['kept_states'] >= 4 and one.stats()['cached_tokens'] == 43
+    finally:
+        one.close()
+
+
+@some_kinds
+@pytest.mark.parametrize('kept', [0.0, 0.01])
+def test_answers_of_one_prompt_read_it_once(kind, kept, monkeypatch):
+    read = []
+    monkeypatch.setattr(reading, 'step', lambda net, idx, *rest, **more:
+                        read.extend(idx[0].tolist()) or step(net, idx, *rest, **more))
+    one = scheduler_of(kind, rows=3, kept=kept)
+    try:
+        ids = list(range(20))
+        results = [Result(one, Job(ids, 6, seed=seed, ignore_eos=True)) for seed in range(7)]
+        assert len({tuple(result.wait().ids) for result in results}) == 7
+        assert read == ids and sorted(result.read.cached for result in results) == [0] + [20] * 6
+        for seed, result in enumerate(results):
+            job = Job(ids, 6, seed=seed)
+            assert result.ids[:len(by_sample(kind, job)[0])] == by_sample(kind, job)[0]
+    finally:
+        one.close()
+
+
+@some_kinds
+@torch.no_grad()
+def test_logprobs_of_a_prompt(kind):
+    net, tok = small_net(kind), small_tok()
+    one = scheduler_of(kind, kept=0.01)
+    try:
+        ids = [int(i) for i in torch.randint(tok.vocab_size, (90,), generator=torch.Generator().manual_seed(1))]
+        for _ in range(2):                                  # it is read anew
+            result = answer(one, Job(ids, 1, temperature=0, logprobs=1, prompt_logprobs=2))
+            assert result.read.cached == 0
+            first, *others = result.read.logprobs
+            assert first == (ids[0], None, []) and [logprob.id for logprob in others] == ids[1:]
+            logits, state = [], None
+            for idx in torch.tensor([ids]).split(16, 1):
+                some, state = step(net, idx, state)
+                logits.append(some[0])
+            want = logprobs_of(torch.cat(logits)[:-1], torch.tensor(ids[1:]), 2, tok.vocab_size)
+            for got, (own, top) in zip(others, want):
+                assert got.logprob == pytest.approx(own, abs=1e-4)
+                assert [i for i, _ in got.top] == [i for i, _ in top]
+                assert all(logprob == got.logprob for i, logprob in got.top if i == got.id)
+        read_only = answer(one, Job(ids[:3], 0, prompt_logprobs=0))
+        assert len(read_only.read.logprobs) == 3 and read_only.end == Done('length', '', 0)
+    finally:
+        one.close()
+
+
+# --- cancelled, refused, failed -------------------------------------------------------------------
+
+def test_a_prompt_that_nobody_wants_any_more_is_not_read_on(monkeypatch):
+    """Between two of its layers: not even the piece is finished. Nor is one that waits."""
+    one = scheduler_of('mamba2', rows=1)
+    layers = []
+    tickets = []
+
+    def between(before=one.between):
+        layers.append(1)
+        if len(layers) == 3:
+            for ticket in tickets:
+                ticket.cancel()
+        before()
+
+    assert one.call(lambda: None).result(DEADLINE) is None  # the thread has begun
+    one.net.between_layers = between
+    gate = threading.Event()
+    blocked = one.call(lambda: gate.wait(DEADLINE))
+    try:
+        results = [Result(one, Job([1, 2, 3] * 900, 5)) for _ in range(2)]
+        tickets += [result.ticket for result in results]
+        gate.set()
+        blocked.result(DEADLINE)
+        for result in results:
+            assert result.wait().events == [Done('cancelled', '', 0)]
+        assert len(layers) == 3 and one.stats()['rows_used'] == one.stats()['queue'] == 0
+    finally:
+        one.close()
+
+
+def test_a_row_is_free_before_the_next_step():
+    one = scheduler_of('gpt', rows=2)
+    try:
+        endless = Result(one, Job([1], 10**9, ignore_eos=True), cancel_after=30)
+        assert endless.wait().end.reason == 'cancelled' and len(endless.events) == 31
+        assert one.call(lambda: one.stats()['rows_used']).result(DEADLINE) == 0
+    finally:
+        one.close()
+
+
+def test_while_a_prompt_is_read_the_others_have_their_turns():
+    one = scheduler_of('mamba1', rows=3)
+    try:
+        endless = Result(one, Job([1], 10**9, ignore_eos=True))
+        counts = {}
+
+        def take(event):
+            counts[type(event)] = len(endless.events)
+            if isinstance(event, Done):
+                over.set()
+
+        over = threading.Event()
+        counts['begin'] = one.call(lambda: len(endless.events)).result(DEADLINE)
+        one.submit(Job([3] * 4000, 1), take)
+        assert over.wait(DEADLINE)
+        assert counts[Read] - counts['begin'] >= 8          # pieces of 512 tokens
+        endless.ticket.cancel()
+        ids = endless.wait().ids
+        assert ids == answer(one, Job([1], len(ids), ignore_eos=True)).ids
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize('bad', ['send', 'ids', 'empty', 'numbers', 'writer'])
+def test_a_job_fails_alone(bad, monkeypatch):
+    one = scheduler_of('gpt', rows=4)
+    try:
+        good = Job([1, 2, 3], 30, seed=4, ignore_eos=True)
+        want = answer(one, good)
+        neighbours = [Result(one, good) for _ in range(2)]
+        if bad == 'send':
+            def broken(event):
+                raise RuntimeError('Event loop is closed')
+            one.submit(good, broken)
+        else:
+            job = dict(ids=Job([10**6], 3), empty=Job([], 3), numbers=Job([1], 3, logit_bias={3: float('nan')}),
+                       writer=Job([1], 3, stops=(5,)))[bad]
+            failed = answer(one, job)
+            assert isinstance(failed.end, Failed) and failed.end.message
+            assert failed.end.status == dict(ids=400, empty=400, numbers=500, writer=500)[bad]
+        for neighbour in neighbours:
+            assert neighbour.wait().ids == want.ids
+        assert answer(one, good).ids == want.ids and one.is_alive()
+        assert one.stats()['rows_used'] == one.stats()['queue'] == 0
+    finally:
+        one.close()
+
+
+def test_damaged_states_harm_no_one_who_comes_after():
+    """A nan in a cache, that nobody sees, would still be one."""
+    one = scheduler_of('gpt', rows=2)
+    try:
+        good = Job([1, 2, 3], 9, seed=4, ignore_eos=True)
+        want = answer(one, good).ids
+
+        def damage():
+            one.rows.state['v.0'][0].fill_(torch.nan)
+
+        failing = Result(one, Job([5] * 9, 10**9, ignore_eos=True))
+        while not failing.tokens:
+            pass
+        one.call(damage).result(DEADLINE)
+        assert failing.wait().end.status == 500 and 'nan' in failing.end.message
+        assert [answer(one, good).ids for _ in range(2)] == [want, want]
+    finally:
+        one.close()
+
+
+def test_a_step_that_fails_fails_its_rows(monkeypatch):
+    one = scheduler_of('mamba2', rows=2)
+    try:
+        want = answer(one, Job([1], 5, ignore_eos=True)).ids
+        running = Result(one, Job([1], 10**9, ignore_eos=True))
+        while not running.tokens:
+            pass
+
+        def broken(ids):
+            raise MemoryError('no more')
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one.rows, 'advance', broken)
+            assert running.wait().end == Failed('MemoryError: no more', 500)
+        assert answer(one, Job([1], 5, ignore_eos=True)).ids == want
+    finally:
+        one.close()
+
+
+def test_too_many_wait():
+    one = scheduler_of('gpt', rows=2, queue=3)
+    try:
+        gate = threading.Event()
+        one.call(lambda: None).result(DEADLINE)
+        blocked = one.call(lambda: gate.wait(DEADLINE))
+        results = [Result(one, Job([1], 2)) for _ in range(5)]
+        with pytest.raises(Full) as full:
+            one.submit(Job([1], 2), results.append)
+        assert 1 <= full.value.seconds <= 600 and one.stats()['queue'] == 5
+        gate.set()
+        blocked.result(DEADLINE)
+        for result in results:
+            assert isinstance(result.wait().end, Done)
+        assert isinstance(answer(one, Job([1], 2)).end, Done)
+    finally:
+        one.close()
+
+
+# --- the thread -----------------------------------------------------------------------------------
+
+def test_calls():
+    one = scheduler_of('gpt', rows=2)
+    try:
+        endless = Result(one, Job([1], 10**9, ignore_eos=True))
+        seen = []
+
+        def pieces(name):
+            for _ in range(3):
+                seen.append((name, len(endless.events)))
+                yield
+            return name
+
+        futures = [one.call(lambda name=name: pieces(name)) for name in 'ab']
+        assert [future.result(DEADLINE) for future in futures] == ['a', 'b']
+        assert [name for name, _ in seen] == list('ababab')
+        assert one.call(lambda: threading.current_thread().name).result(DEADLINE) == 'model'
+        assert one.call(lambda: torch.is_grad_enabled()).result(DEADLINE) is False
+        with pytest.raises(ZeroDivisionError):
+            one.call(lambda: 1 // 0).result(DEADLINE)
+        with pytest.raises(SystemExit):
+            one.call(lambda: exit(2)).result(DEADLINE)
+        assert one.is_alive()
+        endless.ticket.cancel()
+        endless.wait()
+    finally:
+        one.close()
+
+
+def test_a_thread_that_dies_is_told(monkeypatch, capsys):
+    one = scheduler_of('gpt', rows=1)
+    running, waiting = Result(one, Job([1], 10**9, ignore_eos=True)), Result(one, Job([1], 3))
+    while not running.tokens:
+        pass
+
+    def broken():
+        raise RuntimeError('lost')
+    monkeypatch.setattr(one, 'drop_cancelled', broken)
+    for result in (running, waiting):
+        assert result.wait().end.status == 500 and 'lost' in result.end.message
+    one.thread.join(DEADLINE)
+    assert not one.is_alive()
+    assert answer(one, Job([1], 3)).end.status == 500
+    with pytest.raises(RuntimeError):
+        one.call(lambda: 1).result(DEADLINE)
+    assert 'lost' in capsys.readouterr().err
+    one.close()
+
+
+def test_close_ends_all():
+    one = scheduler_of('mamba2', rows=1)
+    results = [Result(one, Job([1], 10**9, ignore_eos=True)) for _ in range(3)]
+    while not results[0].tokens:
+        pass
+    one.close()
+    assert [result.wait().end.reason for result in results] == ['cancelled'] * 3
+    assert not one.is_alive() and one.net.between_layers is None
+
+
+def test_it_waits_without_computing(monkeypatch):
+    one = scheduler_of('gpt')
+    try:
+        answer(one, Job([1], 3))
+        one.call(lambda: None).result(DEADLINE)
+        rounds = []
+        monkeypatch.setattr(one, 'drop_cancelled', lambda before=one.drop_cancelled: rounds.append(1) or before())
+        one.call(lambda: None).result(DEADLINE)
+        assert len(rounds) <= 3
+    finally:
+        one.close()
+
+
+def test_of_each_number_of_rows_there_is_one_plan(monkeypatch):
+    from mambino.sample import decode
+    made = []
+    plan = decode.Plan
+    monkeypatch.setattr(decode, 'Plan', lambda *rest: made.append(1) or plan(*rest))
+    one = scheduler_of('mamba2', rows=6)
+    try:
+        def rush():
+            for result in [Result(one, Job([1, 2], 3 + n, seed=n, ignore_eos=True)) for n in range(14)]:
+                result.wait()
+        rush()
+        if made:                                            # there is a compiler
+            before = len(made)
+            rush()
+            assert len(made) == before <= 8
+    finally:
+        one.close()
