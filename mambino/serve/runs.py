@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import threading
+import time
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from mambino.serve import launch
 
 TAIL = 64 << 10         # bytes of a log that are looked at for its end
 SAMPLES = 1 << 20       # … and for samples
+AT_ONCE = 500           # lines that are read together
 LARGEST = 1e300         # of a number that can be drawn
 
 
@@ -71,17 +73,31 @@ class Metrics:
                 return self.generation != before
             end = data.rfind(b'\n') + 1
             self.offset += end
-            for line in data[:end].split(b'\n'):
-                if line.strip():
-                    self.add(line)
+            lines = [line for line in data[:end].split(b'\n') if line.strip()]
+            for first in range(0, len(lines), AT_ONCE):
+                if first:
+                    time.sleep(0.001)       # others who wait for the interpreter get it now
+                self.add(lines[first:first + AT_ONCE])
             return self.generation != before
 
-    def add(self, line):
-        try:
-            values = parse_json(line)
+    def add(self, lines):
+        """Takes some lines."""
+        try:                                # many at once are read three times as fast
+            found = parse_json(b'[' + b','.join(lines) + b']')
+            if len(found) != len(lines):
+                raise ValueError
         except ValueError:
-            self.damaged += 1
-            return
+            found = []
+            for line in lines:
+                try:
+                    found.append(parse_json(line))
+                except ValueError:
+                    found.append(None)
+        for values in found:
+            self.take(values)
+
+    def take(self, values):
+        """Takes what a line says."""
         step = values.get('step') if isinstance(values, dict) else None
         if not whole(step, 0, 2**62):
             self.damaged += 1

@@ -94,10 +94,10 @@ class Form:
         """Shows the settings that have the words of the search in them."""
         words = (self.search.value or '').lower().split()
         shown = 0
-        for label, names in self.groups.values():
+        for heading, (label, names) in self.groups.items():
             seen = False
             for name in names:
-                text = f'{name} {recipes.all_settings()[name].comment}'.lower()
+                text = f'{name} {recipes.all_settings()[name].comment} {heading}'.lower()
                 is_changed = name in self.choice.changed or not self.only_changed.value
                 is_seen = is_changed and all(word in text for word in words)
                 self.rows[name][0].set_visibility(is_seen)

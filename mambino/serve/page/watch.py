@@ -118,6 +118,14 @@ class Watch:
         self.state = self.samples = None
         self.lines = runs.Lines(launch.training(out_dir).log)
         self.log.clear()
+        self.banner.classes(replace='banner')
+        self.words.set_text('Looking…')
+        self.sample_part.set_visibility(False)
+        for label in self.stats.values():
+            label.set_text(NOTHING)
+        for button in (self.stop, self.kill, self.resume, self.more):
+            button.set_visibility(False)
+        self.more.value = None
         self.redraw()
 
     def redraw(self):
