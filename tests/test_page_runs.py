@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip('playwright.sync_api')
 pytest.importorskip('nicegui')
 
-from playwright.sync_api import expect
-
 from helpers.browser import has_no_sideways_scroll, wait_for
 from helpers.runs import POSIX
+from playwright.sync_api import expect
+
 from mambino.serve import curves
 
 PATIENCE = 60_000       # milliseconds: train.py begins slowly where others are at work
@@ -84,8 +84,9 @@ def write_run(folder, name, log='', metrics='', **files):
 
 
 def of_steps(n, loss=5.0):
-    return ''.join(json.dumps(dict(step=step, loss=loss - step / n, lr=1e-3, grad_norm=1.0, tokens_per_s=9e3, memory=5e8,
-                                   tokens=step * 64, seconds=step / 10)) + '\n' for step in range(1, n + 1))
+    usual = dict(lr=1e-3, grad_norm=1.0, tokens_per_s=9e3, memory=5e8)
+    return ''.join(json.dumps(dict(step=step, loss=loss - step / n, tokens=step * 64, seconds=step / 10, **usual)) + '\n'
+                   for step in range(1, n + 1))
 
 
 def fill(page, name, steps=''):
@@ -239,8 +240,7 @@ def test_a_hundred_thousand_lines(page, server, folder):
         return points_of(page)
     points = wait_for(drawn)
     assert 100 < points <= 2 * curves.POINTS
-    usual = max(asked() for _ in range(10))         # where other processes have the cores
-    assert max(answers) < max(1, 10 * usual)
+    assert sorted(answers)[len(answers) // 2] < 1
     expect(page.get_by_test_id('figure-step')).to_contain_text('100,000')
 
 

@@ -4,8 +4,8 @@ import os
 import random
 
 import pytest
-
 from helpers.pace import seconds_of
+
 from mambino.serve import curves, datasets, launch, recipes, runs
 
 START = '$ python train.py --out_dir=out-a\n'
@@ -211,10 +211,12 @@ STANDINGS = {
     'disk full for a while': (BEGUN + 'warning: out-a/ckpt.pt could not be saved (No space left on device); the one\n'
                               'stopped at step 20, saved out-a/ckpt.pt; to go on: x\n', 'stopped', 'step 20'),
     'an error': (START + 'error: out_dir=out-a: unknown\n', 'failed', 'out_dir=out-a: unknown'),
-    'a traceback': (BEGUN + 'Traceback (most recent call last):\n  File "x"\nKeyError: <b>\n', 'failed', 'KeyError: <b>'),
+    'a traceback': (BEGUN + 'Traceback (most recent call last):\n  File "x"\nKeyError: <b>\n', 'failed',
+                    'KeyError: <b>'),
     'killed': (BEGUN, 'killed', 'without a word'),
     'killed at once': (START, 'killed', 'without a word'),
-    'an error that was mended': (START + 'error: no\n' + BEGUN + 'stopped at step 3, saved x; to\n', 'stopped', 'step 3'),
+    'an error that was mended': (START + 'error: no\n' + BEGUN + 'stopped at step 3, saved x; to\n', 'stopped',
+                                'step 3'),
 }
 
 

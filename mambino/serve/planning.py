@@ -10,17 +10,37 @@ It runs in a process of its own, since it takes some seconds, and since train.py
 asked here, ends a program in a line where something does not fit: the page shows that line.
 """
 import json
+import threading
+import time
 
 from mambino.configurator import configure, settings_of
 from mambino.plain import parse_json
 from mambino.serve import launch
 
 SIGN = 'plan: '
+SECONDS = 60            # that a plan holds: what is free, and what is in data/, changes
+KEPT = 50               # plans
+planning = threading.Lock()
+plans = {}              # arguments → (when it was made, the plan)
 
 
 def plan_of(arguments):
     """What train.py would make of these arguments, as `main` prints it; Refused with what it says against
-    them."""
+    them. One at a time is made, since each takes a core; the last ones are remembered for a while."""
+    key = tuple(arguments)
+    with planning:
+        made, plan = plans.get(key, (-SECONDS, None))
+        if time.monotonic() - made < SECONDS:
+            return plan
+        plan = new_plan(arguments)
+        if len(plans) >= KEPT:
+            plans.clear()
+        plans[key] = time.monotonic(), plan
+        return plan
+
+
+def new_plan(arguments):
+    """See plan_of."""
     status, text = launch.answer_of(('-m', 'mambino.serve.planning'), arguments)
     lines = text.strip().split('\n')
     if status == 0 and lines[-1].startswith(SIGN):

@@ -25,6 +25,7 @@ PANELS = {
     'export': ('Export', 'ios_share', export.show),
     'server': ('Server', 'dns', server.show),
 }
+PATIENCE = 60   # seconds that a tab may be silent: where a model trains, a browser and a server wait for the cores
 GROUPS = {'machine': 'Make a model', 'generate': 'Use a model'}     # headings above these panels
 # a mamba
 SIGN = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">'
@@ -41,7 +42,7 @@ def add_page(app, library, needs_key=False):
     lifespan = app.router.lifespan_context
     # tailwind=False: look.css is all there is, and a browser has half a megabyte less to read
     ui.run_with(app, title='Mambino', dark=None, favicon=SIGN, language='en-US', tailwind=False,
-                show_welcome_message=False)
+                show_welcome_message=False, reconnect_timeout=PATIENCE)
 
     @asynccontextmanager
     async def begun(app):

@@ -98,7 +98,7 @@ class TrainPanel:
         for name, control in self.controls().items():
             control.on_value_change(lambda name=name: self.on_control(name))
         self.recipe.on_value_change(self.on_recipe)
-        self.name.on_value_change(self.show_command)
+        self.name.on_value_change(self.on_name)
         self.show_choice()
 
     def controls(self):
@@ -113,6 +113,8 @@ class TrainPanel:
             for name in ('vram', 'model'):
                 if name in query:
                     self.choice.set(name, query[name])
+            self.keep()                         # a reload finds what is changed from here on
+            ui.run_javascript('history.replaceState(null, "", location.pathname)')
         else:
             text = await ui.run_javascript(f'localStorage.getItem({json.dumps(PLACE)})', timeout=5)
             kept = look.as_dict(text)
@@ -120,6 +122,7 @@ class TrainPanel:
             for name, value in look.as_dict(json.dumps(kept.get('changed', {}))).items():
                 if isinstance(value, str) and name in self.choice.base:
                     self.choice.set(name, value)
+            self.name.value = name_kept(kept.get('name')) or self.name.value
         self.show_choice()
 
     def take_recipe(self, recipe):
@@ -151,13 +154,17 @@ class TrainPanel:
         self.show_choice()
         self.keep()
 
+    def on_name(self):
+        self.show_command()
+        self.keep()
+
     def on_form(self):
         self.show_choice(is_form=False)
         self.keep()
 
     def keep(self):
         """In the browser."""
-        kept = json.dumps(dict(recipe=self.choice.recipe, changed=self.choice.changed))
+        kept = json.dumps(dict(recipe=self.choice.recipe, changed=self.choice.changed, name=self.name.value))
         ui.run_javascript(f'localStorage.setItem({json.dumps(PLACE)}, {json.dumps(kept)})')
 
     def show_choice(self, is_form=True):
@@ -303,6 +310,14 @@ def free_name():
     """A name that no run has yet."""
     taken = set(launch.run_folders())
     return next(str(n) for n in range(1, 10 ** 6) if f'out-{n}' not in taken)
+
+
+def name_kept(name):
+    """The name that was typed before, if no run has it meanwhile; else ''."""
+    try:
+        return name if launch.run_folder(name or '') not in launch.run_folders() else ''
+    except (launch.Refused, AttributeError):
+        return ''
 
 
 def sentence_of(plan):
