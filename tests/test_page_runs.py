@@ -85,8 +85,10 @@ def write_run(folder, name, log='', metrics='', **files):
 
 def of_steps(n, loss=5.0):
     usual = dict(lr=1e-3, grad_norm=1.0, tokens_per_s=9e3, memory=5e8)
-    return ''.join(json.dumps(dict(step=step, loss=loss - step / n, tokens=step * 64, seconds=step / 10, **usual)) + '\n'
-                   for step in range(1, n + 1))
+    rows = []
+    for step in range(1, n + 1):
+        rows.append(dict(step=step, loss=loss - step / n, tokens=step * 64, seconds=step / 10, **usual))
+    return ''.join(json.dumps(row) + '\n' for row in rows)
 
 
 def fill(page, name, steps=''):
