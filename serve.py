@@ -58,7 +58,9 @@ require(globals(), {
     'from 0 to 65535; 0: any that is free': dict(port=0 <= port <= 65535),
     'from 1 to 256': dict(rows=1 <= rows <= 256),
     '0 or more': dict(queue=queue >= 0, memory=memory >= 0, kept_memory=kept_memory >= 0),
-    'above 0': dict(max_tokens=max_tokens > 0, max_prompt=max_prompt > 0, max_body=max_body > 0, timeout=timeout > 0),
+    'above 0': dict(max_tokens=max_tokens > 0, max_prompt=max_prompt > 0),
+    'above 0 and at most 10000': dict(max_body=0 < max_body <= 10_000),
+    'above 0 and at most 1000000': dict(timeout=0 < timeout <= 1e6),
     'int8, int4, bfloat16, or empty': dict(quantize=quantize in ('', 'int8', 'int4', 'bfloat16')),
 })
 key = (api_key or os.environ.get('MAMBINO_API_KEY', '')).strip()

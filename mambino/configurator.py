@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 YES = ('true', '1', 'yes', 'on')
 NO = ('false', '0', 'no', 'off')
+SECRETS = ('api_key',)      # settings whose value no terminal or log has to show
 LARGEST_CONFIG = 1 << 20    # bytes
 
 
@@ -127,12 +128,12 @@ def read_flag(arg, following, defaults):
 
 
 def show_changes(explicit, defaults):
-    """Prints what differs from the defaults, be it in type alone."""
+    """Prints what differs from the defaults, be it in type alone; of a secret only that it does."""
     changed = {name: value for name, value in explicit.items()
                if value != defaults[name] or type(value) is not type(defaults[name])}
     width = max(map(len, changed), default=0)
     for name, value in changed.items():
-        print(f'{name:<{width}} = {value!r}')
+        print(f'{name:<{width}} = {"…" if name in SECRETS else repr(value)}')
 
 
 # --- settings and their values --------------------------------------------------------------------
