@@ -157,7 +157,7 @@ def test_ctrl_c_ends_it_as_it_ends_a_script(mambino, tmp_path):
     process.send_signal(signal.SIGINT)
     said, error = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in error, said + error
-    assert (tmp_path / 'out' / 'ckpt.pt').exists()
+    assert (tmp_path / 'out' / 'ckpt.pt').exists() and 'to go on: mambino train --init_from=resume' in said
 
 
 def test_the_server_starts_the_scripts_that_were_installed_with_it(mambino, tmp_path):

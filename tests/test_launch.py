@@ -200,3 +200,10 @@ def test_what_takes_too_long_is_ended(here):
         launch.answer_of((launch.script_path('prepare.py'),), [], seconds=1)
     status, text = launch.answer_of((launch.script_path('prepare.py'),), ['--max_iters=1'])
     assert (status, text) == (0, 'hello --max_iters=1\n')
+
+
+def test_what_is_to_be_typed_is_what_there_is(monkeypatch):
+    """Where pip has installed it, the page's command lines are those of the command."""
+    assert launch.command_line('train.py', ['--out_dir=a b']) == "python train.py '--out_dir=a b'"
+    monkeypatch.setenv('MAMBINO_COMMAND', 'mambino')
+    assert launch.command_line('train.py', ['--out_dir=a b']) == "mambino train '--out_dir=a b'"

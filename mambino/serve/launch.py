@@ -27,6 +27,7 @@ import threading
 from typing import NamedTuple
 
 from mambino import files, script_path
+from mambino.configurator import typed
 from mambino.plain import parse_json
 from mambino.train.progress import OF_THE_MACHINE
 
@@ -100,7 +101,7 @@ def flags(settings):
 
 def command_line(script, arguments):
     """What a person types for the same."""
-    return ' '.join(['python', script, *map(shlex.quote, arguments)])
+    return typed(' '.join(['python', script, *map(shlex.quote, arguments)]))
 
 
 # --- who runs -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from mambino.configurator import from_text, run_config, settings_of
 from mambino.serve import launch
 
 SCRIPT = launch.script_path('train.py')
-NOT_HERE = ('out_dir', 'eval_only', 'profile')      # which the page sets, or which are for a terminal
+NOT_HERE = ('out_dir', 'eval_only', 'report', 'profile')   # which the page sets, or which are for a terminal
 KINDS = ('mamba', 'gpt', 'hybrid')
 # of a machine: the ending of its recipes, '' for none; what is set besides
 PROFILES = {

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from mambino.configurator import fail
+from mambino.configurator import fail, typed
 from mambino.files import FULL
 from mambino.train import processes
 from mambino.train.processes import say, summed
@@ -251,7 +251,7 @@ def command_to_go_on(out_dir, explicit):
     """The command line that resumes a run. explicit: the settings that were said for this one."""
     again = [f' --{name}={shlex.quote(str(explicit[name]))}' for name in OF_THE_MACHINE if name in explicit]
     launcher = 'python' if processes.WORLD == 1 else f'torchrun --nproc_per_node={processes.WORLD}'
-    return f'{launcher} train.py --init_from=resume --out_dir={shlex.quote(out_dir)}' + ''.join(again)
+    return typed(f'{launcher} train.py --init_from=resume --out_dir={shlex.quote(out_dir)}' + ''.join(again))
 
 
 def end_unfinished(out_dir, step, saved_at, explicit, changed, stop_signals):
