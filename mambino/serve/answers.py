@@ -55,7 +55,8 @@ class Mailbox:
         while self.events:
             answers, index, event = self.events.popleft()
             answers.inbox.append((index, event))
-            answers.wake.set()
+            if answers.streams or type(event) in (Done, Failed):
+                answers.wake.set()
 
 
 MAILBOXES = weakref.WeakKeyDictionary()             # {event loop: Mailbox}
@@ -70,10 +71,12 @@ def mailbox():
 
 
 class Answers:
-    """See the top of the file. deadline: in the event loop's time, when the answers end as they are."""
+    """See the top of the file. deadline: in the event loop's time, when the answers end as they are.
+    streams: tokens are wanted as they come, else when one of the answers is over."""
 
-    def __init__(self, scheduler, jobs, deadline):
+    def __init__(self, scheduler, jobs, deadline, streams=True):
         self.deadline = deadline
+        self.streams = streams
         self.inbox = []                 # (index of the job, event)
         self.wake = asyncio.Event()
         self.running = len(jobs)

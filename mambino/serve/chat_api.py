@@ -172,7 +172,7 @@ def add_chat(app, library, limits):
             library, values.model, lambda served: chat_jobs(served, values, messages, most, limits, 'messages'))
         choices = [Choice(served.tok, job, lists=values.logprobs, strips=question.is_base) for job in jobs]
         shape = Chat(served, values, question.prompt, choices)
-        answers = Answers(served.scheduler, jobs, deadline)
+        answers = Answers(served.scheduler, jobs, deadline, values.stream)
         if values.stream:
             return EventStream(answers, choices, shape)
         return await collect(request, answers, choices, shape)

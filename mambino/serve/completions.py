@@ -38,7 +38,7 @@ def add_completions(app, library, limits):
         choices = [Choice(served.tok, job, prompts[i // count].text if values.echo else '', values.logprobs is not None)
                    for i, job in enumerate(jobs)]
         shape = Completions(served, values, prompts, choices)
-        answers = Answers(served.scheduler, jobs, deadline)
+        answers = Answers(served.scheduler, jobs, deadline, values.stream)
         if values.stream:
             return EventStream(answers, choices, shape)
         return await collect(request, answers, choices, shape)

@@ -5,7 +5,6 @@
 Nothing is stored, so a request has the whole conversation in its input.
 """
 import asyncio
-import json
 import secrets
 import time
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from mambino.serve.answers import Answers, Choice, usage_of
 from mambino.serve.chat_api import chat_jobs, messages_of
 from mambino.serve.errors import body_of, error_of
 from mambino.serve.parameters import FILTERS, RESPONSE, read
-from mambino.serve.sending import EventStream, Shape, collect, opened
+from mambino.serve.sending import ENCODE, EventStream, Shape, collect, opened
 
 # of what this API has no parameter for
 NOTHING = dict({parameter.name: parameter.default for parameter in FILTERS}, logprobs=False, top_logprobs=0)
@@ -37,7 +36,7 @@ def add_responses(app, library, limits):
             lambda served: chat_jobs(served, values, messages, values.max_output_tokens, limits, 'input'))
         choices = [Choice(served.tok, jobs[0], strips=question.is_base)]
         shape = OneResponse(served, values, question.prompt, choices)
-        answers = Answers(served.scheduler, jobs, deadline)
+        answers = Answers(served.scheduler, jobs, deadline, values.stream)
         if values.stream:
             return EventStream(answers, choices, shape)
         return await collect(request, answers, choices, shape)
@@ -87,7 +86,7 @@ class OneResponse(Shape):
     def event(self, kind, **fields):
         data = dict(type=kind, sequence_number=self.events, **fields)
         self.events += 1
-        return f'event: {kind}\ndata: {json.dumps(data, separators=(",", ":"))}\n\n'.encode()
+        return f'event: {kind}\ndata: {ENCODE(data)}\n\n'.encode()
 
     def of_part(self, kind, **fields):
         return self.event(kind, item_id=self.message_id, output_index=0, content_index=0, **fields)
