@@ -38,8 +38,10 @@ def task(runs, tmp_path_factory):
 def evaluated(model, arguments, task):
     """→ (accuracies, [[(log-likelihood, whether it is the likeliest text) of a choice, …] of an item, …])."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
+    only_ours = TaskManager(include_defaults=False)     # it would read 14,000 files of settings
     results = lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=[dict(task)], log_samples=True,
-                                      bootstrap_iters=0)
+                                      bootstrap_iters=0, task_manager=only_ours)
     samples = sorted(results['samples']['choices'], key=lambda sample: sample['doc_id'])
     scores = {name: value for name, value in results['results']['choices'].items() if name.startswith('acc')}
     return scores, [sample['filtered_resps'] for sample in samples]
