@@ -1,10 +1,11 @@
 """The answers that have rows, and their steps.
 
-    batch = Batch(net, tok, most, tell, over)
+    batch = Batch(net, tok, most, tell, over, is_kept)
     batch.add(reading)          # an answer to a prompt that is read
     batch.step()                # a token for each, sent by tell(ticket, event)
     batch.drop_cancelled()
-                                # over(answer, event, state, logits, ids) of each that has ended
+                                # over(answer, event, state, logits, ids) of each that has ended; the
+                                # state if is_kept(answer), or its session is
 
     rows.logits ──► edits, what is owed ──► choice ──► ids ──► text, events ──► rows.advance(ids)
                                                         └──► who is done leaves
@@ -57,8 +58,9 @@ class Answer:
 class Batch:
     """See the top of the file."""
 
-    def __init__(self, net, tok, most, tell, over):
+    def __init__(self, net, tok, most, tell, over, is_kept):
         self.tok = tok
+        self.is_kept = is_kept
         self.tell = tell
         self.over = over
         self.rows = Rows(net, most)
@@ -99,7 +101,6 @@ class Batch:
             scores = torch.stack([answer.rest.add_to(row) if answer.rest else row
                                   for answer, row in zip(answers, scores)])
         ids, finite = self.choice.draw(scores, [answer.generator for answer in answers])
-        finite &= logits.sum(-1).isfinite()
         return ids.tolist(), finite.tolist(), self.likeliest(logits, ids)
 
     def likeliest(self, logits, ids):
@@ -152,7 +153,8 @@ class Batch:
         answer = self.answers[row]
         event = Done(reason, answer.writer.close(), answer.writer.length)
         state = logits = None
-        if answer.drawn and not answer.rest:    # else a part of the prompt is not spelled yet
+        wanted = answer.ticket.session or self.is_kept(answer)
+        if wanted and answer.drawn and not answer.rest:     # else a part of the prompt is not spelled yet
             if is_read and answer.ticket.session:
                 self.draw_one_more(row)         # a session ends with one that is not read
                 is_read = False

@@ -45,8 +45,8 @@ class Group:
         """A token for each row of logits (n, V), fp32; u: (n,) of [0, 1), of the likeliest None → (n,), and
         whether there was one, (n,). In the order of sample_token."""
         if self.way == 'likeliest':
-            ids = fast_topk(logits, 1)[1][:, 0]
-            return ids, torch.ones_like(ids, dtype=torch.bool)
+            best, ids = fast_topk(logits, 1)
+            return ids[:, 0], best[:, 0].isfinite()
         index = None
         if self.way == 'some':
             logits, index = fast_topk(logits, self.most)    # (n, k)

@@ -13,6 +13,7 @@ All live rows have a step at once (batch.py), each draws its own token, and whoe
 makes room for the next. What takes longer than a step, a prompt or a function of `call`, is computed as
 ever, but between its layers the running rows have their turn whenever it took as long as a step of
 theirs: so either side goes on at half of its speed at least, and a token never waits for a whole prompt.
+Where more prompts wait for a row than have one, they get the larger part: a step is cheaper together.
 """
 import math
 import queue
@@ -20,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from contextlib import nullcontext
 
 import torch
@@ -29,6 +30,7 @@ from mambino.serve.batch import Batch
 from mambino.serve.named import Named, told_of
 from mambino.serve.reading import Reading
 from mambino.serve.states import Kept, trimmed
+from mambino.serve.tickets import Ticket, settle
 from mambino.serve.turns import Turns
 from mambino.serve.work import Done, Failed, Full, Read
 
@@ -38,28 +40,6 @@ PATIENCE = 600          # seconds of Full, at most
 
 class Stopped(BaseException):
     """What is computed is not wanted any more."""
-
-
-class Ticket:
-    """A job on its way."""
-
-    def __init__(self, job, send):
-        self.job = job
-        self.send = send
-        self.is_cancelled = False
-        self.problem = None             # why there is no answer: (message, status)
-        self.session = None             # that the answer goes on with, a Session
-        self.path = None                # of its file
-        self.read = None                # a Reading of the same prompt, done
-
-    def cancel(self):
-        """Its row is free before the next step; Done('cancelled') is sent."""
-        self.is_cancelled = True
-
-    def key(self):
-        """What two jobs have in common whose prompt is read once."""
-        job = self.job
-        return tuple(job.ids), job.owed, job.prompt_logprobs
 
 
 class Scheduler:
@@ -167,7 +147,8 @@ class Scheduler:
         reason = 'the model has stopped'
         try:
             with self.context, torch.no_grad(), self.turns:
-                self.batch = Batch(self.net, self.tok, self.room.rows, self.tell, self.over)
+                self.batch = Batch(self.net, self.tok, self.room.rows, self.tell, self.over,
+                                   self.is_kept)
                 self.rows = self.batch.rows
                 if self.rows.logits.device.type == 'cpu':   # elsewhere a layer is not computed when it returns
                     self.net.between_layers = self.between
@@ -307,8 +288,15 @@ class Scheduler:
             if self.rows.logits.device.type == 'cuda':
                 torch.cuda.synchronize()
             if self.mark is not None:
-                self.owed_seconds = min(1.0, self.owed_seconds + time.perf_counter() - self.mark)
+                self.note_aside()
             self.mark = None
+
+    def note_aside(self):
+        """What was computed beside the rows since the mark, they are owed: as much time, or where more
+        prompts wait for rows than there are rows that share steps, so much less."""
+        seconds = time.perf_counter() - self.mark
+        beside = min(len(self.waiting) + len(self.readings), self.rows.room - self.rows.live)
+        self.owed_seconds = min(1.0, self.owed_seconds + seconds * min(1, self.rows.live / max(1, beside)))
 
     def between(self):
         """Between two layers of what is computed beside the rows: they have a step if it is their turn."""
@@ -316,8 +304,7 @@ class Scheduler:
             return
         if self.ending or not self.wanted():
             raise Stopped
-        now = time.perf_counter()
-        self.owed_seconds += now - self.mark
+        self.note_aside()
         self.mark = None                        # a step has layers, too
         while self.batch.answers and self.owed_seconds >= self.step_seconds:
             self.take_in(block=False)
@@ -417,10 +404,14 @@ class Scheduler:
         ticket = answer.ticket
         if state is not None and ticket.session is not None:
             self.named.finish(ticket, state, logits, answer.drawn)
-        elif state is not None and ticket.job.prompt_logprobs < 0:
+        elif state is not None:
             self.kept.add(ids, state, logits)
         self.finish(ticket, event)
         self.job_seconds += 0.1 * (time.perf_counter() - answer.began - self.job_seconds)
+
+    def is_kept(self, answer):
+        """Whether its state at the end may be of use: not that of what is only scored."""
+        return answer.job.prompt_logprobs < 0 and self.rows.bytes_a_row(0) < self.kept.limit
 
     def finish(self, ticket, event):
         """The last event of a job, after its session is on the disk."""
@@ -428,14 +419,3 @@ class Scheduler:
             self.tell(ticket, event)
         else:
             self.named.close_after(ticket, event, lambda done: self.tell(ticket, done))
-
-
-def settle(future, result=None, error=None):
-    """Gives a Future its result, unless nobody wants it."""
-    try:
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-    except InvalidStateError:
-        pass
