@@ -45,13 +45,13 @@ def mambino(wheel, tmp_path_factory):
     assert command(sys.executable, '-m', 'venv', '--without-pip', str(home)).returncode == 0
     scripts = home / ('Scripts' if os.name == 'nt' else 'bin')
     python = str(scripts / 'python')
-    pip = (sys.executable, '-m', 'pip', '--disable-pip-version-check', '--python', python)
-    done = command(*pip, 'install', '--quiet', '--no-index', '--no-deps', '--no-compile', str(wheel))
-    assert done.returncode == 0, done.stderr
     packages = command(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').stdout.strip()
     with open(os.path.join(packages, 'others.pth'), 'w', encoding='utf-8') as f:
         for path in dict.fromkeys((sysconfig.get_path('purelib'), sysconfig.get_path('platlib'))):
             f.write(f'import site; site.addsitedir({path!r})\n')
+    pip = (python, '-m', 'pip', '--disable-pip-version-check')          # that of this environment, for the new one
+    done = command(*pip, 'install', '--quiet', '--no-index', '--no-deps', '--no-compile', str(wheel))
+    assert done.returncode == 0, done.stderr
 
     def mambino(words, folder, **environment):
         return command(str(scripts / 'mambino'), *shlex.split(words), folder=folder, **environment)

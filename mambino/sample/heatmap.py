@@ -9,7 +9,7 @@ model thought of.
 import math
 
 from mambino import files, standalone
-from mambino.configurator import fail
+from mambino.configurator import fail, shown
 from mambino.sample.text import token_text
 
 TOP = 5                 # likeliest tokens in the place of each
@@ -119,12 +119,12 @@ def rounded(logprob, digits):
 
 def write_heatmap(path, name, lines, heat):
     """Writes the file. name: of the text; lines: what --score says of it."""
-    shown = len(heat.scores)
+    most = len(heat.scores)
 
     def body():
         yield f'<h1>{standalone.escaped(name)}</h1>\n<pre>{standalone.escaped(lines)}</pre>\n'
-        if shown < len(heat.ids):
-            yield f'<p>Below are the first {shown:,} of its {len(heat.ids):,} tokens; the figures are of all.</p>\n'
+        if most < len(heat.ids):
+            yield f'<p>Below are the first {most:,} of its {len(heat.ids):,} tokens; the figures are of all.</p>\n'
         steps = ''.join(f'<span class="n{n}">{DEEPEST * n / SHADES:g}</span>' for n in range(SHADES + 1))
         yield f'<p id="scale" class="pale">nats: {steps} and more. Point at a token, or use the arrow keys.</p>\n'
         yield '<div id="text" tabindex="0" role="application" aria-label="the text, token by token" '
@@ -138,4 +138,4 @@ def write_heatmap(path, name, lines, heat):
                 f.write(piece.encode())
     except OSError as error:
         fail(f'html={path}: cannot be written: {error.strerror}')
-    print(f'\nwritten: {path}')
+    print(f'\nwritten: {shown(path)}')

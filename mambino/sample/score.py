@@ -47,7 +47,7 @@ def show_score(net, tok, path, precision, page=''):
     lines = '\n'.join(figures(net, tok, ids, text, total, worst, evaluated))
     print(lines)
     if page:
-        write_heatmap(page, path, lines, Heat(tok, ids, kept))
+        write_heatmap(page, 'standard input' if path == '-' else path, lines, Heat(tok, ids, kept))
 
 
 def figures(net, tok, ids, text, total, worst, evaluated):

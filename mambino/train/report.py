@@ -16,7 +16,7 @@ import tempfile
 from typing import NamedTuple
 
 from mambino import files, standalone
-from mambino.configurator import fail, settings_of
+from mambino.configurator import fail, settings_of, shown
 from mambino.train.curves import LEFT, RIGHT, Frame, is_number, mean, read_lines, thinned
 
 POINTS = 600                    # of a curve
@@ -118,7 +118,7 @@ def write_report(out_dir, to, script):
                     f.write(piece.encode())
     except OSError as error:
         fail(f'{path}: cannot be written: {error.strerror}')
-    print(f'written: {path}')
+    print(f'written: {shown(path)}')
 
 
 def read_checkpoint(out_dir):
