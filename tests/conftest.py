@@ -17,7 +17,9 @@ pytest.register_assert_rewrite('helpers')         # its asserts, too, show the v
 # Those that take longest, which are begun first: where processes share the files, none is left with a long one at the
 # end while the others have nothing to do.
 LONGEST = (
-    'test_fsdp.py', 'test_train.py', 'test_prepare_stopped.py', 'test_bench.py', 'test_decode.py', 'test_export.py',
+    'test_fsdp.py', 'test_page_runs.py', 'test_train.py', 'test_page_use.py', 'test_prepare_stopped.py',
+    'test_command.py', 'test_notebook.py', 'test_serve.py', 'test_library.py', 'test_scheduler.py', 'test_bench.py',
+    'test_decode.py', 'test_export.py',
     'test_to_onnx.py', 'test_train_results.py', 'test_to_hf.py', 'test_from_hf.py', 'test_kernels.py',
     'test_isolate.py', 'test_generation.py', 'test_prepare.py', 'test_memory.py', 'test_prepare_parts.py',
     'test_scarce_memory.py', 'test_before.py',

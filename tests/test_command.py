@@ -94,6 +94,7 @@ def test_a_source_archive_makes_the_same_wheel(wheel, tmp_path):
             (entry.filename, entry.CRC) for entry in other.infolist()}
 
 
+@pytest.mark.slow
 def test_from_files_to_an_export_in_another_folder(mambino, tmp_path):
     write_text(tmp_path / 'mine.txt')
     done = mambino('prepare mine.txt --tokenizer=char --out=data/mine', tmp_path)
@@ -119,6 +120,7 @@ def test_a_recipe_of_this_folder_goes_before(mambino, tmp_path):
         f'error: config/quik.py: no such config file, neither here nor in {where}, did you mean config/quick.py?\n')
 
 
+@pytest.mark.slow
 def test_what_it_says_of_itself(mambino, tmp_path):
     from mambino import __version__
     for words in ('', '--help', 'help'):

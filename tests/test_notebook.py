@@ -52,6 +52,7 @@ def test_what_is_in_the_file(notebook):
             assert set(re.findall(r'--(\w+)', source)) <= known, name
 
 
+@pytest.mark.slow
 def test_from_files_to_a_packed_model(notebook, tmp_path):
     write_text(tmp_path / 'my text.txt', 20000)
     run(notebook, tmp_path, repository=ROOT, files="'my text.txt'", settings=TINY, model='gpt', start='et',
