@@ -224,6 +224,19 @@ def test_names_of_tokens_are_all_different(runs):
     assert 'bytes:\\xf0' in names
 
 
+def test_ids_of_the_same_text_have_names_of_their_own():
+    from mambino.serve.logprobs import Entry, as_completion
+
+    class Twins:
+        vocab_size = 3
+
+        def token_bytes(self, i):
+            return b'the'
+    told = as_completion(Twins(), [Entry(2, 0, -2.0, [(0, -0.5), (1, -1.0)])])
+    assert told['tokens'] == ['token_id:2'] and told['token_logprobs'] == [-2.0]
+    assert told['top_logprobs'] == [{'the': -0.5, 'token_id:1': -1.0, 'token_id:2': -2.0}]
+
+
 def test_best_of(ask, by_hand):
     every = ask('e', n=6, seed=2, max_tokens=20, logprobs=0)
     best = ask('e', n=2, best_of=6, seed=2, max_tokens=20, logprobs=0)

@@ -108,6 +108,19 @@ def test_a_template_without_a_system(api, talk, jobs, monkeypatch):
     assert jobs[0].ids == chat.encode_prompt_of(tok, said)
 
 
+@pytest.mark.parametrize('model', ['bpe', 'tuned'])
+def test_a_conversation_is_not_read_again(talk, model):
+    messages, read = list(HELLO), 0
+    for turn in range(3):
+        answer = talk(messages, model=model, max_tokens=8, seed=turn)
+        usage = answer.usage
+        # of a text in plain words the last token waits for what comes (healing)
+        assert usage.prompt_tokens_details.cached_tokens >= read - 2 and usage.prompt_tokens > read
+        read = usage.prompt_tokens
+        content = answer.choices[0].message.content
+        messages += [dict(role='assistant', content=content), dict(role='user', content='nit 12 Bra')]
+
+
 # --- responses ------------------------------------------------------------------------------------
 
 def test_responses(api, talk, jobs):

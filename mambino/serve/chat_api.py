@@ -187,7 +187,8 @@ class Chat(Shape):
         self.values = values
         self.prompts = [prompt]
         kind = 'chat.completion.chunk' if values.stream else 'chat.completion'
-        self.head = dict(id=f'chatcmpl-{secrets.token_hex(12)}', object=kind, created=int(time.time()), model=served.id)
+        self.head = dict(id=f'chatcmpl-{secrets.token_hex(12)}', object=kind, created=int(time.time()), model=served.id,
+                         system_fingerprint=f'fp_{served.fingerprint[:12]}')
 
     def whole(self):
         told = []

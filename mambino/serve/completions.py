@@ -103,7 +103,7 @@ class Completions(Shape):
         self.values = values
         self.prompts = prompts
         self.head = dict(id=f'cmpl-{secrets.token_hex(12)}', object='text_completion', created=int(time.time()),
-                         model=served.id)
+                         model=served.id, system_fingerprint=f'fp_{served.fingerprint[:12]}')
 
     def whole(self):
         n = self.values.n

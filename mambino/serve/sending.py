@@ -28,7 +28,7 @@ class Shape:
         self.choices = choices
 
     def whole(self):
-        """A dict, when all is there."""
+        """A dict, when all is there; made in a thread."""
 
     def begin(self):
         """Bytes of the events that a stream begins with."""
@@ -71,7 +71,8 @@ async def collect(request, answers, choices, shape):
             check_begun(answers, choices)
     except Gone:
         return Response(status_code=499)
-    return Response(json_bytes(shape.whole()), media_type='application/json')
+    body = await run_in_threadpool(lambda: json_bytes(shape.whole()))      # logprobs of long prompts take a while
+    return Response(body, media_type='application/json')
 
 
 def check_begun(answers, choices):
