@@ -22,7 +22,7 @@ LONGEST = (
     'test_decode.py', 'test_export.py',
     'test_to_onnx.py', 'test_train_results.py', 'test_to_hf.py', 'test_from_hf.py', 'test_kernels.py',
     'test_isolate.py', 'test_generation.py', 'test_prepare.py', 'test_memory.py', 'test_prepare_parts.py',
-    'test_scarce_memory.py', 'test_before.py',
+    'test_scarce_memory.py', 'test_serve.py', 'test_before.py',
 )
 
 

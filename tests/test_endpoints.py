@@ -199,6 +199,19 @@ def test_sessions_are_listed_copied_and_deleted(server, monkeypatch):
     assert [session['name'] for session in server.get('/sessions?model=bpe')[2]['data']] == ['tale']
 
 
+def test_a_session_that_an_answer_goes_on_with_is_not_deleted(server):
+    server.library.get('bpe')
+    assert server.post('/v1/completions', prompt='e', max_tokens=2, session='kept', model='bpe')[0] == 200
+    busy = server.scheduler('bpe').named.busy
+    busy['kept'] = None
+    try:
+        status, _, raw = server.request('DELETE', '/sessions/kept?model=bpe')
+        assert status == 409 and 'wait' in json.loads(raw)['error']['message']
+    finally:
+        del busy['kept']
+    assert server.request('DELETE', '/sessions/kept?model=bpe')[0] == 200
+
+
 @pytest.mark.parametrize('name', [
     '..', '.', '%2e%2e', '..%2Fckpt', '%2Fetc%2Fpasswd', '-a', 'a%00b', 'a' * 101, 'a%5Cb',
 ])

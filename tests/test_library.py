@@ -252,6 +252,19 @@ def test_a_bug_in_loading_is_told_to_who_asked(opened, monkeypatch, capsys):
     assert library.refused
 
 
+@pytest.mark.parametrize('error', [
+    MemoryError(), torch.OutOfMemoryError('CUDA out of memory'),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+])
+def test_too_little_memory_is_told(opened, monkeypatch, error):
+    def broken(*arguments, **options):
+        raise error
+    monkeypatch.setattr(libraries, 'prepare_model', broken)
+    with pytest.raises(NoModel, match='not enough memory') as caught:
+        opened().get('char')
+    assert caught.value.status == 503
+
+
 def test_the_fingerprint_is_that_of_sample_py(opened, folder, monkeypatch):
     from helpers.runs import script
 

@@ -20,8 +20,6 @@ import traceback
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
-
 from mambino import files
 from mambino.machine import autocast, available_memory, choose_device, choose_dtype
 from mambino.serve.observed import Observed
@@ -238,7 +236,9 @@ class Library:
                 self.make_room(where, sum(tensor.nbytes for tensor in ckpt['weights'].values()))
                 net = attach_adapters(model_of(ckpt), extra, adapters)
                 net, context = prepare_model(net, where, self.dtype, precision=self.quantize)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and 'memory' not in str(error):
+                raise
             message = f'{run["id"]}: there is not enough memory for it; --quantize=int8 takes a quarter'
             raise NoModel(message, 503) from None
         is_auto = self.dtype == 'auto' and not self.quantize

@@ -40,7 +40,10 @@ def add_sessions(app, library):
 
     @app.delete('/sessions/{name}')
     def delete(name: str, model: str = ''):
-        path = existing(library.find(model), name)
+        run = library.find(model)
+        path = existing(run, name)
+        if name in busy_in(library, run):
+            raise Refused(f'session {name!r}: an answer goes on with it; wait for its end', 409, param='session')
         try:
             os.remove(path)
         except FileNotFoundError:
@@ -48,6 +51,12 @@ def add_sessions(app, library):
         except OSError as error:
             raise Refused(f'session {name!r} cannot be deleted: {error.strerror}') from None
         return dict(name=name, deleted=True)
+
+
+def busy_in(library, run):
+    """Names of the sessions of a run that answers go on with."""
+    scheduler = library.schedulers().get(run['id'])
+    return list(scheduler.named.busy) if scheduler else []
 
 
 def path_of(run, name, param='session'):
