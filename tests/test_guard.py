@@ -107,27 +107,30 @@ def test_names_of_hosts(host, name):
     assert name_of(host) == name
 
 
+@pytest.mark.parametrize('hosts', [None, hosts_of('127.0.0.1', '', ''), hosts_of('127.0.0.1', 'box.example.org', '')])
 @pytest.mark.parametrize('origin, status', [
     (None, 200), ('http://127.0.0.1:8000', 200), ('https://127.0.0.1:8000', 200), ('http://evil.example', 403),
     ('http://127.0.0.1:3000', 403), ('http://localhost:8000', 403), ('null', 403), ('', 403), ('evil', 403),
     ('http://127.0.0.1:8000.evil.example', 403), ('http://evil.example/127.0.0.1:8000', 403),
 ])
-def test_another_page_may_send_nothing(origin, status):
+def test_another_page_may_send_nothing(origin, status, hosts):
+    rules = dict(hosts=hosts)
     headers = {'Host': HERE} if origin is None else {'Host': HERE, 'Origin': origin}
     for method in ('POST', 'DELETE', 'PUT'):
         for path in ('/v1/completions', '/generate'):
-            response = asked({}, method, path, headers)
+            response = asked(rules, method, path, headers)
             assert response.status_code == status
-    assert answer_to_websocket({}, headers) == ('websocket.accept' if status == 200 else 'websocket.close')
-    response = asked({}, 'GET', '/v1/models', headers)      # which a browser shows to no other page
+    assert answer_to_websocket(rules, headers) == ('websocket.accept' if status == 200 else 'websocket.close')
+    response = asked(rules, 'GET', '/v1/models', headers)   # which a browser shows to no other page
     assert response.status_code == 200
     assert not [name for name in response.headers if name.startswith('access-control-')]
 
 
 def test_a_page_behind_a_proxy_has_the_proxy_s_name():
     rules = dict(hosts=hosts_of('127.0.0.1', 'box.example.org', ''))
-    headers = {'Host': HERE, 'Origin': 'https://box.example.org'}
-    assert asked(rules, 'POST', '/v1/completions', headers).status_code == 200
+    for origin, status in (('https://box.example.org', 200), ('https://box.example.org:444', 403)):
+        headers = {'Host': HERE, 'Origin': origin}
+        assert asked(rules, 'POST', '/v1/completions', headers).status_code == status
 
 
 def test_a_page_that_is_named_may_use_the_api():

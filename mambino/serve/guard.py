@@ -138,12 +138,13 @@ class Guard:
         """Whether a Host header names this machine. Its port may be another one: that of a tunnel."""
         name = name_of(host)
         hosts = self.rules.hosts
-        return hosts is None or '*' in hosts or name in THIS_MACHINE or name in hosts
+        return hosts is None or '*' in hosts or name in (*THIS_MACHINE, *hosts) or host.lower() in hosts
 
     def is_same(self, origin, host):
-        """Whether an Origin is this server's own, by its Host header or behind a proxy."""
-        _, _, place = origin.partition('://')
-        return place.lower() == host.lower() or name_of(place) in (self.rules.hosts or ())
+        """Whether an Origin is this server's own, by its Host header, or as a proxy before it is called. Its
+        port counts: at another one is another server."""
+        _, _, place = origin.lower().partition('://')
+        return place == host.lower() or place in (self.rules.hosts or ())
 
     def shares_with(self, origin):
         origins = self.rules.origins

@@ -28,10 +28,12 @@ def check_folder(folder, out_dir):
 def hosts_of(host, allowed_hosts, key):
     """The names besides localhost by which a request may call this machine; None: any. Where others
     can reach it, it needs a key, and a page behind whatever name has none."""
-    names = {name.strip().lower() for name in allowed_hosts.split(',') if name.strip()}
-    if key and host not in ('127.0.0.1', 'localhost', '::1') and not names:
+    names = [name.strip().lower() for name in allowed_hosts.split(',') if name.strip()]
+    if host in ('127.0.0.1', 'localhost', '::1'):
+        return tuple(names)
+    if key and not names:
         return None
-    return tuple({*names, host.lower(), f'[{host.lower()}]'})
+    return (*names, host.lower(), f'[{host.lower()}]')
 
 
 def cookie_of(port):
