@@ -10,6 +10,7 @@ from helpers.jobs import DEADLINE, KINDS, Result, answer, by_sample, scheduler_o
 from mambino.sample.generation import logprobs_of, step
 from mambino.sample.text import encode_prompt, healed
 from mambino.serve import reading
+from mambino.serve.turns import Turns
 from mambino.serve.work import Done, Failed, Full, Job, Read
 
 every_kind = pytest.mark.parametrize('kind', KINDS)
@@ -406,3 +407,59 @@ def test_of_each_number_of_rows_there_is_one_plan(monkeypatch):
             assert len(made) == before <= 8
     finally:
         one.close()
+
+
+# --- other ways to compute ------------------------------------------------------------------------
+
+def assert_as_sample(kind, one, jobs):
+    try:
+        results = [Result(one, job) for job in jobs]
+        for job, result in zip(jobs, results):
+            assert result.wait().ids == by_sample(kind, job)[0]
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize('kind', ['gpt', 'window', 'mamba1', 'mamba2', 'hybrid-full'])
+def test_without_plans(kind, monkeypatch):
+    """net.step's way, as on a GPU or beside an adapter: its tensors are others after each step."""
+    from mambino.sample import decode
+    monkeypatch.setattr(decode, 'ready', lambda *_: None)
+    rnd = random.Random(5)
+    assert_as_sample(kind, scheduler_of(kind, rows=3), [random_job(rnd, n, plain=True) for n in range(9)])
+
+
+@pytest.mark.parametrize('kind', ['gpt', 'mamba2'])
+def test_more_rows_than_a_plan_takes(kind):
+    rnd = random.Random(6)
+    one = scheduler_of(kind, rows=40)
+    assert_as_sample(kind, one, [random_job(rnd, n, plain=True) for n in range(45)])
+
+
+@pytest.mark.parametrize('kind', ['gpt', 'window', 'mamba2'])
+def test_behind_a_learned_beginning(kind, monkeypatch):
+    from helpers import jobs as helpers
+
+    from mambino.weights.adapters import add_prefix
+    net = add_prefix(small_net.__wrapped__(kind), length=5).eval()
+    monkeypatch.setattr(helpers, 'small_net', lambda name: net)
+    rnd = random.Random(7)
+    jobs = [random_job(rnd, n, plain=True) for n in range(8)]
+    one = scheduler_of(kind, rows=3)
+    try:
+        results = [Result(one, job) for job in jobs]
+        assert [result.wait().ids for result in results] == [by_sample(kind, job)[0] for job in jobs]
+    finally:
+        one.close()
+
+
+def test_two_models_take_turns():
+    turns = Turns()
+    jobs = [Job([n + 1] * 9, 20, seed=n) for n in range(5)]
+    schedulers = {kind: scheduler_of(kind, rows=2, turns=turns) for kind in ('gpt', 'mamba2')}
+    results = {kind: [Result(one, job) for job in jobs] for kind, one in schedulers.items()}
+    for kind in schedulers:
+        assert [result.wait().ids for result in results[kind]] == [by_sample(kind, job)[0] for job in jobs]
+    for one in schedulers.values():
+        one.close()
+    assert not turns.is_taken and not turns.waiting
