@@ -36,6 +36,7 @@ from mambino.serve.work import Done, Failed, Full, Read
 
 RECENT = 5.0            # seconds whose tokens are the pace
 PATIENCE = 600          # seconds of Full, at most
+SMOOTH = 0.2            # of a new measurement's weight in an average
 
 
 class Stopped(BaseException):
@@ -65,12 +66,14 @@ class Scheduler:
         self.totals = dict(jobs=0, steps=0, prompt_tokens=0, cached_tokens=0, answer_tokens=0)
         self.recent = deque()                   # (time, tokens) of the latest steps
         self.job_seconds = 1.0                  # that a row is taken, on average
-        self.step_seconds = 0.0                 # of a step, the latest
+        self.step_seconds = 0.0                 # of a step, the latest few
         self.owed_seconds = 0.0                 # that rows have waited since
         self.mark = None                        # since when; None: nothing else is computed
         self.wanted = lambda: True              # whether what is computed else is wanted still
         self.is_shortest = self.is_call = False # whose turn it was: of the shortest prompt, of a call
-        self.ending = False
+        self.ending = False                     # its thread ends after this round
+        self.is_closed = False                  # somebody wanted that
+        self.is_over = False                    # it takes in nothing any more
         self.thread = threading.Thread(target=self.work, name='model', daemon=True)
         self.thread.start()
 
@@ -84,26 +87,31 @@ class Scheduler:
             if self.count >= self.room.queue + free:
                 raise Full(self.seconds_to_wait())
             self.count += 1
-        if not self.is_alive():
-            send(Failed('the model has stopped: its thread ended with an error', 500))
-        elif job.session:
+        if job.session:
             self.named.open(ticket)             # and then it is handed in
         else:
-            self.inbox.put(ticket)
+            self.hand_in(ticket)
         return ticket
 
     def hand_in(self, item):
-        """A ticket whose session is open; what a disk had to do and has done."""
-        self.inbox.put(item)
+        """What the thread is to take in; if it has ended that is told."""
+        with self.lock:
+            if not self.is_over:
+                return self.inbox.put(item)
+        if isinstance(item, Ticket):
+            item.problem = item.problem or ('the model has stopped', 503 if self.is_closed else 500)
+            self.leave(item)
+        elif callable(item):
+            item()
+        else:
+            settle(item[1], error=RuntimeError('the model has stopped'))
 
     def call(self, function):
         """→ a Future of what function() returns, called in the model's thread between steps. One that is
         a generator function is gone through, a piece between steps: its value is what it returns. A
         Future that is cancelled stops it."""
         future = Future()
-        self.inbox.put((function, future))
-        if not self.is_alive():
-            settle(future, error=RuntimeError('the model has stopped'))
+        self.hand_in((function, future))
         return future
 
     def is_alive(self):
@@ -134,12 +142,11 @@ class Scheduler:
 
     def close(self):
         """Cancels all, and ends the thread."""
-        self.ending = True
+        self.is_closed = self.ending = True
         self.inbox.put(None)
         if threading.current_thread() is not self.thread:
             self.thread.join()
         self.named.close()
-        self.end_all('')                        # what the disk has handed in since
 
     # --- the model's thread ---------------------------------------------------------------------------
 
@@ -166,6 +173,8 @@ class Scheduler:
         """Nobody waits for ever."""
         cancelled = self.ending
         self.ending = True
+        with self.lock:
+            self.is_over = True
         self.take_in(block=False)
         tickets = [*self.waiting, *(reading.ticket for reading in self.readings)]
         tickets += [answer.ticket for answer in self.batch.answers] if self.batch else []
@@ -181,9 +190,9 @@ class Scheduler:
         is_idle = not (self.waiting or self.readings or self.calls or self.batch.answers)
         if is_idle:
             self.owed_seconds = 0.0
-            self.turns.__exit__()
+            self.turns.leave()
             self.take_in(block=True)
-            self.turns.__enter__()
+            self.turns.take()
         self.take_in(block=False)
         if self.ending:
             return
@@ -296,7 +305,7 @@ class Scheduler:
         prompts wait for rows than there are rows that share steps, so much less."""
         seconds = time.perf_counter() - self.mark
         beside = min(len(self.waiting) + len(self.readings), self.rows.room - self.rows.live)
-        self.owed_seconds = min(1.0, self.owed_seconds + seconds * min(1, self.rows.live / max(1, beside)))
+        self.owed_seconds += seconds * min(1, self.rows.live / max(1, beside))
 
     def between(self):
         """Between two layers of what is computed beside the rows: they have a step if it is their turn."""
@@ -369,6 +378,8 @@ class Scheduler:
 
     def go_on_with(self, function, future):
         """Calls a function, or goes on with a generator."""
+        if future.cancelled():
+            return
         try:
             result = next(function) if hasattr(function, '__next__') else function()
             if hasattr(result, '__next__') and not hasattr(function, '__next__'):
@@ -391,8 +402,9 @@ class Scheduler:
         began = time.perf_counter()
         tokens = self.batch.step()
         now = time.perf_counter()
-        self.step_seconds = now - began
-        self.owed_seconds = max(0.0, self.owed_seconds - self.step_seconds)
+        seconds = now - began
+        self.step_seconds += (seconds - self.step_seconds) * (SMOOTH if self.step_seconds else 1)
+        self.owed_seconds = max(0.0, self.owed_seconds - seconds)
         self.totals['steps'] += 1
         self.totals['answer_tokens'] += tokens
         self.recent.append((now, tokens))
@@ -407,7 +419,7 @@ class Scheduler:
         elif state is not None:
             self.kept.add(ids, state, logits)
         self.finish(ticket, event)
-        self.job_seconds += 0.1 * (time.perf_counter() - answer.began - self.job_seconds)
+        self.job_seconds += SMOOTH * (time.perf_counter() - answer.began - self.job_seconds)
 
     def is_kept(self, answer):
         """Whether its state at the end may be of use: not that of what is only scored."""

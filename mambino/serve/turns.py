@@ -20,17 +20,18 @@ class Turns:
         self.is_taken = False
         self.waiting = deque()              # of each thread what it waits for
 
-    def __enter__(self):
+    def take(self):
+        """Waits until it is this thread's turn."""
         with self.lock:
             if not self.is_taken:
                 self.is_taken = True
-                return self
+                return
             mine = threading.Event()
             self.waiting.append(mine)
         mine.wait()
-        return self
 
-    def __exit__(self, *_):
+    def leave(self):
+        """The turn is over: the one that waits longest has it."""
         with self.lock:
             if self.waiting:
                 self.waiting.popleft().set()
@@ -40,5 +41,12 @@ class Turns:
     def give_way(self):
         """Lets the one that waits longest compute; returns when it is this thread's turn again."""
         if self.waiting:
-            self.__exit__()
-            self.__enter__()
+            self.leave()
+            self.take()
+
+    def __enter__(self):
+        self.take()
+        return self
+
+    def __exit__(self, *_):
+        self.leave()
