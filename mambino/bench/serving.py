@@ -5,7 +5,8 @@
 Weights are random, prompts and answers of a fixed length. Three questions, by turns in every round, so
 that a busy machine is unfair to nobody:
 
-    tokens/s of so many clients at once; of 16 against sample.py's 16 rows, prompts included
+    tokens/s of so many clients at once; of 16 against sample.py's 16 rows, prompts included, by the clock
+      and by the processor's time, of which others take nothing
     first token of a prompt while 15 others run, against the same prompt alone
     time between two tokens of those others meanwhile, against theirs without it
 """
@@ -177,13 +178,17 @@ def measured(contest, settings):
     for _ in range(settings.rounds):
         tokens = settings.new_tokens
         speeds = {count: count * tokens / contest.clients(count) for count in settings.clients}
+        began = time.process_time()
         own = FULL * tokens / contest.rows(FULL)
+        between = time.process_time()
+        full = FULL * tokens / contest.clients(FULL)
+        work = (between - began) / (time.process_time() - between)
         alone = contest.first_token(settings.long_prompt)
         reading = contest.reading(settings.long_prompt)
         seconds, before, meanwhile = contest.beside(settings.long_prompt)
-        full = speeds.get(FULL) or FULL * tokens / contest.clients(FULL)
         rounds.append(dict(
-            speeds=speeds, rows=own, against_rows=full / own, first=seconds, first_alone=alone, reading=reading,
+            speeds=speeds, rows=own, against_rows=full / own, work=work,
+            first=seconds, first_alone=alone, reading=reading,
             against_alone=seconds / alone, against_reading=seconds / reading,
             between_before=median(before), between=median(meanwhile),
             mean_ratio=mean(meanwhile) / mean(before), median_ratio=median(meanwhile) / median(before),
@@ -206,7 +211,8 @@ def show(row, settings):
     print(f'\n{row["label"]}: {row["bytes_a_row"] / 1e6:,.1f} MB a row')
     print('  clients   ' + ''.join(f'{count:>8}' for count in row['speeds']))
     print('  tokens/s  ' + ''.join(f'{speed:>8,.0f}' for speed in row['speeds'].values()))
-    print(f'  {FULL} clients against {FULL} rows of sample.py ({row["rows"]:,.0f} tokens/s): {row["against_rows"]:.2f}')
+    print(f'  {FULL} clients against {FULL} rows of sample.py ({row["rows"]:,.0f} tokens/s): '
+          f'{row["against_rows"]:.2f}, by the processor\'s time {row["work"]:.2f}')
     print(f'  first token of {settings.long_prompt:,} tokens beside {OTHERS} others: {row["first"]:.2f} s, '
           f'{row["against_alone"]:.2f} × alone, {row["against_reading"]:.2f} × sample.py\'s reading')
     print(f'  between tokens of the others meanwhile: {row["mean_ratio"]:.2f} × without on average, '
