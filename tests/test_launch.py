@@ -12,7 +12,7 @@ import pytest
 from helpers.runs import POSIX
 
 from mambino import files
-from mambino.serve import launch
+from mambino.serve import launch, runs
 
 PATIENCE = 30
 STAND_IN = '''
@@ -207,3 +207,19 @@ def test_what_is_to_be_typed_is_what_there_is(monkeypatch):
     assert launch.command_line('train.py', ['--out_dir=a b']) == "python train.py '--out_dir=a b'"
     monkeypatch.setenv('MAMBINO_COMMAND', 'mambino')
     assert launch.command_line('train.py', ['--out_dir=a b']) == "mambino train '--out_dir=a b'"
+
+
+@POSIX
+def test_what_was_stopped_before_it_said_a_word_was_not_killed(here):
+    """And what was killed by somebody else was."""
+    task = launch.training('out-a')
+    for number, state in ((None, 'stopped'), (signal.SIGKILL, 'killed')):
+        launch.train('a', ['--x=1'])
+        until(lambda: 'hello' in said(task).rpartition('$ ')[2])
+        assert runs.standing('out-a').words.startswith('Starting since')
+        if number:
+            os.kill(launch.holder('out-a')['pid'], number)
+        else:
+            launch.stop(task, at_once=True)
+        until(lambda: not launch.holder('out-a'))
+        assert runs.standing('out-a').state == state

@@ -37,6 +37,7 @@ dtype = 'float32'
 HOSTILE = '<img src=x onerror=document.title="broken">'
 
 pytestmark = POSIX
+expect.set_options(timeout=PATIENCE / 2)         # not for a clock: a page that is right is so at once
 
 
 @pytest.fixture(scope='module')
@@ -105,14 +106,14 @@ def fill(page, name, steps=''):
 def test_a_run_of_thirty_steps(page, server, folder):
     """Planned, started by the keyboard with a click too many, watched to its end."""
     page.goto(server.at('/train') + '&recipe=tiny' if '?' in server.at('/train') else server.at('/train?recipe=tiny'))
-    expect(page.get_by_test_id('plan-words')).to_contain_text('1 layers of width 32', timeout=PATIENCE)
+    expect(page.get_by_test_id('plan-words')).to_contain_text('1 layers of width 32')
     assert page.get_by_test_id('memory-bar').locator('div').count() >= 3
     fill(page, 'thirty')
     page.get_by_test_id('start').focus()
     page.keyboard.press('Enter')
     page.keyboard.press('Enter')
     expect(page.get_by_test_id('run-name')).to_have_text('out-thirty')
-    expect(page.get_by_test_id('state')).to_contain_text('Complete', timeout=PATIENCE)
+    expect(page.get_by_test_id('state')).to_contain_text('Complete')
     expect(page.get_by_test_id('figure-step')).to_have_text('30 of 30')
     expect(page.get_by_test_id('figure-loss')).to_have_text(re.compile(r'\d\.\d{4}'))
     assert steps_of(folder, 'out-thirty') == list(range(1, 31))
@@ -128,7 +129,7 @@ def test_a_run_outlives_its_server(page, watched, server, folder):
     page.goto(server.at('/train') + '&recipe=tiny')
     fill(page, 'long', '1000000')
     page.get_by_test_id('start').click()
-    expect(page.get_by_test_id('state')).to_contain_text('Training since', timeout=PATIENCE)
+    expect(page.get_by_test_id('state')).to_contain_text('Training since')
     wait_for(lambda: points_of(page) > 10, 60)
     before = points_of(page)
     page.reload()
@@ -154,14 +155,14 @@ def test_a_run_outlives_its_server(page, watched, server, folder):
     watched.forgive_broken_connections()
 
     page.get_by_test_id('stop').click()
-    expect(page.get_by_test_id('state')).to_contain_text('It can go on', timeout=PATIENCE)
+    expect(page.get_by_test_id('state')).to_contain_text('It can go on')
     last = steps_of(folder, 'out-long')[-1]
     expect(page.get_by_test_id('state')).to_contain_text(f'Stopped at step {last}.')
     page.get_by_test_id('resume').click()
-    expect(page.get_by_test_id('state')).to_contain_text('Training since', timeout=PATIENCE)
+    expect(page.get_by_test_id('state')).to_contain_text('Training since')
     wait_for(lambda: steps_of(folder, 'out-long')[-1] > last, 60)
     page.get_by_test_id('stop').click()
-    expect(page.get_by_test_id('state')).to_contain_text('It can go on', timeout=PATIENCE)
+    expect(page.get_by_test_id('state')).to_contain_text('It can go on')
     steps = steps_of(folder, 'out-long')
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > last
     assert f'going on from out-long/ckpt.pt at step {last}' in (folder / 'out-long' / 'train.log').read_text()
@@ -182,11 +183,11 @@ def test_a_folder_is_prepared(page, server, folder):
     page.get_by_test_id('vocab_size').fill('300')
     expect(page.get_by_test_id('prepare-command')).to_contain_text('--vocab_size=300 --out=data/books')
     page.get_by_test_id('dry-run').click()
-    expect(page.get_by_test_id('dry-run-text')).to_contain_text('nothing was read or written', timeout=PATIENCE)
+    expect(page.get_by_test_id('dry-run-text')).to_contain_text('nothing was read or written')
     expect(page.get_by_test_id('dry-run-text')).to_contain_text('<img src=x o')
     assert not (folder / 'data' / 'books').exists()
     page.get_by_test_id('prepare').click()
-    expect(page.get_by_test_id('prepare-state')).to_have_text('The dataset is ready.', timeout=PATIENCE)
+    expect(page.get_by_test_id('prepare-state')).to_have_text('The dataset is ready.')
     expect(page.get_by_test_id('datasets-table')).to_contain_text('books')
     choose(page, 'inside-which', 'books')
     expect(page.get_by_test_id('windows')).to_contain_text('of a book')
@@ -275,7 +276,7 @@ def test_a_plan_that_does_not_fit_is_refused_in_words(page, server, folder):
     page.goto(server.at('/train') + '&recipe=tiny')
     fill(page, 'wide')
     page.get_by_test_id('n_embd').fill('1000000')
-    expect(page.get_by_test_id('plan-words')).to_contain_text('GB are free', timeout=PATIENCE)
+    expect(page.get_by_test_id('plan-words')).to_contain_text('GB are free')
 
 
 def test_runs_are_compared_and_deleted(page, server, folder):

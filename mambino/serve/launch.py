@@ -233,9 +233,13 @@ def launch(task, arguments, request):
     since = datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S')
     record = dict(pid=process.pid, host=socket.gethostname(), since=since, request=request, command=arguments,
                   begins=begins)
+    write_record(task, record)
+    return record
+
+
+def write_record(task, record):
     with files.whole(task.record) as f:
         f.write(json.dumps(record).encode())
-    return record
 
 
 def train(name, arguments, request='', beside=False):
@@ -276,6 +280,9 @@ def stop(task, at_once=False):
         number = signal.SIGKILL
     try:
         os.kill(found['pid'], number)
+        record = read_record(task.record)
+        if record.get('pid') == found['pid']:       # one that ends before it has said a word was not killed by others
+            write_record(task, record | dict(stopped=True))
     except OSError as error:
         raise Refused(f'process {found["pid"]} cannot be stopped: {error.strerror or error}') from None
 

@@ -271,7 +271,9 @@ def standing(out_dir):
     if holder:
         since = f'since {holder.get("since", "?")}'
         if holder.get('host') == socket.gethostname():
-            return Standing('running', f'Training {since}.', False, False)
+            text = last_words(launch.training(out_dir))
+            words = 'Training' if STATUS.search(text) or not text else 'Starting'
+            return Standing('running', f'{words} {since}.', False, False)
         return Standing('elsewhere', f'Trains on the machine {holder.get("host")} {since}.', False, False)
     return ended(last_words(launch.training(out_dir)), out_dir, can_go_on)
 
@@ -302,6 +304,8 @@ def ended(text, out_dir, can_go_on):
         if sentence.startswith('Traceback'):
             sentence = text.strip().rpartition('\n')[2]
         return Standing('failed', f'It ended with an error: {sentence}', False, can_go_on)
+    if text and launch.read_record(launch.training(out_dir).record).get('stopped'):
+        return Standing('stopped', f'Stopped.{go_on}', False, can_go_on)
     if text:
         return Standing('killed', 'It ended without a word: it was killed, or the machine ran out of memory or was '
                         'switched off.' + go_on, False, can_go_on)
@@ -330,8 +334,9 @@ def made(name):
     if failure:
         sentence = failure[-1].removeprefix('error: ')
         return Standing('failed', f'It ended with an error: {sentence}', False, True)
-    return Standing('killed', 'It was stopped, or it ended without a word; prepare it again, and it goes on where it '
-                    'was.', False, True)
+    state = 'stopped' if launch.read_record(task.record).get('stopped') else 'killed'
+    words = 'Stopped' if state == 'stopped' else 'It ended without a word: it was killed, or memory was too scarce'
+    return Standing(state, f'{words}. Prepare it again, and it goes on where it was.', False, True)
 
 
 # --- facts ----------------------------------------------------------------------------------------

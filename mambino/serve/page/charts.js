@@ -70,6 +70,10 @@ mambino.charts = {
         data: named.map((curve) => curve.name),
         textStyle: { color: muted, fontSize: 12 }, pageTextStyle: { color: muted },
       },
+      title: {
+        show: spec.curves.every((curve) => !curve.points.length), text: 'nothing yet', left: 'center', top: 'middle',
+        textStyle: { color: muted, fontSize: 13, fontWeight: 400 },
+      },
       tooltip: {
         trigger: 'axis', confine: true, valueFormatter: exact, axisPointer: { lineStyle: { color: muted } },
         backgroundColor: this.color('--sheet'), borderColor: line, textStyle: { color: ink, fontSize: 12 },

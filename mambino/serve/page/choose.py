@@ -5,10 +5,11 @@
 """
 import os
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.serve import datasets, launch
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.words import bytes_in_words
 
 
@@ -88,7 +89,7 @@ class Paths:
     async def open(self, folder):
         """Shows what a folder holds."""
         try:
-            entries, more = await run.io_bound(datasets.listing, os.path.abspath(os.path.expanduser(folder)))
+            entries, more = await away(datasets.listing, os.path.abspath(os.path.expanduser(folder)))
         except (OSError, ValueError) as error:
             self.dialog_trouble.text = f'{folder}: {getattr(error, "strerror", None) or error}'
             return

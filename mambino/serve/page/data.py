@@ -4,10 +4,11 @@ on; and the datasets there are, with random places of their text and the lengths
 import os
 import secrets
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.serve import datasets, launch, runs
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.charts import Chart, Curve, dress
 from mambino.serve.page.choose import Paths
 from mambino.serve.page.words import ICONS, bytes_in_words, count_in_words
@@ -57,16 +58,19 @@ class DataPanel:
                                               'text, or question,answer; empty: found by what is in them')
                 self.separator = look.field(ui.input('Between documents in a file'), 'document_separator',
                                             'As <|endoftext|>')
+                self.append = look.field(ui.switch('Add to the dataset that is there'), 'append',
+                                         'With its tokenizer, instead of replacing it')
             self.command = look.code('', 'prepare-command')
             with look.row():
                 self.try_it = look.mark(ui.button('What would be taken?', icon='search', on_click=self.on_dry_run)
                                         .props('outline'), 'dry-run')
                 self.go = look.mark(ui.button('Prepare', icon='play_arrow', on_click=self.on_prepare), 'prepare')
+            self.name_words = ui.label().classes('muted small').props('data-testid=dataset-words role=status')
             self.trouble = look.trouble(test_id='prepare-trouble')
             self.dry = ui.label().classes('said wide mono').props('tabindex=0 data-testid=dry-run-text')
             self.dry.bind_visibility_from(self.dry, 'text', backward=bool)
         for control in (self.name, self.tokenizer, self.vocab_size, self.val_fraction, self.exclude, self.text_column,
-                        self.separator):
+                        self.separator, self.append):
             control.on_value_change(self.show_command)
         self.show_command()
 
@@ -113,13 +117,17 @@ class DataPanel:
         changed = {name: value for name, value in wanted.items() if value not in (None, usual.get(name, ''))}
         if changed.get('tokenizer') in ('byte', 'gpt2'):
             changed.pop('vocab_size', None)
+        if self.append.value:
+            changed['append'] = 'true'
         return [*self.paths.chosen, *launch.flags(changed)]
 
     def show_command(self):
         try:
             out = launch.dataset_folder(self.name.value or '')
-        except launch.Refused:
-            out = '…'
+            words = f'{out} is there: it will be replaced.' if os.path.exists(out) and not self.append.value else ''
+        except launch.Refused as refusal:
+            out, words = '…', str(refusal)
+        self.name_words.set_text(words)
         self.command.set_text(launch.command_line('prepare.py', [*self.arguments(), f'--out={out}']))
 
     async def on_dry_run(self):
@@ -128,7 +136,7 @@ class DataPanel:
         self.dry.text = 'Looking…'
         try:
             script = (launch.script_path('prepare.py'),)
-            _, text = await run.io_bound(launch.answer_of, script, [*self.arguments(), '--dry_run=true'])
+            _, text = await away(launch.answer_of, script, [*self.arguments(), '--dry_run=true'])
             cut = '' if len(text) <= LONGEST else f'[{len(text) - LONGEST:,} characters are not shown]\n'
             self.dry.text = cut + text[-LONGEST:].strip('\n')
         except launch.Refused as refusal:
@@ -143,7 +151,7 @@ class DataPanel:
         try:
             task = launch.preparing(self.name.value or '')
             folder = launch.dataset_folder(self.name.value or '')
-            await run.io_bound(launch.start, task, [*self.arguments(), f'--out={folder}'], self.request)
+            await away(launch.start, task, [*self.arguments(), f'--out={folder}'], self.request)
             self.request = secrets.token_hex(8)
             self.working = os.path.basename(folder)
             self.dry.text = ''
@@ -154,7 +162,7 @@ class DataPanel:
 
     async def on_stop(self):
         try:
-            await run.io_bound(launch.stop, launch.preparing(self.working))
+            await away(launch.stop, launch.preparing(self.working))
         except launch.Refused as refusal:
             self.trouble.text = str(refusal)
 
@@ -165,7 +173,7 @@ class DataPanel:
         name = self.working
         if not name:
             return
-        standing, text = await run.io_bound(work_of, name)
+        standing, text = await away(work_of, name)
         if (name, standing, text) == self.last or name != self.working:
             return
         self.last = name, standing, text
@@ -215,7 +223,7 @@ class DataPanel:
         if not name:
             return
         try:
-            places, lengths = await run.io_bound(inside_of, name, self.seed)
+            places, lengths = await away(inside_of, name, self.seed)
             trouble = ''
         except datasets.NoDataset as error:
             places, lengths, trouble = [], [], str(error)

@@ -4,11 +4,12 @@ import platform
 from urllib.parse import urlencode
 
 import torch
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino import kernels, machine
 from mambino.serve import recipes
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.charts import dress
 from mambino.serve.page.train import KIND_NAMES
 from mambino.serve.page.words import bytes_in_words
@@ -74,7 +75,7 @@ class MachinePanel:
         self.measure.set_enabled(False)
         self.speed.set_text('Measuring…')
         try:
-            self.speed.set_text(await run.io_bound(measured))
+            self.speed.set_text(await away(measured))
         finally:
             self.measure.set_enabled(True)
 

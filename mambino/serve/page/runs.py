@@ -1,10 +1,11 @@
 """The panel of all runs: a table, their curves over each other, what their settings differ in; and how
 to have their numbers, or to delete them.
 """
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.serve import curves, launch, runs
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.charts import COLORS, Chart, Curve, dress
 from mambino.serve.page.words import STATES, count_in_words, loss_in_words, time_in_words
 
@@ -45,7 +46,7 @@ class RunsPanel:
         with look.sheet(test_id='runs'):
             with ui.element('div').classes('scroll-x'):
                 self.table = look.mark(ui.element('table').classes('table runs-table'), 'runs-table')
-            self.none = look.note('No run yet.')
+            self.none = look.note('Reading…')
             self.trouble = look.trouble(test_id='runs-trouble')
         with look.sheet('Compared', 'compared') as self.compared:
             with look.row().classes('tight'):
@@ -76,8 +77,8 @@ class RunsPanel:
             return
         self.is_looking = True
         try:
-            rows = await run.io_bound(summaries)
-            if rows is not None and rows != self.rows:
+            rows = await away(summaries)
+            if rows != self.rows:
                 self.rows = rows
                 self.fill()
                 await self.compare()
@@ -85,6 +86,7 @@ class RunsPanel:
             self.is_looking = False
 
     def fill(self):
+        self.none.set_text('No run yet.')
         self.none.set_visibility(not self.rows)
         self.table.clear()
         self.chosen = [name for name in self.chosen if name in [row['name'] for row in self.rows]]
@@ -136,8 +138,8 @@ class RunsPanel:
         self.compared.set_visibility(bool(names))
         if not names:
             return
-        found = await run.io_bound(overlaid, names, self.across.value)
-        differences = await run.io_bound(runs.differences, names)
+        found = await away(overlaid, names, self.across.value)
+        differences = await away(runs.differences, names)
         if names != self.chosen or (found, differences, self.log_axis.value) == self.drawn:
             return
         self.drawn = found, differences, self.log_axis.value
@@ -156,7 +158,7 @@ class RunsPanel:
     # --- numbers, and the end
 
     async def on_csv(self, name):
-        text = await run.io_bound(runs.as_csv, name)
+        text = await away(runs.as_csv, name)
         ui.download.content(text, f'{name}.csv')
 
     def on_ask(self, name):
@@ -173,7 +175,7 @@ class RunsPanel:
             return
         self.dialog.close()
         try:
-            await run.io_bound(launch.delete_run, self.doomed)
+            await away(launch.delete_run, self.doomed)
         except launch.Refused as refusal:
             self.trouble.text = str(refusal)
         await self.look()

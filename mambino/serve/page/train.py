@@ -10,10 +10,11 @@ import json
 import os
 import secrets
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.serve import datasets, launch, planning, recipes
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.charts import dress
 from mambino.serve.page.settings import Form
 from mambino.serve.page.watch import Watch
@@ -65,8 +66,10 @@ class TrainPanel:
                 self.kind.props('unelevated no-caps aria-label="Kind of model"')
                 self.kind_words = ui.label().classes('muted small flex-1').style('min-width: 200px')
             with ui.element('div').classes('fields wide'):
-                self.dataset = look.field(ui.select(['', *names], label='Text', multiple=False, value=''), 'dataset')
-                self.dataset.set_options({'': NEWEST} | {name: name for name in names}, value='')
+                self.dataset = look.field(
+                    ui.select({'': NEWEST} | {name: name for name in names}, label='Text', value='', with_input=True,
+                              new_value_mode='add-unique'),
+                    'dataset', 'A dataset; or several and their shares, as code:0.6,docs:0.4')
                 self.size = look.field(ui.select(SIZES, label='Parameters', value=''), 'size')
                 self.n_layer = look.field(ui.input('Layers'), 'n_layer', 'Empty: as the size, or the machine, has it')
                 self.n_embd = look.field(ui.input('Width'), 'n_embd', 'Empty: as the size, or the machine, has it')
@@ -217,12 +220,12 @@ class TrainPanel:
         self.plan_words.set_text('Counting parameters and memory…')
         try:
             # a folder that is no run: what would be, begun anew
-            plan = await run.io_bound(planning.plan_of, [*arguments, '--out_dir=out-of-a-plan'])
+            plan = await away(planning.plan_of, [*arguments, '--out_dir=out-of-a-plan'])
         except launch.Refused as refusal:
             if arguments == self.choice.arguments():
                 self.show_plan({}, str(refusal), is_trouble=True)
             return
-        if plan and arguments == self.choice.arguments():
+        if arguments == self.choice.arguments():
             self.planned = arguments
             self.show_plan(plan, sentence_of(plan))
 
@@ -260,7 +263,7 @@ class TrainPanel:
             return
         self.start.set_enabled(False)
         try:
-            out_dir = await run.io_bound(launch.train, self.name.value or '', self.choice.arguments(), self.request,
+            out_dir = await away(launch.train, self.name.value or '', self.choice.arguments(), self.request,
                                          self.beside.value)
         except launch.Refused as refusal:
             self.start_trouble.text = str(refusal)
@@ -324,7 +327,7 @@ def sentence_of(plan):
     """A plan in words."""
     epochs = plan['max_iters'] * plan['tokens_per_step'] / max(1, plan['train_tokens'])
     total = (plan.get('memory') or {}).get('total')
-    needed = f'about {bytes_in_words(total)} of memory; ' if total else ''
+    needed = f'About {bytes_in_words(total)} of memory. ' if total else ''
     state = f', a state of {bytes_in_words(plan["state"])} for each text it writes' if plan.get('state') else ''
     return (f'{count_in_words(plan["parameters"])} parameters: {plan["n_layer"]} layers of width {plan["n_embd"]}, '
             f'context {plan["block_size"]}{state}. {needed}{plan["max_iters"]:,} steps of '

@@ -8,10 +8,11 @@ that is opened anew, a second one, or one of a server that was started again, sh
 """
 import os
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.serve import curves, launch, runs
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.charts import Chart, Curve
 from mambino.serve.page.words import ICONS, NOTHING, bytes_in_words, count_in_words, loss_in_words
 
@@ -94,9 +95,9 @@ class Watch:
                     self.charts[name] = Chart(title, f'chart-{name}', height)
             self.sample_part = ui.expansion('Samples', icon='notes', value=True)
             with look.mark(self.sample_part, 'samples-part'):
-                self.sample_step = ui.label().classes('small muted')
+                self.older = look.field(ui.select({}, label='Written at'), 'sample-step').classes('w-auto')
+                self.older.style('margin-bottom: 10px')
                 self.sample = ui.label().classes('said mono').props('tabindex=0 data-testid=sample')
-                self.older = look.field(ui.select({}, label='Step'), 'sample-step').classes('w-auto')
                 self.older.on_value_change(self.show_sample)
             with look.mark(ui.expansion('Log', icon='terminal'), 'log-part'):
                 self.log = look.mark(ui.log(max_lines=LOG_LINES).classes('tail'), 'log').props('tabindex=0')
@@ -146,8 +147,8 @@ class Watch:
         self.is_looking = True
         try:
             feeds, out_dir = self.feeds, self.out_dir
-            view = await run.io_bound(View, out_dir, feeds, self.lines)
-            if view and feeds is self.feeds and out_dir == self.out_dir:
+            view = await away(View, out_dir, feeds, self.lines)
+            if feeds is self.feeds and out_dir == self.out_dir:
                 self.show(view)
         finally:
             self.is_looking = False
@@ -220,7 +221,7 @@ class Watch:
         """Does it in a thread; what is refused is said."""
         self.trouble.text = ''
         try:
-            await run.io_bound(action, *arguments)
+            await away(action, *arguments)
             return True
         except launch.Refused as refusal:
             self.trouble.text = str(refusal)

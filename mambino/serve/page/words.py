@@ -1,4 +1,5 @@
 """Figures as a person reads them, and the signs of how a run stands."""
+import math
 
 ICONS = {'running': 'directions_run', 'complete': 'check_circle', 'stopped': 'pause_circle', 'killed': 'warning',
          'elsewhere': 'lan', 'nan': 'error', 'memory': 'error', 'disk': 'error', 'failed': 'error', 'unknown': 'help'}
@@ -9,7 +10,7 @@ NOTHING = '—'
 
 
 def loss_in_words(value):
-    return NOTHING if value is None else f'{value:.4f}'
+    return f'{value:.4f}' if value is not None and math.isfinite(value) else NOTHING
 
 
 def count_in_words(value):
