@@ -6,8 +6,9 @@ import shutil
 import time
 import urllib.request
 
+import pytest
 import torch
-from helpers.browser import choose, has_no_sideways_scroll, wait_for
+from helpers.browser import ROOT, Server, Watched, choose, has_no_sideways_scroll, wait_for
 from helpers.runs import script
 
 FREE = 3        # seconds until a row is free, of a server that may share its core; a second else
@@ -188,7 +189,7 @@ def test_chat(page, server):
     page.get_by_test_id('mode').get_by_text('Chat').click()
     for number, line in enumerate(('ann', 'ett'), 1):
         fill(page, prompt=line, length=8)
-        page.get_by_role('button', name='Send').click()
+        page.get_by_test_id('prompt').press('Enter')
         page.locator('.message').nth(2 * number - 1).wait_for()
         page.get_by_test_id('start').wait_for()
     assert page.locator('.message.user .said').all_text_contents() == ['ann', 'ett']
@@ -361,6 +362,60 @@ def test_narrow_with_answers(page, server):
     open_panel(page, server, 'perplexity')
     score(page, 'averylongword' * 20)
     assert has_no_sideways_scroll(page)
+
+
+def test_where_there_is_nothing_yet(browser, tmp_path):
+    """Each panel says so, and where to begin."""
+    server = Server(tmp_path)
+    context = browser.new_context()
+    watched = Watched(context)
+    try:
+        server.start()
+        page = context.new_page()
+        page.goto(server.at())
+        assert 'No model yet' in page.get_by_test_id('step-2').text_content()
+        for name in ('generate', 'perplexity', 'export'):
+            page.goto(server.at(f'/{name}'))
+            assert page.get_by_test_id('empty').get_by_role('link').get_attribute('href') == '/train'
+        page.goto(server.at('/server'))
+        page.get_by_text('There is no model yet').wait_for()
+        watched.check()
+    finally:
+        context.close()
+        server.stop()
+    assert 'Traceback' not in server.said()
+
+
+def colors(theme):
+    """{name: (red, green, blue)} of look.css."""
+    with open(os.path.join(ROOT, 'mambino/serve/page/look.css'), encoding='utf-8') as f:
+        style = f.read()
+    block = re.search(fr'html\[data-theme={theme}\] {{(.*?)}}', style, re.S)[1]
+    found = {name: tuple(bytes.fromhex(value)) for name, value in re.findall(r'--([\w-]+): #(\w{6})', block)}
+    return found | {'heat': tuple(map(int, re.search(r'--heat: ([\d ]+)', block)[1].split()))}
+
+
+def contrast(one, other):
+    """As WCAG 2 has it."""
+    def light(color):
+        parts = [part / 255 for part in color]
+        parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+    darker, lighter = sorted((light(one), light(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_colors_can_be_read(theme):
+    """4.5 to 1 at least, of the hottest token too."""
+    color = colors(theme)
+    pairs = ('ink ground', 'ink sheet', 'muted ground', 'muted sunk', 'accent sheet', 'accent accent-soft',
+             'on-accent accent', 'warn warn-soft', 'bad bad-soft')
+    for text, under in map(str.split, pairs):
+        assert contrast(color[text], color[under]) >= 4.5, (text, under)
+    for tint, share in (('heat', 0.62), ('second', 0.55)):
+        mixed = [share * one + (1 - share) * other for one, other in zip(color[tint], color['sheet'])]
+        assert contrast(color['ink'], mixed) >= 4.5, tint
 
 
 def test_a_server_that_was_killed(page, server, watched):

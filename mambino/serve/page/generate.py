@@ -26,6 +26,10 @@ KNOBS = (
     ('answers', 'Answers', 1, 1, 8, 1, 'So many, side by side'),
     ('seed', 'Seed', 1337, 0, 2**53, 1, 'The same seed gives the same text'),
 )
+SENDS = """(event) => {
+    const sends = event.ctrlKey || event.target.dataset.chat && !event.shiftKey;
+    if (event.key === "Enter" && sends) { event.preventDefault(); emit(); }
+}"""                    # Ctrl-Enter, of a message Enter alone
 WHOLE = ('length', 'top_k', 'answers', 'seed')
 
 
@@ -77,8 +81,8 @@ class Panel:
                 look.field(self.second, 'second-model', 'A second model gets the same prompt').classes('choice')
             self.talk = look.mark(ui.element('div').classes('stack'), 'talk')
             self.prompt = look.field(ui.textarea('Prompt', value='Once upon a time', on_change=self.change), 'prompt')
-            self.prompt.props('autogrow input-style="min-height: 76px; max-height: 40vh"').classes('w-full typed')
-            self.prompt.on('keydown.ctrl.enter', self.start)
+            self.prompt.props('rows=4').classes('w-full typed')
+            self.prompt.on('keydown', self.start, js_handler=SENDS)
             with look.row():
                 self.go = look.mark(ui.button('Generate', icon='play_arrow', on_click=self.start), 'start')
                 self.halt = look.mark(ui.button('Stop', icon='stop', on_click=self.stop).props('outline'), 'stop')
@@ -98,7 +102,7 @@ class Panel:
             self.knobs['stop'] = look.field(stop, 'stop-texts', 'Ends before this text; several are separated by |')
             heal = ui.checkbox('Finish the last word', value=True, on_change=self.change)
             self.knobs['heal'] = look.field(heal, 'heal', 'A prompt may end inside a word: it is gone on with')
-            self.system = look.field(ui.textarea('System message').props('autogrow').classes('w-full'), 'system')
+            self.system = look.field(ui.textarea('System message').props('rows=3').classes('w-full'), 'system')
 
     def show_more(self):
         with look.sheet().classes('tight') as self.sessions:
@@ -121,7 +125,9 @@ class Panel:
         self.knobs['heal'].set_visibility(not is_chat)
         self.knobs['answers'].set_visibility(not is_chat)
         self.forget.set_visibility(is_chat and bool(self.messages))
-        self.prompt.props(f'label="{"Message" if is_chat else "Prompt"}"')
+        self.prompt.props['label'] = 'Message' if is_chat else 'Prompt'
+        self.prompt.props['placeholder'] = 'Enter sends it, Shift-Enter begins a line' if is_chat else ''
+        self.prompt.props['data-chat'] = is_chat or None
         self.go.set_text('Send' if is_chat else 'Generate')
         self.request.set_text(self.as_request())
 

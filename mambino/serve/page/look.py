@@ -185,14 +185,21 @@ def remember(key, elements):
             ui.run_javascript(f'localStorage.setItem({place}, {json.dumps(values)})')
 
     async def restore():
-        text = await ui.run_javascript(f'localStorage.getItem({place})', timeout=5)
-        for name, value in as_dict(text).items():
+        for name, value in (await recalled(f'mambino-{key}')).items():
             if name in elements and is_possible(elements[name], value):
                 elements[name].set_value(value)
 
     for element in elements.values():
         element.on('update:model-value', keep, throttle=1, leading_events=False)
     ui.timer(0, restore, once=True)
+
+
+async def recalled(place):
+    """What the browser keeps in a place, a dict; {} also where the tab has been closed meanwhile."""
+    try:
+        return as_dict(await ui.run_javascript(f'localStorage.getItem({json.dumps(place)})', timeout=5))
+    except TimeoutError:
+        return {}
 
 
 def as_dict(text):

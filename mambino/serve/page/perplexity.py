@@ -20,7 +20,7 @@ from mambino.serve.told import NoModel
 
 ALTERNATIVES = 5
 MOST = 20_000           # tokens that a browser shows with ease
-LARGEST = 2_000_000     # bytes of a file
+LARGEST = 400_000       # bytes of a file
 HOTTEST = 8             # nats, from which on a token is as hot as it gets
 APART = 4               # nats between two models, the same
 SURPRISES = 10          # tokens that are listed
@@ -115,7 +115,7 @@ class Panel:
                 self.second = look.field(ui.select([NONE, *names], value=NONE, label='Compare with'), 'second-model')
                 self.second.classes('choice')
             self.text = look.field(ui.textarea('Text', value=EXAMPLE), 'text').classes('w-full typed')
-            self.text.props('autogrow input-style="min-height: 96px; max-height: 36vh"')
+            self.text.props('rows=6')
             with look.row():
                 self.go = look.mark(ui.button('Score', icon='gradient', on_click=self.start), 'score')
                 pick = ui.button('Choose a file', on_click=lambda: self.upload.run_method('pickFiles'))
@@ -142,7 +142,7 @@ class Panel:
         self.upload.reset()
 
     def refuse(self):
-        self.trouble.set_text(f'The file has more than {LARGEST // 1_000_000} MB: take a part of it.')
+        self.trouble.set_text(f'The file has more than {LARGEST // 1000} kB: take a part of it.')
 
     async def start(self):
         """Scores the text by one model or two."""

@@ -119,8 +119,7 @@ class TrainPanel:
             self.keep()                         # a reload finds what is changed from here on
             ui.run_javascript('history.replaceState(null, "", location.pathname)')
         else:
-            text = await ui.run_javascript(f'localStorage.getItem({json.dumps(PLACE)})', timeout=5)
-            kept = look.as_dict(text)
+            kept = await look.recalled(PLACE)
             self.take_recipe(str(kept.get('recipe', '')))
             for name, value in look.as_dict(json.dumps(kept.get('changed', {}))).items():
                 if isinstance(value, str) and name in self.choice.base:
