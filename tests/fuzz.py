@@ -134,9 +134,10 @@ def opened(name, rng):
     """A command line that opens the run of this name."""
     adapter = name in ('lora', 'prefix')
     ways = [['sample.py', f'--out_dir={name}', *SAMPLE],
-            ['sample.py', f'--out_dir={name}', '--score=score.txt', '--device=cpu'],
+            ['sample.py', f'--out_dir={name}', '--score=score.txt', '--html=score.html', '--device=cpu'],
             ['train.py', f'--out_dir={name}', '--init_from=resume', *TRAIN, '--max_iters=302'],
             ['train.py', f'--out_dir={name}', '--eval_only=true', '--device=cpu', '--eval_iters=1'],
+            ['train.py', f'--out_dir={name}', '--report'],
             ['train.py', f'--init_from={name}', '--out_dir=new', '--dataset=bpe', *TRAIN],
             ['export.py', f'--out_dir={name}', '--verify=false',
              '--format=' + rng.choice(('safetensors', 'native', 'gguf', 'native,gguf', 'peft' if adapter else 'gguf'))]]
@@ -249,6 +250,8 @@ def metrics(rng):
         at = rng.randrange(len(lines))
         lines[at] = damage_json(lines[at] or b'{"step": 1}', rng)
     write(path, b'\n'.join(lines))
+    if rng.random() < 0.3:
+        return ['train.py', f'--out_dir={name}', '--report']
     return ['train.py', f'--out_dir={name}', '--init_from=resume', *TRAIN, '--max_iters=302']
 
 

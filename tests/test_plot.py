@@ -9,6 +9,7 @@ import pytest
 from helpers.runs import ROOT
 
 from mambino.bench import plot
+from mambino.train import curves
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,12 @@ def test_over_tokens_and_hours(capsys, x, last):
     plot.main(['out-a'], 'curves.html', x)
     with open('curves.html', encoding='utf-8') as f:
         assert f.read().startswith('<!doctype html>') and x in capsys.readouterr().out
+
+
+def test_what_is_between_axes():
+    (left, right), (low, high) = curves.bounds([[(0.01, 3.0), (0.02, 2.0)]])
+    assert (left, right, low, high) == (0.01, 0.02, 2.0, 3.0)
+    assert curves.bounds([[(5, 1e-3), (9, 1e-3)]]) == ((5, 9), (0.5e-3, 1.5e-3))     # a level is in the middle
 
 
 def test_one_point_and_none(capsys):

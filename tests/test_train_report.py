@@ -83,6 +83,15 @@ def test_of_a_hundred_thousand_lines_few_points_are_kept(here):
     assert os.listdir('out') == ['metrics.jsonl']
 
 
+@pytest.mark.parametrize('step, loss', [(1, 3.0), (10**17, 1e299), (1, -1e299), (3, 1e-12), (0, 0.0)])
+def test_a_single_point_whatever_it_is(here, step, loss):
+    os.mkdir('out')
+    with open('out/metrics.jsonl', 'w', encoding='utf-8') as f:
+        f.write(json.dumps(dict(step=step, loss=loss, lr=loss, seconds=abs(loss))) + '\n')
+    train('--report')
+    assert 'nan' not in Page('out/report.html').source
+
+
 def test_as_a_picture(finished):
     pytest.importorskip('matplotlib')
     train('--report=run.png')

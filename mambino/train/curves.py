@@ -70,10 +70,13 @@ def bounds(curves):
     usual = ys[int(0.98 * (len(ys) - 1))]
     if usual > low and high - low > 2 * (usual - low):
         high = usual
-    if high - low < 1e-9 * max(1, abs(high)):
-        low, high = low - 0.5, high + 0.5
+    if high - low <= 1e-9 * abs(high):                      # a level: in the middle
+        half = 0.5 * abs(high) or 0.5
+        low, high = low - half, high + half
     left, right = min(xs), max(xs)
-    return (left, right if right > left else left + 1), (low, high)
+    if right - left <= 1e-9 * abs(left):
+        right = left + max(1, 1e-9 * abs(left))
+    return (left, right), (low, high)
 
 
 def ticks(low, high, n):

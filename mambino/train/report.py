@@ -22,6 +22,7 @@ from mambino.train.curves import LEFT, RIGHT, Frame, is_number, mean, read_lines
 POINTS = 600                    # of a curve
 WIDE, NARROW, HEIGHT = 800, 560, 340            # pixels of a chart's picture: of the loss, and of the others
 SAMPLES = 20                    # of the text that it wrote, the last ones
+LONGEST = 1e12                  # seconds that a log may tell of
 LARGEST_LOG = 1 << 22           # bytes of the end of train.log in which they are looked for
 SAMPLE = re.compile(r'^--- sample at step (\d+)\n(.*?)\n---$', re.DOTALL | re.MULTILINE)
 
@@ -195,7 +196,8 @@ def facts(lines, points, ckpt):
     about = ckpt['metadata'] if ckpt else {}
     settings = ckpt['settings'] if ckpt else {}
     if ckpt:
-        yield 'model', f'{ckpt["kind"]}, {about.get("parameters", 0):,} parameters'
+        parameters = about.get('parameters')
+        yield 'model', ckpt['kind'] + (f', {parameters:,} parameters' if is_number(parameters) else '')
         yield 'dataset', settings.get('dataset', '')
     steps = max((line['step'] for line in lines), default=about.get('step', 0))
     of = f' of {settings["max_iters"]:,}' if is_number(settings.get('max_iters')) else ''
@@ -208,7 +210,8 @@ def facts(lines, points, ckpt):
     if points.get('loss'):
         yield 'train loss', f'{points["loss"][-1][1]:.4f} at the end'
     if points.get('seconds'):
-        yield 'time of training', str(datetime.timedelta(seconds=round(points['seconds'][-1][1])))
+        seconds = min(points['seconds'][-1][1], LONGEST)
+        yield 'time of training', str(datetime.timedelta(seconds=round(max(0, seconds))))
     if about:
         yield 'last saved', f'{about.get("time", "")}, on {about.get("device", "")}, torch {about.get("torch", "")}'
 
