@@ -49,6 +49,7 @@ def test_adapters_answer_as_in_sample_py(adapted, capsys, out_dir, adapters):
     try:
         text, written = texts_of(library.get(), capsys, f'--out_dir={out_dir}', f'--adapters={adapters}')
         assert 'at' + text in written
+        assert ('int8' in library.get().about) == (out_dir == 'int8')
         library.get('gpt-muon')                             # which they are not put on where they are not meant
     finally:
         library.close()

@@ -247,7 +247,7 @@ class Library:
         scheduler = Observed(scheduler, self.metrics)
         size = sum(tensor.nbytes for tensor in net.state_dict().values())
         return Served(run['id'], run['out_dir'], run['created'], run['stamp'], net, tok, mark, scheduler, context,
-                      precision, size, describe(ckpt, net, where, self.quantize or self.dtype))
+                      precision, size, describe(ckpt, where, self.dtype, self.quantize))
 
     # --- leaving ----------------------------------------------------------------------------------
 
@@ -357,11 +357,13 @@ def run_of(name, out_dir, checkpoint):
         return None
 
 
-def describe(ckpt, net, device, precision):
+def describe(ckpt, device, dtype, quantize):
     """A model in a line."""
     kind = ckpt['kind']
     parameters = sum(tensor.numel() for tensor in ckpt['weights'].values())
     size = f'{parameters / 1e6:.1f}M' if parameters >= 1e6 else f'{parameters / 1e3:.0f}K'
-    precision = 'float32' if precision == 'auto' and device == 'cpu' else precision
+    if dtype == 'auto':                     # as prepare_model understands it
+        dtype = 'float32' if device == 'cpu' else choose_dtype(dtype, device)
+    precision = quantize or ckpt.get('quantized') or dtype
     trained = ckpt['counters'].get('step', 0)
     return f'{kind}, {size} parameters, {precision} on {device}, trained for {trained:,} steps'
