@@ -36,7 +36,7 @@ class Mailbox:
     """Events on their way into an event loop."""
 
     def __init__(self, loop):
-        self.loop = loop
+        self.loop = weakref.proxy(loop)
         self.events = deque()           # (Answers, index, event)
         self.is_called = False
 
@@ -47,7 +47,7 @@ class Mailbox:
             self.is_called = True
             try:
                 self.loop.call_soon_threadsafe(self.deliver)
-            except RuntimeError:        # the loop is closed: nobody waits any more
+            except (RuntimeError, ReferenceError):      # the loop is closed: nobody waits any more
                 pass
 
     def deliver(self):
