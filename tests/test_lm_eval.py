@@ -10,7 +10,7 @@ from helpers.served import serving
 
 pytest.importorskip('fastapi')
 pytest.importorskip('lm_eval')
-pytestmark = [pytest.mark.tool, pytest.mark.usefixtures('one_thread')]
+pytestmark = [pytest.mark.tool, pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 ITEMS = 200
 
 
