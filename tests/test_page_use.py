@@ -194,6 +194,7 @@ def test_chat(page, server):
         page.get_by_test_id('start').wait_for()
     assert page.locator('.message.user .said').all_text_contents() == ['ann', 'ett']
     assert page.get_by_test_id('answer-text').count() == 2
+    page.get_by_test_id('base-note').wait_for()
     page.get_by_test_id('forget').click()
     page.locator('.message').first.wait_for(state='detached')
 

@@ -79,6 +79,9 @@ class Panel:
                 self.second = ui.select([NONE, *names], value=NONE, label='Beside it', on_change=self.change)
                 look.field(self.model, 'model').classes('choice')
                 look.field(self.second, 'second-model', 'A second model gets the same prompt').classes('choice')
+            self.base = look.note('This model was not tuned on conversations: it goes on with one that is written '
+                                  'down, and may not know where an answer ends.')
+            look.mark(self.base, 'base-note').set_visibility(False)
             self.talk = look.mark(ui.element('div').classes('stack'), 'talk')
             self.prompt = look.field(ui.textarea('Prompt', value='Once upon a time', on_change=self.change), 'prompt')
             self.prompt.props('rows=4').classes('w-full typed')
@@ -120,6 +123,7 @@ class Panel:
         is_chat = self.mode.value == 'chat'
         self.second.set_visibility(not is_chat)
         self.talk.set_visibility(is_chat)
+        self.base.set_visibility(is_chat and self.base.visible)
         self.system.set_visibility(is_chat)
         self.sessions.set_visibility(not is_chat)
         self.knobs['heal'].set_visibility(not is_chat)
@@ -199,6 +203,7 @@ class Panel:
 
     def begin(self, pairs, asked):
         if asked.messages:
+            self.base.set_visibility(not pairs[0][0].tok.config.get('chat_template'))
             self.messages.append(asked.messages[-1])
             with self.talk:
                 look.message('You', asked.messages[-1]['content'], 'user')
