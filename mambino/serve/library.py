@@ -233,8 +233,9 @@ class Library:
                 if tok is None:
                     raise NoModel(f'{run["id"]}: was trained on a bare .bin without a tokenizer, so there is nothing '
                                   'to read or write text with', 400)
-                self.make_room(where, sum(tensor.nbytes for tensor in ckpt['weights'].values()))
+                self.make_room(where, bytes_of(ckpt['weights']))
                 net = attach_adapters(model_of(ckpt), extra, adapters)
+                about = describe(ckpt, net, where, self.dtype, self.quantize)
                 net, context = prepare_model(net, where, self.dtype, precision=self.quantize)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and 'memory' not in str(error):
@@ -245,9 +246,8 @@ class Library:
         precision = autocast(where, choose_dtype('auto', where)) if is_auto else None
         scheduler = make_scheduler(net, tok, self.room, context, run['out_dir'], mark, self.turns)
         scheduler = Observed(scheduler, self.metrics)
-        size = sum(tensor.nbytes for tensor in net.state_dict().values())
         return Served(run['id'], run['out_dir'], run['created'], run['stamp'], net, tok, mark, scheduler, context,
-                      precision, size, describe(ckpt, where, self.dtype, self.quantize))
+                      precision, bytes_of(net.state_dict()), about)
 
     # --- leaving ----------------------------------------------------------------------------------
 
@@ -357,11 +357,19 @@ def run_of(name, out_dir, checkpoint):
         return None
 
 
-def describe(ckpt, device, dtype, quantize):
+def bytes_of(tensors):
+    """The bytes of a dict of tensors, tied ones counted once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
+
+
+def describe(ckpt, net, device, dtype, quantize):
     """A model in a line."""
     kind = ckpt['kind']
-    parameters = sum(tensor.numel() for tensor in ckpt['weights'].values())
-    size = f'{parameters / 1e6:.1f}M' if parameters >= 1e6 else f'{parameters / 1e3:.0f}K'
+    parameters = net.num_params()
+    if ckpt.get('quantized'):               # its rounded weights are none of them
+        codes = [tensor for name, tensor in net.named_buffers() if name.endswith('codes')]
+        parameters += sum(tensor.numel() * (2 if ckpt['quantized'] == 'int4' else 1) for tensor in codes)
+    size = f'{parameters / 1e6:.2f}M' if parameters >= 1e6 else f'{parameters / 1e3:.0f}K'
     if dtype == 'auto':                     # as prepare_model understands it
         dtype = 'float32' if device == 'cpu' else choose_dtype(dtype, device)
     precision = quantize or ckpt.get('quantized') or dtype

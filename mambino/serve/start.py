@@ -67,7 +67,7 @@ def say_where(library, urls, key, rows, queue):
         lines.append(('others', f'reach it at {urls["others"]}'))
     lines.append(('key', 'needed by the API' if key else 'none is needed: only this machine can ask'))
     rest = [name for name in ids if name != own]
-    more = f'; named in a request, also {listed(rest)}' if rest else ''
+    more = f'; where a request names them, {listed(rest)} too' if rest else ''
     lines.append(('model', f'{own}{more}' if own else 'none yet: train one, and it is served'))
     lines.append(('rows', f'{rows} answers side by side, {queue} may wait'))
     if own:
