@@ -144,7 +144,7 @@ class Contest:
             for a, b in zip(other.times, other.times[1:]):
                 if begun < a and b < came:
                     before.append(b - a)
-                elif came < b < first:
+                elif came < b and a < first:
                     meanwhile.append(b - a)
         return seconds, before, meanwhile
 
