@@ -13,7 +13,8 @@ All live rows have a step at once (batch.py), each draws its own token, and whoe
 makes room for the next. What takes longer than a step, a prompt or a function of `call`, is computed as
 ever, but between its layers the running rows have their turn whenever it took as long as a step of
 theirs: so either side goes on at half of its speed at least, and a token never waits for a whole prompt.
-Where more prompts wait for a row than have one, they get the larger part: a step is cheaper together.
+Where many prompts wait that could all have rows they get more: all begin sooner, and steps together are
+cheaper.
 """
 import math
 import queue
@@ -36,6 +37,7 @@ from mambino.serve.work import Done, Failed, Full, Read
 
 RECENT = 5.0            # seconds whose tokens are the pace
 PATIENCE = 600          # seconds of Full, at most
+RUSH = 4                # rows for each prompt that waits, from which on rows have half of the time
 SMOOTH = 0.2            # of a new measurement's weight in an average
 
 
@@ -301,11 +303,11 @@ class Scheduler:
             self.mark = None
 
     def note_aside(self):
-        """What was computed beside the rows since the mark, they are owed: as much time, or where more
-        prompts wait for rows than there are rows that share steps, so much less."""
+        """What was computed beside the rows since the mark, they are owed: as much time, or less where
+        several prompts could have rows, too, and the steps that wait for them are worth more."""
         seconds = time.perf_counter() - self.mark
-        beside = min(len(self.waiting) + len(self.readings), self.rows.room - self.rows.live)
-        self.owed_seconds += seconds * min(1, self.rows.live / max(1, beside))
+        prompts = min(len(self.waiting) + len(self.readings), self.rows.room - self.rows.live)
+        self.owed_seconds += seconds * (min(1, self.rows.live / (RUSH * prompts)) if prompts > 1 else 1)
 
     def between(self):
         """Between two layers of what is computed beside the rows: they have a step if it is their turn."""
