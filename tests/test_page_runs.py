@@ -37,7 +37,7 @@ dtype = 'float32'
 HOSTILE = '<img src=x onerror=document.title="broken">'
 
 pytestmark = POSIX
-expect.set_options(timeout=PATIENCE / 2)         # not for a clock: a page that is right is so at once
+expect.set_options(timeout=PATIENCE)         # not for a clock: a page that is right is so at once
 
 
 @pytest.fixture(scope='module')

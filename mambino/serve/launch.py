@@ -126,12 +126,11 @@ def words_of(pid):
                 return f.read().decode(errors='replace').split('\0')    # of one that has ended: nothing
         except OSError:
             return []
-    if os.name == 'posix':
-        command = ['ps', '-o', 'command=', '-p', str(pid)]
-    else:
-        command = ['wmic', 'process', 'where', f'ProcessId={pid}', 'get', 'CommandLine']
+    command = ['ps', '-o', 'command=', '-p', str(pid)]
+    if os.name == 'nt':                     # which tells the program alone, and what it works on nobody
+        command = ['tasklist', '/FI', f'PID eq {pid}', '/FO', 'CSV', '/NH']
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.replace('"', ' ').split()
     except (OSError, subprocess.SubprocessError):
         return []
 
@@ -141,6 +140,8 @@ def is_alive(entry, script):
     if not entry or entry.get('host') != socket.gethostname():
         return False
     known = {script, os.path.splitext(script)[0]}       # train.py, or as in: mambino train
+    if os.name == 'nt':
+        known = {'python.exe', 'pythonw.exe', 'mambino.exe'}
     return any(os.path.basename(word) in known for word in words_of(entry.get('pid')))
 
 

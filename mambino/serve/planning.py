@@ -24,11 +24,15 @@ planning = threading.Lock()
 plans = {}              # arguments → (when it was made, the plan)
 
 
-def plan_of(arguments):
+def plan_of(arguments, is_wanted=lambda: True):
     """What train.py would make of these arguments, as `main` prints it; Refused with what it says against
-    them. One at a time is made, since each takes a core; the last ones are remembered for a while."""
+    them. One at a time is made, since each takes a core; the last ones are remembered for a while.
+
+    is_wanted: asked when it is its turn, whether somebody still waits for it; else it is None."""
     key = tuple(arguments)
     with planning:
+        if not is_wanted():
+            return None
         made, plan = plans.get(key, (-SECONDS, None))
         if time.monotonic() - made < SECONDS:
             return plan

@@ -46,11 +46,11 @@ class TrainPanel:
         self.choice = recipes.Choice()
         self.request = secrets.token_hex(8)
         self.is_filling = False
-        self.planned = None             # the arguments of the plan that is shown
+        self.has_begun = False          # until then nothing is planned: what is chosen is not known
+        self.plan_timer = None
         self.build_form()
         self.watch = Watch()
         self.watch_first(query.get('run', ''))
-        self.plan_timer = ui.timer(PLAN_AFTER, self.plan, once=True)
         ui.timer(2.0, self.list_runs)
         ui.timer(0, lambda: self.begin(query), once=True)
 
@@ -81,9 +81,9 @@ class TrainPanel:
             self.about.bind_visibility_from(self.about, 'text', backward=bool)
             self.trouble = look.trouble(test_id='form-trouble')
         with look.sheet('Memory', 'plan'):
-            with ui.element('div').classes('memory-bar').props('role=img data-testid=memory-bar') as self.bar:
-                pass
+            self.bar = ui.element('div').classes('memory-bar').props('role=img data-testid=memory-bar')
             self.key = ui.element('div').classes('key')
+            self.place = ui.element('div').classes('hidden')        # of the timer that waits for the last change
             self.plan_words = ui.label('Counting…').classes('muted').props('data-testid=plan-words role=status')
         with look.sheet():
             self.form = Form(self.choice, self.on_form)
@@ -125,6 +125,7 @@ class TrainPanel:
                 if isinstance(value, str) and name in self.choice.base:
                     self.choice.set(name, value)
             self.name.value = name_kept(kept.get('name')) or self.name.value
+        self.has_begun = True
         self.show_choice()
 
     def take_recipe(self, recipe):
@@ -187,11 +188,12 @@ class TrainPanel:
         if is_form:
             self.form.refresh()
         self.show_command()
-        if hasattr(self, 'plan_timer'):
-            self.plan_timer.cancel()
-            with self.bar:
+        if self.has_begun:
+            if self.plan_timer:
+                self.plan_timer.cancel()
+            with self.place:
                 self.plan_timer = ui.timer(PLAN_AFTER, self.plan, once=True)
-
+        
     def show_command(self):
         """The command line, and what the name leads to."""
         try:
@@ -217,15 +219,18 @@ class TrainPanel:
             self.show_plan({}, 'It is counted as soon as there is a text.')
             return
         self.plan_words.set_text('Counting parameters and memory…')
+        client = ui.context.client
+
+        def is_wanted():
+            return client.has_socket_connection and arguments == self.choice.arguments()
         try:
             # a folder that is no run: what would be, begun anew
-            plan = await away(planning.plan_of, [*arguments, '--out_dir=out-of-a-plan'])
+            plan = await away(planning.plan_of, [*arguments, '--out_dir=out-of-a-plan'], is_wanted)
         except launch.Refused as refusal:
             if arguments == self.choice.arguments():
                 self.show_plan({}, str(refusal), is_trouble=True)
             return
-        if arguments == self.choice.arguments():
-            self.planned = arguments
+        if plan and arguments == self.choice.arguments():
             self.show_plan(plan, sentence_of(plan))
 
     def show_plan(self, plan, words, is_trouble=False):

@@ -32,15 +32,15 @@ FIGURES = ('step', 'time left', 'loss', 'best validation', 'tokens/s', 'memory')
 
 
 class View:
-    """All of a run that is read in a look, in a thread. feeds: {chart: Feed}."""
+    """All of a run that is read in a look, in a thread. feeds: {chart: Feed}. samples: those read before."""
 
-    def __init__(self, out_dir, feeds, lines):
+    def __init__(self, out_dir, feeds, lines, samples):
         log = runs.metrics_of(out_dir)
         self.updates = {name: feed.update(log) for name, feed in feeds.items()}
         self.standing = runs.standing(out_dir)
         self.progress = runs.progress_of(out_dir)
         self.is_other_log, self.lines = lines.new()
-        self.samples = runs.samples(out_dir)
+        self.samples = runs.samples(out_dir) if self.lines or samples is None else samples
         self.figures = dict(
             loss=loss_in_words(log.last('loss')), best=loss_in_words(log.best()),
             speed=count_in_words(log.last('tokens_per_s')), memory=bytes_in_words(log.last('memory')),
@@ -147,7 +147,7 @@ class Watch:
         self.is_looking = True
         try:
             feeds, out_dir = self.feeds, self.out_dir
-            view = await away(View, out_dir, feeds, self.lines)
+            view = await away(View, out_dir, feeds, self.lines, self.samples)
             if feeds is self.feeds and out_dir == self.out_dir:
                 self.show(view)
         finally:
