@@ -205,13 +205,14 @@ def test_a_thread_that_dies_is_told(monkeypatch, capsys):
 
 
 def test_close_ends_all():
-    one = scheduler_of('mamba2', rows=1)
+    one = scheduler_of('mamba2', rows=1, kept=0.01)
     results = [Result(one, Job([1], 10**9, ignore_eos=True)) for _ in range(3)]
     while not results[0].tokens:
         pass
     one.close()
     assert [result.wait().end.reason for result in results] == ['cancelled'] * 3
     assert not one.is_alive() and one.net.between_layers is None
+    assert not one.rows.state and one.stats()['kept_bytes'] == one.stats()['rows_used'] == 0     # memory, too
 
 
 def test_it_waits_without_computing(monkeypatch):

@@ -147,6 +147,11 @@ class Rows:
         for tensor in self.state.values():
             tensor[row].zero_()
 
+    def free(self):
+        """Gives the memory of all rows back; they are of no use then."""
+        self.state, self.prefixes = {}, {}
+        self.live = 0
+
     def state_of(self, row):
         """A copy of a row's state (1, …), with caches of no more slots than it needs."""
         filled = self.filled(row)

@@ -170,6 +170,9 @@ class Scheduler:
         finally:
             self.net.between_layers = None
             self.end_all(reason)
+            self.kept.clear()
+            if self.rows:
+                self.rows.free()
 
     def end_all(self, reason):
         """Nobody waits for ever."""

@@ -73,6 +73,10 @@ class Kept:
         if not self.lengths[key[0]]:
             del self.lengths[key[0]]
 
+    def clear(self):
+        while self.entries:
+            self.drop(next(iter(self.entries)))
+
     def longest(self, ids):
         """→ (how many of ids, the state after them, logits): not to be written into; (0, None, None) if
         none is kept."""
