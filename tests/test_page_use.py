@@ -285,6 +285,9 @@ def test_a_session_goes_on(page, server, served_folder):
     page.get_by_role('button', name='Delete', exact=True).click()
     page.get_by_role('button', name='Delete tale-2').wait_for(state='detached')
     assert os.listdir(served_folder / 'bpe/sessions') == ['tale.pt']
+    fill(page, session='../tale')
+    page.get_by_test_id('start').click()
+    page.get_by_test_id('trouble').get_by_text('a name of letters').wait_for()
 
 
 def test_export_shows_its_check(page, server):

@@ -175,9 +175,9 @@ class Panel:
             return
         messages = self.said(self.prompt.value) if is_chat else None
         settings = self.settings()
-        if is_chat:
-            settings['answers'] = 1
         session = '' if is_chat else (self.session.value or '').strip()
+        if is_chat or session:
+            settings['answers'] = 1         # either has one text
         asked = Asked(self.prompt.value or '', messages, settings, session)
         names = [self.model.value]
         if not is_chat and self.second.value != NONE:
