@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from nicegui import app as pages
-from nicegui import ui
+from nicegui import core, ui
 
 from mambino.serve.page import data, export, generate, look, machine, perplexity, runs, server, start, train
 
@@ -25,6 +25,7 @@ PANELS = {
     'export': ('Export', 'ios_share', export.show),
     'server': ('Server', 'dns', server.show),
 }
+PING = 1        # seconds that a request of a tab without a websocket may stay open, and keep a server from its end
 PATIENCE = 60   # seconds that a tab may be silent: where a model trains, a browser and a server wait for the cores
 GROUPS = {'machine': 'Make a model', 'generate': 'Use a model'}     # headings above these panels
 # a mamba
@@ -49,6 +50,7 @@ def add_page(app, library, needs_key=False):
         """The page's life in the app's. run_with's own looks for its server among all objects there are,
         which takes a second where torch is, and makes torch warn."""
         async with pages.router.lifespan_context(pages), lifespan(app) as state:
+            core.sio.eio.ping_interval = PING
             yield state
     app.router.lifespan_context = begun
 
