@@ -103,6 +103,18 @@ def test_as_sample_has_it(kind):
         crowd.close()
 
 
+def test_a_row_has_room_for_what_a_prompt_owes(monkeypatch):
+    monkeypatch.setattr('mambino.serve.rows.FIRST', 8)
+    one = scheduler_of('gpt')
+    try:
+        for owed in (b'xyzw', b'q1'):                       # a byte an id
+            for length in (1, 2, 3, 9, 10, 11):
+                job = Job([1, 2, 3, 4, 5], length, owed=owed, seed=length)
+                assert (answer(one, job).ids, answer(one, job).text) == by_sample('gpt', job)
+    finally:
+        one.close()
+
+
 @some_kinds
 def test_what_is_kept_is_not_read_again(kind):
     one = scheduler_of(kind, kept=0.01)

@@ -71,11 +71,11 @@ def test_while_a_prompt_is_read_the_others_have_their_turns():
         one.close()
 
 
-@pytest.mark.parametrize('bad', ['send', 'ids', 'empty', 'numbers', 'writer'])
+@pytest.mark.parametrize('bad', ['send', 'ids', 'empty', 'numbers', 'writer', 'biases'])
 def test_a_job_fails_alone(bad, monkeypatch):
     one = scheduler_of('gpt', rows=4)
     try:
-        good = Job([1, 2, 3], 30, seed=4, ignore_eos=True)
+        good = Job([1, 2, 3], 30, seed=4, repetition_penalty=2.0, ignore_eos=True)
         want = answer(one, good)
         neighbours = [Result(one, good) for _ in range(2)]
         if bad == 'send':
@@ -84,10 +84,10 @@ def test_a_job_fails_alone(bad, monkeypatch):
             one.submit(good, broken)
         else:
             job = dict(ids=Job([10**6], 3), empty=Job([], 3), numbers=Job([1], 3, logit_bias={3: float('nan')}),
-                       writer=Job([1], 3, stops=(5,)))[bad]
+                       writer=Job([1], 3, stops=(5,)), biases=Job([1], 3, logit_bias={10**6: 1.0}))[bad]
             failed = answer(one, job)
             assert isinstance(failed.end, Failed) and failed.end.message
-            assert failed.end.status == dict(ids=400, empty=400, numbers=500, writer=500)[bad]
+            assert failed.end.status == dict(ids=400, empty=400, numbers=500, writer=500, biases=500)[bad]
         for neighbour in neighbours:
             assert neighbour.wait().ids == want.ids
         assert answer(one, good).ids == want.ids and one.is_alive()
@@ -107,8 +107,7 @@ def test_damaged_states_harm_no_one_who_comes_after():
             one.rows.state['v.0'][0].fill_(torch.nan)
 
         failing = Result(one, Job([5] * 9, 10**9, ignore_eos=True))
-        while not failing.tokens:
-            pass
+        failing.wait_for_token()
         one.call(damage).result(DEADLINE)
         assert failing.wait().end.status == 500 and 'nan' in failing.end.message
         assert [answer(one, good).ids for _ in range(2)] == [want, want]
@@ -121,8 +120,7 @@ def test_a_step_that_fails_fails_its_rows(monkeypatch):
     try:
         want = answer(one, Job([1], 5, ignore_eos=True)).ids
         running = Result(one, Job([1], 10**9, ignore_eos=True))
-        while not running.tokens:
-            pass
+        running.wait_for_token()
 
         def broken(ids):
             raise MemoryError('no more')
@@ -187,8 +185,7 @@ def test_calls():
 def test_a_thread_that_dies_is_told(monkeypatch, capsys):
     one = scheduler_of('gpt', rows=1)
     running, waiting = Result(one, Job([1], 10**9, ignore_eos=True)), Result(one, Job([1], 3))
-    while not running.tokens:
-        pass
+    running.wait_for_token()
 
     def broken():
         raise RuntimeError('lost')
@@ -200,15 +197,14 @@ def test_a_thread_that_dies_is_told(monkeypatch, capsys):
     assert answer(one, Job([1], 3)).end.status == 500
     with pytest.raises(RuntimeError):
         one.call(lambda: 1).result(DEADLINE)
-    assert 'lost' in capsys.readouterr().err
+    assert 'lost' in capsys.readouterr().err and one.stats()['queue'] == 0
     one.close()
 
 
 def test_close_ends_all():
     one = scheduler_of('mamba2', rows=1, kept=0.01)
     results = [Result(one, Job([1], 10**9, ignore_eos=True)) for _ in range(3)]
-    while not results[0].tokens:
-        pass
+    results[0].wait_for_token()
     one.close()
     assert [result.wait().end.reason for result in results] == ['cancelled'] * 3
     assert not one.is_alive() and one.net.between_layers is None

@@ -56,8 +56,7 @@ def test_one_answer_at_a_time():
         other = Result(one, Job(ids, 5, session='free', ignore_eos=True)).wait()
         assert second.end.status == 409 and 'taken' in second.end.message
         assert isinstance(other.end, Done)
-        while len(endless.tokens) < 3:
-            pass
+        endless.wait_for_token()
         endless.ticket.cancel()
         assert endless.wait().end.reason == 'cancelled'
         kept = tokens_of('char', 'taken')                   # what came is kept, and one that is not read yet

@@ -71,8 +71,12 @@ class Batch:
     def add(self, reading):
         """A row for an answer."""
         answer = Answer(reading, self.tok)
-        self.edits.add(answer.job, answer.ids)
-        self.rows.add(reading.state, reading.logits)
+        row = self.rows.add(reading.state, reading.logits)
+        try:
+            self.edits.add(answer.job, answer.ids)
+        except BaseException:
+            self.rows.remove(row)
+            raise
         self.answers.append(answer)
         self.choice = None
 

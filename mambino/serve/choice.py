@@ -130,19 +130,18 @@ class Edits:
     def add(self, job, ids):
         """The next row. ids: all that are read."""
         row = len(self.jobs)
-        self.jobs.append(job)
-        self.counts.append(Counter())
+        if adds(job) and self.added is None:
+            self.added = torch.zeros(self.shape, device=self.device)
+        if divides(job) and self.factors is None:
+            self.factors = torch.ones(self.shape, device=self.device)
+        if job.logit_bias:
+            index = torch.tensor(list(job.logit_bias), dtype=torch.long)
+            self.added[row, index] = torch.tensor(list(job.logit_bias.values()), device=self.device,
+                                                  dtype=torch.float32)
         if divides(job):
-            if self.factors is None:
-                self.factors = torch.ones(self.shape, device=self.device)
             self.factors[row, torch.tensor(ids, dtype=torch.long)] = job.repetition_penalty
-        if adds(job):
-            if self.added is None:
-                self.added = torch.zeros(self.shape, device=self.device)
-            if job.logit_bias:
-                index = torch.tensor(list(job.logit_bias), dtype=torch.long)
-                self.added[row, index] = torch.tensor(list(job.logit_bias.values()), device=self.device,
-                                                      dtype=torch.float32)
+        self.jobs.append(job)               # last: of one that could not be taken nothing is left
+        self.counts.append(Counter())
 
     def remove(self, row):
         """Takes a row out; the last one gets its number."""

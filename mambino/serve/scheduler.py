@@ -181,6 +181,8 @@ class Scheduler:
         with self.lock:
             self.is_over = True
         self.take_in(block=False)
+        with self.lock:
+            self.count -= len(self.waiting) + len(self.readings)
         tickets = [*self.waiting, *(reading.ticket for reading in self.readings)]
         tickets += [answer.ticket for answer in self.batch.answers] if self.batch else []
         for ticket in tickets:
@@ -363,7 +365,8 @@ class Scheduler:
         """Gives rows to those whose prompt is read."""
         for reading in [reading for reading in self.readings if reading.is_done]:
             job = reading.ticket.job
-            if job.max_tokens > 0 and not self.rows.has_room(len(reading.ids) + job.max_tokens):
+            most = len(reading.ids) + len(job.owed) + job.max_tokens    # an id may spell a single byte of it
+            if job.max_tokens > 0 and not self.rows.has_room(most):
                 break
             self.readings.remove(reading)
             with self.lock:

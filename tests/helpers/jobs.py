@@ -46,6 +46,7 @@ class Result:
 
     def __init__(self, scheduler, job, cancel_after=None, on_end=None):
         self.events = []
+        self.begun = threading.Event()      # there is a token
         self.over = threading.Event()
         self.cancel_after = cancel_after
         self.on_end = on_end
@@ -53,6 +54,8 @@ class Result:
 
     def take(self, event):
         self.events.append(event)
+        if isinstance(event, Token):
+            self.begun.set()
         if len(self.events) == self.cancel_after:
             self.ticket.cancel()
         if isinstance(event, (Done, Failed)):
@@ -63,6 +66,10 @@ class Result:
     def wait(self):
         assert self.over.wait(DEADLINE), 'no end'
         assert sum(isinstance(event, (Done, Failed)) for event in self.events) == 1
+        return self
+
+    def wait_for_token(self):
+        assert self.begun.wait(DEADLINE), 'no token'
         return self
 
     @property
