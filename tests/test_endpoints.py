@@ -5,10 +5,11 @@ import os
 import re
 import shutil
 import sys
+import threading
 
 import pytest
 from helpers.runs import script
-from helpers.served import serving
+from helpers.served import PATIENCE, serving, wait_until
 
 pytest.importorskip('fastapi')
 
@@ -180,6 +181,25 @@ def test_a_score_that_is_too_long_is_refused(trained_runs):
         status, _, body = server.post('/score', text='e' * 11)
         assert status == 400 and body['error']['code'] == 'context_length_exceeded'
         assert server.post('/score', text='e' * 10)[0] == 200
+
+
+def test_a_score_that_nobody_waits_for_is_given_up(trained_runs, monkeypatch):
+    """Because the client has left, or time is over."""
+    from mambino.serve.api import Limits
+    begun = threading.Event()
+
+    def endless(*arguments):
+        while True:
+            begun.set()
+            yield
+    monkeypatch.setattr('mambino.serve.texts.scores', endless)
+    with serving(trained_runs, out_dir='char', limits=Limits(timeout=60)) as server:
+        with server.begin('/score', text='e'):
+            assert begun.wait(PATIENCE) and server.scheduler().is_busy()
+        wait_until(lambda: not server.scheduler().is_busy())
+    with serving(trained_runs, out_dir='char', limits=Limits(timeout=0.1)) as server:
+        assert server.post('/score', text='e')[0] == 503
+        wait_until(lambda: not server.scheduler().is_busy())
 
 
 # --- sessions -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 
@@ -332,8 +333,13 @@ def test_a_folder_that_vanishes_is_served_as_long_as_it_is_loaded(opened, folder
     shutil.rmtree(folder / 'char')
     assert library.get('char') is served and 'char' in ids_of(library)
     assert answer(served)[1].wait(20)
+    run = library.find('char')
     library.memory = 1e-9
     library.get('bpe')                                  # takes its place
+    future = Future()
+    library.load_for(run, future)                       # for somebody who has found it a moment before
+    with pytest.raises(NoModel):
+        future.result(20)
     with pytest.raises(NoModel) as caught:
         library.get('char')
     assert caught.value.status == 404 and ids_of(library) == ['bpe']

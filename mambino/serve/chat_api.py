@@ -32,7 +32,7 @@ from mambino.serve.errors import Refused, body_of
 from mambino.serve.jobs import Prompt, check_length, check_rows, jobs_of, text_prompt
 from mambino.serve.logprobs import as_chat, names_of
 from mambino.serve.parameters import CHAT, read
-from mambino.serve.sending import DONE, EventStream, Shape, collect, event_of, opened
+from mambino.serve.sending import DONE, Shape, event_of, opened, respond
 
 ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'assistant': 'assistant'}
 PARTS = ('text', 'input_text', 'output_text')       # of a content; the latter two of /v1/responses
@@ -172,10 +172,7 @@ def add_chat(app, library, limits):
             library, values.model, lambda served: chat_jobs(served, values, messages, most, limits, 'messages'))
         choices = [Choice(served.tok, job, lists=values.logprobs, strips=question.is_base) for job in jobs]
         shape = Chat(served, values, question.prompt, choices)
-        answers = Answers(served.scheduler, jobs, deadline, values.stream)
-        if values.stream:
-            return EventStream(answers, choices, shape)
-        return await collect(request, answers, choices, shape)
+        return await respond(request, Answers(served.scheduler, jobs, deadline, values.stream), choices, shape)
 
 
 class Chat(Shape):

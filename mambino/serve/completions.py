@@ -22,7 +22,7 @@ from mambino.serve.jobs import check_length, check_rows, ids_prompt, jobs_of, te
 from mambino.serve.logprobs import as_completion, names_of
 from mambino.serve.parameters import COMPLETION, read
 from mambino.serve.responses import add_responses
-from mambino.serve.sending import DONE, EventStream, Shape, collect, event_of, opened
+from mambino.serve.sending import DONE, Shape, event_of, opened, respond
 
 
 def add_completions(app, library, limits):
@@ -38,10 +38,7 @@ def add_completions(app, library, limits):
         choices = [Choice(served.tok, job, prompts[i // count].text if values.echo else '', values.logprobs is not None)
                    for i, job in enumerate(jobs)]
         shape = Completions(served, values, prompts, choices)
-        answers = Answers(served.scheduler, jobs, deadline, values.stream)
-        if values.stream:
-            return EventStream(answers, choices, shape)
-        return await collect(request, answers, choices, shape)
+        return await respond(request, Answers(served.scheduler, jobs, deadline, values.stream), choices, shape)
 
     add_chat(app, library, limits)
     add_responses(app, library, limits)

@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from mambino.plain import json_text, parse_json
-from mambino.serve.library import NoModel
+from mambino.serve.told import NoModel
 from mambino.serve.work import Full
 
 TYPES = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error'}     # others by their hundreds

@@ -24,6 +24,7 @@ from mambino import files
 from mambino.machine import autocast, available_memory, choose_device, choose_dtype
 from mambino.serve.observed import Observed
 from mambino.serve.scheduler import Scheduler
+from mambino.serve.tickets import settle
 from mambino.serve.told import NoModel, told
 from mambino.serve.turns import Turns
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
@@ -165,7 +166,7 @@ class Library:
     def refused_lately(self, run):
         """Why this very file could not be loaded a moment ago, a NoModel; None if it can be tried."""
         stamp, error, when = self.refused.get(run['id'], (None, None, 0))
-        if error and (stamp == run['stamp'] or run['id'] in self.loaded) and time.monotonic() - when < AGAIN:
+        if error and (stamp == run.get('stamp') or run['id'] in self.loaded) and time.monotonic() - when < AGAIN:
             return error
         return None
 
@@ -183,7 +184,7 @@ class Library:
         except NoModel as error:
             self.take_back(run, future, error)
             return
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             message = f'{name}: cannot be loaded: {type(error).__name__}: {error}'
             self.take_back(run, future, NoModel(message, 503))
@@ -210,9 +211,9 @@ class Library:
         with self.lock:
             self.loading.pop(name, None)
             was_said = self.refused.get(name, (None, None))[1]
-            self.refused[name] = run['stamp'], error, time.monotonic()
+            self.refused[name] = run.get('stamp'), error, time.monotonic()
             goes_on = name in self.loaded
-        settle(future, error)
+        settle(future, error=error)
         if goes_on and not was_said:
             self.says(f'note: {error}; until there is a sound one, the model of before goes on answering')
 
@@ -244,9 +245,9 @@ class Library:
             raise NoModel(message, 503) from None
         is_auto = self.dtype == 'auto' and not self.quantize
         precision = autocast(where, choose_dtype('auto', where)) if is_auto else None
-        scheduler = make_scheduler(net, tok, self.room, context, run['out_dir'], mark, self.turns)
+        scheduler = Scheduler(net, tok, self.room, context, run['out_dir'], mark, self.turns)
         scheduler = Observed(scheduler, self.metrics)
-        return Served(run['id'], run['out_dir'], run['created'], run['stamp'], net, tok, mark, scheduler, context,
+        return Served(run['id'], run['out_dir'], run['created'], run.get('stamp'), net, tok, mark, scheduler, context,
                       precision, bytes_of(net.state_dict()), about)
 
     # --- leaving ----------------------------------------------------------------------------------
@@ -302,27 +303,12 @@ class Library:
             waiting = list(self.loading.values())
             models = [*self.loaded.values(), *self.leaving]
         for future in waiting:
-            settle(future, NoModel('the server is ending', 503))
+            settle(future, error=NoModel('the server is ending', 503))
         enders = [threading.Thread(target=served.scheduler.close, daemon=True) for served in models]
         for ender in enders:
             ender.start()
         for ender in enders:
             ender.join()
-
-
-def settle(future, result):
-    """Gives those who wait for it a result or an exception, unless they have one."""
-    try:
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-    except Exception:           # InvalidStateError: the server is ending
-        pass
-
-
-def make_scheduler(net, tok, room, context, out_dir, mark, turns):
-    return Scheduler(net, tok, room, context, out_dir, mark, turns)
 
 
 # --- files ----------------------------------------------------------------------------------------

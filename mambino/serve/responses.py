@@ -15,7 +15,7 @@ from mambino.serve.answers import Answers, Choice, usage_of
 from mambino.serve.chat_api import chat_jobs, messages_of
 from mambino.serve.errors import body_of, error_of
 from mambino.serve.parameters import FILTERS, RESPONSE, read
-from mambino.serve.sending import ENCODE, EventStream, Shape, collect, opened
+from mambino.serve.sending import ENCODE, Shape, opened, respond
 
 # of what this API has no parameter for
 NOTHING = dict({parameter.name: parameter.default for parameter in FILTERS}, logprobs=False, top_logprobs=0)
@@ -36,10 +36,7 @@ def add_responses(app, library, limits):
             lambda served: chat_jobs(served, values, messages, values.max_output_tokens, limits, 'input'))
         choices = [Choice(served.tok, jobs[0], strips=question.is_base)]
         shape = OneResponse(served, values, question.prompt, choices)
-        answers = Answers(served.scheduler, jobs, deadline, values.stream)
-        if values.stream:
-            return EventStream(answers, choices, shape)
-        return await collect(request, answers, choices, shape)
+        return await respond(request, Answers(served.scheduler, jobs, deadline, values.stream), choices, shape)
 
 
 class OneResponse(Shape):

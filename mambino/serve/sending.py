@@ -1,7 +1,10 @@
 """Answers on their way over the wire: whole, or as a stream of server-sent events.
 
-    body = await collect(request, answers, choices, shape)          # shape.whole(): a dict, when all is there
-    return EventStream(answers, choices, shape)                     # events as they come
+    served, jobs = await opened(library, values.model, make)
+    return await respond(request, answers, choices, shape)
+
+    answers.streams? ──► yes: EventStream, events as they come
+                     ──► no: collect, shape.whole() when all is there
 
 A shape says what a request's answers look like in one of OpenAI's APIs. A stream begins at once and says
 `: ping` in long silences, so that nobody in between takes the connection for dead; what goes wrong then
@@ -59,6 +62,13 @@ async def opened(library, name, make):
     be encoded."""
     served = await library.fetch(name)
     return served, await run_in_threadpool(make, served)
+
+
+async def respond(request, answers, choices, shape):
+    """The Response with answers, as they come or when all are there."""
+    if answers.streams:
+        return EventStream(answers, choices, shape)
+    return await collect(request, answers, choices, shape)
 
 
 async def collect(request, answers, choices, shape):

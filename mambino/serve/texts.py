@@ -12,7 +12,6 @@ the last bit.
 import asyncio
 import functools
 import math
-import threading
 from contextlib import nullcontext
 
 from fastapi import Request
@@ -137,25 +136,22 @@ def template_of(tok):
 async def in_model(request, served, pieces, seconds):
     """What the generator pieces() returns, which the model's thread goes through between the steps of
     others. It is given up where the client leaves, or after so many seconds."""
-    is_given_up = threading.Event()
-
     def work():
         generator = pieces()
-        while not is_given_up.is_set():
+        while True:
             with told(500):
                 try:
                     next(generator)
                 except StopIteration as end:
                     return end.value
             yield
-        return None
 
     future = asyncio.wrap_future(served.scheduler.call(work))
     left = asyncio.ensure_future(leaving(request))
     try:
         done, _ = await asyncio.wait({future, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        is_given_up.set()
+        future.cancel()             # if it is not done: in the model's thread it ends between two layers
         left.cancel()
     if future in done:
         return future.result()
