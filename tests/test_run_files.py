@@ -7,6 +7,7 @@ import pytest
 from helpers.pace import seconds_of
 
 from mambino.serve import curves, datasets, launch, recipes, runs
+from mambino.train.report import read_samples
 
 START = '$ python train.py --out_dir=out-a\n'
 STATUS = 'step     {step}/100 | loss 4.0 | lr 1e-3 | norm 1.0 | 9,000 tok/s | MFU 1% | epoch 0.01 | left 0:01:21\n'
@@ -183,7 +184,7 @@ def test_samples(out):
             + '--- sample at step 5\n<img src=x>\n---\nnot its end\nerror: of the text\n---\nstep 5: val loss 4.0\n'
             + '--- sample at step 9\nunfinished')
     write('out-a/train.log', text)
-    assert runs.samples(out) == [(5, '<img src=x>\n---\nnot its end\nerror: of the text'), (0, '\nabc')]
+    assert read_samples(out) == [(5, '<img src=x>\n---\nnot its end\nerror: of the text'), (0, '\nabc')]
     assert 'of the text' not in runs.last_words(launch.training(out))       # it is no error of the run
 
 

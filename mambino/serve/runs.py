@@ -24,9 +24,9 @@ import torch
 from mambino import files
 from mambino.plain import parse_json, table, whole
 from mambino.serve import launch
+from mambino.train.report import SAMPLE
 
 TAIL = 64 << 10         # bytes of a log that are looked at for its end
-SAMPLES = 1 << 20       # … and for samples
 AT_ONCE = 500           # lines that are read together
 LARGEST = 1e300         # of a number that can be drawn
 
@@ -159,20 +159,16 @@ def as_csv(out_dir):
 
 # --- what it says ---------------------------------------------------------------------------------
 
-SAMPLE = re.compile(r'^--- sample at step (\d+)\n(.*?)\n---(?=\n(?:step|done|stopped|stopping|---|note|warning|error|'
-                    r'out of memory|\$) ?|\n?\Z)', re.DOTALL | re.MULTILINE)
-
-
-def end_of(path, size=TAIL):
+def end_of(path):
     """The end of a text file, whole lines; '' if it is not there."""
     try:
         with open(path, 'rb') as f:
             length = f.seek(0, os.SEEK_END)
-            f.seek(max(0, length - size))
-            text = f.read(size).decode(errors='replace')
+            f.seek(max(0, length - TAIL))
+            text = f.read(TAIL).decode(errors='replace')
     except OSError:
         return ''
-    if length > size:
+    if length > TAIL:
         text = text.partition('\n')[2]
     return text
 
@@ -212,13 +208,6 @@ class Lines:
 def last_shown(line):
     """What a terminal would show of a line that was written over itself."""
     return line.rstrip('\r').rpartition('\r')[2]
-
-
-def samples(out_dir, most=20):
-    """[(step, text), …] of the texts that a run has written while it trained, the last first."""
-    text = end_of(launch.training(out_dir).log, SAMPLES)
-    found = {int(step): sample for step, sample in SAMPLE.findall(text)}
-    return sorted(found.items(), reverse=True)[:most]
 
 
 STATUS = re.compile(r'^step +(\d+)/(\d+) \|.*', re.MULTILINE)

@@ -39,17 +39,8 @@ def add_sessions(app, library):
         return await run_in_threadpool(copy, library.find(body.get('model') or ''), name, to)
 
     @app.delete('/sessions/{name}')
-    def delete(name: str, model: str = ''):
-        run = library.find(model)
-        path = existing(run, name)
-        if name in busy_in(library, run):
-            raise Refused(f'session {name!r}: an answer goes on with it; wait for its end', 409, param='session')
-        try:
-            os.remove(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise Refused(f'session {name!r} cannot be deleted: {error.strerror}') from None
+    def remove(name: str, model: str = ''):
+        delete(library, library.find(model), name)
         return dict(name=name, deleted=True)
 
 
@@ -87,6 +78,19 @@ def described(name, path):
     except Exception:           # damaged: it is listed all the same, so that it can be deleted
         tokens = None
     return dict(name=name, tokens=tokens, bytes=status.st_size, written=int(status.st_mtime))
+
+
+def delete(library, run, name):
+    """Deletes a session, unless an answer goes on with it."""
+    path = existing(run, name)
+    if name in busy_in(library, run):
+        raise Refused(f'session {name!r}: an answer goes on with it; wait for its end', 409, param='session')
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise Refused(f'session {name!r} cannot be deleted: {error.strerror}') from None
 
 
 def copy(run, name, to):

@@ -23,8 +23,10 @@ POINTS = 600                    # of a curve
 WIDE, NARROW, HEIGHT = 800, 560, 340            # pixels of a chart's picture: of the loss, and of the others
 SAMPLES = 20                    # of the text that it wrote, the last ones
 LONGEST = 1e12                  # seconds that a log may tell of
-LARGEST_LOG = 1 << 22           # bytes of the end of train.log in which they are looked for
-SAMPLE = re.compile(r'^--- sample at step (\d+)\n(.*?)\n---$', re.DOTALL | re.MULTILINE)
+LARGEST_LOG = 1 << 20           # bytes of the end of train.log in which they are looked for
+# a line --- may stand in the text, too; its end is the one behind which train.py says something of its own
+SAMPLE = re.compile(r'^--- sample at step (\d+)\n(.*?)\n---(?=\n(?:step|done|stopped|stopping|---|note|warning|error|'
+                    r'out of memory|\$) ?|\n?\Z)', re.DOTALL | re.MULTILINE)
 
 
 class Chart(NamedTuple):
@@ -148,14 +150,15 @@ def points_of(lines):
 
 
 def read_samples(out_dir):
-    """[(step, text), …] of the samples in train.log, the last one first."""
+    """[(step, text), …] of the samples in train.log, the last one first; of a step that stands twice the last."""
     try:
         with open(os.path.join(out_dir, 'train.log'), 'rb') as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - LARGEST_LOG))
             text = f.read().decode('utf-8', 'replace').replace('\r\n', '\n')
     except OSError:
         return []
-    return SAMPLE.findall(text)[:-SAMPLES - 1:-1]
+    samples = {int(step): sample for step, sample in SAMPLE.findall(text)}
+    return sorted(samples.items(), reverse=True)[:SAMPLES]
 
 
 def curves_of(chart, points):
@@ -186,7 +189,7 @@ def body_of(title, lines, points, ckpt, samples, defaults):
     if samples:
         yield '<h2>What it wrote</h2>\n'
     for step, text in samples:
-        yield f'<details open><summary>step {int(step):,}</summary><pre>{standalone.escaped(text)}</pre></details>\n'
+        yield f'<details open><summary>step {step:,}</summary><pre>{standalone.escaped(text)}</pre></details>\n'
     if ckpt:
         yield from settings_table(ckpt['settings'], defaults)
 

@@ -33,11 +33,6 @@ def fork(run, name):
     return copy
 
 
-def delete(run, name):
-    """Deletes a session."""
-    os.remove(session_api.existing(run, name))
-
-
 def show_sessions(library, model, session):
     """A list with what can be done with each → a function that shows it anew."""
     trouble = look.trouble(test_id='session-trouble')
@@ -52,6 +47,9 @@ def show_sessions(library, model, session):
         except (NoModel, Refused, OSError) as error:
             trouble.set_text(str(error))
         refresh()
+
+    def delete(run, name):
+        session_api.delete(library, run, name)
 
     def confirm(name):
         with ui.dialog() as dialog, ui.element('div').classes('sheet'):

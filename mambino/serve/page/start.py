@@ -1,40 +1,25 @@
 """The first panel: what to do, in three steps, and how far one is."""
-import json
-import os
-
 from nicegui import ui
 
+from mambino.serve import datasets
 from mambino.serve.page import look
 
 
-def datasets(folder):
-    """Names of the datasets in data/, the one prepared last first."""
-    root = os.path.join(folder, 'data')
-    metas = [os.path.join(root, name, 'meta.json') for name in (os.listdir(root) if os.path.isdir(root) else [])]
-    metas = sorted(filter(os.path.isfile, metas), key=os.path.getmtime, reverse=True)
-    return [os.path.basename(os.path.dirname(meta)) for meta in metas]
-
-
-def tokens_of(folder, name):
-    """How many tokens a dataset has to learn from; None where its description cannot be read."""
-    try:
-        with open(os.path.join(folder, 'data', name, 'meta.json'), encoding='utf-8') as f:
-            return json.load(f)['splits']['train']['tokens']
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def state_of_data(library):
-    names = datasets(library.folder)
+def state_of_data():
+    """(whether there is a dataset, a sentence about it)."""
+    names = datasets.names()
     if not names:
         return False, 'Nothing is prepared yet. Any folder will do: text, PDF, office files, tables, code.'
-    tokens = tokens_of(library.folder, names[0])
-    size = f', {tokens:,} tokens' if tokens is not None else ''
+    try:
+        size = f', {datasets.meta_of(names[0])["splits"]["train"]["tokens"]:,} tokens'
+    except datasets.NoDataset:
+        size = ''
     more = f'; {len(names) - 1} more' if len(names) > 1 else ''
     return True, f'{names[0]}{size}{more}'
 
 
 def state_of_models(library):
+    """The same of a model."""
     names = [run['id'] for run in library.names()]
     if not names:
         return False, 'No model yet. A small one learns in minutes, on this machine.'
@@ -46,7 +31,7 @@ def show(library):
     """Fills the panel."""
     look.title('A small language model from your own files',
                'Three steps. Everything stays on this machine.')
-    has_data, data = state_of_data(library)
+    has_data, data = state_of_data()
     has_model, models = state_of_models(library)
     talk = 'Ready: let it write, or ask it something.' if has_model else 'As soon as there is a model.'
     steps = (

@@ -15,6 +15,7 @@ from mambino.serve.page import look
 from mambino.serve.page.away import away
 from mambino.serve.page.charts import Chart, Curve
 from mambino.serve.page.words import ICONS, NOTHING, bytes_in_words, count_in_words, loss_in_words
+from mambino.train.report import read_samples
 
 SECONDS = 1.0           # from look to look
 LOG_LINES = 300         # of the log that stay on the page
@@ -40,7 +41,7 @@ class View:
         self.standing = runs.standing(out_dir)
         self.progress = runs.progress_of(out_dir)
         self.is_other_log, self.lines = lines.new()
-        self.samples = runs.samples(out_dir) if self.lines or samples is None else samples
+        self.samples = read_samples(out_dir) if self.lines or samples is None else samples
         self.figures = dict(
             loss=loss_in_words(log.last('loss')), best=loss_in_words(log.best()),
             speed=count_in_words(log.last('tokens_per_s')), memory=bytes_in_words(log.last('memory')),
