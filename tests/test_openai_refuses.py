@@ -32,6 +32,8 @@ WRONG = [
     (C, dict(prompt='e', logprobs=-1), 'logprobs', 'from 0'),
     (C, dict(prompt='e', logprobs=True), 'logprobs', 'whole number'),
     (C, dict(prompt='e', logprobs=1, heal=True), 'heal', 'logprobs'),
+    (C, dict(prompt=[[1] * 2000] * 80, logprobs=100, echo=True, stream=False), 'logprobs', '161,280 tokens'),
+    (C, dict(prompt='e', n=80, logprobs=100, max_tokens=10**6, stream=False), 'logprobs', '327,680 tokens'),
     (C, dict(prompt='e', logit_bias={'x': 1}), 'logit_bias', "'x'"),
     (C, dict(prompt='e', logit_bias={'1': 101}), 'logit_bias.1', 'from -100'),
     (C, dict(prompt='e', logit_bias={'5000': 1}), 'logit_bias', '5000'),

@@ -19,6 +19,7 @@ pytest.importorskip('fastapi')
 pytest.importorskip('uvicorn')
 
 from helpers.runs import POSIX, ROOT, cut
+from helpers.served import wait_until
 
 PATIENCE = 60           # seconds until something that must come is given up
 
@@ -246,11 +247,14 @@ def connected(monkeypatch):
     """connected(bytes) → what a server sends back until it closes the connection."""
     from mambino.serve import listening
     monkeypatch.setattr(listening, 'HEAD_SECONDS', 0.3)
+    monkeypatch.setattr(listening, 'WRITE_SECONDS', 0.3)
 
     async def app(scope, receive, send):
         if scope['type'] == 'http':
-            await send({'type': 'http.response.start', 'status': 200, 'headers': [(b'content-length', b'2')]})
-            await send({'type': 'http.response.body', 'body': b'ok'})
+            body = b'much' * (4 << 20) if scope['path'] == '/much' else b'ok'
+            length = str(len(body)).encode()
+            await send({'type': 'http.response.start', 'status': 200, 'headers': [(b'content-length', length)]})
+            await send({'type': 'http.response.body', 'body': body})
 
     door = listening.open_door('127.0.0.1', 0)
     address = door.getsockname()
@@ -269,6 +273,8 @@ def connected(monkeypatch):
                     wire.sendall(more)
                     more = b''
             return answer
+    connected.address = address
+    connected.server = server
     yield connected
     server.should_exit = True
     thread.join(PATIENCE)
@@ -292,3 +298,20 @@ def test_what_is_no_http_is_a_400_in_the_shape_of_errors(connected, data):
     head, _, body = connected(data).partition(b'\r\n\r\n')
     assert head.startswith(b'HTTP/1.1 400')
     assert json.loads(body)['error']['type'] == 'invalid_request_error'
+
+
+def test_who_takes_nothing_is_not_waited_for(connected):
+    with socket.create_connection(connected.address, timeout=PATIENCE) as wire:
+        wire.sendall(b'GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        wait_until(lambda: connected.server.server_state.connections)
+        wait_until(lambda: not connected.server.server_state.connections)
+
+
+def test_who_takes_it_slowly_gets_it_all(connected):
+    size = 0
+    with socket.create_connection(connected.address, timeout=PATIENCE) as wire:
+        wire.sendall(b'GET /much HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+        while part := wire.recv(1 << 20):
+            size += len(part)
+            time.sleep(0.05)
+    assert size > 16 << 20

@@ -22,7 +22,7 @@ from mambino.serve.jobs import check_length, check_rows, ids_prompt, jobs_of, te
 from mambino.serve.logprobs import as_completion, names_of
 from mambino.serve.parameters import COMPLETION, read
 from mambino.serve.responses import add_responses
-from mambino.serve.sending import DONE, Shape, event_of, opened, respond
+from mambino.serve.sending import DONE, LONG, Shape, event_of, opened, respond
 
 
 def add_completions(app, library, limits):
@@ -122,7 +122,8 @@ class Completions(Shape):
     def news(self, choice, index):
         if not (choice.pieces or choice.entries or choice.reason):
             return b''
-        return event_of(self.chunk([self.told(choice, index)]))
+        is_long = len(choice.entries) > LONG
+        return event_of(self.chunk([self.told(choice, index)]), is_long)
 
     def chunk(self, choices, usage=None):
         body = dict(self.head, choices=choices)

@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from mambino.plain import json_text, parse_json
+from mambino.serve.bodies import json_bytes
 from mambino.serve.told import NoModel
 from mambino.serve.work import Full
 
@@ -47,14 +48,6 @@ def error_of(message, status, param=None, code=None):
         message = message[:LONGEST] + '…'
     default = 'server_error' if status >= 500 else 'invalid_request_error'
     return {'error': dict(message=message, type=TYPES.get(status, default), param=param, code=code)}
-
-
-def json_bytes(value):
-    """JSON that any client reads: what is no character stands there as an escape."""
-    try:
-        return json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(',', ':')).encode('utf-8')
 
 
 def refusal(message, status, param=None, code=None, headers=None):

@@ -14,6 +14,9 @@ from mambino.sample.text import healed, prompt_ids, without_mark
 from mambino.serve.errors import Refused
 from mambino.serve.work import Job
 
+PLACE = 4               # likeliest tokens take as much memory as what else is told of a token
+MOST_LISTED = 8_000_000     # of both in the answers of a request: a GB or two
+
 
 class Prompt(NamedTuple):
     """What an answer goes on with."""
@@ -63,9 +66,25 @@ def check_rows(total, scheduler):
                       'at once: send fewer, or start it with a larger --queue', param='n')
 
 
+def check_listed(values, prompts, count, more):
+    """Refused if the logprobs of a request took more memory than one may have. more: of jobs_of."""
+    asked = getattr(values, 'logprobs', None)
+    if asked is None or asked is False:
+        return
+    places = 0 if values.stream else count * len(prompts) * more['max_tokens']
+    if more.get('prompt_logprobs', -1) >= 0:
+        places += count * sum(len(prompt.ids) for prompt in prompts)
+    most = MOST_LISTED // (PLACE + more['logprobs'])
+    if places > most:
+        raise Refused(f'the request asks for the logprobs of up to {places:,} tokens, each with the {more["logprobs"]} '
+                      f'likeliest; at most {most:,} can be told at once: send fewer prompts, or ask for less',
+                      param='logprobs')
+
+
 def jobs_of(served, values, prompts, count, **more):
     """The Jobs of prompts, `count` for each. values: what parameters.read returned; more: fields of all
     jobs besides."""
+    check_listed(values, prompts, count, more)
     tok = served.tok
     seed = values.seed
     if seed is None and not more.get('session'):        # a session's generator goes on

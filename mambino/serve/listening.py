@@ -25,6 +25,8 @@ from mambino import console
 from mambino.configurator import fail, shown
 
 HEAD_SECONDS = 15           # in which a request's head must be there
+WRITE_SECONDS = 60          # in which a client must take at least so much of what waits for it:
+LEAST_TAKEN = 4096          # bytes
 KEEP_ALIVE = 60             # seconds that a connection may be idle between requests
 GRACE = 1                   # seconds, twice: until all answers have ended, until all have been sent
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
@@ -32,10 +34,11 @@ WAITING = 1024              # connections that the system keeps until they are t
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which does not wait for the rest of a head for ever, and says what is no HTTP in the shape
-    of all errors."""
+    """uvicorn's, which waits for ever neither for the rest of a head nor for a client that does not take what
+    is sent to it, and says what is no HTTP in the shape of all errors."""
 
     timer = None
+    write_timer = None
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -50,7 +53,31 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, error):
         self.end_timer()
+        self.end_write_timer()
         super().connection_lost(error)
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.end_write_timer()
+        self.watch_writing()
+
+    def resume_writing(self):
+        self.end_write_timer()
+        super().resume_writing()
+
+    def watch_writing(self, before=None):
+        """Ends a connection that stands still. before: bytes that waited to be taken the last time."""
+        left = self.transport.get_write_buffer_size()
+        if before is not None and before - left < LEAST_TAKEN:
+            self.write_timer = None
+            self.transport.abort()
+        else:
+            self.write_timer = self.loop.call_later(WRITE_SECONDS, self.watch_writing, left)
+
+    def end_write_timer(self):
+        if self.write_timer:
+            self.write_timer.cancel()
+        self.write_timer = None
 
     def is_answering(self):
         return self.cycle is not None and not self.cycle.response_complete

@@ -10,17 +10,18 @@ A shape says what a request's answers look like in one of OpenAI's APIs. A strea
 `: ping` in long silences, so that nobody in between takes the connection for dead; what goes wrong then
 is an event, too.
 """
-import json
-
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 
 from mambino.serve.answers import LATE, NO_RETRY, Gone
-from mambino.serve.errors import Refused, error_of, json_bytes
+from mambino.serve.bodies import ENCODE, json_bytes
+from mambino.serve.errors import Refused, error_of
+from mambino.serve.work import Read
 
 HEADERS = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}      # nginx would keep events until it has many
 PING = b': ping\n\n'
 DONE = b'data: [DONE]\n\n'
+LONG = 64               # tokens with logprobs that the event loop does not deal with itself
 
 
 class Shape:
@@ -49,12 +50,10 @@ class Shape:
         return event_of(error_of(error.message, error.status, error.param, error.code)) + DONE
 
 
-ENCODE = json.JSONEncoder(separators=(',', ':')).encode     # made once: half of what a token costs here
-
-
-def event_of(value):
-    """A server-sent event with JSON in it."""
-    return f'data: {ENCODE(value)}\n\n'.encode()
+def event_of(value, is_long=False):
+    """A server-sent event with JSON in it. is_long: see bodies.py; it takes longer, if it is not."""
+    body = json_bytes(value, ENCODE) if is_long else ENCODE(value).encode()
+    return b'data: ' + body + b'\n\n'
 
 
 async def opened(library, name, make):
@@ -76,13 +75,28 @@ async def collect(request, answers, choices, shape):
     try:
         async with answers.listening(request.receive):
             while (events := await answers.events()) is not None:
-                for index, event in events:
-                    choices[index].take(event)
+                await beside(events, take, choices, events)
             check_begun(answers, choices)
     except Gone:
         return Response(status_code=499)
     body = await run_in_threadpool(lambda: json_bytes(shape.whole()))      # logprobs of long prompts take a while
     return Response(body, media_type='application/json')
+
+
+async def beside(events, function, *arguments):
+    """function(*arguments), in a thread if events have the logprobs of a long prompt."""
+    if any(type(event) is Read and len(event.logprobs) > LONG for _, event in events):
+        return await run_in_threadpool(function, *arguments)
+    return function(*arguments)
+
+
+def take(choices, events):
+    """Each choice takes its events → {index: the choice} of those that had one."""
+    touched = {}
+    for index, event in events:
+        choices[index].take(event)
+        touched[index] = choices[index]
+    return touched
 
 
 def check_begun(answers, choices):
@@ -110,7 +124,7 @@ class EventStream(StreamingResponse):
             async with self.answers.listening(receive):
                 await write(self.shape.begin())
                 while (events := await self.answers.events()) is not None:
-                    body = self.told(events) if events else PING
+                    body = await beside(events, self.told, events) if events else PING
                     if body:
                         await write(body)
                 check_begun(self.answers, self.choices)
@@ -122,8 +136,5 @@ class EventStream(StreamingResponse):
 
     def told(self, events):
         """Bytes that say what is new: of each answer at once all that has come."""
-        touched = {}
-        for index, event in events:
-            self.choices[index].take(event)
-            touched[index] = self.choices[index]
+        touched = take(self.choices, events)
         return b''.join([self.shape.news(choice, index) for index, choice in touched.items()])

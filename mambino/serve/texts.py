@@ -23,7 +23,8 @@ from mambino import chat
 from mambino.plain import whole
 from mambino.sample.generation import window_losses
 from mambino.sample.score import ROWS, token_scores, total_nats, windows_of
-from mambino.serve.errors import Refused, body_of, json_bytes
+from mambino.serve.bodies import json_bytes
+from mambino.serve.errors import Refused, body_of
 from mambino.serve.told import told
 
 MOST_TOP = 100              # likeliest tokens in the place of each
@@ -40,7 +41,7 @@ def add_texts(app, library, limits):
         adds = body.get('add_special_tokens', True)
         tok, name, block_size = await tokenizer_named(body.get('model'))
         ids = await run_in_threadpool(ids_of, tok, text, bool(adds))
-        return answer(dict(tokens=ids, count=len(ids), max_model_len=block_size, model=name))
+        return await answer(dict(tokens=ids, count=len(ids), max_model_len=block_size, model=name))
 
     @app.post('/detokenize')
     async def detokenize(request: Request):
@@ -48,12 +49,12 @@ def add_texts(app, library, limits):
         ids = body.get('tokens')
         tok, name, _ = await tokenizer_named(body.get('model'))
         text = await run_in_threadpool(text_of, tok, ids)
-        return answer(dict(prompt=text, content=text, model=name))
+        return await answer(dict(prompt=text, content=text, model=name))
 
     @app.get('/tokenizer_info')
     async def tokenizer_info(model: str = ''):
         tok, name, block_size = await tokenizer_named(model)
-        return answer(dict(
+        return await answer(dict(
             dict.fromkeys(('bos_token', 'pad_token')),
             **{key: value for key, value in chat.names_of(tok).items() if isinstance(value, str)},
             tokenizer_class=tok.kind,
@@ -90,8 +91,8 @@ def add_texts(app, library, limits):
         return served.tok, served.id, served.net.config.block_size
 
 
-def answer(value):
-    return Response(json_bytes(value), media_type='application/json')
+async def answer(value):
+    return Response(await run_in_threadpool(json_bytes, value), media_type='application/json')
 
 
 def text_in(body, *names):
