@@ -91,6 +91,16 @@ def test_the_latest_comes_first_and_answers(opened, folder):
     assert library.get('bpe').id == 'bpe'
 
 
+def test_a_copy_is_not_the_one_that_answers(opened, folder):
+    """As export.py writes them, rounded: it is newer than the run that it was made of."""
+    (folder / 'char' / 'metrics.jsonl').touch()
+    (folder / 'bpe' / 'metrics.jsonl').unlink()
+    os.utime(folder / 'bpe' / 'best.pt')
+    library = opened()
+    assert ids_of(library) == ['char', 'bpe'] and library.default() == 'char' and library.get().id == 'char'
+    assert ids_of(opened(folder / 'bpe')) == ['bpe', 'char']        # unless it was asked for
+
+
 def test_out_dir_answers_wherever_it_is(opened, folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp('elsewhere') / 'far'
     shutil.copytree(folder / 'char', elsewhere)

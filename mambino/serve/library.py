@@ -83,8 +83,9 @@ class Library:
     # --- which there are --------------------------------------------------------------------------
 
     def names(self):
-        """Of each run its id, its folder and when it was written, the latest first; of models that
-        are loaded, too, whose folder is not there any more."""
+        """Of each run its id, its folder and when it was written: out_dir's, then those trained here, then
+        copies of them, as export.py writes them; the latest first. Also of models that are loaded, whose
+        folder is not there any more."""
         runs = {}
         home = os.path.realpath(self.folder)
         for name in listed(self.folder):
@@ -101,7 +102,9 @@ class Library:
         with self.lock:
             for served in self.loaded.values():
                 runs.setdefault(served.id, dict(id=served.id, created=served.created, out_dir=served.out_dir))
-        return sorted(runs.values(), key=lambda run: (-run['created'], run['id']))
+        return sorted(runs.values(), key=lambda run: (
+            run['id'] != own, not os.path.exists(os.path.join(run['out_dir'], 'metrics.jsonl')), -run['created'],
+            run['id']))
 
     def own_id(self):
         """The id of out_dir's model; '' if none was named."""
