@@ -74,9 +74,16 @@ def test_names_become_folders_of_runs_and_datasets(here):
 
 
 def test_a_path_is_never_a_flag(here):
-    assert launch.input_path('--out=/etc') == str(here / '--out=/etc')
+    (here / 'books' / 'old').mkdir(parents=True)
+    for name in ('--out=etc', 'books/old/a.pdf', 'my [1].txt'):
+        (here / name).touch()
+        assert launch.input_path(name) == str(here / name)
     assert launch.input_path('hf:owner/name') == 'hf:owner/name'
     assert launch.input_path('books/**/*.pdf') == str(here / 'books/**/*.pdf')
+    assert launch.input_path(f' "{here}/books" ') == str(here / 'books')      # as file managers copy it
+    for name in ('bok', 'books/**/*.txt', f'{here}/books/b.pdf'):
+        with pytest.raises(launch.Refused, match='no such file or folder'):
+            launch.input_path(name)
     with pytest.raises(launch.Refused):
         launch.input_path(' ')
 

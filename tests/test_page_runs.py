@@ -121,6 +121,10 @@ def test_a_run_of_thirty_steps(page, server, folder):
     wait_for(lambda: points_of(page, 'chart-lr') == 30)
     expect(page.get_by_test_id('sample')).not_to_be_empty()
     assert (folder / 'out-thirty' / 'train.log').read_text().count('$ python train.py') == 1
+    expect(page.get_by_test_id('start-trouble')).to_be_hidden()
+    page.get_by_test_id('more-steps').fill('20')
+    page.get_by_test_id('resume').click()
+    expect(page.get_by_test_id('run-trouble')).to_contain_text('a whole number above 30')
 
 
 def test_a_run_outlives_its_server(page, watched, server, folder):
@@ -173,7 +177,17 @@ def test_a_folder_is_prepared(page, server, folder):
     os.makedirs(folder / 'books <b>')
     for i in range(30):
         (folder / 'books <b>' / f'{HOSTILE[:12]}{i}.txt').write_text(f'{HOSTILE} chapter {i} ' + 'of a book, ' * 40)
+    os.makedirs(folder / 'pictures')
+    (folder / 'pictures' / 'a.jpg').write_bytes(b'\xff\xd8\xff')
     page.goto(server.at('/data'))
+    page.get_by_test_id('path-typed').fill('pictures')
+    page.get_by_test_id('path-add').click()
+    page.get_by_test_id('dry-run').click()
+    expect(page.get_by_test_id('prepare-trouble')).to_contain_text('nothing in it to learn from')
+    page.get_by_role('button', name='Leave out').click()
+    page.get_by_test_id('path-typed').fill('pixtures')
+    page.get_by_test_id('path-add').click()
+    expect(page.get_by_test_id('path-trouble')).to_contain_text('no such file or folder')
     page.get_by_test_id('path-browse').click()
     page.get_by_role('button', name='Take books <b>', exact=True).click()
     page.get_by_test_id('browse-done').click()
@@ -186,12 +200,17 @@ def test_a_folder_is_prepared(page, server, folder):
     expect(page.get_by_test_id('dry-run-text')).to_contain_text('nothing was read or written')
     expect(page.get_by_test_id('dry-run-text')).to_contain_text('<img src=x o')
     assert not (folder / 'data' / 'books').exists()
+    expect(page.get_by_test_id('prepare-trouble')).to_be_hidden()
     page.get_by_test_id('prepare').click()
     expect(page.get_by_test_id('prepare-state')).to_have_text('The dataset is ready.')
     expect(page.get_by_test_id('datasets-table')).to_contain_text('books')
     choose(page, 'inside-which', 'books')
     expect(page.get_by_test_id('windows')).to_contain_text('of a book')
     wait_for(lambda: points_of(page, 'chart-lengths') > 0)
+    choose(page, 'tokenizer', 'that of books')
+    expect(page.get_by_test_id('prepare-command')).to_contain_text('--tokenizer=data/books --out')
+    page.get_by_test_id('train-on-it').click()
+    expect(page.get_by_test_id('command')).to_contain_text('--dataset=books')
     assert page.locator('img[src=x]').count() == 0 and 'broken' not in page.title()
 
 
@@ -276,7 +295,9 @@ def test_a_plan_that_does_not_fit_is_refused_in_words(page, server, folder):
     page.goto(server.at('/train') + '&recipe=tiny')
     fill(page, 'wide')
     page.get_by_test_id('n_embd').fill('1000000')
-    expect(page.get_by_test_id('plan-words')).to_contain_text('GB are free')
+    expect(page.get_by_test_id('plan-words')).to_contain_text('GB are free: lower Layers, Width')
+    page.get_by_test_id('n_embd').fill('many')
+    expect(page.get_by_test_id('form-trouble')).to_contain_text('Width=many: expected a whole number')
 
 
 def test_runs_are_compared_and_deleted(page, server, folder):

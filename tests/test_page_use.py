@@ -383,6 +383,8 @@ def test_where_there_is_nothing_yet(browser, tmp_path):
             assert page.get_by_test_id('empty').get_by_role('link').get_attribute('href') == '/train'
         page.goto(server.at('/server'))
         page.get_by_text('There is no model yet').wait_for()
+        page.goto(server.at('/runs'))
+        assert page.get_by_text('Train a model').get_attribute('href') == '/train'
         watched.check()
     finally:
         context.close()

@@ -14,6 +14,7 @@ started again sees the same. Names that come from the page make paths nowhere el
 folder, as out-…, and in data/. What cannot be done is Refused, with a sentence for the person.
 """
 import datetime
+import glob
 import json
 import os
 import re
@@ -85,13 +86,19 @@ def exporting(out_dir):
 
 
 def input_path(text):
-    """A path, a pattern or hf:name for prepare.py, as it stands on its command line: never a flag."""
+    """A path, a pattern or hf:name for prepare.py, as it stands on its command line: never a flag. Refused
+    where nothing is."""
     text = text.strip()
+    if len(text) > 2 and text[0] == text[-1] and text[0] in '"\'':     # as file managers copy a path
+        text = text[1:-1]
     if re.fullmatch(r'hf:[\w./:-]+', text):
         return text
     if not text or '\0' in text:
         raise Refused('a path is missing')
-    return os.path.abspath(os.path.expanduser(text))
+    path = os.path.abspath(os.path.expanduser(text))
+    if not os.path.exists(path) and not any(glob.iglob(path, recursive=True)):
+        raise Refused(f'{path}: there is no such file or folder on this machine')
+    return path
 
 
 def flags(settings):

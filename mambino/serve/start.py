@@ -61,7 +61,7 @@ def say_where(library, urls, key, rows, queue):
     own = library.default()
     lines = []
     if 'page' in urls:
-        lines.append(('page', urls['page']))
+        lines.append(('page', f'{urls["page"]}   (to be opened in a browser)'))
     lines.append(('API', f'{urls["API"]}   (base_url of OpenAI\'s clients)'))
     if 'others' in urls:
         lines.append(('others', f'reach it at {urls["others"]}'))

@@ -44,26 +44,28 @@ class Paths:
                     button = ui.button(icon='close', on_click=lambda path=path: self.remove(path))
                     button.props('flat dense round size=sm').props['aria-label'] = f'Leave out {path}'
 
-    def add(self, text):
+    async def add(self, text):
+        """Returns whether that can be."""
         try:
-            path = launch.input_path(text)
+            path = await away(launch.input_path, text)
         except launch.Refused as refusal:
             self.trouble.text = str(refusal)
-            return
+            return False
         self.trouble.text = ''
         if path not in self.chosen:
             self.chosen.append(path)
         self.show()
         self.changed()
+        return True
 
     def remove(self, path):
         self.chosen.remove(path)
         self.show()
         self.changed()
 
-    def on_add(self):
-        if self.typed.value:
-            self.add(self.typed.value)
+    async def on_add(self):
+        text = self.typed.value
+        if text and await self.add(text) and self.typed.value == text:
             self.typed.value = ''
 
     # --- the folders of the machine
@@ -117,11 +119,11 @@ class Paths:
             button = ui.button('Take', on_click=lambda: self.on_take(entry.path, button)).props('flat dense size=sm')
             button.props['aria-label'] = f'Take {entry.name}'
 
-    def on_take(self, path, button):
-        self.add(path)
+    async def on_take(self, path, button):
+        await self.add(path)
         button.set_text('Taken')
         button.set_enabled(False)
 
-    def on_this(self):
-        self.add(self.folder)
+    async def on_this(self):
+        await self.add(self.folder)
         self.dialog.close()

@@ -2,7 +2,9 @@
 on; and the datasets there are, with random places of their text and the lengths of their documents.
 """
 import os
+import re
 import secrets
+from urllib.parse import urlencode
 
 from nicegui import ui
 
@@ -47,7 +49,9 @@ class DataPanel:
             self.paths = Paths(self.on_paths)
             with ui.element('div').classes('fields wide'):
                 self.name = look.field(ui.input('Name of the dataset', value='stdlib'), 'dataset-name')
-                self.tokenizer = look.field(ui.select(TOKENIZERS, label='Tokens', value='bpe'), 'tokenizer')
+                self.tokenizer = look.field(ui.select(TOKENIZERS, label='Tokens', value='bpe'), 'tokenizer',
+                                            'The pieces that texts are cut into; for a model that is tuned further: '
+                                            'those of the dataset it was trained on')
                 self.vocab_size = look.field(ui.number('Vocabulary', value=4096, min=16, format='%.0f'), 'vocab_size',
                                              'Of a tokenizer that is trained here, at most')
                 self.val_fraction = look.field(ui.number('Share to evaluate', value=0.1, min=0, max=1, step=0.05),
@@ -83,6 +87,8 @@ class DataPanel:
             with ui.element('div').classes('banner').props('role=status') as self.banner:
                 self.icon = ui.icon('info').props('aria-hidden=true')
                 self.words = ui.label().props('data-testid=prepare-state')
+            with ui.element('div') as self.next:
+                self.train = look.Words('a', 'Train a model on it').classes('go next').props('data-testid=train-on-it')
             self.said = ui.label().classes('said wide mono').props('tabindex=0 data-testid=prepare-log')
         self.work.set_visibility(False)
         self.working = newest_work()
@@ -115,7 +121,7 @@ class DataPanel:
                   'text_column': self.text_column.value or '', 'document_separator': self.separator.value or ''}
         usual = {'tokenizer': 'bpe', 'vocab_size': 4096, 'val_fraction': 0.1}
         changed = {name: value for name, value in wanted.items() if value not in (None, usual.get(name, ''))}
-        if changed.get('tokenizer') in ('byte', 'gpt2'):
+        if self.tokenizer.value not in ('bpe', 'char'):
             changed.pop('vocab_size', None)
         if self.append.value:
             changed['append'] = 'true'
@@ -137,6 +143,8 @@ class DataPanel:
         try:
             script = (launch.script_path('prepare.py'),)
             _, text = await away(launch.answer_of, script, [*self.arguments(), '--dry_run=true'])
+            self.trouble.text = trouble_of(text)
+            text = text.removeprefix('dry_run = True\n').replace('without --dry_run', 'when they are prepared')
             cut = '' if len(text) <= LONGEST else f'[{len(text) - LONGEST:,} characters are not shown]\n'
             self.dry.text = cut + text[-LONGEST:].strip('\n')
         except launch.Refused as refusal:
@@ -184,6 +192,8 @@ class DataPanel:
             self.icon.props['name'] = ICONS.get(standing.state, 'info')
             self.words.set_text(standing.words)
             self.stop.set_visibility(standing.state == 'running')
+            self.next.set_visibility(standing.state == 'complete')
+            self.train.props['href'] = f'/train?{urlencode(dict(dataset=name))}'
             self.said.set_text(text)
 
     def list_datasets(self):
@@ -193,6 +203,8 @@ class DataPanel:
         if stamps == self.names:
             return
         self.names = stamps
+        # another model's own, for texts on which it is to be tuned
+        self.tokenizer.set_options(TOKENIZERS | {f'data/{name}': f'that of {name}' for name in names})
         rows = []
         for name in names:
             try:
@@ -236,6 +248,16 @@ class DataPanel:
                 ui.label(text).classes('said mono').props('tabindex=0')
         bars = [[f'{least:,}+', count] for least, count in lengths]
         self.lengths.draw([Curve('documents', '--accent', bars)], bars=True)
+
+
+def trouble_of(text):
+    """Why of what a dry run looked at nothing could be prepared; '' if something can."""
+    errors = [line.removeprefix('error: ') for line in text.split('\n') if line.startswith('error: ')]
+    if errors:
+        return errors[-1]
+    if re.search(r'^ +files +bytes\n(?:skipped|nothing) ', text, re.MULTILINE):
+        return 'There is nothing in it to learn from. What is read: text, code, PDF, office files, tables, mail.'
+    return ''
 
 
 def whole(value):

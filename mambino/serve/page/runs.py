@@ -46,7 +46,12 @@ class RunsPanel:
         with look.sheet(test_id='runs'):
             with ui.element('div').classes('scroll-x'):
                 self.table = look.mark(ui.element('table').classes('table runs-table'), 'runs-table')
-            self.none = look.note('Reading…')
+            self.reading = look.note('Reading…')
+            self.none = look.row()
+            with self.none:
+                ui.label('No run yet.').classes('muted')
+                ui.link('Train a model', '/train').classes('link')
+            self.none.set_visibility(False)
             self.trouble = look.trouble(test_id='runs-trouble')
         with look.sheet('Compared', 'compared') as self.compared:
             with look.row().classes('tight'):
@@ -86,7 +91,7 @@ class RunsPanel:
             self.is_looking = False
 
     def fill(self):
-        self.none.set_text('No run yet.')
+        self.reading.set_visibility(False)
         self.none.set_visibility(not self.rows)
         self.table.clear()
         self.chosen = [name for name in self.chosen if name in [row['name'] for row in self.rows]]

@@ -5,6 +5,7 @@ from nicegui import run, ui
 
 from mambino.machine import available_memory, memory_used
 from mambino.serve.page import look
+from mambino.serve.page.words import bytes_in_words
 
 EACH = 1.0              # seconds between two looks
 
@@ -27,7 +28,7 @@ def show(library, needs_key=False):
     """Fills the panel. needs_key: whether clients must know one."""
     look.title('Server', 'What OpenAI\'s clients need to talk to the models here.')
     address = str(ui.context.client.request.base_url) + 'v1'
-    model = library.default()
+    model = library.default() or 'out'
     with look.sheet('Address'):
         look.code(address, 'address')
         key = ('Clients send the key that the server was started with.' if needs_key else
@@ -85,11 +86,7 @@ def activity(library):
         'rows in use': str(sum(found['rows_used'] for found in stats.values())),
         'waiting': str(sum(found['queue'] for found in stats.values())),
         'tokens/s': f'{sum(found.get("tokens_per_second", 0) for found in stats.values()):,.0f}',
-        'memory used': gigabytes(memory_used('cpu')),
-        'memory free': gigabytes(available_memory('cpu')),
+        'memory used': bytes_in_words(memory_used('cpu')),
+        'memory free': bytes_in_words(available_memory('cpu')),
     }
     return values, models
-
-
-def gigabytes(size):
-    return '?' if size is None else f'{size / 1e9:,.2f} GB'

@@ -1,7 +1,7 @@
 """The first panel: what to do, in three steps, and how far one is."""
 from nicegui import ui
 
-from mambino.serve import datasets
+from mambino.serve import datasets, launch
 from mambino.serve.page import look
 
 
@@ -21,6 +21,9 @@ def state_of_data():
 def state_of_models(library):
     """The same of a model."""
     names = [run['id'] for run in library.names()]
+    training = [name for name in launch.trainings() if name not in names]
+    if training and not names:
+        return False, f'{training[0]} is being trained: it can be talked to as soon as its first checkpoint is written.'
     if not names:
         return False, 'No model yet. A small one learns in minutes, on this machine.'
     more = f'; {len(names) - 1} more' if len(names) > 1 else ''

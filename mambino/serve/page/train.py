@@ -2,6 +2,7 @@
 the memory, all settings, and the run as it goes on.
 
     /train?recipe=quick&vram=8      # as the panel Machine links here
+    /train?dataset=mine             # … Data
     /train?run=out-mine             # with this run below
 
 What is chosen is kept in the browser, so that a reload finds it; what runs stands in the run's files.
@@ -9,25 +10,28 @@ What is chosen is kept in the browser, so that a reload finds it; what runs stan
 import json
 import os
 import secrets
+import time
 
 from nicegui import ui
 
 from mambino.serve import datasets, launch, planning, recipes
+from mambino.serve.library import checkpoint_in
 from mambino.serve.page import look
 from mambino.serve.page.away import away
 from mambino.serve.page.charts import dress
 from mambino.serve.page.settings import Form
 from mambino.serve.page.watch import Watch
-from mambino.serve.page.words import bytes_in_words, count_in_words
+from mambino.serve.page.words import LABELS, bytes_in_words, count_in_words, labelled
 
 SIZES = {'': 'by the machine', '50m': '50 M', '150m': '150 M', '400m': '400 M'}
 KIND_NAMES = {'mamba': 'Mamba', 'gpt': 'GPT', 'hybrid': 'Hybrid'}
 KIND_WORDS = {
-    'mamba': 'A state-space model: what it has read is a state of one size, so long texts cost no more.',
-    'gpt': 'A transformer: each token looks back at all before it.',
-    'hybrid': 'Both in each layer: attention and a state.'}
+    'mamba': 'It remembers what it has read in a state of one size, so long texts cost no more.',
+    'gpt': 'A transformer: for each token it looks back at all before.',
+    'hybrid': 'Both in each layer: it looks back, and it has a state.'}
 NEWEST = 'the one prepared last'
 PLAN_AFTER = 0.6        # seconds without a change, until the memory is planned anew
+DOUBLE = 1.0            # seconds after a start, in which another click is one too many
 PLACE = 'mambino-train'
 
 
@@ -45,6 +49,7 @@ class TrainPanel:
     def __init__(self, query):
         self.choice = recipes.Choice()
         self.request = secrets.token_hex(8)
+        self.again = 0.0                # when the next click on Start counts
         self.is_filling = False
         self.has_begun = False          # until then nothing is planned: what is chosen is not known
         self.plan_timer = None
@@ -70,11 +75,17 @@ class TrainPanel:
                     ui.select({'': NEWEST} | {name: name for name in names}, label='Text', value='', with_input=True,
                               new_value_mode='add-unique'),
                     'dataset', 'A dataset; or several and their shares, as code:0.6,docs:0.4')
-                self.size = look.field(ui.select(SIZES, label='Parameters', value=''), 'size')
-                self.n_layer = look.field(ui.input('Layers'), 'n_layer', 'Empty: as the size, or the machine, has it')
-                self.n_embd = look.field(ui.input('Width'), 'n_embd', 'Empty: as the size, or the machine, has it')
-                self.max_iters = look.field(ui.input('Steps'), 'max_iters', 'Empty: as suits the machine')
+                self.size = look.field(ui.select(SIZES, label='Parameters', value=''), 'size',
+                                       'How large the model is: a larger one can learn more, and takes longer')
+                self.n_layer = look.field(ui.input(LABELS['n_layer']), 'n_layer',
+                                          'Empty: as the size, or the machine, has it')
+                self.n_embd = look.field(ui.input(LABELS['n_embd']), 'n_embd',
+                                         'Empty: as the size, or the machine, has it')
+                self.max_iters = look.field(ui.input(LABELS['max_iters']), 'max_iters', 'Empty: as suits the machine')
                 paths = {path: os.path.basename(path).removesuffix('.py') for path in recipes.recipes()}
+                self.origin = look.field(ui.select(origins(), label='Begin with', value='auto'), 'init_from',
+                                         'A model that learns more: another text, or, with the recipe finetune_chat, '
+                                         'conversations')
                 self.recipe = look.field(ui.select({'': 'none'} | paths, label='Recipe', value=''), 'recipe',
                                          'Settings in a file, of config/')
             self.about = ui.label().classes('said small').props('tabindex=0 data-testid=recipe-about')
@@ -107,7 +118,7 @@ class TrainPanel:
     def controls(self):
         """{setting: its control above the form of all}."""
         return dict(model=self.kind, dataset=self.dataset, size=self.size, n_layer=self.n_layer, n_embd=self.n_embd,
-                    max_iters=self.max_iters)
+                    max_iters=self.max_iters, init_from=self.origin)
 
     async def begin(self, query):
         """What the address says, else what was chosen here before."""
@@ -116,8 +127,6 @@ class TrainPanel:
             for name in ('vram', 'model'):
                 if name in query:
                     self.choice.set(name, query[name])
-            self.keep()                         # a reload finds what is changed from here on
-            ui.run_javascript('history.replaceState(null, "", location.pathname)')
         else:
             kept = await look.recalled(PLACE)
             self.take_recipe(str(kept.get('recipe', '')))
@@ -125,6 +134,11 @@ class TrainPanel:
                 if isinstance(value, str) and name in self.choice.base:
                     self.choice.set(name, value)
             self.name.value = name_kept(kept.get('name')) or self.name.value
+        if 'dataset' in query:
+            self.choice.set('dataset', query['dataset'])
+        if query.keys() & {'recipe', 'vram', 'model', 'dataset'}:
+            self.keep()                         # a reload finds what is changed from here on
+            ui.run_javascript('history.replaceState(null, "", location.pathname)')
         self.has_begun = True
         self.show_choice()
 
@@ -193,7 +207,7 @@ class TrainPanel:
                 self.plan_timer.cancel()
             with self.place:
                 self.plan_timer = ui.timer(PLAN_AFTER, self.plan, once=True)
-        
+
     def show_command(self):
         """The command line, and what the name leads to."""
         try:
@@ -211,7 +225,7 @@ class TrainPanel:
     async def plan(self):
         arguments = self.choice.arguments()
         problems = self.choice.problems()
-        self.trouble.text = ' '.join(problems.values())
+        self.trouble.text = labelled(' '.join(problems.values()))
         if problems:
             self.show_plan({}, 'A setting has to be mended first.')
             return
@@ -228,7 +242,7 @@ class TrainPanel:
             plan = await away(planning.plan_of, [*arguments, '--out_dir=out-of-a-plan'], is_wanted)
         except launch.Refused as refusal:
             if arguments == self.choice.arguments():
-                self.show_plan({}, str(refusal), is_trouble=True)
+                self.show_plan({}, labelled(str(refusal)), is_trouble=True)
             return
         if plan and arguments == self.choice.arguments():
             self.show_plan(plan, sentence_of(plan))
@@ -260,10 +274,12 @@ class TrainPanel:
     # --- the run
 
     async def on_start(self):
+        if time.monotonic() < self.again:           # the second click of a double one
+            return
         self.start_trouble.text = ''
         problems = self.choice.problems()
         if problems:
-            self.start_trouble.text = ' '.join(problems.values())
+            self.start_trouble.text = labelled(' '.join(problems.values()))
             return
         self.start.set_enabled(False)
         try:
@@ -275,6 +291,7 @@ class TrainPanel:
         finally:
             self.start.set_enabled(True)
         self.request = secrets.token_hex(8)
+        self.again = time.monotonic() + DOUBLE
         self.list_runs(out_dir)
         self.name.value = free_name()
         ui.run_javascript(f'getHtmlElement({self.watch.sheet.id}).scrollIntoView({{behavior: "smooth"}})')
@@ -295,6 +312,10 @@ class TrainPanel:
         if names != self.which.options or value != self.which.value:
             self.which.set_options(names, value=value)
         self.which.set_visibility(bool(names))
+        self.beside.set_visibility(bool(launch.trainings()))
+        here = {self.origin.value: self.origin.value} | origins()
+        if here != self.origin.options:
+            self.origin.set_options(here)
         self.on_which()
 
     def on_which(self):
@@ -311,6 +332,11 @@ def last_change(out_dir):
         except OSError:
             pass
     return max(times)
+
+
+def origins():
+    """{where a new run can begin: its name}."""
+    return {'auto': 'a new model'} | {name: name for name in launch.run_folders() if checkpoint_in(name)}
 
 
 def free_name():

@@ -14,7 +14,7 @@ from mambino.serve import curves, launch, runs
 from mambino.serve.page import look
 from mambino.serve.page.away import away
 from mambino.serve.page.charts import Chart, Curve
-from mambino.serve.page.words import ICONS, NOTHING, bytes_in_words, count_in_words, loss_in_words
+from mambino.serve.page.words import ICONS, NOTHING, bytes_in_words, count_in_words, labelled, loss_in_words
 from mambino.train.report import read_samples
 
 SECONDS = 1.0           # from look to look
@@ -118,6 +118,7 @@ class Watch:
         self.title.text = out_dir
         self.trouble.text = ''
         self.state = self.samples = None
+        self.steps = 0                  # that were made when it came to stand so
         self.lines = runs.Lines(launch.training(out_dir).log)
         self.log.clear()
         self.banner.classes(replace='banner')
@@ -197,10 +198,10 @@ class Watch:
     def show_standing(self, standing, progress):
         if standing == self.state:
             return
-        self.state = standing
+        self.state, self.steps = standing, progress.step
         self.banner.classes(replace=f'banner {standing.state}')
         self.icon.props['name'] = ICONS.get(standing.state, 'info')
-        self.words.set_text(standing.words)
+        self.words.set_text(labelled(standing.words))
         is_running = standing.state == 'running'
         self.stop.set_visibility(is_running)
         self.stop.set_enabled(True)
@@ -241,8 +242,8 @@ class Watch:
     async def on_resume(self):
         more = {}
         if self.state and self.state.is_done:
-            if not self.more.value or self.more.value % 1:
-                self.trouble.text = 'Steps in all: a whole number, more than it has made'
+            if not self.more.value or self.more.value % 1 or self.more.value <= self.steps:
+                self.trouble.text = f'Steps in all: a whole number above {self.steps:,}, which it has made'
                 return
             more = dict(max_iters=int(self.more.value))
         self.resume.set_enabled(False)

@@ -1,5 +1,6 @@
 """Figures as a person reads them, and the signs of how a run stands."""
 import math
+import re
 
 ICONS = {'running': 'directions_run', 'complete': 'check_circle', 'stopped': 'pause_circle', 'killed': 'warning',
          'elsewhere': 'lan', 'nan': 'error', 'memory': 'error', 'disk': 'error', 'failed': 'error', 'unknown': 'help'}
@@ -7,6 +8,12 @@ STATES = {'running': 'training', 'complete': 'complete', 'stopped': 'stopped', '
           'elsewhere': 'on another machine', 'nan': 'NaN', 'memory': 'out of memory', 'disk': 'disk full',
           'failed': 'failed', 'unknown': 'no log'}
 NOTHING = '—'
+LABELS = {'n_layer': 'Layers', 'n_embd': 'Width', 'max_iters': 'Steps'}     # of settings, as the panel Train has them
+
+
+def labelled(text):
+    """A sentence of train.py with the names that settings have on the page: '--n_layer' → 'Layers'."""
+    return re.sub(fr'(?:--)?\b({"|".join(LABELS)})\b', lambda found: LABELS[found[1]], text)
 
 
 def loss_in_words(value):
