@@ -174,6 +174,20 @@ def test_a_closed_tab_frees_the_row(page, server):
     assert time.monotonic() - began < FREE
 
 
+def test_two_strokes_begin_once(page, server):
+    """The second one while the model is still loaded for the first."""
+    def generated():
+        with urllib.request.urlopen(f'{server.url}/metrics') as response:
+            return int(re.search(r'^mambino_generated_tokens_total (\d+)', response.read().decode(), re.MULTILINE)[1])
+    open_panel(page, server, 'generate')
+    fill(page, prompt='e', length=10)
+    before = generated()
+    page.get_by_test_id('prompt').evaluate("""prompt => [1, 2].forEach(() => prompt.dispatchEvent(
+        new KeyboardEvent('keydown', {key: 'Enter', ctrlKey: true, bubbles: true})))""")
+    count = page.get_by_test_id('answer-state').filter(has_text=re.compile('finished|full length')).text_content()
+    assert generated() - before == int(count.split()[0])
+
+
 def test_two_models_side_by_side(page, server):
     open_panel(page, server, 'generate')
     choose(page, 'second-model', 'char')

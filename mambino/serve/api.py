@@ -6,7 +6,9 @@
     GET  /v1/models, /v1/models/{id}            here
     POST /tokenize, /detokenize, /score, …      texts.py
     GET  /sessions, …                           session_api.py
-    POST /v1/completions, …                     completions.py
+    POST /v1/completions                        completions.py
+    POST /v1/chat/completions                   chat_api.py
+    POST /v1/responses                          responses.py
 
 guard.py sees each request first; what is refused is said in the shape of errors.py.
 """
@@ -19,10 +21,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Match
 
+from mambino.serve.chat_api import add_chat
 from mambino.serve.completions import add_completions
 from mambino.serve.errors import add_handlers
 from mambino.serve.guard import Guard, Rules, is_api
 from mambino.serve.metrics import Metrics
+from mambino.serve.responses import add_responses
 from mambino.serve.session_api import add_sessions
 from mambino.serve.texts import add_texts
 from mambino.serve.told import NoModel
@@ -80,6 +84,8 @@ def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', 
         return PlainTextResponse(text, media_type='text/plain; version=0.0.4; charset=utf-8')
 
     add_completions(app, library, limits)
+    add_chat(app, library, limits)
+    add_responses(app, library, limits)
     add_texts(app, library, limits)
     add_sessions(app, library)
     app.router.routes.append(Nothing(list(app.router.routes)))

@@ -16,17 +16,15 @@ from fastapi import Request
 
 from mambino.sample import sessions
 from mambino.serve.answers import Answers, Choice, usage_of
-from mambino.serve.chat_api import add_chat
 from mambino.serve.errors import Refused, body_of
 from mambino.serve.jobs import check_length, check_rows, ids_prompt, jobs_of, text_prompt
 from mambino.serve.logprobs import as_completion, names_of
 from mambino.serve.parameters import COMPLETION, read
-from mambino.serve.responses import add_responses
 from mambino.serve.sending import DONE, LONG, Shape, event_of, opened, respond
 
 
 def add_completions(app, library, limits):
-    """Puts /v1/completions, /v1/chat/completions and /v1/responses on an app. limits: see api.py."""
+    """Puts it on an app. limits: see api.py."""
 
     @app.post('/v1/completions')
     async def completions(request: Request):
@@ -39,9 +37,6 @@ def add_completions(app, library, limits):
                    for i, job in enumerate(jobs)]
         shape = Completions(served, values, prompts, choices)
         return await respond(request, Answers(served.scheduler, jobs, deadline, values.stream), choices, shape)
-
-    add_chat(app, library, limits)
-    add_responses(app, library, limits)
 
 
 def check(values):

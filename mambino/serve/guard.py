@@ -71,12 +71,12 @@ class Rules(NamedTuple):
 
 
 class Guard:
-    """An ASGI app around another. count(path, status): is told of every response, for /metrics."""
+    """An ASGI app around another. count(scope, status): is told of every response, for /metrics."""
 
     def __init__(self, app, rules, count=None):
         self.app = app
         self.rules = rules
-        self.count = count or (lambda path, status: None)
+        self.count = count or (lambda scope, status: None)
         # headers are bytes of who knows which encoding
         self.keys = [rules.api_key.encode(encoding, 'replace') for encoding in ('utf-8', 'latin-1')]
 

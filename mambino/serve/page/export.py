@@ -10,11 +10,12 @@ import re
 import secrets
 from typing import NamedTuple
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.serve import launch
 from mambino.serve.library import checkpoint_in
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.words import bytes_in_words
 
 FORMATS = {
@@ -133,7 +134,7 @@ class Panel:
     async def start(self):
         self.trouble.set_text('')
         try:
-            await run.io_bound(launch.start, self.task(), self.arguments(), self.request)
+            await away(launch.start, self.task(), self.arguments(), self.request)
         except launch.Refused as error:
             self.trouble.set_text(str(error))
         self.request = secrets.token_hex(8)
@@ -141,14 +142,14 @@ class Panel:
 
     async def stop(self):
         try:
-            await run.io_bound(launch.stop, self.task())
+            await away(launch.stop, self.task())
         except launch.Refused as error:
             self.trouble.set_text(str(error))
 
     async def tick(self):
         """Shows what is new in the log."""
         out_dir = self.runs[self.model.value]
-        report = await run.io_bound(report_of, out_dir)
+        report = await away(report_of, out_dir)
         if (out_dir, report) == self.shown:
             return
         self.shown = out_dir, report

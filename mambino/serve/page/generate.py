@@ -4,11 +4,12 @@
 """
 import json
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.serve.errors import Refused
 from mambino.serve.page import look
 from mambino.serve.page.answers import Answer, Asked, jobs_asked
+from mambino.serve.page.away import away
 from mambino.serve.page.sessions import show_sessions
 from mambino.serve.page.tokens import Tokens
 from mambino.serve.told import NoModel
@@ -168,7 +169,7 @@ class Panel:
 
     async def start(self):
         """Begins the answers."""
-        if self.timer.active:
+        if self.timer.active or not self.go.enabled:        # it has begun, or a model is loaded for it
             return
         is_chat = self.mode.value == 'chat'
         if is_chat and not (self.prompt.value or '').strip():
@@ -189,8 +190,8 @@ class Panel:
         try:
             for name in names:
                 self.state.set_text(f'Loading {name} …')
-                served = await run.io_bound(self.library.get, name)
-                jobs = await run.io_bound(jobs_asked, served, asked)
+                served = await away(self.library.get, name)
+                jobs = await away(jobs_asked, served, asked)
                 pairs += [(served, job) for job in jobs]
         except (NoModel, Refused) as error:
             self.trouble.set_text(str(error))

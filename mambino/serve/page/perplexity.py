@@ -8,22 +8,21 @@ import heapq
 import math
 from collections import deque
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.prepare.files import Notes, Skip
 from mambino.prepare.texts.encodings import clean, decoded
-from mambino.sample.score import around, perplexity, token_scores, total_nats
+from mambino.sample.heatmap import DEEPEST, TOP
+from mambino.sample.score import SURPRISES, around, perplexity, token_scores, total_nats
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.generate import NONE, TICK
 from mambino.serve.page.tokens import Tokens, bounded, token_of
 from mambino.serve.told import NoModel
 
-ALTERNATIVES = 5
 MOST = 20_000           # tokens that a browser shows with ease
 LARGEST = 400_000       # bytes of a file
-HOTTEST = 8             # nats, from which on a token is as hot as it gets
-APART = 4               # nats between two models, the same
-SURPRISES = 10          # tokens that are listed
+APART = 4               # nats between two models, from which on a token is as warm or cold as it gets
 EXAMPLE = 'The quick brown fox jumps over the lazy dog.\n'
 
 
@@ -36,7 +35,6 @@ class Scoring:
         self.ids = served.tok.encode(text).tolist()
         self.pieces = deque()           # that came from the model's thread
         self.scores = []                # (logprob, [(id, logprob), …]) of each id
-        self.is_cancelled = False
         self.future = None
         self.decoder = served.tok.stream()
 
@@ -45,10 +43,8 @@ class Scoring:
 
     def work(self):
         """In the model's thread: a piece, and then others have their turn."""
-        for piece in token_scores(self.served.net, self.served.tok, self.ids, ALTERNATIVES):
+        for piece in token_scores(self.served.net, self.served.tok, self.ids, TOP):
             self.pieces.append(piece)
-            if self.is_cancelled:
-                return
             yield
 
     def take(self):
@@ -62,7 +58,7 @@ class Scoring:
                 if len(self.scores) == len(self.ids):
                     text += self.decoder.flush()
                 token = token_of(self.served.tok, i, logprob, likeliest, text)
-                tokens.append(dict(token, h=token['n'] / HOTTEST))
+                tokens.append(dict(token, h=token['n'] / DEEPEST))
         return tokens
 
     def is_over(self):
@@ -146,7 +142,7 @@ class Panel:
 
     async def start(self):
         """Scores the text by one model or two."""
-        if self.timer.active:
+        if self.timer.active or not self.go.enabled:        # it has begun, or a model is loaded for it
             return
         names = list(dict.fromkeys([self.model.value, self.second.value]))
         self.trouble.set_text('')
@@ -156,7 +152,7 @@ class Panel:
             for name in names:
                 if name != NONE:
                     self.state.set_text(f'Loading {name} …')
-                    self.scorings.append(await run.io_bound(scoring_of, self.library, name, self.text.value or ''))
+                    self.scorings.append(await away(scoring_of, self.library, name, self.text.value or ''))
         except NoModel as error:
             self.trouble.set_text(str(error))
             return
@@ -185,7 +181,7 @@ class Panel:
                     self.scale = ui.element('div').classes('scale')
                 self.map = Tokens('Token by token', 'heat-map', marks=True)
             self.list = ui.element('div').classes('stack')
-        self.show_scale('expected', f'{HOTTEST} nats or more')
+        self.show_scale('expected', f'{DEEPEST:g} nats or more')
 
     def show_scale(self, low, high, kind=''):
         self.scale.clear()
@@ -238,7 +234,7 @@ class Panel:
         if view == 'apart':
             self.show_scale(f'{one.served.id} expected it more', f'{other.served.id} did', 'both')
         else:
-            self.show_scale('expected', f'{HOTTEST} nats or more')
+            self.show_scale('expected', f'{DEEPEST:g} nats or more')
 
     def show_surprises(self, scoring):
         """The tokens that were expected least."""
@@ -257,7 +253,8 @@ class Panel:
         """Nobody waits any more."""
         self.is_here = False
         for scoring in self.scorings:
-            scoring.is_cancelled = True
+            if scoring.future:
+                scoring.future.cancel()
 
 
 def tokens_of(scoring):
@@ -265,7 +262,7 @@ def tokens_of(scoring):
     decoder = scoring.served.tok.stream()
     tokens = [token_of(scoring.served.tok, i, *score, decoder.feed(i)) for i, score in zip(scoring.ids, scoring.scores)]
     tokens[-1]['t'] += decoder.flush()
-    return [dict(token, h=token['n'] / HOTTEST) for token in tokens]
+    return [dict(token, h=token['n'] / DEEPEST) for token in tokens]
 
 
 def difference(one, other):

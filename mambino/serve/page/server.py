@@ -1,10 +1,11 @@
 """The panel that says where the server is, how one speaks to it, and how busy it is."""
 import json
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mambino.machine import available_memory, memory_used
 from mambino.serve.page import look
+from mambino.serve.page.away import away
 from mambino.serve.page.words import bytes_in_words
 
 EACH = 1.0              # seconds between two looks
@@ -56,7 +57,7 @@ def show_activity(library):
     shown = []
 
     async def look_again():
-        values, models = await run.io_bound(activity, library)
+        values, models = await away(activity, library)
         for name, text in values.items():
             figures[name].set_text(text)
         if models != shown:

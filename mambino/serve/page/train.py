@@ -284,7 +284,7 @@ class TrainPanel:
         self.start.set_enabled(False)
         try:
             out_dir = await away(launch.train, self.name.value or '', self.choice.arguments(), self.request,
-                                         self.beside.value)
+                                 self.beside.value)
         except launch.Refused as refusal:
             self.start_trouble.text = str(refusal)
             return
