@@ -78,6 +78,24 @@ def create(path):
     return open(os.open(path, flags, 0o666), 'wb')
 
 
+def open_plain(path, flags=os.O_RDONLY, mode='rb'):
+    """A file of bytes, opened. OSError for what is none: a pipe that lies in its place from somebody else
+    would be waited for, for ever."""
+    number = os.open(path, flags | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0), 0o666)
+    kind = os.fstat(number).st_mode
+    if stat.S_ISREG(kind):
+        return open(number, mode)
+    os.close(number)
+    problem = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+    raise OSError(problem, os.strerror(problem), path)
+
+
+def open_log(path, anew=False):
+    """A file to add bytes to, made if it is not there; anew: what it holds goes. No link is followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, 'O_NOFOLLOW', 0)
+    return open_plain(path, flags | (os.O_TRUNC if anew else 0), 'ab')
+
+
 @contextmanager
 def whole(path):
     """A file to write bytes to, which is at `path` once all is written and on the disk. OSError
@@ -335,7 +353,7 @@ def lock(number):
 def holder_in(path):
     """What a lock file says of its holder; {} if it says nothing."""
     try:
-        with open(path, 'rb') as f:
+        with open_plain(path) as f:
             holder = json.loads(f.read(1000))
         return holder if isinstance(holder, dict) else {}
     except (OSError, ValueError):

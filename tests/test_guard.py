@@ -124,6 +124,9 @@ def test_another_page_may_send_nothing(origin, status, hosts):
     response = asked(rules, 'GET', '/v1/models', headers)   # which a browser shows to no other page
     assert response.status_code == 200
     assert not [name for name in response.headers if name.startswith('access-control-')]
+    for method in ('GET', 'HEAD'):      # by GET alone one gets a socket of the page
+        response = asked(rules, method, '/_nicegui_ws/socket.io/', headers)
+        assert (response.status_code == 403) == (status == 403)
 
 
 def test_a_page_behind_a_proxy_has_the_proxy_s_name():

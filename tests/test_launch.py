@@ -202,6 +202,60 @@ def test_a_folder_that_cannot_be_made(here):
         launch.train('a', [])
 
 
+@pytest.mark.parametrize('value', ['a\0b', 'a\ud800b'])
+def test_what_cannot_stand_on_a_command_line(here, value):
+    with pytest.raises(launch.Refused, match='command line'):
+        launch.train('a', launch.flags(dict(dataset=value)))
+    with pytest.raises(launch.Refused, match='command line'):
+        launch.answer_of((launch.script_path('prepare.py'),), [value])
+    assert not os.path.exists('out-a')
+
+
+@POSIX
+def test_a_log_is_written_through_no_link_and_into_no_pipe(here):
+    (here / 'mine').write_text('mine')
+    for name, plant in (('a', lambda path: os.symlink('../mine', path)), ('b', os.mkfifo)):
+        os.mkdir(f'out-{name}')
+        plant(f'out-{name}/train.log')
+        with pytest.raises(launch.Refused, match='could not be started there'):
+            launch.train(name, [])
+    assert (here / 'mine').read_text() == 'mine'
+
+
+@POSIX
+def test_nobody_waits_for_a_pipe_in_the_place_of_a_file(here):
+    os.mkdir('out-a')
+    for name in ('started.json', 'train.lock', 'metrics.jsonl', 'train.log'):
+        os.mkfifo(f'out-a/{name}')
+    assert launch.trainings() == []
+    assert runs.summary('out-a')['step'] == 0
+
+
+@POSIX
+def test_who_starts_what_is_being_deleted_finds_no_folder(here, monkeypatch):
+    import threading
+    os.mkdir('out-a')
+    open('out-a/metrics.jsonl', 'w').close()
+    before, problems = launch.shutil.rmtree, []
+
+    def start():
+        try:
+            launch.train('a', [])
+        except launch.Refused as refusal:
+            problems.append(refusal)
+
+    def rmtree(folder):
+        starter.start()
+        starter.join(0.5)
+        before(folder)
+
+    starter = threading.Thread(target=start)
+    monkeypatch.setattr(launch.shutil, 'rmtree', rmtree)
+    launch.delete_run('out-a')
+    starter.join()
+    assert problems and not os.path.exists('out-a')
+
+
 def test_what_takes_too_long_is_ended(here):
     with pytest.raises(launch.Refused, match='more than 1 seconds'):
         launch.answer_of((launch.script_path('prepare.py'),), [], seconds=1)

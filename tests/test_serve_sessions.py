@@ -77,10 +77,16 @@ def test_what_cannot_be_gone_on_with(tmp_path):
         os.replace('char/sessions/mine.pt', 'bpe/sessions/mine.pt')
         with open('char/sessions/broken.pt', 'wb') as f:
             f.write(b'no session')
+        if hasattr(os, 'mkfifo'):
+            os.mkfifo('char/sessions/pipe.pt')              # which would be waited for, by all sessions
+        else:
+            os.mkdir('char/sessions/pipe.pt')
         failures = [
             answer(other, Job([1], 3, session='mine')),
             answer(one, Job(ids, 3, session='broken')),
             answer(one, Job(ids, 3, session='../out')),
+            answer(one, Job(ids, 3, session='pipe')),
+            answer(one, Job(ids, 3, session='\u6587' * 100)),       # too long a name of a file
         ]
         for failure in failures:
             assert isinstance(failure.end, Failed) and failure.end.status == 400, failure.end

@@ -31,6 +31,7 @@ from mambino.sample.generation import Rows, is_cache, prefill, step
 from mambino.sample.healing import look_ahead
 from mambino.weights.checkpoint import save_checkpoint
 
+LONGEST = 200           # bytes of a name: a file's has at most 255, and a temporary one is longer
 CONTENTS = {'fingerprint', 'tokens', 'unread', 'state', 'generator'}    # of the file, at least
 
 
@@ -134,7 +135,7 @@ class Session:
 
 def path_of(out_dir, name, setting='session'):
     """The file of a session. A name that could mean another folder ends the program in a line."""
-    if not re.fullmatch(r'\w[\w. -]{0,99}', name):
+    if not re.fullmatch(r'\w[\w. -]{0,99}', name) or len(name.encode()) > LONGEST:
         fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100, that '
              'begins with a letter or digit')
     folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
@@ -247,7 +248,7 @@ def require(condition, problem):
 def read_contents(path):
     """What is in a session's file, each part of its type, and as it was written: whatever the file
     holds, nothing larger is unpacked from it. Damaged, or an error of zip, pickle or torch."""
-    open(path, 'rb').close()
+    files.open_plain(path).close()
     damage = files.damage_of(path)
     require(not damage, damage)
     contents = torch.load(path, map_location='cpu', weights_only=True)

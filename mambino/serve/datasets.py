@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mambino import files
 from mambino.chat import visible
 from mambino.plain import parse_json
 from mambino.prepare import tokens
@@ -54,8 +55,8 @@ def folder_of(name):
 def meta_of(name):
     """Its meta.json; NoDataset if that cannot be read."""
     try:
-        with open(os.path.join(folder_of(name), 'meta.json'), encoding='utf-8') as f:
-            meta = parse_json(f.read())
+        with files.open_plain(os.path.join(folder_of(name), 'meta.json')) as f:
+            meta = parse_json(f.read().decode('utf-8'))
         splits = {split: (int(n['tokens']), int(n['documents'])) for split, n in meta['splits'].items()}
         if not {'train', 'val'} <= splits.keys():
             raise ValueError

@@ -119,7 +119,8 @@ class Guard:
         method = scope.get('method', 'websocket')
         for_api = is_api(scope['path'])
         may_share = for_api and self.shares_with(origin)
-        if origin is not None and method not in ('GET', 'HEAD') and not may_share:
+        acts = method not in ('GET', 'HEAD') or not for_api      # the page's socket acts on what is read, too
+        if origin is not None and acts and not may_share:
             if not self.is_same(origin, hosts[0]):
                 return refusal(f'Origin: {origin} is another page; serve.py --cors_origin={origin} would let it use '
                                'the API', 403, code='origin')

@@ -106,6 +106,13 @@ def flags(settings):
     return [f'--{name}={value}' for name, value in settings.items()]
 
 
+def check_words(arguments):
+    """Refused if one of them cannot stand on a command line."""
+    for word in arguments:
+        if '\0' in word or any('\ud800' <= character <= '\udfff' for character in word):
+            raise Refused(f'{word[:70]!r} has a character that cannot stand on a command line')
+
+
 def command_line(script, arguments):
     """What a person types for the same."""
     return typed(' '.join(['python', script, *map(shlex.quote, arguments)]))
@@ -116,7 +123,7 @@ def command_line(script, arguments):
 def read_record(path):
     """What a file of JSON says; {} if it is not there, or says nothing."""
     try:
-        with open(path, 'rb') as f:
+        with files.open_plain(path) as f:
             record = parse_json(f.read(1 << 20))
         return record if isinstance(record, dict) else {}
     except (OSError, ValueError):
@@ -209,6 +216,7 @@ def start(task, arguments, request=''):
 
     request: a word that the page makes for each form that it shows; a second click says the same one,
     and starts nothing."""
+    check_words(arguments)
     folder = os.path.dirname(task.log)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -231,7 +239,7 @@ def launch(task, arguments, request):
     if os.name == 'nt':
         group = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
     is_large = os.path.exists(task.log) and os.path.getsize(task.log) > LARGEST_LOG
-    with open(task.log, 'wb' if is_large else 'ab') as log:
+    with files.open_log(task.log, anew=is_large) as log:
         log.write(f'$ {command_line(task.script, arguments)}\n'.encode())
         log.flush()
         begins = log.tell()
@@ -299,6 +307,7 @@ def stop(task, at_once=False):
 
 def answer_of(script, arguments, seconds=SECONDS):
     """What a script says that ends soon: (its exit status, its text). Refused if it takes too long."""
+    check_words(arguments)
     command = [sys.executable, *script, *arguments]
     root = os.pathsep.join(filter(None, [script_path(''), os.environ.get('PYTHONPATH')]))
     environment = {**os.environ, 'PYTHONIOENCODING': 'utf-8', 'COLUMNS': '110', 'PYTHONPATH': root}
@@ -317,9 +326,10 @@ def delete_run(out_dir):
     is_run = out_dir in run_folders() and out_dir.startswith('out') and os.sep not in out_dir
     if not is_run or os.path.islink(out_dir):
         raise Refused(f'{out_dir}: not a run in this folder that is called out…')
-    if holder(out_dir):
-        raise Refused(f'{out_dir} is training: stop it first')
     try:
-        shutil.rmtree(out_dir)
+        with files.alone_in(out_dir):       # who starts it in this moment waits, and finds no folder
+            if holder(out_dir):
+                raise Refused(f'{out_dir} is training: stop it first')
+            shutil.rmtree(out_dir)
     except OSError as error:
         raise Refused(f'{out_dir} could not be deleted: {error.strerror or error}') from None

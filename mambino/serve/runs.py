@@ -58,7 +58,7 @@ class Metrics:
         with self.lock:
             before = self.generation
             try:
-                with open(self.path, 'rb') as f:
+                with files.open_plain(self.path) as f:
                     status = os.fstat(f.fileno())
                     stamp = status.st_dev, status.st_ino
                     if stamp != self.stamp or status.st_size < self.offset:
@@ -162,7 +162,7 @@ def as_csv(out_dir):
 def end_of(path):
     """The end of a text file, whole lines; '' if it is not there."""
     try:
-        with open(path, 'rb') as f:
+        with files.open_plain(path) as f:
             length = f.seek(0, os.SEEK_END)
             f.seek(max(0, length - TAIL))
             text = f.read(TAIL).decode(errors='replace')
@@ -184,7 +184,7 @@ class Lines:
     def new(self):
         """(whether those before count no more, the new lines). The first time the last ones."""
         try:
-            with open(self.path, 'rb') as f:
+            with files.open_plain(self.path) as f:
                 status = os.fstat(f.fileno())
                 stamp = status.st_dev, status.st_ino
                 is_other = stamp != self.stamp or status.st_size < self.offset

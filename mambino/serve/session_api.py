@@ -16,7 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from mambino import files
 from mambino.sample import sessions
 from mambino.serve.errors import Refused, body_of
-from mambino.serve.told import told
+from mambino.serve.told import NoModel, told
 
 
 def add_sessions(app, library):
@@ -52,8 +52,11 @@ def busy_in(library, run):
 
 def path_of(run, name, param='session'):
     """The file of a session; Refused for a name that could mean a file elsewhere."""
-    with told(400):
-        return sessions.path_of(run['out_dir'], name, param)
+    try:
+        with told(400):
+            return sessions.path_of(run['out_dir'], name, param)
+    except NoModel as error:
+        raise Refused(str(error), error.status, param=param) from None
 
 
 def existing(run, name):
@@ -66,9 +69,9 @@ def existing(run, name):
 
 
 def described(name, path):
-    """What the list says of a session; None if it has gone, or is a link."""
+    """What the list says of a session; None if it has gone, or is no file but a link."""
     try:
-        if os.path.islink(path):
+        if os.path.islink(path) or not os.path.isfile(path):
             return None
         status = os.stat(path)
     except OSError:

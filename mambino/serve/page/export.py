@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from nicegui import ui
 
+from mambino import files
 from mambino.serve import launch
 from mambino.serve.library import checkpoint_in
 from mambino.serve.page import look
@@ -51,7 +52,7 @@ def report_of(out_dir):
     if not record:
         return None
     try:
-        with open(task.log, 'rb') as f:
+        with files.open_plain(task.log) as f:
             f.seek(record.get('begins', 0))
             lines = f.read(LONGEST).decode('utf-8', 'replace').splitlines()
     except OSError:
