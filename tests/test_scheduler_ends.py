@@ -96,6 +96,27 @@ def test_a_job_fails_alone(bad, monkeypatch):
         one.close()
 
 
+@pytest.mark.parametrize('is_cancelled', [False, True])
+def test_a_state_for_which_there_is_no_memory_is_not_kept(is_cancelled, monkeypatch):
+    one = scheduler_of('gpt', rows=2, kept=0.01)
+    try:
+        job = Job([1, 2, 3], 9, seed=4, ignore_eos=True)
+        want = answer(one, job).ids
+
+        def broken(row):
+            raise MemoryError('no more')
+        monkeypatch.setattr(one.rows, 'state_of', broken)
+        neighbour = Result(one, job)
+        if is_cancelled:
+            endless = Result(one, Job([5], 10**9, ignore_eos=True)).wait_for_token()
+            endless.ticket.cancel()
+            assert endless.wait().end.reason == 'cancelled'
+        assert neighbour.wait().ids == want and neighbour.end.reason == 'length'
+        assert answer(one, job).ids == want and one.is_alive()
+    finally:
+        one.close()
+
+
 def test_damaged_states_harm_no_one_who_comes_after():
     """A nan in a cache, that nobody sees, would still be one."""
     one = scheduler_of('gpt', rows=2)

@@ -159,11 +159,17 @@ class Batch:
         state = logits = None
         wanted = answer.ticket.session or self.is_kept(answer)
         if wanted and answer.drawn and not answer.rest:     # else a part of the prompt is not spelled yet
-            if is_read and answer.ticket.session:
-                self.draw_one_more(row)         # a session ends with one that is not read
-                is_read = False
-            state = self.rows.state_of(row)
-            logits = self.rows.logits[row:row + 1].clone()
+            try:
+                if is_read and answer.ticket.session:
+                    self.draw_one_more(row)     # a session ends with one that is not read
+                    is_read = False
+                state = self.rows.state_of(row)
+                logits = self.rows.logits[row:row + 1].clone()
+            except Exception as error:          # there may be no memory for it: no other answer suffers
+                if answer.ticket.session:
+                    self.fail(row, told_of(error))
+                    return
+                state = logits = None
         read = answer.drawn if is_read else answer.drawn[:-1]
         self.take_out(row)
         self.over(answer, event, state, logits, [*answer.ids, *read])

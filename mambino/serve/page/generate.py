@@ -51,6 +51,7 @@ class Panel:
     def __init__(self, library, names):
         self.library = library
         self.answers = []               # that are shown
+        self.asked = None               # what they answer, an Asked
         self.messages = []              # of the chat so far
         self.knobs = {}
         with ui.element('div').classes('work'):
@@ -129,7 +130,7 @@ class Panel:
         self.sessions.set_visibility(not is_chat)
         self.knobs['heal'].set_visibility(not is_chat)
         self.knobs['answers'].set_visibility(not is_chat)
-        self.forget.set_visibility(is_chat and bool(self.messages))
+        self.forget.set_visibility(is_chat and bool(self.messages) and not self.timer.active)
         self.prompt.props['label'] = 'Message' if is_chat else 'Prompt'
         self.prompt.props['placeholder'] = 'Enter sends it, Shift-Enter begins a line' if is_chat else ''
         self.prompt.props['data-chat'] = is_chat or None
@@ -203,6 +204,7 @@ class Panel:
             self.begin(pairs, asked)
 
     def begin(self, pairs, asked):
+        self.asked = asked
         if asked.messages:
             self.base.set_visibility(not pairs[0][0].tok.config.get('chat_template'))
             self.messages.append(asked.messages[-1])
@@ -215,6 +217,7 @@ class Panel:
             with self.shown:
                 self.answers = [self.answer_on_sheet(asked, number, *pair) for number, pair in enumerate(pairs)]
         self.go.set_visibility(False)
+        self.forget.set_visibility(False)
         self.halt.set_visibility(True)
         for answer in self.answers:
             answer.begin()
@@ -247,9 +250,9 @@ class Panel:
         self.go.set_visibility(True)
         self.halt.set_visibility(False)
         self.trouble.set_text(next((answer.trouble for answer in self.answers if answer.trouble), ''))
-        if self.mode.value == 'chat':
+        if self.asked.messages:
             self.messages.append(dict(role='assistant', content=self.answers[0].text.strip()))
-            self.forget.set_visibility(True)
+            self.forget.set_visibility(self.mode.value == 'chat')
         else:
             self.go_on.set_visibility(len(self.answers) == 1 and not self.trouble.text)
             self.refresh_sessions()
