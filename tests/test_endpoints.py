@@ -279,14 +279,15 @@ def test_figures_for_prometheus(server):
 
 # --- mistakes -------------------------------------------------------------------------------------
 
-def test_a_bug_is_a_500_in_the_shape_of_errors_and_is_written_down(server, monkeypatch):
+@pytest.mark.parametrize('bug', [ZeroDivisionError, SystemExit])
+def test_a_bug_is_a_500_in_the_shape_of_errors_and_is_written_down(server, monkeypatch, bug):
     def broken(*arguments, **options):
-        raise ZeroDivisionError('a bug')
+        raise bug('a bug')
     said = io.StringIO()
     monkeypatch.setattr(sys, 'stderr', said)
     monkeypatch.setattr(type(server.library.get('bpe').tok), 'decode', broken)
     status, _, body = server.post('/detokenize', tokens=[1], model='bpe')
     assert status == 500 and body['error']['type'] == 'server_error' and 'a bug' not in body['error']['message']
-    assert 'Traceback' in said.getvalue() and 'ZeroDivisionError: a bug' in said.getvalue()
+    assert 'Traceback' in said.getvalue() and f'{bug.__name__}: a bug' in said.getvalue()
     monkeypatch.undo()
     assert server.post('/detokenize', tokens=[1], model='bpe')[0] == 200

@@ -47,6 +47,7 @@ WRONG = [
     (C, dict(prompt='e', suffix='end'), 'suffix', 'masked-diffusion'),
     (C, dict(prompt='e', model=['bpe']), 'model', 'text'),
     (C, dict(prompt='e', session='../x'), 'session', 'name'),
+    (C, dict(prompt='e', session='\u6f22' * 100), 'session', 'name'),       # no file's name is as long
     (C, dict(prompt='e', session='tale', n=2), 'session', 'one answer'),
     (C, dict(prompt='e', session='tale', echo=True, logprobs=1), 'echo', 'logprobs'),
     (C, dict(prompt='z', model='char'), 'prompt', "'z'"),

@@ -133,9 +133,14 @@ class Session:
 
 # --- files ----------------------------------------------------------------------------------------
 
+def is_name(name):
+    """Whether a session may be called so: it means no other folder, and a file can have it."""
+    return bool(re.fullmatch(r'\w[\w. -]{0,99}', name)) and len(name.encode()) <= LONGEST
+
+
 def path_of(out_dir, name, setting='session'):
     """The file of a session. A name that could mean another folder ends the program in a line."""
-    if not re.fullmatch(r'\w[\w. -]{0,99}', name) or len(name.encode()) > LONGEST:
+    if not is_name(name):
         fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100, that '
              'begins with a letter or digit')
     folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)

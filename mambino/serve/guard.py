@@ -96,7 +96,7 @@ class Guard:
             await (response or self.app)(scope, receive, sender)
         except ClientDisconnect:
             pass
-        except Exception as error:
+        except (Exception, SystemExit) as error:        # configurator.fail's, that no told() has heard
             if sender.status:                   # too late to say anything else; the connection is closed
                 raise
             response = response_to(error)

@@ -13,6 +13,7 @@ import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from mambino.sample.sessions import is_name
 from mambino.serve.errors import Refused
 
 MOST_STOPS = 16
@@ -63,7 +64,7 @@ def text(name, value):
 
 
 def session_name(name, value):
-    if not isinstance(value, str) or not (value == '' or re.fullmatch(r'\w[\w. -]{0,99}', value)):
+    if not isinstance(value, str) or value and not is_name(value):
         raise Refused(f'{name} must be a name of letters, digits, ".", "-", "_" and spaces, at most 100, that begins '
                       f'with a letter or digit, not {shown(value)}', param=name)
     return value
