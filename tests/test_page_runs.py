@@ -125,6 +125,8 @@ def test_a_run_of_thirty_steps(page, server, folder):
     page.get_by_test_id('more-steps').fill('20')
     page.get_by_test_id('resume').click()
     expect(page.get_by_test_id('run-trouble')).to_contain_text('a whole number above 30')
+    page.get_by_test_id('talk-to-it').click()
+    expect(page.get_by_test_id('model')).to_have_value('out-thirty')
 
 
 def test_a_run_outlives_its_server(page, watched, server, folder):

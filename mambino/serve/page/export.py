@@ -18,6 +18,7 @@ from mambino.serve.library import checkpoint_in
 from mambino.serve.page import look
 from mambino.serve.page.away import away
 from mambino.serve.page.words import bytes_in_words
+from mambino.serve.runs import facts_of
 
 FORMATS = {
     'hf': ('transformers', 'also vLLM and all that reads such folders'),
@@ -94,10 +95,11 @@ class Panel:
             self.formats = {}
             with ui.element('div').classes('formats').props('role=group aria-label=Formats'):
                 for name, (title, what) in FORMATS.items():
-                    with ui.element('div').classes('format'):
+                    with ui.element('div').classes('format') as part:
                         box = ui.checkbox(title, value=name == 'hf', on_change=self.change)
                         ui.label(what).classes('muted small')
                     self.formats[name] = look.mark(box, f'format-{name}')
+                box.bind_visibility_to(part)
             self.force = ui.checkbox('Write over an earlier export of the same name', on_change=self.change)
             look.mark(self.force, 'force')
             self.command = look.code('', 'export-command')
@@ -129,6 +131,10 @@ class Panel:
         """After a control was changed."""
         if not hasattr(self, 'result'):
             return
+        has_adapter = bool(facts_of(self.runs[self.model.value]).get('adapter'))
+        self.formats['peft'].set_visibility(has_adapter)
+        if not has_adapter:
+            self.formats['peft'].value = False
         self.command.set_text(launch.command_line('export.py', self.arguments()))
         self.go.set_enabled(any(box.value for box in self.formats.values()))
 

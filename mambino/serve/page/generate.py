@@ -1,5 +1,7 @@
 """The panel on which a model writes: texts that go on, or messages that are answered.
 
+    /generate?model=out-mine        # as the panel Train links here
+
     prompt ──► jobs ──► the model's scheduler ──► tokens, some times a second ──► the browser
 """
 import json
@@ -42,21 +44,22 @@ def show(library):
     if not names:
         look.empty('There is no model yet.', 'Train one first', '/train')
         return
-    Panel(library, names)
+    Panel(library, names, ui.context.client.request.query_params.get('model'))
 
 
 class Panel:
     """The controls, and what goes on."""
 
-    def __init__(self, library, names):
+    def __init__(self, library, names, wanted):
         self.library = library
+        is_given = wanted in names
         self.answers = []               # that are shown
         self.asked = None               # what they answer, an Asked
         self.messages = []              # of the chat so far
         self.knobs = {}
         with ui.element('div').classes('work'):
             with ui.element('div'):
-                self.show_asking(names)
+                self.show_asking(names, wanted if is_given else names[0])
                 self.trouble = look.trouble()
                 self.shown = look.mark(ui.element('div').classes('answers'), 'shown')
             with ui.element('div').classes('knobs'):
@@ -66,18 +69,19 @@ class Panel:
         self.is_here = True             # the person, as far as one knows
         ui.context.client.on_connect(self.come)
         ui.context.client.on_disconnect(self.leave)
-        look.remember('generate', dict(self.knobs, prompt=self.prompt, model=self.model, mode=self.mode))
+        look.remember('generate', dict(self.knobs, prompt=self.prompt, model=self.model, mode=self.mode),
+                      ['model'] * is_given)
         self.change()
 
     # --- what is seen
 
-    def show_asking(self, names):
+    def show_asking(self, names, first):
         with look.sheet():
             with look.row():
                 self.mode = ui.toggle({'text': 'Text', 'chat': 'Chat'}, value='text', on_change=self.change)
                 look.mark(self.mode, 'mode')
                 self.mode.props('dense unelevated no-caps toggle-color=primary aria-label="Text or chat"')
-                self.model = ui.select(names, value=names[0], label='Model', on_change=self.change)
+                self.model = ui.select(names, value=first, label='Model', on_change=self.change)
                 self.second = ui.select([NONE, *names], value=NONE, label='Beside it', on_change=self.change)
                 look.field(self.model, 'model').classes('choice')
                 look.field(self.second, 'second-model', 'A second model gets the same prompt').classes('choice')

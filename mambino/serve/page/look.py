@@ -173,9 +173,9 @@ def cell(text, right, tag):
     return Words(tag, str(text)).classes('number' if right else '')
 
 
-def remember(key, elements):
+def remember(key, elements, given=()):
     """Keeps the values of controls, {name: element}, in the browser: a reload finds them again, the
-    server never had them."""
+    server never had them. given: names of those that the address says."""
     place = json.dumps(f'mambino-{key}')
     client = ui.context.client
 
@@ -186,7 +186,7 @@ def remember(key, elements):
 
     async def restore():
         for name, value in (await recalled(f'mambino-{key}')).items():
-            if name in elements and is_possible(elements[name], value):
+            if name in elements and name not in given and is_possible(elements[name], value):
                 elements[name].set_value(value)
 
     for element in elements.values():

@@ -180,6 +180,8 @@ class Panel:
                     self.view = ui.element('div')
                     self.scale = ui.element('div').classes('scale')
                 self.map = Tokens('Token by token', 'heat-map', marks=True)
+                ui.label('A perplexity of 10: at each token as unsure as between ten that are equally likely. Nats: '
+                         '0 is certain, each one more is 2.7 times less likely.').classes('muted small')
             self.list = ui.element('div').classes('stack')
         self.show_scale('expected', f'{DEEPEST:g} nats or more')
 

@@ -7,10 +7,12 @@ Each second its files are read, in a thread, and what is new in them is sent; no
 that is opened anew, a second one, or one of a server that was started again, shows the same.
 """
 import os
+from urllib.parse import urlencode
 
 from nicegui import ui
 
 from mambino.serve import curves, launch, runs
+from mambino.serve.library import checkpoint_in
 from mambino.serve.page import look
 from mambino.serve.page.away import away
 from mambino.serve.page.charts import Chart, Curve
@@ -76,6 +78,8 @@ class Watch:
             with ui.element('div').classes('banner').props('role=status data-testid=banner') as self.banner:
                 self.icon = ui.icon('info').props('aria-hidden=true')
                 self.words = ui.label('').props('data-testid=state')
+            with ui.element('div') as self.next:
+                self.talk = look.Words('a', 'Talk to it').classes('go next').props('data-testid=talk-to-it')
             self.trouble = look.trouble(test_id='run-trouble')
             self.bar = ui.linear_progress(0, show_value=False, size='6px').props('rounded aria-label="Steps made"')
             self.stats = look.stats(dict.fromkeys(FIGURES, NOTHING), 'figures')
@@ -126,7 +130,7 @@ class Watch:
         self.sample_part.set_visibility(False)
         for label in self.stats.values():
             label.set_text(NOTHING)
-        for button in (self.stop, self.kill, self.resume, self.more):
+        for button in (self.stop, self.kill, self.resume, self.more, self.next):
             button.set_visibility(False)
         self.more.value = None
         self.redraw()
@@ -206,6 +210,8 @@ class Watch:
         self.stop.set_visibility(is_running)
         self.stop.set_enabled(True)
         self.kill.set_visibility(False)
+        self.next.set_visibility(not is_running and bool(checkpoint_in(self.out_dir)))
+        self.talk.props['href'] = f'/generate?{urlencode(dict(model=self.out_dir))}'
         can_go_on = not is_running and standing.state != 'elsewhere'
         self.more.set_visibility(can_go_on and standing.is_done)
         self.resume.set_visibility(can_go_on and (standing.can_go_on or os.path.exists(
