@@ -65,6 +65,8 @@ def test_one_answer_at_a_time():
         assert third.read.tokens == len(kept) and third.read.cached == len(kept) - 1
     finally:
         one.close()
+    assert answer(one, Job([], 1, session='taken')).end.status == 503 and not one.named.busy
+    assert one.stats()['queue'] == 0
 
 
 def test_what_cannot_be_gone_on_with(tmp_path):

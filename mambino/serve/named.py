@@ -49,7 +49,10 @@ class Named:
         if ticket.problem:
             self.hand_in(ticket)
         else:
-            self.disk.submit(self.load, ticket)
+            try:
+                self.disk.submit(self.load, ticket)
+            except RuntimeError:            # all has ended this moment: hand_in tells it
+                self.hand_in(ticket)
 
     def load(self, ticket):
         seed = ticket.job.seed
