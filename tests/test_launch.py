@@ -256,6 +256,25 @@ def test_who_starts_what_is_being_deleted_finds_no_folder(here, monkeypatch):
     assert problems and not os.path.exists('out-a')
 
 
+@POSIX
+def test_a_process_of_which_nothing_can_be_written_down_ends(here, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(launch, 'write_record', full)
+    started = []
+    popen = subprocess.Popen
+
+    def begin(*arguments, **more):
+        started.append(popen(*arguments, **more))
+        return started[0]
+
+    monkeypatch.setattr(launch.subprocess, 'Popen', begin)
+    with pytest.raises(launch.Refused, match='No space left'):
+        launch.train('a', [])
+    assert started[0].wait(PATIENCE) == -signal.SIGKILL
+
+
 def test_what_takes_too_long_is_ended(here):
     with pytest.raises(launch.Refused, match='more than 1 seconds'):
         launch.answer_of((launch.script_path('prepare.py'),), [], seconds=1)

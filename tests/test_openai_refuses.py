@@ -27,6 +27,7 @@ WRONG = [
     (C, dict(prompt='e', n=1000), 'n', 'to 128'),
     (C, dict(prompt='e', n=100), 'n', '100 answers'),
     (C, dict(prompt=['e'] * 81), 'n', '81 answers'),
+    (C, dict(prompt=[[]] * 10_001), 'prompt', '10,001 prompts'),
     (C, dict(prompt='e', n=2, best_of=1), 'best_of', 'at least n'),
     (C, dict(prompt='e', n=1, best_of=2, stream=True), 'best_of', 'stream'),
     (C, dict(prompt='e', logprobs=-1), 'logprobs', 'from 0'),

@@ -48,3 +48,31 @@ def test_others_go_on_while_much_is_written():
     is_over.set()
     watcher.join()
     assert max(gaps) < seconds / 2
+
+
+def test_a_body_of_a_million_lists_is_read_without_a_look_for_garbage():
+    import asyncio
+    import gc
+
+    from mambino.serve.errors import Refused, body_of
+
+    class Request:
+        raw = b'{"prompt":[' + b'[],' * 100_000 + b'[]]}'
+
+        async def body(self):
+            return self.raw
+
+    phases = []
+
+    def note(phase, _):
+        phases.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        assert len(asyncio.run(body_of(Request()))['prompt']) == 100_001
+        Request.raw = b'[' * 200_000
+        with pytest.raises(Refused):
+            asyncio.run(body_of(Request()))
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled() and phases.count('start') < 20        # else more than 100

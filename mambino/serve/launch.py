@@ -249,7 +249,11 @@ def launch(task, arguments, request):
     since = datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S')
     record = dict(pid=process.pid, host=socket.gethostname(), since=since, request=request, command=arguments,
                   begins=begins)
-    write_record(task, record)
+    try:
+        write_record(task, record)
+    except OSError:             # nobody would know whose process it is
+        process.kill()
+        raise
     return record
 
 

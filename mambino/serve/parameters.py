@@ -20,6 +20,7 @@ MOST_STOPS = 16
 LONGEST_STOP = 256          # characters: each token is compared with every beginning of it
 MOST_LIKELIEST = 100        # beside each token
 MOST_CHOICES = 128
+MOST_PROMPTS = 10_000       # more than any queue; each takes time to look at
 MOST_BIASES = 1024
 SEEDS = 2**63
 
@@ -103,6 +104,8 @@ def prompts(name, value):
     if isinstance(value, list):
         if all(type(part) is int for part in value):    # none at all begin a new document
             return [value]
+        if len(value) > MOST_PROMPTS:
+            raise Refused(f'{name} has {len(value):,} prompts; at most {MOST_PROMPTS:,} can wait', param=name)
         if all(isinstance(part, str) for part in value):
             return value
         if all(isinstance(part, list) and all(type(i) is int for i in part) for part in value):
