@@ -395,7 +395,7 @@ def test_where_there_is_nothing_yet(browser, tmp_path):
         assert 'No model yet' in page.get_by_test_id('step-2').text_content()
         for name in ('generate', 'perplexity', 'export', 'runs', 'server'):
             page.goto(server.at(f'/{name}'))
-            link = page.get_by_role('main').get_by_role('link')
+            link = page.locator('#content').get_by_role('link')
             link.wait_for()
             assert link.get_attribute('href') == '/train'
         watched.check()
