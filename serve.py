@@ -23,8 +23,8 @@ from mambino.console import end_quietly
 # --- what and where
 out_dir = ''            # the model that answers where a request names none; '': the one trained last.
                         # All runs in the current folder are served beside it
-host = '127.0.0.1'      # whom it listens to: this machine alone; 0.0.0.0: everybody, who knows the api_key
-port = 8000
+host = '127.0.0.1'      # whom it listens to: this machine alone; 0.0.0.0: everybody who knows the api_key
+port = 8000             # 0: any that is free
 page = True             # the page at /; False: the API alone
 api_key = ''            # what clients must know; better in the environment: MAMBINO_API_KEY
 cors_origin = ''        # another page that may use the API from a browser, as http://localhost:3000;
