@@ -218,7 +218,7 @@ def test_a_folder_is_prepared(page, server, folder):
 
 def test_text_of_files_is_text(page, server, folder):
     """HTML in a run's name, in its samples, its log and its settings."""
-    name = f'out-{HOSTILE}'.replace('/', '')
+    name = f'out-{HOSTILE}&a#b%2B+'.replace('/', '')       # of which an address has none as it is
     log = f'{HOSTILE}\n--- sample at step 1\n{HOSTILE} sampled\n---\nerror: {HOSTILE}\n'
     write_run(folder, name, log, of_steps(5))
     (folder / name / 'started.json').write_text(json.dumps(dict(command=[f'--dataset={HOSTILE}'])))

@@ -1,6 +1,8 @@
 """The panel of all runs: a table, their curves over each other, what their settings differ in; and how
 to have their numbers, or to delete them.
 """
+from urllib.parse import quote
+
 from nicegui import ui
 
 from mambino.serve import curves, launch, runs
@@ -111,7 +113,7 @@ class RunsPanel:
                 box.props['aria-label'] = f'Compare {name}'
                 look.mark(box, f'choose-{name}')
             with ui.element('td').classes('name'):
-                ui.link(name, f'/train?run={name}').classes('link')
+                ui.link(name, f'/train?run={quote(name)}').classes('link')
             with ui.element('td'):
                 ui.label(STATES.get(row['state'], row['state'])).classes(f'state {row["state"]}').tooltip(row['words'])
             for text, is_figure in (
