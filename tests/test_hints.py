@@ -9,7 +9,7 @@ from test_house import SCRIPTS, read, settings_of, tracked
 
 # what stands for any of them, and flags of other programs
 OF_OTHERS = {
-    'help', 'name', 'nproc_per_node', 'long',
+    'help', 'name', 'nproc_per_node', 'long', 'group',
 }
 
 
@@ -24,11 +24,15 @@ def test_settings_that_are_named_exist():
     known = set(OF_OTHERS)
     for path in [f'{script}.py' for script in SCRIPTS] + tracked('mambino/bench/*.py'):
         known |= settings_of(path)
+    for path in tracked('*.css'):                       # the page's colours
+        known |= set(re.findall(r'--([a-z][a-z0-9_]+):', read(path)))
     wrong = []
     for path in tracked('*.py'):
         if path.startswith(('tests/', 'mambino/kernels/', 'mambino/bench/')):
             continue
         for line, text in texts_of(path):
+            if 'var(--' in text:                        # a style sheet, with colours of its own
+                continue
             for name in re.findall(r'(?<![\w-])--([a-z][a-z0-9_]+)(?![\w-])', text):
                 if name not in known:
                     wrong.append(f'{path}:{line}: --{name}')
