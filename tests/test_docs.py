@@ -8,8 +8,9 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCS = [name for name in sorted(os.listdir(os.path.join(ROOT, 'docs'))) if name.endswith('.md')]
 PAGES = ['README.md', 'data/README.md', *(f'docs/{name}' for name in DOCS)]
-SCRIPTS = {name: name for name in ('prepare.py', 'train.py', 'sample.py', 'export.py')}
+SCRIPTS = {name: name for name in ('prepare.py', 'train.py', 'sample.py', 'export.py', 'serve.py')}
 SCRIPTS['-m mambino.bench.plot'] = 'mambino/bench/plot.py'  # before the shorter name
+SCRIPTS['-m mambino.bench.clients'] = 'mambino/bench/clients.py'
 SCRIPTS['-m mambino.bench'] = 'mambino/bench/__main__.py'
 NAMES = '|'.join(map(re.escape, SCRIPTS))
 
@@ -57,7 +58,8 @@ def test_settings_in_the_text_exist(page):
     others = {'index-url', 'no-build-isolation', 'group', 'help',                       # pip's
               'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint',              # torchrun's
               'eval_iters', 'lr_decay_iters', 'model_args', 'tasks',            # nanoGPT's, lm_eval's
-              'cases', 'only', 'keep', 'kills'}                                 # tests/fuzz.py's, tests/kills.py's
+              'cases', 'only', 'keep', 'kills', 'requests',                         # tests/fuzz.py's and others'
+              'build-arg', 'rm', 'model'}                                       # docker's, lm_eval's
     for name in re.findall(r'(?<![\w-])--([A-Za-z][\w-]*)', read(page)):
         assert name in known | others, f'{page}: --{name}'
 
