@@ -184,3 +184,12 @@ def test_no_link_leads_a_session_to_another_file(net, tmp_path):
     sessions.make_room(str(folder / 'tale.pt'))
     saved(net, folder / 'tale.pt')
     assert (tmp_path / 'precious').read_text() == 'mine'
+
+
+def test_sessions_of_a_folder_that_vanished_are_nobody_elses(tmp_path):
+    run = tmp_path / 'out-gone'
+    for out_dir in (run, run / 'best.pt'):
+        assert sessions.path_of(str(out_dir), 'tale') == str(run / 'sessions' / 'tale.pt')
+    copy = tmp_path / 'copy'
+    copy.write_bytes(b'')               # a checkpoint's file of another name
+    assert sessions.path_of(str(copy), 'tale') == str(tmp_path / 'sessions' / 'tale.pt')

@@ -143,7 +143,9 @@ def path_of(out_dir, name, setting='session'):
     if not is_name(name):
         fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100, that '
              'begins with a letter or digit')
-    folder = out_dir if os.path.isdir(out_dir) else os.path.dirname(out_dir)
+    # a checkpoint's file; a folder that has vanished is none
+    is_file = os.path.isfile(out_dir) or (out_dir.endswith('.pt') and not os.path.isdir(out_dir))
+    folder = os.path.dirname(out_dir) if is_file else out_dir
     return os.path.join(folder, 'sessions', name + '.pt')
 
 

@@ -78,6 +78,9 @@ class Paths:
                     self.up = ui.button(icon='arrow_upward', on_click=lambda: self.open(os.path.dirname(self.folder)))
                     self.up.props('outline dense').props['aria-label'] = 'To the folder above'
                     look.mark(self.up, 'browse-up')
+                    home = ui.button(icon='home', on_click=lambda: self.open('~')).props('outline dense')
+                    home.props['aria-label'] = 'To your own folder'
+                    look.mark(home, 'browse-home')
                     self.where = look.field(ui.input('Folder'), 'browse-folder')
                     self.where.on('keydown.enter', lambda: self.open(self.where.value))
                 self.dialog_trouble = look.trouble(test_id='browse-trouble')

@@ -359,7 +359,8 @@ def sentence_of(plan):
     total = (plan.get('memory') or {}).get('total')
     needed = f'About {bytes_in_words(total)} of memory. ' if total else ''
     state = f', a state of {bytes_in_words(plan["state"])} for each text it writes' if plan.get('state') else ''
-    return (f'{count_in_words(plan["parameters"])} parameters: {plan["n_layer"]} layers of width {plan["n_embd"]}, '
+    layers = 'one layer' if plan['n_layer'] == 1 else f'{plan["n_layer"]} layers'
+    return (f'{count_in_words(plan["parameters"])} parameters: {layers} of width {plan["n_embd"]}, '
             f'context {plan["block_size"]}{state}. {needed}{plan["max_iters"]:,} steps of '
             f'{plan["tokens_per_step"]:,} tokens, {plan["batch"]} sequences at once: {plan["dataset"]} '
             f'{epochs:.1f} times. Computed on {plan["device"]} in {plan["dtype"]}.')
