@@ -334,8 +334,8 @@ known = {}              # path → (stamp of the file, facts)
 
 
 def facts_of(out_dir):
-    """{'kind', 'parameters', 'step', 'tokens', 'seconds', 'settings', 'is_complete', …} of a run's last
-    checkpoint, whose weights stay on the disk; {} if there is none that can be read."""
+    """{'kind', 'parameters', 'step', 'tokens', 'seconds', 'settings', 'is_complete', 'talks', …} of a run's
+    last checkpoint, whose weights stay on the disk; {} if there is none that can be read."""
     for name in ('ckpt.pt', 'best.pt'):
         path = os.path.abspath(os.path.join(out_dir, name))
         try:
@@ -362,7 +362,9 @@ def read_facts(path):
             kind=str(ckpt['kind']), parameters=int(metadata['parameters']), step=step,
             tokens=int(counters['tokens_seen']), seconds=float(counters['seconds']),
             best_loss=counters.get('best_loss'), settings=settings, is_complete=is_complete,
-            adapter=(ckpt.get('adapter') or {}).get('type', ''))
+            adapter=(ckpt.get('adapter') or {}).get('type', ''),
+            # whether it was tuned on conversations
+            talks=bool((ckpt['tokenizer'] or {}).get('config', {}).get('chat_template')))
     except Exception:                   # of zip, pickle, torch: it is no checkpoint of ours, or written just now
         return {}
 

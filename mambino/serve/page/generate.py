@@ -14,6 +14,7 @@ from mambino.serve.page.answers import Answer, Asked, jobs_asked
 from mambino.serve.page.away import away
 from mambino.serve.page.sessions import show_sessions
 from mambino.serve.page.tokens import Tokens
+from mambino.serve.runs import facts_of
 from mambino.serve.told import NoModel
 
 NONE = '—'              # in the place of a second model
@@ -40,26 +41,27 @@ def show(library):
     """Fills the panel."""
     look.title('Generate', 'Give the beginning of a text, or a message. Point at a word of the answer, or go to it by '
                'the arrow keys, to see what else could have stood there.')
-    names = [run['id'] for run in library.names()]
-    if not names:
+    runs = {run['id']: run for run in library.names()}
+    if not runs:
         look.empty('There is no model yet.', 'Train one first', '/train')
         return
-    Panel(library, names, ui.context.client.request.query_params.get('model'))
+    Panel(library, runs, ui.context.client.request.query_params.get('model'))
 
 
 class Panel:
     """The controls, and what goes on."""
 
-    def __init__(self, library, names, wanted):
+    def __init__(self, library, runs, wanted):
         self.library = library
-        is_given = wanted in names
+        is_given = wanted in runs
+        first = wanted if is_given else next(iter(runs))
         self.answers = []               # that are shown
         self.asked = None               # what they answer, an Asked
         self.messages = []              # of the chat so far
         self.knobs = {}
         with ui.element('div').classes('work'):
             with ui.element('div'):
-                self.show_asking(names, wanted if is_given else names[0])
+                self.show_asking(list(runs), first, facts_of(runs[first]['out_dir']).get('talks'))
                 self.trouble = look.trouble()
                 self.shown = look.mark(ui.element('div').classes('answers'), 'shown')
             with ui.element('div').classes('knobs'):
@@ -70,15 +72,16 @@ class Panel:
         ui.context.client.on_connect(self.come)
         ui.context.client.on_disconnect(self.leave)
         look.remember('generate', dict(self.knobs, prompt=self.prompt, model=self.model, mode=self.mode),
-                      ['model'] * is_given)
+                      ['model', 'mode'] * is_given)
         self.change()
 
     # --- what is seen
 
-    def show_asking(self, names, first):
+    def show_asking(self, names, first, talks):
         with look.sheet():
             with look.row():
-                self.mode = ui.toggle({'text': 'Text', 'chat': 'Chat'}, value='text', on_change=self.change)
+                mode = 'chat' if talks else 'text'
+                self.mode = ui.toggle({'text': 'Text', 'chat': 'Chat'}, value=mode, on_change=self.change)
                 look.mark(self.mode, 'mode')
                 self.mode.props('dense unelevated no-caps toggle-color=primary aria-label="Text or chat"')
                 self.model = ui.select(names, value=first, label='Model', on_change=self.change)
