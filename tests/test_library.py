@@ -18,7 +18,7 @@ from helpers.served import wait_until
 from mambino.configurator import fail
 from mambino.serve import library as libraries
 from mambino.serve.library import Library
-from mambino.serve.told import NoModel, told
+from mambino.serve.told import NoModel, Refused, told
 from mambino.serve.work import Done, Failed, Job, Room
 
 
@@ -415,7 +415,7 @@ def test_each_thread_says_its_own(capsys):
                 done.wait(20)
                 print('note: of mine', file=sys.stderr)
                 fail('of mine')
-        except NoModel as error:
+        except Refused as error:
             caught.append((str(error), error.status))
     thread = threading.Thread(target=other)
     thread.start()

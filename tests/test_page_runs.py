@@ -3,10 +3,12 @@ its server, is stopped and goes on."""
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
 import pytest
+import torch
 
 pytest.importorskip('playwright.sync_api')
 pytest.importorskip('nicegui')
@@ -364,3 +366,18 @@ def test_a_narrow_window(page, server, folder, theme):
             wait_for(lambda: points_of(page) > 0)
         assert has_no_sideways_scroll(page), panel
         assert page.evaluate(NAMELESS) == []
+
+
+def test_a_model_that_was_tuned_on_conversations_is_talked_to(page, server, served_folder):
+    ckpt = torch.load(served_folder / 'bpe' / 'best.pt', weights_only=True)
+    ckpt['tokenizer']['config'] = dict(chat_template="{{ messages[-1]['content'] }}")
+    folder = served_folder / 'out-talks'
+    folder.mkdir()
+    torch.save(ckpt, folder / 'best.pt')
+    page.goto(server.at())
+    try:
+        for name, label in (('out-talks', 'Message'), ('bpe', 'Prompt')):
+            page.goto(f'{server.url}/generate?model={name}')
+            page.get_by_role('textbox', name=label, exact=True).wait_for()
+    finally:
+        shutil.rmtree(folder)

@@ -213,21 +213,6 @@ def test_chat(page, server):
     page.locator('.message').first.wait_for(state='detached')
 
 
-def test_a_model_that_was_tuned_on_conversations_is_talked_to(page, server, served_folder):
-    ckpt = torch.load(served_folder / 'bpe' / 'best.pt', weights_only=True)
-    ckpt['tokenizer']['config'] = dict(chat_template="{{ messages[-1]['content'] }}")
-    folder = served_folder / 'out-talks'
-    folder.mkdir()
-    torch.save(ckpt, folder / 'best.pt')
-    page.goto(server.at())
-    try:
-        for name, label in (('out-talks', 'Message'), ('bpe', 'Prompt')):
-            page.goto(f'{server.url}/generate?model={name}')
-            page.get_by_role('textbox', name=label, exact=True).wait_for()
-    finally:
-        shutil.rmtree(folder)
-
-
 def test_what_cannot_be_is_said(page, server):
     """And the next answer comes all the same."""
     open_panel(page, server, 'generate', 'char')

@@ -54,7 +54,8 @@ def test_a_body_of_a_million_lists_is_read_without_a_look_for_garbage():
     import asyncio
     import gc
 
-    from mambino.serve.errors import Refused, body_of
+    from mambino.serve.errors import body_of
+    from mambino.serve.told import Refused
 
     class Request:
         raw = b'{"prompt":[' + b'[],' * 100_000 + b'[]]}'

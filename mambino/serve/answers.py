@@ -17,8 +17,8 @@ from collections import deque
 from contextlib import asynccontextmanager
 from functools import partial
 
-from mambino.serve.errors import Refused
 from mambino.serve.logprobs import Listing
+from mambino.serve.told import Refused
 from mambino.serve.work import Done, Failed, Read, Token
 
 PING = 10.0             # seconds of silence after which a stream says that it is alive

@@ -28,11 +28,12 @@ from fastapi import Request
 from mambino import chat
 from mambino.prepare.conversations import without_system
 from mambino.serve.answers import Answers, Choice, usage_of
-from mambino.serve.errors import Refused, body_of
+from mambino.serve.errors import body_of
 from mambino.serve.jobs import Prompt, check_length, check_rows, jobs_of, text_prompt
 from mambino.serve.logprobs import as_chat, names_of
 from mambino.serve.parameters import CHAT, read
 from mambino.serve.sending import DONE, Shape, event_of, opened, respond
+from mambino.serve.told import Refused
 
 ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'assistant': 'assistant'}
 PARTS = ('text', 'input_text', 'output_text')       # of a content; the latter two of /v1/responses

@@ -16,11 +16,12 @@ from fastapi import Request
 
 from mambino.sample import sessions
 from mambino.serve.answers import Answers, Choice, usage_of
-from mambino.serve.errors import Refused, body_of
+from mambino.serve.errors import body_of
 from mambino.serve.jobs import check_length, check_rows, ids_prompt, jobs_of, text_prompt
 from mambino.serve.logprobs import as_completion, names_of
 from mambino.serve.parameters import COMPLETION, read
 from mambino.serve.sending import DONE, LONG, Shape, event_of, opened, respond
+from mambino.serve.told import Refused
 
 
 def add_completions(app, library, limits):

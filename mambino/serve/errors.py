@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from mambino.plain import json_text, parse_json
 from mambino.serve.bodies import json_bytes
-from mambino.serve.told import NoModel
+from mambino.serve.told import Refused
 from mambino.serve.work import Full
 
 TYPES = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error'}     # others by their hundreds
@@ -28,19 +28,6 @@ SAID = {                        # where all that is known is the status
     405: 'this path takes another method',
 }
 LONGEST = 1000                  # characters of a message: it may quote what a client has sent
-
-
-class Refused(Exception):
-    """A request that is not answered. param: the parameter that is to blame; code: a word for
-    programs; headers: of the response."""
-
-    def __init__(self, message, status=400, param=None, code=None, headers=None):
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = headers
 
 
 def error_of(message, status, param=None, code=None):
@@ -62,10 +49,6 @@ def response_to(error):
     """The Response to an exception that says what a client has to know; None for a bug."""
     if isinstance(error, Refused):
         return refusal(error.message, error.status, error.param, error.code, error.headers)
-    if isinstance(error, NoModel):
-        code = 'model_not_found' if error.status == 404 else None
-        headers = {'Retry-After': '2'} if error.status == 503 else None
-        return refusal(error, error.status, 'model', code, headers)
     if isinstance(error, Full):
         seconds = max(1, round(error.seconds))
         message = f'too many requests are waiting; try again in {seconds} s'
@@ -86,7 +69,7 @@ def add_handlers(app):
     async def answer(request, error):
         return response_to(error)
 
-    for kind in (Refused, NoModel, Full, RequestValidationError, HTTPException):
+    for kind in (Refused, Full, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
 
 

@@ -26,7 +26,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from mambino.serve.errors import Refused, refusal, response_to
+from mambino.serve.errors import refusal, response_to
+from mambino.serve.told import Refused
 
 API = ('/v1', '/health', '/tokenize', '/detokenize', '/tokenizer_info', '/score', '/sessions', '/metrics')
 PUBLIC = '/health'              # needs no key

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mambino.chat import marks_in
 from mambino.sample.text import healed, prompt_ids, without_mark
-from mambino.serve.errors import Refused
+from mambino.serve.told import Refused
 from mambino.serve.work import Job
 
 PLACE = 4               # likeliest tokens take as much memory as what else is told of a token

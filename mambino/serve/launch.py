@@ -30,15 +30,12 @@ from typing import NamedTuple
 from mambino import files, script_path
 from mambino.configurator import typed
 from mambino.plain import parse_json
+from mambino.serve.told import Refused
 from mambino.train.progress import OF_THE_MACHINE
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,63}')
 LARGEST_LOG = 64 << 20      # bytes; a log that is larger begins anew with the next start
 SECONDS = 120               # that a dry run may take
-
-
-class Refused(Exception):
-    """What is asked for is not done; the sentence says why."""
 
 
 class Task(NamedTuple):

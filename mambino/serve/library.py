@@ -225,7 +225,7 @@ class Library:
         is_own = run['id'] == self.own_id()
         adapters = self.adapters if is_own else ''
         try:
-            with told():
+            with told(kind=NoModel):
                 where = choose_device(self.device)
                 ckpt = load_checkpoint(run['out_dir'])
                 extra = load_adapters(adapters)

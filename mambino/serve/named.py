@@ -11,8 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from mambino.sample.sessions import check_state, open_session
-from mambino.serve.told import NoModel as Refused
-from mambino.serve.told import told
+from mambino.serve.told import Refused, told
 from mambino.serve.work import Failed
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from mambino.sample.sessions import is_name
-from mambino.serve.errors import Refused
+from mambino.serve.told import Refused
 
 MOST_STOPS = 16
 LONGEST_STOP = 256          # characters: each token is compared with every beginning of it

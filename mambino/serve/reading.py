@@ -18,7 +18,7 @@ import torch
 from mambino.sample.generation import chunks, logprobs_of, step
 from mambino.sample.healing import look_ahead
 from mambino.serve.states import cloned
-from mambino.serve.told import NoModel as Refused
+from mambino.serve.told import Refused
 from mambino.serve.work import Logprob
 
 SLICE = 64              # tokens whose logprobs are computed at once

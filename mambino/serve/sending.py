@@ -15,7 +15,8 @@ from fastapi.responses import Response, StreamingResponse
 
 from mambino.serve.answers import LATE, NO_RETRY, Gone
 from mambino.serve.bodies import ENCODE, json_bytes
-from mambino.serve.errors import Refused, error_of
+from mambino.serve.errors import error_of
+from mambino.serve.told import Refused
 from mambino.serve.work import Read
 
 HEADERS = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}      # nginx would keep events until it has many

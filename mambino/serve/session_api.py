@@ -15,8 +15,8 @@ from fastapi.concurrency import run_in_threadpool
 
 from mambino import files
 from mambino.sample import sessions
-from mambino.serve.errors import Refused, body_of
-from mambino.serve.told import NoModel, told
+from mambino.serve.errors import body_of
+from mambino.serve.told import Refused, told
 
 
 def add_sessions(app, library):
@@ -55,7 +55,7 @@ def path_of(run, name, param='session'):
     try:
         with told(400):
             return sessions.path_of(run['out_dir'], name, param)
-    except NoModel as error:
+    except Refused as error:
         raise Refused(str(error), error.status, param=param) from None
 
 

@@ -24,8 +24,8 @@ from mambino.plain import whole
 from mambino.sample.generation import window_losses
 from mambino.sample.score import ROWS, token_scores, total_nats, windows_of
 from mambino.serve.bodies import json_bytes
-from mambino.serve.errors import Refused, body_of
-from mambino.serve.told import told
+from mambino.serve.errors import body_of
+from mambino.serve.told import Refused, told
 
 MOST_TOP = 100              # likeliest tokens in the place of each
 MOST_SHOWN = 500_000        # of them in a response

@@ -38,7 +38,7 @@ class Asked(NamedTuple):
 
 
 def jobs_asked(served, asked):
-    """The jobs of what is asked, one for each answer; NoModel or Refused with a sentence where it cannot
+    """The jobs of what is asked, one for each answer; Refused with a sentence where it cannot
     be. It may take a while."""
     settings = asked.settings
     more = dict(max_tokens=settings['length'], logprobs=ALTERNATIVES, session=asked.session)

@@ -8,14 +8,13 @@ import json
 
 from nicegui import ui
 
-from mambino.serve.errors import Refused
 from mambino.serve.page import look
 from mambino.serve.page.answers import Answer, Asked, jobs_asked
 from mambino.serve.page.away import away
 from mambino.serve.page.sessions import show_sessions
 from mambino.serve.page.tokens import Tokens
 from mambino.serve.runs import facts_of
-from mambino.serve.told import NoModel
+from mambino.serve.told import Refused
 
 NONE = '—'              # in the place of a second model
 TICK = 0.07             # seconds between two looks at what came
@@ -201,7 +200,7 @@ class Panel:
                 served = await away(self.library.get, name)
                 jobs = await away(jobs_asked, served, asked)
                 pairs += [(served, job) for job in jobs]
-        except (NoModel, Refused) as error:
+        except Refused as error:
             self.trouble.set_text(str(error))
             return
         finally:

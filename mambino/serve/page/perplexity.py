@@ -18,7 +18,7 @@ from mambino.serve.page import look
 from mambino.serve.page.away import away
 from mambino.serve.page.generate import NONE, TICK
 from mambino.serve.page.tokens import Tokens, bounded, token_of
-from mambino.serve.told import NoModel
+from mambino.serve.told import Refused
 
 MOST = 20_000           # tokens that a browser shows with ease
 LARGEST = 400_000       # bytes of a file
@@ -74,17 +74,17 @@ class Scoring:
 
 
 def scoring_of(library, name, text):
-    """The Scoring of a text by a model; NoModel with a sentence where it cannot be."""
+    """The Scoring of a text by a model; Refused with a sentence where it cannot be."""
     served = library.get(name)
     try:
         scoring = Scoring(served, text)
     except ValueError as error:
-        raise NoModel(f'{name}: {error}', 400) from None
+        raise Refused(f'{name}: {error}') from None
     if not scoring.ids:
-        raise NoModel('There is no text to score.', 400)
+        raise Refused('There is no text to score.')
     if len(scoring.ids) > MOST:
-        raise NoModel(f'{len(scoring.ids):,} tokens are more than {MOST:,}, which a browser shows with ease: take a '
-                      'part of the text, or python sample.py --score=file', 400)
+        raise Refused(f'{len(scoring.ids):,} tokens are more than {MOST:,}, which a browser shows with ease: take a '
+                      'part of the text, or python sample.py --score=file')
     return scoring
 
 
@@ -153,7 +153,7 @@ class Panel:
                 if name != NONE:
                     self.state.set_text(f'Loading {name} …')
                     self.scorings.append(await away(scoring_of, self.library, name, self.text.value or ''))
-        except NoModel as error:
+        except Refused as error:
             self.trouble.set_text(str(error))
             return
         finally:

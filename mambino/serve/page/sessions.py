@@ -9,9 +9,8 @@ from nicegui import ui
 
 from mambino.sample.sessions import free_path, name_of, names_in
 from mambino.serve import session_api
-from mambino.serve.errors import Refused
 from mambino.serve.page import look
-from mambino.serve.told import NoModel
+from mambino.serve.told import Refused
 
 
 def sessions_of(run):
@@ -44,7 +43,7 @@ def show_sessions(library, model, session):
             trouble.set_text('')
             if made:
                 session.set_value(made)
-        except (NoModel, Refused, OSError) as error:
+        except (Refused, OSError) as error:
             trouble.set_text(str(error))
         refresh()
 
@@ -63,7 +62,7 @@ def show_sessions(library, model, session):
         rows.clear()
         try:
             found = sessions_of(library.find(model.value))
-        except NoModel:                 # it went meanwhile
+        except Refused:                 # it went meanwhile
             found = []
         with rows:
             if not found:
