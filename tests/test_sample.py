@@ -311,7 +311,7 @@ def test_a_score_shows_its_progress(run, capsys, monkeypatch):
     ('--session=whole --fork=whole', 'session=whole already'),
     ('--session=broken', 'broken.pt not a readable session'),
     ('--session=folder', 'folder.pt cannot be read'),
-    ('--session=' + '語' * 99, 'cannot be written name'),
+    ('--session=' + '語' * 99, 'at most 100 or 200 bytes'),
     ('--session=model', 'model.pt not a readable session'),
     ('--session=foreign', 'foreign.pt another model'),
     ('--chat=True', 'chat interactive'),

@@ -141,8 +141,8 @@ def is_name(name):
 def path_of(out_dir, name, setting='session'):
     """The file of a session. A name that could mean another folder ends the program in a line."""
     if not is_name(name):
-        fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100, that '
-             'begins with a letter or digit')
+        fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100 or '
+             f'{LONGEST} bytes, that begins with a letter or digit')
     # a checkpoint's file; a folder that has vanished is none
     is_file = os.path.isfile(out_dir) or (out_dir.endswith('.pt') and not os.path.isdir(out_dir))
     folder = os.path.dirname(out_dir) if is_file else out_dir

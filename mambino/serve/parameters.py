@@ -66,8 +66,8 @@ def text(name, value):
 
 def session_name(name, value):
     if not isinstance(value, str) or value and not is_name(value):
-        raise Refused(f'{name} must be a name of letters, digits, ".", "-", "_" and spaces, at most 100, that begins '
-                      f'with a letter or digit, not {shown(value)}', param=name)
+        raise Refused(f'{name} must be a name of letters, digits, ".", "-", "_" and spaces, at most 100 or 200 '
+                      f'bytes, that begins with a letter or digit, not {shown(value)}', param=name)
     return value
 
 
