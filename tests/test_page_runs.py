@@ -381,3 +381,22 @@ def test_a_model_that_was_tuned_on_conversations_is_talked_to(page, server, serv
             page.get_by_role('textbox', name=label, exact=True).wait_for()
     finally:
         shutil.rmtree(folder)
+
+
+def test_what_is_typed_before_the_browser_has_answered_stays(page, server):
+    page.goto(server.at())
+    page.evaluate("""localStorage.setItem('mambino-generate', '{"prompt": "of before", "length": 7}')""")
+    page.add_init_script("""
+        const get = Storage.prototype.getItem;
+        Storage.prototype.getItem = function (key) {
+            const value = get.call(this, key);
+            const later = done => window.answer = () => done(value);
+            return key === 'mambino-generate' ? new Promise(later) : value;
+        };
+    """)
+    page.goto(f'{server.url}/generate')
+    page.get_by_test_id('prompt').fill('typed at once')
+    page.wait_for_function('typeof window.answer === "function"')
+    page.evaluate('window.answer()')
+    expect(page.get_by_test_id('length')).to_have_value('7')            # what the browser keeps has come
+    expect(page.get_by_test_id('prompt')).to_have_value('typed at once')

@@ -178,6 +178,7 @@ def remember(key, elements, given=()):
     server never had them. given: names of those that the address says."""
     place = json.dumps(f'mambino-{key}')
     client = ui.context.client
+    at_first = {name: element.value for name, element in elements.items()}
 
     def keep():
         values = json.dumps({name: element.value for name, element in elements.items()})
@@ -186,7 +187,9 @@ def remember(key, elements, given=()):
 
     async def restore():
         for name, value in (await recalled(f'mambino-{key}')).items():
-            if name in elements and name not in given and is_possible(elements[name], value):
+            # what was typed before the browser's answer came stays
+            is_free = name in elements and name not in given and elements[name].value == at_first[name]
+            if is_free and is_possible(elements[name], value):
                 elements[name].set_value(value)
 
     for element in elements.values():
