@@ -137,9 +137,11 @@ class Panel:
         self.knobs['heal'].set_visibility(not is_chat)
         self.knobs['answers'].set_visibility(not is_chat)
         self.forget.set_visibility(is_chat and bool(self.messages) and not self.timer.active)
-        self.prompt.props['label'] = 'Message' if is_chat else 'Prompt'
-        self.prompt.props['placeholder'] = 'Enter sends it, Shift-Enter begins a line' if is_chat else ''
-        self.prompt.props['data-chat'] = is_chat or None
+        label = 'Message' if is_chat else 'Prompt'
+        if self.prompt.props['label'] != label:     # else what is being typed would be sent back as it was
+            self.prompt.props['label'] = label
+            self.prompt.props['placeholder'] = 'Enter sends it, Shift-Enter begins a line' if is_chat else ''
+            self.prompt.props['data-chat'] = is_chat or None
         self.go.set_text('Send' if is_chat else 'Generate')
         self.request.set_text(self.as_request())
 
