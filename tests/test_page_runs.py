@@ -108,7 +108,7 @@ def fill(page, name, steps=''):
 def test_a_run_of_thirty_steps(page, server, folder):
     """Planned, started by the keyboard with a click too many, watched to its end."""
     page.goto(server.at('/train') + '&recipe=tiny' if '?' in server.at('/train') else server.at('/train?recipe=tiny'))
-    expect(page.get_by_test_id('plan-words')).to_contain_text('1 layers of width 32')
+    expect(page.get_by_test_id('plan-words')).to_contain_text('one layer of width 32')
     assert page.get_by_test_id('memory-bar').locator('div').count() >= 3
     fill(page, 'thirty')
     page.get_by_test_id('start').focus()
