@@ -84,8 +84,8 @@ from mambino.sample.score import show_score
 from mambino.sample.sessions import Session, check_state, open_session
 from mambino.sample.terminal import Dialogue, Options, converse, say, show_beams, show_samples
 from mambino.sample.text import encode_prompt, prompts_of, stops_of, without_mark
-from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
-from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
+from mambino.weights.checkpoint import load_checkpoint, tokenizer_of
+from mambino.weights.loading import attach_adapters, fingerprint_of, load_adapters, model_of, prepare_model
 from mambino.weights.quantize import PRECISIONS
 
 
@@ -158,10 +158,7 @@ text = Session(seed)
 goes_on = False                                     # whether there was text before
 save = None                                         # keeps a session
 if session:
-    parts = [(ckpt, 1.0), *extra]
-    tensors = {f'{n}.{name}.{weight}': tensor for n, (part, weight) in enumerate(parts)
-               for name, tensor in part['weights'].items()}
-    model_fingerprint = fingerprint(tensors)
+    model_fingerprint = fingerprint_of(ckpt, extra)
     text, path, goes_on = open_session(
         out_dir, session, fork, seed, model_fingerprint, where, tok.vocab_size)
     save = partial(text.save, path, model_fingerprint)

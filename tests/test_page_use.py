@@ -146,13 +146,17 @@ def test_generate_is_what_sample_writes(page, server, served_folder, capsys, one
     assert token.evaluate('token => token.nextElementSibling === document.activeElement')
 
 
-def test_stop_frees_the_row(page, server):
-    """Within a second; the text so far stays."""
+def begin_a_long_answer(page, server):
     open_panel(page, server, 'generate')
     fill(page, prompt='e', length=4096)
     page.get_by_test_id('start').click()
     page.wait_for_function('document.querySelectorAll(".token").length > 5')
     assert rows_used(server) == 1
+
+
+def test_stop_frees_the_row(page, server):
+    """Within a second; the text so far stays."""
+    begin_a_long_answer(page, server)
     page.get_by_test_id('stop').click()
     began = time.monotonic()
     wait_for(lambda: rows_used(server) == 0)
@@ -163,11 +167,7 @@ def test_stop_frees_the_row(page, server):
 
 
 def test_a_closed_tab_frees_the_row(page, server):
-    open_panel(page, server, 'generate')
-    fill(page, prompt='e', length=4096)
-    page.get_by_test_id('start').click()
-    page.wait_for_function('document.querySelectorAll(".token").length > 5')
-    assert rows_used(server) == 1
+    begin_a_long_answer(page, server)
     page.close()
     began = time.monotonic()
     wait_for(lambda: rows_used(server) == 0)

@@ -7,6 +7,7 @@ import pytest
 from helpers.pace import seconds_of
 
 from mambino.serve import curves, datasets, launch, recipes, runs
+from mambino.serve.told import Refused
 from mambino.train.report import read_samples
 
 START = '$ python train.py --out_dir=out-a\n'
@@ -318,7 +319,7 @@ def test_a_choice_is_a_recipe_and_its_changes():
     assert choice.arguments() == [recipe, '--n_embd=128', '--gradient_checkpointing=true']
     choice.take('')
     assert choice.base['n_layer'] == '0' and choice.value('n_embd') == '128'
-    with pytest.raises(recipes.Wrong):
+    with pytest.raises(Refused, match='no such recipe'):
         choice.take('/etc/passwd')
 
 

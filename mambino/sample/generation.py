@@ -150,6 +150,11 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
     return ids[:, 0]
 
 
+def seed_of(seed, number):
+    """The seed of row `number`, from that of all rows; an odd factor: no two are alike."""
+    return (seed + number * 0x9E3779B97F4A7C15) % 2**63
+
+
 def uniform(generator, B, device):
     """(B,) numbers in [0, 1): from one generator, or from a list with one for each row, which then
     depends on no other."""

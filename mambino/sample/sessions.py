@@ -59,6 +59,18 @@ class Session:
         """Whether nothing can be drawn before an id is read."""
         return self.logits is None and not self.unread
 
+    def take_up(self, tok, ids, owed=b'', end_ids=()):
+        """ids are the text's from now on → all that is to be read behind the state; see go_on."""
+        if ids or owed:
+            self.reopen(tok, end_ids)
+        elif not self.unread:
+            ids = tok.context()                             # nothing at all: a new document
+        self.tokens.extend(ids)
+        unread = [*self.unread, *ids]
+        self.unread = []
+        self.is_whole = False
+        return unread
+
     def go_on(self, net, tok, ids, repetition_penalty=1.0, end_ids=(), owed=b'', **sampling):
         """Reads ids, then yields one token after another, (id, logits (1, V) it was drawn from).
         sampling: see generation.sample_token.
@@ -66,16 +78,9 @@ class Session:
         If what was drawn last, end-of-text or one of end_ids, ended an answer, and the text goes on
         with ids, it is taken back. owed: bytes of the text behind ids that the first tokens spell, see
         healing.py; only with them is the text what it should be."""
-        if ids or owed:
-            self.reopen(tok, end_ids)
-        elif not self.unread:
-            ids = tok.context()                             # nothing at all: a new document
-        self.tokens.extend(ids)
-        unread = [*self.unread, *ids]
-        self.is_whole = False
+        unread = self.take_up(tok, ids, owed, end_ids)
         if unread:
             self.logits, self.state, _ = prefill(net, unread, self.state)
-        self.unread = []
         read = self.logits, self.state, self.tokens
         rows = Rows(net, tok.vocab_size, repetition_penalty)
         rows.add([read], [look_ahead(net, tok, read, owed)])

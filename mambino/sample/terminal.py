@@ -21,7 +21,7 @@ import torch
 from mambino.configurator import fail, shown
 from mambino.machine import available_memory
 from mambino.sample.conversation import Conversation
-from mambino.sample.generation import Rows, beam_search, is_cache, logprobs_of, prefill
+from mambino.sample.generation import Rows, beam_search, is_cache, logprobs_of, prefill, seed_of
 from mambino.sample.healing import look_ahead, spelling_of
 from mambino.sample.text import (
     CONTEXT,
@@ -105,8 +105,7 @@ class Sample:
         self.live = options.stream and number == 0
         self.limit = options.max_new_tokens
         self.writer = Writer(tok, options.stops, prompt.ids, keep=not self.live, owed=prompt.owed)
-        # an odd factor: no two alike
-        self.generator = torch.Generator().manual_seed((seed + number * 0x9E3779B97F4A7C15) % 2**63)
+        self.generator = torch.Generator().manual_seed(seed_of(seed, number))
         self.table = []                 # with logprobs, of each token
         if self.live:
             say(self.prompt)

@@ -19,11 +19,9 @@ from mambino.sample.generation import logprobs_of
 from mambino.sample.text import Writer
 from mambino.serve.choice import Choice, Edits
 from mambino.serve.named import told_of
+from mambino.serve.reading import NO_NUMBERS
 from mambino.serve.rows import Rows
 from mambino.serve.work import Done, Failed, Logprob, Token
-
-NO_NUMBERS = ('the model computes no numbers (nan or inf): its training diverged, or --dtype is too small for it',
-              500)
 
 
 class Answer:

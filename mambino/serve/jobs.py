@@ -10,6 +10,7 @@ import random
 from typing import NamedTuple
 
 from mambino.chat import marks_in
+from mambino.sample.generation import seed_of
 from mambino.sample.text import healed, prompt_ids, without_mark
 from mambino.serve.told import Refused
 from mambino.serve.work import Job
@@ -107,7 +108,7 @@ def jobs_of(served, values, prompts, count, **more):
         frequency_penalty=values.frequency_penalty,
         logit_bias=values.logit_bias,
         ignore_eos=values.ignore_eos,
-        seed=None if seed is None else (seed + number * 0x9E3779B97F4A7C15) % 2**63,    # as sample.py's
+        seed=None if seed is None else seed_of(seed, number),
         **more,
     ) for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count))]
 

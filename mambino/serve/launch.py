@@ -13,7 +13,6 @@ Who runs is read from files alone, a run's lock and started.json, so that a serv
 started again sees the same. Names that come from the page make paths nowhere else but in the current
 folder, as out-…, and in data/. What cannot be done is Refused, with a sentence for the person.
 """
-import datetime
 import glob
 import json
 import os
@@ -243,9 +242,7 @@ def launch(task, arguments, request):
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                    env=environment, **group)
     threading.Thread(target=process.wait, daemon=True).start()      # whom nobody waits for stays, as a zombie
-    since = datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S')
-    record = dict(pid=process.pid, host=socket.gethostname(), since=since, request=request, command=arguments,
-                  begins=begins)
+    record = dict(files.own_identity(), pid=process.pid, request=request, command=arguments, begins=begins)
     try:
         write_record(task, record)
     except OSError:             # nobody would know whose process it is

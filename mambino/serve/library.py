@@ -27,8 +27,8 @@ from mambino.serve.scheduler import Scheduler
 from mambino.serve.tickets import settle
 from mambino.serve.told import NoModel, told
 from mambino.serve.turns import Turns
-from mambino.weights.checkpoint import fingerprint, load_checkpoint, tokenizer_of
-from mambino.weights.loading import attach_adapters, load_adapters, model_of, prepare_model
+from mambino.weights.checkpoint import load_checkpoint, tokenizer_of
+from mambino.weights.loading import attach_adapters, fingerprint_of, load_adapters, model_of, prepare_model
 
 FILES = ('best.pt', 'ckpt.pt')      # of a run, the first one that is there answers
 AGAIN = 10          # seconds after which a model that could not be loaded is tried again
@@ -229,9 +229,7 @@ class Library:
                 where = choose_device(self.device)
                 ckpt = load_checkpoint(run['out_dir'])
                 extra = load_adapters(adapters)
-                parts = [(ckpt, 1.0), *extra]
-                mark = fingerprint({f'{n}.{name}.{weight}': tensor for n, (part, weight) in enumerate(parts)
-                                    for name, tensor in part['weights'].items()})
+                mark = fingerprint_of(ckpt, extra)
                 ckpt.pop('optimizers', None)
                 tok = tokenizer_of(ckpt)
                 if tok is None:

@@ -21,6 +21,8 @@ from mambino.serve.states import cloned
 from mambino.serve.told import Refused
 from mambino.serve.work import Logprob
 
+NO_NUMBERS = ('the model computes no numbers (nan or inf): its training diverged, or --dtype is too small for it',
+              500)
 SLICE = 64              # tokens whose logprobs are computed at once
 
 
@@ -41,7 +43,7 @@ class Reading:
         session = ticket.session
         if session is not None:
             named.check(ticket, net)
-            unread = opened(session, tok, job)
+            unread = session.take_up(tok, list(job.ids), job.owed, job.end_ids)
             self.ids = list(session.tokens)
             self.cached = len(self.ids) - len(unread)
             self.state, self.logits = session.state, session.logits
@@ -84,8 +86,7 @@ class Reading:
         if self.pieces:
             return
         if not bool(self.logits.isfinite().all()):
-            raise Refused('the model computes no numbers (nan or inf): its training diverged, or --dtype is too '
-                          'small for it', 500)
+            raise Refused(*NO_NUMBERS)
         if self.ticket.job.owed:
             read = self.logits, self.state, self.ids
             self.rest = look_ahead(self.net, self.tok, read, self.ticket.job.owed)
@@ -100,17 +101,3 @@ class Reading:
             ids = torch.tensor(some, device=logits.device)
             found = logprobs_of(logits[first:first + len(some)], ids, self.top, self.tok.vocab_size)
             self.logprobs += [Logprob(i, *of_one) for i, of_one in zip(some, found)]
-
-
-def opened(session, tok, job):
-    """What of a session is to be read before its answer: as Session.go_on does it."""
-    ids = list(job.ids)
-    if ids or job.owed:
-        session.reopen(tok, job.end_ids)
-    elif not session.unread:
-        ids = tok.context()
-    session.tokens.extend(ids)
-    unread = [*session.unread, *ids]
-    session.unread = []
-    session.is_whole = False
-    return unread

@@ -8,14 +8,12 @@ can be what it is.
 
 What is there, with default and comment, stands in train.py alone; what a recipe sets, in its file.
 """
-import contextlib
-import io
 import os
-import threading
 from functools import lru_cache
 
 from mambino.configurator import from_text, run_config, settings_of
 from mambino.serve import launch
+from mambino.serve.told import Refused, told
 
 SCRIPT = launch.script_path('train.py')
 NOT_HERE = ('out_dir', 'eval_only', 'report', 'profile')   # which the page sets, or which are for a terminal
@@ -33,28 +31,12 @@ PROFILES = {
     '32 GB': ('32gb', {}),
     '48 GB': ('48gb', {}),
 }
-speaking = threading.Lock()
-
-
-class Wrong(Exception):
-    """A recipe or a value that the configurator refuses, with its sentence."""
 
 
 @lru_cache(None)
 def all_settings():
     """{name: Setting} of train.py's settings that the page shows."""
     return {setting.name: setting for setting in settings_of(SCRIPT) if setting.name not in NOT_HERE}
-
-
-@contextlib.contextmanager
-def refused():
-    """What the configurator says before it would end a script is Wrong, with that sentence."""
-    said = io.StringIO()
-    try:
-        with speaking, contextlib.redirect_stderr(said):
-            yield
-    except SystemExit:
-        raise Wrong(said.getvalue().strip().removeprefix('error: ')) from None
 
 
 def text_of(value):
@@ -69,11 +51,11 @@ def text_of(value):
 def problem_with(setting, text):
     """What is wrong with a setting's text; '' if nothing."""
     try:
-        with refused():
+        with told(400):
             from_text(text, setting.default, f'{setting.name}={text}')
         return ''
-    except Wrong as wrong:
-        return str(wrong)
+    except Refused as refusal:
+        return str(refusal)
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -98,13 +80,13 @@ def recipe_of(name):
 
 
 def values_in(recipe):
-    """{name: value} that a recipe sets. Wrong if it is not one of recipes(), or cannot be read."""
+    """{name: value} that a recipe sets. Refused if it is not one of recipes(), or cannot be read."""
     if not recipe:
         return {}
     if recipe not in recipes():
-        raise Wrong(f'{recipe}: no such recipe')
+        raise Refused(f'{recipe}: no such recipe')
     defaults = {setting.name: setting.default for setting in settings_of(SCRIPT)}
-    with refused():
+    with told(400):
         return run_config(recipe, defaults, defaults, {'__file__': SCRIPT})
 
 
@@ -152,7 +134,7 @@ class Choice:
             self.set(name, text)
 
     def take(self, recipe):
-        """Another recipe: what is changed stays, where it is still a change. Wrong if it cannot be read."""
+        """Another recipe: what is changed stays, where it is still a change. Refused if it cannot be read."""
         self.base = {name: text_of(setting.default) for name, setting in all_settings().items()}
         self.base |= {name: text_of(value) for name, value in values_in(recipe).items() if name in self.base}
         self.recipe = recipe

@@ -25,6 +25,7 @@ from mambino import files
 from mambino.plain import parse_json, table, whole
 from mambino.serve import launch
 from mambino.train.report import SAMPLE
+from mambino.weights.checkpoint import is_complete
 
 TAIL = 64 << 10         # bytes of a log that are looked at for its end
 AT_ONCE = 500           # lines that are read together
@@ -356,12 +357,11 @@ def read_facts(path):
         settings, counters, metadata = (ckpt[name] for name in ('settings', 'counters', 'metadata'))
         if not (table(settings) and table(counters) and table(metadata)):
             return {}
-        step, patience = int(counters['step']), int(settings.get('patience') or 0)
-        is_complete = step >= int(settings['max_iters']) or 0 < patience <= int(counters.get('bad_evals', 0))
         return dict(
-            kind=str(ckpt['kind']), parameters=int(metadata['parameters']), step=step,
+            kind=str(ckpt['kind']), parameters=int(metadata['parameters']), step=int(counters['step']),
             tokens=int(counters['tokens_seen']), seconds=float(counters['seconds']),
-            best_loss=counters.get('best_loss'), settings=settings, is_complete=is_complete,
+            best_loss=counters.get('best_loss'), settings=settings,
+            is_complete=is_complete(settings, counters),
             adapter=(ckpt.get('adapter') or {}).get('type', ''),
             # whether it was tuned on conversations
             talks=bool((ckpt['tokenizer'] or {}).get('config', {}).get('chat_template')))

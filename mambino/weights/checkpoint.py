@@ -126,15 +126,18 @@ def is_export(path):
         return False
 
 
+def is_complete(settings, counters):
+    """Whether a run of these settings has made its steps, or has lost its patience."""
+    patience = settings.get('patience') or 0
+    return counters['step'] >= settings['max_iters'] or 0 < patience <= counters.get('bad_evals', 0)
+
+
 def begun_by(path, command):
     """Whether a checkpoint is there of a run that is not complete, and was begun by this command,
     {name: value} of what it named."""
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        settings, counters = ckpt['settings'], ckpt['counters']
-        is_complete = counters['step'] >= settings['max_iters']
-        is_complete |= 0 < settings['patience'] <= counters['bad_evals']
-        return ckpt['begun'] == command and not is_complete
+        return ckpt['begun'] == command and not is_complete(ckpt['settings'], ckpt['counters'])
     except Exception:           # not there, damaged, or of a version that did not note it
         return False
 

@@ -138,6 +138,14 @@ def attach_adapters(net, loaded, setting):
     return net
 
 
+def fingerprint_of(ckpt, extra=()):
+    """The fingerprint of a checkpoint's model with the adapters that load_adapters returned: whose sessions
+    it can go on with."""
+    parts = [(ckpt, 1.0), *extra]
+    return fingerprint({f'{n}.{name}.{weight}': tensor for n, (part, weight) in enumerate(parts)
+                        for name, tensor in part['weights'].items()})
+
+
 # --- for generation -------------------------------------------------------------------------------
 
 def prepare_model(net, device, dtype='auto', precision=''):

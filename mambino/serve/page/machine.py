@@ -13,6 +13,7 @@ from mambino.serve.page.away import away
 from mambino.serve.page.charts import dress
 from mambino.serve.page.train import KIND_NAMES
 from mambino.serve.page.words import bytes_in_words
+from mambino.serve.told import Refused
 
 MEMINFO = '/proc/meminfo'
 
@@ -87,8 +88,8 @@ class MachinePanel:
             words = recipes.opening_comment(recipe).partition('\n')[0] if recipe else (
                 'train.py finds the rest by itself: sizes and precision by the device, how much is computed at once by '
                 'the memory that is free.')
-        except recipes.Wrong as wrong:
-            rows, words = [], str(wrong)
+        except Refused as refusal:
+            rows, words = [], str(refusal)
         self.words.set_text(words)
         look.fill_table(self.table, rows)
         query = dict(besides)

@@ -145,9 +145,9 @@ class TrainPanel:
     def take_recipe(self, recipe):
         try:
             self.choice.take(recipe if recipe in recipes.recipes() else '')
-        except recipes.Wrong as wrong:
+        except launch.Refused as refusal:
             self.choice.take('')
-            self.trouble.text = str(wrong)
+            self.trouble.text = str(refusal)
 
     # --- what is chosen
 
