@@ -42,18 +42,18 @@ def show_score(net, tok, path, precision, page=''):
         fail(f'score={path}: {why}, there is nothing to score')
     kept = []
     total, worst = surprises(net, tok, ids, kept, TOKENS if page else 0)
+    size = len(text.encode('utf-8'))
     with precision:
-        evaluated = as_evaluated(net, tok, ids, len(text.encode('utf-8')))
-    lines = '\n'.join(figures(net, tok, ids, text, total, worst, evaluated))
+        evaluated = as_evaluated(net, tok, ids, size)
+    lines = '\n'.join(figures(net, tok, ids, size, total, worst, evaluated))
     print(lines)
     if page:
         write_heatmap(page, 'standard input' if path == '-' else path, lines, Heat(tok, ids, kept))
 
 
-def figures(net, tok, ids, text, total, worst, evaluated):
-    """Yields the lines that say it. total, worst: of surprises; evaluated: of as_evaluated."""
+def figures(net, tok, ids, size, total, worst, evaluated):
+    """Yields the lines that say it. size: bytes of the text; total, worst: of surprises; evaluated: of as_evaluated."""
     nats, targets, target_bytes = evaluated
-    size = len(text.encode('utf-8'))
     yield f'tokens      {len(ids):,}'
     if targets:
         yield f'loss        {nats / targets:.4f} nats/token'
