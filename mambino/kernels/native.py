@@ -247,7 +247,8 @@ def converted(name, argument):
         return ctypes.c_float(argument)
     if not isinstance(argument, torch.Tensor):
         return ctypes.c_int64(argument)
-    if argument.dtype not in (torch.float32, torch.int64) or argument.device.type != 'cpu':
+    dtypes = (torch.float32, torch.int64, torch.bfloat16) if name.endswith('_bf16') else (torch.float32, torch.int64)
+    if argument.dtype not in dtypes or argument.device.type != 'cpu':
         raise ValueError(f'{name}: a tensor of {argument.dtype} on {argument.device}')
     if argument.stride(-1) != 1 and argument.shape[-1] != 1 and argument.numel():
         raise ValueError(f'{name}: a tensor whose rows are not in one piece')

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -73,6 +73,74 @@ static inline float sum(vec v) {
         for (int i = 0; i < n; i++)
             s[i] += s[i + n];
     return s[0];
+}
+
+// --- bf16: the upper 16 bits of an fp32 number
+
+struct bf16 {
+    uint16_t bits;
+};
+typedef uint16_t uvec16 __attribute__((vector_size(2 * L)));
+typedef uint32_t uvec __attribute__((vector_size(4 * L)));
+typedef uint32_t pairs __attribute__((vector_size(4 * L)));  // 2 L of them, two in a lane, the lower one first
+
+static inline uvec rounded_bits(vec v) {  // to the nearest bf16, of two the even; a NaN stays one
+    uvec u = (uvec)v;
+    uvec r = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+    return v == v ? r : (u >> 16 | 0x40u);
+}
+
+static inline vec load(const bf16 *p) {
+    uvec16 u;
+    memcpy(&u, p, sizeof u);
+#ifdef __AVX512F__  // gcc would take them apart one by one
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)u), 16);
+#else
+    return (vec)(__builtin_convertvector(u, uvec) << 16);
+#endif
+}
+
+static inline void store(bf16 *p, vec v) {
+#ifdef __AVX512BF16__
+    uvec16 u = (uvec16)_mm512_cvtneps_pbh((__m512)v);
+#elif defined(__AVX512F__)
+    uvec16 u = (uvec16)_mm512_cvtepi32_epi16((__m512i)rounded_bits(v));
+#else
+    uvec16 u = __builtin_convertvector(rounded_bits(v), uvec16);
+#endif
+    memcpy(p, &u, sizeof u);
+}
+
+static inline vec load(const bf16 *p, int n) {  // the first n; the rest is 0
+    if (n >= L)
+        return load(p);
+    bf16 a[L]{};
+    memcpy(a, p, n * sizeof *p);
+    return load(a);
+}
+
+static inline void store(bf16 *p, vec v, int n) {
+    if (n >= L)
+        return store(p, v);
+    bf16 a[L];
+    store(a, v);
+    memcpy(p, a, n * sizeof *p);
+}
+
+static inline pairs load_pairs(const bf16 *p) {
+    pairs v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// s + the sum of each lane's two products, in fp32: one instruction where the processor has it
+static inline vec dot(vec s, pairs a, pairs b) {
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)s, (__m512bh)a, (__m512bh)b);
+#else
+    s += (vec)(a << 16) * (vec)(b << 16);
+    return s + (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
+#endif
 }
 
 // --- functions, to 2 units in the last place: a polynomial on one octave, the octave put into the
