@@ -9,6 +9,7 @@
 
 #include "products.h"
 #include "threads.h"
+#include "tokens.h"
 
 enum Format { FP32, BF16, INT8, INT4 };
 
@@ -19,7 +20,6 @@ struct Matrix {
     const void *scales;
 };
 
-constexpr I GROUP = 64;
 constexpr I BYTES[] = {4 * GROUP, 2 * GROUP, GROUP, GROUP / 2};  // of GROUP columns
 
 template <class V>

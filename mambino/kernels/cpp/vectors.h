@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__) || defined(__AVX2__)
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 

@@ -1,0 +1,101 @@
+// Rows of x as 16-bit integers, which int8 and int4 matrices are multiplied by: 32 products an
+// instruction, and their sums are exact.
+//
+//     x[k] = scale * codes[k], to half of the scale, max |x| / 65534
+//
+// The codes of 64 columns lie as the matrices are unpacked: first the even columns, then the odd
+// ones. Read as 32-bit lanes they are pairs for `dot`: columns 0 and 2, 4 and 6, ...
+#pragma once
+#include "vectors.h"
+
+constexpr I GROUP = 64;      // columns whose codes lie together, and that share a scale in int4
+constexpr int MOST = 32767;  // the largest code
+typedef int16_t codes16 __attribute__((vector_size(2 * L)));
+
+static inline void split(ivec &a, ivec &b) {  // 2 L columns: a gets the even ones, b the odd ones
+#ifdef __clang__
+    ivec c = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    b = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    ivec c = __builtin_shuffle(a, b, 2 * LANE);
+    b = __builtin_shuffle(a, b, 2 * LANE + 1);
+#endif
+    a = c;
+}
+
+static inline void store(int16_t *p, ivec v) {
+#ifdef __AVX512F__  // gcc would take them apart one by one
+    codes16 c = (codes16)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+    codes16 c = __builtin_convertvector(v, codes16);
+#endif
+    memcpy(p, &c, sizeof c);
+}
+
+// codes (columns up to whole groups, the rest 0), and the sum of each group's; returns the scale. A
+// row with an infinity or a NaN gets a scale that makes NaNs of all products
+static float round_row(I columns, const float *x, int16_t *codes, float *sums) {
+    ivec high{};  // the bits of |x|: a NaN's are above an infinity's
+    for (I k = 0; k < columns; k += L) {
+        ivec bits = (ivec)load(x + k, columns - k < L ? columns - k : L) & 0x7fffffff;
+        high = bits > high ? bits : high;
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < L; i++)
+        bits = bits > high[i] ? bits : high[i];
+    float most;
+    memcpy(&most, &bits, sizeof most);
+    if (!(most < INFINITY))
+        most = NAN;
+    float scale = most < 1e-30f ? 0 : most / MOST;
+    float inverse = most >= 1e-30f ? MOST / most : 0;
+    for (I k = 0; k < columns; k += GROUP) {
+        ivec c[4];
+        ivec total{};
+        for (int j = 0; j < 4; j++) {
+            I left = columns - k - j * L;
+            vec v = load(x + k + j * L, left < 0 ? 0 : left < L ? left : L);
+            v = inverse ? v * inverse : vec{};
+            c[j] = (ivec)(v + 12582912.f) - 0x4b400000;  // to the nearest integer
+            total += c[j];
+        }
+        split(c[0], c[1]);
+        split(c[2], c[3]);
+        store(codes + k, c[0]);
+        store(codes + k + L, c[2]);
+        store(codes + k + 2 * L, c[1]);
+        store(codes + k + 3 * L, c[3]);
+        int32_t group = 0;
+        for (int i = 0; i < L; i++)
+            group += total[i];
+        sums[k / GROUP] = group;
+    }
+    return scale;
+}
+
+// s + each lane's two products of 16-bit numbers
+static inline ivec dot(ivec s, ivec a, ivec b) {
+#if defined(__AVX512VNNI__)
+    return (ivec)_mm512_dpwssd_epi32((__m512i)s, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return s + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    __m256i x[2], y[2];
+    memcpy(x, &a, sizeof a);
+    memcpy(y, &b, sizeof b);
+    for (int i = 0; i < 2; i++)
+        x[i] = _mm256_madd_epi16(x[i], y[i]);
+    memcpy(&a, x, sizeof a);
+    return s + a;
+#elif defined(__SSE2__)
+    __m128i x[4], y[4];
+    memcpy(x, &a, sizeof a);
+    memcpy(y, &b, sizeof b);
+    for (int i = 0; i < 4; i++)
+        x[i] = _mm_madd_epi16(x[i], y[i]);
+    memcpy(&a, x, sizeof a);
+    return s + a;
+#else
+    return s + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
