@@ -11,6 +11,8 @@ from mambino.tokenizer import BYTE_TO_CHAR
 NORMAL, CONTROL, UNUSED = 1, 3, 5   # tokenizer.ggml.token_type
 # A merge that UTF-8 cannot meet: llama.cpp wants a list of them, and gguf writes no empty one.
 NEVER = BYTE_TO_CHAR[255] + ' ' + BYTE_TO_CHAR[255]
+# GPT-2's way to cut a text into words; llama.cpp's 'gpt-2' also drops spaces where ids become text
+PRE = 'trillion'
 
 
 def merges_of_bytes(tok):
@@ -60,7 +62,7 @@ def vocabulary(tok, size):
     marks = special_tokens(tok, size)
     if marks.is_new:
         tokens[marks.pad], types[marks.pad] = marks.names['pad_token'], CONTROL
-    settings = {'model': 'gpt2', 'pre': 'gpt-2', 'tokens': tokens, 'token_type': types,
+    settings = {'model': 'gpt2', 'pre': PRE, 'tokens': tokens, 'token_type': types,
                 'merges': merges, 'bos_token_id': marks.bos, 'eos_token_id': marks.eos,
                 'add_bos_token': bool(tok.bos)}
     if marks.turn is not None:
@@ -68,3 +70,9 @@ def vocabulary(tok, size):
     if marks.pad is not None:
         settings['padding_token_id'] = marks.pad
     return settings
+
+
+def stand_in(tok, size):
+    """The settings of a vocabulary for a model that has none, where something must be there."""
+    return {'model': 'gpt2', 'pre': PRE, 'tokens': [f'[{i}]' for i in range(size)], 'token_type': [NORMAL] * size,
+            'merges': [NEVER], 'bos_token_id': 0, 'eos_token_id': 0, 'add_bos_token': False}

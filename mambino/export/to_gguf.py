@@ -1,5 +1,4 @@
-"""A model as one GGUF file, for llama.cpp and what is built on it (ollama, LM Studio,
-llama-cpp-python).
+"""A model as one GGUF file, for llama.cpp and what is built on it (ollama, LM Studio).
 
     python export.py --format=gguf                          # model-f32.gguf, of the model in out/
     python export.py --format=gguf --quantize=int8          # model-q8_0.gguf; int4: model-q4_0.gguf
@@ -7,29 +6,26 @@ llama-cpp-python).
     net ──► gguf_model: architecture, settings, tensors ──────────────────┬─► model-….gguf
     tok ──► gguf_tokenizer: tokens in GPT-2's alphabet, types, merges ────┘   in blocks of 32
 
-What no model of llama.cpp computes is refused. `verify` opens the file with llama.cpp (pip install
-llama-cpp-python) and compares logits, greedy tokens and token ids, or where that is missing, with
-gguf's own reader, tensor by tensor. Measured with llama-cpp-python 0.3.36: F32 logits differ by
-1e-5 at most, all greedy tokens and all ids are equal; models of 50M on two CPU cores make so many
-tokens a second:
-
-                F32   Q8_0   Q4_0
-    GPT         107    276    469
-    Mamba-2     102    214    329
+What no model of llama.cpp computes is refused. `verify` opens the file with a real llama.cpp (pip
+install xllamacpp), which tells the log-probabilities of the whole vocabulary at a position. They are
+logits but for one constant, so they are compared as logits, read token by token and at once; so are
+greedy tokens, ids, texts, and the bytes each id stands for. Where llama.cpp is missing gguf's own
+reader compares tensor by tensor, which it does in any case.
 
 A char vocabulary gives equal ids for all it has; where it refuses a text with other characters,
-llama.cpp drops them. Token ids are right, but the detokenize of llama-cpp-python 0.3.36 (not
-llama.cpp) garbles tokens of more than 32 bytes.
+llama.cpp drops them.
 """
 import os
+import tempfile
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
-from mambino.export.compare import difference, some_ids, some_texts
+from mambino.export.compare import greedy, some_ids, some_texts
 from mambino.export.gguf_model import to_llama_cpp
-from mambino.export.gguf_tokenizer import vocabulary
+from mambino.export.gguf_tokenizer import stand_in, vocabulary
+from mambino.export.llama_server import PACKAGE, LlamaServer
 from mambino.export.special_tokens import note_of, special_tokens
 
 PACKAGES = 'gguf'
@@ -38,6 +34,8 @@ FILE_TYPES = {'': 0, 'int8': 7, 'int4': 2}                  # general.file_type
 MATRIX_TYPES = {'': 'F32', 'int8': 'Q8_0', 'int4': 'Q4_0'}  # all that is no matrix stays F32
 FULL = ('norm', 'ssm_conv1d', 'ssm_dt', 'ffn_gate_inp')     # and so do these weights
 LIMIT = 2e-4                                # largest difference of F32 logits, in their deviations
+SMALLEST = -80.0                            # logs of probabilities below have no digits in float32
+VALUES = 3_000_000                          # so many logits are compared, about
 CORRELATION = {'int8': 0.95, 'int4': 0.7}   # smallest of logits with those before quantisation
 
 
@@ -59,7 +57,7 @@ def array(tensor):
     return tensor.detach().float().contiguous().numpy()
 
 
-def write(net, tok, folder, quantize='', **_):
+def write(net, tok, folder, quantize='', vocabulary=vocabulary, **_):
     """Writes model-….gguf into the folder. ValueError: what llama.cpp cannot compute or read
     exactly."""
     import gguf
@@ -96,9 +94,12 @@ def write(net, tok, folder, quantize='', **_):
 
 def opening(name, tok=None, quantize='', **_):
     """The lines that open the file, for the card."""
-    lines = ['from llama_cpp import Llama', f'model = Llama({FILES[quantize]!r})']
+    lines = ['import xllamacpp', 'params = xllamacpp.CommonParams()', f'params.model.path = {FILES[quantize]!r}',
+             'server = xllamacpp.Server(params)']
     if tok and tok.config.get('chat_template'):
-        lines.append("model.create_chat_completion([{'role': 'user', 'content': 'Hello!'}])")
+        lines.append("server.handle_chat_completions({'messages': [{'role': 'user', 'content': 'Hello!'}]})")
+    else:
+        lines.append("server.handle_completions({'prompt': 'Hello', 'max_tokens': 64})")
     return '\n'.join(lines)
 
 
@@ -138,31 +139,91 @@ def all_of(text):
     return len(set(text.split(' of '))) == 1
 
 
+def some_positions(T, n, vocab_size):
+    """After how many of T + n tokens logits are compared: of each of the n, and of up to 64 spread over
+    the others; fewer where a vocabulary is large (100 ms for 16,000)."""
+    count = max(8, min(64, VALUES // vocab_size - n))
+    spread = torch.linspace(1, T, min(count, T)).long().unique().tolist()
+    return [*spread, *range(T + 1, T + n)]
+
+
+def off_by(theirs, ours):
+    """How far log-probabilities are apart, but for a constant, which logits have free."""
+    told = ours > SMALLEST                          # below, a float32 probability has no digits left
+    if not (theirs.isfinite().all() and (theirs[~told] < SMALLEST + 5).all()):
+        return float('inf')
+    off = (theirs - ours)[told]
+    return float((off - off.mean()).abs().max())
+
+
 @torch.no_grad()
-def compare_llama_cpp(llm, net, tok, quantize, T, n):
-    """Ours and llama.cpp's logits of T tokens, n greedy tokens after them, and the ids of 200
-    texts. → a part of a check."""
-    ids = some_ids(net, 1, T)
-    ours, state = net.step(ids)
-    llm.eval(ids[0].tolist())
-    theirs = torch.from_numpy(llm.scores[:T])
+def compare_llama_cpp(server, net, tok, quantize, T, n):
+    """Ours and llama.cpp's logits of T tokens and of n greedy ones after them, and ids, texts and
+    tokens. → a part of a check."""
+    V = net.config.vocab_size
+    ids = some_ids(net, 1, T)[0].tolist()
+    ids += greedy(net, ids, n)
+    ours = net.step(torch.tensor([ids[:-1]]))[0][0]                     # (T + n - 1, V)
     limit = None if quantize else LIMIT * float(ours.std())
-    correlation = torch.corrcoef(torch.stack((theirs.flatten(), ours.flatten())))[0, 1]
-    check = dict(logits=difference(theirs, ours[0]), limit=limit, correlation=float(correlation))
+    ours = ours.double().log_softmax(-1)
+    complete = next((i for i in range(V) if tok and is_text(tok, i)), 0)
+    positions = some_positions(T, n, V)
+    theirs = [server.logprobs(ids[:read], V, complete) for read in positions]
+    positions.append(len(ours))                                         # and all at once
+    theirs.append(server.logprobs(ids[:-1], V, complete, reuse=False))
+    theirs = torch.stack(theirs)                                        # (positions, V)
+    mine = ours[torch.tensor(positions) - 1]
+    told = mine > SMALLEST
+    check = dict(logits=max(off_by(*pair) for pair in zip(theirs, mine)), limit=limit)
+    check['correlation'] = float(torch.corrcoef(torch.stack((theirs[told], mine[told])))[0, 1])
     agreed = 0
-    for i in range(n):
-        token = int(ours[0, -1].argmax())
-        theirs = llm.scores[T + i - 1]
-        agreed += bool(theirs[token] >= theirs.max() - (limit or 0))            # of equal ones any
-        ours, state = net.step(torch.tensor([[token]]), state)
-        llm.eval([token])
+    for read in range(T, T + n):
+        of_all = theirs[positions.index(read)]
+        agreed += bool(of_all[ids[read]] >= of_all.max() - (limit or 0))    # of equal ones any
     check['greedy'] = f'{agreed} of {n}'
     if tok:
-        texts = some_texts(tok, 200)
-        same = sum(llm.tokenize(text.encode(), special=False) == [*tok.bos, *tok.encode(text).tolist()]
-                   for text in texts)
-        check['ids'] = f'{same} of {len(texts)}'
+        check |= compare_tokens(server, tok, V, complete)
     return check
+
+
+def is_text(tok, i):
+    """Whether an id stands for whole characters."""
+    said = tok.table[i] if i < len(tok.table) else b''
+    return bool(said) and '\ufffd' not in said.decode('utf-8', 'replace')
+
+
+def compare_tokens(server, tok, vocab_size, complete):
+    """Ids of 200 texts, the texts they are again, and what each id stands for."""
+    texts = some_texts(tok, 200)
+    found = [server.tokenize(text) for text in texts]
+    wanted = [[*tok.bos, *tok.encode(text).tolist()] for text in texts]
+    same = sum(theirs == ours for theirs, ours in zip(found, wanted))
+    again = sum(server.detokenize(ids[len(tok.bos):]) == text for ids, text in zip(wanted, texts))
+    said = {token['id']: bytes(token['bytes']) for token in server.next_tokens([complete], vocab_size, complete)}
+    known = [i for i, token in enumerate(tok.table) if token]
+    pieces = sum(said.get(i) == tok.table[i] for i in known)
+    return dict(ids=f'{same} of {len(texts)}', texts=f'{again} of {len(texts)}', pieces=f'{pieces} of {len(known)}')
+
+
+def ask_llama_cpp(path, model, net, tok, quantize):
+    """A part of a check, or why llama.cpp could not be asked."""
+    window = model.settings.get('attention.sliding_window', 0)
+    context = model.settings['context_length']
+    T = min(window + 32 if window else 64, max(context // 2, context - 32))  # of a window, to its end and beyond
+    n = min(32, context - T)        # the last of them is never read: its server wants room for one more
+    if not T:
+        return "llama.cpp's server takes no context of one token"
+    with tempfile.TemporaryDirectory() as folder:
+        if tok is None:                                 # its server takes no model without a vocabulary
+            write(net, None, folder, quantize, vocabulary=stand_in)
+            path = os.path.join(folder, FILES[quantize])
+        try:
+            server = LlamaServer(path, n_ctx=T + n, exact=True)
+        except ImportError:
+            return f'llama.cpp itself was not there (pip install {PACKAGE})'
+        with server:
+            found = compare_llama_cpp(server, net, tok, quantize, T, n)
+    return dict(found, tool=f'llama.cpp ({PACKAGE} {version(PACKAGE)})')
 
 
 def verify(net, tok, folder, quantize='', **_):
@@ -174,27 +235,14 @@ def verify(net, tok, folder, quantize='', **_):
     model = model._replace(note='; '.join(filter(None, (model.note, pads))))
     check = dict(tool='gguf ' + version('gguf'), logits=None, limit=None)
     check['tensors'] = same_tensors(path, model.tensors)
-    try:
-        import llama_cpp
-    except ImportError:
-        missing = ('llama.cpp itself was not there (pip install llama-cpp-python), only the file was '
-                   'compared')
+    found = ask_llama_cpp(path, model, net, tok, quantize)
+    if isinstance(found, str):
+        missing = f'{found}, only the file was compared'
         note = '; '.join(filter(None, (model.note, missing)))
         return dict(check, ok=all_of(check['tensors']), note=note)
 
-    window = model.settings.get('attention.sliding_window', 0)
-    context = model.settings['context_length']
-    T = window + 32 if window else min(64, (context + 1) // 2)  # of a window, to its end and beyond
-    n = 32 if window else min(32, context - T)
-    threads = torch.get_num_threads()
-    cache_type = llama_cpp.GGML_TYPE_F32                                        # by default F16
-    llm = llama_cpp.Llama(path, n_ctx=T + n, n_batch=T + n, n_threads=threads, n_threads_batch=threads,
-                          logits_all=True, swa_full=False, type_k=cache_type, type_v=cache_type,
-                          verbose=False)
-    check |= compare_llama_cpp(llm, net, tok, quantize, T, n)
-    check['tool'] = 'llama-cpp-python ' + llama_cpp.__version__
-    llm.close()
-    exact = ('tensors', 'ids') if quantize else ('tensors', 'ids', 'greedy')
+    check |= found
+    exact = ['tensors', 'ids', 'texts', 'pieces', *(() if quantize else ['greedy'])]
     ok = all(all_of(check[name]) for name in exact if name in check)
     note = model.note
     correlation = check.pop('correlation')
