@@ -50,10 +50,11 @@ def test_is_started_as_a_module(bench):
 def test_tiny_run_prints_tables_and_writes_json(bench, tmp_path):
     file = tmp_path / 'bench.json'
     # nanoGPT stands for a peer: without its folder it must be left out, by name, and the rest go on
-    run = bench(*TINY, '--models=gpt', '--sections=train,sample', '--peers=nanogpt',
+    run = bench(*TINY, '--models=gpt', '--sections=train,sample,goals', '--peers=nanogpt',
                 f'--json={file}')
     assert run.returncode == 0, run.stderr
-    for words in ('matmul float32', 'training: 1 layers', 'sampling, one sequence'):
+    for words in ('matmul float32', 'training: 1 layers', 'sampling, one sequence',
+                  'time a byte read at position 24 against 4'):
         assert words in run.stdout
     assert 'nanoGPT: name its folder' in run.stdout
     data = json.loads(file.read_text(encoding='utf-8'))
@@ -62,7 +63,11 @@ def test_tiny_run_prints_tables_and_writes_json(bench, tmp_path):
     for row in rows.values():
         assert row['tokens_per_second'] > 0 and len(row['times']) == 1
     assert rows['train', 'gpt']['mfu'] > 0 and rows['train', 'gpt']['flops'] > 6 * 64 * 64
-    assert len(rows['sample', 'gpt']['state']) == 2 and rows['sample', 'gpt']['ms']['24'] > 0
+    row = rows['sample', 'gpt']
+    assert len(row['state']) == 2 and row['ms']['24'] > 0
+    few, many = [row['weights'] + state for state in row['state']]
+    assert few > 4 * 64 * 64
+    assert row['a_byte'] == pytest.approx(row['ms']['24'] / row['ms']['4'] * few / many)
     assert data['machine']['peak_flops']['float32'][0] > 1e8
 
 
@@ -188,6 +193,7 @@ def test_a_checkout_is_compared_with_another(bench, tmp_path):
     (dict(window=0), '--window=0: at least 1'),
     (dict(against='no/such/folder'), 'no train.py in there'),
     (dict(kinds='gtp'), "--kinds: unknown 'gtp' (did you mean gpt?)"),
+    (dict(prompts='32,0'), '--prompts=32,0: expected whole numbers'),
     (dict(batches='1,x'), '--batches=1,x: expected whole numbers'),
     (dict(time_to_loss=-1.0), '--time_to_loss=-1.0: expected'),
     (dict(plot='bench.jpg'), 'ends in .png'),
@@ -249,10 +255,58 @@ def test_known_gpus(monkeypatch):
 @pytest.mark.parametrize('kind', ['gpt', 'hybrid'])
 def test_generation_beside_transformers(bench, kind):
     pytest.importorskip('transformers')
-    run = bench('--sections=generate', f'--kinds={kind}', '--ways=float32,int8',
+    run = bench('--sections=generate', f'--kinds={kind}', '--ways=int8',
                 '--their_dtypes=float32', '--batches=1,2', '--rounds=1', '--new_tokens=2',
-                '--prompt=4', '--vocab_size=64')
+                '--prompts=4,8', '--vocab_size=64', '--seconds=0.01', '--llama=False')
     assert run.returncode == 0, run.stderr
-    for name in ('ours float32', 'ours int8', 'transformers float32'):
-        assert len(re.findall(rf'^{name} +\d', run.stdout, re.M)) == 2, run.stdout  # in both tables
+    for name in ('ours int8', 'transformers float32'):
+        assert len(re.findall(rf'^  {name} +\d+ +[\d.]+ ', run.stdout, re.M)) == 2, run.stdout  # in both tables
     assert f'{kind}, 2 sequences' in run.stdout and '2 sequences against 1' in run.stdout
+
+
+def test_goals_are_ratios_of_what_was_measured(capsys):
+    from mambino.bench import goals
+    from mambino.bench.turns import HERE
+
+    def generated(by, way, batch, seconds, root=HERE):
+        times = [{'token': [seconds], 'prompt 32': [2 * seconds]}]
+        return dict(section='generate', name='gpt', by=by, dtype=way, batch=batch, root=root, times=times)
+
+    def trained(name, dtype, seconds, parameters=10):
+        return dict(section='train', name=name, dtype=dtype, root=HERE, parameters=parameters,
+                    times=[{'step': [seconds]}])
+    rows = [
+        trained('gpt', 'float32', 4.0), trained('gpt', 'bfloat16', 3.0), trained('mamba2', 'float32', 6.0, 5),
+        trained('llama', 'float32', 5.0), trained('llama', 'bfloat16', 6.0),
+        generated('ours', 'bfloat16', 1, 1.0), generated('ours', 'int8', 1, 0.5), generated('ours', 'int8', 16, 2.0),
+        generated('ours', 'int8', 1, 1.0, '/before'), generated('transformers', 'bfloat16', 1, 3.0),
+        generated('llama.cpp', 'int8', 1, 0.25)]
+    found = goals.goals(rows, HERE, ['4', '24'])
+    assert found == {
+        "training gpt, best precision, against transformers' best": (1.25, 5 / 3),
+        'training mamba2 against gpt, × size': (0.8, 0.25),
+        'gpt × 1, token, best, against transformers bf16': (3.0, 6.0),
+        'gpt × 1, prompt 32, best, against transformers bf16': (1.2, 6.0),
+        'gpt × 1, token, int8, against llama.cpp Q8_0': (1.0, 0.5),
+        'gpt × 1, prompt 32, int8, against llama.cpp Q8_0': (1.0, 0.5),
+        'gpt, int8, 16 rows against one': (5.0, 4.0)}
+    goals.show(rows, SimpleNamespace(positions='4,24', against='/before'))
+    shown = capsys.readouterr().out
+    assert re.search(r'token, int8, against llama.cpp Q8_0 +no +1.00× +0.50× +0.25×', shown)
+    assert re.search(r'training gpt.* +yes +1.25× +1.67×\n', shown)
+
+
+@pytest.mark.parametrize('clock', ['wall', 'cpu'])
+@pytest.mark.parametrize('by', ['ours', 'transformers', 'llama.cpp'])
+def test_each_contender_takes_its_turn(by, clock, monkeypatch, tmp_path):
+    """Two sequences at once, in this process: as contenders.py begins it."""
+    pytest.importorskip({'ours': 'torch', 'transformers': 'transformers', 'llama.cpp': 'xllamacpp'}[by])
+    monkeypatch.syspath_prepend(os.path.join(HERE, 'mambino', 'bench'))
+    import generators
+    fields = dict(vocab_size=64, n_layer=1, n_embd=32, n_head=2, block_size=24)
+    job = dict(kind='gpt', by=by, dtype='float32', batch=2, prompts=[4, 8], fields=fields, folder=str(tmp_path))
+    facts, warm_up, turn = generators.generate(job, SimpleNamespace(new_tokens=3, seconds=0.01, clock=clock))
+    warm_up()
+    times = turn()
+    assert times.keys() == {'token', 'prompt 4', 'prompt 8'} and facts['weights'] > 64 * 32 * 4
+    assert all(seconds >= 0 for work in times.values() for seconds in work) and times['token'] and times['prompt 8']

@@ -6,17 +6,20 @@ would use instead?
     python -m mambino.bench --sections=train,length --plot=bench.png            # and as a picture
     python -m mambino.bench --sections=generate --kinds=mamba --batches=1 --rounds=5
     python -m mambino.bench --sections=serve --kinds=mamba,gpt --ways=float32,int8  # the server's scheduler
+    python -m mambino.bench --sections=train,sample,generate,goals --models=gpt,mamba2 --peers=llama,hf_mamba2 \\
+        --kinds=gpt,mamba,hybrid --prompts=32,512,2000      # beside what is wanted; shorter: --rounds=2 --new_tokens=16
     python -m mambino.bench --sections=data --memory_mb=4000     # prepare.py; some minutes, 8 GB of disk
     python -m mambino.bench --sections= --time_to_loss=1.88     # whole runs: seconds to that val loss
     python -m mambino.bench --sections=train,layers,sample,generate,data --against=../before
 
-Nine sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and
+Ten sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and
 backward of two bare Mamba-1 layers, since the peers are too slow for a whole model; `length` is
 training steps on ever longer sequences, at the same tokens a step; `loss` is the cross-entropy over
 a large vocabulary alone; `sample` is reading a prompt and writing token by token; `generate` is the
 same in each precision, beside transformers' generate and llama.cpp; `serve` is the server's
-scheduler, beside sample.py's rows; `data` is prepare.py's speed
-and memory; `inputs` is how many files of a collection (--legacy, --pdfs) it reads right.
+scheduler, beside sample.py's rows; `data` is prepare.py's speed and memory; `inputs` is how many
+files of a collection (--legacy, --pdfs) it reads right; `goals` is a table of what is wanted, beside
+what the sections before it in --sections found.
 
 Each contender (a model in a dtype) is a process of its own, so that its peak memory is its own. It
 warms up, then waits; the processes take turns, one round each (A B C A B C …), so that a machine
@@ -32,19 +35,21 @@ from types import SimpleNamespace
 
 import torch
 
-from mambino.bench import curve, data, generation, inputs, pictures, serving, steps
+from mambino.bench import curve, data, generation, goals, inputs, pictures, serving, steps
 from mambino.bench.contenders import OURS, PEERS, ours
 from mambino.configurator import configure, fail, find_settings
 from mambino.machine import choose_device, copy_bandwidth, machine_name, peak_flops
 from mambino.weights.quantize import PRECISIONS
 
 # what to measure
-sections = 'train,layers,length,loss,sample'  # also generate, serve, data, inputs; '': --time_to_loss alone
+sections = 'train,layers,length,loss,sample'  # also generate, serve, data, inputs, goals;
+                                 # '': --time_to_loss alone
 models = 'gpt,mamba2,mamba1,hybrid'
 # Compared with the model each resembles; '': none. hf_: transformers'; cross_entropy: PyTorch's
 peers = 'llama,litgpt,nanogpt,hf_mamba2,mamba_ssm,mambapy,hf_mamba,cross_entropy'
 nanogpt = ''                     # a nanoGPT checkout to compare with: the folder of its model.py
-against = ''                     # another checkout of this project, to compare with instead of peers
+against = ''                     # another checkout of this project, to compare with instead of peers,
+                                 # and in generate beside them
 dtypes = 'float32,bfloat16'      # also float16; the latter two as autocast over fp32 weights
 # the model: small enough for a CPU, large enough that matrix products dominate
 n_layer = 6
@@ -74,9 +79,13 @@ ways = 'float32,bfloat16,int8,int4'     # precisions of ours
 their_dtypes = 'float32,bfloat16'       # of transformers; '': without it
 batches = '1,16'                 # sequences at once
 size = '50m'                     # or 150m, 400m: parameters
-prompt = 32                      # tokens
+prompts = '32,512'               # tokens; the first is continued, the others are only read
 new_tokens = 64
-# the section `serve`, on a CPU, besides the kinds, ways, size, prompt and new_tokens above
+llama = True                     # beside llama.cpp, where xllamacpp is installed
+clock = 'wall'                   # or cpu: the processor's time, of which others on the machine take
+                                 # nothing; with --threads=1, since threads that wait use it, too
+# the section `serve`, on a CPU, besides the kinds, ways, size and new_tokens above
+prompt = 32                      # tokens
 clients = '1,2,4,8,16,32'        # at once
 long_prompt = 2000               # tokens of a prompt that is read while others run
 # the section `data`
@@ -103,7 +112,7 @@ plot = ''                        # a .png or .svg of `length`, `train` and the w
                                  # needs matplotlib
 
 STEPS = ('train', 'layers', 'length', 'loss', 'sample')
-SECTIONS = (*STEPS, 'generate', 'serve', 'data', 'inputs')
+SECTIONS = (*STEPS, 'generate', 'serve', 'data', 'inputs', 'goals')
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAY_BE_0 = ('vocab_size', 'rounds', 'threads', 'speed_mb', 'memory_mb')
 
@@ -124,7 +133,7 @@ def check():
     """Refuses in a line what cannot be measured, before anything is."""
     sizes = sorted({size for _, size in generation.SIZES})
     known_names = dict(sections=SECTIONS, models=OURS, peers=PEERS, dtypes=DTYPES, kinds=generation.KINDS,
-                       ways=('float32', *PRECISIONS), their_dtypes=DTYPES, size=sizes)
+                       ways=('float32', *PRECISIONS), their_dtypes=DTYPES, size=sizes, clock=('wall', 'cpu'))
     may_be_empty = ['peers', 'their_dtypes'] + ['sections'] * bool(time_to_loss)
     for setting, known in known_names.items():
         if globals()[setting] or setting not in may_be_empty:
@@ -134,7 +143,7 @@ def check():
     for name, value in globals().items():
         if type(value) is int and name.islower() and value < (0 if name in MAY_BE_0 else 1):
             fail(f'--{name}={value}: at least {0 if name in MAY_BE_0 else 1}')
-    for name in ('positions', 'lengths', 'batches', 'clients'):
+    for name in ('positions', 'lengths', 'batches', 'clients', 'prompts'):
         if not all(number.isdecimal() and int(number) for number in globals()[name].split(',')):
             fail(f'--{name}={globals()[name]}: expected whole numbers of at least 1, '
                  'as in 100,4000')
@@ -205,6 +214,8 @@ def main():
             rows += serving.measure(settings_of(section))
         elif section == 'inputs':
             rows += inputs.measure(settings)
+        elif section == 'goals':
+            goals.show([row for row in rows if 'error' not in row], settings)
         else:
             rows += data.measure(settings_of(section))
     measured = [row for row in rows if 'error' not in row]

@@ -56,6 +56,12 @@ def step_of(model):
     return partial(step, model)
 
 
+def weights_read(model):
+    """Bytes a token reads: all weights once, those of the embedding as the head."""
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return sum(weights.values())
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 def our_class(kind):
@@ -311,103 +317,16 @@ def sample(job, settings, autocast):
         def one_more(position=position):
             states[position] = read(prompt[:, :1], states[position])
         works[position] = one_more
-    return dict(tokens=settings.prefill, state=sizes), *by_turns(works, settings)
-
-
-# --- the section generate: its contenders are functions of ids (B, T) and a number of tokens -------------------------
-# They return the seconds that reading the prompt took, and those of all the tokens after the first.
-
-@torch.no_grad()
-def generate_ours(model, ids, n):
-    step = step_of(model)
-    start = time.perf_counter()
-    logits, state = step(ids)
-    token = logits[:, -1].argmax(-1)
-    first = time.perf_counter()
-    for _ in range(n):
-        logits, state = step(token[:, None], state)
-        token = logits[:, -1].argmax(-1)
-    return first - start, time.perf_counter() - first
-
-
-@torch.no_grad()
-def generate_transformers(model, ids, n):
-    from transformers import LogitsProcessorList
-    times = []
-
-    def note(_, scores):  # called for every token; a streamer takes one sequence only
-        times.append(time.perf_counter())
-        return scores
-
-    start = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=n + 1, max_new_tokens=n + 1,
-                   do_sample=False, pad_token_id=0, logits_processor=LogitsProcessorList([note]))
-    return times[0] - start, times[-1] - times[0]
-
-
-def generate_llama(llm, ids, n):
-    llm.reset()
-    start = time.perf_counter()
-    llm.eval(ids[0].tolist())
-    first = time.perf_counter()
-    for _ in range(n):
-        llm.eval([int(llm._scores[-1].argmax())])
-    return first - start, time.perf_counter() - first
-
-
-def open_transformers(model_class, config, dtype):
-    """transformers' model of the same shape; of hybrids the one that transformers has."""
-    import transformers
-    transformers.logging.set_verbosity_error()
-    theirs = hf_config(model_class, config, tie_word_embeddings=True)
-    return transformers.AutoModelForCausalLM.from_config(theirs).to(getattr(torch, dtype)).eval()
-
-
-def open_llama(model, way, folder, length):
-    """(a model of ours as llama.cpp reads it, the bytes of its file)."""
-    import llama_cpp
-
-    from mambino.export import to_gguf
-    to_gguf.write(model, None, folder, '' if way == 'float32' else way)
-    path = next(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.gguf'))
-    llm = llama_cpp.Llama(path, n_ctx=length, n_threads=torch.get_num_threads(), logits_all=False,
-                          verbose=False)
-    return llm, os.path.getsize(path)
-
-
-def weights_read(model):
-    """Bytes a token reads: all weights once, those of the embedding as the head."""
-    weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return sum(weights.values())
+    itemsize = 4 if job['dtype'] == 'float32' else 2        # a bf16 copy of the weights is kept
+    weights = weights_read(model) * itemsize // 4
+    return dict(tokens=settings.prefill, state=sizes, weights=weights), *by_turns(works, settings)
 
 
 def generate(job, settings, autocast):
-    """A prompt continued greedily, by ours, transformers or llama.cpp; the model is job's `kind`
-    and `fields`."""
-    torch.manual_seed(0)
-    way = job['dtype']
-    model_class, config_class = our_class(job['kind'])
-    config = config_class(**job['fields'])
-    if job['by'] == 'transformers':
-        model = open_transformers(model_class, config, way)
-        run, size = generate_transformers, weights_read(model)
-    elif job['by'] == 'llama.cpp':
-        length = settings.prompt + settings.new_tokens + 8
-        model, size = open_llama(model_class(config).eval(), way, job['folder'], length)
-        run = generate_llama
-    else:
-        model = model_class(config).eval()
-        if way != 'float32':
-            quantize = checkout_has('mambino.weights.quantize:quantize_model', 'quantize:quantize')
-            model = quantize(model, way)
-        run, size = generate_ours, weights_read(model)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(config.vocab_size, (job['batch'], settings.prompt), generator=generator)
-
-    def turn():
-        prompt, rest = run(model, ids, settings.new_tokens)
-        return dict(prompt=[prompt], token=[rest / settings.new_tokens])
-    return dict(weights=size), partial(run, model, ids, 2), turn
+    """A prompt continued greedily, by ours, transformers or llama.cpp: see generators.py."""
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: the project's modules are the checkout's
+    from generators import generate
+    return generate(job, settings)
 
 
 SECTIONS = dict(train=train, length=train, layers=layers, loss=loss, sample=sample,

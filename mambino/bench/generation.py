@@ -1,17 +1,22 @@
 """The section generate: our models in each of their precisions on a CPU, beside transformers'
 generate and llama.cpp.
 
+    python -m mambino.bench --sections=generate --kinds=gpt --prompts=32,512,2000 --threads=1
+
 Weights are random; models of a kind have equal sizes: GPT beside LlamaForCausalLM, Mamba beside
-MambaForCausalLM and Mamba2ForCausalLM, the hybrid beside FalconH1ForCausalLM. Every contender
-continues the same prompt greedily. What counts is the time of a new token once the prompt has been
-read. GB/s is what a token must read at least, its weights, over the time it took.
+MambaForCausalLM and Mamba2ForCausalLM, the hybrid beside FalconH1ForCausalLM, and llama.cpp has our own
+export in F32, Q8_0 and Q4_0. Every contender continues the same prompts greedily. The time of a prompt
+and that of a new token after it count apart. The first of --prompts is continued; the others are read
+alone, by one sequence. GB/s is what a token must read at least, its weights, over the time it took.
+Each has the same threads, and its own defaults otherwise: llama.cpp keys and values in F16, and its
+flash attention.
 """
 import importlib.util
 import os
 import tempfile
 from statistics import median
 
-from mambino.bench.turns import HERE, all_times, contest, ratio, with_before
+from mambino.bench.turns import HERE, all_times, contest, ratio, table, with_before
 from mambino.train.begin import SIZES
 
 KINDS = ('gpt', 'mamba', 'hybrid', 'mamba1')
@@ -31,32 +36,32 @@ def config_of(kind, settings):
 def contenders(kind, batch, folder, settings):
     """The rows of a kind of model with so many sequences at once."""
     family, fields = config_of(kind, settings)
+    prompts = [int(length) for length in settings.prompts.split(',')]
+    prompts = prompts[:1] if batch > 1 else prompts
+    fields['block_size'] = max(max(prompts), prompts[0] + settings.new_tokens) + 8
 
     def new_row(by, way, **more):
         label = f'{kind} × {batch}' if by == 'ours' else f'{by} {kind} × {batch}'
         return dict(section='generate', name=kind, label=label, dtype=way, root=HERE, times=[], by=by,
-                    kind=family, fields=fields, batch=batch) | more
+                    kind=family, fields=fields, batch=batch, prompts=prompts) | more
 
     ways = settings.ways.split(',')
     rows = with_before([new_row('ours', way) for way in ways], settings)
-    if settings.against:
-        return rows
     for dtype in filter(None, settings.their_dtypes.split(',')):
         theirs = dict(fields)
         if kind == 'hybrid':  # of hybrids the one that transformers has
             theirs |= dict(gate=False, branch_norm=False, window=0)
         rows.append(new_row('transformers', dtype, fields=theirs))
-    if batch == 1 and importlib.util.find_spec('llama_cpp'):
-        for way in [way for way in ways if way != 'bfloat16']:
-            path = os.path.join(folder, kind, way)
-            os.makedirs(path)
-            rows.append(new_row('llama.cpp', way, folder=path))
+    if settings.llama and kind != 'hybrid' and importlib.util.find_spec('xllamacpp'):
+        path = os.path.join(folder, kind, str(fields['block_size']))
+        os.makedirs(path, exist_ok=True)
+        rows += [new_row('llama.cpp', way, folder=path) for way in ways if way != 'bfloat16']
     return rows
 
 
 def measure(settings):
-    """The rows of all kinds and batches, shown as a table each; with several batches, how much
-    faster the largest is a token."""
+    """The rows of all kinds and batches, shown as tables; with several batches, how much faster the
+    largest is a token."""
     rows = []
     batches = [int(batch) for batch in settings.batches.split(',')]
     with tempfile.TemporaryDirectory() as folder:
@@ -65,42 +70,69 @@ def measure(settings):
             for batch in batches:
                 group = contest(contenders(kind, batch, folder, settings), settings)
                 groups[batch] = [row for row in group if 'error' not in row]
-                show(kind, batch, groups[batch])
+                if groups[batch]:
+                    show(kind, batch, groups[batch])
                 rows += group
             if min(batches) < max(batches):
-                show_batches(groups[min(batches)], groups[max(batches)])
+                show_batches(kind, groups[min(batches)], groups[max(batches)])
     return rows
 
+
+# --- tables ---------------------------------------------------------------------------------------
 
 def name_of(row):
     by = row['by'] if row['root'] == HERE else 'before'
     return f'{by} {row["dtype"]}'
 
 
+def works_of(row):
+    """What it did in each round: 'token', 'prompt 32', …"""
+    return list(row['times'][0])
+
+
 def show(kind, batch, rows):
-    """A kind's table; adds `tokens_per_second` to the rows."""
-    base = [row for row in rows if row['by'] == 'transformers']
-    print(f'\n{kind}, {batch} sequence{"s" * (batch > 1)}')
-    print(f'{"":<24}{"tokens/s":>10}{"ms/step":>9}{"GB/s":>7}{"prompt ms":>11}'
-          + ''.join(f'{"x " + row["dtype"]:>14}' for row in base))
+    """The tables of a kind with so many sequences: times, and ours over theirs. Adds
+    `tokens_per_second` to the rows."""
+    works = works_of(rows[0])
+    lines = []
     for row in rows:
         seconds = median(all_times(row, 'token'))
-        prompt = median(all_times(row, 'prompt'))
         row['tokens_per_second'] = batch / seconds
-        line = f'{name_of(row):<24}{batch / seconds:>10,.0f}{seconds * 1e3:>9.2f}{row["weights"] / seconds / 1e9:>7.1f}'
-        print(line + f'{prompt * 1e3:>11.1f}' + ''.join(f'{ratio(row, peer, "token")[0]:>14.2f}' for peer in base))
-    ours = {row['dtype']: row for row in rows if row['by'] == 'ours' and row['root'] == HERE}
-    if 'int8' in ours and 'bfloat16' in ours:
-        print(f'{"int8 against bfloat16":<24}{ratio(ours["int8"], ours["bfloat16"], "token")[0]:>10.2f}')
+        line = [name_of(row), '', f'{batch / seconds:,.0f}', f'{seconds * 1e3:.2f}',
+                f'{row["weights"] / seconds / 1e9:.1f}']
+        lines.append(line + [f'{1e3 * median(all_times(row, work)):.1f}' for work in works if work != 'token'])
+    prompts = [f'ms {work}' for work in works if work != 'token']
+    table(f'{kind}, {batch} sequence{"s" * (batch > 1)}', ['', '', 'tokens/s', 'ms/token', 'GB/s', *prompts], lines)
+    lines = [[name_of(a), name_of(b), *(f'{ratio(a, b, work)[0]:.2f}×' for work in works)] for a, b in pairs(rows)]
+    if lines:
+        table('ours / theirs: how many times as fast', ['ours', 'theirs', *works], lines)
 
 
-def show_batches(few, many):
-    """One line: tokens a second of many sequences at once against few."""
-    each = []
-    for a in many:
-        for b in few:
-            if name_of(a) == name_of(b):
-                speed = a['batch'] / b['batch'] * ratio(a, b, 'token')[0]
-                each.append(f'{name_of(a)} {speed:.1f}')
-    if each:
-        print(f'{many[0]["batch"]} sequences against {few[0]["batch"]}, tokens/s: ' + ', '.join(each), flush=True)
+def pairs(rows):
+    """Who is compared with whom: ours with transformers in each of its dtypes, with llama.cpp and with
+    what it was before in the same precision, and int8 with bf16."""
+    for a in rows:
+        if a['by'] != 'ours' or a['root'] != HERE:
+            continue
+        for b in rows:
+            is_before = b['root'] != HERE
+            is_same = a['dtype'] == b['dtype']
+            if b['by'] == 'transformers' or (b['by'] == 'llama.cpp' or is_before) and is_same:
+                yield a, b
+            elif not is_before and b['by'] == 'ours' and (a['dtype'], b['dtype']) == ('int8', 'bfloat16'):
+                yield a, b
+
+
+def speedup(a, b):
+    """How many times the tokens a second of b's sequences a's make: of one contender with more of
+    them."""
+    return a['batch'] / b['batch'] * ratio(a, b, 'token')[0]
+
+
+def show_batches(kind, few, many):
+    """Tokens a second of many sequences at once against few."""
+    pairs = [(a, b) for a in many for b in few if name_of(a) == name_of(b)]
+    if pairs:
+        batches = f'{many[0]["batch"]} sequences against {few[0]["batch"]}'
+        table(f'{kind}, {batches}: how many times the tokens a second', ['', '', ''],
+              [[name_of(a), '', f'{speedup(a, b):.1f}×'] for a, b in pairs])

@@ -139,10 +139,17 @@ def show_sample(rows, settings):
         line += [f'{ms[position]:.2f}' for position in positions]
         line.append(f'{ms[last] / ms[first]:.2f}×')
         line.append(' / '.join(millions(size, 2) for size in row['state']) or 'n/a')
+        if row['state']:        # what a token reads: all weights, and the state
+            read = [row['weights'] + size for size in row['state']]
+            row['a_byte'] = (ms[last] / read[-1]) / (ms[first] / read[0])
+            line += [' / '.join(millions(size, 1) for size in read), f'{row["a_byte"]:.2f}×']
+        else:
+            line += ['n/a', 'n/a']
         lines.append(line)
     table(f'sampling, one sequence: a prompt of {settings.prefill} tokens, '
           f'then ms for one token at position {" and ".join(positions)}',
-          ['model', 'dtype', 'prompt tokens/s', *positions, f'{last} / {first}', 'state MB'], lines)
+          ['model', 'dtype', 'prompt tokens/s', *positions, f'{last} / {first}', 'state MB', 'read MB', '… a byte'],
+          lines)
 
 
 # --- who is compared with whom --------------------------------------------------------------------

@@ -36,7 +36,7 @@ class LlamaServer:
             params.cache_type_k = params.cache_type_v = xl.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xl.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = xl.Server(params)
-        self.connection = http.client.HTTPConnection(self.server.listening_address.partition('://')[2])
+        self.address = self.server.listening_address.partition('://')[2]
 
     def __enter__(self):
         return self
@@ -46,13 +46,14 @@ class LlamaServer:
 
     def close(self):
         """Ends it, and gives its memory back."""
-        self.connection.close()
         self.server = None
 
     def ask(self, path, **body):
         """The answer to a request. ValueError: what the server says against it."""
-        self.connection.request('POST', path, json.dumps(body), {'Content-Type': 'application/json'})
-        answer = json.loads(self.connection.getresponse().read())
+        connection = http.client.HTTPConnection(self.address)   # the server closes one that waits
+        connection.request('POST', path, json.dumps(body), {'Content-Type': 'application/json'})
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
         if 'error' in answer:
             raise ValueError(f'llama.cpp: {answer["error"]["message"]}')
         return answer
