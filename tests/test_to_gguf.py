@@ -1,5 +1,6 @@
 """to_gguf.py: what llama.cpp, gguf's reader and transformers find in our files is our model; what
 cannot be exact is refused."""
+import importlib.util
 import json
 import sys
 
@@ -276,3 +277,34 @@ def test_llama_cpp_refuses_what_it_cannot_open(tmp_path):
     (tmp_path / 'model.gguf').write_bytes(b'GGUF' + bytes(100))
     with pytest.raises(RuntimeError):
         llama_server.LlamaServer(tmp_path / 'model.gguf', n_ctx=128)
+
+
+@pytest.mark.parametrize('name', ['smollm', 'llama-bpe', 'qwen2'])
+def test_llama_cpp_has_a_name_for_how_others_cut_words(name, tmp_path):
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    steps = {
+        'smollm': [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=True)],
+        'llama-bpe': [pre_tokenizers.Split(Regex(gguf_tokenizer.LLAMA3), 'isolated')],
+        'qwen2': [pre_tokenizers.Split(Regex(gguf_tokenizer.QWEN2), 'isolated')]}[name]
+    if name != 'smollm':
+        steps.append(pre_tokenizers.ByteLevel(False, use_regex=False))
+    theirs = Tokenizer(models.BPE(ignore_merges=name == 'llama-bpe'))
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    if name == 'qwen2':
+        theirs.normalizer = normalizers.NFC()
+    texts = [TEXT.swapcase() + TEXT + ' 12345 '.join(compare.PIECES)]
+    theirs.train_from_iterator(texts * 3, trainers.BpeTrainer(
+        vocab_size=900, special_tokens=['<|endoftext|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tok = tokenizer.from_text(theirs.to_str())
+    net = perturb(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_embd=32, n_head=1, block_size=64)).eval())
+    to_gguf.write(net, tok, tmp_path, '')
+    assert setting(gguf.GGUFReader(tmp_path / 'model-f32.gguf'), 'tokenizer.ggml.pre') == name
+    if importlib.util.find_spec('xllamacpp'):
+        found = to_gguf.verify(net, tok, tmp_path, '')
+        assert found['ok'] and found['ids'] == found['texts'] == '200 of 200', found
+        assert ('NFC' in found['note']) == (name == 'qwen2')
+    spec = json.loads(tok.text)
+    spec['model']['ignore_merges'] = not spec['model']['ignore_merges']
+    with pytest.raises(ValueError, match='otherwise than GPT-2'):
+        gguf_tokenizer.vocabulary(tokenizer.from_text(json.dumps(spec)), tok.vocab_size)

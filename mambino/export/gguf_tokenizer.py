@@ -13,6 +13,15 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5   # tokenizer.ggml.token_type
 NEVER = BYTE_TO_CHAR[255] + ' ' + BYTE_TO_CHAR[255]
 # GPT-2's way to cut a text into words; llama.cpp's 'gpt-2' also drops spaces where ids become text
 PRE = 'trillion'
+# Other ways that llama.cpp has a name for; whether it takes a word that is a token before all merges
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace('{1,3}', '')
+PRE_OF = {
+    (('Digits', True), ('ByteLevel', True)): ('smollm', False),
+    (('Split', LLAMA3), ('ByteLevel', False)): ('llama-bpe', True),
+    (('Split', QWEN2), ('ByteLevel', False)): ('qwen2', False),
+}
 
 
 def merges_of_bytes(tok):
@@ -28,11 +37,43 @@ def merges_of_characters(tok):
     return sorted(merges, key=lambda merge: (len(merge), merge))
 
 
-def merges_of_bpe(tok):
-    if tok.fast is None:
-        raise ValueError('its tokenizer cuts text into words otherwise than GPT-2, and llama.cpp '
-                         'knows only the schemes it has a name for; --format=hf writes any, or train '
+def step_of_splitting(step):
+    """A step of a pre-tokenizer as PRE_OF has it; None for one that it has not."""
+    if step['type'] == 'ByteLevel' and not step.get('add_prefix_space'):
+        return 'ByteLevel', step.get('use_regex', True)
+    if step['type'] == 'Digits':
+        return 'Digits', step['individual_digits']
+    if step['type'] == 'Split' and step['behavior'] == 'Isolated' and not step['invert']:
+        return 'Split', step['pattern'].get('Regex')
+    return None
+
+
+def name_of_splitting(tok):
+    """llama.cpp's name for how a tokenizer cuts a text into words. ValueError: it has none."""
+    if tok.kind != 'bpe' or tok.fast is not None:
+        return PRE
+    spec = json.loads(tok.text)
+    splitting = spec.get('pre_tokenizer') or {}
+    steps = tuple(step_of_splitting(step) for step in splitting.get('pretokenizers', ()))
+    name, ignores_merges = PRE_OF.get(steps, (None, False))
+    model = spec['model']
+    normalizer = (spec.get('normalizer') or {}).get('type')
+    if (name is None or model['type'] != 'BPE' or bool(model.get('ignore_merges')) != ignores_merges
+            or normalizer not in (None, 'NFC')):
+        raise ValueError('its tokenizer cuts text into words otherwise than GPT-2, SmolLM, Llama 3 and Qwen 2, and '
+                         'llama.cpp knows only the schemes it has a name for; --format=hf writes any, or train '
                          'on data prepared with --tokenizer=bpe')
+    return name
+
+
+def is_normalizing(tok):
+    """Whether a tokenizer brings a text into Unicode's form NFC before it cuts it, which llama.cpp
+    does not."""
+    return bool(json.loads(tok.text).get('normalizer'))
+
+
+def merges_of_bpe(tok):
+    name_of_splitting(tok)
     merges = json.loads(tok.text)['model']['merges']
     return [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
 
@@ -62,7 +103,7 @@ def vocabulary(tok, size):
     marks = special_tokens(tok, size)
     if marks.is_new:
         tokens[marks.pad], types[marks.pad] = marks.names['pad_token'], CONTROL
-    settings = {'model': 'gpt2', 'pre': PRE, 'tokens': tokens, 'token_type': types,
+    settings = {'model': 'gpt2', 'pre': name_of_splitting(tok), 'tokens': tokens, 'token_type': types,
                 'merges': merges, 'bos_token_id': marks.bos, 'eos_token_id': marks.eos,
                 'add_bos_token': bool(tok.bos)}
     if marks.turn is not None:

@@ -17,6 +17,7 @@ llama.cpp drops them.
 """
 import os
 import tempfile
+import unicodedata
 from importlib.metadata import version
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 
 from mambino.export.compare import greedy, some_ids, some_texts
 from mambino.export.gguf_model import to_llama_cpp
-from mambino.export.gguf_tokenizer import stand_in, vocabulary
+from mambino.export.gguf_tokenizer import is_normalizing, stand_in, vocabulary
 from mambino.export.llama_server import PACKAGE, LlamaServer
 from mambino.export.special_tokens import note_of, special_tokens
 
@@ -195,6 +196,8 @@ def is_text(tok, i):
 def compare_tokens(server, tok, vocab_size, complete):
     """Ids of 200 texts, the texts they are again, and what each id stands for."""
     texts = some_texts(tok, 200)
+    if is_normalizing(tok):
+        texts = [unicodedata.normalize('NFC', text) for text in texts]
     found = [server.tokenize(text) for text in texts]
     wanted = [[*tok.bos, *tok.encode(text).tolist()] for text in texts]
     same = sum(theirs == ours for theirs, ours in zip(found, wanted))
@@ -231,8 +234,11 @@ def verify(net, tok, folder, quantize='', **_):
     see compare.py, with its `tensors`."""
     path = os.path.join(folder, FILES[quantize])
     model = to_llama_cpp(net)
-    pads = note_of(special_tokens(tok, net.config.vocab_size)) if tok else ''
-    model = model._replace(note='; '.join(filter(None, (model.note, pads))))
+    notes = [model.note, note_of(special_tokens(tok, net.config.vocab_size)) if tok else '']
+    if tok and is_normalizing(tok):
+        notes.append('llama.cpp takes a text as it is; the tokenizer brings it into the form NFC first, '
+                     'which most are in')
+    model = model._replace(note='; '.join(filter(None, notes)))
     check = dict(tool='gguf ' + version('gguf'), logits=None, limit=None)
     check['tensors'] = same_tensors(path, model.tensors)
     found = ask_llama_cpp(path, model, net, tok, quantize)
