@@ -74,8 +74,8 @@ def seven(tmp_path, monkeypatch):
     (tmp_path / "native.cpp").write_text('extern "C" int seven() { return 7; }\n')
     monkeypatch.setattr(native, "SOURCE", str(tmp_path / "native.cpp"))
     runs = []
-    run_compiler = native.run_compiler
-    monkeypatch.setattr(native, "run_compiler", lambda path: runs.append(path) or run_compiler(path))
+    compile_and_try = native.compile_and_try
+    monkeypatch.setattr(native, "compile_and_try", lambda path: runs.append(path) or compile_and_try(path))
     return runs
 
 

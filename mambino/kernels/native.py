@@ -6,6 +6,7 @@ the user's cache), called with tensors.
 cpu.py makes the models' operations of it, sample/decode.py their next token. MAMBINO_NATIVE=0, or
 MAMBINO_KERNELS=0, asks for none of it.
 """
+import contextlib
 import ctypes
 import functools
 import glob
@@ -13,8 +14,10 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +27,10 @@ from mambino.files import alone_in, sha256
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'native.cpp')
 FLAGS = '-std=c++17', '-O3', '-fno-math-errno', '-fPIC', '-shared', '-w'
-TARGETS = ('-march=native',), ('-mcpu=native',), ()     # the first that the compiler knows
+# the first that the compiler knows and whose library runs here
+TARGETS = ('-march=native',), ('-mcpu=native',), ('-mavx2', '-mfma'), ()
+TRIAL_SECONDS = 60      # that calling some functions of a library may take
+SECONDS = 900           # that the compiler may take: some minutes on the slowest machines
 ROOM = 8 << 20                                          # bytes that compiling needs on a disk
 
 
@@ -139,7 +145,12 @@ def made(name):
         raise OSError(f'{trouble}; nor can a temporary folder: {reason(error)}') from None
     try:
         try_room(folder)
-        return ctypes.CDLL(compile_to(folder, name))
+        path, note = compile_to(folder, name)
+        library = ctypes.CDLL(path)
+        trouble = '; '.join(filter(None, (trouble, note)))
+        return library
+    except CompilerError:
+        raise
     except OSError as error:
         raise OSError(f'{trouble}; nor can {folder}: {reason(error)}') from None
     finally:
@@ -155,11 +166,12 @@ def made_in(folder, name):
     if not trusted(folder):
         raise OSError('others can write to it')
     with alone_in(folder):              # of several processes one compiles, the others wait
-        library = kept(name)
+        library, note = kept(name), ''
         if library is None:
             try_room(folder)
-            library = ctypes.CDLL(compile_to(folder, name))
-        trouble = ''
+            path, note = compile_to(folder, name)
+            library = ctypes.CDLL(path)
+        trouble = note
         return library
 
 
@@ -183,39 +195,100 @@ def try_room(folder):
 
 
 def compile_to(folder, name):
-    """native.cpp → the path of its library in a folder, whole or not at all."""
+    """native.cpp → (the path of its library in a folder, whole or not at all; what is to be said of
+    it, or '')."""
     handle, unfinished = tempfile.mkstemp(dir=folder, suffix='.so')
     os.close(handle)
     try:
-        run_compiler(unfinished)
+        note = compile_and_try(unfinished)
         with open(unfinished, 'rb') as f:
             os.fsync(f.fileno())
-        os.chmod(unfinished, 0o755)
         path = os.path.join(folder, f'native-{name}-{sha256(unfinished)[:32]}.so')
         for old in glob.glob(os.path.join(glob.escape(folder), f'native-{name}-*.so')):
             os.remove(old)              # a damaged one
         os.replace(unfinished, path)
-        return path
+        return path, note
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
 
 
-def run_compiler(target_path):
-    """native.cpp → a library at a path. CompilerError in the compiler's own words, OSError where it
-    cannot write."""
-    environment = {**os.environ, 'TMPDIR': os.path.dirname(target_path), 'LC_ALL': 'C'}
+def compile_and_try(path):
+    """native.cpp → a library at a path that runs here, of the first target that makes one. Returns ''
+    or, where that is none for this processor although the compiler knows it, a word about it.
+    CompilerError if there is none."""
+    said, note = '', ''
     for target in TARGETS:
-        command = [compiler(), *FLAGS, *target, SOURCE, '-o', target_path]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env=environment)
-        if done.returncode == 0:
-            return
-        lines = done.stdout.decode('utf-8', 'replace').strip().split('\n')
-        line = next((line for line in lines if 'error' in line), lines[-1])[:200]
-        if any(word in line for word in ('No space', 'quota', 'Read-only', 'Permission denied')):
-            raise OSError(line)
-    raise CompilerError(f'{compiler()} does not compile it: {line}')
+        complaint = run_compiler(path, target)
+        if not complaint:
+            os.chmod(path, 0o755)
+            complaint = tried(path)
+            if not complaint:
+                return note
+            flags = ' '.join(target) or 'no flags'
+            note = note or f'slower than they could be, since what {compiler()} makes with {flags} {complaint}'
+        said = said or complaint        # of the first target: the others may be of another processor
+    raise CompilerError(f'{compiler()} does not compile it: {note or said}')
+
+
+def run_compiler(target_path, target):
+    """native.cpp → a library at a path, for a target. Returns '', or what the compiler complains of;
+    OSError where it cannot write, CompilerError where it takes too long."""
+    environment = {**os.environ, 'TMPDIR': os.path.dirname(target_path), 'LC_ALL': 'C'}
+    command = [compiler(), *FLAGS, *target, SOURCE, '-o', target_path]
+    try:
+        status, text = run_group(command, SECONDS, environment)
+    except subprocess.TimeoutExpired:
+        raise CompilerError(f'{compiler()} has not compiled it after {SECONDS / 60:.0f} minutes') from None
+    if status == 0:
+        return ''
+    lines = text.strip().split('\n')
+    line = next((line for line in lines if 'error' in line), lines[-1])
+    line = ''.join(c if c.isprintable() else '?' for c in line)[:200] or ended(status)
+    if any(word in line for word in ('No space', 'quota', 'Read-only', 'Permission denied')):
+        raise OSError(line)
+    return line
+
+
+def run_group(command, seconds, environment=None):
+    """(status, what it says) of a program and those that it starts: none of them outlives this."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except BaseException:               # too long, or Ctrl-C, which does not reach them
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, said.decode('utf-8', 'replace')
+
+
+def ended(status):
+    """How a program ended that said nothing."""
+    if status >= 0:
+        return f'status {status}'
+    try:
+        return f'killed by {signal.Signals(-status).name}'
+    except ValueError:
+        return f'killed by signal {-status}'
+
+
+def tried(path):
+    """'', or what goes wrong with a library when some of its functions are called (trial.py): a
+    compiler may believe the processor to have what a hypervisor hides, and an illegal instruction
+    would end the user's run. So they are called in a process of its own."""
+    if not sys.executable:
+        return ''
+    trial = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'trial.py')
+    try:
+        status, text = run_group([sys.executable, '-I', '-S', trial, path], TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f'does not end within {TRIAL_SECONDS} s'
+    if status == 0:
+        return ''
+    last = text.strip().split('\n')[-1][:200]
+    return f'does not run here: {ended(status) if status < 0 else last or ended(status)}'
 
 
 # --- calling ----------------------------------------------------------------------------------------
