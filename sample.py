@@ -78,7 +78,7 @@ stream = True           # show the (first) sample while it is generated
 end_quietly()
 explicit = configure(globals())     # of the settings those that the user gave
 
-from mambino.machine import autocast, choose_device, choose_dtype
+from mambino.machine import autocast, choose_device, dtype_of_run
 from mambino.sample.conversation import check_chat
 from mambino.sample.score import show_score
 from mambino.sample.sessions import Session, check_state, open_session
@@ -188,7 +188,8 @@ with context:
         save()
     if score:
         is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
-        precision = autocast(where, choose_dtype('auto', where)) if is_auto else nullcontext()
+        run_dtype = dtype_of_run(ckpt['settings'].get('dtype'), where)
+        precision = autocast(where, run_dtype) if is_auto else nullcontext()
         show_score(net, tok, score, precision, html)
     elif interactive:
         end_ids = check_chat(tok) if chat else ()

@@ -13,9 +13,10 @@ On a CPU it then ends with the very bits it would have had. Nothing but the step
 happens in it: its data, its dropout, its learning rate.
 
 Behind its steps stand, in mambino/train/: begin.py and building.py (what a run begins from),
-identity.py (which text it knows), memory.py (how much is computed at once), loader.py, batches.py and
-order.py (which tokens), processes.py (one or many), progress.py (counters and checkpoints),
-evaluation.py, metrics.py and log.py (what is measured, said and noted).
+identity.py (which text it knows), precision.py and memory.py (in which numbers it computes, and how
+much at once), loader.py, batches.py and order.py (which tokens), processes.py (one or many),
+progress.py (counters and checkpoints), evaluation.py, metrics.py and log.py (what is measured, said
+and noted).
 """
 import datetime
 import math
@@ -124,7 +125,8 @@ device = 'auto'             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best the
 parallel = 'ddp'            # with several processes: 'ddp', or 'fsdp': each keeps a share
                             # of the weights, gradients and optimizer
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16' (with a loss scaler);
-                            # auto: the fastest that is safe here
+                            # auto: what a GPU's hardware has; on a CPU the faster one of the
+                            # first two, as measured with this model; a run that goes on keeps its own
 profile = 0                 # trace so many steps: where their time goes,
                             # and a file for chrome://tracing or Perfetto
 compile = False             # torch.compile: a minute of waiting for faster steps;
@@ -145,7 +147,7 @@ import torch
 from torch.profiler import record_function
 
 from mambino import machine
-from mambino.train import batches, begin, building, identity, memory, processes
+from mambino.train import batches, begin, building, identity, memory, precision, processes
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
 from mambino.train.log import no_log, open_log
@@ -216,6 +218,7 @@ begin.fill_unset(settings, explicit, data)  # sizes and steps that were left to 
 
 # --- the model, and how many sequences of a step it computes at once
 net, adapter_record = begin.build_model(settings, explicit, origin, data)
+precision.choose(settings, explicit, origin, net)
 micro_batch, memory_line = memory.choose_micro_batch(settings, net, adapter_record)
 globals().update(settings)  # here, and only here, those that were left unset get their values
 rank, world = processes.RANK, processes.WORLD

@@ -7,17 +7,20 @@ has.
     mfu = tokens_per_second * net.flops_per_token(T) / peak_flops(device, 'bfloat16')
     megabytes = memory_used(device, peak=True) / 1e6
 """
+import ctypes
 import math
 import os
 import platform
 import re
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 
 import torch
 
 from mambino.configurator import fail
+
+DTYPES = 'float32', 'bfloat16', 'float16'
 
 # Dense FLOP/s of bf16 or fp16 matrix products that accumulate in fp32, from the makers' data sheets
 # (which like to print the sparse figure, twice that). T4 and V100 know only fp16.
@@ -72,17 +75,39 @@ def choose_device(device):
 
 
 def choose_dtype(dtype, device):
-    """'auto' → what this device computes fastest without losing range: bfloat16 where its hardware
-    has it."""
-    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-        fail(f'dtype={dtype} must be auto, float32, bfloat16 or float16')
+    """'auto' → what a model computes in here: on a GPU 16 bits, bfloat16 where its hardware has it; on
+    a CPU float32, the exact one. In which a CPU trains a model sooner is measured with that model
+    (train/precision.py)."""
+    if dtype not in ('auto', *DTYPES):
+        fail(f'dtype={dtype} must be auto, {", ".join(DTYPES[:-1])} or {DTYPES[-1]}')
     if dtype != 'auto':
         return dtype
     if device.startswith('cuda'):
         return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    # without AMX a CPU is faster in fp32
-    has_amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
-    return 'bfloat16' if device == 'cpu' and has_amx() else 'float32'
+    return 'float32'
+
+
+def has_bfloat16(device):
+    """Whether the hardware of this device multiplies in bfloat16."""
+    if device.startswith('cuda'):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != 'cpu':
+        return False
+    if not hasattr(torch.cpu, 'get_capabilities'):
+        return getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+    # avx512_bf16, amx_bf16, and what Arm calls bf16
+    return any(has for name, has in torch.cpu.get_capabilities().items() if 'bf16' in name)
+
+
+def dtype_of_run(dtype, device):
+    """The precision to evaluate a run's model in: the run's own, so that its loss is the same
+    everywhere; what `device` has where its hardware lacks that one. dtype: of its settings, or
+    None."""
+    if dtype == 'float32' or (dtype == 'bfloat16' and has_bfloat16(device)):
+        return dtype
+    if dtype == 'float16' and device.startswith('cuda'):
+        return dtype
+    return choose_dtype('auto', device)
 
 
 def autocast(device, dtype, cache=True):
@@ -170,14 +195,25 @@ def machine_name(device):
     """The name of the GPU, or of the processor and how many threads compute on it."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
+    return f'{processor_name()}, {torch.get_num_threads()} threads'
+
+
+def processor_name():
+    """The name of the processor, as the system says it."""
     name = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo', encoding='utf-8') as f:
             name = re.search('model name.*: (.*)|$', f.read())[1] or name
-    return f'{name}, {torch.get_num_threads()} threads'
+    return name
 
 
 # --- memory ---------------------------------------------------------------------------------------
+
+def give_back_memory():
+    """What this process has freed goes back to the system, where its allocator (glibc's) keeps it."""
+    with suppress(OSError, AttributeError):                 # another allocator: macOS, Windows, musl
+        ctypes.CDLL(None).malloc_trim(0)
+
 
 def memory_used(device, peak=False):
     """Bytes of this process on the device, now or at most so far; None where the system does not

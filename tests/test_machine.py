@@ -26,8 +26,30 @@ def test_a_precision_in_software_is_told(monkeypatch):
     assert machine.slowdown('cpu', 'float32') == machine.slowdown('cuda', 'float16') == 1
 
 
-@pytest.mark.parametrize('has_amx, dtype', [(True, 'bfloat16'), (False, 'float32')])
-def test_a_cpu_computes_in_16_bits_where_its_hardware_does(monkeypatch, has_amx, dtype):
-    monkeypatch.setattr(machine.torch.cpu, '_is_amx_tile_supported', lambda: has_amx, raising=False)
-    assert machine.choose_dtype('auto', 'cpu') == dtype
-    assert machine.choose_dtype('float32', 'cpu') == 'float32'
+def test_a_cpu_computes_in_32_bits_unless_told_otherwise():
+    assert machine.choose_dtype('auto', 'cpu') == 'float32'
+    assert machine.choose_dtype('bfloat16', 'cpu') == 'bfloat16'
+    with pytest.raises(SystemExit):
+        machine.choose_dtype('float99', 'cpu')
+
+
+@pytest.mark.parametrize('has_it, dtype, expected', [
+    (True, 'bfloat16', 'bfloat16'),
+    (False, 'bfloat16', 'float32'),     # in software it would take ages
+    (True, 'float32', 'float32'),
+    (True, 'float16', 'float32'),       # of a GPU's run
+    (True, None, 'float32'),            # of no run: weights that were exported
+])
+def test_a_run_is_evaluated_in_its_own_precision(monkeypatch, has_it, dtype, expected):
+    monkeypatch.setattr(machine, 'has_bfloat16', lambda device: has_it)
+    assert machine.dtype_of_run(dtype, 'cpu') == expected
+
+
+def test_16_bits_in_hardware_are_known(monkeypatch):
+    def capabilities():
+        return names
+    monkeypatch.setattr(machine.torch.cpu, 'get_capabilities', capabilities, raising=False)
+    names = dict(avx2=True, avx512_bf16=False, amx_bf16=False)
+    assert not machine.has_bfloat16('cpu')
+    names = dict(avx2=True, avx512_bf16=True, amx_bf16=False)
+    assert machine.has_bfloat16('cpu')

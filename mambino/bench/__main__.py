@@ -5,6 +5,7 @@ would use instead?
     python -m mambino.bench --models=gpt --sections=train --nanogpt=../nanoGPT --json=bench.json
     python -m mambino.bench --sections=train,length --plot=bench.png            # and as a picture
     python -m mambino.bench --sections=generate --kinds=mamba --batches=1 --rounds=5
+    python -m mambino.bench --sections=precision --widths=128,384   # what --dtype=auto takes on a CPU
     python -m mambino.bench --sections=serve --kinds=mamba,gpt --ways=float32,int8  # the server's scheduler
     python -m mambino.bench --sections=train,sample,generate,goals --models=gpt,mamba2 --peers=llama,hf_mamba2 \\
         --kinds=gpt,mamba,hybrid --prompts=32,512,2000      # beside what is wanted; shorter: --rounds=2 --new_tokens=16
@@ -12,10 +13,11 @@ would use instead?
     python -m mambino.bench --sections= --time_to_loss=1.88     # whole runs: seconds to that val loss
     python -m mambino.bench --sections=train,layers,sample,generate,data --against=../before
 
-Ten sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and
+Eleven sections: `train` is whole training steps (forward, backward, AdamW); `layers` is forward and
 backward of two bare Mamba-1 layers, since the peers are too slow for a whole model; `length` is
 training steps on ever longer sequences, at the same tokens a step; `loss` is the cross-entropy over
-a large vocabulary alone; `sample` is reading a prompt and writing token by token; `generate` is the
+a large vocabulary alone; `precision` is what train.py takes on this CPU where `dtype` is left to it,
+and whether that is right; `sample` is reading a prompt and writing token by token; `generate` is the
 same in each precision, beside transformers' generate and llama.cpp; `serve` is the server's
 scheduler, beside sample.py's rows; `data` is prepare.py's speed and memory; `inputs` is how many
 files of a collection (--legacy, --pdfs) it reads right; `goals` is a table of what is wanted, beside
@@ -35,15 +37,15 @@ from types import SimpleNamespace
 
 import torch
 
-from mambino.bench import curve, data, generation, goals, inputs, pictures, serving, steps
+from mambino.bench import curve, data, generation, goals, inputs, pictures, precision, serving, steps
 from mambino.bench.contenders import OURS, PEERS, ours
 from mambino.configurator import configure, fail, find_settings
 from mambino.machine import choose_device, copy_bandwidth, machine_name, peak_flops
 from mambino.weights.quantize import PRECISIONS
 
 # what to measure
-sections = 'train,layers,length,loss,sample'  # also generate, serve, data, inputs, goals;
-                                 # '': --time_to_loss alone
+sections = 'train,layers,length,loss,sample'  # also precision, generate, serve, data, inputs,
+                                 # goals; '': --time_to_loss alone
 models = 'gpt,mamba2,mamba1,hybrid'
 # Compared with the model each resembles; '': none. hf_: transformers'; cross_entropy: PyTorch's
 peers = 'llama,litgpt,nanogpt,hf_mamba2,mamba_ssm,mambapy,hf_mamba,cross_entropy'
@@ -70,6 +72,8 @@ length_n_embd = 192
 loss_vocab_size = 50257
 loss_batch_size = 4
 loss_block_size = 2048
+# the section `precision`
+widths = '128,384,768'           # of the models
 # the section `sample`: one sequence
 prefill = 512                    # tokens of a prompt, read at once
 positions = '100,4000'           # decode there: a Mamba should not slow down, attention must
@@ -112,7 +116,7 @@ plot = ''                        # a .png or .svg of `length`, `train` and the w
                                  # needs matplotlib
 
 STEPS = ('train', 'layers', 'length', 'loss', 'sample')
-SECTIONS = (*STEPS, 'generate', 'serve', 'data', 'inputs', 'goals')
+SECTIONS = (*STEPS, 'precision', 'generate', 'serve', 'data', 'inputs', 'goals')
 DTYPES = ('float32', 'bfloat16', 'float16')
 MAY_BE_0 = ('vocab_size', 'rounds', 'threads', 'speed_mb', 'memory_mb')
 
@@ -120,7 +124,7 @@ MAY_BE_0 = ('vocab_size', 'rounds', 'threads', 'speed_mb', 'memory_mb')
 def settings_of(section):
     """All settings by name, for one section: unset ones filled in, as it has them."""
     settings = SimpleNamespace(**{name: globals()[name] for name in find_settings(globals())})
-    is_step = section in STEPS or section == 'run'
+    is_step = section in (*STEPS, 'precision', 'run')
     settings.vocab_size = vocab_size or (4096 if is_step else 16384)
     settings.rounds = rounds or (5 if is_step else 3)
     settings.device = choose_device(device)
@@ -143,7 +147,7 @@ def check():
     for name, value in globals().items():
         if type(value) is int and name.islower() and value < (0 if name in MAY_BE_0 else 1):
             fail(f'--{name}={value}: at least {0 if name in MAY_BE_0 else 1}')
-    for name in ('positions', 'lengths', 'batches', 'clients', 'prompts'):
+    for name in ('positions', 'lengths', 'batches', 'clients', 'prompts', 'widths'):
         if not all(number.isdecimal() and int(number) for number in globals()[name].split(',')):
             fail(f'--{name}={globals()[name]}: expected whole numbers of at least 1, '
                  'as in 100,4000')
@@ -208,6 +212,8 @@ def main():
     for section in filter(None, sections.split(',')):
         if section in STEPS:
             rows += steps.measure(section, settings_of(section), peaks)
+        elif section == 'precision':
+            rows += precision.measure(settings_of(section))
         elif section == 'generate':
             rows += generation.measure(settings_of(section))
         elif section == 'serve':

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from mambino import files
-from mambino.machine import autocast, available_memory, choose_device, choose_dtype
+from mambino.machine import autocast, available_memory, choose_device, choose_dtype, dtype_of_run
 from mambino.serve.observed import Observed
 from mambino.serve.scheduler import Scheduler
 from mambino.serve.tickets import settle
@@ -245,7 +245,8 @@ class Library:
             message = f'{run["id"]}: there is not enough memory for it; --quantize=int8 takes a quarter'
             raise NoModel(message, 503) from None
         is_auto = self.dtype == 'auto' and not self.quantize
-        precision = autocast(where, choose_dtype('auto', where)) if is_auto else None
+        run_dtype = dtype_of_run(ckpt['settings'].get('dtype'), where)
+        precision = autocast(where, run_dtype) if is_auto else None
         scheduler = Scheduler(net, tok, self.room, context, run['out_dir'], mark, self.turns)
         scheduler = Observed(scheduler, self.metrics)
         return Served(run['id'], run['out_dir'], run['created'], run.get('stamp'), net, tok, mark, scheduler, context,
@@ -358,7 +359,7 @@ def describe(ckpt, net, device, dtype, quantize):
         parameters += sum(tensor.numel() * (2 if ckpt['quantized'] == 'int4' else 1) for tensor in codes)
     size = f'{parameters / 1e6:.2f}M' if parameters >= 1e6 else f'{parameters / 1e3:.0f}K'
     if dtype == 'auto':                     # as prepare_model understands it
-        dtype = 'float32' if device == 'cpu' else choose_dtype(dtype, device)
+        dtype = choose_dtype(dtype, device)
     precision = quantize or ckpt.get('quantized') or dtype
     trained = ckpt['counters'].get('step', 0)
     return f'{kind}, {size} parameters, {precision} on {device}, trained for {trained:,} steps'

@@ -72,6 +72,7 @@ def main():
     begin.check_settings(settings, origin)
     data = begin.open_data(settings, explicit, origin)
     begin.fill_unset(settings, explicit, data)
+    settings['dtype'] = machine.choose_dtype(settings['dtype'], settings['device'])     # of a CPU: to be measured
     kind = settings['model']
     adapter = None
     if origin.model:

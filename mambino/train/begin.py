@@ -44,7 +44,6 @@ SIZES = {           # of about so many parameters, with a vocabulary of 16,384
     ('hybrid', '400m'): dict(n_layer=20, n_embd=1024),
 }
 BATCH_SIZE = 16     # sequences at once where memory has room for them
-SOFTWARE = 4        # times that a precision is slower than fp32 which the processor does not have
 
 
 @dataclasses.dataclass
@@ -105,7 +104,8 @@ def resume(settings, explicit):
     ckpt = checkpoint.load_checkpoint(path, read_shards=settings['parallel'] != 'fsdp')
     checkpoint.refuse_quantized(ckpt, out_dir)
     for name, value in remembered(ckpt['settings']).items():
-        if name in settings and name not in explicit:
+        is_left_to_it = name not in explicit or (name == 'dtype' and explicit[name] == 'auto')
+        if name in settings and is_left_to_it:
             settings[name] = checked(value, settings[name], f'{latest}: its settings: {name}')
     counts_batches = not ckpt.get('data') and not settings['eval_only']     # which asks for all, or what is named now
     if counts_batches and 'eval_iters' not in explicit and settings['eval_iters']:
@@ -216,6 +216,7 @@ def check_settings(settings, origin):
         'empty, lora or prefix': dict(adapter=settings['adapter'] in ('', 'lora', 'prefix')),
         'adamw or muon': dict(optimizer=settings['optimizer'] in ('adamw', 'muon')),
         'cosine or wsd': dict(schedule=settings['schedule'] in ('cosine', 'wsd')),
+        'auto, float32, bfloat16 or float16': dict(dtype=settings['dtype'] in ('auto', *machine.DTYPES)),
         'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and 0 < float(vram) < 1e9)),
         'true, false or left out': dict(gradient_checkpointing=checkpointing in (None, True, False)),
         'more than 0': {name: settings[name] > 0 for name in POSITIVE},
@@ -232,8 +233,8 @@ def check_settings(settings, origin):
 
 
 def fill_unset(settings, explicit, data):
-    """Gives the settings that are left to the machine, or follow from others, their values: sizes,
-    steps and precision."""
+    """Gives the settings that are left to the machine, or follow from others, their values: sizes
+    and steps. The precision waits for the model, with which it is measured (precision.py)."""
     device = settings['device']
     sizes = sizes_for(device) | SIZES.get((settings['model'], settings['size']), {})
     if not settings['block_size']:                  # a small text need not fill a large window
@@ -250,11 +251,6 @@ def fill_unset(settings, explicit, data):
     settings['tokens_per_step'] = tokens_per_step(settings, explicit, sizes['tokens_per_step'])
     # tokens_per_step says it; a later run may cut the same step otherwise
     settings['gradient_accumulation_steps'] = 0
-    settings['dtype'] = machine.choose_dtype(settings['dtype'], device)
-    slowdown = machine.slowdown(device, settings['dtype'])
-    if slowdown > SOFTWARE:
-        processes.say(f'note: this processor computes {settings["dtype"]} {slowdown:.0f} times slower than float32: '
-                      '--dtype=float32 is the faster one here, and more exact')
     if settings['adapter'] == 'prefix':
         settings['gradient_checkpointing'] = False  # its caches are written only once
     block_size = settings['block_size']

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 
+from mambino import machine
 from mambino.configurator import fail, typed
 from mambino.files import FULL
 from mambino.train import processes
@@ -193,7 +194,7 @@ def contents_of_run(net, scaler, progress, settings, tokenizer, adapter, data, b
             parameters=net.num_params(), parameter_bytes=parameter_bytes,
             step=progress.step, tokens_seen=progress.tokens_seen, best_loss=progress.best_loss,
             recent=progress.history[-20:], device=settings['device'],
-            torch=str(torch.__version__), seconds=progress.seconds,
+            processor=machine.processor_name(), torch=str(torch.__version__), seconds=progress.seconds,
             time=time.strftime('%Y-%m-%d %H:%M:%S')))
     if adapter:
         contents['adapter'] = adapter

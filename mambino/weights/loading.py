@@ -155,7 +155,7 @@ def prepare_model(net, device, dtype='auto', precision=''):
     weights are rounded to, or ''. What cannot be ends the program in a line."""
     net.to(device)
     on_cpu = device == 'cpu'
-    dtype = 'float32' if dtype == 'auto' and on_cpu else choose_dtype(dtype, device)
+    dtype = choose_dtype(dtype, device)
     if dtype == 'bfloat16' and on_cpu and not precision:
         precision = 'bfloat16'          # rounded weights are faster there than autocast
     if precision:
