@@ -118,12 +118,12 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(D, config.intermediate_size)
         self.branch_norms = None
         if config.branch_norm:
-            self.branch_norms = nn.ModuleList(RMSNorm(D, eps) for _ in range(branches))
+            self.branch_norms = nn.ModuleList(RMSNorm(D, eps, in_stream=True) for _ in range(branches))
         self.controller = nn.Linear(D, branches) if config.gate else None
         self.residual_scale = nn.Parameter(torch.full((D,), first_scale))
         if not self.parallel:
             self.pre_mlp_layernorm = RMSNorm(D, eps)
-            self.mlp_norm = RMSNorm(D, eps) if config.branch_norm else None
+            self.mlp_norm = RMSNorm(D, eps, in_stream=True) if config.branch_norm else None
             self.mlp_residual_scale = nn.Parameter(torch.full((D,), first_scale))
         self.drop = nn.Dropout(config.dropout)
 
@@ -160,7 +160,7 @@ class Hybrid(LanguageModel):
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
             # the stream starts at size 1, as `scale` supposes
-            embed_norm=RMSNorm(config.n_embd, config.norm_eps),
+            embed_norm=RMSNorm(config.n_embd, config.norm_eps, in_stream=True),
             layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
             norm=RMSNorm(config.n_embd, config.norm_eps),
         ))

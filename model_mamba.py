@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.kernels import fast
-from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one
+from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one, product_dtype
 
 
 @dataclass
@@ -261,11 +261,13 @@ def split_heads(xBC, H, G, P):
 
 
 @fast
-def gated_rms_norm(y, z, weight, eps, groups):
-    """RMSNorm(y * silu(z)) in G groups of channels, in fp32. y, z (B, T, E), weight (E)."""
+def gated_rms_norm(y, z, weight, eps, groups, dtype=None):
+    """RMSNorm(y * silu(z)) in G groups of channels, in fp32, rounded to dtype if one is given. y, z (B,
+    T, E), weight (E)."""
     y = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))  # (B, T, G, E/G)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return y.flatten(-2) * weight
+    y = y.flatten(-2) * weight
+    return y if dtype is None else y.to(dtype)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -276,7 +278,7 @@ class GatedRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, y, z):
-        return gated_rms_norm(y, z, self.weight, self.eps, self.groups)
+        return gated_rms_norm(y, z, self.weight, self.eps, self.groups, product_dtype(y))
 
 
 class Mamba2Mixer(nn.Module):

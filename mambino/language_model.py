@@ -26,23 +26,34 @@ def check_at_least_one(config, names):
 # --- norm and loss --------------------------------------------------------------------------------
 
 @fast
-def rms_norm(x, weight, eps):
-    """x / rms(x) * weight over the last dimension, in fp32 (Zhang & Sennrich 2019, eq. 4). x (...,
-    D), weight (D)."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+def rms_norm(x, weight, eps, dtype=None):
+    """x / rms(x) * weight over the last dimension, in fp32 (Zhang & Sennrich 2019, eq. 4), rounded to
+    dtype, or to x's. x (..., D), weight (D)."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight
+    return y.to(dtype or x.dtype)
+
+
+def product_dtype(x):
+    """The precision in which a matrix product with x is computed: autocast's, or x's own."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class RMSNorm(nn.Module):
-    """rms_norm with its weight. (..., D) → (..., D), of x's precision."""
+    """rms_norm with its weight. (..., D) → (..., D), of the precision of the products that read it;
+    in_stream: of x's, for what is added to the residual stream."""
 
-    def __init__(self, dim, eps=1e-5):
+    def __init__(self, dim, eps=1e-5, in_stream=False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.in_stream = in_stream
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, x.dtype if self.in_stream else product_dtype(x))
 
 
 @fast

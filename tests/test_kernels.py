@@ -348,3 +348,57 @@ def test_parameters_in_other_precisions():
     for dtype in (torch.bfloat16, torch.float64):
         got = rms_norm(x.to(dtype), torch.ones(32, dtype=dtype), 1e-5)
         assert_close(got.float(), F.rms_norm(x, (32,), eps=1e-5), 0.05 if dtype == torch.bfloat16 else 1e-6)
+
+
+# --- bf16
+
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+@pytest.mark.parametrize("name", ["rms_norm", "gated_rms_norm", "swiglu", "apply_rope"])
+def test_bf16_is_rounded_once(name, way, monkeypatch):
+    """Results and gradients are those of fp32 to half a unit of bf16's last place, 2^-8 of a number."""
+    torch.manual_seed(0)
+    tensors, options = sizes_of("usual")[name]
+    tensors = [x.bfloat16() if x.ndim > 1 else x for x in tensors]
+    if "norm" in name:
+        options = (*options, torch.bfloat16)
+    operation = getattr(MODULES[name], name)
+    inputs = [x.clone().requires_grad_() for x in tensors]
+    y = operation(*inputs, *options)
+    assert y.dtype == torch.bfloat16
+    weights = torch.randn(y.shape).bfloat16()
+    grads = torch.autograd.grad(y, inputs, weights)
+
+    exact = [x.float().requires_grad_() for x in tensors]
+    options = options[:-1] if "norm" in name else options
+    want = operation(*exact, *options)
+    want_grads = torch.autograd.grad(want, exact, weights.float())
+    for got, right in zip((y, *grads), (want, *want_grads)):
+        error = (got.float() - right).abs()
+        assert (error <= 2 ** -7.99 * right.abs() + 1e-6 * right.abs().max()).all()
+
+
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+def test_a_norm_of_the_stream_is_rounded_for_the_product_that_reads_it(way):
+    x = torch.randn(5, 48, requires_grad=True)
+    for in_stream, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        norm = perturb(RMSNorm(48, in_stream=in_stream), 0.5)
+        want = norm(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = norm(x)
+        assert y.dtype == dtype and torch.equal(y, want.to(dtype))
+        grad = torch.randn(y.shape).to(dtype)
+        got, = torch.autograd.grad(y, x, grad)
+        assert_close(got, torch.autograd.grad(want, x, grad.float())[0], 1e-6)
+
+
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+@pytest.mark.parametrize("size", [5, 64, 75])
+def test_the_gradient_of_bf16_logits_is_rounded_once(size, way):
+    logits = (torch.randn(9, size) * 3).bfloat16()
+    targets = torch.randint(size, (9,))
+    targets[3] = -1
+    exact = logits.float()
+    want = anywhere.cross_entropy_(exact, targets)
+    total = anywhere.cross_entropy_(logits, targets)
+    assert total.dtype == torch.float32 and total == want
+    assert torch.equal(logits, exact.bfloat16())

@@ -24,10 +24,10 @@ from mambino.kernels.registry import kernel
 
 
 @kernel
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, dtype=None):
     if x.device.type == 'cpu':                                  # there it takes three times as long
         return NotImplemented
-    return F.rms_norm(x.float(), weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype or x.dtype)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -284,7 +284,9 @@ class LinearCrossEntropy(Function):
             grad_weight = torch.zeros_like(weight) if wants_weight else None
             for i in range(0, len(targets), chunk):
                 part = x[i:i + chunk].to(dtype)
-                logits = (part @ rounded.t()).float()           # (chunk, V)
+                logits = part @ rounded.t()                     # (chunk, V)
+                if not (logits.dtype in cpu.PRECISIONS and cpu.applies(logits)):
+                    logits = logits.float()
                 total += cross_entropy_(logits, targets[i:i + chunk])
                 if not wants_grad:
                     continue

@@ -18,6 +18,7 @@ from mambino.kernels import native
 from mambino.kernels.native import expect, launch, thread_count
 from mambino.kernels.registry import kernel
 
+PRECISIONS = (torch.float32, torch.bfloat16)    # of numbers that native.cpp reads and writes
 LANES = 16          # numbers that native.cpp computes side by side
 STATE_SIZES = (8, 16, 32, 64)   # of a Mamba-1's channel, that native.cpp is compiled for
 _allowed = True
@@ -58,10 +59,10 @@ def compute(operation, *args):
     return operation.forward(NoBackward(), *args)
 
 
-def even_rows(x):
-    """x (..., n) as fp32 whose rows are at one distance, which native.cpp is told; a copy only if
-    it must be."""
-    x = x.float()
+def even_rows(x, dtype=torch.float32):
+    """x (..., n) in a precision, or as fp32, whose rows are at one distance, which native.cpp is
+    told; a copy only if it must be."""
+    x = x if x.dtype == dtype else x.float()
     even = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1
                for i in range(x.ndim - 2))
     return x if even and x.stride(-1) == 1 else x.contiguous()
@@ -69,24 +70,32 @@ def even_rows(x):
 
 # --- norms, gates, rotary positions ---------------------------------------------------------------
 
+def kind_of(*tensors):
+    """What ends the name of native.cpp's function for tensors of these precisions: '' for fp32."""
+    return '_bf16' if any(u is not None and u.dtype == torch.bfloat16 for u in tensors) else ''
+
+
 class Norm(Function):
+    """x in fp32 or bf16, gate in y's precision, which is `dtype`."""
 
     @staticmethod
-    def forward(ctx, x, gate, weight, eps, groups):
-        x = even_rows(x).contiguous()
-        gate = None if gate is None else even_rows(gate)
+    def forward(ctx, x, gate, weight, eps, groups, dtype):
+        x = even_rows(x, dtype).contiguous()
+        gate = None if gate is None else even_rows(gate.to(dtype), dtype)
         gate_stride = 0 if gate is None else gate.stride(-2)
         expect('norm', (weight, x.shape[-1:]), (x if gate is None else gate, x.shape))
         n = x.numel() // x.shape[-1]
         size = x.shape[-1] // groups
         if size * groups != x.shape[-1]:
             raise ValueError(f'norm: {x.shape[-1]} channels in {groups} groups')
-        y = torch.empty_like(x)
-        rstd = x.new_empty(n * groups)
-        launch('norm_forward', n, 2 * x.numel(), groups, size, float(eps), x, gate, gate_stride, weight,
-               y, rstd)
+        y = torch.empty_like(x, dtype=dtype)
+        rstd = weight.new_empty(n * groups)
+        ctx.kind = kind_of(x) or '_to' * bool(kind_of(y)) + kind_of(y)
+        launch(f'norm_forward{ctx.kind}', n, 2 * x.numel(), groups, size, float(eps), x, gate, gate_stride,
+               weight, y, rstd)
         ctx.save_for_backward(x, gate, weight, rstd)
         ctx.groups = groups
+        ctx.dtype = dtype
         return y
 
     @staticmethod
@@ -97,27 +106,33 @@ class Norm(Function):
         n = x.numel() // x.shape[-1]
         size = x.shape[-1] // ctx.groups
         work = 2 * x.numel()
-        grad_y = even_rows(grad_y).contiguous()
+        grad_y = grad_y.to(ctx.dtype).contiguous()
         grad_x = torch.empty_like(x)
-        grad_gate = None if gate is None else torch.empty_like(x)
-        grad_weight = x.new_zeros(thread_count(n, work), len(weight))  # each thread adds up its own
-        launch('norm_backward', n, work, ctx.groups, size, x, gate, gate_stride, weight, rstd, grad_y,
-               grad_x, grad_gate, grad_weight)
-        return grad_x, grad_gate, grad_weight.sum(0), None, None
+        grad_gate = None if gate is None else torch.empty_like(grad_y)
+        grad_weight = weight.new_zeros(thread_count(n, work), len(weight))  # each thread adds up its own
+        launch(f'norm_backward{ctx.kind}', n, work, ctx.groups, size, x, gate, gate_stride, weight, rstd,
+               grad_y, grad_x, grad_gate, grad_weight)
+        return grad_x, grad_gate, grad_weight.sum(0), None, None, None
+
+
+def norm_dtype(dtype, x):
+    """The precision that a norm's kernel gives: bf16 if that is wanted, else fp32."""
+    return torch.bfloat16 if (dtype or x.dtype) == torch.bfloat16 else torch.float32
 
 
 @kernel
-def rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps, dtype=None):
     if not applies(x, weight):
         return NotImplemented
-    return compute(Norm, x, None, weight, eps, 1)
+    return compute(Norm, x, None, weight, eps, 1, norm_dtype(dtype, x)).to(dtype or x.dtype)
 
 
 @kernel
-def gated_rms_norm(y, z, weight, eps, groups):
+def gated_rms_norm(y, z, weight, eps, groups, dtype=None):
     if not applies(y, weight):
         return NotImplemented
-    return compute(Norm, y, z, weight, eps, groups)
+    dtype = dtype or torch.float32
+    return compute(Norm, y, z, weight, eps, groups, norm_dtype(dtype, y)).to(dtype)
 
 
 class SwiGLU(Function):
@@ -128,7 +143,7 @@ class SwiGLU(Function):
         expect('swiglu', (up, gate.shape))
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        launch('swiglu_forward', gate.numel() // LANES, gate.numel(), gate, up, y)
+        launch(f'swiglu_forward{kind_of(gate)}', gate.numel() // LANES, gate.numel(), gate, up, y)
         return y
 
     @staticmethod
@@ -137,13 +152,14 @@ class SwiGLU(Function):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         n = gate.numel() // LANES
-        launch('swiglu_backward', n, 2 * gate.numel(), gate, up, grad_y.contiguous(), grad_gate, grad_up)
+        launch(f'swiglu_backward{kind_of(gate)}', n, 2 * gate.numel(), gate, up, grad_y.contiguous(),
+               grad_gate, grad_up)
         return grad_gate, grad_up
 
 
 @kernel
 def swiglu(gate, up):
-    if gate.dtype != torch.float32 or gate.numel() % LANES or not applies(gate):
+    if gate.dtype not in PRECISIONS or up.dtype != gate.dtype or gate.numel() % LANES or not applies(gate):
         return NotImplemented
     return compute(SwiGLU, gate, up)
 
@@ -162,7 +178,7 @@ class Rope(Function):
         n = x.numel() // (2 * half * heads)
         if not cos.numel() or n % (cos.numel() // half):
             raise ValueError(f'rope: tables of shape {tuple(cos.shape)} for {tuple(x.shape)}')
-        launch('rope', n, x.numel(), cos.numel() // half, heads, 2 * half, x, cos, sin, sign, y)
+        launch(f'rope{kind_of(x)}', n, x.numel(), cos.numel() // half, heads, 2 * half, x, cos, sin, sign, y)
         return y
 
     @staticmethod
@@ -173,9 +189,9 @@ class Rope(Function):
 
 @kernel
 def apply_rope(x, rope):
-    if x.dtype != torch.float32 or not applies(x):
-        return NotImplemented
     cos, sin = rope
+    if x.dtype not in PRECISIONS or not applies(x, cos):
+        return NotImplemented
     return compute(Rope, x, cos, sin, 1.0)
 
 
@@ -384,14 +400,15 @@ def causal_conv1d(x, weight, bias, state=None):
 # --- the loss -------------------------------------------------------------------------------------
 
 def cross_entropy_(logits, targets):
-    """Sum of the cross-entropies of fp32 logits (n, V), which become its gradient. A target below 0
-    does not count; IndexError of one that is V or more."""
+    """Sum of the cross-entropies, fp32, of logits (n, V) in fp32 or bf16, which become its gradient. A
+    target below 0 does not count; IndexError of one that is V or more."""
     targets = targets.long().contiguous()
     expect('cross_entropy', (logits, (len(targets), logits.shape[-1])))
     if not logits.is_contiguous():
         raise ValueError('cross_entropy: logits that are not in one piece')
-    losses = logits.new_empty(len(targets))
+    losses = logits.new_empty(len(targets), dtype=torch.float32)
     if native.has_data(targets) and len(targets) and int(targets.max()) >= logits.shape[1]:
         raise IndexError(f'target {int(targets.max())} is outside the vocabulary of {logits.shape[1]}')
-    launch('cross_entropy', len(targets), 2 * logits.numel(), logits.shape[1], logits, targets, losses)
+    launch(f'cross_entropy{kind_of(logits)}', len(targets), 2 * logits.numel(), logits.shape[1], logits,
+           targets, losses)
     return losses.sum()

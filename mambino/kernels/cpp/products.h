@@ -10,6 +10,8 @@ constexpr int WIDE = 4;  // accumulators: 4 x WIDE registers of L
 constexpr int WIDE = 1;
 #endif
 
+static inline I up(I n, I to) { return (n + to - 1) / to * to; }
+
 template <int R, int W>
 static inline void tile(float *c, I sc, const float *a, I ai, I ak, const float *b, I sb, I k0,
                         I k1, bool plus) {
@@ -100,5 +102,3 @@ static void transpose(float *to, I st, const float *from, I sf, I m, I n, I full
         }
     }
 }
-
-static inline I up(I n, I to) { return (n + to - 1) / to * to; }
