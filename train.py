@@ -92,8 +92,9 @@ gradient_accumulation_steps = 0  # such micro-batches in one step, over all proc
 tokens_per_step = 0         # batch_size * block_size * gradient_accumulation_steps,
                             # if those are not given
 # --- optimizer
-optimizer = 'adamw'         # 'adamw', or 'muon': Muon on the hidden matrices and AdamW on the rest
-learning_rate = 1e-3        # the peak; Muon's updates are as large as AdamW's: one rate for both
+optimizer = ''              # 'adamw', or 'muon': Muon on the hidden matrices and AdamW on the rest;
+                            # '': muon for a new model on a CPU, else adamw
+learning_rate = 0.0         # the peak; 0: by the optimizer, and far less for a model to tune
 max_iters = 0               # steps in all; 0: by the machine
 weight_decay = 0.1
 beta1 = 0.9
@@ -214,7 +215,7 @@ if not eval_only:
 origin = begin.find_origin(settings, explicit)  # a run that goes on, a model to tune, or nothing
 begin.check_settings(settings, origin)
 data = begin.open_data(settings, explicit, origin)
-begin.fill_unset(settings, explicit, data)  # sizes and steps that were left to the machine
+begin.fill_unset(settings, explicit, origin, data)  # sizes and steps that were left to the machine
 
 # --- the model, and how many sequences of a step it computes at once
 net, adapter_record = begin.build_model(settings, explicit, origin, data)
@@ -232,7 +233,7 @@ if origin.in_shards:
 device_type = device.partition(':')[0]
 is_fused = device_type in ('cpu', 'cuda')
 optimizers = building.build_optimizers(
-    net, optimizer, learning_rate, weight_decay, betas=(beta1, beta2), fused=is_fused)
+    net, optimizer, learning_rate, weight_decay, betas=(beta1, beta2), fused=is_fused, dtype=dtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # they would vanish unscaled
 data_record = identity.record(data, settings)
 progress = begin.restore(origin, [] if eval_only else optimizers, scaler, out_dir, data_record)

@@ -14,6 +14,7 @@ dropout = 0.2           # the text passes 80 times: without dropout it is learne
 
 batch_size = 64
 tokens_per_step = 2**14 # --batch_size=16 makes the same steps with less memory
+optimizer = 'adamw'
 learning_rate = 1e-3
 max_iters = 5000
 eval_interval = 250

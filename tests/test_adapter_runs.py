@@ -10,6 +10,7 @@ from helpers.models import assert_close
 from helpers.runs import files, forked, metrics, refused, same_run, script, train
 
 from mambino.export import to_peft
+from mambino.train import begin
 from mambino.train.memory import estimate
 from mambino.weights import checkpoint, loading
 
@@ -24,7 +25,8 @@ def bases(template):
     before = os.getcwd()
     os.chdir(template)
     for kind in KINDS:
-        train(f'--model={kind} --max_iters=5 --out_dir=base-{kind}')
+        # far from its best, so that an adapter has something to learn
+        train(f'--model={kind} --max_iters=5 --optimizer=adamw --learning_rate=1e-3 --out_dir=base-{kind}')
     os.chdir(before)
     return template
 
@@ -101,6 +103,23 @@ def test_run_trains_the_adapter_alone_and_goes_on_bit_by_bit(based, capsys, monk
 def test_settings_that_cannot_be_are_one_line(based, capsys, flags, words):
     train(flags, status=2)
     refused(capsys, *words.split())
+
+
+@pytest.mark.parametrize('flags, optimizer, rate', [
+    ('--model=gpt', 'muon', 1e-2),
+    ('--model=gpt --optimizer=adamw', 'adamw', 4e-3),
+    ('--model=gpt --learning_rate=0.5', 'muon', 0.5),
+    ('--size=50m --model=gpt', 'adamw', 1e-3),
+    ('--init_from=base-gpt', 'adamw', 3e-4),
+    ('--init_from=base-gpt --adapter=lora', 'adamw', 1e-3),
+    ('--out_dir=base-gpt --optimizer= --learning_rate=0', 'adamw', 4e-3),
+])
+def test_optimizer_and_rate_are_by_what_is_trained(based, monkeypatch, flags, optimizer, rate):
+    monkeypatch.setattr(begin, 'SIZES', {('gpt', '50m'): {}})       # its name alone
+    train(flags, '--max_iters=6')
+    out_dir = 'base-gpt' if '--out_dir' in flags else 'out'
+    settings = checkpoint.load_checkpoint(out_dir)['settings']
+    assert (settings['optimizer'], settings['learning_rate']) == (optimizer, rate)
 
 
 def test_base_that_moved_or_changed_is_named(based, capsys):

@@ -304,7 +304,7 @@ def test_a_folder_is_listed(out):
 def test_every_setting_of_train_is_there():
     settings = recipes.all_settings()
     assert {'model', 'learning_rate', 'gradient_checkpointing', 'seed'} <= settings.keys()
-    assert settings['learning_rate'].default == 1e-3 and 'optimizer' in settings['learning_rate'].heading
+    assert settings['learning_rate'].default == 0.0 and 'optimizer' in settings['learning_rate'].heading
     assert settings['save_minutes'].comment.startswith('minutes after which')
 
 

@@ -134,7 +134,7 @@ BAD = {  # flags, words of the message, what breaks things beforehand
         f'{flag} out of range': (f'--out_dir=new --{flag}', flag.partition('=')[0])
         for flag in (
             'n_layer=-1 n_embd=-32 n_head=-2 block_size=-8 batch_size=-1 tokens_per_step=-16 '
-            'gradient_accumulation_steps=-1 learning_rate=0 learning_rate=nan max_iters=-5 dropout=1 '
+            'gradient_accumulation_steps=-1 learning_rate=-1 learning_rate=nan max_iters=-5 dropout=1 '
             'grad_clip=-1 eval_interval=0 log_interval=0 beta1=2 beta2=-1 weight_decay=-1 seed=-1 '
             'intermediate_size=-8 n_kv_head=-1 window=-3 eval_iters=-1 patience=-1 '
             'sample_interval=-1 min_lr=-1 lr_decay_iters=-1 decay_fraction=2'

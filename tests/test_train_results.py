@@ -292,7 +292,7 @@ def test_bfloat16_trains(here, model):
     ],
 )
 def test_schedule(here, flags, expected):
-    train('--model=gpt', flags)
+    train('--model=gpt --learning_rate=1e-3', flags)
     rates = metrics(key='lr')
     assert {step: rates[step] for step in expected} == pytest.approx(expected, rel=1e-9)
 

@@ -71,7 +71,7 @@ def main():
     origin = begin.find_origin(settings, explicit)
     begin.check_settings(settings, origin)
     data = begin.open_data(settings, explicit, origin)
-    begin.fill_unset(settings, explicit, data)
+    begin.fill_unset(settings, explicit, origin, data)
     settings['dtype'] = machine.choose_dtype(settings['dtype'], settings['device'])     # of a CPU: to be measured
     kind = settings['model']
     adapter = None

@@ -2,7 +2,7 @@
 
     origin = find_origin(settings, explicit)    # a run to go on with, a model to tune, or neither
     data = open_data(settings, explicit, origin)
-    fill_unset(settings, explicit, data)        # sizes and steps that nobody named
+    fill_unset(settings, explicit, origin, data)    # sizes and steps that nobody named
     net, adapter = build_model(settings, explicit, origin, data)
 
     flags, recipe ─► settings ◄─ the checkpoint in out_dir: what the run was begun with
@@ -42,6 +42,12 @@ SIZES = {           # of about so many parameters, with a vocabulary of 16,384
     ('hybrid', '50m'): dict(n_layer=9, n_embd=512),
     ('hybrid', '150m'): dict(n_layer=13, n_embd=768),
     ('hybrid', '400m'): dict(n_layer=20, n_embd=1024),
+}
+RATES = {           # the peak of the learning rate, by what is trained and by the optimizer
+    'small': dict(adamw=4e-3, muon=1e-2),       # a new model of a CPU's size, some hundred steps
+    'large': dict(adamw=1e-3, muon=1e-3),       # of a GPU's, or of a named size
+    'tuned': dict(adamw=3e-4, muon=3e-4),       # what a model knows is to stay
+    'adapter': dict(adamw=1e-3),                # it begins with nothing
 }
 BATCH_SIZE = 16     # sequences at once where memory has room for them
 
@@ -186,12 +192,12 @@ def refuse_change(holder, name, was, now, advice):
 # --- settings: what they may be, and what the unset ones stand for --------------------------------
 
 POSITIVE = (
-    'learning_rate', 'eval_interval', 'log_interval', 'n_groups', 'rope_theta', 'lora_rank',
+    'eval_interval', 'log_interval', 'n_groups', 'rope_theta', 'lora_rank',
     'lora_alpha', 'prefix_length')
 NOT_NEGATIVE = (
     'vocab_size', 'n_layer', 'n_embd', 'block_size', 'n_head', 'n_kv_head', 'state_size', 'n_expert',
     'max_iters', 'intermediate_size', 'low_rank', 'batch_size', 'gradient_accumulation_steps',
-    'tokens_per_step', 'weight_decay', 'grad_clip', 'lr_decay_iters', 'min_lr', 'eval_iters',
+    'tokens_per_step', 'learning_rate', 'weight_decay', 'grad_clip', 'lr_decay_iters', 'min_lr', 'eval_iters',
     'patience', 'sample_interval', 'profile', 'capacity_factor', 'aux_loss', 'z_loss', 'save_minutes')
 
 # What is larger cannot be meant, and would be counted, drawn or waited for without an end.
@@ -214,7 +220,7 @@ def check_settings(settings, origin):
             size=not size or (settings['model'], size) in SIZES),
         'ddp or fsdp': dict(parallel=settings['parallel'] in ('ddp', 'fsdp')),
         'empty, lora or prefix': dict(adapter=settings['adapter'] in ('', 'lora', 'prefix')),
-        'adamw or muon': dict(optimizer=settings['optimizer'] in ('adamw', 'muon')),
+        'empty, adamw or muon': dict(optimizer=settings['optimizer'] in ('', 'adamw', 'muon')),
         'cosine or wsd': dict(schedule=settings['schedule'] in ('cosine', 'wsd')),
         'auto, float32, bfloat16 or float16': dict(dtype=settings['dtype'] in ('auto', *machine.DTYPES)),
         'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and 0 < float(vram) < 1e9)),
@@ -232,9 +238,10 @@ def check_settings(settings, origin):
         adapters.check_settings(settings, origin.base)
 
 
-def fill_unset(settings, explicit, data):
-    """Gives the settings that are left to the machine, or follow from others, their values: sizes
-    and steps. The precision waits for the model, with which it is measured (precision.py)."""
+def fill_unset(settings, explicit, origin, data):
+    """Gives the settings that are left to the machine, or follow from others, their values: sizes,
+    steps, the optimizer and its rate. The precision waits for the model, with which it is measured
+    (precision.py)."""
     device = settings['device']
     sizes = sizes_for(device) | SIZES.get((settings['model'], settings['size']), {})
     if not settings['block_size']:                  # a small text need not fill a large window
@@ -248,6 +255,9 @@ def fill_unset(settings, explicit, data):
         settings['n_head'] = next(n for n in range(max(1, n_embd // 64), 0, -1) if n_embd % n == 0)
     if settings['warmup_iters'] < 0:
         settings['warmup_iters'] = min(100, settings['max_iters'] // 10)
+    settings['optimizer'] = settings['optimizer'] or optimizer_for(settings, origin)
+    rates = RATES[what_is_trained(settings, origin)]
+    settings['learning_rate'] = settings['learning_rate'] or rates[settings['optimizer']]
     settings['tokens_per_step'] = tokens_per_step(settings, explicit, sizes['tokens_per_step'])
     # tokens_per_step says it; a later run may cut the same step otherwise
     settings['gradient_accumulation_steps'] = 0
@@ -272,6 +282,23 @@ def sizes_for(device):
     if gigabytes < 20:          # 8 to 16 GB, or Apple's
         return dict(n_layer=12, n_embd=512, block_size=512, tokens_per_step=2**15, max_iters=5000)
     return dict(n_layer=12, n_embd=768, block_size=1024, tokens_per_step=2**17, max_iters=10000)
+
+
+def optimizer_for(settings, origin):
+    """The optimizer where none is named: that of a run that goes on; Muon where it was measured to be the
+    better one at equal time."""
+    if origin.ckpt:
+        return origin.ckpt['settings'].get('optimizer') or 'adamw'
+    return 'muon' if what_is_trained(settings, origin) == 'small' else 'adamw'
+
+
+def what_is_trained(settings, origin):
+    """The row of RATES."""
+    if settings['adapter']:
+        return 'adapter'
+    if origin.base:
+        return 'tuned'
+    return 'small' if settings['device'] == 'cpu' and not settings['size'] else 'large'
 
 
 def tokens_per_step(settings, explicit, suggested):

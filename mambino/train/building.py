@@ -82,8 +82,9 @@ def model_config(settings, explicit, origin, data):
 
 
 def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95),
-                     fused=True):
-    """[AdamW], or [AdamW, Muon]: Muon for the hidden matrices, AdamW for the rest."""
+                     fused=True, dtype='float32'):
+    """[AdamW], or [AdamW, Muon]: Muon for the hidden matrices, AdamW for the rest. dtype: what the run
+    computes in."""
     groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')
     adamw_groups = [group for group in groups if group['kind'] == 'adamw']
     muon_groups = [group for group in groups if group['kind'] == 'muon']
@@ -92,7 +93,10 @@ def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas
         rows = row_kinds(net)
         for group in muon_groups:
             group['rows'] = [rows.get(p) for p in group['params']]
-        optimizers.append(Muon(muon_groups, lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
+        muon = Muon(muon_groups, lr=learning_rate, adjust_lr_fn='match_rms_adamw')
+        if dtype == 'bfloat16':         # fast here, or it would not be what the run computes in
+            muon.dtype = torch.bfloat16
+        optimizers.append(muon)
     return optimizers
 
 

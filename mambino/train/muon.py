@@ -47,6 +47,7 @@ class Muon(torch.optim.Muon):
     """torch's settings and state. A group may have 'rows': for each of its parameters None, or as
     in `row_kinds` the numbers of rows of the kinds of things that it stacks, which are
     orthogonalised by themselves."""
+    dtype = None  # of the Newton-Schulz steps; None: fp32 on a CPU, else bf16
     # matrices that are complete at the same time with FSDP, whose point is that they are not
     AT_ONCE = 8
 
@@ -90,7 +91,7 @@ class Muon(torch.optim.Muon):
     def orthogonalize_in_place(self, group, parts):
         """Puts in the place of each of these matrices, all of one shape or its transpose, its
         orthogonal and scaled one."""
-        dtype = torch.float32 if parts[0].device.type == 'cpu' else torch.bfloat16
+        dtype = self.dtype or (torch.float32 if parts[0].device.type == 'cpu' else torch.bfloat16)
         wide = torch.stack([part.mT if part.shape[0] > part.shape[1] else part for part in parts])
         orthogonal = orthogonalize(wide, group['ns_coefficients'], group['ns_steps'], group['eps'], dtype)
         for part, x in zip(parts, orthogonal):
