@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +155,17 @@ def test_whole_runs_to_a_loss(bench, tmp_path, capsys):
     curve.show([row], SimpleNamespace(time_to_loss_run=flags, time_to_loss=99))
     assert re.search(r'gpt +not reached +3.5 +3.0–4.0', capsys.readouterr().out)
     assert row['seconds_to_loss'] is None
+
+
+def test_the_processors_time_is_not_that_of_waiting():
+    from mambino.bench import contenders
+
+    def work():
+        time.sleep(0.05)
+        torch.randn(200, 200).sum()
+    for clock in ('wall', 'cpu'):
+        _, turn = contenders.by_turns({'work': work}, SimpleNamespace(clock=clock, device='cpu', seconds=1e-6))
+        assert (min(turn()['work']) > 0.05) == (clock == 'wall')
 
 
 def test_mamba_is_compared_with_gpt_at_their_sizes():

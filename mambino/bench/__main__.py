@@ -86,8 +86,6 @@ size = '50m'                     # or 150m, 400m: parameters
 prompts = '32,512'               # tokens; the first is continued, the others are only read
 new_tokens = 64
 llama = True                     # beside llama.cpp, where xllamacpp is installed
-clock = 'wall'                   # or cpu: the processor's time, of which others on the machine take
-                                 # nothing; with --threads=1, since threads that wait use it, too
 # the section `serve`, on a CPU, besides the kinds, ways, size and new_tokens above
 prompt = 32                      # tokens
 clients = '1,2,4,8,16,32'        # at once
@@ -111,6 +109,8 @@ limit = 20.0                     # seconds of turns after which a contender take
                                  # some peers need 20 s a step
 device = 'auto'                  # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 threads = 0                      # CPU threads; 0: torch's choice
+clock = 'wall'                   # or cpu: the processor's time, of which others on the machine take
+                                 # nothing; with --threads=1, since threads that wait use it, too
 json = ''                        # a file for the raw figures
 plot = ''                        # a .png or .svg of `length`, `train` and the way to time_to_loss;
                                  # needs matplotlib

@@ -164,10 +164,20 @@ def matrix_flops(model):
 
 # --- sections: each returns facts, a function that warms up, and one that takes a turn and returns {work: [seconds]} --
 
+def processor_time(work):
+    """Seconds of the processor that work() takes in this process."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
 def by_turns(works, settings):
     """(warm up, turn) of some functions: one call of each, by turns, until all had their share of
     `seconds`."""
-    timed = partial(checkout_has('mambino.machine:timed', 'machine:timed'), settings.device)
+    if settings.clock == 'cpu':
+        timed = processor_time
+    else:
+        timed = partial(checkout_has('mambino.machine:timed', 'machine:timed'), settings.device)
 
     def warm_up():
         for work in works.values():
