@@ -49,6 +49,17 @@ def test_orthogonalize_keeps_the_directions_and_evens_the_sizes():
     assert (in_basis - torch.diag_embed(sizes)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize('shape', [(2, 24, 32), (2, 24, 64)])    # the second by x x^T alone
+def test_orthogonalize_makes_the_steps_of_float64(shape):
+    torch.manual_seed(0)
+    g = torch.randn(shape)
+    g[:, 0] *= 1e-4                                             # a singular value that is small
+    options = (3.4445, -4.7750, 2.0315), 5, 1e-7
+    want = orthogonalize(g.double(), *options, torch.float64)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):  # measured: 2e-6, 0.018
+        assert (orthogonalize(g, *options, dtype) - want).norm() < tolerance * want.norm()
+
+
 def test_a_parameter_without_gradient_stays():
     a, b = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
     a.grad = torch.eye(4)

@@ -36,11 +36,28 @@ def orthogonalize(g, coefficients, steps, eps, dtype):
     a, b, c = coefficients
     x = g.to(dtype)
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)  # no singular value above 1
+    if dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        return gram_newton_schulz(x, coefficients, steps)
     for _ in range(steps):
         gram = x @ x.mT                                                         # (n, rows, rows)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)           # b gram + c gram²
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def gram_newton_schulz(x, coefficients, steps):
+    """The same steps on x x^T alone, whose polynomials they are: x itself, which is wide, is multiplied
+    at the beginning and the end. bf16 is too coarse for that."""
+    a, b, c = coefficients
+    gram = x @ x.mT                                                             # (n, rows, rows)
+    product = None
+    for step in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)                           # a + b gram + c gram²
+        product = polynomial if product is None else polynomial @ product
+        if step < steps - 1:
+            gram = polynomial @ (gram @ polynomial)
+    return x if product is None else product @ x
 
 
 class Muon(torch.optim.Muon):
