@@ -50,6 +50,9 @@ class NoBackward:
     def save_for_backward(self, *tensors):
         pass
 
+    def set_materialize_grads(self, value):
+        pass
+
 
 def compute(operation, *args):
     """An operation below; past autograd, which costs more than one token's numbers, where no
@@ -66,6 +69,13 @@ def even_rows(x, dtype=torch.float32):
     even = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1
                for i in range(x.ndim - 2))
     return x if even and x.stride(-1) == 1 else x.contiguous()
+
+
+def even_rows_of_one_kind(*tensors):
+    """even_rows of each, without turning bf16 into fp32 where all of them are bf16."""
+    if all(x.dtype == torch.bfloat16 for x in tensors):
+        return [even_rows(x, torch.bfloat16) for x in tensors]
+    return [even_rows(x) for x in tensors]
 
 
 # --- norms, gates, rotary positions ---------------------------------------------------------------
@@ -297,68 +307,92 @@ def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
 class Mamba2(Function):
 
     @staticmethod
-    def forward(ctx, xBC, dt, dt_bias, A, D, groups, chunk_size, state):
-        xBC = xBC.float().contiguous()                          # (B, T, HP + 2GN)
-        dt = even_rows(dt)                                      # (B, T, H)
-        batch, T, width = xBC.shape
-        _, H, P, N = state.shape
-        expect('mamba2_scan', (xBC, (batch, T, H * P + 2 * groups * N)), (dt, (batch, T, H)), (dt_bias, (H,)),
-               (A, (H,)), (D, (H,)), (state, (batch, H, P, N)))
+    def forward(ctx, xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size, state):
+        xBC, dt = even_rows_of_one_kind(xBC, dt)                # (B, T, HP + 2GN), (B, T, H)
+        batch, T, H = dt.shape
+        P = head_dim
+        N = (xBC.shape[-1] - H * P) // (2 * max(1, groups))
         if groups < 1 or H % groups or not N or chunk_size < 1:
             raise ValueError(f'mamba2_scan: {H} heads in {groups} groups, chunks of {chunk_size}')
-        chunks = -(-T // chunk_size)
-        starts = xBC.new_empty(batch, H, chunks + 1, N, P)      # the state before each chunk, and the last
-        starts[:, :, 0] = state.transpose(2, 3)
+        expect('mamba2_scan', (xBC, (batch, T, H * P + 2 * groups * N)), (dt, (batch, T, H)), (dt_bias, (H,)),
+               (A, (H,)), (D, (H,)))
+        if state is not None:
+            expect('mamba2_scan', (state, (batch, H, P, N)))
+            state = state.float().contiguous()
         y = xBC.new_empty(batch, T, H, P)
-        ctx.sizes = T, H, groups, P, N, chunk_size
-        ctx.work = min(8 << 16, y.numel() * N // 8)  # 16 threads at most: each has its own grad_BC
-        launch('ssd_forward', batch * H, ctx.work, *ctx.sizes, xBC, width, dt, dt.stride(-2),
-               dt_bias, A, D, starts, y)
+        last = xBC.new_empty(batch, H, P, N, dtype=torch.float32)
+        starts = None
+        if any(ctx.needs_input_grad):
+            starts = xBC.new_empty(batch, H, -(-T // chunk_size), N, P)  # the state before each chunk
+        parts = Mamba2.parts(batch * groups, H // groups)
+        ctx.sizes = T, H, groups, P, N, chunk_size, parts
+        ctx.work = y.numel() * N // 8
+        launch(f'ssd_forward{kind_of(xBC)}', batch * groups * parts, ctx.work, *ctx.sizes, xBC, xBC.stride(-2),
+               dt, dt.stride(-2), dt_bias, A, D, state, starts, y, last)
         ctx.save_for_backward(xBC, dt, dt_bias, A, D, starts)
-        return y, starts[:, :, -1].transpose(2, 3).contiguous()
+        ctx.set_materialize_grads(False)
+        return y, last
+
+    @staticmethod
+    def parts(groups, heads):
+        """In how many parts, of whole heads, the threads take the heads of each group: in few, since
+        what a group's heads share is computed for each."""
+        threads = torch.get_num_threads()
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        even = (n for n in divisors if groups * n % threads == 0 or groups * n > 8 * threads)
+        return next(even, heads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y, grad_state):
+    def backward(ctx, grad_y, grad_last):
         xBC, dt, dt_bias, A, D, starts = ctx.saved_tensors
         batch, T, width = xBC.shape
-        _, H, G, P, N, _ = ctx.sizes
-        work = 2 * ctx.work
-        grad_state = grad_state.transpose(2, 3).contiguous()
-        grad_xBC = torch.empty_like(xBC)
-        grad_BC = xBC.new_zeros(thread_count(batch * H, work), batch, T, 2 * G * N)
-        grad_dt = xBC.new_empty(batch, T, H)
+        _, H, G, P, N, _, parts = ctx.sizes
+        grad_y = xBC.new_zeros(batch, T, H, P) if grad_y is None else grad_y.contiguous()
+        grad_last = None if grad_last is None else grad_last.contiguous()
+        grad_state = None
+        if ctx.needs_input_grad[-1]:
+            grad_state = A.new_empty(batch, H, P, N)
+        grad_xBC = xBC.new_empty(batch, T, width)
+        grad_BC = A.new_empty(parts, batch, T, 2 * G * N) if parts > 1 else None  # each adds up its own
+        grad_dt = A.new_empty(batch, T, H)
         grad_A, grad_D = A.new_zeros(batch, H), D.new_zeros(batch, H)
-        launch('ssd_backward', batch * H, work, batch, *ctx.sizes, xBC, width, dt, dt.stride(-2),
-               dt_bias, A, D, starts, grad_y.contiguous(), grad_state, grad_xBC, grad_BC, grad_dt, grad_A, grad_D)
-        grad_xBC[..., H * P:] = grad_BC.sum(0) if len(grad_BC) > 1 else grad_BC[0]
-        return (grad_xBC, grad_dt, grad_dt.sum((0, 1)), grad_A.sum(0), grad_D.sum(0), None, None,
-                grad_state.transpose(2, 3))
+        launch(f'ssd_backward{kind_of(xBC)}', batch * G * parts, 2 * ctx.work, batch, *ctx.sizes, xBC, xBC.stride(-2),
+               dt, dt.stride(-2), dt_bias, A, D, starts, grad_y, grad_last, grad_state, grad_xBC, grad_BC,
+               grad_dt, grad_A, grad_D)
+        if grad_BC is not None:
+            grad_xBC[..., H * P:] = grad_BC.sum(0)
+        return (grad_xBC, grad_dt, grad_dt.sum((0, 1)), grad_A.sum(0), grad_D.sum(0), None, None, None,
+                grad_state)
 
 
 @kernel
 def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
     batch, T, H = dt.shape
     N = (xBC.shape[-1] - H * head_dim) // (2 * max(1, groups))
-    if head_dim % LANES or N % LANES or chunk_size % LANES or not applies(xBC, dt_bias, D):
+    sizes = head_dim, N, chunk_size
+    if any(size % LANES for size in sizes) or not applies(xBC, dt_bias, D):
         return NotImplemented
-    if state is None:
-        state = xBC.new_zeros(batch, H, head_dim, N, dtype=torch.float32)
-    chunk_size = min(chunk_size, -(-T // LANES) * LANES)
-    return compute(Mamba2, xBC, dt, dt_bias, A, D, groups, chunk_size, state)
+    step = 2 * LANES                                            # of bf16 numbers, in pairs
+    if any(size % step for size in sizes):
+        step = LANES
+        xBC = xBC.float()
+    chunk_size = min(chunk_size, -(-T // step) * step)
+    return compute(Mamba2, xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size, state)
 
 
 class ConvSilu(Function):
-    TILE = 64       # channels of an item
+    STRIP = 256     # channels of an item
 
     @staticmethod
     def forward(ctx, x, weight, bias):                          # (B, T, E), (4, E), (E)
-        x, weight = even_rows(x), weight.contiguous()
+        x, = even_rows_of_one_kind(x)
+        weight = weight.contiguous()
         B, T, E = x.shape
         expect('causal_conv1d', (weight, (4, E)), (bias, (E,)))
         y = x.new_empty(x.shape)
-        n = B * -(-E // ConvSilu.TILE)
-        launch('conv_forward', n, 2 * x.numel(), T, E, x, x.stride(-2), weight, bias, y)
+        ctx.items = B * -(-E // ConvSilu.STRIP)
+        launch(f'conv_forward{kind_of(x)}', ctx.items, 2 * x.numel(), T, E, x.stride(-2), weight, bias, x, y)
         ctx.save_for_backward(x, weight, bias)
         return y
 
@@ -367,13 +401,13 @@ class ConvSilu(Function):
     def backward(ctx, grad_y):
         x, weight, bias = ctx.saved_tensors
         B, T, E = x.shape
-        n = B * -(-E // ConvSilu.TILE)
         work = 3 * x.numel()
         grad_x = x.new_empty(x.shape)
-        grad_weight = x.new_zeros(thread_count(n, work), 4, E)  # each thread adds up its own
-        grad_bias = x.new_zeros(thread_count(n, work), E)
-        launch('conv_backward', n, work, T, E, x, x.stride(-2), weight, bias, grad_y.contiguous(),
-               grad_x, grad_weight, grad_bias)
+        threads = thread_count(ctx.items, work)
+        grad_weight = bias.new_zeros(threads, 4, E)             # each thread adds up its own
+        grad_bias = bias.new_zeros(threads, E)
+        launch(f'conv_backward{kind_of(x)}', ctx.items, work, T, E, x.stride(-2), weight, bias, x,
+               grad_y.contiguous(), grad_x, grad_weight, grad_bias)
         return grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 

@@ -1,33 +1,60 @@
-// Mamba-2: state-space duality. Items are heads, all sequences' in one row; a state is (N, P), kept
-// at chunk starts.
+// Mamba-2: state-space duality. Items are parts of a group's heads, all sequences' in one row; a
+// state is (N, P) while it is worked with, (P, N) where it comes from and goes to.
 //
 // s = sums of dt A in a chunk; W[i][j] = C_i B_j exp(s_i - s_j), j <= i
-// y = W (dt x) + exp(s) C h + D x; h' = exp(s_end) h + ...
+// y = W (dt x) + exp(s) C h + D x; h' = exp(s_end) h + B (exp(s_end - s) dt x)
+//
+// T is what x, B, C, dt's raw values and y are kept as, fp32 or bf16; `number` what products take
+// (products.h); dt, the sums, the decay, states and all that is added up are fp32 or fp64.
 #pragma once
 #include <algorithm>
-#include <vector>
 
 #include "products.h"
 
+struct Ssd {  // a task: x has rows of [x (H, P), B (G, N), C (G, N)], sx apart; raw ones of (H), sr
+    I T, H, G, P, N, Q, parts;  // a group's heads are `parts` items
+    const void *x;
+    I sx;
+    const void *raw;
+    I sr;
+    const float *bias, *A, *D;
+
+    I heads() { return H / G / parts; }
+    I chunks() { return (T + Q - 1) / Q; }
+};
+
+template <class T>
 struct Chunk {  // what both passes need of a chunk, for one head
+    typedef typename Operands<T>::number number;
+    typedef typename Operands<T>::unit unit;
     I q, Q, P, N;
-    std::vector<float> raw, dt, grow, to_end, S, decay, W, xdt, xe, BT, CT;
+    std::vector<float> raw, dt, grow, to_end, S, decay;
+    std::vector<number> B, C, W, xdt, xe;
+    std::vector<unit> BT, Broom, Croom, Wroom, room;  // rooms: for what is stacked
     std::vector<double> s;
+    const unit *stacked_B;
     float kept;
 
     Chunk(I Q, I P, I N)
-        : Q(Q), P(P), N(N), raw(Q), dt(Q), grow(Q), to_end(Q), S(Q * Q), decay(Q * Q), W(Q * Q),
-          xdt(Q * P), xe(Q * P), BT(N * Q), CT(N * Q), s(Q) {}
+        : Q(Q), P(P), N(N), raw(Q), dt(Q), grow(Q), to_end(Q), S(Q * Q), decay(Q * Q), B(Q * N),
+          C(Q * N), W(Q * Q), xdt(Q * P), xe(Q * P), BT(N * Q), Broom(Q * N), Croom(Q * N), Wroom(Q * Q),
+          room(std::max(Q, N) * P), s(Q) {}
 
-    void group(I tokens, const float *B, const float *C, I sx) {
+    static const unit *units(const std::vector<number> &rows) { return (const unit *)rows.data(); }
+
+    void group(I tokens, const T *rows_B, const T *rows_C, I sx) {
+        I K = N / PER<unit>;
         q = tokens;
-        transpose(BT.data(), Q, B, sx, q, N, Q);
-        gemm(q, Q, N, S.data(), Q, C, sx, 1, BT.data(), Q, false, CAUSAL);
+        gather(B.data(), rows_B, sx, q, N);
+        gather(C.data(), rows_C, sx, q, N);
+        stacked_B = stacked(Broom, B.data(), q, N);
+        transpose(BT.data(), Q, units(B), K, q, K, Q);
+        gemm(q, Q, N, S.data(), Q, units(C), K, 1, BT.data(), Q, 0, CAUSAL);
     }
 
-    void head(const float *x, I sx, const float *r, I sr, float bias, float A) {
+    void head(const T *x, I sx, const T *r, I sr, float bias, float A) {
         for (I i = 0; i < q; i++)
-            raw[i] = r[i * sr] + bias;
+            raw[i] = value(r[i * sr]) + bias;
         for (I i = 0; i < Q; i += L)
             store(&dt[i], softplus(load(&raw[i])));
         double total = 0;
@@ -43,9 +70,8 @@ struct Chunk {  // what both passes need of a chunk, for one head
         }
         kept = std::exp(total);
         for (I i = 0; i < q; i++) {
-            for (I j = 0; j < Q;
-                 j += L) {  // differences in double: of large sums fp32 loses the small ones
-                vec d{};
+            for (I j = 0; j < Q; j += L) {
+                vec d{};  // differences in double: of large sums fp32 loses the small ones
                 if (j <= i)
                     d = expv(narrow(s[i] - load(&s[j])));
                 d = LANE + (int)j <= (int)i ? d : vec{};
@@ -61,87 +87,116 @@ struct Chunk {  // what both passes need of a chunk, for one head
     }
 };
 
-#define SSD                                                                                        \
-    I T, I H, I G, I P, I N, I Q, const float *x, I sx, const float *raw, I sr, const float *bias, \
-        const float *A, const float *D
-
-// x: rows of [x (H, P), B (G, N), C (G, N)]. starts (B, H, chunks + 1, N, P), the first of them
-// given
-API ssd_forward(I lo, I hi, I, SSD, float *starts, float *y) {
+// state (B, H, P, N), null for zeros → y, the last state, and for the backward pass, unless null,
+// starts (B, H, chunks, N, P): the state before each chunk
+template <class T>
+static void forward_by_chunks(I lo, I hi, Ssd m, const float *state, T *starts, T *y, float *last) {
+    typedef typename Chunk<T>::number number;
+    typedef typename Chunk<T>::unit unit;
     Flush flush;
-    I chunks = (T + Q - 1) / Q;
-    I R = H / G;
-    I size = N * P;
-    Chunk k(Q, P, N);
-    for (I first = lo, last; first < hi; first = last) {  // heads of one group
-        I b = first / H, g = first % H / R;
-        last = std::min(hi, b * H + (g + 1) * R);
-        for (I c = 0; c < chunks; c++) {
-            const float *row = x + (b * T + c * Q) * sx;
-            const float *B = row + H * P + g * N;
-            const float *C = B + G * N;
-            k.group(T - c * Q < Q ? T - c * Q : Q, B, C, sx);
-            for (I i = first; i < last; i++) {
-                I h = i - b * H, token = b * T + c * Q;
-                float *now = starts + (i * (chunks + 1) + c) * size;
-                float *next = now + size;
-                float *out = y + token * H * P + h * P;
-                k.head(row + h * P, sx, raw + token * sr + h, sr, bias[h], A[h]);
-                gemm(k.q, P, N, out, H * P, C, sx, 1, now, P);
-                for (I t = 0; t < k.q; t++) {
-                    for (I p = 0; p < P; p += L) {
-                        store(out + t * H * P + p, load(out + t * H * P + p) * k.grow[t] +
-                                                       load(row + t * sx + h * P + p) * D[h]);
-                    }
+    I P = m.P, N = m.N, Q = m.Q, size = N * P, heads = m.heads();
+    Chunk<T> k(Q, P, N);
+    std::vector<float> h(heads * size), out(Q * P);
+    std::vector<number> rounded(size);
+    for (I item = lo; item < hi; item++) {
+        I b = item / (m.G * m.parts), g = item / m.parts % m.G;
+        I first = item % (m.G * m.parts) * heads;
+        for (I i = 0; i < heads; i++) {
+            if (state)
+                transpose(&h[i * size], P, state + (b * m.H + first + i) * size, N, P, N, P);
+            else
+                std::fill_n(&h[i * size], size, 0.f);
+        }
+        for (I c = 0; c < m.chunks(); c++) {
+            I token = b * m.T + c * Q;
+            const T *row = (const T *)m.x + token * m.sx;
+            const T *B = row + m.H * P + g * N;
+            k.group(std::min(Q, m.T - c * Q), B, B + m.G * N, m.sx);
+            for (I i = 0; i < heads; i++) {
+                I e = first + i;
+                float *now = &h[i * size];
+                const T *x = row + e * P;
+                prefetch(x + P, m.sx, k.q, P);  // of the next head
+                k.head(x, m.sx, (const T *)m.raw + token * m.sr + e, m.sr, m.bias[e], m.A[e]);
+                if (starts) {
+                    T *start = starts + ((b * m.H + e) * m.chunks() + c) * size;
+                    for (I j = 0; j < size; j += L)
+                        store(start + j, load(now + j));
                 }
-                gemm(k.q, P, k.q, out, H * P, k.W.data(), Q, 1, k.xdt.data(), P, true, LOWER);
-                for (I j = 0; j < size; j += L)
-                    store(next + j, load(now + j) * k.kept);
-                gemm(N, P, k.q, next, P, B, 1, sx, k.xe.data(), P, true);
+                const number *operand = as_numbers(rounded, now, size);
+                gemm(k.q, P, N, out.data(), P, k.units(k.C), N / PER<unit>, 1,
+                     stacked(k.room, operand, N, P), P);
+                for (I t = 0; t < k.q; t++) {
+                    for (I p = 0; p < P; p += L)
+                        store(&out[t * P + p], load(&out[t * P + p]) * k.grow[t] +
+                                                   load(x + t * m.sx + p) * m.D[e]);
+                }
+                gemm(k.q, P, k.q, out.data(), P, k.units(k.W), Q / PER<unit>, 1,
+                     stacked(k.room, k.xdt.data(), k.q, P), P, 1, LOWER);
+                for (I t = 0; t < k.q; t++)
+                    for (I p = 0; p < P; p += L)
+                        store(y + ((token + t) * m.H + e) * P + p, load(&out[t * P + p]));
+                gemm(N, P, k.q, now, P, k.stacked_B, 1, N, stacked(k.room, k.xe.data(), k.q, P), P,
+                     k.kept);
             }
         }
+        for (I i = 0; i < heads; i++)
+            transpose(last + (b * m.H + first + i) * size, N, &h[i * size], P, N, P, N);
     }
 }
 
-// gh: the gradient of the last state, on return of the first. gx has x's rows; B's and C's part of
-// it is a copy a thread: gBC
-API ssd_backward(I lo, I hi, I thread, I batch, SSD, const float *starts, const float *gy,
-                 float *gh, float *gx, float *gBC, float *graw, float *gA, float *gD) {
+// grad_last: the gradient of the last state, null for zeros; gstate: of the first, unless null. gx
+// has rows as x, without gaps; where a group's heads are several items, each has B's and C's part of
+// it in a copy of its own, gBC
+template <class T>
+static void backward_by_chunks(I lo, I hi, I batch, Ssd m, const T *starts, const T *gy,
+                         const float *grad_last, float *gstate, T *gx, float *gBC, float *graw,
+                         float *gA, float *gD) {
+    typedef typename Chunk<T>::number number;
+    typedef typename Chunk<T>::unit unit;
     Flush flush;
-    I chunks = (T + Q - 1) / Q;
-    I R = H / G;
-    I size = N * P;
-    Chunk k(Q, P, N);
-    std::vector<float> gW(Q * Q), gS(Q * Q), xT(P * Q), gT(P * Q), ge(Q * P), gu(Q * P), BG(Q * P),
-        gB(N * Q), gC(N * Q), one(N * Q), v(Q);
+    I P = m.P, N = m.N, Q = m.Q, size = N * P, heads = m.heads();
+    I KP = P / PER<unit>, KN = N / PER<unit>, KQ = Q / PER<unit>, width = m.H * P + 2 * m.G * N;
+    Chunk<T> k(Q, P, N);
+    std::vector<float> gW(Q * Q), gS(Q * Q), gu(Q * P), BG(Q * P), gB(N * Q), gC(N * Q), one(N * Q),
+        v(Q), gh(heads * size), sums(Q * N), turned(Q * N);
+    std::vector<number> grad(Q * P), ge(Q * P), gS_rounded(Q * Q), G(size), start(size);
+    std::vector<unit> across(KP * Q), CT(KQ * N);
     std::vector<double> gs(Q);
-    gBC += thread * batch * T * 2 * G * N;
-    for (I first = lo, last; first < hi; first = last) {
-        I b = first / H, g = first % H / R;
-        last = std::min(hi, b * H + (g + 1) * R);
-        for (I c = chunks - 1; c >= 0; c--) {
-            const float *row = x + (b * T + c * Q) * sx;
-            const float *B = row + H * P + g * N;
-            const float *C = B + G * N;
-            I token = b * T + c * Q;
-            k.group(T - c * Q < Q ? T - c * Q : Q, B, C, sx);
+    for (I item = lo; item < hi; item++) {
+        I b = item / (m.G * m.parts), g = item / m.parts % m.G;
+        I first = item % (m.G * m.parts) * heads;
+        for (I i = 0; i < heads; i++) {
+            if (grad_last)
+                transpose(&gh[i * size], P, grad_last + (b * m.H + first + i) * size, N, P, N, P);
+            else
+                std::fill_n(&gh[i * size], size, 0.f);
+        }
+        for (I c = m.chunks() - 1; c >= 0; c--) {
+            I token = b * m.T + c * Q;
+            const T *row = (const T *)m.x + token * m.sx;
+            const T *B = row + m.H * P + g * N;
+            k.group(std::min(Q, m.T - c * Q), B, B + m.G * N, m.sx);
             I q = k.q;
-            transpose(k.CT.data(), Q, C, sx, q, N, Q);
-            memset(gS.data(), 0, 4 * Q * Q);
-            memset(gB.data(), 0, 4 * N * Q);
-            memset(gC.data(), 0, 4 * N * Q);
-            for (I i = first; i < last; i++) {
-                I h = i - b * H;
-                const float *now = starts + (i * (chunks + 1) + c) * size;
-                const float *grad = gy + token * H * P + h * P;
-                const float *xh = row + h * P;
-                float *G_ = gh + i * size;
-                k.head(xh, sx, raw + token * sr + h, sr, bias[h], A[h]);
-                for (I t = 0; t < Q; t++)
-                    gs[t] = 0;
+            const unit *stacked_C = stacked(k.Croom, k.C.data(), q, N);
+            transpose(CT.data(), KQ, stacked_C, N, up(q, PER<unit>) / PER<unit>, N, KQ);
+            std::fill(gS.begin(), gS.end(), 0.f);
+            std::fill(gB.begin(), gB.end(), 0.f);
+            std::fill(gC.begin(), gC.end(), 0.f);
+            for (I i = 0; i < heads; i++) {
+                I e = first + i;
+                const T *x = row + e * P;
+                float *G_ = &gh[i * size];
+                const number *now = as_numbers(
+                    start, starts + ((b * m.H + e) * m.chunks() + c) * size, size);
+                prefetch(x + P, m.sx, q, P);  // of the next head
+                prefetch(gy + (token * m.H + e + 1) * P, m.H * P, q, P);
+                k.head(x, m.sx, (const T *)m.raw + token * m.sr + e, m.sr, m.bias[e], m.A[e]);
+                gather(grad.data(), gy + (token * m.H + e) * P, m.H * P, q, P);
+                std::fill(gs.begin(), gs.end(), 0.);
                 // inside the chunk: of W, of S = C B^T and of the sums
-                transpose(xT.data(), Q, k.xdt.data(), P, q, P, Q);
-                gemm(q, Q, P, gW.data(), Q, grad, H * P, 1, xT.data(), Q, false, CAUSAL);
+                transpose(across.data(), Q, k.units(k.xdt), KP, q, KP, Q);
+                gemm(q, Q, P, gW.data(), Q, k.units(grad), KP, 1, across.data(), Q, 0, CAUSAL);
                 for (I t = 0; t < q; t++) {
                     dvec total{};
                     for (I j = 0; j <= t; j += L) {
@@ -155,9 +210,11 @@ API ssd_backward(I lo, I hi, I thread, I batch, SSD, const float *starts, const 
                     for (int l = 0; l < L; l++)
                         gs[t] += total[l];
                 }
-                gemm(q, P, q, gu.data(), P, k.W.data(), 1, Q, grad, H * P, false, UPPER);
+                gemm(q, P, q, gu.data(), P, stacked(k.Wroom, k.W.data(), q, Q), 1, Q,
+                     stacked(k.room, grad.data(), q, P), P, 0, UPPER);
                 // by way of the state the chunk leaves
-                gemm(q, P, N, BG.data(), P, B, sx, 1, G_, P);
+                const number *G_now = as_numbers(G, G_, size);
+                gemm(q, P, N, BG.data(), P, k.units(k.B), KN, 1, stacked(k.room, G_now, N, P), P);
                 double last_sum = 0;
                 for (I t = 0; t < q; t++) {
                     vec dot{};
@@ -170,30 +227,29 @@ API ssd_backward(I lo, I hi, I thread, I batch, SSD, const float *starts, const 
                     last_sum += d;
                     gs[t] -= d;
                 }
-                transpose(xT.data(), Q, k.xe.data(), P, q, P, Q);
-                gemm(N, Q, P, gB.data(), Q, G_, P, 1, xT.data(), Q, true);
+                transpose(across.data(), Q, k.units(k.xe), KP, q, KP, Q);
+                gemm(N, Q, P, gB.data(), Q, (const unit *)G_now, KP, 1, across.data(), Q, 1);
                 // by way of the state it starts from
-                transpose(gT.data(), Q, grad, H * P, q, P, Q, k.grow.data());
-                gemm(N, Q, P, one.data(), Q, now, P, 1, gT.data(), Q);
-                memset(v.data(), 0, 4 * Q);
-                for (I n = 0; n < N; n++) {
-                    for (I j = 0; j < Q; j += L) {
-                        vec w = load(&one[n * Q + j]);
-                        add(&v[j], w * load(&k.CT[n * Q + j]));
-                        add(&gC[n * Q + j], w);
-                    }
-                }
-                vec dot{};
-                for (I j = 0; j < size; j += L) {
-                    vec w = load(G_ + j) * k.kept;
-                    dot += w * load(now + j);
-                    store(G_ + j, w);
-                }
-                last_sum += sum(dot);
                 for (I t = 0; t < q; t++)
                     for (I p = 0; p < P; p += L)
-                        store(&ge[t * P + p], load(grad + t * H * P + p) * k.grow[t]);
-                gemm(N, P, q, G_, P, C, 1, sx, ge.data(), P, true);
+                        store(&ge[t * P + p], load(&grad[t * P + p]) * k.grow[t]);
+                transpose(across.data(), Q, k.units(ge), KP, q, KP, Q);
+                gemm(N, Q, P, one.data(), Q, (const unit *)now, KP, 1, across.data(), Q);
+                std::fill(v.begin(), v.end(), 0.f);
+                for (I j = 0; j < Q; j += L) {
+                    vec total{};
+                    for (I n = 0; n < N; n++) {
+                        vec w = load(&one[n * Q + j]);
+                        total += w * load((const number *)CT.data() + n * Q + j);
+                        add(&gC[n * Q + j], w);
+                    }
+                    store(&v[j], total);
+                }
+                vec dot{};
+                for (I j = 0; j < size; j += L)
+                    dot += load(G_ + j) * k.kept * load(now + j);
+                last_sum += sum(dot);
+                gemm(N, P, q, G_, P, stacked_C, 1, N, stacked(k.room, ge.data(), q, P), P, k.kept);
                 // x, dt, A, D
                 double later = last_sum;
                 vec skip{};
@@ -202,28 +258,66 @@ API ssd_backward(I lo, I hi, I thread, I batch, SSD, const float *starts, const 
                     vec dt{};
                     for (I p = 0; p < P; p += L) {
                         vec u = load(&gu[t * P + p]);
-                        vec xt = load(xh + t * sx + p);
-                        vec d = load(grad + t * H * P + p);
+                        vec xt = load(x + t * m.sx + p);
+                        vec d = load(&grad[t * P + p]);
                         dt += u * xt;
                         skip += d * xt;
-                        store(gx + (token + t) * sx + h * P + p, u * k.dt[t] + d * D[h]);
+                        store(gx + (token + t) * width + e * P + p, u * k.dt[t] + d * m.D[e]);
                     }
-                    graw[(token + t) * H + h] = (sum(dt) + A[h] * later) *
-                                                (1 / (1 + std::exp(-k.raw[t])));
-                    gA[i] += later * k.dt[t];
+                    graw[(token + t) * m.H + e] =
+                        (sum(dt) + m.A[e] * later) * (1 / (1 + std::exp(-k.raw[t])));
+                    gA[b * m.H + e] += later * k.dt[t];
                 }
-                gD[i] += sum(skip);
+                gD[b * m.H + e] += sum(skip);
             }
-            float *toB = gBC + (b * T + c * Q) * 2 * G * N + g * N;
-            float *toC = toB + G * N;
-            gemm(q, N, q, toC, 2 * G * N, gS.data(), Q, 1, B, sx, false, LOWER);
-            gemm(q, N, q, toB, 2 * G * N, gS.data(), 1, Q, C, sx, false, UPPER);
-            for (I t = 0; t < q; t++) {
-                for (I n = 0; n < N; n++) {
-                    toB[t * 2 * G * N + n] += gB[n * Q + t];
-                    toC[t * 2 * G * N + n] += gC[n * Q + t];
+            const number *gS_now = as_numbers(gS_rounded, gS.data(), Q * Q);
+            for (I n = 0; n < 2; n++) {  // of B, and of C
+                if (n)
+                    gemm(q, N, q, sums.data(), N, (const unit *)gS_now, KQ, 1, k.stacked_B, N, 0, LOWER);
+                else
+                    gemm(q, N, q, sums.data(), N, stacked(k.Wroom, gS_now, q, Q), 1, Q, stacked_C, N, 0, UPPER);
+                transpose(turned.data(), N, n ? gC.data() : gB.data(), Q, N, Q, N);
+                for (I t = 0; t < q; t++) {
+                    T *to = gx + (token + t) * width + m.H * P + (n * m.G + g) * N;
+                    float *copy = gBC + ((item % m.parts * batch * m.T + token + t) * 2 + n) * m.G * N + g * N;
+                    for (I j = 0; j < N; j += L) {
+                        vec w = load(&sums[t * N + j]) + load(&turned[t * N + j]);
+                        if (gBC)
+                            store(copy + j, w);
+                        else
+                            store(to + j, w);
+                    }
                 }
             }
         }
+        for (I i = 0; gstate && i < heads; i++)
+            transpose(gstate + (b * m.H + first + i) * size, N, &gh[i * size], P, N, P, N);
     }
+}
+
+#define SSD                                                                                        \
+    I T, I H, I G, I P, I N, I Q, I parts, const void *x, I sx, const void *raw, I sr,             \
+        const float *bias, const float *A, const float *D
+#define TASK {T, H, G, P, N, Q, parts, x, sx, raw, sr, bias, A, D}
+
+API ssd_forward(I lo, I hi, I, SSD, const float *state, float *starts, float *y, float *last) {
+    forward_by_chunks<float>(lo, hi, TASK, state, starts, y, last);
+}
+
+API ssd_forward_bf16(I lo, I hi, I, SSD, const float *state, bf16 *starts, bf16 *y, float *last) {
+    forward_by_chunks<bf16>(lo, hi, TASK, state, starts, y, last);
+}
+
+API ssd_backward(I lo, I hi, I, I batch, SSD, const float *starts, const float *gy,
+                 const float *grad_last, float *gstate, float *gx, float *gBC, float *graw,
+                 float *gA, float *gD) {
+    backward_by_chunks<float>(lo, hi, batch, TASK, starts, gy, grad_last, gstate, gx, gBC, graw, gA,
+                              gD);
+}
+
+API ssd_backward_bf16(I lo, I hi, I, I batch, SSD, const bf16 *starts, const bf16 *gy,
+                      const float *grad_last, float *gstate, bf16 *gx, float *gBC, float *graw,
+                      float *gA, float *gD) {
+    backward_by_chunks<bf16>(lo, hi, batch, TASK, starts, gy, grad_last, gstate, gx, gBC, graw, gA,
+                             gD);
 }
