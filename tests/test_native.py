@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mambino import kernels
-from mambino.kernels import cpu, native
+from mambino.kernels import cpu, cpu_mamba, native
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
@@ -163,9 +163,9 @@ OPERATIONS = {
     "swiglu": ("BTE BTE", cpu.swiglu),
     "apply_rope": ("(B)(T)(H)P BT1R BT1R", lambda x, cos, sin: cpu.apply_rope(x, (cos, sin))),
     "attention": ("BT(H)P BTGP BTGP", cpu.attention),
-    "mamba1_scan": ("BTE BTE E EN BTN BTN E BTE BNE", cpu.mamba1_scan),
+    "mamba1_scan": ("BTE BTE E EN BTN BTN E BTE BNE", cpu_mamba.mamba1_scan),
     "mamba2_scan": ("BTW BTH H H H BHPN",
-                    lambda xBC, dt, bias, A, D, state: cpu.mamba2_scan(xBC, dt, bias, A, D, 1, 16, 16, state)),
+                    lambda xBC, dt, bias, A, D, state: cpu_mamba.mamba2_scan(xBC, dt, bias, A, D, 1, 16, 16, state)),
     "cross_entropy_": ("T(V) T", lambda logits, targets: cpu.cross_entropy_(logits, (targets * 0).long())),
 }
 

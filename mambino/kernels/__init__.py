@@ -1,4 +1,4 @@
-"""The models' operations, sooner: on this CPU by native.cpp (cpu.py), on NVIDIA by mamba-ssm and
+"""The models' operations, sooner: on this CPU by native.cpp (cpu.py, cpu_mamba.py), on NVIDIA by mamba-ssm and
 flex_attention (cuda.py), and anywhere by PyTorch that saves memory and passes (anywhere.py). What
 the operations are stands in the models' files, marked `@fast`; nothing there depends on what is
 here.
@@ -8,7 +8,7 @@ here.
 """
 import torch
 
-from mambino.kernels import anywhere, cpu, cuda, native  # noqa: F401, to offer their kernels
+from mambino.kernels import anywhere, cpu, cpu_mamba, cuda, native  # noqa: F401, to offer their kernels
 from mambino.kernels.cpu import portable
 from mambino.kernels.registry import ENABLED, KERNELS, fast, substituted
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mambino.kernels import cpu
+from mambino.kernels import cpu, cpu_mamba
 from mambino.kernels.registry import kernel
 
 
@@ -238,7 +238,7 @@ class ConvSilu(Function):
 @kernel
 def causal_conv1d(x, weight, bias, state=None):
     T, K = x.shape[1], weight.shape[-1]
-    x = cpu.with_past(x, state, K)
+    x = cpu_mamba.with_past(x, state, K)
     weight = weight[:, 0].t().to(x.dtype).contiguous()          # (K, E)
     bias = bias.to(x.dtype)
     if torch.compiler.is_compiling():  # the compiler fuses the steps by itself

@@ -30,7 +30,8 @@ struct Chunk {  // what both passes need of a chunk, for one head
     I q, Q, P, N;
     std::vector<float> raw, dt, grow, to_end, S, decay;
     std::vector<number> B, C, W, xdt, xe;
-    std::vector<unit> BT, Broom, Croom, Wroom, room;  // rooms: for what is stacked
+    std::vector<unit> BT;
+    std::vector<unit> Broom, Croom, Wroom, room;  // for what is stacked
     std::vector<double> s;
     const unit *stacked_B;
     float kept;
@@ -271,15 +272,18 @@ static void backward_by_chunks(I lo, I hi, I batch, Ssd m, const T *starts, cons
                 gD[b * m.H + e] += sum(skip);
             }
             const number *gS_now = as_numbers(gS_rounded, gS.data(), Q * Q);
+            const unit *gS_rows = (const unit *)gS_now;
+            const unit *gS_across = stacked(k.Wroom, gS_now, q, Q);
             for (I n = 0; n < 2; n++) {  // of B, and of C
-                if (n)
-                    gemm(q, N, q, sums.data(), N, (const unit *)gS_now, KQ, 1, k.stacked_B, N, 0, LOWER);
+                if (n == 0)
+                    gemm(q, N, q, sums.data(), N, gS_across, 1, Q, stacked_C, N, 0, UPPER);
                 else
-                    gemm(q, N, q, sums.data(), N, stacked(k.Wroom, gS_now, q, Q), 1, Q, stacked_C, N, 0, UPPER);
+                    gemm(q, N, q, sums.data(), N, gS_rows, KQ, 1, k.stacked_B, N, 0, LOWER);
                 transpose(turned.data(), N, n ? gC.data() : gB.data(), Q, N, Q, N);
                 for (I t = 0; t < q; t++) {
                     T *to = gx + (token + t) * width + m.H * P + (n * m.G + g) * N;
-                    float *copy = gBC + ((item % m.parts * batch * m.T + token + t) * 2 + n) * m.G * N + g * N;
+                    I tokens = item % m.parts * batch * m.T + token + t;
+                    float *copy = gBC + ((tokens * 2 + n) * m.G + g) * N;
                     for (I j = 0; j < N; j += L) {
                         vec w = load(&sums[t * N + j]) + load(&turned[t * N + j]);
                         if (gBC)
