@@ -3,10 +3,10 @@
 // the functions compute is said, with the papers, where the models define it.
 //
 // Numbers are fp32, in functions whose name ends in _bf16 some are that, and a row's elements lie
-// side by side; `s...` is the distance from one row to the next. A function does items lo to hi of
-// its task, so that threads share it, each with a number of its own; what several threads would add to the same place, each adds to a
-// copy of its own, and the caller sums the copies. Those of steps.h do all of their task, and
-// share it among threads themselves.
+// side by side; `s...` is the distance from one row to the next. A function does items lo to hi
+// of its task, so that threads share it, each with a number of its own; what several threads
+// would add to the same place, each adds to a copy of its own, and the caller sums the copies.
+// Those of steps.h do all of their task, and share it among threads themselves.
 //
 // B batch, T time, H heads, G key heads or groups, P head size, N state size, E inner width, Q
 // chunk, S cache slots.
