@@ -31,6 +31,9 @@ KINDS = dict(
 )
 SEVERAL = pytest.mark.parametrize('kind', ['gpt', 'mamba1', 'mamba2', 'hybrid'])
 CLOSE = 1e-5                                                # to what PyTorch computes in another order
+# int8 and int4 are multiplied by x in 16 bits, and a difference of 1e-7 in x may be one of 3e-5 of its largest
+# number in those: measured 3.3e-4
+ROUNDED = 1e-3
 
 
 def build(kind, **fields):
@@ -73,8 +76,9 @@ def cloned(state):
     return {name: value.clone() for name, value in state.items()}
 
 
-def close(got, want):
-    return got.shape == want.shape and bool((got - want).abs().max() < CLOSE)
+def close(got, want, way='float32'):
+    tolerance = ROUNDED if way in ('int8', 'int4') else CLOSE
+    return got.shape == want.shape and bool((got - want).abs().max() < tolerance)
 
 
 def plans(net):
@@ -102,13 +106,13 @@ def test_a_plan_gives_the_numbers_of_the_model(kind, way, replays):
     got, state = walk(net, 90)                              # past a cache's 64 slots, and round a ring
     assert len(replays) >= 89 and len(set(map(id, replays))) <= 2
     want, reference = walk(net, 90, step=by_model)
-    assert close(got, want) and state.keys() == reference.keys()
-    assert all(close(state[name], reference[name]) for name in state)
+    assert close(got, want, way) and state.keys() == reference.keys()
+    assert all(close(state[name], reference[name], way) for name in state)
     want, reference = walk(net, 90, step=by_new_plan)
     assert torch.equal(got, want) and all(torch.equal(state[name], reference[name]) for name in state)
     with torch.no_grad():
         logits, _ = net(torch.cat((tokens(90)[:, :5], tokens(90)), 1))
-    assert (logits[:, 5:] - got).abs().max() < 1e-4
+    assert (logits[:, 5:] - got).abs().max() < (1e-4 if way in ('float32', 'bfloat16') else ROUNDED)
 
 
 @pytest.mark.parametrize('way', ['float32', 'int8', 'int4', 'bfloat16'])
@@ -121,7 +125,7 @@ def test_sizes_that_fill_no_vector(kind, way, replays):
     net = net if way == 'float32' else quantize.quantize_model(net, way)
     for B in (1, 3, 7, 32):
         before = len(replays)
-        assert close(walk(net, 4, B=B)[0], walk(net, 4, B=B, step=by_model)[0])
+        assert close(walk(net, 4, B=B)[0], walk(net, 4, B=B, step=by_model)[0], way)
         assert len(replays) == before + 4
 
 
@@ -283,7 +287,8 @@ def test_a_changed_model_takes_no_old_plan(kind, change, replays):
     got = walk(net, 8, state)[0]
     assert got.isfinite().all() and not close(got, walk(model(kind), 8, cloned(old))[0])
     assert (len(replays) > before + 8) == (change not in ('lora', 'hook', 'pre_hook'))
-    assert close(got, walk(net, 8, cloned(old), step=by_model)[0])
+    way = 'int8' if change == 'quantize' else 'float32'
+    assert close(got, walk(net, 8, cloned(old), step=by_model)[0], way)
     assert torch.equal(got, walk(net, 8, cloned(old), step=by_new_plan)[0])
 
 

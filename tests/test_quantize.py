@@ -28,6 +28,8 @@ MODELS = {
                                        low_rank=24, tie_embeddings=False)),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
+# of the largest number, where int8 and int4 are multiplied by x in 16 bits: measured 1.3e-4
+ROUNDED = {"bfloat16": 1e-5, "int8": 4e-4, "int4": 4e-4}
 every_precision = pytest.mark.parametrize("precision", quantize.PRECISIONS)
 
 
@@ -107,8 +109,8 @@ def test_products_are_those_of_the_rounded_matrix(precision, rows, columns, plai
     fast = [kept(x) for x in inputs]
     plain()
     for x, y in zip(inputs, fast):
-        near(y, kept(x))
-        near(y, F.linear(x.double(), kept.weight.double()).float())
+        near(y, kept(x), ROUNDED[precision])
+        near(y, F.linear(x.double(), kept.weight.double()).float(), ROUNDED[precision])
 
 
 def test_many_rows_go_over_all_threads():
@@ -117,7 +119,7 @@ def test_many_rows_go_over_all_threads():
     x = torch.randn(1, 512)
     want = F.linear(x, kept.weight)
     for _ in range(50):                                     # threads that find nothing to do, and that come late
-        near(kept(x), want)
+        near(kept(x), want, ROUNDED["int8"])
 
 
 # --- models
@@ -142,9 +144,9 @@ def test_a_quantized_model_generates_as_it_reads(name, precision, plain):
         for chunk in (idx[:, :n], *idx[:, n:].split(1, 1)):
             logits, state = rounded.step(chunk, state)
             got.append(logits)
-        near(torch.cat(got, 1), want, 1e-4)
+        near(torch.cat(got, 1), want, max(1e-4, ROUNDED[precision]))
     got = rounded.step(idx[:, :1], copy.deepcopy(state))[0]
-    near(got, dense.step(idx[:, :1], copy.deepcopy(state))[0], 1e-4)
+    near(got, dense.step(idx[:, :1], copy.deepcopy(state))[0], max(1e-4, ROUNDED[precision]))
     _, loss = rounded(idx, idx)
     near(loss, F.cross_entropy(want.flatten(0, 1), idx.flatten()))
     plain()
@@ -257,4 +259,4 @@ def test_without_a_compiler_nothing_else_comes_out(monkeypatch):
     _, state = net.step(idx)
     fast, _ = net.step(idx[:, :1], copy.deepcopy(state))
     monkeypatch.setattr(native, "library", lambda: None)
-    near(net.step(idx[:, :1], state)[0], fast, 1e-4)
+    near(net.step(idx[:, :1], state)[0], fast, ROUNDED["int4"])

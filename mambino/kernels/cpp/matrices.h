@@ -1,9 +1,12 @@
-// Matrices (rows, columns) by a few vectors, read once, as they are stored; products and sums are in
-// fp32.
+// Matrices (rows, columns) by a few vectors, read once, as they are stored.
 //
-// INT8  scales: fp32, one a row
-// INT4  scales: two bf16 for 64 columns of a row, scale and zero; the low half of their byte i is
-//       column i, the high half column i + 32
+// FP32, BF16  products and sums are in fp32
+// INT8        scales: fp32, one a row
+// INT4        scales: two bf16 for 64 columns of a row, scale and zero; the low half of their byte
+//             i is column i, the high half column i + 32
+//
+// int8 and int4 are multiplied by x in 16-bit integers (tokens.h). A row of x gives the same
+// numbers whatever rows are beside it.
 #pragma once
 #include <vector>
 
@@ -29,170 +32,295 @@ static inline V as(const void *p) {
     return v;
 }
 
-#ifdef __AVX512F__  // L integers; gcc would take them apart one by one
-static inline ivec integers(const int8_t *p) { return (ivec)_mm512_cvtepi8_epi32(as<__m128i>(p)); }
-static inline ivec integers(const uint8_t *p) { return (ivec)_mm512_cvtepu8_epi32(as<__m128i>(p)); }
+// --- what is stored, and x, as what is multiplied: registers of WIDTH lanes
 
-static inline ivec integers(const uint16_t *p) {
-    return (ivec)_mm512_cvtepu16_epi32(as<__m256i>(p));
-}
+template <int F>
+constexpr bool INTEGER = F == INT8 || F == INT4;
+template <int F>
+constexpr int PIECES = GROUP / WIDTH / (INTEGER<F> ? 2 : 1);  // registers for GROUP columns of x
+template <int F>
+using Lanes = std::conditional_t<INTEGER<F>, ireg, reg>;
+typedef uint32_t ureg __attribute__((vector_size(4 * WIDTH)));
+typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t uwords __attribute__((vector_size(4 * WIDTH)));
+
+// even columns, the first 32 and the second, then the odd ones
+static inline ireg nibbles(const char *group, int j) {
+#ifdef __AVX512BW__
+    constexpr int64_t LATER = 0x0004000400040004;
+    __m512i both = _mm512_broadcast_i64x4(as<__m256i>(group));
+    __m512i shift = _mm512_set_epi64(LATER, LATER, LATER, LATER, 0, 0, 0, 0);
+    both = _mm512_srlv_epi16(both, _mm512_add_epi16(shift, _mm512_set1_epi16(8 * j)));
+    return (ireg)_mm512_and_si512(both, _mm512_set1_epi16(15));
+#elif defined(__AVX512F__)
+    uvec16 half = as<uvec16>(group) >> 8 * j;
+    uvec16 both[] = {half & 15, half >> 4 & 15};
+    return as<ireg>(both);
 #else
-template <class T>
-static inline ivec integers(const T *p) {
-    typedef T narrow __attribute__((vector_size(sizeof(T) * L)));
-    typedef int16_t between __attribute__((vector_size(2 * L)));
-    typedef uint16_t ubetween __attribute__((vector_size(2 * L)));
-    if (sizeof(T) == 2)
-        return __builtin_convertvector(as<ubetween>(p), ivec);
-    return __builtin_convertvector(__builtin_convertvector(as<narrow>(p), between), ivec);
-}
+    constexpr int PARTS = GROUP / 2 / sizeof(ireg);
+    return (ireg)(as<uwords>(group + j % PARTS * sizeof(ireg)) >> 4 * (j / PARTS) & 15);
 #endif
+}
 
-// what the 16 nibbles stand for in a group
-struct Levels {
-    vec table;
-    float scale, zero;
+template <int F>
+static inline Lanes<F> piece(const char *group, int j) {
+    if constexpr (F == FP32) {
+        return as<reg>(group + sizeof(reg) * j);
+    } else if constexpr (F == BF16) {  // even columns, then odd ones
+        ureg u = as<ureg>(group + sizeof(reg) * (j / 2));
+        return (reg)(j % 2 ? u & 0xffff0000u : u << 16);
+    } else if constexpr (F == INT8) {
+        constexpr int HALF = PIECES<F> / 2;
+        words w = as<words>(group + sizeof(reg) * (j % HALF));
+        return (ireg)(j < HALF ? w << 8 >> 8 : w >> 8);
+    } else {
+        return nibbles(group, j);
+    }
+}
+
+static inline reg multiply(reg s, reg a, reg b) { return s + a * b; }
+static inline ireg multiply(ireg s, ireg a, ireg b) { return dot(s, a, b); }
+static inline reg real(reg v) { return v; }
+static inline reg real(ireg v) { return __builtin_convertvector(v, reg); }
+
+template <class V>
+static inline void keep(V &v) {  // in a register: gcc would load it for each product again
+#ifdef __AVX512F__
+    asm("" : "+v"(v));
+#elif defined(__SSE2__)
+    asm("" : "+x"(v));
+#endif
+}
+
+// --- x, as the formats take it
+
+constexpr int SIDE = 4;  // tokens at once
+
+struct Tokens {
+    I count, columns, groups, stride;  // stride: bytes of a token
+    std::vector<vec> room;
+    // SIDE tokens by each other, or two, or one: a register of each, then the next of each. BF16:
+    // the even ones of 2 WIDTH columns first. INT8, INT4: codes
+    const char *data;
+    std::vector<float> scales, sums;  // (count,), (count, groups up to whole vectors), of codes
+
+    Tokens(int format, I count, I columns, const float *x)
+        : count(count), columns(columns), groups(up(columns, GROUP) / GROUP) {
+        bool integers = format == INT8 || format == INT4;
+        stride = groups * GROUP * (integers ? sizeof(int16_t) : sizeof(float));
+        data = (const char *)x;
+        if (format == FP32 && count == 1 && columns % GROUP == 0)
+            return;
+        I whole = (count + 1) / SIDE * SIDE;  // three are four with nothing
+        I places = std::max(whole, count);
+        room.resize(places * stride / sizeof(vec));
+        data = (const char *)room.data();
+        scales.resize(integers ? places : 0);
+        sums.resize(integers ? places * up(groups, L) : 0);
+        std::vector<vec> row(stride / sizeof(vec));
+        for (I i = 0; i < count; i++, x += columns) {
+            if (integers)
+                scales[i] = round_row(columns, x, (int16_t *)row.data(), &sums[i * up(groups, L)]);
+            else
+                copy_row(x, (float *)row.data(), format == BF16);
+            I side = i < whole ? SIDE : count - whole;
+            I first = i < whole ? i / SIDE * SIDE : whole;
+            reg *to = (reg *)(data + first * stride) + (i - first);
+            for (I j = 0; j < stride / (I)sizeof(reg); j++)
+                to[j * side] = ((reg *)row.data())[j];
+        }
+    }
+
+    void copy_row(const float *x, float *row, bool even_first) {
+        memcpy(row, x, 4 * columns);
+        memset(row + columns, 0, 4 * (groups * GROUP - columns));
+        for (I k = 0; k < groups * GROUP && even_first; k += 2 * WIDTH) {
+            float both[2 * WIDTH];
+            memcpy(both, row + k, sizeof both);
+            for (int i = 0; i < WIDTH; i++) {
+                row[k + i] = both[2 * i];
+                row[k + WIDTH + i] = both[2 * i + 1];
+            }
+        }
+    }
 };
 
-static inline Levels levels(const void *scales, I group) {
-    uint32_t both = ((const uint32_t *)scales)[group];
-    uint32_t low = both << 16;
-    uint32_t high = both & 0xffff0000u;
-    float scale = as<float>(&low), zero = as<float>(&high);
-    return {__builtin_convertvector(LANE, vec) * scale + zero, scale, zero};
-}
+// --- sums of lanes
 
-static inline float scale_of(const Matrix &a, int format, I row) {
-    return format == INT8 ? ((const float *)a.scales)[row] : 1.f;
-}
-
-static inline vec pick(const Levels &l, ivec bits) {  // by the low 4 bits
-#ifdef __AVX512F__
-    return (vec)_mm512_permutexvar_ps((__m512i)bits, (__m512)l.table);
+// lane l: a[l] + a[l + D], or b[l - D] + b[l] where l has the bit D
+template <int D, class V, int... l>
+static inline V halved(V a, V b, std::integer_sequence<int, l...>) {
+    constexpr int N = sizeof...(l);
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, ((l & D) ? N + l - D : l)...) +
+           __builtin_shufflevector(a, b, ((l & D) ? N + l : l + D)...);
 #else
-    return __builtin_convertvector(bits & 15, vec) * l.scale + l.zero;
+    typedef int32_t lanes __attribute__((vector_size(4 * N)));
+    return __builtin_shuffle(a, b, lanes{((l & D) ? N + l - D : l)...}) +
+           __builtin_shuffle(a, b, lanes{((l & D) ? N + l : l + D)...});
 #endif
 }
 
-// 16 of a group's columns, of INT8 without its scale
-template <int F>
-static inline vec columns(const char *group, int j, const Levels &l) {
-    if (F == FP32)
-        return as<vec>(group + 4 * L * j);
-    if (F == BF16)
-        return (vec)(integers((const uint16_t *)group + L * j) << 16);
-    if (F == INT8)
-        return __builtin_convertvector(integers((const int8_t *)group + L * j), vec);
-    return pick(l, integers((const uint8_t *)group + L * (j % 2)) >> (j / 2 * 4));
+template <int D, class V>
+static inline void halve(V *r) {
+    for (int i = 0; i < D; i++)
+        r[i] = halved<D>(r[i], r[i + D], std::make_integer_sequence<int, sizeof(V) / 4>());
+    if constexpr (D > 1)
+        halve<D / 2>(r);
 }
 
-static inline vec sums(vec *r) {  // lane i: the sum of r[i]
-    swap_all<8>(r);
-    swap_all<4>(r);
-    swap_all<2>(r);
-    swap_all<1>(r);
-    for (int n = L / 2; n; n /= 2)
-        for (int i = 0; i < n; i++)
-            r[i] += r[i + n];
+template <class V>
+static inline V sums(V *r) {  // lane i: the sum of r[i]
+    halve<sizeof(V) / 8>(r);
     return r[0];
 }
 
-// out[m * so + r] = row r + first times x[m], r < R, m < M. x (M, columns up to GROUP, the rest 0)
+// --- products
+
+// all[m * rows + r], in lanes, of R rows from the first by M tokens
 template <int F, int R, int M>
-static inline void products(const Matrix &a, I first, const float *x, I sx, float *out, I so) {
-    I groups = (a.columns + GROUP - 1) / GROUP;
-    I step = F == INT4 ? groups * BYTES[F] : a.columns * BYTES[F] / GROUP;
-    const char *row = a.data + first * step;
-    vec s[R][M]{};
-    for (I g = 0; g < groups; g++) {
-        bool cut = F != INT4 && (g + 1) * GROUP > a.columns;
-        char rest[R][BYTES[F]];
-        const char *p[R];
-        Levels l[R];
-        for (int r = 0; r < R; r++) {
-            p[r] = row + r * step + g * BYTES[F];
-            if (cut) {
+static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg *all, int rows) {
+    constexpr I BLOCK = 512 * WIDTH / GROUP;  // 512 numbers a lane, times 128 * 32767: below 2^31
+    I whole = F == INT4 ? x.groups : a.columns / GROUP;
+    I step = F == INT4 ? x.groups * BYTES[F] : a.columns * BYTES[F] / GROUP;
+    I share = R > 1 ? R * BYTES[F] * M / x.count : 0;  // of what is fetched ahead
+    const char *p[R];
+    const char *v = x.data + token * x.stride;
+    const uint32_t *levels[R];
+    char rest[R][BYTES[F]];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        I row = std::min(first + r, a.rows - 1);
+        p[r] = a.data + row * step;
+        levels[r] = (const uint32_t *)a.scales + row * x.groups;
+    }
+    const char *ahead = p[0] + L * step + token / M * share * x.groups;
+    const char *until = ahead;
+    Lanes<F> s[R][M]{};
+    reg f[R][M]{};
+    for (I g = 0; g < x.groups;) {
+        I end = g < whole ? whole : x.groups;
+        if (F == INT8)
+            end = std::min(end, g + BLOCK);
+        if (g == whole) {
+            for (int r = 0; r < R; r++) {
                 memset(rest[r], 0, BYTES[F]);
                 memcpy(rest[r], p[r], step - g * BYTES[F]);
                 p[r] = rest[r];
-            } else if (F != FP32 || M == 1) {
-                for (I i = 0; i < BYTES[F]; i += 64)
-                    __builtin_prefetch(p[r] + R * step + i);  // the next rows
-            }
-            if (F == INT4)
-                l[r] = levels(a.scales, (first + r) * groups + g);
-        }
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            vec w[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
-                w[r] = columns<F>(p[r], j, l[r]);
-#pragma GCC unroll 4
-            for (int m = 0; m < M; m++) {
-                vec v = load(x + m * sx + g * GROUP + j * L);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++)
-                    s[r][m] += w[r] * v;
             }
         }
-    }
-    if (R * M == L) {
-        vec all = sums(s[0]);
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++)
-                out[m * so + r] = all[r * M + m] * scale_of(a, F, first + r);
-    } else {
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++)
-                out[m * so + r] = sum(s[r][m]) * scale_of(a, F, first + r);
-    }
-}
-
-template <int F, int R>
-static inline void products(const Matrix &a, I first, I tokens, const float *x, I sx, float *out,
-                            I so, float *room) {
-    if (tokens > 4 && F != FP32) {  // unpacked once, for all tokens
-        I wide = up(a.columns, GROUP);
-        I step = F == INT4 ? wide / 2 : a.columns * BYTES[F] / GROUP;
-        for (int r = 0; r < R; r++) {
-            for (I k = 0; k < wide; k += GROUP) {
-                const char *p = a.data + (first + r) * step + k * BYTES[F] / GROUP;
-                char rest[BYTES[F]]{};
-                if (F != INT4 && k + GROUP > a.columns) {
-                    memcpy(rest, p, step - k * BYTES[F] / GROUP);
-                    p = rest;
+        for (; g < end; g++) {
+            for (until += share; ahead < until; ahead += 64)
+                __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 16
+            for (int j = 0; j < PIECES<F>; j++) {
+                Lanes<F> w[R];
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) {
+                    w[r] = piece<F>(p[r], j);
+                    if (M > 1)
+                        keep(w[r]);
                 }
-                Levels l{};
-                if (F == INT4)
-                    l = levels(a.scales, ((first + r) * wide + k) / GROUP);
-                for (int j = 0; j < 4; j++) {
-                    store(room + r * wide + k + j * L,
-                          columns<F>(p, j, l) * scale_of(a, F, first + r));
+#pragma GCC unroll 4
+                for (int m = 0; m < M; m++, v += sizeof(reg)) {
+                    Lanes<F> u = as<Lanes<F>>(v);
+                    if (R > 1)
+                        keep(u);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++)
+                        s[r][m] = multiply(s[r][m], w[r], u);
+                }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                p[r] += BYTES[F];
+                if (F != INT4)
+                    continue;
+                uint32_t scale = levels[r][g] << 16;
+#pragma GCC unroll 4
+                for (int m = 0; m < M; m++) {
+                    f[r][m] += real(s[r][m]) * as<float>(&scale);
+                    s[r][m] = Lanes<F>{};
                 }
             }
         }
-        return products<FP32, R>({FP32, R, wide, (const char *)room, nullptr}, 0, tokens, x, sx,
-                                 out, so, nullptr);
+        if (F != INT4) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+                for (int m = 0; m < M && F == INT8; m++) {
+                    f[r][m] += real(s[r][m]);
+                    s[r][m] = Lanes<F>{};
+                }
+            }
+        }
     }
-    for (; tokens >= 4; tokens -= 4, x += 4 * sx, out += 4 * so)
-        products<F, R, 4>(a, first, x, sx, out, so);
-    if (tokens == 3)
-        products<F, R, 3>(a, first, x, sx, out, so);
-    if (tokens == 2)
-        products<F, R, 2>(a, first, x, sx, out, so);
-    if (tokens == 1)
-        products<F, R, 1>(a, first, x, sx, out, so);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        for (I g = 0; F == INT4 && g < x.groups; g += WIDTH) {  // what the zeros give
+            ureg both{};
+            if (g + WIDTH <= x.groups)
+                both = as<ureg>(levels[r] + g);
+            else
+                memcpy(&both, levels[r] + g, 4 * (x.groups - g));
+            reg zeros = (reg)(both & 0xffff0000u);
+            const float *codes = &x.sums[token * up(x.groups, L) + g];
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++)
+                f[r][m] += zeros * as<reg>(codes + m * up(x.groups, L));
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++)
+            all[m * rows + r] = INTEGER<F> ? f[r][m] * x.scales[token + m] : real(s[r][m]);
+    }
 }
 
+// y[token + m][first + r], m < M; R rows at once. Returns the next row
+template <int F, int R, int M>
+static inline I products(const Matrix &a, I first, const Tokens &x, I token, float *y) {
+    constexpr int ROWS = R * M < WIDTH ? WIDTH / M : R;
+    I n = std::min<I>(ROWS, a.rows - first);
+    reg all[ROWS * M];
+    float out[ROWS * M];
+    float scale[ROWS];
+    for (int r = 0; r < ROWS; r += R)
+        tile<F, R, M>(a, first + r, x, token, all + r, ROWS);
+    for (int i = 0; i < ROWS * M; i += WIDTH) {
+        reg v = sums(all + i);
+        memcpy(out + i, &v, sizeof v);
+    }
+    for (int r = 0; r < ROWS && F == INT8; r++)
+        scale[r] = r < n ? ((const float *)a.scales)[first + r] : 0;
+    for (int m = 0; m < M && token + m < x.count; m++) {
+        for (int r = 0; r < ROWS && F == INT8; r++)
+            out[m * ROWS + r] *= scale[r];
+        float *to = y + (token + m) * a.rows + first;
+        if (n == ROWS)
+            memcpy(to, out + m * ROWS, 4 * ROWS);
+        else
+            memcpy(to, out + m * ROWS, 4 * n);
+    }
+    return first + ROWS;
+}
+
+// y (tokens, rows lo to hi)
 template <int F>
-static void rows(const Matrix &a, I lo, I hi, I tokens, const float *x, I sx, float *y,
-                 float *room) {
-    I r = lo;
-    for (; r + 4 <= hi; r += 4)
-        products<F, 4>(a, r, tokens, x, sx, y + r, a.rows, room);
-    for (; r < hi; r++)
-        products<F, 1>(a, r, tokens, x, sx, y + r, a.rows, room);
+static void rows(const Matrix &a, I lo, I hi, const Tokens &x, float *y) {
+#if defined(__AVX512F__) || defined(__aarch64__)  // with 32 registers
+    constexpr int R = F == INT4 ? 2 : 4;
+#else
+    constexpr int R = F == INT4 ? 1 : 2;
+#endif
+    I whole = (x.count + 1) / SIDE * SIDE;
+    for (I r = lo, next; r < hi && whole; r = next)
+        for (I token = 0; token < whole; token += SIDE)
+            next = products<F, R, SIDE>(a, r, x, token, y);
+    if (x.count - whole == 2)
+        for (I r = lo; r < hi;)
+            r = products<F, F == FP32 ? 1 : 2, 2>(a, r, x, whole, y);
+    if (x.count - whole == 1)
+        for (I r = lo; r < hi;)
+            r = products<F, 1, 1>(a, r, x, whole, y);
 }
 
 // y[i] (tokens, rows of matrix i) = x (tokens, columns) @ matrix i, transposed; all of the same
@@ -201,30 +329,30 @@ template <int n>
 static void linear(I threads, const Matrix *const (&a)[n], I tokens, const float *x,
                    float *const (&y)[n]) {
     I K = a[0]->columns;
-    I sx = up(K, GROUP);
-    I parts = 0;
-    std::vector<float> padded(sx > K ? tokens * sx : 0);
-    for (I i = 0; i < tokens && sx > K; i++)
-        memcpy(&padded[i * sx], x + i * K, 4 * K);
-    if (sx > K)
-        x = padded.data();
-    for (auto m : a)
-        parts += up(m->rows, 4) / 4;
-    parallel(4 * parts * K * tokens < 32768 ? 1 : threads, parts, [&](I lo, I hi) {
+    Tokens all(a[0]->format, tokens, K, x);
+    I blocks = 0;
+    for (int i = 0; i < n; i++) {
+        if (a[i]->format == a[0]->format)
+            blocks += up(a[i]->rows, L) / L;
+        else
+            linear<1>(threads, {a[i]}, tokens, x, {y[i]});
+    }
+    parallel(L * blocks * K * tokens < 32768 ? 1 : threads, blocks, [&](I lo, I hi) {
         Flush flush;
-        std::vector<float> room(tokens > 4 ? 4 * sx : 0);
         for (int i = 0; i < n; i++) {
-            I quads = up(a[i]->rows, 4) / 4;
-            I from = 4 * std::max<I>(lo, 0);
-            I to = std::min(4 * hi, a[i]->rows);
+            if (a[i]->format != a[0]->format)
+                continue;
+            I own = up(a[i]->rows, L) / L;
+            I from = L * std::max<I>(lo, 0);
+            I to = std::min(L * hi, a[i]->rows);
             auto multiply = a[i]->format == FP32   ? rows<FP32>
                             : a[i]->format == BF16 ? rows<BF16>
                             : a[i]->format == INT8 ? rows<INT8>
                                                    : rows<INT4>;
             if (from < to)
-                multiply(*a[i], from, to, tokens, x, sx, y[i], room.data());
-            lo -= quads;
-            hi -= quads;
+                multiply(*a[i], from, to, all, y[i]);
+            lo -= own;
+            hi -= own;
         }
     });
 }

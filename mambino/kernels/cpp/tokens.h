@@ -14,7 +14,8 @@ typedef int16_t codes16 __attribute__((vector_size(2 * L)));
 
 static inline void split(ivec &a, ivec &b) {  // 2 L columns: a gets the even ones, b the odd ones
 #ifdef __clang__
-    ivec c = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    ivec c = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
+                                     30);
     b = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #else
     ivec c = __builtin_shuffle(a, b, 2 * LANE);
@@ -73,29 +74,45 @@ static float round_row(I columns, const float *x, int16_t *codes, float *sums) {
     return scale;
 }
 
-// s + each lane's two products of 16-bit numbers
-static inline ivec dot(ivec s, ivec a, ivec b) {
-#if defined(__AVX512VNNI__)
-    return (ivec)_mm512_dpwssd_epi32((__m512i)s, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
-    return s + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+// --- products in one register
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
 #elif defined(__AVX2__)
-    __m256i x[2], y[2];
-    memcpy(x, &a, sizeof a);
-    memcpy(y, &b, sizeof b);
-    for (int i = 0; i < 2; i++)
-        x[i] = _mm256_madd_epi16(x[i], y[i]);
-    memcpy(&a, x, sizeof a);
-    return s + a;
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float reg __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ireg __attribute__((vector_size(4 * WIDTH)));
+
+// s + each lane's two products of 16-bit numbers
+static inline ireg dot(ireg s, ireg a, ireg b) {
+#if defined(__AVX512VNNI__)
+    return (ireg)_mm512_dpwssd_epi32((__m512i)s, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return s + (ireg)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (ireg)_mm256_dpwssd_avx_epi32((__m256i)s, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return s + (ireg)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
-    __m128i x[4], y[4];
-    memcpy(x, &a, sizeof a);
-    memcpy(y, &b, sizeof b);
-    for (int i = 0; i < 4; i++)
-        x[i] = _mm_madd_epi16(x[i], y[i]);
-    memcpy(&a, x, sizeof a);
-    return s + a;
+    return s + (ireg)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
     return s + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
+
+#ifndef __AVX512F__
+static inline ivec dot(ivec s, ivec a, ivec b) {
+    constexpr int N = L / WIDTH;
+    ireg v[3][N];
+    memcpy(v[0], &s, sizeof s);
+    memcpy(v[1], &a, sizeof a);
+    memcpy(v[2], &b, sizeof b);
+    for (int i = 0; i < N; i++)
+        v[0][i] = dot(v[0][i], v[1][i], v[2][i]);
+    memcpy(&s, v[0], sizeof s);
+    return s;
+}
+#endif

@@ -40,10 +40,14 @@ static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline vec load(const float *p, int n) {  // the first n; the rest is 0
     if (n >= L)
         return load(p);
+#ifdef __AVX512F__
+    return (vec)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+#else
     vec v{};
     for (int i = 0; i < n; i++)
         v[i] = p[i];
     return v;
+#endif
 }
 
 static inline void store(float *p, vec v, int n) {
