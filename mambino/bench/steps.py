@@ -91,7 +91,7 @@ def show(section, rows, settings, peaks):
         row['ms'] = {work: 1e3 * median(all_times(row, work)) for work in row['times'][0]}
         work = 'prefill' if section == 'sample' else 'step'
         row['tokens_per_second'] = 1e3 * row['tokens'] / row['ms'][work]
-        if section == 'train':
+        if section == 'train' and settings.clock == 'wall':     # by which the peak is measured
             row['mfu'] = row['flops'] * row['tokens_per_second'] / median(peaks[row['dtype']])
     if section == 'sample':
         show_sample(rows, settings)
@@ -108,7 +108,7 @@ def show(section, rows, settings, peaks):
         line.append(millions(row.get('memory')))
         line.append(millions(row['inputs']) if section == 'loss' else millions(row['parameters'], 1))
         if section == 'train':
-            line.append(f'{100 * row["mfu"]:.0f}%')
+            line.append(f'{100 * row["mfu"]:.0f}%' if 'mfu' in row else 'n/a')
         lines.append(line)
     table(title(section, rows, settings), header, lines)
 
