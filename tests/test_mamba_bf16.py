@@ -46,7 +46,7 @@ def rms(x):
 
 @pytest.mark.parametrize("way", ["compiled"], indirect=True)
 @pytest.mark.parametrize("T", [37, 130])
-@pytest.mark.parametrize("name", ["mamba2_scan", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["mamba2_scan", "mamba1_scan", "causal_conv1d"])
 def test_bf16_is_as_exact_as_the_definition(name, T, way, monkeypatch):
     operation = getattr(model_mamba, name)
     inputs = inputs_of(name, T)

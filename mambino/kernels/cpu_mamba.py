@@ -27,8 +27,8 @@ class Mamba1(Function):
 
     @staticmethod
     def forward(ctx, x, dt, dt_bias, A, B, C, D, z, state):
-        x = x.float().contiguous()                              # (B, T, E)
-        dt, B, C, z = (even_rows(u) for u in (dt, B, C, z))
+        x, dt, B, C, z = even_rows_of_one_kind(x, dt, B, C, z)
+        x = x.contiguous()                                      # (B, T, E)
         if B.stride(-2) != C.stride(-2):
             B, C = B.contiguous(), C.contiguous()
         batch, T, E = x.shape
@@ -41,9 +41,9 @@ class Mamba1(Function):
         y = torch.empty_like(x)
         starts = None
         if any(ctx.needs_input_grad):
-            starts = x.new_empty(-(-T // Mamba1.CHUNK), batch, N, E)  # the state before each chunk
-        launch('mamba1_forward', -(-E // LANES), x.numel() * N // 2, N, batch, T, E, x, dt, dt.stride(-2),
-               dt_bias, A, B, C, B.stride(-2), D, z, z.stride(-2), state, starts, y)
+            starts = A.new_empty(-(-T // Mamba1.CHUNK), batch, N, E)  # the state before each chunk
+        launch(f'mamba1_forward{kind_of(x)}', -(-E // LANES), x.numel() * N // 2, N, batch, T, E, x, dt,
+               dt.stride(-2), dt_bias, A, B, C, B.stride(-2), D, z, z.stride(-2), state, starts, y)
         ctx.save_for_backward(x, dt, dt_bias, A, B, C, D, z, starts)
         return y, state
 
@@ -58,9 +58,9 @@ class Mamba1(Function):
         grad_state = grad_state.clone(memory_format=torch.contiguous_format)
         grad_x, grad_dt, grad_z = (torch.empty_like(x) for _ in range(3))
         grad_bias, grad_A, grad_D = (torch.zeros_like(u) for u in (dt_bias, A, D))
-        grad_B, grad_C = x.new_empty(2, thread_count(tiles, work), batch, T, N)  # each thread adds up its own
-        launch('mamba1_backward', tiles, work, N, batch, T, E, x, dt, dt.stride(-2), dt_bias, A,
-               B, C, B.stride(-2), D, z, z.stride(-2), starts, grad_y.contiguous(), grad_state,
+        grad_B, grad_C = A.new_empty(2, thread_count(tiles, work), batch, T, N)  # each thread adds up its own
+        launch(f'mamba1_backward{kind_of(x)}', tiles, work, N, batch, T, E, x, dt, dt.stride(-2), dt_bias,
+               A, B, C, B.stride(-2), D, z, z.stride(-2), starts, grad_y.contiguous(), grad_state,
                grad_x, grad_dt, grad_bias, grad_A, grad_B, grad_C, grad_D, grad_z)
         return (grad_x, grad_dt, grad_bias, grad_A.t(), grad_B.sum(0), grad_C.sum(0), grad_D, grad_z,
                 grad_state)

@@ -3,6 +3,8 @@
 //
 // h = exp(dt A) h + dt B x; y = (C h + D x) silu(z); dt = softplus(raw + bias)
 // starts: the state before each chunk of CHUNK tokens
+//
+// x, raw, B, C, z, y and their gradients are all fp32 or all bf16; what is computed is fp32.
 #pragma once
 #include <algorithm>
 
@@ -10,21 +12,52 @@
 
 constexpr int CHUNK = 8;
 
+struct Numbers {  // fp32 or bf16: a tile has N exponentials for each, so to ask which costs nothing
+    void *at;
+    bool is_bf16;
+
+    vec load(I i, int n) const {
+        return is_bf16 ? ::load((const bf16 *)at + i, n) : ::load((const float *)at + i, n);
+    }
+
+    void store(I i, vec v, int n) const {
+        if (is_bf16)
+            ::store((bf16 *)at + i, v, n);
+        else
+            ::store((float *)at + i, v, n);
+    }
+
+    // n of each of k rows, s apart, as fp32
+    void rows(float *to, I i, I s, I k, I n) const {
+        for (I r = 0; r < k; r++)
+            for (I j = 0; j < n; j += L)
+                ::store(to + r * n + j, load(i + r * s + j, n - j), n - j);
+    }
+};
+
 struct Scan {
     I T, E;
-    const float *x, *raw;
+    Numbers x, raw;
     I sraw;
-    const float *bias, *A, *B, *C;
+    const float *bias, *A;
+    Numbers B, C;
     I sbc;
-    const float *D, *z;
+    const float *D;
+    Numbers z;
     I sz;
 };
 
 template <int N>
-static void scan_forward(I lo, I hi, I batch, Scan m, float *h, float *starts, float *y) {
+static void scan_forward(I lo, I hi, I batch, Scan m, float *h, float *starts,
+                         Numbers y) {
     I E = m.E;
     for (I b = 0; b < batch; b++) {
         for (I t0 = 0; t0 < m.T; t0 += CHUNK) {
+            I row = b * m.T + t0;
+            I k = std::min<I>(CHUNK, m.T - t0);
+            float Bs[CHUNK * N], Cs[CHUNK * N];
+            m.B.rows(Bs, row * m.sbc, m.sbc, k, N);
+            m.C.rows(Cs, row * m.sbc, m.sbc, k, N);
             for (I e = lo * L; e < hi * L && e < E; e += L) {
                 int n = E - e < L ? E - e : L;
                 vec s[N], A[N], bias = load(m.bias + e, n), skip = load(m.D + e, n);
@@ -34,18 +67,18 @@ static void scan_forward(I lo, I hi, I batch, Scan m, float *h, float *starts, f
                     if (starts)
                         store(starts + ((t0 / CHUNK * batch + b) * N + j) * E + e, s[j], n);
                 }
-                for (I r = b * m.T + t0; r < b * m.T + std::min(m.T, t0 + CHUNK); r++) {
-                    vec x = load(m.x + r * E + e, n);
-                    vec dt = softplus(load(m.raw + r * m.sraw + e, n) + bias);
+                for (I r = row; r < row + k; r++) {
+                    vec x = m.x.load(r * E + e, n);
+                    vec dt = softplus(m.raw.load(r * m.sraw + e, n) + bias);
                     vec u = dt * x;
                     vec out = skip * x;
-                    const float *B = m.B + r * m.sbc, *C = m.C + r * m.sbc;
+                    const float *B = Bs + (r - row) * N, *C = Cs + (r - row) * N;
                     for (int j = 0; j < N; j++) {
                         s[j] = exp2v(dt * A[j]) * s[j] + u * B[j];
                         out += s[j] * C[j];
                     }
-                    vec z = load(m.z + r * m.sz + e, n);
-                    store(y + r * E + e, out * z * sigmoid(z), n);
+                    vec z = m.z.load(r * m.sz + e, n);
+                    y.store(r * E + e, out * z * sigmoid(z), n);
                 }
                 for (int j = 0; j < N; j++)
                     store(h + (b * N + j) * E + e, s[j], n);
@@ -55,14 +88,17 @@ static void scan_forward(I lo, I hi, I batch, Scan m, float *h, float *starts, f
 }
 
 template <int N>
-static void scan_backward(I lo, I hi, I batch, Scan m, const float *starts, const float *gy,
-                          float *gh, float *gx, float *graw, float *gbias, float *gA, float *gB,
-                          float *gC, float *gD, float *gz) {
+static void scan_backward(I lo, I hi, I batch, Scan m, const float *starts, Numbers gy, float *gh,
+                          Numbers gx, Numbers graw, float *gbias, float *gA, float *gB, float *gC,
+                          float *gD, Numbers gz) {
     I E = m.E;
     for (I b = 0; b < batch; b++) {
         for (I t0 = (m.T - 1) / CHUNK * CHUNK; t0 >= 0; t0 -= CHUNK) {
             int k = m.T - t0 < CHUNK ? m.T - t0 : CHUNK;
             vec sumB[CHUNK][N], sumC[CHUNK][N];
+            float Bs[CHUNK * N], Cs[CHUNK * N];
+            m.B.rows(Bs, (b * m.T + t0) * m.sbc, m.sbc, k, N);
+            m.C.rows(Cs, (b * m.T + t0) * m.sbc, m.sbc, k, N);
             memset(sumB, 0, sizeof sumB);
             memset(sumC, 0, sizeof sumC);
             for (I e = lo * L; e < hi * L && e < E; e += L) {
@@ -81,25 +117,25 @@ static void scan_backward(I lo, I hi, I batch, Scan m, const float *starts, cons
                 }
                 for (int i = 0; i < k; i++) {  // the states once more
                     I r = b * m.T + t0 + i;
-                    const float *B = m.B + r * m.sbc, *C = m.C + r * m.sbc;
-                    x[i] = load(m.x + r * E + e, n);
-                    dt[i] = softplus(load(m.raw + r * m.sraw + e, n) + bias, slope[i]);
+                    const float *B = Bs + i * N, *C = Cs + i * N;
+                    x[i] = m.x.load(r * E + e, n);
+                    dt[i] = softplus(m.raw.load(r * m.sraw + e, n) + bias, slope[i]);
                     vec u = dt[i] * x[i], out = skip * x[i];
                     for (int j = 0; j < N; j++) {
                         decay[i][j] = exp2v(dt[i] * A[j]);
                         s[i + 1][j] = decay[i][j] * s[i][j] + u * B[j];
                         out += s[i + 1][j] * C[j];
                     }
-                    vec z = load(m.z + r * m.sz + e, n);
+                    vec z = m.z.load(r * m.sz + e, n);
                     vec open = sigmoid(z);
-                    vec go = load(gy + r * E + e, n);
-                    store(gz + r * E + e, go * out * open * (1.f + z * (1.f - open)), n);
+                    vec go = gy.load(r * E + e, n);
+                    gz.store(r * E + e, go * out * open * (1.f + z * (1.f - open)), n);
                     grad[i] = go * z * open;
                     dskip += grad[i] * x[i];
                 }
                 for (int i = k - 1; i >= 0; i--) {
                     I r = b * m.T + t0 + i;
-                    const float *B = m.B + r * m.sbc, *C = m.C + r * m.sbc;
+                    const float *B = Bs + i * N, *C = Cs + i * N;
                     vec du{};
                     vec ddt{};
                     vec u = dt[i] * x[i];
@@ -113,9 +149,9 @@ static void scan_backward(I lo, I hi, I batch, Scan m, const float *starts, cons
                         dA[j] += w * dt[i];
                         ddt += w * A[j];
                     }
-                    store(gx + r * E + e, du * dt[i] + grad[i] * skip, n);
+                    gx.store(r * E + e, du * dt[i] + grad[i] * skip, n);
                     vec draw = (ddt * LN2 + du * x[i]) * slope[i];
-                    store(graw + r * E + e, draw, n);
+                    graw.store(r * E + e, draw, n);
                     dbias += draw;
                 }
                 for (int j = 0; j < N; j++) {
@@ -135,11 +171,6 @@ static void scan_backward(I lo, I hi, I batch, Scan m, const float *starts, cons
     }
 }
 
-#define SCAN                                                                                       \
-    I N, I batch, I T, I E, const float *x, const float *raw, I sraw, const float *bias,           \
-        const float *A, const float *B, const float *C, I sbc, const float *D, const float *z,     \
-        I sz
-
 #define FOR_N(call) \
     switch (N) { \
     case 8: call(8); break; \
@@ -148,23 +179,46 @@ static void scan_backward(I lo, I hi, I batch, Scan m, const float *starts, cons
     case 64: call(64); \
     }
 
-API mamba1_forward(I lo, I hi, I, SCAN, float *h, float *starts, float *y) {
+static void scan_forward(I N, I lo, I hi, I batch, Scan m, float *h, float *starts, Numbers y) {
     Flush flush;
-    Scan m{T, E, x, raw, sraw, bias, A, B, C, sbc, D, z, sz};
 #define CALL(n) scan_forward<n>(lo, hi, batch, m, h, starts, y)
     FOR_N(CALL)
 #undef CALL
 }
 
-API mamba1_backward(I lo, I hi, I thread, SCAN, const float *starts, const float *gy, float *gh,
-                    float *gx, float *graw, float *gbias, float *gA, float *gB, float *gC,
-                    float *gD, float *gz) {
+static void scan_backward(I N, I lo, I hi, I batch, Scan m, const float *starts, Numbers gy,
+                          float *gh, Numbers gx, Numbers graw, float *gbias, float *gA, float *gB,
+                          float *gC, float *gD, Numbers gz) {
     Flush flush;
-    Scan m{T, E, x, raw, sraw, bias, A, B, C, sbc, D, z, sz};
-    gB += thread * batch * T * N;
-    gC += thread * batch * T * N;
 #define CALL(n)                                                                                    \
     scan_backward<n>(lo, hi, batch, m, starts, gy, gh, gx, graw, gbias, gA, gB, gC, gD, gz)
     FOR_N(CALL)
 #undef CALL
 }
+
+#define SCAN                                                                                       \
+    I N, I batch, I T, I E, void *x, void *raw, I sraw, const float *bias, const float *A,         \
+        void *B, void *C, I sbc, const float *D, void *z, I sz
+#define SCAN_OF(is_bf16)                                                                           \
+    {T, E, {x, is_bf16}, {raw, is_bf16}, sraw, bias, A, {B, is_bf16}, {C, is_bf16}, sbc, D,        \
+     {z, is_bf16}, sz}
+
+API mamba1_forward(I lo, I hi, I, SCAN, float *h, float *starts, void *y) {
+    scan_forward(N, lo, hi, batch, SCAN_OF(false), h, starts, {y, false});
+}
+
+API mamba1_forward_bf16(I lo, I hi, I, SCAN, float *h, float *starts, void *y) {
+    scan_forward(N, lo, hi, batch, SCAN_OF(true), h, starts, {y, true});
+}
+
+#define GRADIENTS                                                                                  \
+    const float *starts, void *gy, float *gh, void *gx, void *graw, float *gbias, float *gA,       \
+        float *gB, float *gC, float *gD, void *gz
+#define BACKWARD(is_bf16)                                                                          \
+    scan_backward(N, lo, hi, batch, SCAN_OF(is_bf16), starts, {gy, is_bf16}, gh, {gx, is_bf16},    \
+                  {graw, is_bf16}, gbias, gA, gB + thread * batch * T * N,                         \
+                  gC + thread * batch * T * N, gD, {gz, is_bf16})
+
+API mamba1_backward(I lo, I hi, I thread, SCAN, GRADIENTS) { BACKWARD(false); }
+
+API mamba1_backward_bf16(I lo, I hi, I thread, SCAN, GRADIENTS) { BACKWARD(true); }
