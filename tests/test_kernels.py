@@ -402,3 +402,22 @@ def test_the_gradient_of_bf16_logits_is_rounded_once(size, way):
     total = anywhere.cross_entropy_(logits, targets)
     assert total.dtype == torch.float32 and total == want
     assert torch.equal(logits, exact.bfloat16())
+
+
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+@pytest.mark.parametrize("T, H, G, P, window", [(70, 4, 2, 32, 0), (131, 2, 2, 64, 40), (53, 2, 1, 48, 0)])
+def test_attention_in_bf16_is_as_near_as_its_definition(T, H, G, P, window, way):
+    """To float64: weights and their gradients are rounded for the products, sums are not."""
+    tensors = [torch.randn(2, T, heads, P).bfloat16() for heads in (H, G, G)]
+    weights = torch.randn(2, T, H * P).bfloat16()
+    results = []
+    for dtype, operation in ((torch.float64, model_gpt.attention.definition),
+                             (torch.bfloat16, model_gpt.attention.definition),
+                             (torch.bfloat16, model_gpt.attention)):
+        inputs = [x.to(dtype).requires_grad_() for x in tensors]
+        y = operation(*inputs, window)
+        assert y.dtype == dtype
+        results.append((y, *torch.autograd.grad(y, inputs, weights.to(dtype))))
+    for exact, defined, got in zip(*results):
+        assert got.isfinite().all()
+        assert (got - exact).norm() <= (defined - exact).norm()

@@ -8,6 +8,7 @@ names and arguments of the definitions in the models' files.
 Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G groups or key
 heads, P head size, N state size, Q chunk, V vocabulary.
 """
+import functools
 from contextlib import contextmanager
 
 import torch
@@ -199,25 +200,28 @@ def apply_rope(x, rope):
 
 # --- attention ------------------------------------------------------------------------------------
 
+@functools.cache
+def multiplies(dtype):
+    """Whether native.cpp has products of such numbers: of bf16 where the processor does."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16
+                                      and hasattr(native.library(), 'attention_forward_bf16'))
+
+
 class Attention(Function):
-    BLOCK = 64      # queries, and keys, that native.cpp takes at once
 
     @staticmethod
     def forward(ctx, q, k, v, window, dropout, seed):
-        q, k, v = (u.float().contiguous() for u in (q, k, v))   # (B, T, H, P), (B, T, G, P) twice
+        q, k, v = (u.contiguous() for u in (q, k, v))           # (B, T, H, P), (B, T, G, P) twice
         B, T, H, P = q.shape
         G = k.shape[2]
         expect('attention', (k, (B, T, G, P)), (v, (B, T, G, P)))
         if not G or H % G or window < 0:
             raise ValueError(f'attention: {H} heads of {G} key heads, window {window}')
-        ctx.sizes = (T, H, G, P, window)
-        ctx.options = (H * P, G * P, P ** -0.5, dropout, seed)  # the rows' distances, the scale, what drops
+        ctx.sizes = (T, H, G, P, window, P ** -0.5, dropout, seed)
         ctx.work = q.numel() * min(T, window or T) // 30
         y = q.new_empty(B, T, H * P)
-        logsumexp = q.new_empty(B, H, T)
-        padded = -(-T // Attention.BLOCK) * Attention.BLOCK
-        keys = q.new_empty(thread_count(B * G, ctx.work), padded * P)  # a thread's room for them, transposed
-        launch('attention_forward', B * G, ctx.work, *ctx.sizes, q, k, v, *ctx.options, keys, y, logsumexp)
+        logsumexp = q.new_empty(B, H, T, dtype=torch.float32)
+        launch(f'attention_forward{kind_of(q)}', B * G, ctx.work, *ctx.sizes, q, k, v, y, logsumexp)
         ctx.save_for_backward(q, k, v, y, logsumexp)
         return y
 
@@ -225,9 +229,9 @@ class Attention(Function):
     @once_differentiable
     def backward(ctx, grad_y):
         q, k, v, y, logsumexp = ctx.saved_tensors
-        grads = [torch.zeros_like(u) for u in (q, k, v)]
-        launch('attention_backward', len(q) * k.shape[2], 2 * ctx.work, *ctx.sizes, q, k, v,
-               *ctx.options, y, logsumexp, grad_y.float().contiguous(), *grads)
+        grads = [torch.empty_like(u) for u in (q, k, v)]
+        launch(f'attention_backward{kind_of(q)}', len(q) * k.shape[2], 2 * ctx.work, *ctx.sizes, q, k, v, y,
+               logsumexp, grad_y.to(q.dtype).contiguous(), *grads)
         return *grads, None, None, None
 
 
@@ -238,7 +242,10 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
         return NotImplemented
     seed = int(torch.randint(2**31, ())) if dropout else 0
     window = 0 if window >= T else window
-    return compute(Attention, q, k, v, window, float(dropout), seed).to(q.dtype)
+    dtype = q.dtype
+    if P % (2 * LANES) or len({q.dtype, k.dtype, v.dtype}) > 1 or not multiplies(dtype):
+        q, k, v = (u.float() for u in (q, k, v))
+    return compute(Attention, q, k, v, window, float(dropout), seed).to(dtype)
 
 
 # --- the loss -------------------------------------------------------------------------------------

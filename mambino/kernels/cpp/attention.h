@@ -1,6 +1,9 @@
 // Attention, causal, with or without a window, in blocks of BLOCK queries by BLOCK keys with a
 // running softmax (Dao et al. 2022), so that no (T, T) matrix exists; blocks that a window hides
 // are never looked at. Items are key heads, all sequences' in one row.
+//
+// q, k, v, y and their gradients are numbers T: fp32, or bf16 where the processor multiplies pairs
+// of them; weights, then, are rounded for the products. Softmax and sums are fp32.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -11,11 +14,39 @@ constexpr I BLOCK = 64;
 
 struct Heads {
     I T, H, G, P, window;
-    const float *q, *k, *v;
-    I sq, sk;
     float scale, drop;
     uint32_t seed;
 };
+
+// rows (m, n), s apart, as `stacked` has them; `s` of what it returns is in units
+template <class unit>
+struct Rows {
+    const unit *at;
+    I s;
+};
+
+static inline Rows<float> rows_of(float *, const float *rows, I s, I, I) { return {rows, s}; }
+
+static inline Rows<pair> rows_of(pair *room, const bf16 *rows, I s, I m, I n) {
+    for (I i = 0; i < m; i += 2) {
+        for (I j = 0; j < n; j += L) {
+            uvec upper = (uvec)load(rows + i * s + j);
+            uvec lower = i + 1 < m ? (uvec)load(rows + (i + 1) * s + j) : uvec{};
+            store((float *)(room + i / 2 * n + j), (vec)(upper >> 16 | lower));
+        }
+    }
+    return {room, n};
+}
+
+static inline float largest(vec v) {
+    float s[L / 2];
+    for (int i = 0; i < L / 2; i++)
+        s[i] = v[i] > v[i + L / 2] ? v[i] : v[i + L / 2];
+    for (int n = L / 4; n; n /= 2)
+        for (int i = 0; i < n; i++)
+            s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
+    return s[0];
+}
 
 // 1 / (1 - drop) where dropout leaves the weight of key j for query i, else 0
 static inline vec kept(const Heads &m, I head, I i, I j) {
@@ -32,70 +63,69 @@ static inline vec kept(const Heads &m, I head, I i, I j) {
                : all(1 / (1 - m.drop));
 }
 
-// exp(scale q k - less) of a block where it is visible, else 0. less: a number a row
-static void weights(const Heads &m, I i0, I j0, I rows, I keys, float *s, const float *less) {
-    bool visible = keys == BLOCK && j0 + BLOCK <= i0 + 1 &&
-                   (!m.window || j0 > i0 + rows - 1 - m.window);
-    for (I i = 0; i < rows; i++) {
-        for (I j = 0; j < BLOCK; j += L) {
-            vec w = expv(load(s + i * BLOCK + j) * m.scale - less[i]);
-            ivec key = LANE + (int)(j0 + j);
-            if (!visible) {
-                w = key <= (int)(i0 + i) ? w : vec{};
-                if (m.window)
-                    w = key > (int)(i0 + i - m.window) ? w : vec{};
-            }
-            store(s + i * BLOCK + j, w);
-        }
-    }
-}
+// exp(scale q k - less) of row i of a block where it is visible, else 0
+struct Weights {
+    const Heads &m;
+    I i0, j0, rows, keys;
+    bool visible = keys == BLOCK && j0 + BLOCK <= i0 + 1 && (!m.window || j0 > i0 + rows - 1 - m.window);
 
-API attention_forward(I lo, I hi, I thread, I T, I H, I G, I P, I window, const float *q,
-                      const float *k, const float *v, I sq, I sk, float scale, float drop, I seed,
-                      float *kT, float *y, float *lse) {
+    vec operator()(I i, I j, vec score, float less) const {
+        vec w = expv(score * m.scale - less);
+        if (!visible) {
+            ivec key = LANE + (int)(j0 + j);
+            w = key <= (int)(i0 + i) ? w : vec{};
+            if (m.window)
+                w = key > (int)(i0 + i - m.window) ? w : vec{};
+        }
+        return w;
+    }
+};
+
+template <class T, class unit = typename Operands<T>::unit>
+static void attend(I lo, I hi, const Heads &m, const T *q, const T *k, const T *v, T *y, float *lse) {
     Flush flush;
-    Heads m{T, H, G, P, window, q, k, v, sq, sk, scale, drop, (uint32_t)seed};
-    I R = H / G, blocks = up(T, BLOCK) / BLOCK;
-    kT += thread * blocks * P * BLOCK;
-    std::vector<float> s(BLOCK * BLOCK), out(BLOCK * P), top(BLOCK), less(BLOCK), total(BLOCK);
+    I H = m.H, G = m.G, P = m.P, N = m.T, R = H / G, blocks = up(N, BLOCK) / BLOCK;
+    I sq = H * P, sk = G * P, width = P / PER<unit>;
+    std::vector<unit> kT(blocks * BLOCK * width), room(PER<unit> == 2 ? blocks * BLOCK / 2 * P : 0);
+    std::vector<float> s(BLOCK * BLOCK), out(BLOCK * P), top(BLOCK), total(BLOCK);
+    std::vector<T> w(BLOCK * BLOCK);
     for (I item = lo; item < hi; item++) {
         I b = item / G, g = item % G;
-        const float *keys = k + b * T * sk + g * P;
-        const float *values = v + b * T * sk + g * P;
+        const T *keys = k + b * N * sk + g * P;
         for (I c = 0; c < blocks; c++) {
-            transpose(&kT[c * P * BLOCK], BLOCK, keys + c * BLOCK * sk, sk,
-                      std::min(BLOCK, T - c * BLOCK), P, BLOCK);
+            transpose(&kT[c * width * BLOCK], BLOCK, (const unit *)(keys + c * BLOCK * sk), sk / PER<unit>,
+                      std::min(BLOCK, N - c * BLOCK), width, BLOCK);
         }
+        auto values = rows_of(room.data(), v + b * N * sk + g * P, sk, N, P);
         for (I h = g * R; h < (g + 1) * R; h++) {
             for (I c = 0; c < blocks; c++) {
                 I i0 = c * BLOCK;
-                I rows = std::min(BLOCK, T - i0);
-                I begin = window ? std::max<I>(0, i0 - window + 1) / BLOCK : 0;
+                I rows = std::min(BLOCK, N - i0);
+                I begin = m.window ? std::max<I>(0, i0 - m.window + 1) / BLOCK : 0;
                 for (I i = 0; i < BLOCK; i++) {
                     top[i] = -INFINITY;
                     total[i] = 0;
                 }
                 memset(out.data(), 0, 4 * BLOCK * P);
                 for (I d = begin; d <= c; d++) {
-                    I j0 = d * BLOCK, n = std::min(BLOCK, T - j0);
-                    gemm(rows, BLOCK, P, s.data(), BLOCK, q + (b * T + i0) * sq + h * P, sq, 1,
-                         &kT[d * P * BLOCK], BLOCK);
+                    I j0 = d * BLOCK, n = std::min(BLOCK, N - j0);
+                    gemm(rows, BLOCK, P, s.data(), BLOCK, (const unit *)(q + (b * N + i0) * sq + h * P),
+                         sq / PER<unit>, 1, &kT[d * width * BLOCK], BLOCK, 0, d == c ? CAUSAL : FULL);
+                    Weights weight{m, i0, j0, rows, n};
                     for (I i = 0; i < rows; i++) {
-                        I from = window ? std::max<I>(0, i0 + i - window + 1 - j0) : 0;
+                        I from = m.window ? std::max<I>(0, i0 + i - m.window + 1 - j0) : 0;
                         I to = std::min(n, i0 + i - j0 + 1);
-                        if (from >= to)
-                            continue;
                         vec most = all(-INFINITY);
                         for (I j = from / L * L; j < to; j += L) {
-                            ivec key = LANE + (int)j;
-                            vec w = load(&s[i * BLOCK + j]);
-                            w = key < (int)to ? w : all(-INFINITY);
-                            w = key >= (int)from ? w : all(-INFINITY);
-                            most = max(w, most);
+                            vec u = load(&s[i * BLOCK + j]);
+                            if (j < from || j + L > to) {
+                                ivec key = LANE + (int)j;
+                                u = key < (int)to ? u : all(-INFINITY);
+                                u = key >= (int)from ? u : all(-INFINITY);
+                            }
+                            most = max(u, most);
                         }
-                        float now = top[i];
-                        for (int l = 0; l < L; l++)
-                            now = most[l] * scale > now ? most[l] * scale : now;
+                        float now = std::max(top[i], largest(most) * m.scale);
                         if (now > top[i]) {
                             float shrink = std::exp(top[i] - now);
                             for (I p = 0; p < P; p += L)
@@ -103,29 +133,24 @@ API attention_forward(I lo, I hi, I thread, I T, I H, I G, I P, I window, const 
                             total[i] *= shrink;
                             top[i] = now;
                         }
-                    }
-                    for (I i = 0; i < rows; i++) {
-                        less[i] = top[i] == -INFINITY
-                                      ? 0
-                                      : top[i];  // of a row that has seen no key yet
-                    }
-                    weights(m, i0, j0, rows, n, s.data(), less.data());
-                    for (I i = 0; i < rows; i++) {
+                        float less = now == -INFINITY ? 0 : now;  // of a row that has seen no key yet
                         vec t{};
                         for (I j = 0; j < BLOCK; j += L) {
-                            vec w = load(&s[i * BLOCK + j]);
-                            t += w;
-                            if (drop > 0)
-                                store(&s[i * BLOCK + j], w * kept(m, b * H + h, i0 + i, j0 + j));
+                            vec u = weight(i, j, load(&s[i * BLOCK + j]), less);
+                            t += u;
+                            if (m.drop > 0)
+                                u *= kept(m, b * H + h, i0 + i, j0 + j);
+                            store(&w[i * BLOCK + j], u);
                         }
                         total[i] += sum(t);
                     }
-                    gemm(rows, P, n, out.data(), P, s.data(), BLOCK, 1, values + j0 * sk, sk, true);
+                    gemm(rows, P, n, out.data(), P, (const unit *)w.data(), BLOCK / PER<unit>, 1,
+                         values.at + j0 / PER<unit> * values.s, values.s, 1, d == c ? LOWER : FULL);
                 }
                 for (I i = 0; i < rows; i++) {
-                    lse[(b * H + h) * T + i0 + i] = top[i] + std::log(total[i]);
+                    lse[(b * H + h) * N + i0 + i] = top[i] + std::log(total[i]);
                     for (I p = 0; p < P; p += L) {
-                        store(y + (b * T + i0 + i) * H * P + h * P + p,
+                        store(y + (b * N + i0 + i) * sq + h * P + p,
                               load(&out[i * P + p]) * (1 / total[i]));
                     }
                 }
@@ -134,59 +159,100 @@ API attention_forward(I lo, I hi, I thread, I T, I H, I G, I P, I window, const 
     }
 }
 
-// gq (B, T, H, P), gk and gv (B, T, G, P) start as zeros
-API attention_backward(I lo, I hi, I, I T, I H, I G, I P, I window, const float *q, const float *k,
-                       const float *v, I sq, I sk, float scale, float drop, I seed, const float *y,
-                       const float *lse, const float *gy, float *gq, float *gk, float *gv) {
+template <class T, class unit = typename Operands<T>::unit>
+static void attend_grad(I lo, I hi, const Heads &m, const T *q, const T *k, const T *v, const T *y,
+                        const float *lse, const T *gy, T *gq, T *gk, T *gv) {
     Flush flush;
-    Heads m{T, H, G, P, window, q, k, v, sq, sk, scale, drop, (uint32_t)seed};
-    I R = H / G, blocks = up(T, BLOCK) / BLOCK;
-    std::vector<float> kT(P * BLOCK), vT(P * BLOCK), s(BLOCK * BLOCK), d(BLOCK * BLOCK), dot(T);
+    I H = m.H, G = m.G, P = m.P, N = m.T, R = H / G, blocks = up(N, BLOCK) / BLOCK;
+    I sq = H * P, sk = G * P, width = P / PER<unit>;
+    std::vector<unit> kT(BLOCK * width), vT(BLOCK * width), key_room(BLOCK * P), w_room(BLOCK * BLOCK);
+    std::vector<unit> query_room(PER<unit> == 2 ? up(N, 2) / 2 * P : 0), grad_room(query_room.size());
+    std::vector<float> s(BLOCK * BLOCK), d(BLOCK * BLOCK), dot(N), gqs(N * P), gks(N * P), gvs(N * P);
+    std::vector<T> w(BLOCK * BLOCK), dw(BLOCK * BLOCK);
+    auto gather = [&](T *to, I stride, const std::vector<float> &from) {
+        for (I i = 0; i < N; i++)
+            for (I p = 0; p < P; p += L)
+                store(to + i * stride + p, load(&from[i * P + p]));
+    };
     for (I item = lo; item < hi; item++) {
-        for (I h = item % G * R; h < (item % G + 1) * R; h++) {
-            I b = item / G, g = item % G;
-            const float *less = lse + (b * H + h) * T;
-            for (I i = 0; i < T; i++) {
+        I b = item / G, g = item % G;
+        std::fill(gks.begin(), gks.end(), 0.f);
+        std::fill(gvs.begin(), gvs.end(), 0.f);
+        for (I h = g * R; h < (g + 1) * R; h++) {
+            const float *less = lse + (b * H + h) * N;
+            const T *queries = q + b * N * sq + h * P, *grads = gy + b * N * sq + h * P;
+            auto stacked_queries = rows_of(query_room.data(), queries, sq, N, P);
+            auto stacked_grads = rows_of(grad_room.data(), grads, sq, N, P);
+            std::fill(gqs.begin(), gqs.end(), 0.f);
+            for (I i = 0; i < N; i++) {
                 vec t{};
-                for (I p = 0; p < P; p += L) {
-                    t += load(y + ((b * T + i) * H + h) * P + p) *
-                         load(gy + ((b * T + i) * H + h) * P + p);
-                }
+                for (I p = 0; p < P; p += L)
+                    t += load(y + (b * N + i) * sq + h * P + p) * load(grads + i * sq + p);
                 dot[i] = sum(t);
             }
             for (I c = 0; c < blocks; c++) {
                 I j0 = c * BLOCK;
-                I n = std::min(BLOCK, T - j0);
-                I end = window ? std::min(blocks, (j0 + n - 1 + window - 1) / BLOCK + 1) : blocks;
-                const float *keys = k + (b * T + j0) * sk + g * P;
-                transpose(kT.data(), BLOCK, keys, sk, n, P, BLOCK);
-                transpose(vT.data(), BLOCK, v + (b * T + j0) * sk + g * P, sk, n, P, BLOCK);
+                I n = std::min(BLOCK, N - j0);
+                I end = m.window ? std::min(blocks, (j0 + n - 1 + m.window - 1) / BLOCK + 1) : blocks;
+                const T *keys = k + (b * N + j0) * sk + g * P, *values = v + (b * N + j0) * sk + g * P;
+                transpose(kT.data(), BLOCK, (const unit *)keys, sk / PER<unit>, n, width, BLOCK);
+                transpose(vT.data(), BLOCK, (const unit *)values, sk / PER<unit>, n, width, BLOCK);
+                auto stacked_keys = rows_of(key_room.data(), keys, sk, n, P);
                 for (I e = c; e < end; e++) {
-                    I i0 = e * BLOCK, rows = std::min(BLOCK, T - i0);
-                    const float *queries = q + (b * T + i0) * sq + h * P;
-                    const float *grad = gy + ((b * T + i0) * H + h) * P;
-                    gemm(rows, BLOCK, P, s.data(), BLOCK, queries, sq, 1, kT.data(), BLOCK);
-                    weights(m, i0, j0, rows, n, s.data(), less + i0);
-                    gemm(rows, BLOCK, P, d.data(), BLOCK, grad, H * P, 1, vT.data(), BLOCK);
+                    I i0 = e * BLOCK, rows = std::min(BLOCK, N - i0);
+                    bool diagonal = e == c;
+                    gemm(rows, BLOCK, P, s.data(), BLOCK, (const unit *)(queries + i0 * sq), sq / PER<unit>, 1,
+                         kT.data(), BLOCK, 0, diagonal ? CAUSAL : FULL);
+                    gemm(rows, BLOCK, P, d.data(), BLOCK, (const unit *)(grads + i0 * sq), sq / PER<unit>, 1,
+                         vT.data(), BLOCK, 0, diagonal ? CAUSAL : FULL);
+                    Weights weight{m, i0, j0, rows, n};
                     for (I i = 0; i < rows; i++) {
                         for (I j = 0; j < BLOCK; j += L) {
-                            vec w = load(&s[i * BLOCK + j]), t = load(&d[i * BLOCK + j]);
-                            if (drop > 0) {
+                            vec u = weight(i, j, load(&s[i * BLOCK + j]), less[i0 + i]);
+                            vec t = load(&d[i * BLOCK + j]);
+                            t = u == 0.f ? vec{} : t;  // what is not visible was not computed
+                            vec kept_u = u;
+                            if (m.drop > 0) {
                                 vec keep = kept(m, b * H + h, i0 + i, j0 + j);
                                 t *= keep;
-                                store(&s[i * BLOCK + j], w * keep);
+                                kept_u *= keep;
                             }
-                            store(&d[i * BLOCK + j], w * (t - dot[i0 + i]) * scale);
+                            store(&w[i * BLOCK + j], kept_u);
+                            store(&dw[i * BLOCK + j], u * (t - dot[i0 + i]) * m.scale);
                         }
                     }
-                    gemm(n, P, rows, gv + ((b * T + j0) * G + g) * P, G * P, s.data(), 1, BLOCK,
-                         grad, H * P, true);
-                    gemm(n, P, rows, gk + ((b * T + j0) * G + g) * P, G * P, d.data(), 1, BLOCK,
-                         queries, sq, true);
-                    gemm(rows, P, n, gq + ((b * T + i0) * H + h) * P, H * P, d.data(), BLOCK, 1,
-                         keys, sk, true);
+                    Part turned = diagonal ? UPPER : FULL;
+                    auto w_rows = rows_of(w_room.data(), w.data(), BLOCK, rows, BLOCK);
+                    gemm(n, P, rows, &gvs[j0 * P], P, w_rows.at, 1, BLOCK,
+                         stacked_grads.at + i0 / PER<unit> * stacked_grads.s, stacked_grads.s, 1, turned);
+                    w_rows = rows_of(w_room.data(), dw.data(), BLOCK, rows, BLOCK);
+                    gemm(n, P, rows, &gks[j0 * P], P, w_rows.at, 1, BLOCK,
+                         stacked_queries.at + i0 / PER<unit> * stacked_queries.s, stacked_queries.s, 1, turned);
+                    gemm(rows, P, n, &gqs[i0 * P], P, (const unit *)dw.data(), BLOCK / PER<unit>, 1,
+                         stacked_keys.at, stacked_keys.s, 1, diagonal ? LOWER : FULL);
                 }
             }
+            gather(gq + b * N * sq + h * P, sq, gqs);
         }
+        gather(gk + b * N * sk + g * P, sk, gks);
+        gather(gv + b * N * sk + g * P, sk, gvs);
     }
 }
+
+#define ATTENTION(kind, X)                                                                             \
+    API attention_forward##kind(I lo, I hi, I, I T, I H, I G, I P, I window, float scale, float drop,  \
+                                I seed, const X *q, const X *k, const X *v, X *y, float *lse) {        \
+        Heads m{T, H, G, P, window, scale, drop, (uint32_t)seed};                                      \
+        attend(lo, hi, m, q, k, v, y, lse);                                                            \
+    }                                                                                                  \
+    API attention_backward##kind(I lo, I hi, I, I T, I H, I G, I P, I window, float scale, float drop, \
+                                 I seed, const X *q, const X *k, const X *v, const X *y,               \
+                                 const float *lse, const X *gy, X *gq, X *gk, X *gv) {                 \
+        Heads m{T, H, G, P, window, scale, drop, (uint32_t)seed};                                      \
+        attend_grad(lo, hi, m, q, k, v, y, lse, gy, gq, gk, gv);                                       \
+    }
+ATTENTION(, float)
+
+#ifdef __AVX512BF16__
+ATTENTION(_bf16, bf16)
+#endif
