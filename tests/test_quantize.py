@@ -31,6 +31,9 @@ every_model = pytest.mark.parametrize("name", MODELS)
 # of the largest number, where int8 and int4 are multiplied by x in 16 bits: measured 1.3e-4
 ROUNDED = {"bfloat16": 1e-5, "int8": 4e-4, "int4": 4e-4}
 every_precision = pytest.mark.parametrize("precision", quantize.PRECISIONS)
+# A prompt is read by tiles.h, which rounds x: what that changes of all logits, by root mean squares. Measured
+# at most 0.003 in bf16, 0.011 in integers; where a router of a random model chooses otherwise, 0.04
+READ = {"bfloat16": 0.01, "int8": 0.03, "int4": 0.03}
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,12 @@ def near(got, want, tolerance=1e-5):
     assert got.shape == want.shape and got.dtype == want.dtype
     error = ((got - want).abs().max() / want.abs().max()).item()
     assert error <= tolerance, f"differs by {error:.2g} of the largest value"
+
+
+def alike(got, want, precision, experts=False):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    error = ((got - want).norm() / want.norm()).item()
+    assert error <= (0.1 if experts else READ[precision]), f"differs by {error:.2g} of all"
 
 
 # --- numbers
@@ -104,7 +113,7 @@ def test_int4_keeps_what_16_numbers_can_say():
 @pytest.mark.parametrize("rows, columns", [(7, 64), (64, 130), (33, 48), (4, 200), (1, 1)])
 def test_products_are_those_of_the_rounded_matrix(precision, rows, columns, plain):
     kept = quantize.Linear((rows, columns), precision).fill(torch.randn(rows, columns))
-    inputs = [torch.randn(n, columns) for n in (1, 2, 3, 4, 7, 16, 32, 33)]
+    inputs = [torch.randn(n, columns) for n in (1, 2, 3, 4, 7, 16)]     # more: test_tiles.py
     inputs += [torch.randn(2, 3, columns), torch.randn(columns, 5).t()]
     fast = [kept(x) for x in inputs]
     plain()
@@ -130,25 +139,27 @@ def test_a_quantized_model_generates_as_it_reads(name, precision, plain):
     """Its logits token by token are those of one that has the rounded weights in fp32, however it computes."""
     net, idx = build(name), tokens(3, 24)
     rounded, before = quantize.quantize_model(copy.deepcopy(net), precision), net(idx)[0]
-    want = rounded(idx)[0]
-    assert 0 < (want - before).abs().max() < (1 if precision == "int4" else 0.1) * before.abs().max()
+    experts = name == "gpt-experts"
+    read = rounded(idx)[0]
+    assert 0 < (read - before).abs().max() < (1 if experts or precision == "int4" else 0.1) * before.abs().max()
     dense = copy.deepcopy(net)
     for path, module in rounded.named_modules():
         if isinstance(module, quantize.Matrix):
             is_stack = path.endswith(("experts.gate_up_proj", "experts.down_proj"))
             target = dense.get_parameter(path) if is_stack else dense.get_submodule(path).weight
             target.data.copy_(module.weight)
-    near(want, dense(idx)[0])
+    want = dense(idx)[0]
+    alike(read, want, precision, experts)
     for n in (1, 20):
         state, got = None, []
         for chunk in (idx[:, :n], *idx[:, n:].split(1, 1)):
             logits, state = rounded.step(chunk, state)
             got.append(logits)
-        near(torch.cat(got, 1), want, max(1e-4, ROUNDED[precision]))
+        alike(torch.cat(got, 1), want, precision, experts)
     got = rounded.step(idx[:, :1], copy.deepcopy(state))[0]
     near(got, dense.step(idx[:, :1], copy.deepcopy(state))[0], max(1e-4, ROUNDED[precision]))
     _, loss = rounded(idx, idx)
-    near(loss, F.cross_entropy(want.flatten(0, 1), idx.flatten()))
+    near(loss, F.cross_entropy(read.flatten(0, 1), idx.flatten()), 0.01)
     plain()
     near(rounded(idx)[0], want)
 

@@ -20,4 +20,5 @@
 #include "cpp/threads.h"
 #include "cpp/tokens.h"         // rows of x as 16-bit integers
 #include "cpp/matrices.h"       // fp32, bf16, int8 and int4 matrices by a few vectors
+#include "cpp/tiles.h"          // and by many
 #include "cpp/steps.h"          // one token

@@ -390,12 +390,26 @@ def matrix_of(codes, scales, columns):
 
 
 def few(x):
-    """Whether rows x (..., K) are so few that a matrix is best read as it is stored."""
-    return x.numel() <= 32 * x.shape[-1]
+    """Whether rows x (..., K) are so few that a matrix is best read as it is stored: 16 of prompts, (B, T,
+    K), or 32 otherwise, of which a plan of sample/decode may have as many."""
+    most = 16 if x.ndim > 2 and x.shape[-2] > 1 else 32
+    return x.numel() <= most * x.shape[-1]
 
 
 def linear(x, codes, scales):
     """x (..., K) fp32 times a quantized matrix (rows, K), transposed, as quantize.py keeps it."""
+    return product_by('linear_step', x, codes, scales)
+
+
+def tiles(x, codes, scales):
+    """What linear computes, for many rows of x: tiles.h says what it rounds them to."""
+    if codes.dtype == torch.float32:
+        raise ValueError('a product by tiles with an fp32 matrix')
+    return product_by('tiles_product', x, codes, scales)
+
+
+def product_by(function, x, codes, scales):
+    """x (..., K) times a matrix (rows, K), transposed, by a function of native.cpp."""
     x = x.contiguous()
     if x.dtype != torch.float32 or not x.numel():
         raise ValueError(f'a product with {x.dtype} of shape {tuple(x.shape)}')
@@ -403,5 +417,5 @@ def linear(x, codes, scales):
     count = x.numel() // x.shape[-1]
     matrix = matrix_of(codes, scales, x.shape[-1])
     arguments = torch.get_num_threads(), count, ctypes.addressof(matrix), x.data_ptr(), y.data_ptr()
-    library().linear_step(*map(ctypes.c_int64, arguments))  # `launch` takes longer than a row
+    getattr(library(), function)(*map(ctypes.c_int64, arguments))   # `launch` takes longer than a row
     return y

@@ -153,8 +153,9 @@ class Matrix(nn.Module):
 
     def product(self, x, codes, scales):
         """x (…, K) @ matrix.T, of these codes and scales → (…, N)."""
-        if x.dtype == torch.float32 and native.few(x) and cpu.applies(x):
-            return native.linear(x, codes, scales)
+        if x.dtype == torch.float32 and x.numel() and cpu.applies(x):
+            multiply = native.linear if native.few(x) else native.tiles
+            return multiply(x, codes, scales)
         return F.linear(x, self.dequantize(codes, scales).to(x.dtype))
 
     def train(self, mode=True):
