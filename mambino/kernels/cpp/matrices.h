@@ -78,6 +78,19 @@ static inline Lanes<F> piece(const char *group, int j) {
     }
 }
 
+static inline ureg first_of(const uint32_t *p, I n) {  // at most WIDTH; the rest is 0
+#ifdef __AVX512F__
+    return (ureg)load((const float *)p, std::min<I>(n, L));
+#else
+    if (n >= WIDTH)
+        return as<ureg>(p);
+    ureg v{};
+    for (int i = 0; i < n; i++)
+        v[i] = p[i];
+    return v;
+#endif
+}
+
 static inline reg multiply(reg s, reg a, reg b) { return s + a * b; }
 static inline ireg multiply(ireg s, ireg a, ireg b) { return dot(s, a, b); }
 static inline reg real(reg v) { return v; }
@@ -236,10 +249,10 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg 
                 p[r] += BYTES[F];
                 if (F != INT4)
                     continue;
-                uint32_t scale = levels[r][g] << 16;
+                reg scale = (reg)((ureg{} + levels[r][g]) << 16);
 #pragma GCC unroll 4
                 for (int m = 0; m < M; m++) {
-                    f[r][m] += real(s[r][m]) * as<float>(&scale);
+                    f[r][m] += real(s[r][m]) * scale;
                     s[r][m] = Lanes<F>{};
                 }
             }
@@ -258,11 +271,7 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg 
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
         for (I g = 0; F == INT4 && g < x.groups; g += WIDTH) {  // what the zeros give
-            ureg both{};
-            if (g + WIDTH <= x.groups)
-                both = as<ureg>(levels[r] + g);
-            else
-                memcpy(&both, levels[r] + g, 4 * (x.groups - g));
+            ureg both = first_of(levels[r] + g, x.groups - g);
             reg zeros = (reg)(both & 0xffff0000u);
             const float *codes = &x.sums[token * up(x.groups, L) + g];
 #pragma GCC unroll 4
