@@ -127,15 +127,15 @@ def test_a_failure_in_the_middle_leaves_the_model_whole(monkeypatch):
 
 
 @pytest.mark.parametrize('adapter', ['', 'lora'])
-def test_a_layer_counts_as_often_as_there_are_layers(monkeypatch, adapter):
+def test_a_layer_counts_as_often_as_there_are_layers(adapter):
     """By a clock that only layers, and what is around them, advance; under an adapter, whose gradients end there, the
     first layer's backward pass is the last stretch."""
     net = build()
     if adapter:
         adapters.add_adapter(net, dict(type='lora', rank=2, alpha=4.0, dropout=0.0, targets='q_proj'))
-    monkeypatch.setattr(precision.time, 'perf_counter', iter(range(100)).__next__)
+    clock = iter(range(100)).__next__
     with precision.first_layer_alone(net) as (layer, n_layer):
-        times = precision.stretches(net, layer, n_layer, torch.zeros(1, 8, dtype=torch.long), 'float32')
+        times = precision.stretches(net, layer, n_layer, torch.zeros(1, 8, dtype=torch.long), 'float32', clock)
     assert times == ([1, 3, 1, 1, 3] if adapter else [1, 3, 1, 1, 3, 1])
 
 

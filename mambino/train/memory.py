@@ -12,9 +12,11 @@ is the exact peak of what is alive, whatever the models do.
 
 A stretch (the first layer's backward, the loss, the optimizer, …) is linear in layers and
 sequences; their maximum is not. The models take their CPU paths, also for a GPU. Not counted is
-what libraries take for themselves, and memory that is held but not used: measured on a CPU, the
-peak of the process is 1 to 2% above the estimate with MALLOC_MMAP_THRESHOLD_=65536 in the
-environment, and 17 to 67% above it without, because glibc keeps what is freed. No GPU was measured.
+what libraries take for themselves, some 0.3 GB for torch's code and data, and memory that is held
+but not used. Of that a CPU has much: glibc keeps what is freed, in holes that fit nothing larger, and
+the process grows to 1.2 to 1.7 times the estimate. Where so much is free, it may: that is fastest.
+Where it is not, freed blocks go back at once (machine.keep_no_freed_memory), and the estimate is
+what the process takes. No GPU was measured.
 """
 import dataclasses
 import math
@@ -39,7 +41,8 @@ from mambino.weights import adapters, checkpoint
 
 # of the memory there is: the rest is for what libraries take and for holes between blocks
 USABLE = 0.92
-USABLE_CPU = 0.6    # a CPU's allocator keeps much of what is freed
+USABLE_CPU = 0.6    # where a CPU's allocator keeps what is freed, and cannot be told not to
+KEPT = 1.7          # times the estimate that such a process may grow to
 # tokens at once that keep a GPU busy; fewer are worth the third more work that checkpointing costs
 ENOUGH = 4096
 # tokens of a Mamba-1's sequences in its simulation, and 64: its loop over time is slow on fake
@@ -311,13 +314,12 @@ def refuse(parts, T, budget, share, checkpointing):
          f'that may be used: halve {advice}')
 
 
-def memory_line(parts, budget, batch, checkpointing, device='cuda'):
+def memory_line(parts, budget, batch, checkpointing):
     """The estimate as a line for the reader."""
     sizes = ' + '.join(f'{name} {parts[name] / 2**30:.2f}' for name in PARTS)
     return (f'memory: {sizes} = {parts["total"] / 2**30:.2f} GB'
             + (f' of {budget / 2**30:.1f} GB free' if budget else '')
-            + f'; micro-batch {batch}, {"with" if checkpointing else "no"} gradient checkpointing'
-            + ('; a CPU\'s allocator may hold a third more' if device == 'cpu' else ''))
+            + f'; micro-batch {batch}, {"with" if checkpointing else "no"} gradient checkpointing')
 
 
 # --- what train.py asks ---------------------------------------------------------------------------
@@ -367,7 +369,8 @@ def fit_to_memory(kind, config, parameters, batch, sequences, free, checkpointin
         line = f'memory: less than {rough / 2**30 + 0.1:.1f} GB, of {free / 2**30:.1f} GB free'
         return batch, bool(checkpointing), line
     workload |= dict(T=T, device=device)
-    share = USABLE_CPU if device == 'cpu' else USABLE
+    obeys = device != 'cpu' or machine.glibc()
+    share = USABLE if obeys else USABLE_CPU
     try:
         parts = estimate(kind, config, batch, checkpointing=bool(checkpointing),
                          accumulate=batch < sequences, **workload)
@@ -376,7 +379,14 @@ def fit_to_memory(kind, config, parameters, batch, sequences, free, checkpointin
                 kind, config, sequences, budget=free, checkpointing=checkpointing, share=share, **workload)
     except Exception as error:                              # must not stop a run that may well fit
         return batch, bool(checkpointing), f'memory: no estimate ({type(error).__name__}: {error})'
-    return batch, bool(checkpointing), memory_line(parts, free, batch, checkpointing, device)
+    line = memory_line(parts, free, batch, checkpointing)
+    kept = KEPT * parts['total']
+    if device == 'cpu' and kept < free:
+        line += f'; up to {kept / 2**30:.2f} GB with what the allocator keeps'
+    elif device == 'cpu' and obeys:
+        machine.keep_no_freed_memory()
+        line += '; what is freed goes back at once, which takes time'
+    return batch, bool(checkpointing), line
 
 
 def is_exhausted(error):

@@ -25,6 +25,7 @@ FIRST = 64          # tokens that are tried first, to know how many can be affor
 FEWEST = 256        # with fewer, rounding the weights would weigh too much, which is done once a step
 TURN = 0.05         # seconds that one turn should take, a pass in each precision
 SECONDS = 0.3       # of turns, at least two
+BUSY = 50           # times a second that a thread loses its core to another program on a busy machine
 DTYPES = 'float32', 'bfloat16'
 HOPELESS = 4        # times slower than float32: then it is in software, and no more tokens are tried
 SOON_DONE = 2e12    # operations of a whole run, some ten seconds, in which nothing is to be gained
@@ -108,11 +109,11 @@ def measure(net, T, sequences):
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.random.fork_rng(devices=[]), first_layer_alone(net) as (layer, n_layer):
-            def turn(rows, length):
+            def turn(rows, length, clock=time.perf_counter):
                 """{dtype: seconds of each stretch of a step}, and those of all together."""
                 idx = torch.randint(net.config.vocab_size, (rows, length), generator=generator)
                 start = time.perf_counter()
-                times = {dtype: stretches(net, layer, n_layer, idx, dtype) for dtype in DTYPES}
+                times = {dtype: stretches(net, layer, n_layer, idx, dtype, clock) for dtype in DTYPES}
                 return times, time.perf_counter() - start
 
             turn(1, min(T, FIRST))                          # wakes threads and libraries
@@ -121,16 +122,30 @@ def measure(net, T, sequences):
                 return ratio_of([times])
             tokens = max(FEWEST, int(FIRST * TURN / seconds))
             shape = max(1, min(sequences, tokens // T)), min(T, tokens)
-            turn(*shape)
+            before = preemptions()
+            seconds = turn(*shape)[1]
+            # other programs run: what the threads compute counts, not how long they wait for a core
+            is_busy = preemptions() - before > BUSY * seconds
+            clock = time.process_time if is_busy else time.perf_counter
             start = time.perf_counter()
-            turns = [turn(*shape)[0], turn(*shape)[0]]
-            while time.perf_counter() - start < SECONDS:
-                turns.append(turn(*shape)[0])
+            turns = []
+            while len(turns) < 2 + 2 * is_busy or time.perf_counter() - start < SECONDS:
+                turns.append(turn(*shape, clock)[0])
             return ratio_of(turns)
     finally:
         net.expert_load()                                   # counts from here on, as release forgets gradients
         release(net)
         machine.give_back_memory()
+
+
+def preemptions():
+    """How often a thread of this process had to leave its core to another program; 0 where the system
+    does not say."""
+    try:
+        from resource import RUSAGE_SELF, getrusage
+        return getrusage(RUSAGE_SELF).ru_nivcsw
+    except ImportError:                                     # Windows
+        return 0
 
 
 def ratio_of(turns):
@@ -156,13 +171,13 @@ def first_layer_alone(net):
         net.train(was_training)
 
 
-def stretches(net, layer, n_layer, idx, dtype):
+def stretches(net, layer, n_layer, idx, dtype, clock):
     """The seconds of a step's stretches: the embedding, n_layer times the layer's forward pass, the
     head with its loss, …, from a pass through one layer. idx (B, T)."""
     marks = []                                              # (n_layer or 1, its end)
 
     def mark(times, *_):
-        marks.append((times, time.perf_counter()))
+        marks.append((times, clock()))
 
     def before(layer, args):
         if args[0].requires_grad:                           # not under an adapter
@@ -176,7 +191,7 @@ def stretches(net, layer, n_layer, idx, dtype):
             out.register_hook(partial(mark, 1))
     hooks = layer.register_forward_pre_hook(before), layer.register_forward_hook(after)
     try:
-        start = time.perf_counter()
+        start = clock()
         with machine.autocast('cpu', dtype):
             loss = net(idx, idx)[1]
         mark(1)
