@@ -157,8 +157,8 @@ def pieces(said, out):
 
 def test_less_memory_changes_the_pieces_but_not_the_steps(here, capsys):
     cuts = {}
-    for out, flags in dict(much='--vram=4', less='--vram=0.03', little='--vram=0.0135',
-                           plain='--vram=0.0135 --gradient_checkpointing=False').items():
+    for out, flags in dict(much='--vram=4', less='--vram=0.02', little='--vram=0.0088',
+                           plain='--vram=0.0088 --gradient_checkpointing=False').items():
         assert script('train.py', LARGE, flags, f'--out_dir={out}') == 0
         cuts[out] = pieces(capsys.readouterr().out, out)
     assert cuts['much'] == (16, False) and cuts['less'] in [(16, True), (8, False)]
@@ -169,15 +169,15 @@ def test_less_memory_changes_the_pieces_but_not_the_steps(here, capsys):
 
 
 def test_batch_size_wins_over_memory(here, capsys):
-    assert script('train.py', LARGE, '--vram=0.0135 --batch_size=16') == 0
+    assert script('train.py', LARGE, '--vram=0.0088 --batch_size=16') == 0
     assert pieces(capsys.readouterr().out, 'out') == (16, False)
 
 
-@pytest.mark.parametrize('then', ['', '--vram=4', '--vram=0.01'])
+@pytest.mark.parametrize('then', ['', '--vram=4', '--vram=0.0066'])
 def test_a_resumed_run_keeps_its_pieces(here, capsys, then):
     flags = LARGE + ' --lr_decay_iters=6 --warmup_iters=1'
-    assert script('train.py', flags, '--vram=0.0135 --max_iters=6 --out_dir=unbroken') == 0
-    assert script('train.py', flags, '--vram=0.0135') == 0
+    assert script('train.py', flags, '--vram=0.0088 --max_iters=6 --out_dir=unbroken') == 0
+    assert script('train.py', flags, '--vram=0.0088') == 0
     assert script('train.py', flags, then, '--max_iters=6') == 0
     said = capsys.readouterr().out
     assert pieces(said, 'out') == pieces(said, 'unbroken') == (8, True)
