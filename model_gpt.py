@@ -77,12 +77,16 @@ class GPTConfig:
 
 # --- attention ------------------------------------------------------------------------------------
 
+def rope_frequencies(dim, theta, device=None):
+    """theta^(-2i/dim) of the pairs i (dim/2): by how much a position turns each."""
+    pair = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
+    return theta ** (-pair / dim)
+
+
 def rope_tables(positions, dim, theta):
     """cos and sin of rotary positions (Su et al. 2021): positions (..., T) → two (..., T, 1,
     dim/2), fp32."""
-    pair = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
-    inv_freq = theta ** (-pair / dim)                           # (dim/2)
-    angles = positions.float()[..., None, None] * inv_freq
+    angles = positions.float()[..., None, None] * rope_frequencies(dim, theta, positions.device)
     return angles.cos(), angles.sin()
 
 

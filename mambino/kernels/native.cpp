@@ -21,4 +21,6 @@
 #include "cpp/tokens.h"         // rows of x as 16-bit integers
 #include "cpp/matrices.h"       // fp32, bf16, int8 and int4 matrices by a few vectors
 #include "cpp/tiles.h"          // and by many
+#include "cpp/caches.h"         // attention of one token to the keys and values so far
 #include "cpp/steps.h"          // one token
+#include "cpp/sorting.h"        // what may be drawn

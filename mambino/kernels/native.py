@@ -357,6 +357,21 @@ def launch(name, n, work, *args):
         other.result()
 
 
+# --- sorting ----------------------------------------------------------------------------------------
+
+def sort_above(x, least):
+    """x (B, V), fp32 and nowhere below 0, as x.sort(descending=True, stable=True) has it, but only what is no
+    less than least (B, 1) → values, indices, (B, k) both; where a row has fewer, zeros."""
+    x, least = x.contiguous(), least.contiguous()
+    expect('sort_above', (least, (len(x), 1)))
+    V = x.shape[1]
+    k = int((x >= least).sum(-1).max())
+    values = x.new_empty(len(x), k)
+    index = x.new_empty(len(x), k, dtype=torch.int64)
+    launch('sort_above', len(x), len(x) * (3 * V + 15 * k), V, k, x, least, values, index)
+    return values, index
+
+
 # --- matrices by a few vectors ----------------------------------------------------------------------
 
 GROUP = 64              # columns that share a scale in int4, matrices.h's

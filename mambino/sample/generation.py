@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from mambino.configurator import fail
+from mambino.kernels import cpu, native
 from mambino.sample import decode
 
 PREFILL = 512           # tokens of a prompt read at once: bounds the memory of their logits
@@ -129,18 +130,18 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generat
         top = logits[:, :1]
     else:
         top = logits.amax(-1, keepdim=True)
-    # probabilities / that of the likeliest
-    weights = ((logits - top) / min(max(temperature, 1e-30), 1e30)).exp()
+    # probabilities / that of the likeliest; in place: to get memory for (B, V) takes longer than to fill it
+    weights = (logits - top).div_(min(max(temperature, 1e-30), 1e30)).exp_()
     if min_p > 0:
-        weights = weights.masked_fill(weights < min_p, 0)
+        weights.masked_fill_(weights < min_p, 0)
     if top_p < 1:
         enough = top_p * weights.sum(-1, keepdim=True)
         if index is None:
             weights, index = nucleus_candidates(weights, enough)
         before = weights.cumsum(-1) - weights               # the token that reaches top_p stays
         before[:, 0] = -1                                   # and so does the first, be top_p ever so small
-        weights = weights.masked_fill(before >= enough, 0)
-    cumulative = weights.cumsum(-1)
+        weights.masked_fill_(before >= enough, 0)
+    cumulative = weights.cumsum_(-1)
     if not bool(cumulative[:, -1].isfinite().all()):
         fail('the model gives no finite numbers for the next token: its weights are damaged, or training ruined them')
     u = uniform(generator, len(weights), weights.device)
@@ -187,8 +188,14 @@ def nucleus_candidates(weights, enough):
     """The largest of weights (B, V) in order, at least so many that they sum up to `enough` (B, 1),
     and their indices.
 
-    Sorting all is what a CPU is slow at, and some hundred mostly do."""
-    if weights.device.type == 'cpu' and weights.shape[-1] > 4096:
+    Sorting all is what a CPU is slow at; those that are not very small do, or mostly some hundred."""
+    if cpu.applies(weights):
+        # all that are smaller sum up to half of what may be missing, at most
+        least = (weights.sum(-1, keepdim=True) - enough) / (2 * weights.shape[-1])
+        values, index = native.sort_above(weights, least)
+        if bool((values.sum(-1, keepdim=True) >= enough).all()):
+            return values, index
+    elif weights.device.type == 'cpu' and weights.shape[-1] > 4096:
         values, index = fast_topk(weights, 512)
         if bool((values.sum(-1, keepdim=True) >= enough).all()):
             return values, index

@@ -32,7 +32,8 @@ def require(condition, subject):
 
 # --- arguments of a call ----------------------------------------------------------------------------
 # They are numbers, weights (fp32 tensors), None, and what is below; and names of what a plan has: room
-# for x, h, a, b, c (B, D), rstd (B), cos, sin (B, P / 2), pos (B), and threads, rows = B, elements = B D.
+# for x, h, a, b, c (B, D), rstd (B), cos, sin (B, P / 2), pos (B), logits (B, V), and threads, rows = B,
+# elements = B D.
 
 class State(NamedTuple):
     """A tensor of the state: its name, and its shape after B; None stands for a cache's slots."""
@@ -218,25 +219,35 @@ def hybrid_layer(layer, i, *_):
         yield from mix(['a'], norms, None, layer.mlp_residual_scale)
 
 
-# Of a model: in x is the embedding before, and what the head reads after.
+# Of a model: in x is the embedding before; the logits are written last.
 
-def stack(layers, norm):
+def stack(layers, norm, head):
     for i, layer in enumerate(layers):
         yield from calls(layer, i, 'x', 'x')
     yield from calls(norm, 0, 'x', 'x')
+    product = matrix(head)
+    yield 'width', product.columns
+    yield 'linear_step', 'threads', 'rows', product, 'x', 'logits'
+
+
+def rope(config):
+    frequencies = model_gpt.rope_frequencies(config.head_dim, config.rope_theta)
+    yield 'rope_step', 'rows', config.head_dim, 'pos', frequencies, 'cos', 'sin'
 
 
 def gpt(net, *_):
-    yield from stack(net.model.layers, net.model.norm)
+    yield from rope(net.config)
+    yield from stack(net.model.layers, net.model.norm, net.lm_head)
 
 
 def mamba(net, *_):
-    yield from stack(net.backbone.layers, net.backbone.norm_f)
+    yield from stack(net.backbone.layers, net.backbone.norm_f, net.lm_head)
 
 
 def hybrid(net, *_):
+    yield from rope(net.config)
     yield from calls(net.model.embed_norm, 0, 'x', 'x')
-    yield from stack(net.model.layers, net.model.norm)
+    yield from stack(net.model.layers, net.model.norm, net.lm_head)
 
 
 PARTS = {

@@ -53,20 +53,20 @@ class Group:
             top = logits[:, :1]
         else:
             top = logits.amax(-1, keepdim=True)
-        weights = ((logits - top) / self.temperature).exp()
+        weights = (logits - top).div_(self.temperature).exp_()
         if self.top_k is not None:
             place = torch.arange(self.most, device=weights.device)
-            weights = weights.masked_fill(place >= self.top_k, 0)
+            weights.masked_fill_(place >= self.top_k, 0)
         if self.min_p is not None:
-            weights = weights.masked_fill(weights < self.min_p, 0)
+            weights.masked_fill_(weights < self.min_p, 0)
         if self.top_p is not None:
             enough = self.top_p * weights.sum(-1, keepdim=True)
             if index is None:
                 weights, index = nucleus_candidates(weights, enough)
             before = weights.cumsum(-1) - weights
             before[:, 0] = -1
-            weights = weights.masked_fill(before >= enough, 0)
-        cumulative = weights.cumsum(-1)
+            weights.masked_fill_(before >= enough, 0)
+        cumulative = weights.cumsum_(-1)
         u = u.clamp(max=1 - 2**-23)
         place = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)     # (n, 1)
         place = place.clamp(max=cumulative.shape[1] - 1)    # of numbers that are none

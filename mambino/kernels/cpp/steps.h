@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "caches.h"
 #include "elementwise.h"
 #include "matrices.h"
 
@@ -14,12 +15,24 @@ API mlp_step(I threads, I tokens, const Matrix *gate, const Matrix *up_, const M
     std::vector<float> room(2 * tokens * inner);
     float *g = room.data(), *u = g + tokens * inner;
     linear<2>(threads, {gate, up_}, tokens, x, {g, u});
-    for (I i = 0; i < tokens * inner; i += L) {
-        int n = std::min<I>(L, tokens * inner - i);
-        vec v = load(g + i, n);
-        store(g + i, v * sigmoid(v) * load(u + i, n), n);
-    }
+    parallel(tokens * inner < 8192 ? 1 : threads, up(tokens * inner, L) / L, [&](I lo, I hi) {
+        Flush flush;
+        for (I i = lo * L; i < std::min(hi * L, tokens * inner); i += L) {
+            int n = std::min<I>(L, tokens * inner - i);
+            vec v = load(g + i, n);
+            store(g + i, v * sigmoid(v) * load(u + i, n), n);
+        }
+    });
     linear<1>(threads, {down}, tokens, g, {y});
+}
+
+// rope's tables (B, P / 2) of positions pos (B); frequencies (P / 2)
+API rope_step(I B, I P, const I *pos, const float *frequencies, float *cosine, float *sine) {
+    for (I i = 0; i < B * (P / 2); i++) {
+        float angle = (float)pos[i / (P / 2)] * frequencies[i % (P / 2)];
+        cosine[i] = std::cos(angle);
+        sine[i] = std::sin(angle);
+    }
 }
 
 // attention of one token of each sequence, x and y (B, D): the caches (B, G, S, P) get its key and
@@ -42,75 +55,59 @@ API attention_step(I threads, I B, I H, I G, I P, I S, const Matrix *qm, const M
     }
     rope(0, B, 0, B, H, P, q, cosine, sine, 1, q);
     rope(0, B, 0, B, G, P, k, cosine, sine, 1, k);
-    I longest = *std::max_element(pos, pos + B) + 1, R = H / G;
-    float scale = 1 / std::sqrt((float)P);
-    parallel(B * H * std::min(longest, S) * P < 200000 ? 1 : threads, B * G, [&](I lo, I hi) {
-        Flush flush;
-        std::vector<float> s(up(std::min(longest, S), L));
-        for (I i = lo; i < hi; i++) {
-            I b = i / G;
-            I slot = pos[b] % S;
-            I n = std::min(pos[b] + 1, S);
-            float *K = keys + i * S * P, *V = values + i * S * P;
-            memcpy(K + slot * P, k + i * P, 4 * P);
-            memcpy(V + slot * P, v + i * P, 4 * P);
-            for (I h = i * R; h < (i + 1) * R; h++) {  // i = b G + g, h = b H + its head
-                float most = -INFINITY, total = 0;
-                for (I j = 0; j < n; j++) {
-                    vec dot{};
-                    for (I p = 0; p < P; p += L)
-                        dot += load(q + h * P + p) * load(K + j * P + p);
-                    s[j] = sum(dot) * scale;
-                    most = std::max(most, s[j]);
-                }
-                for (I j = n; j < up(n, L); j++)
-                    s[j] = -INFINITY;
-                for (I j = 0; j < n; j += L) {
-                    vec w = expv(load(&s[j]) - most);
-                    store(&s[j], w);
-                }
-                for (I j = 0; j < n; j++)
-                    total += s[j];
-                for (I p = 0; p < P; p += L) {
-                    vec sum{};
-                    for (I j = 0; j < n; j++)
-                        sum += s[j] * load(V + j * P + p);
-                    store(y + h * P + p, sum * (1 / total));
-                }
-            }
-        }
-    });
+    attend(threads, B, H, G, P, S, pos, q, k, v, keys, values, y);
     linear<1>(threads, {om}, B, y, {out});
 }
 
-// silu of the convolution of one token of so many channels, whose input moves into the state (K -
-// 1, E). weight (E, K)
-static void conv_step(I E, I K, const float *x, const float *weight, const float *bias,
-                      float *state, float *y) {
-    for (I e = 0; e < E; e++) {
-        float out = bias[e] + weight[e * K + K - 1] * x[e];
-        for (I j = 0; j < K - 1; j++)
-            out += weight[e * K + j] * state[j * E + e];
-        y[e] = out;
-    }
-    if (K > 1) {
-        memmove(state, state + E, 4 * (K - 2) * E);
-        memcpy(state + (K - 2) * E, x, 4 * E);
-    }
-    for (I e = 0; e < E; e += L) {
-        int n = E - e < L ? E - e : L;
-        vec v = load(y + e, n);
-        store(y + e, v * sigmoid(v), n);
-    }
-}
-
+// y (B, E) = silu of the convolution of one token of each sequence, x (B, E) in rows of sx, which
+// moves into the state (B, K - 1, E). weight (E, K)
 static void conv_steps(I threads, I B, I E, I K, const float *x, I sx, const float *weight,
                        const float *bias, float *state, float *y) {
-    parallel(B * E < 8192 ? 1 : threads, B, [&](I lo, I hi) {
+    parallel(B * E < 8192 ? 1 : threads, up(E, L) / L, [&](I lo, I hi) {
         Flush flush;
-        for (I b = lo; b < hi; b++)
-            conv_step(E, K, x + b * sx, weight, bias, state + b * (K - 1) * E, y + b * E);
+        std::vector<float> taps(K * L);  // of L channels, (K, L)
+        for (I e = lo * L; e < std::min(hi * L, E); e += L) {
+            int n = std::min<I>(L, E - e);
+            for (int l = 0; l < n; l++)
+                for (I j = 0; j < K; j++)
+                    taps[j * L + l] = weight[(e + l) * K + j];
+            for (I b = 0; b < B; b++) {
+                vec in = load(x + b * sx + e, n);
+                vec out = load(bias + e, n) + load(&taps[(K - 1) * L]) * in;
+                float *before = state + b * (K - 1) * E + e;
+                for (I j = 0; j < K - 1; j++) {
+                    vec v = load(before + j * E, n);
+                    out += load(&taps[j * L]) * v;
+                    if (j)
+                        store(before + (j - 1) * E, v, n);
+                }
+                if (K > 1)
+                    store(before + (K - 2) * E, in, n);
+                store(y + b * E + e, out * sigmoid(out), n);
+            }
+        }
     });
+}
+
+// h (P, N) of a head = decay h + (dt u) B; y (P) = h C + D u, in one pass over h. Bs, Cs (N); P and N
+// are multiples of L
+static inline void head_step(I P, I N, float dt, float decay, float D, const float *u,
+                             const float *Bs, const float *Cs, float *h, float *y) {
+    for (I p = 0; p < P; p += WIDTH) {
+        reg s[WIDTH]{};
+#pragma GCC unroll 16
+        for (int l = 0; l < WIDTH; l++) {
+            float *state = h + (p + l) * N;
+            float in = dt * u[p + l];
+            for (I n = 0; n < N; n += WIDTH) {
+                reg now = as<reg>(state + n) * decay + as<reg>(Bs + n) * in;
+                memcpy(state + n, &now, sizeof now);
+                s[l] += now * as<reg>(Cs + n);
+            }
+        }
+        reg out = sums(s) + as<reg>(u + p) * D;
+        memcpy(y + p, &out, sizeof out);
+    }
 }
 
 // a Mamba-2's mixer, v and out (B, D): conv (B, K - 1, H P + 2 G N) and h (B, H, P, N) are updated.
@@ -137,22 +134,7 @@ API mamba2_step(I threads, I B, I H, I G, I P, I N, I K, const Matrix *in_proj,
             const float *Cs = Bs + G * N;
             float dt = softplus(all(x[b * sx + E + W + head] + dt_bias[head]))[0];
             float decay = std::exp(-dt * std::exp(A_log[head]));
-            for (I p = 0; p < P; p += L) {
-                float *state = h + (i * P + p) * N;
-                vec s[L]{};
-                vec in = load(u + p);
-                vec scaled = in * dt;
-                for (I n = 0; n < N; n += L) {
-                    vec c = load(Cs + n), add = load(Bs + n);
-#pragma GCC unroll 16
-                    for (int l = 0; l < L; l++) {
-                        vec now = load(state + l * N + n) * decay + add * scaled[l];
-                        store(state + l * N + n, now);
-                        s[l] += now * c;
-                    }
-                }
-                store(y + i * P + p, sums(s) + in * D[head]);
-            }
+            head_step(P, N, dt, decay, D[head], u, Bs, Cs, h + i * P * N, y + i * P);
         }
     });
     parallel(B * E < 8192 ? 1 : threads, B, [&](I lo, I hi) {
@@ -186,13 +168,14 @@ API mamba1_step(I threads, I B, I E, I N, I K, I R, const Matrix *in_proj, const
     parallel(B * E * N < 8192 ? 1 : threads, up(E, L) / L, [&](I lo, I hi) {
         Flush flush;
         std::vector<vec> A(N);
+        std::vector<float> logs(N * L);
         for (I e = lo * L; e < std::min(hi * L, E); e += L) {
             int n = E - e < L ? E - e : L;
-            for (I j = 0; j < N; j++) {
-                for (int l = 0; l < n; l++)
-                    A[j][l] = A_log[(e + l) * N + j];
-                A[j] = -expv(A[j]) * LOG2E;
-            }
+            for (int l = 0; l < n; l++)
+                for (I j = 0; j < N; j++)
+                    logs[j * L + l] = A_log[(e + l) * N + j];
+            for (I j = 0; j < N; j++)
+                A[j] = -expv(load(&logs[j * L])) * LOG2E;
             for (I b = 0; b < B; b++) {
                 vec in = load(x + b * E + e, n);
                 vec dt = softplus(load(raw + b * E + e, n) + load(bias + e, n));
@@ -285,6 +268,8 @@ API replay(I n, const I *a) {
         case 4: a += invoke(mamba1_step, a); break;
         case 5: a += invoke(mamba2_step, a); break;
         case 6: a += invoke(mix_step, a); break;
+        case 7: a += invoke(rope_step, a); break;
+        case 8: a += invoke(linear_step, a); break;
         }
     }
 }
