@@ -47,7 +47,8 @@ def generate_transformers(model, ids, n, clock):
 def generate_llama(server, ids, n, clock):
     """Its own timings count, which leave the request and its answer out. It takes none of the
     processor's time, and those of sequences that do not fit into one batch overlap: then it is the
-    time of a request for one token, and what one for n more takes beyond."""
+    time of a request for one token, and that of n more after a prompt of one token, whose reading is
+    one step like theirs."""
     prompts = ids.tolist()
     if clock is time.perf_counter and ids.numel() <= BATCH:
         timings = [answer['timings'] for answer in server.complete(prompts, n + 1)]
@@ -58,8 +59,8 @@ def generate_llama(server, ids, n, clock):
     first = clock()
     if not n:
         return first - start, 0.0
-    server.complete(prompts, n + 1)
-    return first - start, clock() - first - (first - start)
+    server.complete([prompt[-1:] for prompt in prompts], n + 1)
+    return first - start, (clock() - first) * n / (n + 1)
 
 
 def open_transformers(model_class, config, dtype):
