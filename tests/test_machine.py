@@ -1,4 +1,8 @@
 """machine.py: what it measures of a machine takes no longer where the machine is slow; a dtype for each."""
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from mambino import machine
@@ -53,3 +57,22 @@ def test_16_bits_in_hardware_are_known(monkeypatch):
     assert not machine.has_bfloat16('cpu')
     names = dict(avx2=True, avx512_bf16=True, amx_bf16=False)
     assert machine.has_bfloat16('cpu')
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or platform.libc_ver()[0] != 'glibc', reason='glibc')
+def test_freed_memory_is_kept_for_the_next_tensors():
+    """In a process of its own: pages that it is given in rounds of six tensors of 12 MB."""
+    code = """if True:
+        import resource, torch
+        from mambino import machine
+        def pages():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(4):
+                tensors = [torch.ones(3 << 20) for _ in range(6)]
+                del tensors
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        machine.keep_freed_memory()
+        print(min(pages() for _ in range(8)))    # once they are side by side
+    """
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
