@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 
 import torch
