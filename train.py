@@ -101,12 +101,12 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0             # largest norm of the gradient; 0: no limit
 # --- learning rate over time
-schedule = 'cosine'         # 'cosine', or 'wsd': warm-up, stable, and over the last
-                            # decay_fraction linear decay
+schedule = ''               # 'cosine', or 'wsd': warm-up, stable, and over the last
+                            # decay_fraction linear decay; '': wsd for a new model on a CPU, else cosine
 warmup_iters = -1           # -1: a tenth of max_iters, at most 100
 lr_decay_iters = 0          # where the decay ends; 0: max_iters
 min_lr = 0.0                # the rate at the end
-decay_fraction = 0.3        # for 'wsd'
+decay_fraction = 0.7        # for 'wsd'
 # --- evaluation, log, checkpoints
 eval_interval = 250         # steps between evaluations; each also saves ckpt.pt,
                             # and best.pt when it is the best so far

@@ -16,6 +16,7 @@ batch_size = 64
 tokens_per_step = 2**14 # --batch_size=16 makes the same steps with less memory
 optimizer = 'adamw'
 learning_rate = 1e-3
+schedule = 'cosine'
 max_iters = 5000
 eval_interval = 250
 patience = 8            # evaluations without progress: it overfits in the end

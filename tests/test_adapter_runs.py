@@ -105,21 +105,21 @@ def test_settings_that_cannot_be_are_one_line(based, capsys, flags, words):
     refused(capsys, *words.split())
 
 
-@pytest.mark.parametrize('flags, optimizer, rate', [
-    ('--model=gpt', 'muon', 1e-2),
-    ('--model=gpt --optimizer=adamw', 'adamw', 4e-3),
-    ('--model=gpt --learning_rate=0.5', 'muon', 0.5),
-    ('--size=50m --model=gpt', 'adamw', 1e-3),
-    ('--init_from=base-gpt', 'adamw', 3e-4),
-    ('--init_from=base-gpt --adapter=lora', 'adamw', 1e-3),
-    ('--out_dir=base-gpt --optimizer= --learning_rate=0', 'adamw', 4e-3),
+@pytest.mark.parametrize('flags, expected', [
+    ('--model=gpt', ('muon', 1e-2, 'wsd')),
+    ('--model=gpt --optimizer=adamw', ('adamw', 4e-3, 'wsd')),
+    ('--model=gpt --learning_rate=0.5 --schedule=cosine', ('muon', 0.5, 'cosine')),
+    ('--size=50m --model=gpt', ('adamw', 1e-3, 'cosine')),
+    ('--init_from=base-gpt', ('adamw', 3e-4, 'cosine')),
+    ('--init_from=base-gpt --adapter=lora', ('adamw', 1e-3, 'cosine')),
+    ('--out_dir=base-gpt --optimizer= --learning_rate=0', ('adamw', 4e-3, 'wsd')),      # as it was begun
 ])
-def test_optimizer_and_rate_are_by_what_is_trained(based, monkeypatch, flags, optimizer, rate):
+def test_optimizer_rate_and_schedule_are_by_what_is_trained(based, monkeypatch, flags, expected):
     monkeypatch.setattr(begin, 'SIZES', {('gpt', '50m'): {}})       # its name alone
     train(flags, '--max_iters=6')
     out_dir = 'base-gpt' if '--out_dir' in flags else 'out'
     settings = checkpoint.load_checkpoint(out_dir)['settings']
-    assert (settings['optimizer'], settings['learning_rate']) == (optimizer, rate)
+    assert (settings['optimizer'], settings['learning_rate'], settings['schedule']) == expected
 
 
 def test_base_that_moved_or_changed_is_named(based, capsys):

@@ -277,18 +277,18 @@ def test_bfloat16_trains(here, model):
     [
         # {step of the log: rate}; the log's step n is the update n - 1, counted from 0
         (
-            '--warmup_iters=4 --lr_decay_iters=16 --min_lr=1e-4',
+            '--schedule=cosine --warmup_iters=4 --lr_decay_iters=16 --min_lr=1e-4',
             {1: 2e-4, 4: 8e-4, 5: 1e-3, 11: 5.5e-4, 17: 1e-4, 20: 1e-4},
         ),
         (
-            '--warmup_iters=4',
+            '--schedule=cosine --warmup_iters=4',
             {1: 2e-4, 5: 1e-3, 13: 5e-4, 20: 5e-4 * (1 + math.cos(math.pi * 15 / 16))},
         ),
         (
             '--schedule=wsd --warmup_iters=4 --lr_decay_iters=16 --min_lr=1e-4 --decay_fraction=0.25',
             {1: 2e-4, 5: 1e-3, 13: 1e-3, 15: 5.5e-4, 17: 1e-4, 20: 1e-4},
         ),
-        ('--schedule=wsd --warmup_iters=0', {1: 1e-3, 15: 1e-3, 18: 5e-4, 20: 1e-3 / 6}),
+        ('--schedule=wsd --warmup_iters=0 --decay_fraction=0.3', {1: 1e-3, 15: 1e-3, 18: 5e-4, 20: 1e-3 / 6}),
     ],
 )
 def test_schedule(here, flags, expected):

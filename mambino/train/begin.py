@@ -221,7 +221,7 @@ def check_settings(settings, origin):
         'ddp or fsdp': dict(parallel=settings['parallel'] in ('ddp', 'fsdp')),
         'empty, lora or prefix': dict(adapter=settings['adapter'] in ('', 'lora', 'prefix')),
         'empty, adamw or muon': dict(optimizer=settings['optimizer'] in ('', 'adamw', 'muon')),
-        'cosine or wsd': dict(schedule=settings['schedule'] in ('cosine', 'wsd')),
+        'empty, cosine or wsd': dict(schedule=settings['schedule'] in ('', 'cosine', 'wsd')),
         'auto, float32, bfloat16 or float16': dict(dtype=settings['dtype'] in ('auto', *machine.DTYPES)),
         'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and 0 < float(vram) < 1e9)),
         'true, false or left out': dict(gradient_checkpointing=checkpointing in (None, True, False)),
@@ -255,9 +255,10 @@ def fill_unset(settings, explicit, origin, data):
         settings['n_head'] = next(n for n in range(max(1, n_embd // 64), 0, -1) if n_embd % n == 0)
     if settings['warmup_iters'] < 0:
         settings['warmup_iters'] = min(100, settings['max_iters'] // 10)
-    settings['optimizer'] = settings['optimizer'] or optimizer_for(settings, origin)
-    rates = RATES[what_is_trained(settings, origin)]
-    settings['learning_rate'] = settings['learning_rate'] or rates[settings['optimizer']]
+    trained = what_is_trained(settings, origin)
+    for name, value in recipe_for(trained, origin).items():
+        settings[name] = settings[name] or value
+    settings['learning_rate'] = settings['learning_rate'] or RATES[trained][settings['optimizer']]
     settings['tokens_per_step'] = tokens_per_step(settings, explicit, sizes['tokens_per_step'])
     # tokens_per_step says it; a later run may cut the same step otherwise
     settings['gradient_accumulation_steps'] = 0
@@ -284,12 +285,15 @@ def sizes_for(device):
     return dict(n_layer=12, n_embd=768, block_size=1024, tokens_per_step=2**17, max_iters=10000)
 
 
-def optimizer_for(settings, origin):
-    """The optimizer where none is named: that of a run that goes on; Muon where it was measured to be the
-    better one at equal time."""
+def recipe_for(trained, origin):
+    """The optimizer and the schedule where none is named: those of a run that goes on; Muon and a long linear
+    decay where they were measured to be the better ones at equal time."""
     if origin.ckpt:
-        return origin.ckpt['settings'].get('optimizer') or 'adamw'
-    return 'muon' if what_is_trained(settings, origin) == 'small' else 'adamw'
+        kept = origin.ckpt['settings']
+        return dict(optimizer=kept.get('optimizer') or 'adamw', schedule=kept.get('schedule') or 'cosine')
+    if trained == 'small':
+        return dict(optimizer='muon', schedule='wsd')
+    return dict(optimizer='adamw', schedule='cosine')
 
 
 def what_is_trained(settings, origin):
