@@ -25,13 +25,14 @@ import weakref
 import torch
 import torch.nn as nn
 
-from mambino.kernels import cpu, native
+from mambino.kernels import cpu, native, pages
 from mambino.sample.parts import EMBEDDINGS, Slots, State, Unknown, address, calls, matrix, require
 
 FUNCTIONS = (           # by the numbers that `replay` of native.cpp knows them by
     'norm_forward', 'add_step', 'mlp_step', 'attention_step', 'mamba1_step', 'mamba2_step', 'mix_step',
     'rope_step', 'linear_step')
 ROWS = 32               # at most; with more, PyTorch's matrix products are quicker
+LARGE = 4 << 20         # bytes of a tensor of the state from which large pages pay
 PLANS = 4               # that are kept of a model: conversations by turns; a model's `plans` says otherwise
 
 
@@ -80,6 +81,7 @@ class Recipe:
                 self.words.append(self.word(argument))
             count += 1
         self.pieces.append((count, len(self.words), None, 'x', 'x'))
+        pages.gather(self.tensors)
 
     def word(self, argument):
         """The next argument as a word; 0 if it is a plan's."""
@@ -143,6 +145,9 @@ class Plan:
                 slots.add(tensor.shape[2])
         require(len(slots) < 2 and 0 not in slots, 'caches of several lengths')
         self.slots = max(slots, default=0)                                  # 0: there are no caches
+        # not caches: those have slots that may never be used, and take no memory so far
+        whole = [state[name] for name, expected in recipe.states.items() if not is_cache(expected)]
+        pages.gather([tensor for tensor in whole if tensor.nbytes >= LARGE])
 
         self.room = {name: torch.empty(B, 1, recipe.width) for name in 'xhabc'}
         self.room |= dict(rstd=torch.empty(B), pos=torch.empty(B, dtype=torch.int64))

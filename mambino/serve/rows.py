@@ -19,6 +19,7 @@ Letters of the shapes: R rows, B live rows, S cache slots, V vocabulary.
 """
 import math
 import mmap
+from contextlib import suppress
 
 import torch
 
@@ -29,12 +30,17 @@ FIRST = 1024            # slots of a cache at first, where block_size is larger
 PART = 0.8              # of the free memory that rows may take
 
 
-def untouched(shape, dtype, device):
-    """Zeros; on a CPU none of their memory is taken before it is written to."""
+def untouched(shape, dtype, device, large=False):
+    """Zeros; on a CPU none of their memory is taken before it is written to. large: it is taken in large
+    pages then, which are read sooner (see kernels/pages.py)."""
     count = math.prod(shape)
     if device.type != 'cpu' or not count:
         return torch.zeros(shape, dtype=dtype, device=device)
-    room = mmap.mmap(-1, count * dtype.itemsize)
+    private = {'flags': mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, 'MAP_PRIVATE') else {}
+    room = mmap.mmap(-1, count * dtype.itemsize, **private)
+    if large and hasattr(mmap, 'MADV_HUGEPAGE'):
+        with suppress(OSError):                     # a kernel without them
+            room.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(room, dtype=dtype).view(shape)
 
 
@@ -91,7 +97,8 @@ class Rows:
             shape = [self.room, *value.shape[1:]]
             if is_cache(name):
                 shape[2] = slots
-            self.state[name] = untouched(shape, value.dtype, value.device)
+            large = not is_cache(name)              # whose slots may never be used
+            self.state[name] = untouched(shape, value.dtype, value.device, large)
             if self.live:
                 old = before[name][:self.live]
                 self.state[name][tuple(map(slice, old.shape))] = old
