@@ -306,7 +306,6 @@ samples = sample_interval > 0 and data.tokenizer and (rank == 0 or processes.SHA
 sampled = progress.step  # the step of the last sample
 if device_type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
-machine.keep_freed_memory()
 net.train()
 clock.start()
 

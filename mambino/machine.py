@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -52,7 +52,7 @@ PEAKS = {
 }
 SLOWER = re.compile('laptop|max-q|mig', re.I)   # these share a name with something faster
 
-M_MMAP_THRESHOLD = -3   # malloc.h's
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # malloc.h's
 
 # In a cgroup: the limit, what is used, and the part of it that gives way (version 2, and version 1)
 CGROUP_FILES = (
@@ -228,20 +228,24 @@ def give_back_memory():
         glibc().malloc_trim(0)
 
 
+# Of the next two the one that was called last holds; both are of glibc's allocator alone.
+
 def keep_no_freed_memory():
     """From here on blocks of 0.5 MB and more go back to the system as soon as they are freed, so that the
     process has no more than it uses. It asks for each of them anew then, which makes training on a CPU
-    a fifth to a third slower. Of glibc's allocator alone."""
-    glibc().mallopt(M_MMAP_THRESHOLD, 1 << 19)
+    a fifth to a third slower."""
+    if glibc():
+        glibc().mallopt(M_MMAP_THRESHOLD, 1 << 19)
+        glibc().mallopt(M_TRIM_THRESHOLD, 1 << 17)
+        give_back_memory()
 
 
 def keep_freed_memory():
     """Lets this process keep what it frees for its next tensors. glibc gives it back to the system, which
     then hands it out page by page, filled with zeros: of a training step on a CPU 2 to 5%."""
-    mmap_threshold, trim_threshold = -3, -1                     # of mallopt
-    with suppress(AttributeError, OSError, TypeError):          # another C library
-        ctypes.CDLL(None).mallopt(mmap_threshold, 32 << 20)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
+    if glibc():
+        glibc().mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        glibc().mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 def memory_used(device, peak=False):

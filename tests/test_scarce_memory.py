@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.runs import TINY, load, metrics, plain, refused, same_run, script, train
 
+from mambino import machine
 from mambino.language_model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -132,11 +133,23 @@ def test_memory_is_said_before_the_first_step(here, capsys):
     train('--model=gpt --max_iters=1')
     said = capsys.readouterr().out
     assert said.count('memory:') == 1 and 0 < said.index('memory:') < said.index('step      1/1')
+
+
+@pytest.mark.skipif(not machine.glibc(), reason='glibc')
+def test_what_is_said_of_freed_memory_holds_in_the_steps(here, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, 'keep_no_freed_memory', lambda: asked.append('goes back'))
+    monkeypatch.setattr(machine, 'keep_freed_memory', lambda: asked.append('is kept'))
+    train('--model=gpt --max_iters=1')
+    assert asked == ['is kept']
+    capsys.readouterr()
     train('--model=gpt --max_iters=1 --out_dir=counted --vram=0.005')
     assert re.search(
-        r'\nmemory: weights \d.*= \d+\.\d\d GB of 0\.0 GB that --vram says; micro-batch 2, no gradient checkpointing',
-        capsys.readouterr().out,
+        r'\nmemory: weights \d.*= \d+\.\d\d GB of 0\.0 GB that --vram says; micro-batch 2, no gradient '
+        r'checkpointing; (up to .* what the allocator keeps|what is freed goes back at once)',
+        (said := capsys.readouterr().out),
     )
+    assert asked[1:] == ['goes back' if 'goes back at once' in said else 'is kept']
 
 
 def test_a_model_too_large_for_the_memory(here, capsys):

@@ -14,9 +14,9 @@ A stretch (the first layer's backward, the loss, the optimizer, …) is linear i
 sequences; their maximum is not. The models take their CPU paths, also for a GPU. Not counted is
 what libraries take for themselves, some 0.3 GB for torch's code and data, and memory that is held
 but not used. Of that a CPU has much: glibc keeps what is freed, in holes that fit nothing larger, and
-the process grows to 1.2 to 1.7 times the estimate. Where so much is free, it may: that is fastest.
-Where it is not, freed blocks go back at once (machine.keep_no_freed_memory), and the estimate is
-what the process takes. No GPU was measured.
+the process grows to 1.2 to 1.7 times the estimate. Where so much is free, it may, and keeps all
+(machine.keep_freed_memory): that is fastest. Where it is not, freed blocks go back at once
+(machine.keep_no_freed_memory), and the estimate is what the process takes. No GPU was measured.
 """
 import dataclasses
 import math
@@ -367,6 +367,8 @@ def fit_to_memory(kind, config, parameters, batch, sequences, free, checkpointin
     rough = 20 * parameters + 500 * batch * T * config['n_layer'] * config['n_embd']
     if rough < 0.1 * free and (fixed or device == 'cpu'):   # an estimate takes a second or two
         line = f'memory: less than {rough / 2**30 + 0.1:.1f} GB, of {free / 2**30:.1f} GB free'
+        if device == 'cpu':
+            machine.keep_freed_memory()
         return batch, bool(checkpointing), line
     workload |= dict(T=T, device=device)
     obeys = device != 'cpu' or machine.glibc()
@@ -382,6 +384,7 @@ def fit_to_memory(kind, config, parameters, batch, sequences, free, checkpointin
     line = memory_line(parts, free, batch, checkpointing)
     kept = KEPT * parts['total']
     if device == 'cpu' and kept < free:
+        machine.keep_freed_memory()
         line += f'; up to {kept / 2**30:.2f} GB with what the allocator keeps'
     elif device == 'cpu' and obeys:
         machine.keep_no_freed_memory()
@@ -413,6 +416,8 @@ def smaller_micro_batch(settings, net, micro_batch, sequences):
     smaller = max(n for n in divisors(sequences) if n < micro_batch)
     processes.say(f'\nout of memory: going on with micro-batches of {smaller}, '
                   f'{sequences // smaller} a step')
+    if settings['device'] == 'cpu':
+        machine.keep_no_freed_memory()
     settings['batch_size'] = smaller
     return smaller
 
