@@ -294,8 +294,9 @@ class Layer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.sparse = config.n_expert > 0
+        # a router reads it as it is: rounding must not choose the expert
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps, in_stream=self.sparse)
         self.mlp = MoE(config) if self.sparse else SwiGLU(config.n_embd, config.intermediate_size)
         self.drop = nn.Dropout(config.dropout)
 

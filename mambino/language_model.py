@@ -44,7 +44,7 @@ def product_dtype(x):
 
 class RMSNorm(nn.Module):
     """rms_norm with its weight. (..., D) → (..., D), of the precision of the products that read it;
-    in_stream: of x's, for what is added to the residual stream."""
+    in_stream: of x's, for what is added to the residual stream, or read by more than products."""
 
     def __init__(self, dim, eps=1e-5, in_stream=False):
         super().__init__()

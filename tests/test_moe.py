@@ -120,6 +120,16 @@ def test_router_is_exact_under_autocast(both_ways):
     assert rounded.dtype == torch.bfloat16 and 0 < (rounded - y).norm() < 0.02 * y.norm()
 
 
+def test_router_reads_numbers_that_are_not_rounded():
+    model, idx = build('gpt-experts'), tokens(2, 20)
+    read = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: read.append(args[0].dtype))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        model(idx)
+    assert read and set(read) == {torch.float32}
+
+
 def test_loss_of_balance_balances():
     module, x = moe(capacity_factor=0, z_loss=0, aux_loss=1.0)
     optimizer, most = torch.optim.SGD([module.gate.weight], lr=1.0), []
