@@ -193,7 +193,7 @@ class Rope(Function):
 @kernel
 def apply_rope(x, rope):
     cos, sin = rope
-    if x.dtype not in PRECISIONS or not applies(x, cos):
+    if x.dtype not in PRECISIONS or not applies(x, cos, sin):
         return NotImplemented
     return compute(Rope, x, cos, sin, 1.0)
 

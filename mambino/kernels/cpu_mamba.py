@@ -146,7 +146,7 @@ def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=N
     batch, T, H = dt.shape
     N = (xBC.shape[-1] - H * head_dim) // (2 * max(1, groups))
     sizes = head_dim, N, chunk_size
-    if any(size % LANES for size in sizes) or not applies(xBC, dt_bias, D):
+    if any(size % LANES for size in sizes) or not applies(xBC, dt_bias, A, D):
         return NotImplemented
     step = 2 * LANES                                            # of bf16 numbers, in pairs
     if any(size % step for size in sizes):
@@ -201,7 +201,7 @@ def with_past(x, state, K):
 @kernel
 def causal_conv1d(x, weight, bias, state=None):
     K = weight.shape[-1]
-    if K != 4 or not applies(x, bias):
+    if K != 4 or not applies(x, weight, bias):
         return NotImplemented
     T = x.shape[1]
     x = with_past(x, state, K)

@@ -45,6 +45,8 @@ def main(path):
         for tokens in (1, 16):          # by one row, and by many at once
             x, y = floats(tokens * COLUMNS), floats(tokens * ROWS)
             call(library, 'linear_step', 1, tokens, ctypes.byref(matrix), x, y)
+            if format:
+                call(library, 'tiles_product', 1, tokens, ctypes.byref(matrix), x, y)
         if format == 0 and hasattr(library, 'linear_step') and y[0] != COLUMNS:
             raise SystemExit(f'it computes a sum of {COLUMNS} to be {y[0]}')
 

@@ -50,7 +50,6 @@ static inline float largest(vec v) {
 
 // 1 / (1 - drop) where dropout leaves the weight of key j for query i, else 0
 static inline vec kept(const Heads &m, I head, I i, I j) {
-    typedef uint32_t uvec __attribute__((vector_size(4 * L)));
     uvec x = (uvec)(LANE + (int32_t)j) * 0x9e3779b1u + (uint32_t)i * 0x85ebca77u +
              ((uint32_t)head * 0xc2b2ae3du ^ m.seed);
     x ^= x >> 16;

@@ -93,7 +93,7 @@ static void scan_backward(I lo, I hi, I batch, Scan m, const float *starts, Numb
                           float *gD, Numbers gz) {
     I E = m.E;
     for (I b = 0; b < batch; b++) {
-        for (I t0 = (m.T - 1) / CHUNK * CHUNK; t0 >= 0; t0 -= CHUNK) {
+        for (I t0 = (m.T + CHUNK - 1) / CHUNK * CHUNK - CHUNK; t0 >= 0; t0 -= CHUNK) {
             int k = m.T - t0 < CHUNK ? m.T - t0 : CHUNK;
             vec sumB[CHUNK][N], sumC[CHUNK][N];
             float Bs[CHUNK * N], Cs[CHUNK * N];

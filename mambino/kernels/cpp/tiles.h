@@ -300,8 +300,10 @@ static inline void tile(const Matrix &a, I first, const Panel &panel, const Toke
 #pragma GCC unroll 2
         for (int p = 0; p < PANEL; p++) {
             vec v = s[i][p];
-            if (F == INT8)
-                v *= load((const float *)a.scales + first + p * L, a.rows - first - p * L);
+            if (F == INT8) {
+                I row = first + p * L;
+                v *= load((const float *)a.scales + row, std::max<I>(0, a.rows - row));
+            }
             out(m + i, p, v);
         }
     }
