@@ -64,9 +64,12 @@ struct Pool {  // parallel(n, f): f(lo, hi) on parts of 0 to n, whoever is free 
     }
 };
 
+// One for all tasks, or each would have threads of its own, who wait awake where the others' compute.
+// Never deleted: threads may wait in it to the end
+static Pool *pool = new Pool;
+
 template <class F>
 static void parallel(I threads, I n, F f) {
-    static Pool *pool = new Pool;  // never deleted: threads may wait in it to the end
     if (threads > n)
         threads = n;
     if (threads < 2 || !pool->busy.try_lock())
