@@ -18,24 +18,25 @@ struct Heads {
     uint32_t seed;
 };
 
-// rows (m, n), s apart, as `stacked` has them; `s` of what it returns is in units
+// rows (m, n), s apart, as `stacked` has them; `s` of what is returned is in units
 template <class unit>
 struct Rows {
     const unit *at;
     I s;
+
+    const unit *from(I row) const { return at + row / PER<unit> * s; }
 };
 
 static inline Rows<float> rows_of(float *, const float *rows, I s, I, I) { return {rows, s}; }
 
 static inline Rows<pair> rows_of(pair *room, const bf16 *rows, I s, I m, I n) {
-    for (I i = 0; i < m; i += 2) {
-        for (I j = 0; j < n; j += L) {
-            uvec upper = (uvec)load(rows + i * s + j);
-            uvec lower = i + 1 < m ? (uvec)load(rows + (i + 1) * s + j) : uvec{};
-            store((float *)(room + i / 2 * n + j), (vec)(upper >> 16 | lower));
-        }
-    }
+    stack(room, rows, s, m, n);
     return {room, n};
+}
+
+template <class unit, class T>
+static inline const unit *units(const T *numbers) {
+    return (const unit *)numbers;
 }
 
 static inline float largest(vec v) {
@@ -66,7 +67,8 @@ static inline vec kept(const Heads &m, I head, I i, I j) {
 struct Weights {
     const Heads &m;
     I i0, j0, rows, keys;
-    bool visible = keys == BLOCK && j0 + BLOCK <= i0 + 1 && (!m.window || j0 > i0 + rows - 1 - m.window);
+    bool visible = keys == BLOCK && j0 + BLOCK <= i0 + 1 &&
+                   (!m.window || j0 > i0 + rows - 1 - m.window);
 
     vec operator()(I i, I j, vec score, float less) const {
         vec w = expv(score * m.scale - less);
@@ -81,19 +83,25 @@ struct Weights {
 };
 
 template <class T, class unit = typename Operands<T>::unit>
-static void attend(I lo, I hi, const Heads &m, const T *q, const T *k, const T *v, T *y, float *lse) {
+static void attend(I lo, I hi, const Heads &m, const T *q, const T *k, const T *v, T *y,
+                   float *lse) {
     Flush flush;
-    I H = m.H, G = m.G, P = m.P, N = m.T, R = H / G, blocks = up(N, BLOCK) / BLOCK;
-    I sq = H * P, sk = G * P, width = P / PER<unit>;
-    std::vector<unit> kT(blocks * BLOCK * width), room(PER<unit> == 2 ? blocks * BLOCK / 2 * P : 0);
+    I H = m.H, G = m.G, P = m.P, N = m.T;
+    I R = H / G;
+    I blocks = up(N, BLOCK) / BLOCK;
+    I sq = H * P, sk = G * P;
+    I width = P / PER<unit>;
+    std::vector<unit> kT(blocks * BLOCK * width);
+    std::vector<unit> room(PER<unit> == 2 ? blocks * BLOCK / 2 * P : 0);
     std::vector<float> s(BLOCK * BLOCK), out(BLOCK * P), top(BLOCK), total(BLOCK);
     std::vector<T> w(BLOCK * BLOCK);
     for (I item = lo; item < hi; item++) {
-        I b = item / G, g = item % G;
+        I b = item / G;
+        I g = item % G;
         const T *keys = k + b * N * sk + g * P;
         for (I c = 0; c < blocks; c++) {
-            transpose(&kT[c * width * BLOCK], BLOCK, (const unit *)(keys + c * BLOCK * sk), sk / PER<unit>,
-                      std::min(BLOCK, N - c * BLOCK), width, BLOCK);
+            transpose(&kT[c * width * BLOCK], BLOCK, units<unit>(keys + c * BLOCK * sk),
+                      sk / PER<unit>, std::min(BLOCK, N - c * BLOCK), width, BLOCK);
         }
         auto values = rows_of(room.data(), v + b * N * sk + g * P, sk, N, P);
         for (I h = g * R; h < (g + 1) * R; h++) {
@@ -107,9 +115,11 @@ static void attend(I lo, I hi, const Heads &m, const T *q, const T *k, const T *
                 }
                 memset(out.data(), 0, 4 * BLOCK * P);
                 for (I d = begin; d <= c; d++) {
-                    I j0 = d * BLOCK, n = std::min(BLOCK, N - j0);
-                    gemm(rows, BLOCK, P, s.data(), BLOCK, (const unit *)(q + (b * N + i0) * sq + h * P),
-                         sq / PER<unit>, 1, &kT[d * width * BLOCK], BLOCK, 0, d == c ? CAUSAL : FULL);
+                    I j0 = d * BLOCK;
+                    I n = std::min(BLOCK, N - j0);
+                    const T *queries = q + (b * N + i0) * sq + h * P;
+                    gemm(rows, BLOCK, P, s.data(), BLOCK, units<unit>(queries), sq / PER<unit>, 1,
+                         &kT[d * width * BLOCK], BLOCK, 0, d == c ? CAUSAL : FULL);
                     Weights weight{m, i0, j0, rows, n};
                     for (I i = 0; i < rows; i++) {
                         I from = m.window ? std::max<I>(0, i0 + i - m.window + 1 - j0) : 0;
@@ -132,7 +142,7 @@ static void attend(I lo, I hi, const Heads &m, const T *q, const T *k, const T *
                             total[i] *= shrink;
                             top[i] = now;
                         }
-                        float less = now == -INFINITY ? 0 : now;  // of a row that has seen no key yet
+                        float less = now == -INFINITY ? 0 : now;  // a row that has seen no key yet
                         vec t{};
                         for (I j = 0; j < BLOCK; j += L) {
                             vec u = weight(i, j, load(&s[i * BLOCK + j]), less);
@@ -143,8 +153,8 @@ static void attend(I lo, I hi, const Heads &m, const T *q, const T *k, const T *
                         }
                         total[i] += sum(t);
                     }
-                    gemm(rows, P, n, out.data(), P, (const unit *)w.data(), BLOCK / PER<unit>, 1,
-                         values.at + j0 / PER<unit> * values.s, values.s, 1, d == c ? LOWER : FULL);
+                    gemm(rows, P, n, out.data(), P, units<unit>(w.data()), BLOCK / PER<unit>, 1,
+                         values.from(j0), values.s, 1, d == c ? LOWER : FULL);
                 }
                 for (I i = 0; i < rows; i++) {
                     lse[(b * H + h) * N + i0 + i] = top[i] + std::log(total[i]);
@@ -162,11 +172,17 @@ template <class T, class unit = typename Operands<T>::unit>
 static void attend_grad(I lo, I hi, const Heads &m, const T *q, const T *k, const T *v, const T *y,
                         const float *lse, const T *gy, T *gq, T *gk, T *gv) {
     Flush flush;
-    I H = m.H, G = m.G, P = m.P, N = m.T, R = H / G, blocks = up(N, BLOCK) / BLOCK;
-    I sq = H * P, sk = G * P, width = P / PER<unit>;
-    std::vector<unit> kT(BLOCK * width), vT(BLOCK * width), key_room(BLOCK * P), w_room(BLOCK * BLOCK);
-    std::vector<unit> query_room(PER<unit> == 2 ? up(N, 2) / 2 * P : 0), grad_room(query_room.size());
-    std::vector<float> s(BLOCK * BLOCK), d(BLOCK * BLOCK), dot(N), gqs(N * P), gks(N * P), gvs(N * P);
+    I H = m.H, G = m.G, P = m.P, N = m.T;
+    I R = H / G;
+    I blocks = up(N, BLOCK) / BLOCK;
+    I sq = H * P, sk = G * P;
+    I width = P / PER<unit>;
+    I stack_size = PER<unit> == 2 ? up(N, 2) / 2 * P : 0;
+    std::vector<unit> kT(BLOCK * width), vT(BLOCK * width);
+    std::vector<unit> key_room(BLOCK * P), w_room(BLOCK * BLOCK);
+    std::vector<unit> query_room(stack_size), grad_room(stack_size);
+    std::vector<float> s(BLOCK * BLOCK), d(BLOCK * BLOCK), dot(N);
+    std::vector<float> gqs(N * P), gks(N * P), gvs(N * P);
     std::vector<T> w(BLOCK * BLOCK), dw(BLOCK * BLOCK);
     auto gather = [&](T *to, I stride, const std::vector<float> &from) {
         for (I i = 0; i < N; i++)
@@ -174,12 +190,14 @@ static void attend_grad(I lo, I hi, const Heads &m, const T *q, const T *k, cons
                 store(to + i * stride + p, load(&from[i * P + p]));
     };
     for (I item = lo; item < hi; item++) {
-        I b = item / G, g = item % G;
+        I b = item / G;
+        I g = item % G;
         std::fill(gks.begin(), gks.end(), 0.f);
         std::fill(gvs.begin(), gvs.end(), 0.f);
         for (I h = g * R; h < (g + 1) * R; h++) {
             const float *less = lse + (b * H + h) * N;
-            const T *queries = q + b * N * sq + h * P, *grads = gy + b * N * sq + h * P;
+            const T *queries = q + b * N * sq + h * P;
+            const T *grads = gy + b * N * sq + h * P;
             auto stacked_queries = rows_of(query_room.data(), queries, sq, N, P);
             auto stacked_grads = rows_of(grad_room.data(), grads, sq, N, P);
             std::fill(gqs.begin(), gqs.end(), 0.f);
@@ -192,18 +210,22 @@ static void attend_grad(I lo, I hi, const Heads &m, const T *q, const T *k, cons
             for (I c = 0; c < blocks; c++) {
                 I j0 = c * BLOCK;
                 I n = std::min(BLOCK, N - j0);
-                I end = m.window ? std::min(blocks, (j0 + n - 1 + m.window - 1) / BLOCK + 1) : blocks;
-                const T *keys = k + (b * N + j0) * sk + g * P, *values = v + (b * N + j0) * sk + g * P;
-                transpose(kT.data(), BLOCK, (const unit *)keys, sk / PER<unit>, n, width, BLOCK);
-                transpose(vT.data(), BLOCK, (const unit *)values, sk / PER<unit>, n, width, BLOCK);
+                I end = blocks;
+                if (m.window)
+                    end = std::min(blocks, (j0 + n - 1 + m.window - 1) / BLOCK + 1);
+                const T *keys = k + (b * N + j0) * sk + g * P;
+                const T *values = v + (b * N + j0) * sk + g * P;
+                transpose(kT.data(), BLOCK, units<unit>(keys), sk / PER<unit>, n, width, BLOCK);
+                transpose(vT.data(), BLOCK, units<unit>(values), sk / PER<unit>, n, width, BLOCK);
                 auto stacked_keys = rows_of(key_room.data(), keys, sk, n, P);
                 for (I e = c; e < end; e++) {
-                    I i0 = e * BLOCK, rows = std::min(BLOCK, N - i0);
+                    I i0 = e * BLOCK;
+                    I rows = std::min(BLOCK, N - i0);
                     bool diagonal = e == c;
-                    gemm(rows, BLOCK, P, s.data(), BLOCK, (const unit *)(queries + i0 * sq), sq / PER<unit>, 1,
-                         kT.data(), BLOCK, 0, diagonal ? CAUSAL : FULL);
-                    gemm(rows, BLOCK, P, d.data(), BLOCK, (const unit *)(grads + i0 * sq), sq / PER<unit>, 1,
-                         vT.data(), BLOCK, 0, diagonal ? CAUSAL : FULL);
+                    gemm(rows, BLOCK, P, s.data(), BLOCK, units<unit>(queries + i0 * sq),
+                         sq / PER<unit>, 1, kT.data(), BLOCK, 0, diagonal ? CAUSAL : FULL);
+                    gemm(rows, BLOCK, P, d.data(), BLOCK, units<unit>(grads + i0 * sq),
+                         sq / PER<unit>, 1, vT.data(), BLOCK, 0, diagonal ? CAUSAL : FULL);
                     Weights weight{m, i0, j0, rows, n};
                     for (I i = 0; i < rows; i++) {
                         for (I j = 0; j < BLOCK; j += L) {
@@ -223,11 +245,11 @@ static void attend_grad(I lo, I hi, const Heads &m, const T *q, const T *k, cons
                     Part turned = diagonal ? UPPER : FULL;
                     auto w_rows = rows_of(w_room.data(), w.data(), BLOCK, rows, BLOCK);
                     gemm(n, P, rows, &gvs[j0 * P], P, w_rows.at, 1, BLOCK,
-                         stacked_grads.at + i0 / PER<unit> * stacked_grads.s, stacked_grads.s, 1, turned);
+                         stacked_grads.from(i0), stacked_grads.s, 1, turned);
                     w_rows = rows_of(w_room.data(), dw.data(), BLOCK, rows, BLOCK);
                     gemm(n, P, rows, &gks[j0 * P], P, w_rows.at, 1, BLOCK,
-                         stacked_queries.at + i0 / PER<unit> * stacked_queries.s, stacked_queries.s, 1, turned);
-                    gemm(rows, P, n, &gqs[i0 * P], P, (const unit *)dw.data(), BLOCK / PER<unit>, 1,
+                         stacked_queries.from(i0), stacked_queries.s, 1, turned);
+                    gemm(rows, P, n, &gqs[i0 * P], P, units<unit>(dw.data()), BLOCK / PER<unit>, 1,
                          stacked_keys.at, stacked_keys.s, 1, diagonal ? LOWER : FULL);
                 }
             }
@@ -238,17 +260,19 @@ static void attend_grad(I lo, I hi, const Heads &m, const T *q, const T *k, cons
     }
 }
 
-#define ATTENTION(kind, X)                                                                             \
-    API attention_forward##kind(I lo, I hi, I, I T, I H, I G, I P, I window, float scale, float drop,  \
-                                I seed, const X *q, const X *k, const X *v, X *y, float *lse) {        \
-        Heads m{T, H, G, P, window, scale, drop, (uint32_t)seed};                                      \
-        attend(lo, hi, m, q, k, v, y, lse);                                                            \
-    }                                                                                                  \
-    API attention_backward##kind(I lo, I hi, I, I T, I H, I G, I P, I window, float scale, float drop, \
-                                 I seed, const X *q, const X *k, const X *v, const X *y,               \
-                                 const float *lse, const X *gy, X *gq, X *gk, X *gv) {                 \
-        Heads m{T, H, G, P, window, scale, drop, (uint32_t)seed};                                      \
-        attend_grad(lo, hi, m, q, k, v, y, lse, gy, gq, gk, gv);                                       \
+#define ATTENTION(kind, X)                                                                       \
+    API attention_forward##kind(I lo, I hi, I, I T, I H, I G, I P, I window, float scale,        \
+                                float drop, I seed, const X *q, const X *k, const X *v, X *y,    \
+                                float *lse) {                                                    \
+        Heads m{T, H, G, P, window, scale, drop, (uint32_t)seed};                                \
+        attend(lo, hi, m, q, k, v, y, lse);                                                      \
+    }                                                                                            \
+    API attention_backward##kind(I lo, I hi, I, I T, I H, I G, I P, I window, float scale,       \
+                                 float drop, I seed, const X *q, const X *k, const X *v,         \
+                                 const X *y, const float *lse, const X *gy, X *gq, X *gk,        \
+                                 X *gv) {                                                        \
+        Heads m{T, H, G, P, window, scale, drop, (uint32_t)seed};                                \
+        attend_grad(lo, hi, m, q, k, v, y, lse, gy, gq, gk, gv);                                 \
     }
 ATTENTION(, float)
 

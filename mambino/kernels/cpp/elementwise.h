@@ -151,7 +151,7 @@ NORM(_bf16, bf16, bf16)
     }                                                                                             \
     API rope##kind(I lo, I hi, I, I T, I heads, I P, const X *x, const float *cosine,             \
                    const float *sine, float sign, X *y) {                                         \
-        rotated(lo, hi, T, heads, P, x, cosine, sine, sign, y);                               \
+        rotated(lo, hi, T, heads, P, x, cosine, sine, sign, y);                                   \
     }
 ELEMENTWISE(, float)
 ELEMENTWISE(_bf16, bf16)

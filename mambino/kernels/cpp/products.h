@@ -148,18 +148,24 @@ static void transpose(unit *to, I st, const unit *from, I sf, I m, I n, I full) 
     }
 }
 
-// rows (m, n) of numbers as rows (m / PER, n) of units: of fp32 numbers they themselves; of bf16
-// pairs of what lies one below the other, the last of an odd number of rows with 0
+// to (m / 2, n) = pairs of what lies one below the other in rows (m, n), s apart; the last of an odd
+// number of rows with 0
+static inline void stack(pair *to, const bf16 *rows, I s, I m, I n) {
+    for (I i = 0; i < m; i += 2) {
+        for (I j = 0; j < n; j += L) {
+            uvec upper = (uvec)load(rows + i * s + j);
+            uvec lower = i + 1 < m ? (uvec)load(rows + (i + 1) * s + j) : uvec{};
+            store((float *)(to + i / 2 * n + j), (vec)(upper >> 16 | lower));
+        }
+    }
+}
+
+// rows (m, n) of numbers as rows (m / PER, n) of units: of fp32 numbers they themselves; of bf16 as
+// `stack` has them
 static inline const float *stacked(std::vector<float> &, const float *rows, I, I) { return rows; }
 
 static inline const pair *stacked(std::vector<pair> &room, const bf16 *rows, I m, I n) {
-    for (I i = 0; i < m; i += 2) {
-        for (I j = 0; j < n; j += L) {
-            uvec upper = (uvec)load(rows + i * n + j);
-            uvec lower = i + 1 < m ? (uvec)load(rows + (i + 1) * n + j) : uvec{};
-            store((float *)(room.data() + i / 2 * n + j), (vec)(upper >> 16 | lower));
-        }
-    }
+    stack(room.data(), rows, n, m, n);
     return room.data();
 }
 

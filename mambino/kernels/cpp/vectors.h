@@ -86,7 +86,8 @@ struct bf16 {
 };
 typedef uint16_t uvec16 __attribute__((vector_size(2 * L)));
 typedef uint32_t uvec __attribute__((vector_size(4 * L)));
-typedef uint32_t pairs __attribute__((vector_size(4 * L)));  // 2 L of them, two in a lane, the lower one first
+// 2 L of them, two in a lane, the lower one first
+typedef uint32_t pairs __attribute__((vector_size(4 * L)));
 
 static inline uvec rounded_bits(vec v) {  // to the nearest bf16, of two the even; a NaN stays one
     uvec u = (uvec)v;
