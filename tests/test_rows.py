@@ -92,6 +92,22 @@ def test_sums_of_the_largest_numbers_do_not_overflow(product, precision):
 
 
 @every_build
+def test_products_of_int4_are_exact(product):
+    """Of whole numbers x, whose largest is the largest code; and of all codes, in groups even and odd in number."""
+    torch.manual_seed(0)
+    x = torch.randint(-256, 257, (5, 64 * 9)).float()
+    x[:, ::96] = torch.tensor([32767, -32767, 32640, -32640, 255, -1])
+    for groups in (1, 2, 3, 8, 9):
+        codes = torch.randint(256, (20, groups * 32), dtype=torch.uint8)
+        scales = torch.tensor([1.0, 0.0]).bfloat16().expand(20, groups, 2).contiguous()
+        low, high = (half.unflatten(1, (groups, 32)) for half in (codes & 15, codes >> 4))
+        exact = torch.cat((low, high), -1).flatten(1).double()
+        part = x[:, :64 * groups].contiguous()
+        for n in (1, 5):
+            assert torch.equal(product(part[:n], codes, scales).double(), F.linear(part[:n].double(), exact)), groups
+
+
+@every_build
 @every_format
 def test_what_is_no_number_stays_in_its_row(product, precision):
     torch.manual_seed(0)

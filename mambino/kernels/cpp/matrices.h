@@ -5,8 +5,9 @@
 // INT4        scales: two bf16 for 64 columns of a row, scale and zero; the low half of their byte
 //             i is column i, the high half column i + 32
 //
-// int8 and int4 are multiplied by x in 16-bit integers (tokens.h). A row of x gives the same
-// numbers whatever rows are beside it.
+// int8 and int4 are multiplied by x in 16-bit integers (tokens.h), int4 where the processor can in
+// their two bytes: unpacking its codes to 16 bits takes longer than the products. A row of x gives
+// the same numbers whatever rows are beside it.
 #pragma once
 #include <vector>
 
@@ -41,18 +42,11 @@ constexpr int PIECES = GROUP / WIDTH / (INTEGER<F> ? 2 : 1);  // registers for G
 template <int F>
 using Lanes = std::conditional_t<INTEGER<F>, ireg, reg>;
 typedef uint32_t ureg __attribute__((vector_size(4 * WIDTH)));
-typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t uwords __attribute__((vector_size(4 * WIDTH)));
 
 // even columns, the first 32 and the second, then the odd ones
 static inline ireg nibbles(const char *group, int j) {
-#ifdef __AVX512BW__
-    constexpr int64_t LATER = 0x0004000400040004;
-    __m512i both = _mm512_broadcast_i64x4(as<__m256i>(group));
-    __m512i shift = _mm512_set_epi64(LATER, LATER, LATER, LATER, 0, 0, 0, 0);
-    both = _mm512_srlv_epi16(both, _mm512_add_epi16(shift, _mm512_set1_epi16(8 * j)));
-    return (ireg)_mm512_and_si512(both, _mm512_set1_epi16(15));
-#elif defined(__AVX512F__)
+#ifdef __AVX512F__
     uvec16 half = as<uvec16>(group) >> 8 * j;
     uvec16 both[] = {half & 15, half >> 4 & 15};
     return as<ireg>(both);
@@ -113,14 +107,16 @@ struct Tokens {
     I count, columns, groups, stride;  // stride: bytes of a token
     std::vector<vec> room;
     // SIDE tokens by each other, or two, or one: a register of each, then the next of each. BF16:
-    // the even ones of 2 WIDTH columns first. INT8, INT4: codes
+    // the even ones of 2 WIDTH columns first. INT8, INT4: codes, or their bytes
     const char *data;
     std::vector<float> scales, sums;  // (count,), (count, groups up to whole vectors), of codes
 
     Tokens(int format, I count, I columns, const float *x)
         : count(count), columns(columns), groups(up(columns, GROUP) / GROUP) {
         bool integers = format == INT8 || format == INT4;
-        stride = groups * GROUP * (integers ? sizeof(int16_t) : sizeof(float));
+        bool bytes = format == INT4 && MULTIPLIES_BYTES;
+        I places_of_groups = bytes ? up(groups, BESIDE) : groups;
+        stride = places_of_groups * GROUP * (integers ? sizeof(int16_t) : sizeof(float));
         data = (const char *)x;
         if (format == FP32 && count == 1 && columns % GROUP == 0)
             return;
@@ -130,12 +126,15 @@ struct Tokens {
         data = (const char *)room.data();
         scales.resize(integers ? places : 0);
         sums.resize(integers ? places * up(groups, L) : 0);
-        std::vector<vec> row(stride / sizeof(vec));
+        std::vector<vec> row(stride / sizeof(vec)), codes(bytes ? row.size() : 0);
         for (I i = 0; i < count; i++, x += columns) {
+            int16_t *to_codes = (int16_t *)(bytes ? codes : row).data();
             if (integers)
-                scales[i] = round_row(columns, x, (int16_t *)row.data(), &sums[i * up(groups, L)]);
+                scales[i] = round_row(columns, x, to_codes, &sums[i * up(groups, L)], !bytes);
             else
                 copy_row(x, (float *)row.data(), format == BF16);
+            if (bytes)
+                split_row(groups, to_codes, (uint8_t *)row.data());
             I side = i < whole ? SIDE : count - whole;
             I first = i < whole ? i / SIDE * SIDE : whole;
             reg *to = (reg *)(data + first * stride) + (i - first);
@@ -189,6 +188,93 @@ static inline V sums(V *r) {  // lane i: the sum of r[i]
 }
 
 // --- products
+
+// int4: what the zeros of a row give, added to f[m], m < M
+template <int M>
+static inline void add_zeros(const uint32_t *levels, const Tokens &x, I token, reg *f) {
+    for (I g = 0; g < x.groups; g += WIDTH) {
+        ureg both = first_of(levels + g, x.groups - g);
+        reg zeros = (reg)(both & 0xffff0000u);
+        const float *codes = &x.sums[token * up(x.groups, L) + g];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++)
+            f[m] += zeros * as<reg>(codes + m * up(x.groups, L));
+    }
+}
+
+// int4: the codes of BESIDE groups, or of the last one and nothing
+static inline ureg some_codes(const char *p, I n) {
+#ifdef __AVX512BW__
+    return (ureg)_mm512_maskz_loadu_epi8(n < BESIDE ? 0xffffffffull : ~0ull, p);
+#else
+    return as<ureg>(p);
+#endif
+}
+
+// and their scales, each in the lanes of its group
+static inline reg some_scales(const uint32_t *levels, I n) {
+#ifdef __AVX512BW__
+    __m128i both = n < BESIDE ? _mm_loadu_si32(levels) : _mm_loadl_epi64((const __m128i *)levels);
+    __m512i places = _mm512_inserti64x4(__m512i{}, _mm256_set1_epi32(2 << 16), 1);  // words 0, 2
+    return (reg)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_castsi128_si512(both));
+#else
+    return (reg)((ureg{} + levels[0]) << 16);
+#endif
+}
+
+// what `tile` does, of int4 by x in bytes
+template <int R, int M>
+static inline void tile_of_bytes(const Matrix &a, I first, const Tokens &x, I token, reg *all,
+                                 int rows) {
+    I step = x.groups * BYTES[INT4];
+    I share = R > 1 ? BESIDE * R * BYTES[INT4] * M / x.count : 0;  // of what is fetched ahead
+    const char *p[R];
+    const uint32_t *levels[R];
+    const ireg *v = (const ireg *)(x.data + token * x.stride);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        I row = std::min(first + r, a.rows - 1);
+        p[r] = a.data + row * step;
+        levels[r] = (const uint32_t *)a.scales + row * x.groups;
+    }
+    const char *ahead = p[0] + L * step + token / M * share / BESIDE * x.groups;
+    const char *until = ahead;
+    reg f[R][M]{};
+    auto add = [&](I g, I n) __attribute__((always_inline)) {  // what n groups give
+        for (until += share; ahead < until; ahead += 64)
+            __builtin_prefetch(ahead, 0, 2);
+        ireg low[R], high[R];
+        reg scale[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            ureg codes = some_codes(p[r] + g * BYTES[INT4], n);
+            low[r] = (ireg)(codes & 0x0f0f0f0fu);
+            high[r] = (ireg)(codes >> 4 & 0x0f0f0f0fu);
+            scale[r] = some_scales(levels[r] + g, n);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++, v++) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                ireg s = dot_bytes(low[r], high[r], v[0], v[M], v[2 * M], v[3 * M]);
+                f[r][m] += real(s) * scale[r];
+            }
+        }
+        v += 3 * M;
+    };
+    I g = 0;
+    for (; g + BESIDE <= x.groups; g += BESIDE)
+        add(g, BESIDE);
+    if (g < x.groups)
+        add(g, x.groups - g);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        add_zeros<M>(levels[r], x, token, f[r]);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++)
+            all[m * rows + r] = f[r][m] * x.scales[token + m];
+    }
+}
 
 // all[m * rows + r], in lanes, of R rows from the first by M tokens
 template <int F, int R, int M>
@@ -270,14 +356,8 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg 
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-        for (I g = 0; F == INT4 && g < x.groups; g += WIDTH) {  // what the zeros give
-            ureg both = first_of(levels[r] + g, x.groups - g);
-            reg zeros = (reg)(both & 0xffff0000u);
-            const float *codes = &x.sums[token * up(x.groups, L) + g];
-#pragma GCC unroll 4
-            for (int m = 0; m < M; m++)
-                f[r][m] += zeros * as<reg>(codes + m * up(x.groups, L));
-        }
+        if (F == INT4)
+            add_zeros<M>(levels[r], x, token, f[r]);
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
             all[m * rows + r] = INTEGER<F> ? f[r][m] * x.scales[token + m] : real(s[r][m]);
@@ -292,8 +372,12 @@ static inline I products(const Matrix &a, I first, const Tokens &x, I token, flo
     reg all[ROWS * M];
     float out[ROWS * M];
     float scale[ROWS];
-    for (int r = 0; r < ROWS; r += R)
-        tile<F, R, M>(a, first + r, x, token, all + r, ROWS);
+    for (int r = 0; r < ROWS; r += R) {
+        if constexpr (F == INT4 && MULTIPLIES_BYTES)
+            tile_of_bytes<R, M>(a, first + r, x, token, all + r, ROWS);
+        else
+            tile<F, R, M>(a, first + r, x, token, all + r, ROWS);
+    }
     for (int i = 0; i < ROWS * M; i += WIDTH) {
         reg v = sums(all + i);
         memcpy(out + i, &v, sizeof v);

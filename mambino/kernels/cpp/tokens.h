@@ -4,8 +4,11 @@
 //     x[k] = scale * codes[k], to half of the scale, max |x| / 65534
 //
 // The codes of 64 columns lie as the matrices are unpacked: first the even columns, then the odd
-// ones. Read as 32-bit lanes they are pairs for `dot`: columns 0 and 2, 4 and 6, ...
+// ones. Read as 32-bit lanes they are pairs for `dot`: columns 0 and 2, 4 and 6, ... For int4 a
+// processor that multiplies bytes takes them in two bytes each, split_row's.
 #pragma once
+#include <utility>
+
 #include "vectors.h"
 
 constexpr I GROUP = 64;      // columns whose codes lie together, and that share a scale in int4
@@ -35,7 +38,8 @@ static inline void store(int16_t *p, ivec v) {
 
 // codes (columns up to whole groups, the rest 0), and the sum of each group's; returns the scale. A
 // row with an infinity or a NaN gets a scale that makes NaNs of all products
-static float round_row(I columns, const float *x, int16_t *codes, float *sums) {
+static float round_row(I columns, const float *x, int16_t *codes, float *sums,
+                       bool even_first = true) {
     ivec high{};  // the bits of |x|: a NaN's are above an infinity's
     for (I k = 0; k < columns; k += L) {
         ivec bits = (ivec)load(x + k, columns - k < L ? columns - k : L) & 0x7fffffff;
@@ -60,12 +64,13 @@ static float round_row(I columns, const float *x, int16_t *codes, float *sums) {
             c[j] = (ivec)(v + 12582912.f) - 0x4b400000;  // to the nearest integer
             total += c[j];
         }
-        split(c[0], c[1]);
-        split(c[2], c[3]);
-        store(codes + k, c[0]);
-        store(codes + k + L, c[2]);
-        store(codes + k + 2 * L, c[1]);
-        store(codes + k + 3 * L, c[3]);
+        if (even_first) {
+            split(c[0], c[1]);
+            split(c[2], c[3]);
+            std::swap(c[1], c[2]);
+        }
+        for (int j = 0; j < 4; j++)
+            store(codes + k + j * L, c[j]);
         int32_t group = 0;
         for (int i = 0; i < L; i++)
             group += total[i];
@@ -85,6 +90,7 @@ constexpr int WIDTH = 4;
 #endif
 typedef float reg __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ireg __attribute__((vector_size(4 * WIDTH)));
+typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
 
 // s + each lane's two products of 16-bit numbers
 static inline ireg dot(ireg s, ireg a, ireg b) {
@@ -116,3 +122,58 @@ static inline ivec dot(ivec s, ivec a, ivec b) {
     return s;
 }
 #endif
+
+// --- products of bytes
+
+#if defined(__AVX512BW__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+constexpr bool MULTIPLIES_BYTES = true;  // with AVX2 alone they take as long as 16 bits
+#else
+constexpr bool MULTIPLIES_BYTES = false;
+#endif
+constexpr I HALF_GROUP = GROUP / 2;        // bytes, of int4: the low halves are columns 0 to 31
+constexpr I BESIDE = WIDTH == 16 ? 2 : 1;  // groups whose bytes fill a register
+
+// Each lane's products of 8 int4 codes, the bytes of `low` and `high`, by 256 times the bytes of x0
+// and x1, signed, plus those of x2 and x3, which are not
+static inline ireg dot_bytes(ireg low, ireg high, ireg x0, ireg x1, ireg x2, ireg x3) {
+#if defined(__AVX512VNNI__)
+    auto dot4 = [](__m512i s, ireg a, ireg b) {  // a unsigned, b signed; codes are either
+        return _mm512_dpbusd_epi32(s, (__m512i)a, (__m512i)b);
+    };
+    ireg upper = (ireg)dot4(dot4(__m512i{}, low, x0), high, x1);
+    return (upper << 8) + (ireg)dot4(dot4(__m512i{}, x2, low), x3, high);
+#elif defined(__AVXVNNI__)
+    auto dot4 = [](__m256i s, ireg a, ireg b) {
+        return _mm256_dpbusd_avx_epi32(s, (__m256i)a, (__m256i)b);
+    };
+    ireg upper = (ireg)dot4(dot4(__m256i{}, low, x0), high, x1);
+    return (upper << 8) + (ireg)dot4(dot4(__m256i{}, x2, low), x3, high);
+#elif defined(__AVX512BW__)
+    auto dot2 = [](ireg a, ireg b) {  // in 16 bits, at most 2 * 15 * 255
+        return (words)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+    };
+    ireg upper = dot(ireg{}, (ireg)(dot2(low, x0) + dot2(high, x1)), (ireg)(words{} + 256));
+    return dot(upper, (ireg)(dot2(x2, low) + dot2(x3, high)), (ireg)(words{} + 1));
+#else
+    ireg s{};
+    for (int j = 0; j < 32; j += 8) {
+        s += (low >> j & 255) * ((x0 << (24 - j) >> 24) * 256 + (x2 >> j & 255));
+        s += (high >> j & 255) * ((x1 << (24 - j) >> 24) * 256 + (x3 >> j & 255));
+    }
+    return s;
+#endif
+}
+
+// codes of groups in order → of each BESIDE groups four registers: the high bytes of all their
+// first 32 columns, of all their second ones, then the low bytes so. code = 256 high + low, high
+// signed, low not
+static void split_row(I groups, const int16_t *codes, uint8_t *bytes) {
+    for (I g = 0; g < groups; g++, codes += GROUP) {
+        uint8_t *to = bytes + g / BESIDE * BESIDE * 2 * GROUP + g % BESIDE * HALF_GROUP;
+        for (I half = 0; half < 2; half++, to += BESIDE * HALF_GROUP)
+            for (I i = 0; i < HALF_GROUP; i++) {
+                to[i] = codes[half * HALF_GROUP + i] >> 8;
+                to[i + BESIDE * GROUP] = codes[half * HALF_GROUP + i];
+            }
+    }
+}
