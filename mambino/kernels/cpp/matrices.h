@@ -9,13 +9,9 @@
 // their two bytes: unpacking its codes to 16 bits takes longer than the products. A row of x gives
 // the same numbers whatever rows are beside it.
 #pragma once
-#include <vector>
-
 #include "products.h"
 #include "threads.h"
 #include "tokens.h"
-
-enum Format { FP32, BF16, INT8, INT4 };
 
 // as decode.py's Matrix fills it
 struct Matrix {
@@ -98,64 +94,6 @@ static inline void keep(V &v) {  // in a register: gcc would load it for each pr
     asm("" : "+x"(v));
 #endif
 }
-
-// --- x, as the formats take it
-
-constexpr int SIDE = 4;  // tokens at once
-
-struct Tokens {
-    I count, columns, groups, stride;  // stride: bytes of a token
-    std::vector<vec> room;
-    // SIDE tokens by each other, or two, or one: a register of each, then the next of each. BF16:
-    // the even ones of 2 WIDTH columns first. INT8, INT4: codes, or their bytes
-    const char *data;
-    std::vector<float> scales, sums;  // (count,), (count, groups up to whole vectors), of codes
-
-    Tokens(int format, I count, I columns, const float *x)
-        : count(count), columns(columns), groups(up(columns, GROUP) / GROUP) {
-        bool integers = format == INT8 || format == INT4;
-        bool bytes = format == INT4 && MULTIPLIES_BYTES;
-        I places_of_groups = bytes ? up(groups, BESIDE) : groups;
-        stride = places_of_groups * GROUP * (integers ? sizeof(int16_t) : sizeof(float));
-        data = (const char *)x;
-        if (format == FP32 && count == 1 && columns % GROUP == 0)
-            return;
-        I whole = (count + 1) / SIDE * SIDE;  // three are four with nothing
-        I places = std::max(whole, count);
-        room.resize(places * stride / sizeof(vec));
-        data = (const char *)room.data();
-        scales.resize(integers ? places : 0);
-        sums.resize(integers ? places * up(groups, L) : 0);
-        std::vector<vec> row(stride / sizeof(vec)), codes(bytes ? row.size() : 0);
-        for (I i = 0; i < count; i++, x += columns) {
-            int16_t *to_codes = (int16_t *)(bytes ? codes : row).data();
-            if (integers)
-                scales[i] = round_row(columns, x, to_codes, &sums[i * up(groups, L)], !bytes);
-            else
-                copy_row(x, (float *)row.data(), format == BF16);
-            if (bytes)
-                split_row(groups, to_codes, (uint8_t *)row.data());
-            I side = i < whole ? SIDE : count - whole;
-            I first = i < whole ? i / SIDE * SIDE : whole;
-            reg *to = (reg *)(data + first * stride) + (i - first);
-            for (I j = 0; j < stride / (I)sizeof(reg); j++)
-                to[j * side] = ((reg *)row.data())[j];
-        }
-    }
-
-    void copy_row(const float *x, float *row, bool even_first) {
-        memcpy(row, x, 4 * columns);
-        memset(row + columns, 0, 4 * (groups * GROUP - columns));
-        for (I k = 0; k < groups * GROUP && even_first; k += 2 * WIDTH) {
-            float both[2 * WIDTH];
-            memcpy(both, row + k, sizeof both);
-            for (int i = 0; i < WIDTH; i++) {
-                row[k + i] = both[2 * i];
-                row[k + WIDTH + i] = both[2 * i + 1];
-            }
-        }
-    }
-};
 
 // --- sums of lanes
 

@@ -1,5 +1,5 @@
-// Rows of x as 16-bit integers, which int8 and int4 matrices are multiplied by: 32 products an
-// instruction, and their sums are exact.
+// Rows of x as a matrix by a few of them takes them; for int8 and int4 as 16-bit integers, 32 products
+// an instruction, and their sums are exact.
 //
 //     x[k] = scale * codes[k], to half of the scale, max |x| / 65534
 //
@@ -8,8 +8,9 @@
 // processor that multiplies bytes takes them in two bytes each, split_row's.
 #pragma once
 #include <utility>
+#include <vector>
 
-#include "vectors.h"
+#include "products.h"
 
 constexpr I GROUP = 64;      // columns whose codes lie together, and that share a scale in int4
 constexpr int MOST = 32767;  // the largest code
@@ -177,3 +178,63 @@ static void split_row(I groups, const int16_t *codes, uint8_t *bytes) {
             }
     }
 }
+
+// --- x, as a matrix of a format takes it
+
+enum Format { FP32, BF16, INT8, INT4 };  // of a matrix, see matrices.h
+
+constexpr int SIDE = 4;  // tokens at once
+
+struct Tokens {
+    I count, columns, groups, stride;  // stride: bytes of a token
+    std::vector<vec> room;
+    // SIDE tokens by each other, or two, or one: a register of each, then the next of each. BF16:
+    // the even ones of 2 WIDTH columns first. INT8, INT4: codes, or their bytes
+    const char *data;
+    std::vector<float> scales, sums;  // (count,), (count, groups up to whole vectors), of codes
+
+    Tokens(int format, I count, I columns, const float *x)
+        : count(count), columns(columns), groups(up(columns, GROUP) / GROUP) {
+        bool integers = format == INT8 || format == INT4;
+        bool bytes = format == INT4 && MULTIPLIES_BYTES;
+        I places_of_groups = bytes ? up(groups, BESIDE) : groups;
+        stride = places_of_groups * GROUP * (integers ? sizeof(int16_t) : sizeof(float));
+        data = (const char *)x;
+        if (format == FP32 && count == 1 && columns % GROUP == 0)
+            return;
+        I whole = (count + 1) / SIDE * SIDE;  // three are four with nothing
+        I places = std::max(whole, count);
+        room.resize(places * stride / sizeof(vec));
+        data = (const char *)room.data();
+        scales.resize(integers ? places : 0);
+        sums.resize(integers ? places * up(groups, L) : 0);
+        std::vector<vec> row(stride / sizeof(vec)), codes(bytes ? row.size() : 0);
+        for (I i = 0; i < count; i++, x += columns) {
+            int16_t *to_codes = (int16_t *)(bytes ? codes : row).data();
+            if (integers)
+                scales[i] = round_row(columns, x, to_codes, &sums[i * up(groups, L)], !bytes);
+            else
+                copy_row(x, (float *)row.data(), format == BF16);
+            if (bytes)
+                split_row(groups, to_codes, (uint8_t *)row.data());
+            I side = i < whole ? SIDE : count - whole;
+            I first = i < whole ? i / SIDE * SIDE : whole;
+            reg *to = (reg *)(data + first * stride) + (i - first);
+            for (I j = 0; j < stride / (I)sizeof(reg); j++)
+                to[j * side] = ((reg *)row.data())[j];
+        }
+    }
+
+    void copy_row(const float *x, float *row, bool even_first) {
+        memcpy(row, x, 4 * columns);
+        memset(row + columns, 0, 4 * (groups * GROUP - columns));
+        for (I k = 0; k < groups * GROUP && even_first; k += 2 * WIDTH) {
+            float both[2 * WIDTH];
+            memcpy(both, row + k, sizeof both);
+            for (int i = 0; i < WIDTH; i++) {
+                row[k + i] = both[2 * i];
+                row[k + WIDTH + i] = both[2 * i + 1];
+            }
+        }
+    }
+};
