@@ -152,7 +152,8 @@ static inline ureg some_codes(const char *p, I n) {
 // and their scales, each in the lanes of its group
 static inline reg some_scales(const uint32_t *levels, I n) {
 #ifdef __AVX512BW__
-    __m128i both = n < BESIDE ? _mm_loadu_si32(levels) : _mm_loadl_epi64((const __m128i *)levels);
+    __m128i both = n < BESIDE ? _mm_cvtsi32_si128((int)levels[0])  // gcc 11 has another one wrong
+                              : _mm_loadl_epi64((const __m128i *)levels);
     __m512i places = _mm512_inserti64x4(__m512i{}, _mm256_set1_epi32(2 << 16), 1);  // words 0, 2
     return (reg)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_castsi128_si512(both));
 #else
@@ -168,7 +169,8 @@ static inline void tile_of_bytes(const Matrix &a, I first, const Tokens &x, I to
     I share = R > 1 ? BESIDE * R * BYTES[INT4] * M / x.count : 0;  // of what is fetched ahead
     const char *p[R];
     const uint32_t *levels[R];
-    const ireg *v = (const ireg *)(x.data + token * x.stride);
+    typedef ireg stored __attribute__((may_alias));  // as other numbers
+    const stored *v = (const stored *)(x.data + token * x.stride);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
         I row = std::min(first + r, a.rows - 1);
