@@ -61,7 +61,10 @@ def test_scores(capsys, name):
     text = said(capsys, 'sample.py', f'--out_dir={name} --device=cpu --dtype=float32 --score=score.txt')
     then = re.findall(r'^(?:loss|perplexity|bits/byte) +([\d.]+)', EXPECTED[name]['score'], re.M)
     now = re.search(r'before each token: loss ([\d.]+), perplexity ([\d.]+), bits/byte ([\d.]+)', text).groups()
-    assert [float(n) for n in now] == pytest.approx([float(n) for n in then], rel=2e-4)     # they are rounded
+    # they are rounded; and what rounded weights are multiplied by is, too, where a text is read: 5e-4 and 1e-3 of the
+    # loss of these two models
+    close = 2e-3 if name in ('int8', 'int4') else 2e-4
+    assert [float(n) for n in now] == pytest.approx([float(n) for n in then], rel=close)
 
 
 @with_figure('hf')

@@ -71,9 +71,10 @@ def test_a_large_vocabulary_is_not_sorted():
             weights = (x * scale).softmax(-1)
             values, index = nucleus_candidates(weights, torch.full((5, 1), 0.9))
             order = weights.sort(descending=True)
-            assert torch.equal(values, order.values[:, :values.shape[1]])
+            there = values > 0                          # a row that needs fewer has zeros behind them
+            assert torch.equal(values[there], order.values[:, :values.shape[1]][there])
             assert (values.sum(-1) >= 0.9).all()
-            assert torch.equal(weights.gather(1, index), values)
+            assert torch.equal(weights.gather(1, index)[there], values[there])
             assert size < 5000 or scale == 0.1 or values.shape[1] < size
             got = {int(sample_token(x[:1] * scale, top_p=0.3)) for _ in range(40)}
             allowed = order.values[0].cumsum(-1) - order.values[0] < 0.3

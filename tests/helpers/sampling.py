@@ -33,7 +33,7 @@ def train_runs(folder):
             assert script('train.py', f'--dataset={kind} --out_dir={kind} {model} --n_layer=1',
                           '--n_embd=32',
                           '--block_size=32 --batch_size=8 --tokens_per_step=256 --max_iters=60',
-                          '--learning_rate=1e-2 --device=cpu --dtype=float32') == 0
+                          '--optimizer=adamw --learning_rate=1e-2 --schedule=cosine --device=cpu --dtype=float32') == 0
     finally:
         os.chdir(before)
 
