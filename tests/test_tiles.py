@@ -4,11 +4,13 @@ import ctypes
 import os
 import platform
 import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import perturb, tokens
+from helpers.runs import ROOT
 
 from mambino.kernels import native
 from mambino.weights import checkpoint, quantize
@@ -88,3 +90,32 @@ def test_a_prompt_read_at_once_is_the_one_read_by_tokens(kind, precision):
     again = net.step(idx)[0]
     torch.set_num_threads(threads)
     assert torch.equal(again, at_once)
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or not native.library(), reason='mprotect, and a compiler')
+@pytest.mark.parametrize('precision', quantize.PRECISIONS)
+def test_nothing_is_read_behind_a_matrix(precision):
+    """Codes and scales end where a page begins that nobody may read: to read it ends the process."""
+    code = f"""if True:
+        import ctypes, mmap, torch
+        from mambino.kernels import native
+        from mambino.weights import quantize
+        kept = []
+
+        def before_a_wall(tensor):
+            pages = -(-tensor.nbytes // mmap.PAGESIZE)
+            kept.append(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE))
+            end = pages * mmap.PAGESIZE
+            wall = ctypes.addressof(ctypes.c_char.from_buffer(kept[-1])) + end
+            ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 0)
+            copy = torch.frombuffer(kept[-1], dtype=tensor.dtype, count=tensor.numel(), offset=end - tensor.nbytes)
+            return copy.view(tensor.shape).copy_(tensor)
+
+        for rows, columns in ((1, 33), (17, 64), (33, 200)):
+            matrix = quantize.Linear((rows, columns), {precision!r}).fill(torch.randn(rows, columns))
+            codes, scales = (before_a_wall(t) if t is not None else None
+                             for t in (matrix.codes, getattr(matrix, 'scales', None)))
+            for multiply in (native.linear, native.tiles):
+                multiply(before_a_wall(torch.randn(5, columns)), codes, scales)
+    """
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
