@@ -93,7 +93,7 @@ tokens_per_step = 0         # batch_size * block_size * gradient_accumulation_st
                             # if those are not given
 # --- optimizer
 optimizer = ''              # 'adamw', or 'muon': Muon on the hidden matrices and AdamW on the rest;
-                            # '': muon for a new model on a CPU, else adamw
+                            # '': muon for a new model of no named size on a CPU, else adamw
 learning_rate = 0.0         # the peak; 0: by the optimizer, and far less for a model to tune
 max_iters = 0               # steps in all; 0: by the machine
 weight_decay = 0.1
@@ -102,7 +102,7 @@ beta2 = 0.95
 grad_clip = 1.0             # largest norm of the gradient; 0: no limit
 # --- learning rate over time
 schedule = ''               # 'cosine', or 'wsd': warm-up, stable, and over the last
-                            # decay_fraction linear decay; '': wsd for a new model on a CPU, else cosine
+                            # decay_fraction linear decay; '': wsd for such a model as muon's, else cosine
 warmup_iters = -1           # -1: a tenth of max_iters, at most 100
 lr_decay_iters = 0          # where the decay ends; 0: max_iters
 min_lr = 0.0                # the rate at the end

@@ -15,6 +15,7 @@ qk_norm = True
 vram = '12'             # GB: as many sequences at once as fit
 tokens_per_step = 256 * 1024
 optimizer = 'adamw'
+schedule = 'cosine'
 learning_rate = 6e-4
 max_iters = 11500
 warmup_iters = 200

@@ -15,6 +15,7 @@ qk_norm = True
 vram = '8'              # GB: as many sequences at once as fit
 tokens_per_step = 128 * 1024
 optimizer = 'adamw'
+schedule = 'cosine'
 learning_rate = 1e-3
 max_iters = 8000
 warmup_iters = 200

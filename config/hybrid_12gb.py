@@ -14,6 +14,7 @@ block_size = 1024
 vram = '12'             # GB: as many sequences at once as fit
 tokens_per_step = 256 * 1024
 optimizer = 'adamw'
+schedule = 'cosine'
 learning_rate = 6e-4
 max_iters = 11500
 warmup_iters = 200

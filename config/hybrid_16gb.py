@@ -14,6 +14,7 @@ block_size = 2048
 vram = '16'             # GB: as many sequences at once as fit
 tokens_per_step = 128 * 2048
 optimizer = 'adamw'
+schedule = 'cosine'
 learning_rate = 6e-4
 max_iters = 11500
 warmup_iters = 200

@@ -14,6 +14,7 @@ block_size = 2048
 vram = '32'             # GB: as many sequences at once as fit
 tokens_per_step = 256 * 2048
 optimizer = 'adamw'
+schedule = 'cosine'
 learning_rate = 3e-4
 max_iters = 15000
 warmup_iters = 200

@@ -14,6 +14,7 @@ block_size = 1024
 vram = '8'              # GB: as many sequences at once as fit
 tokens_per_step = 128 * 1024
 optimizer = 'adamw'
+schedule = 'cosine'
 learning_rate = 1e-3
 max_iters = 8000
 warmup_iters = 200

@@ -14,6 +14,7 @@ block_size = 1024
 vram = '24'             # GB: as many sequences at once as fit
 tokens_per_step = 512 * 1024
 optimizer = 'adamw'
+schedule = 'cosine'
 learning_rate = 3e-4
 max_iters = 15000
 warmup_iters = 200
