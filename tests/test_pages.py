@@ -31,7 +31,7 @@ def test_tensors_are_gathered_in_large_pages_where_they_are():
     count = pages.gather([*tensors, tensors[0]])                            # which counts once
     taken_now, large_now = memory()
     assert 8 <= count <= 18
-    assert large_now - large >= (count - 2) * size
+    assert large_now >= max(large, (count - 2) * size)                      # some may have been large before
     assert taken_now - taken <= 2 * size
     assert [tensor.data_ptr() for tensor in tensors] == addresses
     assert all((tensor == i).all() for i, tensor in enumerate(tensors))
