@@ -15,8 +15,6 @@ from mambino.configurator import fail
 from mambino.train import precision
 from mambino.train.building import build_optimizers
 
-DTYPES = 'float32', 'bfloat16'
-
 
 def measure(settings):
     """The section's rows, shown as a table."""
@@ -30,7 +28,7 @@ def measure(settings):
             settings.n_embd, settings.n_head = width, max(1, width // 64)
             rows.append(measured(name, settings))
     progress('')
-    header = ['model', 'width', *(f'{dtype} ms' for dtype in DTYPES), 'ratio', 'measured', 'in s', 'auto',
+    header = ['model', 'width', *(f'{dtype} ms' for dtype in precision.DTYPES), 'ratio', 'measured', 'in s', 'auto',
               'of the better']
     table(f'training in two precisions: {settings.n_layer} layers, vocabulary {settings.vocab_size}; '
           f'{settings.batch_size}×{settings.block_size} tokens a step; the shortest of {settings.rounds}',
@@ -48,12 +46,12 @@ def measured(name, settings):
     seconds = time.perf_counter() - start
     optimizers = build_optimizers(net, 'adamw')
     idx = torch.randint(settings.vocab_size, (settings.batch_size, settings.block_size))
-    times = {dtype: [] for dtype in DTYPES}
+    times = {dtype: [] for dtype in precision.DTYPES}
     for _ in range(1 + settings.rounds):
-        for dtype in DTYPES:
+        for dtype in precision.DTYPES:
             times[dtype].append(machine.timed('cpu', lambda dtype=dtype: step(net, optimizers, idx, dtype)))
     times = {dtype: min(each[1:]) for dtype, each in times.items()}     # the first one wakes libraries
-    chosen = 'bfloat16' if ratio >= precision.CLEARLY else 'float32'
+    chosen = precision.faster(ratio)
     return dict(section='precision', name=name, label=name, dtype=chosen, root=HERE, times=[],
                 width=settings.n_embd, step=times, ratio=times['float32'] / times['bfloat16'],
                 measured=ratio, seconds=seconds, of_better=min(times.values()) / times[chosen])
@@ -71,6 +69,6 @@ def step(net, optimizers, idx, dtype):
 
 
 def line_of(row):
-    return [row['name'], str(row['width']), *(f'{1e3 * row["step"][dtype]:.0f}' for dtype in DTYPES),
+    return [row['name'], str(row['width']), *(f'{1e3 * row["step"][dtype]:.0f}' for dtype in precision.DTYPES),
             f'{row["ratio"]:.2f}', f'{row["measured"]:.2f}', f'{row["seconds"]:.2f}', row['dtype'],
             f'{row["of_better"]:.2f}']

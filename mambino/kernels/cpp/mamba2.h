@@ -19,9 +19,21 @@ struct Ssd {  // a task: x has rows of [x (H, P), B (G, N), C (G, N)], sx apart;
     I sr;
     const float *bias, *A, *D;
 
-    I heads() { return H / G / parts; }
-    I chunks() { return (T + Q - 1) / Q; }
+    I heads() const { return H / G / parts; }
+    I chunks() const { return (T + Q - 1) / Q; }
 };
+
+// the states of a sequence's heads from `first`, or their gradients, (P, N) each, as (N, P); zeros
+// where there are none
+static void turn_states(const Ssd &m, I b, I first, const float *from, float *to) {
+    I size = m.N * m.P;
+    for (I i = 0; i < m.heads(); i++) {
+        if (from)
+            transpose(to + i * size, m.P, from + (b * m.H + first + i) * size, m.N, m.P, m.N, m.P);
+        else
+            std::fill_n(to + i * size, size, 0.f);
+    }
+}
 
 template <class T>
 struct Chunk {  // what both passes need of a chunk, for one head
@@ -102,12 +114,7 @@ static void forward_by_chunks(I lo, I hi, Ssd m, const float *state, T *starts, 
     for (I item = lo; item < hi; item++) {
         I b = item / (m.G * m.parts), g = item / m.parts % m.G;
         I first = item % (m.G * m.parts) * heads;
-        for (I i = 0; i < heads; i++) {
-            if (state)
-                transpose(&h[i * size], P, state + (b * m.H + first + i) * size, N, P, N, P);
-            else
-                std::fill_n(&h[i * size], size, 0.f);
-        }
+        turn_states(m, b, first, state, h.data());
         for (I c = 0; c < m.chunks(); c++) {
             I token = b * m.T + c * Q;
             const T *row = (const T *)m.x + token * m.sx;
@@ -167,12 +174,7 @@ static void backward_by_chunks(I lo, I hi, I batch, Ssd m, const T *starts, cons
     for (I item = lo; item < hi; item++) {
         I b = item / (m.G * m.parts), g = item / m.parts % m.G;
         I first = item % (m.G * m.parts) * heads;
-        for (I i = 0; i < heads; i++) {
-            if (grad_last)
-                transpose(&gh[i * size], P, grad_last + (b * m.H + first + i) * size, N, P, N, P);
-            else
-                std::fill_n(&gh[i * size], size, 0.f);
-        }
+        turn_states(m, b, first, grad_last, gh.data());
         for (I c = m.chunks() - 1; c >= 0; c--) {
             I token = b * m.T + c * Q;
             const T *row = (const T *)m.x + token * m.sx;

@@ -175,22 +175,19 @@ static inline void store_bytes(int32_t *p, ivec v) {
 // where x holds one, or an infinity
 static inline float round_group(const float *x, I n, int32_t *to, int32_t *sum) {
     vec v[4];
-    ivec high{};  // the bits of |x|: a NaN's are above an infinity's
+    ivec high{};
     for (int j = 0; j < 4; j++) {
         v[j] = load(x + j * L, std::max<I>(0, n - j * L));
         ivec bits = (ivec)v[j] & 0x7fffffff;
         high = bits > high ? bits : high;
     }
-    int32_t bits = 0;
-    for (int i = 0; i < L; i++)
-        bits = std::max(bits, high[i]);
-    float most = as<float>(&bits);
+    float most = largest(high);
     bool sound = most < INFINITY;
     float inverse = sound && most >= 1e-30f ? MOST_X / most : 0;
     ivec total{};
     for (int j = 0; j < 4; j++) {
         vec scaled = sound ? v[j] * inverse : vec{};
-        ivec c = (ivec)(scaled + 12582912.f) - 0x4b400000;  // to the nearest integer
+        ivec c = nearest(scaled);
         total += c;
         if (HAS_BYTES)
             store_bytes(to + j * L / 4, c);

@@ -37,20 +37,28 @@ static inline void store(int16_t *p, ivec v) {
     memcpy(p, &c, sizeof c);
 }
 
-// codes (columns up to whole groups, the rest 0), and the sum of each group's; returns the scale. A
-// row with an infinity or a NaN gets a scale that makes NaNs of all products
-static float round_row(I columns, const float *x, int16_t *codes, float *sums,
-                       bool even_first = true) {
-    ivec high{};  // the bits of |x|: a NaN's are above an infinity's
-    for (I k = 0; k < columns; k += L) {
-        ivec bits = (ivec)load(x + k, columns - k < L ? columns - k : L) & 0x7fffffff;
-        high = bits > high ? bits : high;
-    }
+// the largest |x|, of whose bits `high` has lanes; a NaN's are above an infinity's
+static inline float largest(ivec high) {
     int32_t bits = 0;
     for (int i = 0; i < L; i++)
         bits = bits > high[i] ? bits : high[i];
     float most;
     memcpy(&most, &bits, sizeof most);
+    return most;
+}
+
+static inline ivec nearest(vec v) { return (ivec)(v + 12582912.f) - 0x4b400000; }  // integers
+
+// codes (columns up to whole groups, the rest 0), and the sum of each group's; returns the scale. A
+// row with an infinity or a NaN gets a scale that makes NaNs of all products
+static float round_row(I columns, const float *x, int16_t *codes, float *sums,
+                       bool even_first = true) {
+    ivec high{};
+    for (I k = 0; k < columns; k += L) {
+        ivec bits = (ivec)load(x + k, columns - k < L ? columns - k : L) & 0x7fffffff;
+        high = bits > high ? bits : high;
+    }
+    float most = largest(high);
     if (!(most < INFINITY))
         most = NAN;
     float scale = most < 1e-30f ? 0 : most / MOST;
@@ -62,7 +70,7 @@ static float round_row(I columns, const float *x, int16_t *codes, float *sums,
             I left = columns - k - j * L;
             vec v = load(x + k + j * L, left < 0 ? 0 : left < L ? left : L);
             v = inverse ? v * inverse : vec{};
-            c[j] = (ivec)(v + 12582912.f) - 0x4b400000;  // to the nearest integer
+            c[j] = nearest(v);
             total += c[j];
         }
         if (even_first) {
