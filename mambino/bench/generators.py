@@ -82,6 +82,16 @@ def open_llama(model, way, rows, length, folder):
     return LlamaServer(path, n_ctx=length, rows=rows), os.path.getsize(path)
 
 
+def prepared(model, way):
+    """A model of ours as sample.py prepares it, in this checkout's way."""
+    if way != 'float32':
+        return checkout_has('mambino.weights.quantize:quantize_model', 'quantize:quantize')(model, way)
+    try:
+        return checkout_has('mambino.weights.dense:read_few_rows')(model)
+    except ImportError:  # before, fp32 was as the model has it
+        return model
+
+
 def generate(job, settings):
     """Facts, warm-up and turn of a contender; the model is job's `kind` and `fields`, its prompts are
     `prompts`. The first is continued; the others are read alone."""
@@ -98,10 +108,7 @@ def generate(job, settings):
         model, size = open_llama(net, way, job['batch'], config.block_size, job['folder'])
         run = generate_llama
     else:
-        model = model_class(config).eval()
-        if way != 'float32':
-            quantize = checkout_has('mambino.weights.quantize:quantize_model', 'quantize:quantize')
-            model = quantize(model, way)
+        model = prepared(model_class(config).eval(), way)
         run, size = generate_ours, weights_read(model)
     run = partial(run, model, clock=CLOCKS[settings.clock])
     generator = torch.Generator().manual_seed(1)

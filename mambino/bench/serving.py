@@ -24,7 +24,7 @@ from mambino.serve.scheduler import Scheduler
 from mambino.serve.work import Done, Failed, Job, Room, Token
 from mambino.tokenizer import build_tokenizer
 from mambino.weights.checkpoint import build
-from mambino.weights.quantize import quantize_model
+from mambino.weights.loading import prepare_model
 
 SAMPLING = dict(temperature=0.8, top_k=200)     # sample.py's
 OTHERS = 15             # that run while a prompt is read
@@ -74,8 +74,7 @@ class Contest:
         family, fields = config_of(kind, settings)
         torch.manual_seed(0)
         self.net = build(family, fields).eval()
-        if way != 'float32':
-            quantize_model(self.net, way)
+        prepare_model(self.net, 'cpu', 'float32', precision='' if way == 'float32' else way)
         self.settings = settings
         self.tok = words(settings.vocab_size)
         self.generator = torch.Generator().manual_seed(1)

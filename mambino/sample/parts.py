@@ -19,6 +19,7 @@ import model_mamba
 from mambino.kernels import cpu, native
 from mambino.language_model import RMSNorm
 from mambino.weights import quantize
+from mambino.weights.dense import Dense
 
 
 class Unknown(Exception):
@@ -66,7 +67,7 @@ def rounded(linear):
     return native.matrix_of(linear.codes, linear._buffers.get('scales'), linear.columns)
 
 
-MATRICES = {nn.Linear: dense, model_mamba.TimeStep: dense, quantize.Linear: rounded}
+MATRICES = {nn.Linear: dense, Dense: dense, model_mamba.TimeStep: dense, quantize.Linear: rounded}
 
 
 def matrix(module, rows=None, columns=None):

@@ -15,6 +15,7 @@ from mambino.configurator import fail, split_list
 from mambino.machine import autocast, choose_dtype
 from mambino.weights.adapters import attach_adapter, merge_adapters
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, refuse_quantized, tokenizer_of
+from mambino.weights.dense import read_few_rows
 from mambino.weights.fitting import build_with
 from mambino.weights.from_hf import load_hf
 from mambino.weights.from_peft import load_adapter
@@ -165,4 +166,6 @@ def prepare_model(net, device, dtype='auto', precision=''):
             fail(f'quantize={precision}: {error}')
         if on_cpu:
             dtype = 'float32'           # what rounded weights are computed with
+    elif on_cpu and dtype == 'float32':
+        read_few_rows(net)
     return net, autocast(device, dtype)

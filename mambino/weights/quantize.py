@@ -31,6 +31,7 @@ from model_mamba import TimeStep
 
 PRECISIONS = ('bfloat16', 'int8', 'int4')
 GROUP = 64                              # columns that share a scale and a zero in int4
+UNPACKED = 192                          # rows from which bf16 is sooner multiplied as fp32, see below
 EXACT = ('gate', 'controller')          # routers: what they choose must not depend on rounding
 # parts of a group's range that int4 tries to cover
 RANGES = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
@@ -153,10 +154,16 @@ class Matrix(nn.Module):
 
     def product(self, x, codes, scales):
         """x (…, K) @ matrix.T, of these codes and scales → (…, N)."""
-        if x.dtype == torch.float32 and x.numel() and cpu.applies(x):
+        if x.dtype == torch.float32 and x.numel() and cpu.applies(x) and not self.is_sooner_unpacked(x):
             multiply = native.linear if native.few(x) else native.tiles
             return multiply(x, codes, scales)
         return F.linear(x, self.dequantize(codes, scales).to(x.dtype))
+
+    def is_sooner_unpacked(self, x):
+        """Whether rows x (…, K) are so many that their product is sooner PyTorch's, with the matrix in fp32:
+        of bf16, on a processor that does not multiply it."""
+        many = x.numel() >= UNPACKED * x.shape[-1]
+        return many and self.precision == 'bfloat16' and not cpu.multiplies(torch.bfloat16)
 
     def train(self, mode=True):
         if mode:
