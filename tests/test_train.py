@@ -14,6 +14,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from helpers import forks
 from helpers.runs import (
     POSIX,
@@ -30,7 +31,7 @@ from helpers.runs import (
     train,
 )
 
-from mambino.train import batches, identity
+from mambino.train import batches, building, identity
 from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -347,3 +348,34 @@ def slow(*args):
 progress.catch_stop_signals = caught
 setattr(owner, name, slow)''')
     assert status == -signal.SIGINT and out.endswith('asked\n')
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_torchs_compiler_is_not_imported(here, optimizer):
+    """It takes two seconds of each start, and compiles nothing here."""
+    told = "import atexit, sys; atexit.register(lambda: print('torch._dynamo' in sys.modules))"
+    process = launch(f'--max_iters=2 --eval_interval=1 --optimizer={optimizer}', before=told)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.split()[-1] == 'False'
+
+
+def test_adamw_is_torchs():
+    torch.manual_seed(0)
+    start = torch.randn(5, 7)
+    mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    settings = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizers = building.AdamW([mine], **settings), torch.optim.AdamW([theirs], **settings)
+    for _ in range(3):
+        for p, optimizer in zip((mine, theirs), optimizers):
+            p.grad = p.detach().sin()
+            optimizer.step()
+    assert torch.equal(mine, theirs) and not torch.equal(mine, start)
+    ours, reference = (optimizer.state_dict() for optimizer in optimizers)
+    assert ours['param_groups'] == reference['param_groups']
+    for name, value in reference['state'][0].items():
+        assert torch.equal(ours['state'][0][name], value)
+    seen = []
+    optimizers[0].register_step_post_hook(lambda *args: seen.append(1))
+    optimizers[0].step()
+    assert seen == [1]

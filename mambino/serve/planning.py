@@ -65,6 +65,7 @@ def main():
     from mambino import machine
     from mambino.train import begin, building, memory
     from mambino.weights import checkpoint
+    from mambino.weights.fitting import model_of_shapes
 
     settings['device'] = machine.choose_device(settings['device'])
     begin.refuse_dataset(settings['out_dir'])
@@ -80,8 +81,7 @@ def main():
     else:
         config = building.model_config(settings, explicit, origin, data)
         building.require_room(kind, config)
-        with torch.device('meta'):
-            net = checkpoint.build(kind, config)
+        net = model_of_shapes(kind, config)
     T, tokens, device = settings['block_size'], settings['tokens_per_step'], settings['device']
     batch, line = memory.choose_micro_batch(settings, net, adapter)
     free = machine.available_memory(device)

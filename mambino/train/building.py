@@ -5,6 +5,7 @@
     optimizers = build_optimizers(net, 'muon', learning_rate=1e-2)
 """
 import dataclasses
+import inspect
 import math
 import sys
 
@@ -16,6 +17,7 @@ from mambino.train import processes
 from mambino.train.muon import Muon, row_kinds
 from mambino.weights import checkpoint
 from mambino.weights.checkpoint import MODELS
+from mambino.weights.fitting import Undrawn
 
 # The model's settings that only training reads: they may change from run to run.
 OF_TRAINING = ('dropout', 'capacity_factor', 'aux_loss', 'z_loss')
@@ -37,7 +39,7 @@ def require_room(kind, config):
     """Ends the program if the weights of a model alone are more than the memory that is free. They are
     counted before there are any, from models of one and of two layers."""
     def size(n_layer):
-        with torch.device('meta'):
+        with torch.device('meta'), Undrawn():
             return checkpoint.build(kind, config | dict(n_layer=n_layer)).num_params()
     try:
         one = size(1)
@@ -81,6 +83,21 @@ def model_config(settings, explicit, origin, data):
     return config
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, without the import of torch._dynamo, two seconds: it is only told what not to compile."""
+
+    def __init__(self, params, **settings):
+        for name in ('add_param_group', 'zero_grad', 'state_dict', 'load_state_dict'):
+            method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+            if not hasattr(method, '__dynamo_disable'):
+                setattr(method, '__dynamo_disable', method)     # what torch._compile would import it for
+        super().__init__(params, **settings)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
 def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95),
                      fused=True, dtype='float32'):
     """[AdamW], or [AdamW, Muon]: Muon for the hidden matrices, AdamW for the rest. dtype: what the run
@@ -88,7 +105,7 @@ def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas
     groups = net.optim_groups(weight_decay, muon=optimizer == 'muon')
     adamw_groups = [group for group in groups if group['kind'] == 'adamw']
     muon_groups = [group for group in groups if group['kind'] == 'muon']
-    optimizers = [torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=betas, fused=fused)]
+    optimizers = [AdamW(adamw_groups, lr=learning_rate, betas=betas, fused=fused)]
     if muon_groups:
         rows = row_kinds(net)
         for group in muon_groups:
