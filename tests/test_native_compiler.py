@@ -71,8 +71,27 @@ def test_another_processor_has_a_library_of_its_own(opened, monkeypatch, tmp_pat
     assert len(list(tmp_path.glob('__pycache__/native-*/*.so'))) == 2
 
 
-def test_the_real_library_passes_its_trial():
+WRONG = {
+    'silu': ('void swiglu_forward(I, I, I, const float *, const float *, float *y) { y[0] = 2; }', 'silu(1) to be 2'),
+    'products': ('void linear_step(I, I, const void *, const float *, float *y) { y[0] = 7; }', '128 to be 7'),
+    'a crash': ('void tiles_product(I, I, const void *, const float *, float *) { __builtin_trap(); }\n'
+                'extern "C" void linear_step(I, I, const void *, const float *, float *y) { y[0] = 128; }', 'SIG'),
+    'no end': ('void linear_step(I, I, const void *, const float *, float *) { for (volatile int i = 0;;) i = i; }',
+               'does not end'),
+}
+
+
+@pytest.mark.parametrize('function, words', WRONG.values(), ids=WRONG)
+def test_a_library_that_computes_wrong_or_crashes_is_not_loaded(opened, monkeypatch, function, words):
+    """By a compiler's defect, say. What has none of the functions that are tried is none the worse."""
+    monkeypatch.setattr(native, 'TRIAL_SECONDS', 2)
+    assert opened(f'#include <cstdint>\ntypedef int64_t I;\nextern "C" {function}\n') is None
+    assert words in native.trouble
+
+
+@pytest.mark.skipif('0' in (os.environ.get('MAMBINO_NATIVE'), os.environ.get('MAMBINO_KERNELS')), reason='unwanted')
+def test_where_there_is_a_compiler_the_real_library_is_there_and_passes_its_trial():
+    """Without it all tests of its operations are left out."""
     library = native.library()
-    if library is None:
-        pytest.skip(native.trouble)
+    assert library is not None, native.trouble
     assert os.path.exists(library._name) and native.tried(library._name) == ''
