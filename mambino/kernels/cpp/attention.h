@@ -39,16 +39,6 @@ static inline const unit *units(const T *numbers) {
     return (const unit *)numbers;
 }
 
-static inline float largest(vec v) {
-    float s[L / 2];
-    for (int i = 0; i < L / 2; i++)
-        s[i] = v[i] > v[i + L / 2] ? v[i] : v[i + L / 2];
-    for (int n = L / 4; n; n /= 2)
-        for (int i = 0; i < n; i++)
-            s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
-    return s[0];
-}
-
 // 1 / (1 - drop) where dropout leaves the weight of key j for query i, else 0
 static inline vec kept(const Heads &m, I head, I i, I j) {
     uvec x = (uvec)(LANE + (int32_t)j) * 0x9e3779b1u + (uint32_t)i * 0x85ebca77u +

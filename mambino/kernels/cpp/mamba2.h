@@ -40,7 +40,7 @@ struct Chunk {  // what both passes need of a chunk, for one head
     typedef typename Operands<T>::number number;
     typedef typename Operands<T>::unit unit;
     I q, Q, P, N;
-    std::vector<float> raw, dt, grow, to_end, S, decay;
+    std::vector<float> raw, dt, slope, high, low, from, grow, to_end, S, decay;
     std::vector<number> B, C, W, xdt, xe;
     std::vector<unit> BT;
     std::vector<unit> Broom, Croom, Wroom, room;  // for what is stacked
@@ -49,9 +49,9 @@ struct Chunk {  // what both passes need of a chunk, for one head
     float kept;
 
     Chunk(I Q, I P, I N)
-        : Q(Q), P(P), N(N), raw(Q), dt(Q), grow(Q), to_end(Q), S(Q * Q), decay(Q * Q), B(Q * N),
-          C(Q * N), W(Q * Q), xdt(Q * P), xe(Q * P), BT(N * Q), Broom(Q * N), Croom(Q * N), Wroom(Q * Q),
-          room(std::max(Q, N) * P), s(Q) {}
+        : Q(Q), P(P), N(N), raw(Q), dt(Q), slope(Q), high(Q), low(Q), from(Q), grow(Q), to_end(Q),
+          S(Q * Q), decay(Q * Q), B(Q * N), C(Q * N), W(Q * Q), xdt(Q * P), xe(Q * P), BT(N * Q),
+          Broom(Q * N), Croom(Q * N), Wroom(Q * Q), room(std::max(Q, N) * P), s(Q) {}
 
     static const unit *units(const std::vector<number> &rows) { return (const unit *)rows.data(); }
 
@@ -65,32 +65,58 @@ struct Chunk {  // what both passes need of a chunk, for one head
         gemm(q, Q, N, S.data(), Q, units(C), K, 1, BT.data(), Q, 0, CAUSAL);
     }
 
-    void head(const T *x, I sx, const T *r, I sr, float bias, float A) {
+    // s_i - s_j: of large sums fp32 loses the small ones, so that each is kept as two numbers' sum
+    vec difference(I i, vec upper, vec lower) const { return high[i] - upper + (low[i] - lower); }
+
+    // exp(s_i - s_j), j <= i, and W; above the diagonal both stay 0. Rows below a block of columns
+    // have it as exp(s_i - s_end) exp(s_end - s_j), of the block's end
+    void decays() {
+        for (I j = 0; j < q; j += L) {
+            I end = j + L;
+            vec upper = load(&high[j]), lower = load(&low[j]);
+            for (I i = j; i < std::min(end, q); i++)
+                put(i, j, LANE + (int)j <= (int)i ? expv(difference(i, upper, lower)) : vec{});
+            if (end >= q)
+                break;
+            vec to_last = expv(difference(end - 1, upper, lower));
+            for (I i = end; i < q; i += L)
+                store(&from[i], expv(-difference(end - 1, load(&high[i]), load(&low[i]))));
+            for (I i = end; i < q; i++)
+                put(i, j, to_last * from[i]);
+        }
+    }
+
+    void put(I i, I j, vec d) {
+        store(&decay[i * Q + j], d);
+        store(&W[i * Q + j], d * load(&S[i * Q + j]));
+    }
+
+    // prefetches `next`, the rows of the next head
+    void head(const T *x, const T *next, I sx, const T *r, I sr, float bias, float A) {
         for (I i = 0; i < q; i++)
             raw[i] = value(r[i * sr]) + bias;
-        for (I i = 0; i < Q; i += L)
-            store(&dt[i], softplus(load(&raw[i])));
+        for (I i = 0; i < Q; i += L) {
+            vec derivative;
+            store(&dt[i], softplus(load(&raw[i]), derivative));
+            store(&slope[i], derivative);
+        }
         double total = 0;
         for (I i = 0; i < q; i++)
             s[i] = total += (double)dt[i] * A;
         for (I i = 0; i < Q; i++) {
             grow[i] = i < q ? s[i] : 0;
             to_end[i] = i < q ? total - s[i] : 0;
+            high[i] = grow[i];
+            low[i] = i < q ? s[i] - high[i] : 0;
         }
         for (I i = 0; i < Q; i += L) {
             store(&grow[i], expv(load(&grow[i])));
             store(&to_end[i], expv(load(&to_end[i])));
         }
         kept = std::exp(total);
+        decays();
         for (I i = 0; i < q; i++) {
-            for (I j = 0; j < Q; j += L) {
-                vec d{};  // differences in double: of large sums fp32 loses the small ones
-                if (j <= i)
-                    d = expv(narrow(s[i] - load(&s[j])));
-                d = LANE + (int)j <= (int)i ? d : vec{};
-                store(&decay[i * Q + j], d);
-                store(&W[i * Q + j], j <= i ? d * load(&S[i * Q + j]) : d);
-            }
+            prefetch(next + i * sx, P);
             for (I p = 0; p < P; p += L) {
                 vec v = load(x + i * sx + p) * dt[i];
                 store(&xdt[i * P + p], v);
@@ -124,8 +150,8 @@ static void forward_by_chunks(I lo, I hi, Ssd m, const float *state, T *starts, 
                 I e = first + i;
                 float *now = &h[i * size];
                 const T *x = row + e * P;
-                prefetch(x + P, m.sx, k.q, P);  // of the next head
-                k.head(x, m.sx, (const T *)m.raw + token * m.sr + e, m.sr, m.bias[e], m.A[e]);
+                const T *raw = (const T *)m.raw + token * m.sr + e;
+                k.head(x, x + P, m.sx, raw, m.sr, m.bias[e], m.A[e]);
                 if (starts) {
                     T *start = starts + ((b * m.H + e) * m.chunks() + c) * size;
                     for (I j = 0; j < size; j += L)
@@ -167,7 +193,7 @@ static void backward_by_chunks(I lo, I hi, I batch, Ssd m, const T *starts, cons
     I KP = P / PER<unit>, KN = N / PER<unit>, KQ = Q / PER<unit>, width = m.H * P + 2 * m.G * N;
     Chunk<T> k(Q, P, N);
     std::vector<float> gW(Q * Q), gS(Q * Q), gu(Q * P), BG(Q * P), gB(N * Q), gC(N * Q), one(N * Q),
-        v(Q), gh(heads * size), sums(Q * N), turned(Q * N);
+        v(Q), products(Q), gh(heads * size), sums(Q * N), turned(Q * N);
     std::vector<number> grad(Q * P), ge(Q * P), gS_rounded(Q * Q), G(size), start(size);
     std::vector<unit> across(KP * Q), CT(KQ * N);
     std::vector<double> gs(Q);
@@ -192,26 +218,28 @@ static void backward_by_chunks(I lo, I hi, I batch, Ssd m, const T *starts, cons
                 float *G_ = &gh[i * size];
                 const number *now = as_numbers(
                     start, starts + ((b * m.H + e) * m.chunks() + c) * size, size);
-                prefetch(x + P, m.sx, q, P);  // of the next head
-                prefetch(gy + (token * m.H + e + 1) * P, m.H * P, q, P);
-                k.head(x, m.sx, (const T *)m.raw + token * m.sr + e, m.sr, m.bias[e], m.A[e]);
+                const T *raw = (const T *)m.raw + token * m.sr + e;
+                k.head(x, x + P, m.sx, raw, m.sr, m.bias[e], m.A[e]);
                 gather(grad.data(), gy + (token * m.H + e) * P, m.H * P, q, P);
                 std::fill(gs.begin(), gs.end(), 0.);
                 // inside the chunk: of W, of S = C B^T and of the sums
                 transpose(across.data(), Q, k.units(k.xdt), KP, q, KP, Q);
                 gemm(q, Q, P, gW.data(), Q, k.units(grad), KP, 1, across.data(), Q, 0, CAUSAL);
                 for (I t = 0; t < q; t++) {
-                    dvec total{};
+                    prefetch(gy + ((token + t) * m.H + e + 1) * P, P);  // the next head's
                     for (I j = 0; j <= t; j += L) {
                         vec d = load(&gW[t * Q + j]);
                         d = LANE + (int)j <= (int)t ? d : vec{};
-                        dvec both = wide(d * load(&k.W[t * Q + j]));
-                        total += both;
-                        store(&gs[j], load(&gs[j]) - both);
+                        store(&products[j], d * load(&k.W[t * Q + j]));
                         add(&gS[t * Q + j], d * load(&k.decay[t * Q + j]));
                     }
-                    for (int l = 0; l < L; l++)
-                        gs[t] += total[l];
+                    dvec total{};
+                    for (I j = 0; j <= t; j += L / 2) {
+                        dvec both = wide(&products[j]);
+                        total += both;
+                        store(&gs[j], load(&gs[j]) - both);
+                    }
+                    gs[t] += sum(total);
                 }
                 gemm(q, P, q, gu.data(), P, stacked(k.Wroom, k.W.data(), q, Q), 1, Q,
                      stacked(k.room, grad.data(), q, P), P, 0, UPPER);
@@ -248,10 +276,11 @@ static void backward_by_chunks(I lo, I hi, I batch, Ssd m, const T *starts, cons
                     }
                     store(&v[j], total);
                 }
-                vec dot{};
-                for (I j = 0; j < size; j += L)
-                    dot += load(G_ + j) * k.kept * load(now + j);
-                last_sum += sum(dot);
+                vec dots[4]{};
+                for (I j = 0; j < size; j += 4 * L)
+                    for (I l = 0; l < 4; l++)
+                        dots[l] += load(G_ + j + l * L) * load(now + j + l * L);
+                last_sum += sum(dots[0] + dots[1] + (dots[2] + dots[3])) * k.kept;
                 gemm(N, P, q, G_, P, stacked_C, 1, N, stacked(k.room, ge.data(), q, P), P, k.kept);
                 // x, dt, A, D
                 double later = last_sum;
@@ -268,7 +297,7 @@ static void backward_by_chunks(I lo, I hi, I batch, Ssd m, const T *starts, cons
                         store(gx + (token + t) * width + e * P + p, u * k.dt[t] + d * m.D[e]);
                     }
                     graw[(token + t) * m.H + e] =
-                        (sum(dt) + m.A[e] * later) * (1 / (1 + std::exp(-k.raw[t])));
+                        (sum(dt) + m.A[e] * later) * k.slope[t];
                     gA[b * m.H + e] += later * k.dt[t];
                 }
                 gD[b * m.H + e] += sum(skip);

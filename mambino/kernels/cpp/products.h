@@ -189,11 +189,11 @@ static inline const number *as_numbers(std::vector<number> &room, const T *from,
     return room.data();
 }
 
-// asks for rows (m, n), s apart, that are read some microseconds later: the processor does not see
-// them coming where each lies in a page of its own
+// asks for a row of n that is read some microseconds later: the processor does not see it coming where
+// each row lies in a page of its own. It waits where it has asked for ten lines that have not come yet,
+// so that of many rows one is asked for at a time, between other work
 template <class T>
-static inline void prefetch(const T *rows, I s, I m, I n) {
-    for (I i = 0; i < m; i++)
-        for (I j = 0; j < n; j += 64 / sizeof(T))
-            __builtin_prefetch(rows + i * s + j, 0, 2);
+static inline void prefetch(const T *row, I n) {
+    for (I j = 0; j < n; j += 64 / sizeof(T))
+        __builtin_prefetch(row + j, 0, 2);
 }

@@ -11,7 +11,7 @@ typedef int64_t I;
 constexpr int L = 16;  // a register of AVX-512, or two of AVX, or four of NEON
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ivec __attribute__((vector_size(4 * L)));
-typedef double dvec __attribute__((vector_size(8 * L)));
+typedef double dvec __attribute__((vector_size(4 * L)));  // L / 2 of them
 constexpr ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #define API extern "C" void
 
@@ -64,19 +64,48 @@ static inline dvec load(const double *p) {
 }
 
 static inline void store(double *p, dvec v) { memcpy(p, &v, sizeof v); }
-static inline dvec wide(vec v) { return __builtin_convertvector(v, dvec); }
-static inline vec narrow(dvec v) { return __builtin_convertvector(v, vec); }
+
+static inline dvec wide(const float *p) {
+    float half __attribute__((vector_size(2 * L)));
+    memcpy(&half, p, sizeof half);
+    return __builtin_convertvector(half, dvec);
+}
+
 static inline void add(float *p, vec v, int n = L) { store(p, load(p, n) + v, n); }
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
 
-static inline float sum(vec v) {
-    float s[L / 2];
-    for (int i = 0; i < L / 2; i++)
-        s[i] = v[i] + v[i + L / 2];
-    for (int n = L / 4; n; n /= 2)
+// f of all numbers of v: of the two halves, of the halves of that, and so on
+template <class F>
+static inline float folded(vec v, F f) {
+    float s[L];
+    store(s, v);
+    for (int n = L / 2; n; n /= 2)
         for (int i = 0; i < n; i++)
-            s[i] += s[i + n];
+            s[i] = f(s[i], s[i + n]);
     return s[0];
+}
+
+static inline float sum(vec v) {
+#ifdef __AVX512F__  // gcc would take it apart
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    return folded(v, [](float a, float b) { return a + b; });
+#endif
+}
+
+static inline double sum(dvec v) {
+    double s = 0;
+    for (int i = 0; i < L / 4; i++)
+        s += v[i] + v[i + L / 4];
+    return s;
+}
+
+static inline float largest(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    return folded(v, [](float a, float b) { return a > b ? a : b; });
+#endif
 }
 
 // --- bf16: the upper 16 bits of an fp32 number
