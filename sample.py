@@ -70,6 +70,9 @@ device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there i
 dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: float32 on a CPU, bfloat16 where a
                         # GPU has it
 quantize = ''           # 'int8', 'int4', 'bfloat16': smaller weights; on a CPU also faster ones
+state_dtype = 'float32'  # 'bfloat16': what is kept of a text between its tokens takes half the memory,
+                        # and tokens, of several rows above all, come sooner on a CPU; --score tells
+                        # what it costs
 adapters = ''           # out_dirs of adapters of this model, or folders of peft, each with its
                         # weight: out-a,out-b:0.5
 stream = True           # show the (first) sample while it is generated
@@ -78,6 +81,7 @@ stream = True           # show the (first) sample while it is generated
 end_quietly()
 explicit = configure(globals())     # of the settings those that the user gave
 
+from mambino.cache import DTYPES
 from mambino.machine import autocast, choose_device, dtype_of_run
 from mambino.sample.conversation import check_chat
 from mambino.sample.score import show_score
@@ -113,6 +117,7 @@ require(globals(), {
     'from 0 to 2**63 - 1': dict(seed=0 <= seed < 2**63),
     'a file that ends in .html, in a folder that is there': dict(html=is_page(html)),
     'int8, int4, bfloat16, or empty': dict(quantize=quantize in ('', *PRECISIONS)),
+    'float32 or bfloat16': dict(state_dtype=state_dtype in DTYPES),
 })
 EXCLUDES = dict(
     beams='stream interactive session logprobs score',
@@ -170,6 +175,7 @@ prompts = prompts_of(opening) if opening or not session else []
 # --- prepare the model
 net = attach_adapters(model_of(ckpt), extra, adapters)
 net, context = prepare_model(net, where, dtype, precision=quantize)
+net.state_dtype = DTYPES[state_dtype]
 options = Options(
     sampling=dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
     max_new_tokens=max_new_tokens,

@@ -35,6 +35,8 @@ allowed_hosts = ''      # other names of this machine that browsers and proxies 
 device = 'auto'         # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 dtype = 'auto'          # 'float32', 'bfloat16', 'float16'; auto: as sample.py
 quantize = ''           # 'int8', 'int4', 'bfloat16': smaller weights; on a CPU also faster ones
+state_dtype = 'float32'  # 'bfloat16': what is kept of a text between its tokens takes half the memory,
+                        # and tokens, of several rows above all, come sooner on a CPU
 adapters = ''           # out_dirs of adapters of out_dir's model, or folders of peft, each with its
                         # weight: out-a,out-b:0.5
 memory = 0.0            # GB for models that are loaded, the one used last stays longest; 0: half of
@@ -62,6 +64,7 @@ require(globals(), {
     'above 0 and at most 10000': dict(max_body=0 < max_body <= 10_000),
     'above 0 and at most 1000000': dict(timeout=0 < timeout <= 1e6),
     'int8, int4, bfloat16, or empty': dict(quantize=quantize in ('', 'int8', 'int4', 'bfloat16')),
+    'float32 or bfloat16': dict(state_dtype=state_dtype in ('float32', 'bfloat16')),
 })
 key = (api_key or os.environ.get('MAMBINO_API_KEY', '')).strip()
 if not key.isprintable():
@@ -97,7 +100,7 @@ from mambino.serve.page_token import page_token
 from mambino.serve.work import Room
 
 # --- the models
-library = Library('.', out_dir, device, dtype, quantize, adapters, memory, Room(rows, queue, kept_memory))
+library = Library('.', out_dir, device, dtype, quantize, adapters, memory, Room(rows, queue, kept_memory, state_dtype))
 limits = Limits(max_tokens, max_prompt, int(max_body * 1e6), timeout)
 
 # --- the API, and the page on it

@@ -1,5 +1,5 @@
 """Keys and values so far: how one step of t tokens reads and writes them, planned once for all
-layers.
+layers; and the precision of a state.
 
     kv_step = KVStep(state['pos'], t, window, device)
     keys, values = kv_step.append(cache, k, v)          # in each layer: {'k', 'v'} take the new ones
@@ -7,13 +7,32 @@ layers.
 
 Without a window slot s of a cache (B, G, S, P) holds position s, and S grows by doubling. With one
 it is a ring of S = window slots: slot s holds the latest position p with p % S = s. Caches are
-written in place. Letters of the shapes: B batch, G key heads, S slots, P head size.
+written in place.
+
+    state = kept_as(state, torch.bfloat16)      # half the memory; rounded after each step from here on
+
+A step computes in its own precision, and gives a state back in the one in which it came. Letters of
+the shapes: B batch, G key heads, S slots, P head size.
 """
 import functools
 
 import torch
 
 SMALLEST = 64   # slots of a new cache that grows
+ROUNDED = 'k', 'v', 'ssm'   # nearly all of a state; a convolution's is small
+DTYPES = {'float32': None, 'bfloat16': torch.bfloat16}      # of the setting state_dtype; None: as computed
+
+
+def is_rounded(name):
+    """Whether a part of a state, as 'ssm.3', is kept in the precision that is asked for."""
+    return name.partition('.')[0] in ROUNDED
+
+
+def kept_as(state, dtype):
+    """A state in this precision; None: as it is."""
+    if dtype is None:
+        return state
+    return {name: value.to(dtype) if is_rounded(name) else value for name, value in state.items()}
 
 
 class KVStep:
@@ -83,7 +102,8 @@ class KVStep:
         size = self.window or max(SMALLEST, 1 << (self.length - 1).bit_length())
         for name, like in (('k', k), ('v', v)):
             B, _, G, P = like.shape
-            larger = like.new_zeros(B, G, size, P)
-            if cache[name] is not None:
-                larger[:, :, :cache[name].shape[2]] = cache[name]
+            old = cache[name]
+            larger = (like if old is None else old).new_zeros(B, G, size, P)
+            if old is not None:
+                larger[:, :, :old.shape[2]] = old
             cache[name] = larger

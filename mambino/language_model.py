@@ -95,6 +95,7 @@ class LanguageModel(nn.Module):
     gradient_checkpointing = False  # True: only what goes into each layer is kept for the gradient
     initial_state = None            # B → the learned state before the first token (a prefix's)
     between_layers = None           # called before each layer: a server gives others a turn there
+    state_dtype = None              # in which generation keeps a text's state between tokens; None: as computed
 
     def run_layer(self, i, layer, state, x, *args):
         """layer(x, …) for `hidden_states`: with its part of the state, which it changes; or by
@@ -107,7 +108,13 @@ class LanguageModel(nn.Module):
                                   preserve_rng_state=self.config.dropout > 0)
             return layer(x, *args)
         cache = {name: state.get(f'{name}.{i}') for name in layer.state_names}
+        ssm = cache.get('ssm')
+        is_rounded = ssm is not None and ssm.dtype == torch.bfloat16
+        if is_rounded:                                          # only while it is kept
+            cache['ssm'] = ssm.float()
         y = layer(x, *args, cache)
+        if is_rounded:
+            cache['ssm'] = cache['ssm'].bfloat16()
         state.update({f'{name}.{i}': value for name, value in cache.items()})
         return y
 

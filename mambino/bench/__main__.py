@@ -39,6 +39,7 @@ import torch
 
 from mambino.bench import curve, data, generation, goals, inputs, pictures, precision, serving, steps
 from mambino.bench.contenders import OURS, PEERS, ours
+from mambino.cache import DTYPES as STATES
 from mambino.configurator import configure, fail, find_settings
 from mambino.machine import choose_device, copy_bandwidth, machine_name, peak_flops
 from mambino.weights.quantize import PRECISIONS
@@ -80,6 +81,7 @@ positions = '100,4000'           # decode there: a Mamba should not slow down, a
 # the section `generate`, on a CPU
 kinds = 'gpt,mamba,hybrid,mamba1'
 ways = 'float32,bfloat16,int8,int4'     # precisions of ours
+state_dtype = 'float32'          # of ours between tokens: also bfloat16
 their_dtypes = 'float32,bfloat16'       # of transformers; '': without it
 batches = '1,16'                 # sequences at once
 size = '50m'                     # or 150m, 400m: parameters
@@ -137,7 +139,8 @@ def check():
     """Refuses in a line what cannot be measured, before anything is."""
     sizes = sorted({size for _, size in generation.SIZES})
     known_names = dict(sections=SECTIONS, models=OURS, peers=PEERS, dtypes=DTYPES, kinds=generation.KINDS,
-                       ways=('float32', *PRECISIONS), their_dtypes=DTYPES, size=sizes, clock=('wall', 'cpu'))
+                       ways=('float32', *PRECISIONS), state_dtype=STATES, their_dtypes=DTYPES, size=sizes,
+                       clock=('wall', 'cpu'))
     may_be_empty = ['peers', 'their_dtypes'] + ['sections'] * bool(time_to_loss)
     for setting, known in known_names.items():
         if globals()[setting] or setting not in may_be_empty:

@@ -9,7 +9,7 @@ export in F32, Q8_0 and Q4_0. Every contender continues the same prompts greedil
 and that of a new token after it count apart. The first of --prompts is continued; the others are read
 alone, by one sequence. GB/s is what a token must read at least, its weights, over the time it took.
 Each has the same threads, and its own defaults otherwise: llama.cpp keys and values in F16, and its
-flash attention.
+flash attention. --state_dtype=bfloat16 keeps ours so between tokens: the state after a prompt is rounded.
 """
 import importlib.util
 import os
@@ -43,7 +43,7 @@ def contenders(kind, batch, folder, settings):
     def new_row(by, way, **more):
         label = f'{kind} × {batch}' if by == 'ours' else f'{by} {kind} × {batch}'
         return dict(section='generate', name=kind, label=label, dtype=way, root=HERE, times=[], by=by,
-                    kind=family, fields=fields, batch=batch, prompts=prompts) | more
+                    kind=family, fields=fields, batch=batch, prompts=prompts, state_dtype=settings.state_dtype) | more
 
     ways = settings.ways.split(',')
     rows = with_before([new_row('ours', way) for way in ways], settings)
@@ -102,7 +102,9 @@ def show(kind, batch, rows):
                 f'{row["weights"] / seconds / 1e9:.1f}']
         lines.append(line + [f'{1e3 * median(all_times(row, work)):.1f}' for work in works if work != 'token'])
     prompts = [f'ms {work}' for work in works if work != 'token']
-    table(f'{kind}, {batch} sequence{"s" * (batch > 1)}', ['', '', 'tokens/s', 'ms/token', 'GB/s', *prompts], lines)
+    states = ', our states in bfloat16' * (rows[0].get('state_dtype') == 'bfloat16')
+    table(f'{kind}, {batch} sequence{"s" * (batch > 1)}{states}',
+          ['', '', 'tokens/s', 'ms/token', 'GB/s', *prompts], lines)
     lines = [[name_of(a), name_of(b), *(f'{ratio(a, b, work)[0]:.2f}×' for work in works)] for a, b in pairs(rows)]
     if lines:
         table('ours / theirs: how many times as fast', ['ours', 'theirs', *works], lines)

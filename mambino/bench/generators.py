@@ -17,10 +17,12 @@ CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 
 @torch.no_grad()
-def generate_ours(model, ids, n, clock):
+def generate_ours(model, ids, n, clock, state_dtype):
     step = step_of(model)
     start = clock()
     logits, state = step(ids)
+    if state_dtype != 'float32':
+        state = checkout_has('mambino.cache:kept_as')(state, getattr(torch, state_dtype))
     token = logits[:, -1].argmax(-1)
     first = clock()
     for _ in range(n):
@@ -109,7 +111,7 @@ def generate(job, settings):
         run = generate_llama
     else:
         model = prepared(model_class(config).eval(), way)
-        run, size = generate_ours, weights_read(model)
+        run, size = partial(generate_ours, state_dtype=job.get('state_dtype', 'float32')), weights_read(model)
     run = partial(run, model, clock=CLOCKS[settings.clock])
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(config.vocab_size, (job['batch'], max(prompts)), generator=generator)

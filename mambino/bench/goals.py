@@ -70,7 +70,8 @@ def generating(rows, root):
                 if row['by'] == 'ours' and (row['name'], row['root']) == (kind, root)}
         for way, wanted in MORE_ROWS.items():
             if (way, 1) in ours and (way, 16) in ours:
-                yield f'{kind}, {way}, 16 rows against one', wanted, speedup(ours[way, 16], ours[way, 1])
+                states = ', states in bfloat16' * (ours[way, 1].get('state_dtype') == 'bfloat16')
+                yield f'{kind}, {way}{states}, 16 rows against one', wanted, speedup(ours[way, 16], ours[way, 1])
 
 
 def goals(rows, root, positions):

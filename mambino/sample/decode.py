@@ -25,6 +25,7 @@ import weakref
 import torch
 import torch.nn as nn
 
+from mambino.cache import is_rounded
 from mambino.kernels import cpu, native, pages
 from mambino.sample.parts import EMBEDDINGS, Slots, State, Unknown, address, calls, matrix, require
 
@@ -133,17 +134,21 @@ class Plan:
 
     def __init__(self, recipe, state, B):
         values = dict(threads=torch.get_num_threads(), rows=B, elements=B * recipe.width)
-        slots = set()
+        slots, precisions = set(), set()
         for name, expected in recipe.states.items():
             tensor = state[name]
+            if is_rounded(name):
+                precisions.add(tensor.dtype)
             require(tensor.ndim == 1 + len(expected.shape) and len(tensor) == B, name)
             for size, wanted in zip(tensor.shape[1:], expected.shape):
                 require(wanted in (None, size), name)
-            values[expected] = address(tensor)
+            values[expected] = address(tensor, tensor.dtype if is_rounded(name) else torch.float32)
             if is_cache(expected):
                 values[Slots(name)] = tensor.shape[2]
                 slots.add(tensor.shape[2])
         require(len(slots) < 2 and 0 not in slots, 'caches of several lengths')
+        require(len(precisions) < 2 and precisions <= {torch.float32, torch.bfloat16}, 'precision of the state')
+        values['precision'] = native.FORMATS[max(precisions, key=str, default=torch.float32)]
         self.slots = max(slots, default=0)                                  # 0: there are no caches
         # not caches: those have slots that may never be used, and take no memory so far
         whole = [state[name] for name, expected in recipe.states.items() if not is_cache(expected)]

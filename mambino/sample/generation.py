@@ -7,6 +7,8 @@ of a text. Nothing is printed here.
     rows.keep([0, 2])                                       # row 1 is done
     rows.advance(ids[[0, 2]])                               # one `step` of the model for the others
 
+Prompts are read with states as they are computed; rows keep theirs in the precision net.state_dtype.
+
 A row is a state of the model and the logits of its next token; rows come and go between steps, and
 none depends on its neighbours:
 
@@ -20,6 +22,7 @@ from itertools import count
 import torch
 import torch.nn.functional as F
 
+from mambino.cache import kept_as
 from mambino.configurator import fail
 from mambino.kernels import cpu, native
 from mambino.sample import decode
@@ -244,7 +247,8 @@ class Rows:
             new_factors.insert(0, self.factors)
         self.rests = self.rests + list(rests or [None] * len(prompts))
         self.logits = torch.cat(logits)
-        self.state = join_states(states)
+        kept = {id(state): kept_as(state, self.net.state_dtype) for state in states}    # samples may share one
+        self.state = join_states([kept[id(state)] for state in states])
         if self.penalty != 1:
             self.factors = torch.cat(new_factors)
 
@@ -371,13 +375,25 @@ def beam_search(net, prompt, beams, max_new_tokens, vocab_size, is_end, length_p
 @torch.no_grad()
 def token_logits(net, ids, before):
     """Yields (logits (t, V), ids (t,)) of ids, a list, array or tensor, chunk after chunk: what the
-    model expects of each after all that stand before it, the first one after the ids `before`."""
+    model expects of each after all that stand before it, the first one after the ids `before`.
+
+    With a net.state_dtype token by token, as they are generated: the state is rounded after each."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     *read, last = before
-    state = prefill(net, read)[1] if read else None
+    state = kept_as(prefill(net, read)[1], net.state_dtype) if read else None
     inputs = torch.cat((torch.tensor([last]), ids[:-1]))
     for idx, targets in zip(chunks(net, inputs), chunks(net, ids)):     # (1, t) each
-        logits, state = step(net, idx, state)
+        if net.state_dtype is None:
+            logits, state = step(net, idx, state)
+        else:
+            pieces = []
+            for token in idx.split(1, 1):
+                if net.between_layers is not None:          # a server's rows wait for no 512 tokens
+                    net.between_layers()
+                new, state = step(net, token, state)
+                state = kept_as(state, net.state_dtype)
+                pieces.append(new)
+            logits = torch.cat(pieces, 1)
         yield require_finite(logits[0]), targets[0]
 
 

@@ -34,7 +34,7 @@ def require(condition, subject):
 # --- arguments of a call ----------------------------------------------------------------------------
 # They are numbers, weights (fp32 tensors), None, and what is below; and names of what a plan has: room
 # for x, h, a, b, c (B, D), rstd (B), cos, sin (B, P / 2), pos (B), logits (B, V), and threads, rows = B,
-# elements = B D.
+# elements = B D, precision: in which the state is kept.
 
 class State(NamedTuple):
     """A tensor of the state: its name, and its shape after B; None stands for a cache's slots."""
@@ -129,7 +129,7 @@ def attention(layer, i, x, y):
         sized((layer.q_norm.weight, (P,)), (layer.k_norm.weight, (P,)))
         norms = layer.q_norm.weight, layer.k_norm.weight, float(layer.q_norm.eps)
     keys, values = State(f'k.{i}', (G, None, P)), State(f'v.{i}', (G, None, P))
-    yield ('attention_step', 'threads', 'rows', H, G, P, Slots(keys.name), *matrices, *norms,
+    yield ('attention_step', 'threads', 'precision', 'rows', H, G, P, Slots(keys.name), *matrices, *norms,
            'pos', 'cos', 'sin', keys, values, x, y)
 
 
@@ -150,7 +150,7 @@ def mamba1(mixer, i, x, y):
     weight, bias, conv = convolution(mixer.conv1d, i)
     sized((bias, (E,)), (mixer.dt_proj.bias, (E,)), (mixer.D, (E,)))
     yield 'width', D
-    yield ('mamba1_step', 'threads', 'rows', E, N, weight.shape[-1], R, in_proj, *parts, weight, bias,
+    yield ('mamba1_step', 'threads', 'precision', 'rows', E, N, weight.shape[-1], R, in_proj, *parts, weight, bias,
            mixer.dt_proj.bias, mixer.A_log, mixer.D, conv, State(f'ssm.{i}', (N, E)), x, y)
 
 
@@ -165,7 +165,7 @@ def mamba2(mixer, i, x, y):
     in_proj = matrix(mixer.in_proj, E + len(weight) + H)
     sized((mixer.dt_bias, (H,)), (mixer.D, (H,)))
     yield 'width', in_proj.columns
-    yield ('mamba2_step', 'threads', 'rows', H, G, P, N, weight.shape[-1], in_proj,
+    yield ('mamba2_step', 'threads', 'precision', 'rows', H, G, P, N, weight.shape[-1], in_proj,
            matrix(mixer.out_proj, in_proj.columns, E), weight, bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight,
            float(norm.eps), conv, State(f'ssm.{i}', (H, P, N)), x, y)
 

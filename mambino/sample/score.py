@@ -7,7 +7,8 @@
 The figures are those of train.py's evaluation: of the same text and model the very numbers of
 --eval_only. The text is read in windows of block_size tokens, each by itself, and the first token is
 given. A second line has the figures where every token is predicted from all that stands before it,
-behind end-of-text or the ids that begin a text.
+behind end-of-text or the ids that begin a text; with a net.state_dtype token by token, as it is
+generated.
 
     text ──► ids ──► windows ──► nats ──► loss, perplexity, bits/byte
               └────► one after another ──► the same, and what was expected least ──► heatmap.py
@@ -60,7 +61,8 @@ def figures(net, tok, ids, size, total, worst, evaluated):
         yield f'perplexity  {perplexity(nats / targets)}'
         yield f'bits/byte   {nats / math.log(2) / target_bytes:.4f}'
         yield f'in windows of {net.config.block_size} tokens, as train.py evaluates'
-    yield (f'with all the text before each token: loss {total / len(ids):.4f}, '
+    states = ', token by token, with states in bfloat16' * (net.state_dtype is not None)
+    yield (f'with all the text before each token{states}: loss {total / len(ids):.4f}, '
            f'perplexity {perplexity(total / len(ids))}, bits/byte {total / math.log(2) / size:.4f}')
     yield '\nleast expected, in nats:'
     for nats, at in worst:

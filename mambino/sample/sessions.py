@@ -26,12 +26,14 @@ from array import array
 import torch
 
 from mambino import files
+from mambino.cache import kept_as
 from mambino.configurator import fail
 from mambino.sample.generation import Rows, is_cache, prefill, step
 from mambino.sample.healing import look_ahead
 from mambino.weights.checkpoint import save_checkpoint
 
 LONGEST = 200           # bytes of a name: a file's has at most 255, and a temporary one is longer
+PRECISIONS = torch.float32, torch.bfloat16, torch.float16       # of a state
 CONTENTS = {'fingerprint', 'tokens', 'unread', 'state', 'generator'}    # of the file, at least
 
 
@@ -332,10 +334,10 @@ def refuse(path, problem):
 
 def check_state(net, session, path):
     """Ends the program in a line unless a session's state is one that this model makes after so many
-    tokens: nothing that is computed asks again how large a tensor is. One that was made in another
-    precision gets the model's."""
+    tokens: nothing that is computed asks again how large a tensor is. One that was made or kept in another
+    precision gets the one of today."""
     idx = torch.zeros(1, 1, dtype=torch.long, device=next(net.parameters()).device)
-    expected = step(net, idx)[1]
+    expected = kept_as(step(net, idx)[1], net.state_dtype)
     state = session.state
     if state.keys() != expected.keys():
         refuse(path, 'its state has other parts than that of this model')
@@ -358,7 +360,7 @@ def check_state(net, session, path):
     if session.logits is not None:
         parts['logits'] = session.logits
     for name, value in parts.items():
-        if not value.is_floating_point() or not value.isfinite().all():
+        if value.dtype not in PRECISIONS or not value.isfinite().all():
             refuse(path, f'its {name} is not of finite numbers')
         if name in state:
             state[name] = value.to(expected[name].dtype)

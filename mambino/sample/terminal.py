@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from mambino.cache import kept_as
 from mambino.configurator import fail, shown
 from mambino.machine import available_memory
 from mambino.sample.conversation import Conversation
@@ -169,7 +170,7 @@ def rows_that_fit(net, read, vocab_size):
     """How many rows, each of what prefill returned, memory has room for; 2**31 where nobody knows."""
     logits, state, _ = read
     row = 40 * max(vocab_size, logits.shape[-1]) + 2000         # scores, sums, an order; what Python holds
-    for name, value in state.items():
+    for name, value in kept_as(state, net.state_dtype).items():
         grown = max(1, net.config.block_size // value.shape[2]) if is_cache(name) else 1
         row += value.numel() * value.element_size() * grown
     there = available_memory(next(net.parameters()).device)

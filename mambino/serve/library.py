@@ -238,6 +238,7 @@ class Library:
                 self.make_room(where, bytes_of(ckpt['weights']))
                 net = attach_adapters(model_of(ckpt), extra, adapters)
                 about = describe(ckpt, net, where, self.dtype, self.quantize)
+                about += ', states in bfloat16' * (self.room.state_dtype == 'bfloat16')
                 net, context = prepare_model(net, where, self.dtype, precision=self.quantize)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and 'memory' not in str(error):

@@ -15,6 +15,7 @@ import copy
 
 import torch
 
+from mambino.cache import kept_as
 from mambino.sample.generation import chunks, logprobs_of, step
 from mambino.sample.healing import look_ahead
 from mambino.serve.states import cloned
@@ -87,6 +88,7 @@ class Reading:
             return
         if not bool(self.logits.isfinite().all()):
             raise Refused(*NO_NUMBERS)
+        self.state = kept_as(self.state, self.net.state_dtype)      # for a row, and for who asks it again
         if self.ticket.job.owed:
             read = self.logits, self.state, self.ids
             self.rest = look_ahead(self.net, self.tok, read, self.ticket.job.owed)

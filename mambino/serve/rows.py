@@ -23,6 +23,7 @@ from contextlib import suppress
 
 import torch
 
+from mambino.cache import kept_as
 from mambino.machine import available_memory
 from mambino.sample.generation import is_cache, step
 
@@ -52,7 +53,8 @@ class Rows:
         self.most = most
         self.live = 0
         idx = torch.zeros(1, 1, dtype=torch.long, device=next(net.parameters()).device)
-        logits, self.like = step(net, idx)          # a state of one row: names, shapes, dtypes
+        logits, like = step(net, idx)
+        self.like = kept_as(like, net.state_dtype)  # a state of one row: names, shapes, dtypes
         self.begin = int(self.like['pos']) - 1      # positions before the first token: a prefix's
         self.pos = torch.zeros(most, dtype=torch.long)
         self.logits = untouched((most, logits.shape[-1]), logits.dtype, logits.device)

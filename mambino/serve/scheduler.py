@@ -27,6 +27,7 @@ from contextlib import nullcontext
 
 import torch
 
+from mambino.cache import DTYPES
 from mambino.serve.batch import Batch
 from mambino.serve.named import Named, told_of
 from mambino.serve.reading import Reading
@@ -51,6 +52,7 @@ class Scheduler:
 
     def __init__(self, net, tok, room, context=None, out_dir='', fingerprint='', turns=None):
         self.net = net
+        self.net.state_dtype = DTYPES[room.state_dtype]
         self.tok = tok
         self.room = room
         self.context = context or nullcontext()

@@ -18,6 +18,7 @@ class Room(NamedTuple):
     rows: int = 16              # answers side by side
     queue: int = 64             # jobs that may wait
     kept_memory: float = 0.25   # GB of states after prompts and answers
+    state_dtype: str = 'float32'        # of these states, and of the rows' (cache.py's DTYPES)
 
 
 @dataclass

@@ -14,15 +14,37 @@
 
 constexpr I KEYS = 256;  // of a block
 
+// --- WIDTH numbers of a state, which is kept in fp32 or bf16
+
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+static inline reg get(const float *p) { return as<reg>(p); }
+
+static inline reg get(const bf16 *p) {
+#ifdef __AVX512F__  // gcc would take them apart one by one
+    return (reg)load(p);
+#else
+    return (reg)(__builtin_convertvector(as<halves>(p), ureg) << 16);
+#endif
+}
+
+template <class T>
+static inline void copy(I n, const float *from, T *to) {  // n: a multiple of L
+    for (I i = 0; i < n; i += L)
+        store(to + i, load(from + i));
+}
+
+// --- attention
+
 // s[j] = scale * q . K[j] of WIDTH keys K (WIDTH, P); from the n-th on -infinity, and not read
-template <bool whole>
-static inline void scores(I n, I P, float scale, const float *q, const float *K, float *s) {
+template <bool whole, class T>
+static inline void scores(I n, I P, float scale, const float *q, const T *K, float *s) {
     reg dots[WIDTH]{};
 #pragma GCC unroll 16
     for (int l = 0; l < WIDTH; l++) {
-        const float *key = K + (whole ? l : std::min<I>(l, n - 1)) * P;
+        const T *key = K + (whole ? l : std::min<I>(l, n - 1)) * P;
         for (I p = 0; p < P; p += WIDTH)
-            dots[l] += as<reg>(q + p) * as<reg>(key + p);
+            dots[l] += as<reg>(q + p) * get(key + p);
     }
     reg v = sums(dots) * scale;
     memcpy(s, &v, sizeof v);
@@ -31,13 +53,13 @@ static inline void scores(I n, I P, float scale, const float *q, const float *K,
 }
 
 // y[p] = the sum of w[j] * V[j][p], j < n, of W * WIDTH columns; V (n, P)
-template <int W>
-static inline void weigh(I n, I P, const float *w, const float *V, float *y) {
+template <int W, class T>
+static inline void weigh(I n, I P, const float *w, const T *V, float *y) {
     reg s[W]{};
     for (I j = 0; j < n; j++)
 #pragma GCC unroll 8
         for (int i = 0; i < W; i++)
-            s[i] += w[j] * as<reg>(V + j * P + i * WIDTH);
+            s[i] += w[j] * get(V + j * P + i * WIDTH);
     memcpy(y, s, sizeof s);
 }
 
@@ -49,14 +71,15 @@ struct Partial {
 };
 
 // q (R, P) by the n keys and values of a block, each (n, P); s: room for R of KEYS
-static void attend_to_block(I R, I n, I P, const float *q, const float *K, const float *V, float *s,
+template <class T>
+static void attend_to_block(I R, I n, I P, const float *q, const T *K, const T *V, float *s,
                             Partial *partials, I step) {
     float scale = 1 / std::sqrt((float)P);
     for (I j = 0; j < up(n, L); j += WIDTH) {
         for (I r = 0; r < R; r++)
-            (n - j < WIDTH ? scores<false> : scores<true>)(n - j, P, scale, q + r * P, K + j * P,
-                                                           s + r * KEYS + j);
-        for (I i = j * P; i < std::min(n, j + WIDTH) * P; i += L)
+            (n - j < WIDTH ? scores<false, T> : scores<true, T>)(n - j, P, scale, q + r * P,
+                                                                 K + j * P, s + r * KEYS + j);
+        for (I i = j * P; i < std::min(n, j + WIDTH) * P; i += 64 / sizeof(T))
             __builtin_prefetch(V + i, 0, 2);
     }
     for (I r = 0; r < R; r++, s += KEYS, partials += step) {
@@ -100,8 +123,9 @@ static void combine(I n, I P, const Partial *partials, float *y) {
 
 // y (B, H, P) of queries q (B, H, P), when the caches (B, G, S, P) have got keys k and values v (B,
 // G, P) of positions pos; slots 0 to pos, or all of a ring, are attended to. P is a multiple of L
+template <class T>
 static void attend(I threads, I B, I H, I G, I P, I S, const I *pos, const float *q, const float *k,
-                   const float *v, float *keys, float *values, float *y) {
+                   const float *v, T *keys, T *values, float *y) {
     I R = H / G;
     I longest = std::min(*std::max_element(pos, pos + B) + 1, S);
     I blocks = up(longest, KEYS) / KEYS;
@@ -120,14 +144,14 @@ static void attend(I threads, I B, I H, I G, I P, I S, const I *pos, const float
             if (n <= 0)
                 continue;
             I slot = pos[b] % S - first;
-            float *K = keys + (i * S + first) * P;
-            float *V = values + (i * S + first) * P;
+            T *K = keys + (i * S + first) * P;
+            T *V = values + (i * S + first) * P;
             if (0 <= slot && slot < n) {
-                memcpy(K + slot * P, k + i * P, 4 * P);
-                memcpy(V + slot * P, v + i * P, 4 * P);
+                copy(P, k + i * P, K + slot * P);
+                copy(P, v + i * P, V + slot * P);
             }
             Partial *own = &partials[i * R * blocks + u % blocks];
-            attend_to_block(R, n, P, q + i * R * P, K, V, s.data(), own, blocks);
+            attend_to_block<T>(R, n, P, q + i * R * P, K, V, s.data(), own, blocks);
         }
     });
     Flush flush;

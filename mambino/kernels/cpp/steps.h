@@ -1,7 +1,11 @@
 // One token of each of a few sequences, what generation computes again and again. Each function does
 // all of its task, on `threads` threads; decode.py writes down their calls, and `replay` makes them.
+//
+// precision: FP32 or BF16, in which keys, values and the recurrences' h are kept; what is computed
+// of them is fp32.
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -9,11 +13,15 @@
 #include "elementwise.h"
 #include "matrices.h"
 
+struct Room : std::unique_ptr<float[]> {  // for n numbers; a vector would write zeros into it
+    Room(I n) : std::unique_ptr<float[]>(new float[n]) {}
+};
+
 API mlp_step(I threads, I tokens, const Matrix *gate, const Matrix *up_, const Matrix *down,
              const float *x, float *y) {
     I inner = gate->rows;
-    std::vector<float> room(2 * tokens * inner);
-    float *g = room.data(), *u = g + tokens * inner;
+    Room room(2 * tokens * inner);
+    float *g = room.get(), *u = g + tokens * inner;
     linear<2>(threads, {gate, up_}, tokens, x, {g, u});
     parallel(tokens * inner < 8192 ? 1 : threads, up(tokens * inner, L) / L, [&](I lo, I hi) {
         Flush flush;
@@ -38,12 +46,12 @@ API rope_step(I B, I P, const I *pos, const float *frequencies, float *cosine, f
 // attention of one token of each sequence, x and y (B, D): the caches (B, G, S, P) get its key and
 // value, and slots 0 to pos, or all of a ring, are attended to. P is a multiple of L; tables
 // (B, P / 2); norms of heads, or null
-API attention_step(I threads, I B, I H, I G, I P, I S, const Matrix *qm, const Matrix *km,
-                   const Matrix *vm, const Matrix *om, const float *q_norm, const float *k_norm,
-                   float eps, const I *pos, const float *cosine, const float *sine, float *keys,
-                   float *values, const float *x, float *out) {
-    std::vector<float> room(B * (2 * H + 2 * G) * P + B * H);
-    float *q = room.data();
+API attention_step(I threads, I precision, I B, I H, I G, I P, I S, const Matrix *qm,
+                   const Matrix *km, const Matrix *vm, const Matrix *om, const float *q_norm,
+                   const float *k_norm, float eps, const I *pos, const float *cosine,
+                   const float *sine, void *keys, void *values, const float *x, float *out) {
+    Room room(B * (2 * H + 2 * G) * P + B * H);
+    float *q = room.get();
     float *k = q + B * H * P;
     float *v = k + B * G * P;
     float *y = v + B * G * P;
@@ -55,55 +63,132 @@ API attention_step(I threads, I B, I H, I G, I P, I S, const Matrix *qm, const M
     }
     rope(0, B, 0, B, H, P, q, cosine, sine, 1, q);
     rope(0, B, 0, B, G, P, k, cosine, sine, 1, k);
-    attend(threads, B, H, G, P, S, pos, q, k, v, keys, values, y);
+    if (precision == BF16)
+        attend(threads, B, H, G, P, S, pos, q, k, v, (bf16 *)keys, (bf16 *)values, y);
+    else
+        attend(threads, B, H, G, P, S, pos, q, k, v, (float *)keys, (float *)values, y);
     linear<1>(threads, {om}, B, y, {out});
 }
 
-// y (B, E) = silu of the convolution of one token of each sequence, x (B, E) in rows of sx, which
-// moves into the state (B, K - 1, E). weight (E, K)
-static void conv_steps(I threads, I B, I E, I K, const float *x, I sx, const float *weight,
-                       const float *bias, float *state, float *y) {
-    parallel(B * E < 8192 ? 1 : threads, up(E, L) / L, [&](I lo, I hi) {
-        Flush flush;
-        std::vector<float> taps(K * L);  // of L channels, (K, L)
-        for (I e = lo * L; e < std::min(hi * L, E); e += L) {
-            int n = std::min<I>(L, E - e);
-            for (int l = 0; l < n; l++)
-                for (I j = 0; j < K; j++)
-                    taps[j * L + l] = weight[(e + l) * K + j];
-            for (I b = 0; b < B; b++) {
-                vec in = load(x + b * sx + e, n);
-                vec out = load(bias + e, n) + load(&taps[(K - 1) * L]) * in;
-                float *before = state + b * (K - 1) * E + e;
-                for (I j = 0; j < K - 1; j++) {
-                    vec v = load(before + j * E, n);
-                    out += load(&taps[j * L]) * v;
-                    if (j)
-                        store(before + (j - 1) * E, v, n);
-                }
-                if (K > 1)
-                    store(before + (K - 2) * E, in, n);
-                store(y + b * E + e, out * sigmoid(out), n);
-            }
-        }
-    });
+// (K, L) of each L channels, the last ones filled up, of a convolution's weight (E, K)
+static Room taps_of(I E, I K, const float *weight) {
+    Room taps(up(E, L) * K);
+    float *to = taps.get();
+    for (I e = 0; e < E; e += L)
+        for (I j = 0; j < K; j++)
+            for (int l = 0; l < L; l++)
+                *to++ = weight[std::min(e + l, E - 1) * K + j];
+    return taps;
 }
 
-// h (P, N) of a head = decay h + (dt u) B; y (P) = h C + D u, in one pass over h. Bs, Cs (N); P and N
-// are multiples of L
-static inline void head_step(I P, I N, float dt, float decay, float D, const float *u,
-                             const float *Bs, const float *Cs, float *h, float *y) {
-    for (I p = 0; p < P; p += WIDTH) {
-        reg s[WIDTH]{};
-#pragma GCC unroll 16
-        for (int l = 0; l < WIDTH; l++) {
-            float *state = h + (p + l) * N;
-            float in = dt * u[p + l];
-            for (I n = 0; n < N; n += WIDTH) {
-                reg now = as<reg>(state + n) * decay + as<reg>(Bs + n) * in;
-                memcpy(state + n, &now, sizeof now);
-                s[l] += now * as<reg>(Cs + n);
+// y (rows lo to hi, E) = silu of the convolution of one token of each sequence, x in rows of sx, which
+// moves into the state (B, K - 1, E)
+static void conv_steps(I lo, I hi, I E, I K, const float *x, I sx, const Room &taps,
+                       const float *bias, float *state, float *y) {
+    for (I b = lo; b < hi; b++) {
+        for (I e = 0; e < E; e += L) {
+            int n = std::min<I>(L, E - e);
+            const float *tap = taps.get() + e * K;
+            vec in = load(x + b * sx + e, n);
+            vec out = load(bias + e, n) + load(tap + (K - 1) * L) * in;
+            float *before = state + b * (K - 1) * E + e;
+            for (I j = 0; j < K - 1; j++) {
+                vec v = load(before + j * E, n);
+                out += load(tap + j * L) * v;
+                if (j)
+                    store(before + (j - 1) * E, v, n);
             }
+            if (K > 1)
+                store(before + (K - 2) * E, in, n);
+            store(y + b * E + e, out * sigmoid(out), n);
+        }
+    }
+}
+
+// --- states: 2 WIDTH numbers in two registers, of bf16 the even ones and the odd ones, which no
+// instruction need put in order
+
+constexpr I AHEAD = 1024;  // bytes: what is read of a state is fetched so much earlier
+
+static inline void get(const float *p, reg &a, reg &b) {
+    a = as<reg>(p);
+    b = as<reg>(p + WIDTH);
+}
+
+static inline void put(float *p, reg a, reg b) {
+    memcpy(p, &a, sizeof a);
+    memcpy(p + WIDTH, &b, sizeof b);
+}
+
+static inline void get(const bf16 *p, reg &a, reg &b) {
+    ureg both = as<ureg>(p);
+    a = (reg)(both << 16);
+    b = (reg)(both & 0xffff0000u);
+}
+
+// the upper 16 bits: to the nearest bf16, of two the even. A NaN stays one if its lower bits are 0,
+// as those of `sound` numbers and of what comes of them
+static inline ureg nearest_bits(reg v) {
+    ureg u = (ureg)v;
+    return u + 0x7fffu + (u >> 16 & 1u);
+}
+
+static inline void put(bf16 *p, reg a, reg b) {
+    ureg both = nearest_bits(a) >> 16 | (nearest_bits(b) & 0xffff0000u);
+    memcpy(p, &both, sizeof both);
+}
+
+static inline float sound(float a) { return a == a ? a : NAN; }
+
+// n sound numbers as `get` has those of a state that is kept in bf16
+static void even_first(I n, float *x) {
+    for (I i = 0; i < n; i += L) {
+        vec v = load(x + i);
+        store(x + i, v == v ? v : all(NAN));
+    }
+    for (I i = 0; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        float both[2 * WIDTH];
+        memcpy(both, x + i, sizeof both);
+        for (int j = 0; j < WIDTH; j++) {
+            x[i + j] = both[2 * j];
+            x[i + WIDTH + j] = both[2 * j + 1];
+        }
+    }
+}
+
+// h (P, N) of a head = decay h + (dt u) B; y (P) = h C + D u, in one pass over h. Bs, Cs (N), for
+// bf16 `even_first`; P and N are multiples of L
+template <class T>
+static inline void head_step(I P, I N, float dt, float decay, float D, const float *u,
+                             const float *Bs, const float *Cs, T *h, float *y) {
+    decay = sound(decay);
+    for (I p = 0; p < P; p += WIDTH) {
+        reg s[WIDTH];
+        for (int l = 0; l < WIDTH; l++) {
+            T *state = h + (p + l) * N;
+            float in = sound(dt * u[p + l]);
+            reg even{}, odd{}, rest{};
+            I n = 0;
+            for (; n + 2 * WIDTH <= N; n += 2 * WIDTH) {
+                for (I i = 0; i < 2 * WIDTH; i += 64 / sizeof(T))
+                    __builtin_prefetch((char *)(state + n + i) + AHEAD, 1, 2);
+                reg a, b;
+                get(state + n, a, b);
+                a = a * decay + as<reg>(Bs + n) * in;
+                b = b * decay + as<reg>(Bs + n + WIDTH) * in;
+                put(state + n, a, b);
+                even += a * as<reg>(Cs + n);
+                odd += b * as<reg>(Cs + n + WIDTH);
+            }
+            if constexpr (WIDTH == L) {
+                if (n < N) {
+                    vec now = load(state + n) * decay + load(Bs + n) * in;
+                    store(state + n, now);
+                    vec product = now * load(Cs + n);
+                    rest = as<reg>(&product);
+                }
+            }
+            s[l] = even + odd + rest;
         }
         reg out = sums(s) + as<reg>(u + p) * D;
         memcpy(y + p, &out, sizeof out);
@@ -112,45 +197,71 @@ static inline void head_step(I P, I N, float dt, float decay, float D, const flo
 
 // a Mamba-2's mixer, v and out (B, D): conv (B, K - 1, H P + 2 G N) and h (B, H, P, N) are updated.
 // P and N are multiples of L
-API mamba2_step(I threads, I B, I H, I G, I P, I N, I K, const Matrix *in_proj,
+API mamba2_step(I threads, I precision, I B, I H, I G, I P, I N, I K, const Matrix *in_proj,
                 const Matrix *out_proj, const float *weight, const float *bias,
                 const float *dt_bias, const float *A_log, const float *D, const float *norm,
-                float eps, float *conv, float *h, const float *v, float *out) {
+                float eps, float *conv, void *h, const float *v, float *out) {
     I E = H * P;
     I W = E + 2 * G * N;
     I sx = E + W + H;
-    std::vector<float> mixed(B * W), rstd(B * G), room(B * (sx + E));
-    float *x = room.data(), *y = x + B * sx;  // x: rows of [z; x, B, C; dt]
+    Room room(B * (sx + W + E + G));
+    float *x = room.get(), *mixed = x + B * sx;  // x: rows of [z; x, B, C; dt]
+    float *y = mixed + B * W, *rstd = y + B * E;
     linear<1>(threads, {in_proj}, B, v, {x});
-    conv_steps(threads, B, W, K, x + E, sx, weight, bias, conv, mixed.data());
-    parallel(B * H * P * N < 32768 ? 1 : threads, B * H, [&](I lo, I hi) {
-        Flush flush;
+    Room taps = taps_of(W, K, weight);
+    auto convolve = [&](I lo, I hi) {
+        conv_steps(lo, hi, W, K, x + E, sx, taps, bias, conv, mixed);
+        for (I b = lo; b < hi && precision == BF16; b++)
+            for (I g = 0; g < 2 * G; g++)
+                even_first(N, mixed + b * W + E + g * N);
+    };
+    auto scan = [&](I lo, I hi) {
         for (I i = lo; i < hi; i++) {
             I b = i / H;
             I head = i % H;
             I g = head / (H / G);
-            const float *u = &mixed[b * W + head * P];
-            const float *Bs = &mixed[b * W + E + g * N];
+            const float *u = mixed + b * W + head * P;
+            const float *Bs = mixed + b * W + E + g * N;
             const float *Cs = Bs + G * N;
             float dt = softplus(all(x[b * sx + E + W + head] + dt_bias[head]))[0];
             float decay = std::exp(-dt * std::exp(A_log[head]));
-            head_step(P, N, dt, decay, D[head], u, Bs, Cs, h + i * P * N, y + i * P);
+            if (precision == BF16)
+                head_step(P, N, dt, decay, D[head], u, Bs, Cs, (bf16 *)h + i * P * N, y + i * P);
+            else
+                head_step(P, N, dt, decay, D[head], u, Bs, Cs, (float *)h + i * P * N, y + i * P);
         }
-    });
-    parallel(B * E < 8192 ? 1 : threads, B, [&](I lo, I hi) {
-        norm_forward(lo, hi, 0, G, E / G, eps, y, x, sx, norm, y, rstd.data());
-    });
+    };
+    auto gate = [&](I lo, I hi) {
+        norm_forward(lo, hi, 0, G, E / G, eps, y, x, sx, norm, y, rstd);
+    };
+    I shared = B * H * P * N < 32768 ? 1 : threads;
+    if (B >= 4 * threads) {  // a row is one thread's: nothing goes from core to core
+        parallel(shared, B, [&](I lo, I hi) {
+            Flush flush;
+            convolve(lo, hi);
+            scan(lo * H, hi * H);
+            gate(lo, hi);
+        });
+    } else {
+        Flush flush;
+        convolve(0, B);
+        parallel(shared, B * H, [&](I lo, I hi) {
+            Flush flush;
+            scan(lo, hi);
+        });
+        gate(0, B);
+    }
     linear<1>(threads, {out_proj}, B, y, {out});
 }
 
 // a Mamba-1's mixer, v and out (B, D): conv (B, K - 1, E) and h (B, N, E) are updated
-API mamba1_step(I threads, I B, I E, I N, I K, I R, const Matrix *in_proj, const Matrix *x_proj,
-                const Matrix *dt_proj, const Matrix *out_proj, const float *weight,
-                const float *conv_bias, const float *bias, const float *A_log, const float *D,
-                float *conv, float *h, const float *v, float *out) {
+API mamba1_step(I threads, I precision, I B, I E, I N, I K, I R, const Matrix *in_proj,
+                const Matrix *x_proj, const Matrix *dt_proj, const Matrix *out_proj,
+                const float *weight, const float *conv_bias, const float *bias, const float *A_log,
+                const float *D, float *conv, void *h, const float *v, float *out) {
     I sbc = R + 2 * N, sz = 2 * E;
-    std::vector<float> room(B * (5 * E + sbc + R));
-    float *both = room.data();
+    Room room(B * (5 * E + sbc + R));
+    float *both = room.get();
     float *x = both + B * 2 * E;
     float *raw = x + B * E;
     float *y = raw + B * E;
@@ -160,37 +271,47 @@ API mamba1_step(I threads, I B, I E, I N, I K, I R, const Matrix *in_proj, const
     const float *Bs = parts + R;
     const float *Cs = Bs + N;
     linear<1>(threads, {in_proj}, B, v, {both});  // rows of [x; z]
-    conv_steps(threads, B, E, K, both, 2 * E, weight, conv_bias, conv, x);
+    Room taps = taps_of(E, K, weight);
+    parallel(B * E < 8192 ? 1 : threads, B, [&](I lo, I hi) {
+        Flush flush;
+        conv_steps(lo, hi, E, K, both, 2 * E, taps, conv_bias, conv, x);
+    });
     linear<1>(threads, {x_proj}, B, x, {parts});  // rows of [dt; B; C]
     for (I b = 0; b < B; b++)
         memcpy(low + b * R, parts + b * sbc, 4 * R);
     linear<1>(threads, {dt_proj}, B, low, {raw});
-    parallel(B * E * N < 8192 ? 1 : threads, up(E, L) / L, [&](I lo, I hi) {
-        Flush flush;
-        std::vector<vec> A(N);
-        std::vector<float> logs(N * L);
-        for (I e = lo * L; e < std::min(hi * L, E); e += L) {
-            int n = E - e < L ? E - e : L;
-            for (int l = 0; l < n; l++)
+    auto scan = [&](auto *h) {
+        parallel(B * E * N < 8192 ? 1 : threads, up(E, L) / L, [&](I lo, I hi) {
+            Flush flush;
+            std::vector<vec> A(N);
+            std::vector<float> logs(N * L);
+            for (I e = lo * L; e < std::min(hi * L, E); e += L) {
+                int n = E - e < L ? E - e : L;
+                for (int l = 0; l < n; l++)
+                    for (I j = 0; j < N; j++)
+                        logs[j * L + l] = A_log[(e + l) * N + j];
                 for (I j = 0; j < N; j++)
-                    logs[j * L + l] = A_log[(e + l) * N + j];
-            for (I j = 0; j < N; j++)
-                A[j] = -expv(load(&logs[j * L])) * LOG2E;
-            for (I b = 0; b < B; b++) {
-                vec in = load(x + b * E + e, n);
-                vec dt = softplus(load(raw + b * E + e, n) + load(bias + e, n));
-                vec sum = in * load(D + e, n);
-                for (I j = 0; j < N; j++) {
-                    float *state = h + (b * N + j) * E + e;
-                    vec now = exp2v(dt * A[j]) * load(state, n) + dt * in * Bs[b * sbc + j];
-                    store(state, now, n);
-                    sum += now * Cs[b * sbc + j];
+                    A[j] = -expv(load(&logs[j * L])) * LOG2E;
+                for (I b = 0; b < B; b++) {
+                    vec in = load(x + b * E + e, n);
+                    vec dt = softplus(load(raw + b * E + e, n) + load(bias + e, n));
+                    vec sum = in * load(D + e, n);
+                    for (I j = 0; j < N; j++) {
+                        auto *state = h + (b * N + j) * E + e;
+                        vec now = exp2v(dt * A[j]) * load(state, n) + dt * in * Bs[b * sbc + j];
+                        store(state, now, n);
+                        sum += now * Cs[b * sbc + j];
+                    }
+                    vec gate = load(z + b * sz + e, n);
+                    store(y + b * E + e, sum * gate * sigmoid(gate), n);
                 }
-                vec gate = load(z + b * sz + e, n);
-                store(y + b * E + e, sum * gate * sigmoid(gate), n);
             }
-        }
-    });
+        });
+    };
+    if (precision == BF16)
+        scan((bf16 *)h);
+    else
+        scan((float *)h);
     linear<1>(threads, {out_proj}, B, y, {out});
 }
 
