@@ -243,13 +243,15 @@ API mamba2_step(I threads, I precision, I B, I H, I G, I P, I N, I K, const Matr
             gate(lo, hi);
         });
     } else {
-        Flush flush;
-        convolve(0, B);
+        parallel(B * W < 8192 ? 1 : threads, B, [&](I lo, I hi) {
+            Flush flush;
+            convolve(lo, hi);
+        });
         parallel(shared, B * H, [&](I lo, I hi) {
             Flush flush;
             scan(lo, hi);
         });
-        gate(0, B);
+        parallel(B * E < 8192 ? 1 : threads, B, gate);
     }
     linear<1>(threads, {out_proj}, B, y, {out});
 }
