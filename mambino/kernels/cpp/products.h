@@ -9,7 +9,7 @@
 static inline I up(I n, I to) { return (n + to - 1) / to * to; }
 
 #ifdef __AVX512F__
-constexpr int WIDE = 4;  // accumulators: 6 x WIDE registers of L
+constexpr int WIDE = 4;  // accumulators: 6 x WIDE vectors
 #else
 constexpr int WIDE = 1;
 #endif
@@ -45,7 +45,7 @@ static inline float value(bf16 a) {
     return v;
 }
 
-static inline vec muladd(vec s, const float *a, vec b) { return s + *a * b; }
+static inline reg muladd(reg s, const float *a, reg b) { return s + *a * b; }
 
 static inline vec muladd(vec s, const pair *a, vec b) {
     uint32_t both;
@@ -56,21 +56,22 @@ static inline vec muladd(vec s, const pair *a, vec b) {
 template <int R, int W, class unit>
 static inline void tile(float *c, I sc, const unit *a, I ai, I ak, const unit *b, I sb, I k0, I k1,
                         float keep) {
-    vec s[R][W];
+    constexpr int N = W * L / REG;
+    reg s[R][N];
     for (int r = 0; r < R; r++)
-        for (int w = 0; w < W; w++)
-            s[r][w] = keep ? load(c + r * sc + w * L) * keep : vec{};
+        for (int n = 0; n < N; n++)
+            s[r][n] = keep ? load_register(c + r * sc + n * REG) * keep : reg{};
     for (I k = k0; k < k1; k++) {
-        vec row[W];
-        for (int w = 0; w < W; w++)
-            row[w] = load((const float *)(b + k * sb + w * L));
+        reg row[N];
+        for (int n = 0; n < N; n++)
+            row[n] = load_register((const float *)(b + k * sb) + n * REG);
         for (int r = 0; r < R; r++)
-            for (int w = 0; w < W; w++)
-                s[r][w] = muladd(s[r][w], a + r * ai + k * ak, row[w]);
+            for (int n = 0; n < N; n++)
+                s[r][n] = muladd(s[r][n], a + r * ai + k * ak, row[n]);
     }
     for (int r = 0; r < R; r++)
-        for (int w = 0; w < W; w++)
-            store(c + r * sc + w * L, s[r][w]);
+        for (int n = 0; n < N; n++)
+            memcpy(c + r * sc + n * REG, &s[r][n], sizeof(reg));
 }
 
 // all of it; a[i][k] is 0 for k > i, or for k < i; only c[i][j <= i] matters

@@ -12,6 +12,17 @@ constexpr int L = 16;  // a register of AVX-512, or two of AVX, or four of NEON
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ivec __attribute__((vector_size(4 * L)));
 typedef double dvec __attribute__((vector_size(4 * L)));  // L / 2 of them
+// What a register holds: of longer vectors gcc keeps in memory what is added up, and takes apart what
+// is compared
+#ifdef __AVX512F__
+constexpr int REG = L;
+#elif defined(__AVX__)
+constexpr int REG = 8;
+#else
+constexpr int REG = 4;
+#endif
+typedef float reg __attribute__((vector_size(4 * REG)));
+typedef int32_t ireg __attribute__((vector_size(4 * REG)));
 constexpr ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #define API extern "C" void
 
@@ -31,6 +42,12 @@ static inline vec all(float a) { return vec{} + a; }
 
 static inline vec load(const float *p) {
     vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline reg load_register(const float *p) {
+    reg v;
     memcpy(&v, p, sizeof v);
     return v;
 }
@@ -77,9 +94,10 @@ static inline vec max(vec a, vec b) { return a > b ? a : b; }
 // f of all numbers of v: of the two halves, of the halves of that, and so on
 template <class F>
 static inline float folded(vec v, F f) {
-    float s[L];
-    store(s, v);
-    for (int n = L / 2; n; n /= 2)
+    float s[L / 2];
+    for (int i = 0; i < L / 2; i++)
+        s[i] = f(v[i], v[i + L / 2]);
+    for (int n = L / 4; n; n /= 2)
         for (int i = 0; i < n; i++)
             s[i] = f(s[i], s[i + n]);
     return s[0];
@@ -180,24 +198,36 @@ static inline vec dot(vec s, pairs a, pairs b) {
 // --- functions, to 2 units in the last place: a polynomial on one octave, the octave put into the
 // exponent's bits
 
-static inline vec exp2v(vec x) {  // 2^x for x <= 127; a NaN stays one
-    x = x < -125.f ? all(-125.f) : x;
-    vec shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
-    vec p = all(1.535336188319500e-4f);
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+
+template <class F>
+static inline vec by_registers(vec x, F f) {
+    float each[L];
+    store(each, x);
+    for (int i = 0; i < L; i += REG) {
+        reg r = f(load_register(each + i));
+        memcpy(each + i, &r, sizeof r);
+    }
+    return load(each);
+}
+
+static inline reg exp2r(reg x) {
+    x = x < -125.f ? reg{} - 125.f : x;
+    reg shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
+    reg p = reg{} + 1.535336188319500e-4f;
     p = p * r + 1.339887440266574e-3f;
     p = p * r + 9.618437357674640e-3f;
     p = p * r + 5.550332471162809e-2f;
     p = p * r + 2.402264791363012e-1f;
     p = p * r + 6.931472028550421e-1f;
     p = p * r + 1.f;
-    return (vec)((ivec)p + ((ivec)shifted << 23));
+    return (reg)((ireg)p + ((ireg)shifted << 23));
 }
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+static inline vec exp2v(vec x) { return by_registers(x, exp2r); }  // 2^x for x <= 127; a NaN stays one
 
 static inline vec expv(vec x) {
-    x = x > 87.f ? all(87.f) : x;
-    return exp2v(x * LOG2E);
+    return by_registers(x, [](reg x) { return exp2r((x > 87.f ? reg{} + 87.f : x) * LOG2E); });
 }
 
 static inline vec sigmoid(vec x) { return 1.f / (1.f + expv(-x)); }
