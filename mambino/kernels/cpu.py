@@ -20,7 +20,7 @@ from mambino.kernels.native import expect, launch, thread_count
 from mambino.kernels.registry import kernel
 
 PRECISIONS = (torch.float32, torch.bfloat16)    # of numbers that native.cpp reads and writes
-LANES = 16          # numbers that native.cpp computes side by side
+LANES = 16          # numbers that native.cpp computes side by side at most: what it takes is a multiple of it
 _allowed = True
 
 
@@ -146,7 +146,7 @@ class SwiGLU(Function):
         expect('swiglu', (up, gate.shape))
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        launch(f'swiglu_forward{kind_of(gate)}', gate.numel() // LANES, gate.numel(), gate, up, y)
+        launch(f'swiglu_forward{kind_of(gate)}', gate.numel() // native.lanes(), gate.numel(), gate, up, y)
         return y
 
     @staticmethod
@@ -154,7 +154,7 @@ class SwiGLU(Function):
     def backward(ctx, grad_y):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        n = gate.numel() // LANES
+        n = gate.numel() // native.lanes()
         launch(f'swiglu_backward{kind_of(gate)}', n, 2 * gate.numel(), gate, up, grad_y.contiguous(),
                grad_gate, grad_up)
         return grad_gate, grad_up

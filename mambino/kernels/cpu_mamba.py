@@ -6,6 +6,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from mambino.kernels import native
 from mambino.kernels.cpu import LANES, applies, compute, even_rows, kind_of
 from mambino.kernels.native import expect, launch, thread_count
 from mambino.kernels.registry import kernel
@@ -42,7 +43,7 @@ class Mamba1(Function):
         starts = None
         if any(ctx.needs_input_grad):
             starts = A.new_empty(-(-T // Mamba1.CHUNK), batch, N, E)  # the state before each chunk
-        launch(f'mamba1_forward{kind_of(x)}', -(-E // LANES), x.numel() * N // 2, N, batch, T, E, x, dt,
+        launch(f'mamba1_forward{kind_of(x)}', -(-E // native.lanes()), x.numel() * N // 2, N, batch, T, E, x, dt,
                dt.stride(-2), dt_bias, A, B, C, B.stride(-2), D, z, z.stride(-2), state, starts, y)
         ctx.save_for_backward(x, dt, dt_bias, A, B, C, D, z, starts)
         return y, state
@@ -53,7 +54,7 @@ class Mamba1(Function):
         x, dt, dt_bias, A, B, C, D, z, starts = ctx.saved_tensors
         batch, T, E = x.shape
         N = len(A)
-        tiles = -(-E // LANES)
+        tiles = -(-E // native.lanes())
         work = x.numel() * N
         grad_state = grad_state.clone(memory_format=torch.contiguous_format)
         grad_x, grad_dt, grad_z = (torch.empty_like(x) for _ in range(3))

@@ -307,6 +307,11 @@ def thread_count(n, work):
     return max(1, min(torch.get_num_threads(), n, work >> 16))
 
 
+def lanes():
+    """How many numbers native.cpp computes side by side here: some functions' items are so many."""
+    return library().lanes()
+
+
 def has_data(tensor):
     """Whether a tensor has numbers: those that a run's memory is estimated with have none."""
     return type(tensor).__name__ != 'FakeTensor'    # to import the class takes a second

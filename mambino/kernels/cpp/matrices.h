@@ -20,6 +20,7 @@ struct Matrix {
     const void *scales;
 };
 
+constexpr I DISTANCE = 16;  // rows, from those that are multiplied to those that are fetched
 constexpr I BYTES[] = {4 * GROUP, 2 * GROUP, GROUP, GROUP / 2};  // of GROUP columns
 
 template <class V>
@@ -177,7 +178,7 @@ static inline void tile_of_bytes(const Matrix &a, I first, const Tokens &x, I to
         p[r] = a.data + row * step;
         levels[r] = (const uint32_t *)a.scales + row * x.groups;
     }
-    const char *ahead = p[0] + L * step + token / M * share / BESIDE * x.groups;
+    const char *ahead = p[0] + DISTANCE * step + token / M * share / BESIDE * x.groups;
     const char *until = ahead;
     reg f[R][M]{};
     auto add = [&](I g, I n) __attribute__((always_inline)) {  // what n groups give
@@ -233,7 +234,7 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg 
         p[r] = a.data + row * step;
         levels[r] = (const uint32_t *)a.scales + row * x.groups;
     }
-    const char *ahead = p[0] + L * step + token / M * share * x.groups;
+    const char *ahead = p[0] + DISTANCE * step + token / M * share * x.groups;
     const char *until = ahead;
     Lanes<F> s[R][M]{};
     reg f[R][M]{};

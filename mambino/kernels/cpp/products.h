@@ -8,10 +8,10 @@
 
 static inline I up(I n, I to) { return (n + to - 1) / to * to; }
 
-#ifdef __AVX512F__
-constexpr int WIDE = 4;  // accumulators: 6 x WIDE vectors
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int WIDE = 4;  // accumulators: 6 x WIDE registers, of 32
 #else
-constexpr int WIDE = 1;
+constexpr int WIDE = 2;  // of 16
 #endif
 
 // A product's numbers are fp32, or pairs of bf16 that follow one another in k, the index that is
@@ -45,7 +45,7 @@ static inline float value(bf16 a) {
     return v;
 }
 
-static inline reg muladd(reg s, const float *a, reg b) { return s + *a * b; }
+static inline vec muladd(vec s, const float *a, vec b) { return s + *a * b; }
 
 static inline vec muladd(vec s, const pair *a, vec b) {
     uint32_t both;
@@ -56,22 +56,21 @@ static inline vec muladd(vec s, const pair *a, vec b) {
 template <int R, int W, class unit>
 static inline void tile(float *c, I sc, const unit *a, I ai, I ak, const unit *b, I sb, I k0, I k1,
                         float keep) {
-    constexpr int N = W * L / REG;
-    reg s[R][N];
+    vec s[R][W];
     for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++)
-            s[r][n] = keep ? load_register(c + r * sc + n * REG) * keep : reg{};
+        for (int w = 0; w < W; w++)
+            s[r][w] = keep ? load(c + r * sc + w * L) * keep : vec{};
     for (I k = k0; k < k1; k++) {
-        reg row[N];
-        for (int n = 0; n < N; n++)
-            row[n] = load_register((const float *)(b + k * sb) + n * REG);
+        vec row[W];
+        for (int w = 0; w < W; w++)
+            row[w] = load((const float *)(b + k * sb + w * L));
         for (int r = 0; r < R; r++)
-            for (int n = 0; n < N; n++)
-                s[r][n] = muladd(s[r][n], a + r * ai + k * ak, row[n]);
+            for (int w = 0; w < W; w++)
+                s[r][w] = muladd(s[r][w], a + r * ai + k * ak, row[w]);
     }
     for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++)
-            memcpy(c + r * sc + n * REG, &s[r][n], sizeof(reg));
+        for (int w = 0; w < W; w++)
+            store(c + r * sc + w * L, s[r][w]);
 }
 
 // all of it; a[i][k] is 0 for k > i, or for k < i; only c[i][j <= i] matters
@@ -124,10 +123,12 @@ static inline void swap(vec &a, vec &b, std::integer_sequence<int, l...>) {
 
 template <int D>
 static inline void
-swap_all(vec *r) {  // of a block of L x L the off-diagonal quarters of each D x D
+swap_all(vec *r) {  // of a block of L x L the off-diagonal quarters of each 2 D x 2 D, of those of D x D, ...
     for (int i = 0; i < L; i++)
         if (!(i & D))
             swap<D>(r[i], r[i + D], std::make_integer_sequence<int, L>());
+    if constexpr (D > 1)
+        swap_all<D / 2>(r);
 }
 
 // to (n, st) = the transpose of from (m, n), numbers or pairs; n is a multiple of L; columns from m
@@ -139,10 +140,7 @@ static void transpose(unit *to, I st, const unit *from, I sf, I m, I n, I full) 
             vec r[L];
             for (int l = 0; l < L; l++)
                 r[l] = i + l < m ? load((const float *)(from + (i + l) * sf + j)) : vec{};
-            swap_all<8>(r);
-            swap_all<4>(r);
-            swap_all<2>(r);
-            swap_all<1>(r);
+            swap_all<L / 2>(r);
             for (int l = 0; l < L; l++)
                 store((float *)(to + (j + l) * st + i), r[l]);
         }

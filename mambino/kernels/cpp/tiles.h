@@ -18,11 +18,8 @@
 
 namespace tiles {
 
-#ifdef __AVX512F__
 constexpr int PANEL = 2;  // vectors of L rows
-#else
-constexpr int PANEL = 1;
-#endif
+constexpr int PARTS = GROUP / L;  // of a group of x
 #ifdef __AVX512BF16__
 constexpr bool HAS_BF16 = true;
 #else
@@ -55,18 +52,19 @@ static inline ivec dot_bytes(ivec s, ivec a, ivec b) {
 #if defined(__AVX512VNNI__)
     return (ivec)_mm512_dpbusd_epi32((__m512i)s, (__m512i)a, (__m512i)b);
 #elif defined(__AVXVNNI__)
-    __m256i t[2], x[2], y[2];
-    memcpy(t, &s, sizeof s);
-    memcpy(x, &a, sizeof a);
-    memcpy(y, &b, sizeof b);
-    for (int i = 0; i < 2; i++)
-        t[i] = _mm256_dpbusd_avx_epi32(t[i], x[i], y[i]);
-    memcpy(&s, t, sizeof s);
-    return s;
+    return (ivec)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)a, (__m256i)b);
 #else
     for (int i = 0; i < 32; i += 8)
         s += (a >> i & 255) * (b << (24 - i) >> 24);
     return s;
+#endif
+}
+
+static inline shorts longer(half_chars c) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // gcc would take them apart
+    return (shorts)_mm256_cvtepi8_epi16((__m128i)c);
+#else
+    return __builtin_convertvector(c, shorts);
 #endif
 }
 
@@ -86,7 +84,7 @@ static inline void levels(const Matrix &a, I row, I groups, I g, float &scale, f
     zero = as<float>(&high);
 }
 
-// lanes 16 j to 16 j + 15 of a row's group; of integers without their scale
+// lanes L j to L j + L - 1 of a row's group; of integers without their scale
 template <int F>
 static inline vec lanes(const char *group, int j) {
     if (F == FP32 || (F == BF16 && HAS_BF16))
@@ -94,18 +92,24 @@ static inline vec lanes(const char *group, int j) {
     if (F == BF16)
         return load((const bf16 *)group + L * j);
     if (F == INT8 && HAS_BYTES)  // without a sign: 128 is added
-        return (vec)(as<bytes>(group) ^ (uint8_t)128);
+        return (vec)(as<bytes>(group + 4 * L * j) ^ (uint8_t)128);
     if (F == INT8 && HAS_INTEGERS)
-        return (vec)__builtin_convertvector(as<half_chars>(group + 2 * L * j), shorts);
+        return (vec)longer(as<half_chars>(group + 2 * L * j));
     if (F == INT8)
         return __builtin_convertvector(as<chars>(group + L * j), vec);
-    half_bytes both = as<half_bytes>(group);
-    half_bytes nibbles[2] = {both & 15, both >> 4};
-    if (HAS_BYTES)
+    if (HAS_BYTES && 4 * L == GROUP) {
+        half_bytes both = as<half_bytes>(group);
+        half_bytes nibbles[2] = {both & 15, both >> 4};
         return as<vec>(nibbles);
+    }
+    int first = PACKED[INT4] * L * j;  // column, and its half of the bytes
+    const char *at = group + first % (GROUP / 2);
+    int shift = first / (GROUP / 2) * 4;
+    if (HAS_BYTES)
+        return (vec)(as<bytes>(at) >> shift & 15);
     if (HAS_INTEGERS)
-        return (vec)__builtin_convertvector(nibbles[j], shorts);
-    return __builtin_convertvector(as<chars>((char *)nibbles + L * j), vec);
+        return (vec)longer((half_chars)(as<half_bytes>(at) >> shift & 15));
+    return __builtin_convertvector(as<chars>(at) >> shift & 15, vec);
 }
 
 struct Panel {
@@ -149,10 +153,7 @@ static void unpack(const Matrix &a, I first, Panel &panel) {
                     if (F == INT4 && !HAS_INTEGERS)
                         t[r] = t[r] * scales[0] + scales[PANEL * L];
                 }
-                swap_all<8>(t);
-                swap_all<4>(t);
-                swap_all<2>(t);
-                swap_all<1>(t);
+                swap_all<L / 2>(t);
                 for (int i = 0; i < L; i++)
                     store(&panel.lanes[((g * steps + j * L + i) * PANEL + p) * L], t[i]);
             }
@@ -165,6 +166,10 @@ static void unpack(const Matrix &a, I first, Panel &panel) {
 static inline void store_bytes(int32_t *p, ivec v) {
 #ifdef __AVX512F__  // gcc would take them apart one by one
     chars c = (chars)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+    __m256i u = (__m256i)v;
+    __m128i both = _mm_packs_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+    int64_t c = _mm_cvtsi128_si64(_mm_packs_epi16(both, both));
 #else
     chars c = __builtin_convertvector(v, chars);
 #endif
@@ -174,9 +179,9 @@ static inline void store_bytes(int32_t *p, ivec v) {
 // a group of x, n columns of it and then zeros, as integers; sets their sum, returns their scale: NaN
 // where x holds one, or an infinity
 static inline float round_group(const float *x, I n, int32_t *to, int32_t *sum) {
-    vec v[4];
+    vec v[PARTS];
     ivec high{};
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < PARTS; j++) {
         v[j] = load(x + j * L, std::max<I>(0, n - j * L));
         ivec bits = (ivec)v[j] & 0x7fffffff;
         high = bits > high ? bits : high;
@@ -185,7 +190,7 @@ static inline float round_group(const float *x, I n, int32_t *to, int32_t *sum) 
     bool sound = most < INFINITY;
     float inverse = sound && most >= 1e-30f ? MOST_X / most : 0;
     ivec total{};
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < PARTS; j++) {
         vec scaled = sound ? v[j] * inverse : vec{};
         ivec c = nearest(scaled);
         total += c;
@@ -226,7 +231,7 @@ struct Tokens {  // x as panels are multiplied by it
                     scales[i] = round_group(from, n, to, &sums[i]);
                     continue;
                 }
-                for (int j = 0; j < 4; j++) {
+                for (int j = 0; j < PARTS; j++) {
                     vec v = load(from + j * L, std::max<I>(0, n - j * L));
                     if (PACKED[F] == 2)
                         store((bf16 *)to + j * L, v);

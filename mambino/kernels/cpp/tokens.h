@@ -16,21 +16,12 @@ constexpr I GROUP = 64;      // columns whose codes lie together, and that share
 constexpr int MOST = 32767;  // the largest code
 typedef int16_t codes16 __attribute__((vector_size(2 * L)));
 
-static inline void split(ivec &a, ivec &b) {  // 2 L columns: a gets the even ones, b the odd ones
-#ifdef __clang__
-    ivec c = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
-                                     30);
-    b = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#else
-    ivec c = __builtin_shuffle(a, b, 2 * LANE);
-    b = __builtin_shuffle(a, b, 2 * LANE + 1);
-#endif
-    a = c;
-}
-
 static inline void store(int16_t *p, ivec v) {
 #ifdef __AVX512F__  // gcc would take them apart one by one
     codes16 c = (codes16)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+    __m256i u = (__m256i)v;
+    codes16 c = (codes16)_mm_packs_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
 #else
     codes16 c = __builtin_convertvector(v, codes16);
 #endif
@@ -64,22 +55,20 @@ static float round_row(I columns, const float *x, int16_t *codes, float *sums,
     float scale = most < 1e-30f ? 0 : most / MOST;
     float inverse = most >= 1e-30f ? MOST / most : 0;
     for (I k = 0; k < columns; k += GROUP) {
-        ivec c[4];
+        int16_t in_order[GROUP];
+        int16_t *to = even_first ? in_order : codes + k;
         ivec total{};
-        for (int j = 0; j < 4; j++) {
-            I left = columns - k - j * L;
-            vec v = load(x + k + j * L, left < 0 ? 0 : left < L ? left : L);
-            v = inverse ? v * inverse : vec{};
-            c[j] = nearest(v);
-            total += c[j];
+        for (int j = 0; j < GROUP; j += L) {
+            I left = columns - k - j;
+            vec v = load(x + k + j, left < 0 ? 0 : left < L ? left : L);
+            ivec c = nearest(inverse ? v * inverse : vec{});
+            total += c;
+            store(to + j, c);
         }
-        if (even_first) {
-            split(c[0], c[1]);
-            split(c[2], c[3]);
-            std::swap(c[1], c[2]);
+        for (int i = 0; i < GROUP / 2 && even_first; i++) {
+            codes[k + i] = in_order[2 * i];
+            codes[k + GROUP / 2 + i] = in_order[2 * i + 1];
         }
-        for (int j = 0; j < 4; j++)
-            store(codes + k + j * L, c[j]);
         int32_t group = 0;
         for (int i = 0; i < L; i++)
             group += total[i];
@@ -90,13 +79,7 @@ static float round_row(I columns, const float *x, int16_t *codes, float *sums,
 
 // --- products in one register
 
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8;
-#else
-constexpr int WIDTH = 4;
-#endif
+constexpr int WIDTH = L;
 typedef float reg __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ireg __attribute__((vector_size(4 * WIDTH)));
 typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
@@ -117,20 +100,6 @@ static inline ireg dot(ireg s, ireg a, ireg b) {
     return s + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
-
-#ifndef __AVX512F__
-static inline ivec dot(ivec s, ivec a, ivec b) {
-    constexpr int N = L / WIDTH;
-    ireg v[3][N];
-    memcpy(v[0], &s, sizeof s);
-    memcpy(v[1], &a, sizeof a);
-    memcpy(v[2], &b, sizeof b);
-    for (int i = 0; i < N; i++)
-        v[0][i] = dot(v[0][i], v[1][i], v[2][i]);
-    memcpy(&s, v[0], sizeof s);
-    return s;
-}
-#endif
 
 // --- products of bytes
 

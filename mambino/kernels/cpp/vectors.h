@@ -3,28 +3,29 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
 typedef int64_t I;
-constexpr int L = 16;  // a register of AVX-512, or two of AVX, or four of NEON
+#if defined(__AVX512F__)  // a register; of larger vectors gcc makes code that goes by way of memory
+constexpr int L = 16;
+#elif defined(__AVX__)
+constexpr int L = 8;
+#else
+constexpr int L = 4;
+#endif
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ivec __attribute__((vector_size(4 * L)));
 typedef double dvec __attribute__((vector_size(4 * L)));  // L / 2 of them
-// What a register holds: of longer vectors gcc keeps in memory what is added up, and takes apart what
-// is compared
-#ifdef __AVX512F__
-constexpr int REG = L;
-#elif defined(__AVX__)
-constexpr int REG = 8;
-#else
-constexpr int REG = 4;
-#endif
-typedef float reg __attribute__((vector_size(4 * REG)));
-typedef int32_t ireg __attribute__((vector_size(4 * REG)));
-constexpr ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #define API extern "C" void
+
+template <int... l>
+constexpr ivec lanes_in_order(std::integer_sequence<int, l...>) {
+    return ivec{l...};
+}
+constexpr ivec LANE = lanes_in_order(std::make_integer_sequence<int, L>());
 
 struct Flush {  // numbers below 1e-38 as 0, while it lives: on x86 they take 100 times as long
 #ifdef __SSE__
@@ -42,12 +43,6 @@ static inline vec all(float a) { return vec{} + a; }
 
 static inline vec load(const float *p) {
     vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static inline reg load_register(const float *p) {
-    reg v;
     memcpy(&v, p, sizeof v);
     return v;
 }
@@ -94,10 +89,9 @@ static inline vec max(vec a, vec b) { return a > b ? a : b; }
 // f of all numbers of v: of the two halves, of the halves of that, and so on
 template <class F>
 static inline float folded(vec v, F f) {
-    float s[L / 2];
-    for (int i = 0; i < L / 2; i++)
-        s[i] = f(v[i], v[i + L / 2]);
-    for (int n = L / 4; n; n /= 2)
+    float s[L];
+    store(s, v);
+    for (int n = L / 2; n; n /= 2)
         for (int i = 0; i < n; i++)
             s[i] = f(s[i], s[i + n]);
     return s[0];
@@ -147,6 +141,8 @@ static inline vec load(const bf16 *p) {
     memcpy(&u, p, sizeof u);
 #ifdef __AVX512F__  // gcc would take them apart one by one
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)u), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)u), 16);
 #else
     return (vec)(__builtin_convertvector(u, uvec) << 16);
 #endif
@@ -157,6 +153,9 @@ static inline void store(bf16 *p, vec v) {
     uvec16 u = (uvec16)_mm512_cvtneps_pbh((__m512)v);
 #elif defined(__AVX512F__)
     uvec16 u = (uvec16)_mm512_cvtepi32_epi16((__m512i)rounded_bits(v));
+#elif defined(__AVX2__)
+    __m256i r = (__m256i)rounded_bits(v);
+    uvec16 u = (uvec16)_mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 #else
     uvec16 u = __builtin_convertvector(rounded_bits(v), uvec16);
 #endif
@@ -198,36 +197,24 @@ static inline vec dot(vec s, pairs a, pairs b) {
 // --- functions, to 2 units in the last place: a polynomial on one octave, the octave put into the
 // exponent's bits
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
-
-template <class F>
-static inline vec by_registers(vec x, F f) {
-    float each[L];
-    store(each, x);
-    for (int i = 0; i < L; i += REG) {
-        reg r = f(load_register(each + i));
-        memcpy(each + i, &r, sizeof r);
-    }
-    return load(each);
-}
-
-static inline reg exp2r(reg x) {
-    x = x < -125.f ? reg{} - 125.f : x;
-    reg shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
-    reg p = reg{} + 1.535336188319500e-4f;
+static inline vec exp2v(vec x) {  // 2^x for x <= 127; a NaN stays one
+    x = x < -125.f ? all(-125.f) : x;
+    vec shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
+    vec p = all(1.535336188319500e-4f);
     p = p * r + 1.339887440266574e-3f;
     p = p * r + 9.618437357674640e-3f;
     p = p * r + 5.550332471162809e-2f;
     p = p * r + 2.402264791363012e-1f;
     p = p * r + 6.931472028550421e-1f;
     p = p * r + 1.f;
-    return (reg)((ireg)p + ((ireg)shifted << 23));
+    return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
-static inline vec exp2v(vec x) { return by_registers(x, exp2r); }  // 2^x for x <= 127; a NaN stays one
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 
 static inline vec expv(vec x) {
-    return by_registers(x, [](reg x) { return exp2r((x > 87.f ? reg{} + 87.f : x) * LOG2E); });
+    x = x > 87.f ? all(87.f) : x;
+    return exp2v(x * LOG2E);
 }
 
 static inline vec sigmoid(vec x) { return 1.f / (1.f + expv(-x)); }
