@@ -14,20 +14,6 @@
 
 constexpr I KEYS = 256;  // of a block
 
-// --- WIDTH numbers of a state, which is kept in fp32 or bf16
-
-typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
-
-static inline reg get(const float *p) { return as<reg>(p); }
-
-static inline reg get(const bf16 *p) {
-#ifdef __AVX512F__  // gcc would take them apart one by one
-    return (reg)load(p);
-#else
-    return (reg)(__builtin_convertvector(as<halves>(p), ureg) << 16);
-#endif
-}
-
 template <class T>
 static inline void copy(I n, const float *from, T *to) {  // n: a multiple of L
     for (I i = 0; i < n; i += L)
@@ -36,30 +22,30 @@ static inline void copy(I n, const float *from, T *to) {  // n: a multiple of L
 
 // --- attention
 
-// s[j] = scale * q . K[j] of WIDTH keys K (WIDTH, P); from the n-th on -infinity, and not read
+// s[j] = scale * q . K[j] of L keys K (L, P); from the n-th on -infinity, and not read
 template <bool whole, class T>
 static inline void scores(I n, I P, float scale, const float *q, const T *K, float *s) {
-    reg dots[WIDTH]{};
+    vec dots[L]{};
 #pragma GCC unroll 16
-    for (int l = 0; l < WIDTH; l++) {
+    for (int l = 0; l < L; l++) {
         const T *key = K + (whole ? l : std::min<I>(l, n - 1)) * P;
-        for (I p = 0; p < P; p += WIDTH)
-            dots[l] += as<reg>(q + p) * get(key + p);
+        for (I p = 0; p < P; p += L)
+            dots[l] += as<vec>(q + p) * load(key + p);
     }
-    reg v = sums(dots) * scale;
+    vec v = sums(dots) * scale;
     memcpy(s, &v, sizeof v);
-    for (int l = n; !whole && l < WIDTH; l++)
+    for (int l = n; !whole && l < L; l++)
         s[l] = -INFINITY;
 }
 
-// y[p] = the sum of w[j] * V[j][p], j < n, of W * WIDTH columns; V (n, P)
+// y[p] = the sum of w[j] * V[j][p], j < n, of W * L columns; V (n, P)
 template <int W, class T>
 static inline void weigh(I n, I P, const float *w, const T *V, float *y) {
-    reg s[W]{};
+    vec s[W]{};
     for (I j = 0; j < n; j++)
 #pragma GCC unroll 8
         for (int i = 0; i < W; i++)
-            s[i] += w[j] * get(V + j * P + i * WIDTH);
+            s[i] += w[j] * load(V + j * P + i * L);
     memcpy(y, s, sizeof s);
 }
 
@@ -75,11 +61,11 @@ template <class T>
 static void attend_to_block(I R, I n, I P, const float *q, const T *K, const T *V, float *s,
                             Partial *partials, I step) {
     float scale = 1 / std::sqrt((float)P);
-    for (I j = 0; j < up(n, L); j += WIDTH) {
+    for (I j = 0; j < up(n, L); j += L) {
         for (I r = 0; r < R; r++)
-            (n - j < WIDTH ? scores<false, T> : scores<true, T>)(n - j, P, scale, q + r * P,
+            (n - j < L ? scores<false, T> : scores<true, T>)(n - j, P, scale, q + r * P,
                                                                  K + j * P, s + r * KEYS + j);
-        for (I i = j * P; i < std::min(n, j + WIDTH) * P; i += 64 / sizeof(T))
+        for (I i = j * P; i < std::min(n, j + L) * P; i += 64 / sizeof(T))
             __builtin_prefetch(V + i, 0, 2);
     }
     for (I r = 0; r < R; r++, s += KEYS, partials += step) {
@@ -96,9 +82,9 @@ static void attend_to_block(I R, I n, I P, const float *q, const T *K, const T *
         }
         I p = 0;
         for (; p + 4 * L <= P; p += 4 * L)
-            weigh<4 * L / WIDTH>(n, P, s, V + p, partials->y + p);
+            weigh<4>(n, P, s, V + p, partials->y + p);
         for (; p < P; p += L)
-            weigh<L / WIDTH>(n, P, s, V + p, partials->y + p);
+            weigh<1>(n, P, s, V + p, partials->y + p);
         partials->most = most;
         partials->total = sum(total);
     }

@@ -30,62 +30,61 @@ static inline V as(const void *p) {
     return v;
 }
 
-// --- what is stored, and x, as what is multiplied: registers of WIDTH lanes
+// --- what is stored, and x, as what is multiplied: registers of L lanes
 
 template <int F>
 constexpr bool INTEGER = F == INT8 || F == INT4;
 template <int F>
-constexpr int PIECES = GROUP / WIDTH / (INTEGER<F> ? 2 : 1);  // registers for GROUP columns of x
+constexpr int PIECES = GROUP / L / (INTEGER<F> ? 2 : 1);  // registers for GROUP columns of x
 template <int F>
-using Lanes = std::conditional_t<INTEGER<F>, ireg, reg>;
-typedef uint32_t ureg __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t uwords __attribute__((vector_size(4 * WIDTH)));
+using Lanes = std::conditional_t<INTEGER<F>, ivec, vec>;
+typedef uint16_t uwords __attribute__((vector_size(4 * L)));
 
 // even columns, the first 32 and the second, then the odd ones
-static inline ireg nibbles(const char *group, int j) {
+static inline ivec nibbles(const char *group, int j) {
 #ifdef __AVX512F__
     uvec16 half = as<uvec16>(group) >> 8 * j;
     uvec16 both[] = {half & 15, half >> 4 & 15};
-    return as<ireg>(both);
+    return as<ivec>(both);
 #else
-    constexpr int PARTS = GROUP / 2 / sizeof(ireg);
-    return (ireg)(as<uwords>(group + j % PARTS * sizeof(ireg)) >> 4 * (j / PARTS) & 15);
+    constexpr int PARTS = GROUP / 2 / sizeof(ivec);
+    return (ivec)(as<uwords>(group + j % PARTS * sizeof(ivec)) >> 4 * (j / PARTS) & 15);
 #endif
 }
 
 template <int F>
 static inline Lanes<F> piece(const char *group, int j) {
     if constexpr (F == FP32) {
-        return as<reg>(group + sizeof(reg) * j);
+        return as<vec>(group + sizeof(vec) * j);
     } else if constexpr (F == BF16) {  // even columns, then odd ones
-        ureg u = as<ureg>(group + sizeof(reg) * (j / 2));
-        return (reg)(j % 2 ? u & 0xffff0000u : u << 16);
+        uvec u = as<uvec>(group + sizeof(vec) * (j / 2));
+        return (vec)(j % 2 ? u & 0xffff0000u : u << 16);
     } else if constexpr (F == INT8) {
         constexpr int HALF = PIECES<F> / 2;
-        words w = as<words>(group + sizeof(reg) * (j % HALF));
-        return (ireg)(j < HALF ? w << 8 >> 8 : w >> 8);
+        words w = as<words>(group + sizeof(vec) * (j % HALF));
+        return (ivec)(j < HALF ? w << 8 >> 8 : w >> 8);
     } else {
         return nibbles(group, j);
     }
 }
 
-static inline ureg first_of(const uint32_t *p, I n) {  // at most WIDTH; the rest is 0
+static inline uvec first_of(const uint32_t *p, I n) {  // at most L; the rest is 0
 #ifdef __AVX512F__
-    return (ureg)load((const float *)p, std::min<I>(n, L));
+    return (uvec)load((const float *)p, std::min<I>(n, L));
 #else
-    if (n >= WIDTH)
-        return as<ureg>(p);
-    ureg v{};
+    if (n >= L)
+        return as<uvec>(p);
+    uvec v{};
     for (int i = 0; i < n; i++)
         v[i] = p[i];
     return v;
 #endif
 }
 
-static inline reg multiply(reg s, reg a, reg b) { return s + a * b; }
-static inline ireg multiply(ireg s, ireg a, ireg b) { return dot(s, a, b); }
-static inline reg real(reg v) { return v; }
-static inline reg real(ireg v) { return __builtin_convertvector(v, reg); }
+static inline vec multiply(vec s, vec a, vec b) { return s + a * b; }
+static inline ivec multiply(ivec s, ivec a, ivec b) { return dot(s, a, b); }
+static inline vec real(vec v) { return v; }
+static inline vec real(ivec v) { return __builtin_convertvector(v, vec); }
 
 template <class V>
 static inline void keep(V &v) {  // in a register: gcc would load it for each product again
@@ -130,47 +129,47 @@ static inline V sums(V *r) {  // lane i: the sum of r[i]
 
 // int4: what the zeros of a row give, added to f[m], m < M
 template <int M>
-static inline void add_zeros(const uint32_t *levels, const Tokens &x, I token, reg *f) {
-    for (I g = 0; g < x.groups; g += WIDTH) {
-        ureg both = first_of(levels + g, x.groups - g);
-        reg zeros = (reg)(both & 0xffff0000u);
+static inline void add_zeros(const uint32_t *levels, const Tokens &x, I token, vec *f) {
+    for (I g = 0; g < x.groups; g += L) {
+        uvec both = first_of(levels + g, x.groups - g);
+        vec zeros = (vec)(both & 0xffff0000u);
         const float *codes = &x.sums[token * up(x.groups, L) + g];
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
-            f[m] += zeros * as<reg>(codes + m * up(x.groups, L));
+            f[m] += zeros * as<vec>(codes + m * up(x.groups, L));
     }
 }
 
 // int4: the codes of BESIDE groups, or of the last one and nothing
-static inline ureg some_codes(const char *p, I n) {
+static inline uvec some_codes(const char *p, I n) {
 #ifdef __AVX512BW__
-    return (ureg)_mm512_maskz_loadu_epi8(n < BESIDE ? 0xffffffffull : ~0ull, p);
+    return (uvec)_mm512_maskz_loadu_epi8(n < BESIDE ? 0xffffffffull : ~0ull, p);
 #else
-    return as<ureg>(p);
+    return as<uvec>(p);
 #endif
 }
 
 // and their scales, each in the lanes of its group
-static inline reg some_scales(const uint32_t *levels, I n) {
+static inline vec some_scales(const uint32_t *levels, I n) {
 #ifdef __AVX512BW__
     __m128i both = n < BESIDE ? _mm_cvtsi32_si128((int)levels[0])  // gcc 11 has another one wrong
                               : _mm_loadl_epi64((const __m128i *)levels);
     __m512i places = _mm512_inserti64x4(__m512i{}, _mm256_set1_epi32(2 << 16), 1);  // words 0, 2
-    return (reg)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_castsi128_si512(both));
+    return (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_castsi128_si512(both));
 #else
-    return (reg)((ureg{} + levels[0]) << 16);
+    return (vec)((uvec{} + levels[0]) << 16);
 #endif
 }
 
 // what `tile` does, of int4 by x in bytes
 template <int R, int M>
-static inline void tile_of_bytes(const Matrix &a, I first, const Tokens &x, I token, reg *all,
+static inline void tile_of_bytes(const Matrix &a, I first, const Tokens &x, I token, vec *all,
                                  int rows) {
     I step = x.groups * BYTES[INT4];
     I share = R > 1 ? BESIDE * R * BYTES[INT4] * M / x.count : 0;  // of what is fetched ahead
     const char *p[R];
     const uint32_t *levels[R];
-    typedef ireg stored __attribute__((may_alias));  // as other numbers
+    typedef ivec stored __attribute__((may_alias));  // as other numbers
     const stored *v = (const stored *)(x.data + token * x.stride);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
@@ -180,24 +179,24 @@ static inline void tile_of_bytes(const Matrix &a, I first, const Tokens &x, I to
     }
     const char *ahead = p[0] + DISTANCE * step + token / M * share / BESIDE * x.groups;
     const char *until = ahead;
-    reg f[R][M]{};
+    vec f[R][M]{};
     auto add = [&](I g, I n) __attribute__((always_inline)) {  // what n groups give
         for (until += share; ahead < until; ahead += 64)
             __builtin_prefetch(ahead, 0, 2);
-        ireg low[R], high[R];
-        reg scale[R];
+        ivec low[R], high[R];
+        vec scale[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            ureg codes = some_codes(p[r] + g * BYTES[INT4], n);
-            low[r] = (ireg)(codes & 0x0f0f0f0fu);
-            high[r] = (ireg)(codes >> 4 & 0x0f0f0f0fu);
+            uvec codes = some_codes(p[r] + g * BYTES[INT4], n);
+            low[r] = (ivec)(codes & 0x0f0f0f0fu);
+            high[r] = (ivec)(codes >> 4 & 0x0f0f0f0fu);
             scale[r] = some_scales(levels[r] + g, n);
         }
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++, v++) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                ireg s = dot_bytes(low[r], high[r], v[0], v[M], v[2 * M], v[3 * M]);
+                ivec s = dot_bytes(low[r], high[r], v[0], v[M], v[2 * M], v[3 * M]);
                 f[r][m] += real(s) * scale[r];
             }
         }
@@ -219,8 +218,8 @@ static inline void tile_of_bytes(const Matrix &a, I first, const Tokens &x, I to
 
 // all[m * rows + r], in lanes, of R rows from the first by M tokens
 template <int F, int R, int M>
-static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg *all, int rows) {
-    constexpr I BLOCK = 512 * WIDTH / GROUP;  // 512 numbers a lane, times 128 * 32767: below 2^31
+static inline void tile(const Matrix &a, I first, const Tokens &x, I token, vec *all, int rows) {
+    constexpr I BLOCK = 512 * L / GROUP;  // 512 numbers a lane, times 128 * 32767: below 2^31
     I whole = F == INT4 ? x.groups : a.columns / GROUP;
     I step = F == INT4 ? x.groups * BYTES[F] : a.columns * BYTES[F] / GROUP;
     I share = R > 1 ? R * BYTES[F] * M / x.count : 0;  // of what is fetched ahead
@@ -237,7 +236,7 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg 
     const char *ahead = p[0] + DISTANCE * step + token / M * share * x.groups;
     const char *until = ahead;
     Lanes<F> s[R][M]{};
-    reg f[R][M]{};
+    vec f[R][M]{};
     for (I g = 0; g < x.groups;) {
         I end = g < whole ? whole : x.groups;
         if (F == INT8)
@@ -262,7 +261,7 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg 
                         keep(w[r]);
                 }
 #pragma GCC unroll 4
-                for (int m = 0; m < M; m++, v += sizeof(reg)) {
+                for (int m = 0; m < M; m++, v += sizeof(vec)) {
                     Lanes<F> u = as<Lanes<F>>(v);
                     if (R > 1)
                         keep(u);
@@ -276,7 +275,7 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg 
                 p[r] += BYTES[F];
                 if (F != INT4)
                     continue;
-                reg scale = (reg)((ureg{} + levels[r][g]) << 16);
+                vec scale = (vec)((uvec{} + levels[r][g]) << 16);
 #pragma GCC unroll 4
                 for (int m = 0; m < M; m++) {
                     f[r][m] += real(s[r][m]) * scale;
@@ -308,9 +307,9 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, reg 
 // y[token + m][first + r], m < M; R rows at once. Returns the next row
 template <int F, int R, int M>
 static inline I products(const Matrix &a, I first, const Tokens &x, I token, float *y) {
-    constexpr int ROWS = R * M < WIDTH ? WIDTH / M : R;
+    constexpr int ROWS = R * M < L ? L / M : R;
     I n = std::min<I>(ROWS, a.rows - first);
-    reg all[ROWS * M];
+    vec all[ROWS * M];
     float out[ROWS * M];
     float scale[ROWS];
     for (int r = 0; r < ROWS; r += R) {
@@ -319,8 +318,8 @@ static inline I products(const Matrix &a, I first, const Tokens &x, I token, flo
         else
             tile<F, R, M>(a, first + r, x, token, all + r, ROWS);
     }
-    for (int i = 0; i < ROWS * M; i += WIDTH) {
-        reg v = sums(all + i);
+    for (int i = 0; i < ROWS * M; i += L) {
+        vec v = sums(all + i);
         memcpy(out + i, &v, sizeof v);
     }
     for (int r = 0; r < ROWS && F == INT8; r++)

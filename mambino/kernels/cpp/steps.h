@@ -105,36 +105,36 @@ static void conv_steps(I lo, I hi, I E, I K, const float *x, I sx, const Room &t
     }
 }
 
-// --- states: 2 WIDTH numbers in two registers, of bf16 the even ones and the odd ones, which no
+// --- states: 2 L numbers in two registers, of bf16 the even ones and the odd ones, which no
 // instruction need put in order
 
 constexpr I AHEAD = 1024;  // bytes: what is read of a state is fetched so much earlier
 
-static inline void get(const float *p, reg &a, reg &b) {
-    a = as<reg>(p);
-    b = as<reg>(p + WIDTH);
+static inline void get(const float *p, vec &a, vec &b) {
+    a = as<vec>(p);
+    b = as<vec>(p + L);
 }
 
-static inline void put(float *p, reg a, reg b) {
+static inline void put(float *p, vec a, vec b) {
     memcpy(p, &a, sizeof a);
-    memcpy(p + WIDTH, &b, sizeof b);
+    memcpy(p + L, &b, sizeof b);
 }
 
-static inline void get(const bf16 *p, reg &a, reg &b) {
-    ureg both = as<ureg>(p);
-    a = (reg)(both << 16);
-    b = (reg)(both & 0xffff0000u);
+static inline void get(const bf16 *p, vec &a, vec &b) {
+    uvec both = as<uvec>(p);
+    a = (vec)(both << 16);
+    b = (vec)(both & 0xffff0000u);
 }
 
 // the upper 16 bits: to the nearest bf16, of two the even. A NaN stays one if its lower bits are 0,
 // as those of `sound` numbers and of what comes of them
-static inline ureg nearest_bits(reg v) {
-    ureg u = (ureg)v;
+static inline uvec nearest_bits(vec v) {
+    uvec u = (uvec)v;
     return u + 0x7fffu + (u >> 16 & 1u);
 }
 
-static inline void put(bf16 *p, reg a, reg b) {
-    ureg both = nearest_bits(a) >> 16 | (nearest_bits(b) & 0xffff0000u);
+static inline void put(bf16 *p, vec a, vec b) {
+    uvec both = nearest_bits(a) >> 16 | (nearest_bits(b) & 0xffff0000u);
     memcpy(p, &both, sizeof both);
 }
 
@@ -146,12 +146,12 @@ static void even_first(I n, float *x) {
         vec v = load(x + i);
         store(x + i, v == v ? v : all(NAN));
     }
-    for (I i = 0; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
-        float both[2 * WIDTH];
+    for (I i = 0; i + 2 * L <= n; i += 2 * L) {
+        float both[2 * L];
         memcpy(both, x + i, sizeof both);
-        for (int j = 0; j < WIDTH; j++) {
+        for (int j = 0; j < L; j++) {
             x[i + j] = both[2 * j];
-            x[i + WIDTH + j] = both[2 * j + 1];
+            x[i + L + j] = both[2 * j + 1];
         }
     }
 }
@@ -162,35 +162,32 @@ template <class T>
 static inline void head_step(I P, I N, float dt, float decay, float D, const float *u,
                              const float *Bs, const float *Cs, T *h, float *y) {
     decay = sound(decay);
-    for (I p = 0; p < P; p += WIDTH) {
-        reg s[WIDTH];
-        for (int l = 0; l < WIDTH; l++) {
+    for (I p = 0; p < P; p += L) {
+        vec s[L];
+        for (int l = 0; l < L; l++) {
             T *state = h + (p + l) * N;
             float in = sound(dt * u[p + l]);
-            reg even{}, odd{}, rest{};
+            vec even{}, odd{}, rest{};
             I n = 0;
-            for (; n + 2 * WIDTH <= N; n += 2 * WIDTH) {
-                for (I i = 0; i < 2 * WIDTH; i += 64 / sizeof(T))
+            for (; n + 2 * L <= N; n += 2 * L) {
+                for (I i = 0; i < 2 * L; i += 64 / sizeof(T))
                     __builtin_prefetch((char *)(state + n + i) + AHEAD, 1, 2);
-                reg a, b;
+                vec a, b;
                 get(state + n, a, b);
-                a = a * decay + as<reg>(Bs + n) * in;
-                b = b * decay + as<reg>(Bs + n + WIDTH) * in;
+                a = a * decay + as<vec>(Bs + n) * in;
+                b = b * decay + as<vec>(Bs + n + L) * in;
                 put(state + n, a, b);
-                even += a * as<reg>(Cs + n);
-                odd += b * as<reg>(Cs + n + WIDTH);
+                even += a * as<vec>(Cs + n);
+                odd += b * as<vec>(Cs + n + L);
             }
-            if constexpr (WIDTH == L) {
-                if (n < N) {
-                    vec now = load(state + n) * decay + load(Bs + n) * in;
-                    store(state + n, now);
-                    vec product = now * load(Cs + n);
-                    rest = as<reg>(&product);
-                }
+            if (n < N) {
+                rest = load(state + n) * decay + load(Bs + n) * in;
+                store(state + n, rest);
+                rest *= load(Cs + n);
             }
             s[l] = even + odd + rest;
         }
-        reg out = sums(s) + as<reg>(u + p) * D;
+        vec out = sums(s) + as<vec>(u + p) * D;
         memcpy(y + p, &out, sizeof out);
     }
 }

@@ -79,23 +79,20 @@ static float round_row(I columns, const float *x, int16_t *codes, float *sums,
 
 // --- products in one register
 
-constexpr int WIDTH = L;
-typedef float reg __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t ireg __attribute__((vector_size(4 * WIDTH)));
-typedef int16_t words __attribute__((vector_size(4 * WIDTH)));
+typedef int16_t words __attribute__((vector_size(4 * L)));
 
 // s + each lane's two products of 16-bit numbers
-static inline ireg dot(ireg s, ireg a, ireg b) {
+static inline ivec dot(ivec s, ivec a, ivec b) {
 #if defined(__AVX512VNNI__)
-    return (ireg)_mm512_dpwssd_epi32((__m512i)s, (__m512i)a, (__m512i)b);
+    return (ivec)_mm512_dpwssd_epi32((__m512i)s, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
-    return s + (ireg)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    return s + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVXVNNI__)
-    return (ireg)_mm256_dpwssd_avx_epi32((__m256i)s, (__m256i)a, (__m256i)b);
+    return (ivec)_mm256_dpwssd_avx_epi32((__m256i)s, (__m256i)a, (__m256i)b);
 #elif defined(__AVX2__)
-    return s + (ireg)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return s + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
-    return s + (ireg)_mm_madd_epi16((__m128i)a, (__m128i)b);
+    return s + (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
     return s + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
@@ -109,31 +106,31 @@ constexpr bool MULTIPLIES_BYTES = true;  // with AVX2 alone they take as long as
 constexpr bool MULTIPLIES_BYTES = false;
 #endif
 constexpr I HALF_GROUP = GROUP / 2;        // bytes, of int4: the low halves are columns 0 to 31
-constexpr I BESIDE = WIDTH == 16 ? 2 : 1;  // groups whose bytes fill a register
+constexpr I BESIDE = L == 16 ? 2 : 1;  // groups whose bytes fill a register
 
 // Each lane's products of 8 int4 codes, the bytes of `low` and `high`, by 256 times the bytes of x0
 // and x1, signed, plus those of x2 and x3, which are not
-static inline ireg dot_bytes(ireg low, ireg high, ireg x0, ireg x1, ireg x2, ireg x3) {
+static inline ivec dot_bytes(ivec low, ivec high, ivec x0, ivec x1, ivec x2, ivec x3) {
 #if defined(__AVX512VNNI__)
-    auto dot4 = [](__m512i s, ireg a, ireg b) {  // a unsigned, b signed; codes are either
+    auto dot4 = [](__m512i s, ivec a, ivec b) {  // a unsigned, b signed; codes are either
         return _mm512_dpbusd_epi32(s, (__m512i)a, (__m512i)b);
     };
-    ireg upper = (ireg)dot4(dot4(__m512i{}, low, x0), high, x1);
-    return (upper << 8) + (ireg)dot4(dot4(__m512i{}, x2, low), x3, high);
+    ivec upper = (ivec)dot4(dot4(__m512i{}, low, x0), high, x1);
+    return (upper << 8) + (ivec)dot4(dot4(__m512i{}, x2, low), x3, high);
 #elif defined(__AVXVNNI__)
-    auto dot4 = [](__m256i s, ireg a, ireg b) {
+    auto dot4 = [](__m256i s, ivec a, ivec b) {
         return _mm256_dpbusd_avx_epi32(s, (__m256i)a, (__m256i)b);
     };
-    ireg upper = (ireg)dot4(dot4(__m256i{}, low, x0), high, x1);
-    return (upper << 8) + (ireg)dot4(dot4(__m256i{}, x2, low), x3, high);
+    ivec upper = (ivec)dot4(dot4(__m256i{}, low, x0), high, x1);
+    return (upper << 8) + (ivec)dot4(dot4(__m256i{}, x2, low), x3, high);
 #elif defined(__AVX512BW__)
-    auto dot2 = [](ireg a, ireg b) {  // in 16 bits, at most 2 * 15 * 255
+    auto dot2 = [](ivec a, ivec b) {  // in 16 bits, at most 2 * 15 * 255
         return (words)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
     };
-    ireg upper = dot(ireg{}, (ireg)(dot2(low, x0) + dot2(high, x1)), (ireg)(words{} + 256));
-    return dot(upper, (ireg)(dot2(x2, low) + dot2(x3, high)), (ireg)(words{} + 1));
+    ivec upper = dot(ivec{}, (ivec)(dot2(low, x0) + dot2(high, x1)), (ivec)(words{} + 256));
+    return dot(upper, (ivec)(dot2(x2, low) + dot2(x3, high)), (ivec)(words{} + 1));
 #else
-    ireg s{};
+    ivec s{};
     for (int j = 0; j < 32; j += 8) {
         s += (low >> j & 255) * ((x0 << (24 - j) >> 24) * 256 + (x2 >> j & 255));
         s += (high >> j & 255) * ((x1 << (24 - j) >> 24) * 256 + (x3 >> j & 255));
@@ -166,7 +163,7 @@ struct Tokens {
     I count, columns, groups, stride;  // stride: bytes of a token
     std::vector<vec> room;
     // SIDE tokens by each other, or two, or one: a register of each, then the next of each. BF16:
-    // the even ones of 2 WIDTH columns first. INT8, INT4: codes, or their bytes
+    // the even ones of 2 L columns first. INT8, INT4: codes, or their bytes
     const char *data;
     std::vector<float> scales, sums;  // (count,), (count, groups up to whole vectors), of codes
 
@@ -196,21 +193,21 @@ struct Tokens {
                 split_row(groups, to_codes, (uint8_t *)row.data());
             I side = i < whole ? SIDE : count - whole;
             I first = i < whole ? i / SIDE * SIDE : whole;
-            reg *to = (reg *)(data + first * stride) + (i - first);
-            for (I j = 0; j < stride / (I)sizeof(reg); j++)
-                to[j * side] = ((reg *)row.data())[j];
+            vec *to = (vec *)(data + first * stride) + (i - first);
+            for (I j = 0; j < stride / (I)sizeof(vec); j++)
+                to[j * side] = ((vec *)row.data())[j];
         }
     }
 
     void copy_row(const float *x, float *row, bool even_first) {
         memcpy(row, x, 4 * columns);
         memset(row + columns, 0, 4 * (groups * GROUP - columns));
-        for (I k = 0; k < groups * GROUP && even_first; k += 2 * WIDTH) {
-            float both[2 * WIDTH];
+        for (I k = 0; k < groups * GROUP && even_first; k += 2 * L) {
+            float both[2 * L];
             memcpy(both, row + k, sizeof both);
-            for (int i = 0; i < WIDTH; i++) {
+            for (int i = 0; i < L; i++) {
                 row[k + i] = both[2 * i];
-                row[k + WIDTH + i] = both[2 * i + 1];
+                row[k + L + i] = both[2 * i + 1];
             }
         }
     }
