@@ -1,5 +1,5 @@
 # Characters of Shakespeare on a laptop's CPU, past the loss nanoGPT's CPU command reaches (1.88),
-# in a twelfth of its time.
+# in a tenth of its time.
 #   18 sequences x 64 characters = 1,152 tokens a step; 180 steps: a fifth of the text
 # first: python prepare.py input.txt --tokenizer=char --out=data/shakespeare_char
 # Val loss of five seeds: 1.864, 1.847, 1.877, 1.873, 1.883; in 170 steps 1.865 to 1.888, in 200 1.846. What was
