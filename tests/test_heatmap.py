@@ -7,6 +7,7 @@ from helpers.sampling import open_run
 
 from mambino.sample import score
 from mambino.sample.heatmap import SHADES, shade_of
+from mambino.weights.loading import prepare_model
 
 EVIL = '</script><img src=x onerror=alert(1)>&amp;<b>'
 
@@ -55,6 +56,7 @@ def test_every_token_with_what_was_thought_of(kind, run, text):
     assert ''.join(page.spans) == want.replace('\x1b', '\\x1b') and len(page.spans) == len(ids)
     numbers, = page.data
     assert [row[0] for row in numbers['tokens']] == ids and all(len(row) == 2 + 2 * 5 for row in numbers['tokens'])
+    net, _ = prepare_model(net, 'cpu', 'float32')       # as sample.py reads it
     # the very sum that --score prints
     assert score.total_nats(float(np.float32(row[1])) for row in numbers['tokens']) == score.surprises(net, tok, ids)[0]
     assert out.partition('\nwritten')[0].strip() in page.text

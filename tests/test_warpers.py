@@ -1,6 +1,7 @@
 """Draws against transformers' warpers: what the filters leave, and how often each token comes (chi-square); beams
 against brute force; settings at their ends."""
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_draws_are_those_of_transformers(number, V):
     prompt = [3, 1, 4, 1, 5]
     want = warped(logits, prompt, **settings)
     sampling = {name: value for name, value in settings.items() if name != 'penalty'}
-    rows = Rows(None, V, settings.get('penalty', 1.0))
+    rows = Rows(SimpleNamespace(state_dtype=None), V, settings.get('penalty', 1.0))
     rows.add([(logits[None], dict(pos=torch.zeros(1)), prompt)])
     scores = rows.possible(rows.logits)
     size = DRAWS if V == 40 else 500
