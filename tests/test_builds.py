@@ -95,5 +95,15 @@ def test_generation_is_pytorchs(library, name, precision):
         assert error <= (0.03 if precision else 1e-5)
 
 
+@pytest.mark.skipif(not X86, reason='flags of x86')
+@pytest.mark.parametrize('flags', ['-mavx', '-mavx2 -mfma -mavxvnni', '-march=skylake-avx512', '-march=cooperlake'])
+def test_it_compiles_for_processors_that_are_not_here(flags):
+    command = [native.compiler(), *native.FLAGS, *flags.split(), '-fsyntax-only', native.SOURCE]
+    said = subprocess.run(command, capture_output=True, text=True)
+    if 'unrecognized' in said.stderr or 'bad value' in said.stderr or 'unknown' in said.stderr:
+        pytest.skip(f'a compiler without {flags}')
+    assert said.returncode == 0, said.stderr
+
+
 def test_every_kind_is_here():
     assert SIZES.keys() <= MODELS.keys()

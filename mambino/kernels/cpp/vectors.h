@@ -11,7 +11,7 @@
 typedef int64_t I;
 #if defined(__AVX512F__)  // a register; of larger vectors gcc makes code that goes by way of memory
 constexpr int L = 16;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int L = 8;
 #else
 constexpr int L = 4;
