@@ -409,10 +409,10 @@ def matrix_of(codes, scales, columns):
     return Matrix(FORMATS[codes.dtype], len(codes), columns, codes.data_ptr(), scales_at)
 
 
-def few(x):
-    """Whether rows x (..., K) are so few that a matrix is best read as it is stored: 16 of prompts, (B, T,
-    K), or 32 otherwise, of which a plan of sample/decode may have as many."""
-    most = 16 if x.ndim > 2 and x.shape[-2] > 1 else 32
+def few(x, of_prompts=16):
+    """Whether rows x (..., K) are so few that a matrix is best read as it is stored: so many of prompts, (B,
+    T, K), or 32 otherwise, of which a plan of sample/decode may have as many."""
+    most = of_prompts if x.ndim > 2 and x.shape[-2] > 1 else 32
     return x.numel() <= most * x.shape[-1]
 
 

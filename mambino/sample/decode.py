@@ -148,7 +148,8 @@ class Plan:
                 slots.add(tensor.shape[2])
         require(len(slots) < 2 and 0 not in slots, 'caches of several lengths')
         require(len(precisions) < 2 and precisions <= {torch.float32, torch.bfloat16}, 'precision of the state')
-        values['precision'] = native.FORMATS[max(precisions, key=str, default=torch.float32)]
+        precision, = precisions or {torch.float32}
+        values['precision'] = native.FORMATS[precision]
         self.slots = max(slots, default=0)                                  # 0: there are no caches
         # not caches: those have slots that may never be used, and take no memory so far
         whole = [state[name] for name, expected in recipe.states.items() if not is_cache(expected)]

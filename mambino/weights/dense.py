@@ -10,14 +10,14 @@ import torch.nn as nn
 from mambino.kernels import cpu, native
 from mambino.weights.quantize import EXACT
 
-MOST = 32       # rows that are few
+MOST = 32       # rows of prompts that are few
 
 
 class Dense(nn.Linear):
     """nn.Linear without a bias; its gradients are PyTorch's."""
 
     def forward(self, x):                                       # (…, K) → (…, N)
-        is_few = 0 < x.numel() <= MOST * x.shape[-1]
+        is_few = x.numel() and native.few(x, MOST)
         plain = x.dtype == self.weight.dtype == torch.float32 and self.weight.is_contiguous()
         if is_few and plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu') and cpu.applies(x):
             return native.linear(x, self.weight, None)

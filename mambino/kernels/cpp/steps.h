@@ -126,13 +126,7 @@ static inline void get(const bf16 *p, vec &a, vec &b) {
     b = (vec)(both & 0xffff0000u);
 }
 
-// the upper 16 bits: to the nearest bf16, of two the even. A NaN stays one if its lower bits are 0,
-// as those of `sound` numbers and of what comes of them
-static inline uvec nearest_bits(vec v) {
-    uvec u = (uvec)v;
-    return u + 0x7fffu + (u >> 16 & 1u);
-}
-
+// of sound numbers, and of what comes of them: a NaN of theirs has no lower bits
 static inline void put(bf16 *p, vec a, vec b) {
     uvec both = nearest_bits(a) >> 16 | (nearest_bits(b) & 0xffff0000u);
     memcpy(p, &both, sizeof both);
@@ -146,14 +140,8 @@ static void even_first(I n, float *x) {
         vec v = load(x + i);
         store(x + i, v == v ? v : all(NAN));
     }
-    for (I i = 0; i + 2 * L <= n; i += 2 * L) {
-        float both[2 * L];
-        memcpy(both, x + i, sizeof both);
-        for (int j = 0; j < L; j++) {
-            x[i + j] = both[2 * j];
-            x[i + L + j] = both[2 * j + 1];
-        }
-    }
+    for (I i = 0; i + 2 * L <= n; i += 2 * L)
+        evens_first(2 * L, x + i);
 }
 
 // h (P, N) of a head = decay h + (dt u) B; y (P) = h C + D u, in one pass over h. Bs, Cs (N), for

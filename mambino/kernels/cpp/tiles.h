@@ -44,7 +44,6 @@ constexpr float MOST_X = HAS_BYTES ? 127 : 32767;
 typedef uint8_t bytes __attribute__((vector_size(4 * L)));
 typedef uint8_t half_bytes __attribute__((vector_size(2 * L)));
 typedef int8_t half_chars __attribute__((vector_size(2 * L)));
-typedef int16_t shorts __attribute__((vector_size(4 * L)));
 typedef int8_t chars __attribute__((vector_size(L)));
 
 // s + each lane's four products, of a's bytes without and b's with a sign
@@ -60,11 +59,11 @@ static inline ivec dot_bytes(ivec s, ivec a, ivec b) {
 #endif
 }
 
-static inline shorts longer(half_chars c) {
+static inline words longer(half_chars c) {
 #if defined(__AVX2__) && !defined(__AVX512F__)  // gcc would take them apart
-    return (shorts)_mm256_cvtepi8_epi16((__m128i)c);
+    return (words)_mm256_cvtepi8_epi16((__m128i)c);
 #else
-    return __builtin_convertvector(c, shorts);
+    return __builtin_convertvector(c, words);
 #endif
 }
 

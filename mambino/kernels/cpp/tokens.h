@@ -28,6 +28,17 @@ static inline void store(int16_t *p, ivec v) {
     memcpy(p, &c, sizeof c);
 }
 
+// n numbers in another order: those at even places, then those at odd ones; n is GROUP at most
+template <class T>
+static inline void evens_first(I n, T *x) {
+    T before[GROUP];
+    memcpy(before, x, n * sizeof *x);
+    for (I i = 0; i < n / 2; i++) {
+        x[i] = before[2 * i];
+        x[n / 2 + i] = before[2 * i + 1];
+    }
+}
+
 // the largest |x|, of whose bits `high` has lanes; a NaN's are above an infinity's
 static inline float largest(ivec high) {
     int32_t bits = 0;
@@ -55,20 +66,16 @@ static float round_row(I columns, const float *x, int16_t *codes, float *sums,
     float scale = most < 1e-30f ? 0 : most / MOST;
     float inverse = most >= 1e-30f ? MOST / most : 0;
     for (I k = 0; k < columns; k += GROUP) {
-        int16_t in_order[GROUP];
-        int16_t *to = even_first ? in_order : codes + k;
         ivec total{};
         for (int j = 0; j < GROUP; j += L) {
             I left = columns - k - j;
             vec v = load(x + k + j, left < 0 ? 0 : left < L ? left : L);
             ivec c = nearest(inverse ? v * inverse : vec{});
             total += c;
-            store(to + j, c);
+            store(codes + k + j, c);
         }
-        for (int i = 0; i < GROUP / 2 && even_first; i++) {
-            codes[k + i] = in_order[2 * i];
-            codes[k + GROUP / 2 + i] = in_order[2 * i + 1];
-        }
+        if (even_first)
+            evens_first(GROUP, codes + k);
         int32_t group = 0;
         for (int i = 0; i < L; i++)
             group += total[i];
@@ -202,13 +209,7 @@ struct Tokens {
     void copy_row(const float *x, float *row, bool even_first) {
         memcpy(row, x, 4 * columns);
         memset(row + columns, 0, 4 * (groups * GROUP - columns));
-        for (I k = 0; k < groups * GROUP && even_first; k += 2 * L) {
-            float both[2 * L];
-            memcpy(both, row + k, sizeof both);
-            for (int i = 0; i < L; i++) {
-                row[k + i] = both[2 * i];
-                row[k + L + i] = both[2 * i + 1];
-            }
-        }
+        for (I k = 0; k < groups * GROUP && even_first; k += 2 * L)
+            evens_first(2 * L, row + k);
     }
 };

@@ -130,10 +130,14 @@ typedef uint32_t uvec __attribute__((vector_size(4 * L)));
 // 2 L of them, two in a lane, the lower one first
 typedef uint32_t pairs __attribute__((vector_size(4 * L)));
 
-static inline uvec rounded_bits(vec v) {  // to the nearest bf16, of two the even; a NaN stays one
+// to the nearest bf16, of two the even, in the upper 16 bits. A NaN stays one if its lower bits are 0
+static inline uvec nearest_bits(vec v) {
     uvec u = (uvec)v;
-    uvec r = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-    return v == v ? r : (u >> 16 | 0x40u);
+    return u + 0x7fffu + (u >> 16 & 1u);
+}
+
+static inline uvec rounded_bits(vec v) {  // in the lower 16 bits; any NaN stays one
+    return v == v ? nearest_bits(v) >> 16 : ((uvec)v >> 16 | 0x40u);
 }
 
 static inline vec load(const bf16 *p) {
