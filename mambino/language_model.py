@@ -16,6 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from mambino.kernels import fast
 
 
+# kinds of devices that have autocast; asked here, since the compiler of torch 2.11 cannot ask in a graph
+AUTOCAST = {kind for kind in ('cpu', 'cuda', 'mps', 'xpu') if torch.amp.is_autocast_available(kind)}
+
+
 def check_at_least_one(config, names):
     """ValueError if one of these fields of a config is below 1."""
     for name in names.split():
@@ -37,7 +41,7 @@ def rms_norm(x, weight, eps, dtype=None):
 def product_dtype(x):
     """The precision in which a matrix product with x is computed: autocast's, or x's own."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
