@@ -125,6 +125,7 @@ wandb_run_name = ''
 device = 'auto'             # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
 parallel = 'ddp'            # with several processes: 'ddp', or 'fsdp': each keeps a share
                             # of the weights, gradients and optimizer
+expert_parallel = 1         # processes that share a layer's experts: each has n_expert / expert_parallel
 dtype = 'auto'              # 'float32', 'bfloat16', 'float16' (with a loss scaler);
                             # auto: what a GPU's hardware has; on a CPU the faster one of the
                             # first two, as measured with this model; a run that goes on keeps its own
@@ -193,6 +194,7 @@ def step_seed(seed, step, rank):
 
 def clip_gradients(net, optimizers, scaler, grad_clip):
     """Scales the gradient down to the norm grad_clip, if it is larger. Returns the norm it had."""
+    processes.join_gradients(net, scaler.is_enabled())
     for opt in optimizers:
         scaler.unscale_(opt)  # of fp16; else there is nothing to do
     return processes.clip(net, grad_clip or math.inf)
@@ -208,7 +210,7 @@ def update_weights(optimizers, scaler, norm):
 
 # --- what the run begins from, and what its settings come to
 settings = {name: globals()[name] for name in find_settings(globals())}
-settings['device'] = processes.start(device, parallel)  # one, or those that torchrun starts
+settings['device'] = processes.start(device, parallel, expert_parallel)  # one, or those that torchrun starts
 begin.refuse_dataset(out_dir)
 if not eval_only:
     processes.hold(out_dir)  # one run at a time; who only reads needs no leave
@@ -302,7 +304,7 @@ cache_weights = not processes.SHARDED  # rounded ones stay from layer to layer
 trace = Trace(os.path.join(out_dir, 'trace.json'), profile if rank == 0 else 0, device_type)
 health = Health(device, scaler)
 stop_signals = catch_stop_signals()  # the first asks for a stop after this step
-samples = sample_interval > 0 and data.tokenizer and (rank == 0 or processes.SHARDED)
+samples = sample_interval > 0 and data.tokenizer and (rank == 0 or processes.TOGETHER)
 sampled = progress.step  # the step of the last sample
 if device_type == 'cuda':
     torch.cuda.reset_peak_memory_stats()

@@ -27,6 +27,11 @@ def check_at_least_one(config, names):
             raise ValueError(f'{name}={getattr(config, name)} must be at least 1')
 
 
+def whole_shape(p):
+    """The shape of a parameter, of all of it where this process has a share."""
+    return getattr(p, 'whole_shape', p.shape)
+
+
 # --- norm and loss --------------------------------------------------------------------------------
 
 @fast
@@ -160,7 +165,7 @@ class LanguageModel(nn.Module):
 
     def num_params(self):
         """Trainable and frozen parameters, tied ones counted once."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(whole_shape(p).numel() for p in self.parameters())
 
     def flops_per_token(self, T):
         """Floating-point operations a token of forward and backward, in sequences of T: 6 a weight

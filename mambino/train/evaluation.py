@@ -54,7 +54,7 @@ def nats_of(net, x, y, device, dtype):
             return net(x.to(device), y.to(device))[1].item() * int((y >= 0).sum())
     except (RuntimeError, MemoryError) as error:
         memory.is_exhausted(error)                      # else it is raised again
-        if len(x) == 1 or processes.SHARDED:            # which no process can do without the others
+        if len(x) == 1 or processes.TOGETHER:           # which no process can do without the others
             raise
     if device.startswith('cuda'):
         torch.cuda.empty_cache()                        # the error, which holds tensors, is gone
@@ -94,7 +94,7 @@ def show_sample(net, tokenizer, prompt, step, seed, device):
     net.eval()
     ids = encode_prompt(tokenizer, prompt, 'sample_start')
     owed = b''
-    if not processes.SHARDED:           # with fsdp all processes must take the same steps, whatever they draw
+    if not processes.TOGETHER:          # else all processes must take the same steps, whatever they draw
         ids, owed = healed(tokenizer, ids, prompt)
     writer = Writer(tokenizer, before=ids, owed=owed)
     generator = torch.Generator(device).manual_seed(seed)

@@ -206,7 +206,7 @@ def extrapolate(x, low, high, measure):
 # --- what a run takes -----------------------------------------------------------------------------
 
 def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer='adamw',
-             checkpointing=False, accumulate=True, world=1, shards=1, adapter=None):
+             checkpointing=False, accumulate=True, world=1, shards=1, expert_parallel=1, adapter=None):
     """The peak of training and what it is made of, in bytes: {'weights', 'gradients', 'optimizer',
     'activations', 'temporary', 'total'}. Activations are what the backward pass needs; temporary is
     all else that is alive at the peak.
@@ -215,6 +215,7 @@ def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer=
     'mps'. accumulate: gradients stay from micro-step to micro-step. world: of more than one process
     DistributedDataParallel keeps the gradients a second time. shards: with FSDP each of so many has
     its share of weights, gradients and optimizer, and two layers and the embedding complete.
+    expert_parallel: processes that share the experts, of which DistributedDataParallel has nothing.
     adapter: what a checkpoint says of one, which alone has gradients then. A second or two the
     first time."""
     copies = world > 1 and shards == 1  # DistributedDataParallel has its own gradients
@@ -239,6 +240,13 @@ def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer=
         parts['temporary'] += two_layers + embedding
         for name in ('weights', 'gradients', 'optimizer'):
             parts[name] /= shards
+    if expert_parallel > 1:
+        of_all = 4 * 3 * config['n_embd'] * config['intermediate_size'] * config['n_expert'] * config['n_layer']
+        elsewhere = of_all - of_all // expert_parallel
+        if not adapter:                                     # else they are frozen
+            parts['gradients'] -= elsewhere * gradients_there + of_all * copies
+            parts['optimizer'] -= 2 * elsewhere
+        parts['weights'] -= elsewhere
     parts['total'] = sum(parts.values())
     return {name: int(size) for name, size in parts.items()}
 
@@ -345,7 +353,8 @@ def choose_micro_batch(settings, net, adapter=None):
         workload = dict(
             T=block_size, device=device.partition(':')[0], dtype=settings['dtype'],
             optimizer=settings['optimizer'], world=processes.WORLD,
-            shards=processes.WORLD if processes.SHARDED else 1, adapter=adapter)
+            shards=processes.WORLD if processes.SHARDED else 1,
+            expert_parallel=settings['expert_parallel'], adapter=adapter)
         micro_batch, checkpointing, line = fit_to_memory(
             settings['model'], checkpoint.config_of(net), net.num_params(), micro_batch, sequences,
             free, checkpointing, bool(named), **workload)

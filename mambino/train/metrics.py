@@ -13,6 +13,7 @@ import threading
 import torch
 
 from mambino import kernels, machine
+from mambino.language_model import whole_shape
 from mambino.train import processes
 from mambino.train.processes import say
 from mambino.weights import adapters
@@ -236,7 +237,7 @@ def parameter_lines(net):
             at = words.index('layers')
             n_layer = len(net.get_submodule('.'.join(words[:at + 1])))
             part = f'{words[at + 2]}, {n_layer} layers'
-        sizes[part] = sizes.get(part, 0) + p.numel()
+        sizes[part] = sizes.get(part, 0) + whole_shape(p).numel()
     total = sum(sizes.values())
     width = max(8, *map(len, sizes))
     large = {part: size for part, size in sizes.items() if size >= 0.001 * total}

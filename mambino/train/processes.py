@@ -10,7 +10,8 @@ torchrun starts the processes and tells each which one it is.
 Two ways to share the work. 'ddp': each process has all of the model, and the gradients' mean is
 taken once a step. 'fsdp', FSDP2 of torch: each keeps some rows of every parameter, of its gradient
 and its optimizer's state; a layer is put together when it is computed and forgotten thereafter. So
-no process may run the model, or read a parameter's values, without the others.
+no process may run the model, or read a parameter's values, without the others. With 'ddp' the experts of a model can
+be spread over processes (experts.py): then, too, none runs the model without the others.
 """
 import atexit
 import os
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mambino import files, machine
 from mambino.configurator import fail
+from mambino.train import experts
 from mambino.weights import checkpoint, shards
 
 UNSET = ('start several processes with torchrun --nproc_per_node=2 train.py; '
@@ -54,15 +56,19 @@ def read_environment(environment):
 
 RANK, WORLD, LOCAL_RANK = read_environment(os.environ)
 SHARDED = False             # each process has a share of the weights; `start` decides
+TOGETHER = False            # no process may run the model without the others
 PARENT = os.getppid()
 GRACE = 60                  # seconds in which processes without torchrun may still save
 
 
-def start(device, parallel='ddp'):
+def start(device, parallel='ddp', expert_parallel=1):
     """The device of this process, of all processes joined: 'cpu', 'mps', 'cuda' or 'cuda:1'.
-    parallel: 'ddp' or 'fsdp'. A device that is not there ends the program in a line."""
-    global SHARDED
+    parallel: 'ddp' or 'fsdp'. expert_parallel: processes that share a layer's experts. What cannot be, and a device
+    that is not there, end the program in a line."""
+    global SHARDED, TOGETHER
     SHARDED = parallel == 'fsdp'
+    TOGETHER = SHARDED or expert_parallel > 1
+    experts.require(expert_parallel, WORLD, SHARDED)
     if SHARDED and WORLD == 1:
         fail('parallel=fsdp shares the weights among several processes, and this is one: start it '
              'with torchrun --nproc_per_node=2 train.py, or leave it out')
@@ -86,6 +92,8 @@ def start(device, parallel='ddp'):
             fail(f'the {WORLD} processes do not find each other at {os.environ["MASTER_ADDR"]}:'
                  f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}')
         summed(0)                                           # none ends while another still connects
+        if expert_parallel > 1:
+            experts.form_groups(expert_parallel, RANK, WORLD)
     return device
 
 
@@ -186,6 +194,8 @@ def agreed(action):
 
 def place(net, device):
     """The model goes to its device: all of it, or with fsdp the share of this process."""
+    if experts.N > 1:
+        experts.divide(net)
     if not SHARDED:
         net.to(device)
         return
@@ -202,24 +212,35 @@ def shared(net, device):
     """The model whose backward pass ends with the mean gradient of all processes."""
     if WORLD == 1 or SHARDED:
         return net
+    apart = [name for name, p in net.named_parameters() if experts.is_share(p)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, apart)
     return DistributedDataParallel(
         net, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None,
         broadcast_buffers=False)                            # they count each process's own tokens
 
 
+def join_gradients(net, scaled=False):
+    """After the last backward pass of a step: experts' gradients become those of all processes' tokens. scaled: as
+    fp16 has them."""
+    if experts.N > 1:
+        experts.join_gradients(net, scaled)
+
+
 def clip(net, limit):
     """Scales the gradient down to this norm, if it is larger; returns the norm it had."""
+    if experts.N > 1:
+        return experts.clip(net, limit)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
     return norm.full_tensor() if SHARDED else norm
 
 
 def in_step(batches):
-    """This process's batches (x, y) of an evaluation. With fsdp as many as the others have: the
-    last may have no targets that count."""
+    """This process's batches (x, y) of an evaluation. Where none may run the model alone as many as the others
+    have: the last may have no targets that count."""
     batches = iter(batches)
     while True:
         batch = next(batches, None)
-        if not (summed(bool(batch))[0] if SHARDED else batch):
+        if not (summed(bool(batch))[0] if TOGETHER else batch):
             return
         yield batch or (torch.zeros(1, 8, dtype=torch.long), torch.full((1, 8), -1))
 
@@ -230,7 +251,7 @@ def save(path, contents, net, optimizers, in_shards=False):
     """Writes a checkpoint of these contents and the state of a model and its optimizers; all
     processes call it. in_shards: with fsdp each writes its share; else the first gets all, one
     tensor after another, and writes it. OSError or RuntimeError in all of them if one cannot."""
-    state = dict(weights=net.state_dict(keep_vars=SHARDED),
+    state = dict(weights=net.state_dict(keep_vars=TOGETHER),
                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if SHARDED and in_shards:
         step = contents['counters']['step']
@@ -247,6 +268,8 @@ def save(path, contents, net, optimizers, in_shards=False):
             raise
     elif SHARDED:
         state = gather(state)
+    elif experts.N > 1:
+        state = experts.gather(state, optimizers)
     agreed(lambda: RANK or checkpoint.save_checkpoint(path, contents | state))
 
 
@@ -304,7 +327,9 @@ def load_weights(net, ckpt):
 
 def shares(optimizer, saved, folder):
     """A saved state of an optimizer, as it can be loaded: with fsdp, of each tensor this process's
-    share. folder: of the shards, if that is where they are."""
+    share; else of experts that are spread those it has. folder: of the shards, if that is where they are."""
+    if experts.N > 1:
+        return experts.share(optimizer, saved)
     if not SHARDED:
         return saved
     from torch.distributed.tensor import distribute_tensor

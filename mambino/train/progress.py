@@ -21,6 +21,7 @@ import torch
 from mambino import machine
 from mambino.configurator import fail, typed
 from mambino.files import FULL
+from mambino.language_model import whole_shape
 from mambino.train import processes
 from mambino.train.processes import say, summed
 from mambino.weights import adapters, checkpoint
@@ -30,7 +31,7 @@ from mambino.weights import adapters, checkpoint
 OF_THE_CALL = ('out_dir', 'init_from', 'eval_only', 'report')
 OF_THE_MACHINE = (
     'device', 'compile', 'profile', 'vram', 'tensorboard', 'wandb_log', 'wandb_project',
-    'wandb_run_name', 'parallel')
+    'wandb_run_name', 'parallel', 'expert_parallel')
 SPACE_SECONDS = 600     # so long a finished model waits for space, if there is none anywhere
 
 
@@ -180,7 +181,7 @@ def failed_line(failed):
 
 def contents_of_run(net, scaler, progress, settings, tokenizer, adapter, data, begun):
     """What a checkpoint says beside the weights and the optimizers; see save_run."""
-    parameter_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
+    parameter_bytes = sum(whole_shape(p).numel() * p.element_size() for p in net.parameters())
     contents = dict(
         kind=settings['model'],
         config=checkpoint.config_of(net),

@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from mambino.language_model import whole_shape
 from mambino.plain import number, table, whole
 
 DEEPEST = 16            # dicts and lists in one another
@@ -218,6 +219,6 @@ def check_optimizer(optimizer, saved):
                 need(number(value) or (isinstance(value, torch.Tensor) and value.numel() == 1), f'{where} is no number')
             if isinstance(value, torch.Tensor):
                 check_tensor(value, where)
-                need(name == 'step' or value.shape == parameters[i].shape, f'{where} is {brief(value)}')
+                need(name == 'step' or value.shape == whole_shape(parameters[i]), f'{where} is {brief(value)}')
             else:
                 need(name == 'step', f'{where} is {brief(value)}, no tensor')
