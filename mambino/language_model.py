@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mambino.kernels import fast
 
-
 # kinds of devices that have autocast; asked here, since the compiler of torch 2.11 cannot ask in a graph
 AUTOCAST = {kind for kind in ('cpu', 'cuda', 'mps', 'xpu') if torch.amp.is_autocast_available(kind)}
 
