@@ -22,6 +22,7 @@ import datetime
 import math
 import os
 import shlex
+import sys
 from contextlib import suppress
 from functools import partial
 
@@ -29,6 +30,10 @@ from functools import partial
 # thread they wait for. Letting go after some microseconds costs nothing on an idle machine; beside
 # one busy process steps are 2 to 10 times faster.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+
+# A card's memory in pieces that grow: the allocator leaves fewer holes. Windows has no such pieces.
+if sys.platform == 'linux' and 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
+    os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 
 from mambino.configurator import configure, fail, find_settings, typed
 from mambino.console import end_quietly, go_on_without_stdout
@@ -131,8 +136,8 @@ dtype = 'auto'              # 'float32', 'bfloat16', 'float16' (with a loss scal
                             # first two, as measured with this model; a run that goes on keeps its own
 profile = 0                 # trace so many steps: where their time goes,
                             # and a file for chrome://tracing or Perfetto
-compile = False             # torch.compile: a minute of waiting for faster steps;
-                            # falls back where it does not work
+compile = None              # torch.compile: a minute or more of waiting for faster steps; falls back where it
+                            # does not work; None: on a card, in runs that are long enough to earn it
 seed = 1337
 
 # read before torch is there: a typo is told at once
@@ -149,7 +154,7 @@ import torch
 from torch.profiler import record_function
 
 from mambino import machine
-from mambino.train import batches, begin, building, identity, memory, precision, processes
+from mambino.train import batches, begin, building, compiling, identity, memory, precision, processes, recovery
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
 from mambino.train.log import no_log, open_log
@@ -185,6 +190,7 @@ def set_lr(optimizers, lr):
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = lr
+    return lr
 
 
 def step_seed(seed, step, rank):
@@ -222,6 +228,7 @@ begin.fill_unset(settings, explicit, origin, data)  # sizes and steps that were 
 # --- the model, and how many sequences of a step it computes at once
 net, adapter_record = begin.build_model(settings, explicit, origin, data)
 precision.choose(settings, explicit, origin, net)
+compiling.choose(settings, net, adapter_record, step=origin.step)
 micro_batch, memory_line = memory.choose_micro_batch(settings, net, adapter_record)
 globals().update(settings)  # here, and only here, those that were left unset get their values
 rank, world = processes.RANK, processes.WORLD
@@ -298,7 +305,7 @@ loader = Loader(data, block_size, seed, device, sequences, rank, world)
 loader.seek(progress.tokens_seen, micro_batch)
 wrapped = net  # compiled, and joined to the other processes' gradients
 if compile:
-    wrapped = building.compiled_model(net, *loader.peek(), device, dtype, adapter_record)
+    wrapped, micro_batch = compiling.compiled(net, loader, settings, micro_batch, progress.tokens_seen)
 wrapped = processes.shared(wrapped, device)
 cache_weights = not processes.SHARDED  # rounded ones stay from layer to layer
 trace = Trace(os.path.join(out_dir, 'trace.json'), profile if rank == 0 else 0, device_type)
@@ -334,8 +341,7 @@ while True:
     if is_due and health.is_good():
         save([latest], shards=[latest])
 
-    lr = lr_of(step)
-    set_lr(optimizers, lr)
+    lr = set_lr(optimizers, lr_of(step))
     logged = (step + 1) % log_interval == 0 or step + 1 in (1, max_iters)
     if logged:
         net.expert_load()  # what is counted from here is of this step, as its loss is
@@ -355,10 +361,10 @@ while True:
     except batches.Changed:
         break
     except (RuntimeError, MemoryError) as error:
-        is_exhausted = memory.is_exhausted(error)  # else it is raised again
+        is_exhausted = recovery.require_exhausted(error)  # else it is raised again
     if is_exhausted:  # the step again, in smaller micro-batches; the error, which holds tensors, is gone
         loss = x = y = None
-        micro_batch = memory.smaller_micro_batch(settings, net, micro_batch, sequences)
+        micro_batch = recovery.smaller_micro_batch(settings, net, micro_batch, sequences)
         loader.seek(progress.tokens_seen, micro_batch)
         continue
     with record_function('optimizer'):

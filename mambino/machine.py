@@ -12,6 +12,8 @@ import math
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from functools import lru_cache
@@ -23,7 +25,8 @@ from mambino.configurator import fail
 DTYPES = 'float32', 'bfloat16', 'float16'
 
 # Dense FLOP/s of bf16 or fp16 matrix products that accumulate in fp32, from the makers' data sheets
-# (which like to print the sparse figure, twice that). T4 and V100 know only fp16.
+# (which like to print the sparse figure, twice that; of a GeForce it is twice that of fp32, which its
+# white paper has). T4, V100 and the 20 series know only fp16. The longer name comes first.
 PEAKS = {
     'B200': 2250e12,
     'GH200': 989e12,
@@ -43,12 +46,33 @@ PEAKS = {
     'V100': 125e12,
     'RTX 6000 Ada': 364e12,
     'RTX A6000': 155e12,
+    'RTX A5000': 111e12,
+    'RTX A4000': 77e12,
     'RTX 5090': 210e12,
     'RTX 5080': 113e12,
+    'RTX 5070 Ti': 88e12,
+    'RTX 5070': 62e12,
+    'RTX 5060 Ti': 47e12,
+    'RTX 5060': 38e12,
+    'RTX 4090 D': 147e12,
     'RTX 4090': 165e12,
+    'RTX 4080 SUPER': 104e12,
     'RTX 4080': 97e12,
+    'RTX 4070 Ti SUPER': 88e12,
+    'RTX 4070 Ti': 80e12,
+    'RTX 4070 SUPER': 71e12,
+    'RTX 4070': 58e12,
+    'RTX 4060 Ti': 44e12,
+    'RTX 4060': 30e12,
     'RTX 3090 Ti': 80e12,
     'RTX 3090': 71e12,
+    'RTX 3080 Ti': 68e12,
+    'RTX 3080': 59.5e12,
+    'RTX 3070 Ti': 43.5e12,
+    'RTX 3070': 40.6e12,
+    'RTX 3060 Ti': 32.4e12,
+    'RTX 3060': 25.5e12,
+    'RTX 2080 Ti': 53.8e12,
 }
 SLOWER = re.compile('laptop|max-q|mig', re.I)   # these share a name with something faster
 
@@ -64,16 +88,68 @@ CGROUP_FILES = (
 # --- which device, which precision ----------------------------------------------------------------
 
 def choose_device(device):
-    """'auto' → the best device there is. A device that is not there ends the program in a line."""
+    """'auto' → the best device there is; why it is the CPU where a card is there is said on stderr.
+    A device that is named and does not compute here ends the program in a line."""
     if device == 'auto':
-        if torch.cuda.is_available():
-            return 'cuda'
-        return 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f'device={device}: {str(error).splitlines()[0]}')
+        if torch.backends.mps.is_available():
+            return 'mps'
+        reason = trouble_of(own_card()) if torch.cuda.is_available() else unseen_card()
+        if reason:
+            say_once(f'note: no card is used, the CPU computes: {reason}')
+        return 'cuda' if torch.cuda.is_available() and not reason else 'cpu'
+    reason = trouble_of(device)
+    if reason:
+        fail(f'device={device}: {reason}')
     return device
+
+
+@lru_cache(None)
+def say_once(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def own_card():
+    """The card of this process, of several that torchrun starts one each."""
+    index = os.environ.get('LOCAL_RANK', '0')
+    is_there = index.isascii() and index.isdigit() and int(index) < torch.cuda.device_count()
+    return f'cuda:{index}' if is_there else 'cuda'
+
+
+def trouble_of(device):
+    """Why a device does not compute, in a line; '' if it does. That it is there is not enough: PyTorch may
+    have no kernels for a card, or another program hold it for itself."""
+    try:
+        (torch.ones(1, device=device) + 1).item()           # which waits for it
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition('\n')[0]
+        if 'no kernel image' in reason:
+            reason += (f': this PyTorch ({torch.__version__}) is not made for so old, or so new, a card: '
+                       'https://pytorch.org/get-started/locally names one that is')
+        return reason
+    return ''
+
+
+@lru_cache(None)
+def unseen_card():
+    """Why PyTorch does not see the card of NVIDIA that is here, in a line; '' if there is none, or it was
+    hidden on purpose."""
+    if os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1'):
+        return ''
+    try:
+        done = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ''
+    said = (done.stdout.strip() or done.stderr.strip()).partition('\n')[0]
+    if done.returncode or not said.startswith('GPU'):       # its driver does not run
+        return said and f'nvidia-smi says: {said}'
+    if not torch.version.cuda:
+        return (f'this PyTorch ({torch.__version__}) is made for CPUs; https://pytorch.org/get-started/locally '
+                'names the one for CUDA')
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:         # the driver is too old
+        return str(error).strip().partition('\n')[0]
+    return f'CUDA {torch.version.cuda}, which this PyTorch is made for, finds none'
 
 
 def choose_dtype(dtype, device):
@@ -163,18 +239,26 @@ def matmul_peak(device, dtype):
     return 2 * n ** 2 / seconds_a_row
 
 
+def known_peak(device):
+    """FLOP/s of a card's 16-bit products as its data sheet has them; None of one that is not known, or
+    of which there are slower ones of the same name."""
+    if torch.device(device).type != 'cuda':
+        return None
+    name = torch.cuda.get_device_name(device)
+    if SLOWER.search(name):
+        return None
+    return next((peak for known, peak in PEAKS.items() if re.search(rf'\b{known}\b', name, re.I)), None)
+
+
 @lru_cache(None)
 def peak_flops(device, dtype):
     """FLOP/s to count MFU against: the data sheet's for a known GPU, else what matmul_peak measures
     (once)."""
     half = str(dtype).removeprefix('torch.')
     if torch.device(device).type == 'cuda' and half in ('bfloat16', 'float16'):
-        name = torch.cuda.get_device_name(device)
         in_hardware = half == 'float16' or torch.cuda.get_device_capability(device) >= (8, 0)
-        if in_hardware and not SLOWER.search(name):
-            for known, peak in PEAKS.items():
-                if re.search(rf'\b{known}\b', name, re.I):
-                    return peak
+        if in_hardware and known_peak(device):
+            return known_peak(device)
     return matmul_peak(device, dtype)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mambino import machine
-from mambino.train import memory
+from mambino.train import counting, memory
 from mambino.weights import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -24,7 +24,7 @@ MODELS = {
 
 
 def workload(kind, config, batch, T, **more):
-    return memory.Workload(kind, tuple(config.items()), batch, T, **more)
+    return counting.Workload(kind, tuple(config.items()), batch, T, **more)
 
 
 MEASURE = '''
@@ -118,7 +118,7 @@ def test_linear_in_layers_and_sequences(name, accumulate):
     config = dict(config, n_layer=4)
     T = 64 if name == 'mamba1' else 512
     parts = memory.estimate(kind, config, 2**15 // T, T, accumulate=accumulate)
-    direct = memory.simulate(workload(kind, config, 2**15 // T, T, accumulate=accumulate))
+    direct = counting.simulate(workload(kind, config, 2**15 // T, T, accumulate=accumulate))
     assert parts['total'] == pytest.approx(max(direct[name] for name in memory.STRETCHES), rel=0.01)
     assert parts['weights'] == pytest.approx(
         4 * checkpoint.build(kind, config).num_params(), rel=0.001
@@ -129,7 +129,7 @@ def test_linear_in_layers_and_sequences(name, accumulate):
 def test_short_sequences_stand_for_long_ones():
     """Mamba-1's loop over time is simulated for a piece of the time."""
     config = dict(SMALL, version=1, n_layer=2)
-    direct = memory.simulate(workload('mamba', config, 16, 192, dtype='float32'))
+    direct = counting.simulate(workload('mamba', config, 16, 192, dtype='float32'))
     assert memory.estimate('mamba', config, 16, 192, dtype='float32')['total'] == pytest.approx(
         max(direct[name] for name in memory.STRETCHES), rel=0.05)
 
@@ -154,7 +154,7 @@ def test_parts_are_what_they_are_called():
 def test_random_numbers_stay_as_they_were():
     before = torch.get_rng_state()
     for fake in (True, False):
-        memory.simulate(
+        counting.simulate(
             workload('gpt', dict(MODELS['gpt'][1], n_layer=1), 1, 32, device='cpu'), fake
         )
     assert torch.equal(torch.get_rng_state(), before)
@@ -167,22 +167,22 @@ def test_a_model_that_looks_at_its_data_runs_for_real(monkeypatch):
     monkeypatch.setattr(
         SwiGLU, 'forward', lambda self, x: forward(self, x[:, : int((x[0] == x[0]).all(-1).sum())])
     )
-    memory.peaks_of.cache_clear()
+    counting.peaks_of.cache_clear()
     assert memory.estimate('gpt', dict(SMALL, n_head=4, n_layer=3), 2, 64)[
         'total'
     ] == pytest.approx(plain['total'], rel=0.01)
-    memory.peaks_of.cache_clear()
+    counting.peaks_of.cache_clear()
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 def test_dropout_and_low_rank_need_no_real_run(monkeypatch, device):
-    simulate, runs = memory.simulate, []
+    simulate, runs = counting.simulate, []
 
     def watched(workload, fake=True):
         runs.append(fake)
         return simulate(workload, fake)
-    monkeypatch.setattr(memory, 'simulate', watched)
-    memory.peaks_of.cache_clear()
+    monkeypatch.setattr(counting, 'simulate', watched)
+    counting.peaks_of.cache_clear()
     plain, dropout, low_rank = (
         memory.estimate('hybrid', dict(SMALL, n_head=4, n_layer=2, **other), 2, 128, device)
         for other in ({}, dict(dropout=0.1), dict(low_rank=8))
@@ -291,3 +291,37 @@ def test_line_for_the_reader():
         '+ temporary 0.50 = 7.50 GB of 8.0 GB free; '
         'micro-batch 4, with gradient checkpointing'
     )
+
+
+# --- cards
+
+@pytest.mark.parametrize('vram, free, budget, words', [
+    ('auto', 7.0, 6.6, 'free, 0.4 GB left to libraries'),
+    ('8', 6.5, 6.1, 'free, '),                  # what the card has, not what it is sold as
+    ('8', 23.0, 7.1, 'that --vram says, '),
+    ('0.2', 7.0, 0.0, 'that --vram says'),
+])
+def test_the_budget_of_a_card_is_what_is_free_there(monkeypatch, vram, free, budget, words):
+    monkeypatch.setattr(machine, 'available_memory', lambda device: int(free * GB))
+    nbytes, source = memory.budget_of(vram, 'cuda')
+    assert nbytes / GB == pytest.approx(budget, abs=0.01) and nbytes > 0 and words in source
+
+
+def test_memory_that_windows_lends_is_not_planned_with(monkeypatch):
+    assert memory.usable_share('cuda:0') == 0.90
+    monkeypatch.setattr(memory.sys, 'platform', 'win32')
+    assert memory.usable_share('cuda:0') == 0.85
+
+
+def test_no_more_tokens_at_once_than_keep_a_card_busy(monkeypatch):
+    def estimate(kind, config, n, T, checkpointing, accumulate, **workload):
+        return dict.fromkeys(memory.PARTS, 0) | dict(total=n * (2 if not checkpointing else 1) * GB // 4)
+    monkeypatch.setattr(memory, 'estimate', estimate)
+    config = dict(n_layer=10, n_embd=1024)
+    for peak, free, expected in ((25e12, 100, (32, False)), (989e12, 100, (32, False)),
+                                 (25e12, 3.0, (4, False)),          # 4096 tokens keep a small card busy
+                                 (989e12, 3.0, (8, True))):         # and leave a fast one idle
+        monkeypatch.setattr(machine, 'known_peak', lambda device, peak=peak: peak)
+        batch, checkpointing, _ = memory.fit_to_memory(
+            'gpt', config, 10**8, 16, 128, free * GB, None, False, 'cuda', 1024)
+        assert (batch, checkpointing) == expected

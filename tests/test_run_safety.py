@@ -12,7 +12,7 @@ from helpers.runs import POSIX, files, load, metrics, plain, refused, same_run, 
 
 from mambino import files as whole_files
 from mambino.language_model import LanguageModel
-from mambino.train import memory, progress
+from mambino.train import progress, recovery
 from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -215,7 +215,7 @@ def test_a_flipped_bit_is_refused_with_advice(finished, capsys):
 # --- memory and disks
 
 def test_a_step_without_memory_is_forgotten_before_it_is_tried_again(here, monkeypatch):
-    forward, release, held, alive = LanguageModel.forward, memory.release, [], []
+    forward, release, held, alive = LanguageModel.forward, recovery.release, [], []
 
     class Activation(torch.Tensor):
         pass
@@ -231,7 +231,7 @@ def test_a_step_without_memory_is_forgotten_before_it_is_tried_again(here, monke
         held.append(weakref.ref(activation))
         raise RuntimeError(f'out of memory: {activation.numel()}')
     monkeypatch.setattr(LanguageModel, 'forward', short)
-    monkeypatch.setattr(memory, 'release', watched)
+    monkeypatch.setattr(recovery, 'release', watched)
     train('--model=gpt --max_iters=2 --batch_size=4')
     assert len(held) == 2 and alive and not any(alive)
 

@@ -84,9 +84,7 @@ def main():
         net = model_of_shapes(kind, config)
     T, tokens, device = settings['block_size'], settings['tokens_per_step'], settings['device']
     batch, line = memory.choose_micro_batch(settings, net, adapter)
-    free = machine.available_memory(device)
-    if settings['vram'] != 'auto':
-        free = float(settings['vram']) * 2**30
+    free, _ = memory.budget_of(settings['vram'], device)
     try:
         parts = memory.estimate(
             kind, checkpoint.config_of(net), batch, T, device.partition(':')[0], settings['dtype'],

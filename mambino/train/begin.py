@@ -65,6 +65,11 @@ class Origin:
         return self.ckpt or self.base
 
     @property
+    def step(self):
+        """How many steps the run has made."""
+        return self.ckpt['counters']['step'] if self.ckpt else 0
+
+    @property
     def in_shards(self):
         """The folder from which each process reads its share of the tensors; None if all are here."""
         return self.ckpt and self.ckpt.get('shards')
@@ -210,7 +215,7 @@ MOST = 10**15       # … of all other numbers
 
 def check_settings(settings, origin):
     """Ends the program at the first setting that cannot be, or does not go with an adapter."""
-    size, vram, checkpointing = (settings[name] for name in ('size', 'vram', 'gradient_checkpointing'))
+    size, vram = settings['size'], settings['vram']
     sizes = sorted({size for _, size in SIZES}, key=lambda size: int(size[:-1]))
     gigabytes = re.fullmatch(r'\d+\.?\d*', vram)
     fractions = ('dropout', 'beta1', 'beta2', 'lora_dropout')
@@ -224,7 +229,8 @@ def check_settings(settings, origin):
         'empty, cosine or wsd': dict(schedule=settings['schedule'] in ('', 'cosine', 'wsd')),
         'auto, float32, bfloat16 or float16': dict(dtype=settings['dtype'] in ('auto', *machine.DTYPES)),
         'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and 0 < float(vram) < 1e9)),
-        'true, false or left out': dict(gradient_checkpointing=checkpointing in (None, True, False)),
+        'true, false or left out': {
+            name: settings[name] in (None, True, False) for name in ('gradient_checkpointing', 'compile')},
         'more than 0': {name: settings[name] > 0 for name in POSITIVE},
         '-1 or more': {name: settings[name] >= -1 for name in ('warmup_iters', 'window')},
         'at least 0 and below 1': {name: 0 <= settings[name] < 1 for name in fractions},

@@ -11,9 +11,8 @@ import sys
 
 import torch
 
-from mambino import kernels, machine
+from mambino import machine
 from mambino.configurator import fail
-from mambino.train import processes
 from mambino.train.muon import Muon, row_kinds
 from mambino.weights import checkpoint
 from mambino.weights.checkpoint import MODELS
@@ -115,22 +114,3 @@ def build_optimizers(net, optimizer, learning_rate=1e-3, weight_decay=0.1, betas
             muon.dtype = torch.bfloat16
         optimizers.append(muon)
     return optimizers
-
-
-def compiled_model(net, x, y, device, dtype, adapter):
-    """The model as torch.compile makes it, tried on a batch x, y (B, T); the model itself where
-    that does not work."""
-    if processes.SHARDED or (adapter and adapter['type'] == 'prefix'):
-        setting = 'parallel=fsdp' if processes.SHARDED else 'adapter=prefix'
-        processes.say(f'note: torch.compile is left out with --{setting}')
-        return net
-    try:
-        compiled = kernels.compiled(net)
-        with machine.autocast(device, dtype):
-            compiled(x, y)[1].backward()
-        net.zero_grad(set_to_none=True)
-        return compiled
-    except Exception as error:
-        name = type(error).__name__
-        processes.say(f'torch.compile does not work here ({name}); going on without')
-        return net

@@ -11,7 +11,7 @@ from mambino.configurator import fail
 from mambino.sample.generation import Rows, prefill
 from mambino.sample.healing import look_ahead
 from mambino.sample.text import Writer, encode_prompt, healed
-from mambino.train import memory, processes
+from mambino.train import processes, recovery
 from mambino.train.processes import say, summed
 
 TOKENS = 4096   # at once: enough to keep a GPU busy, and without gradients less than a step of training
@@ -53,7 +53,7 @@ def nats_of(net, x, y, device, dtype):
         with machine.autocast(device, dtype):
             return net(x.to(device), y.to(device))[1].item() * int((y >= 0).sum())
     except (RuntimeError, MemoryError) as error:
-        memory.is_exhausted(error)                      # else it is raised again
+        recovery.require_exhausted(error)
         if len(x) == 1 or processes.TOGETHER:           # which no process can do without the others
             raise
     if device.startswith('cuda'):

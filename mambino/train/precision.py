@@ -18,7 +18,8 @@ import torch
 
 from mambino import machine
 from mambino.train import processes
-from mambino.train.memory import BATCH_SIZE, release
+from mambino.train.begin import BATCH_SIZE
+from mambino.train.recovery import release
 
 CLEARLY = 1.03      # times as fast as float32, from which on bfloat16 is taken: it is the less exact one
 FIRST = 64          # tokens that are tried first, to know how many can be afforded
