@@ -1,5 +1,6 @@
 """The part `memory`: the recipes for cards of 8 to 48 GB, planned as train.py plans them, and some steps
 with no more memory than such a card has free: what the allocator took at most, beside the estimate."""
+import ast
 import os
 import runpy
 
@@ -30,17 +31,29 @@ def run(recorder, device, out_dir):
 
 def recipe_of(kind, gigabytes):
     """(settings of the recipe as train.py would have them, the model's config)."""
-    settings = dict(
-        batch_size=0, gradient_checkpointing=None, eval_only=False, dtype='bfloat16', adapter='',
-        gradient_accumulation_steps=0, compile=False, parallel='ddp')
+    settings = settings_of(os.path.join(ROOT, 'train.py')) | dict(dtype='bfloat16')
     recipe = runpy.run_path(os.path.join(ROOT, 'config', f'{kind}_{gigabytes}gb.py'))
     settings |= {name: value for name, value in recipe.items() if not name.startswith('_')}
-    fields = {field for field in checkpoint.MODELS[kind][1].__dataclass_fields__}
+    fields = checkpoint.MODELS[kind][1].__dataclass_fields__
     config = dict(begin.SIZES[kind, settings['size']], vocab_size=VOCABULARY)
-    config |= {name: value for name, value in settings.items() if name in fields}
-    if kind != 'mamba' and 'n_head' not in settings:
-        config['n_head'] = max(1, config['n_embd'] // 64)       # as train.py fills it in
+    config |= {name: value for name, value in recipe.items() if name in fields}
+    if kind != 'mamba':
+        config.setdefault('n_head', max(1, config['n_embd'] // 64))     # as train.py fills it in
     return settings, config
+
+
+def settings_of(script):
+    """{name: value} of a script's settings as it assigns them; the script does not run."""
+    with open(script, encoding='utf-8') as f:
+        body = ast.parse(f.read()).body
+    settings = {}
+    for node in body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                settings.setdefault(node.targets[0].id, ast.literal_eval(node.value))
+            except ValueError:          # not a setting: it is computed
+                continue
+    return settings
 
 
 def measure(recorder, label, kind, gigabytes, device):

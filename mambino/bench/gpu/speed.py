@@ -16,6 +16,7 @@ from mambino.kernels.registry import KERNELS
 TOKENS_PER_STEP = 131072
 SECONDS = 2.0           # of measuring
 FEW_LAYERS = 12         # of a Mamba-2 that is compiled: the time that takes grows with them
+OWN = ('cuda', 'fused', 'triton')   # files whose kernels only a card has
 TOP = 10                # kernels that are named
 
 
@@ -52,9 +53,9 @@ def run_mamba(recorder, device, sizes, batches, T):
     measure(recorder, 'eager', kind, config, device, first, T, profiled=True)
     name = f'compiled, {few["n_layer"]} layers'
     measure(recorder, name, kind, few, device, first, T, compiled=True, seconds=compile_seconds, profiled=True)
-    measure(recorder, 'eager, PyTorch alone', kind, config, device, first, T, without=('cuda', 'triton'))
+    measure(recorder, 'eager, PyTorch alone', kind, config, device, first, T, without=OWN)
     measure(recorder, f'{name}, PyTorch alone', kind, few, device, first, T, compiled=True, seconds=compile_seconds,
-            without=('cuda', 'triton'))
+            without=OWN)
     for B in batches[1:]:
         measure(recorder, 'eager', kind, config, device, B, T)
     measure(recorder, 'compiled', kind, config, device, first, T, compiled=True, seconds=2 * compile_seconds)
@@ -144,7 +145,8 @@ def top_kernels(work, device):
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         models.synchronize(device)
-    rows = [(row.key, row.self_device_time_total, row.count) for row in profiler.key_averages()]
+    rows = [(row.key, row.self_device_time_total, row.count) for row in profiler.key_averages()
+            if row.device_type == torch.autograd.DeviceType.CUDA]    # not PyTorch's operations around them
     total = sum(microseconds for _, microseconds, _ in rows) or 1
     rows.sort(key=lambda row: -row[1])
     named = ', '.join(f'{name[:60]} {microseconds / total:.0%} ({count})' for name, microseconds, count in rows[:TOP])
