@@ -36,8 +36,8 @@ class Run:
 
     def __init__(self, out_dir, dataset, device, settings, share=None, launcher=None):
         self.out_dir = out_dir
-        named = dict(out_dir=out_dir, dataset=dataset, vocab_size=VOCABULARY, device=device, log_interval=1, compile=False,
-                     eval_iters=8, **settings)
+        named = dict(out_dir=out_dir, dataset=dataset, vocab_size=VOCABULARY, device=device, log_interval=1,
+                     eval_iters=8, compile=False, **settings)
         start = launcher or ([sys.executable, '-c', LIMITED, str(share)] if share else [sys.executable])
         self.command = [*start, os.path.join(ROOT, 'train.py'), *(f'--{name}={value}' for name, value in named.items())]
 
