@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mambino.cache import KVStep
+from mambino.cache import kv_step_of
 from mambino.kernels import fast
 from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one
 
@@ -163,7 +163,7 @@ def prepare_attention(config, idx, state=None, window=0):
         positions = torch.arange(idx.shape[1], device=idx.device)
         kv_step = None
     else:
-        kv_step = KVStep(state['pos'], idx.shape[1], config.window or window, idx.device)
+        kv_step = kv_step_of(state['pos'], idx.shape[1], config.window or window, idx.device)
         positions = kv_step.positions
     return rope_tables(positions, config.head_dim, config.rope_theta), kv_step
 

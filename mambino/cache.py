@@ -13,6 +13,8 @@ written in place.
 
 A step computes in its own precision, and gives a state back in the one in which it came. Letters of
 the shapes: B batch, G key heads, S slots, P head size.
+
+    kv_step = kv_step_of(pos, t, window, device)    # a KVStep; a DeviceKVStep where pos lies on a card
 """
 import functools
 
@@ -49,7 +51,11 @@ class KVStep:
         self.length = int(pos.max()) + t  # tokens of the longest row after this step
         self.is_first = self.length == t                        # nothing came before
         self.new_positions = pos[:, None] + torch.arange(t)     # (B, t)
-        self.positions = self.new_positions.to(device)
+        self.positions = self.on_device(self.new_positions)
+
+    def on_device(self, tensor):
+        """A tensor of the CPU there; no NVIDIA card is waited for."""
+        return tensor.to(self.device, non_blocking=self.device.type == 'cuda')
 
     @functools.cached_property
     def slots(self):
@@ -57,7 +63,7 @@ class KVStep:
         stay."""
         stay = self.new_positions[:, -self.window:] if self.window else self.new_positions
         rows = torch.arange(len(stay), device=self.device)[:, None]
-        return rows, (stay % self.window if self.window else stay).to(self.device)
+        return rows, self.on_device(stay % self.window if self.window else stay)
 
     @functools.cached_property
     def mask(self):
@@ -75,7 +81,7 @@ class KVStep:
         mask = (key[:, None] >= 0) & (key[:, None] <= query[:, :, None])  # (B, t, keys)
         if window:
             mask &= key[:, None] > query[:, :, None] - window
-        return None if bool(mask.all()) else mask[:, None].to(self.device)
+        return None if bool(mask.all()) else self.on_device(mask[:, None])
 
     def append(self, cache, k, v):
         """Writes k, v (B, t, G, P) to the caches {'k', 'v'}; returns keys and values (B, S, G, P)
@@ -107,3 +113,44 @@ class KVStep:
             if old is not None:
                 larger[:, :, :old.shape[2]] = old
             cache[name] = larger
+
+
+class DeviceKVStep:
+    """One token of each row after positions pos (B,), int64 on the device, into caches that have room
+    for it; of a window they are rings.
+
+    Which memory is read and written, and how much, depends on no number in pos: a graph of such a
+    step is good for every token (sample/graphs.py)."""
+    is_first = False
+
+    def __init__(self, pos, window):
+        self.pos = pos
+        self.window = window
+        self.positions = pos[:, None]                           # (B, 1)
+        self.rows = torch.arange(len(pos), device=pos.device)
+        self.mask = None                                        # (B, 1, 1, S) bool, made with the first cache
+        self.slots = None                                       # (B,)
+
+    def append(self, cache, k, v):
+        """Writes k, v (B, 1, G, P) to the caches {'k', 'v'}; returns all slots, (B, S, G, P)."""
+        if self.mask is None:
+            self.look_at(cache['k'].shape[2])
+        attended = []
+        for name, new in (('k', k), ('v', v)):
+            old = cache[name]                                   # (B, G, S, P)
+            old[self.rows, :, self.slots] = new[:, 0].to(old.dtype)
+            attended.append(old.transpose(1, 2).to(new.dtype))
+        return attended
+
+    def look_at(self, S):
+        """Which slot of S each token takes, and which it sees."""
+        query = self.positions
+        slot = torch.arange(S, device=query.device)             # (S)
+        key = query - (query - slot) % S if self.window else slot   # positions that are in the slots
+        self.slots = self.pos % S if self.window else self.pos
+        self.mask = ((key >= 0) & (key <= query))[:, None, None]
+
+
+def kv_step_of(pos, t, window, device):
+    """What plans a step of t tokens after positions pos (B,); pos on a card: of one token."""
+    return KVStep(pos, t, window, device) if pos.device.type == 'cpu' else DeviceKVStep(pos, window)

@@ -7,7 +7,7 @@ import torch
 from helpers.models import perturb
 
 from mambino.kernels import native
-from mambino.sample import decode, generation
+from mambino.sample import decode, next_token
 from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason='no C++ compiler')
@@ -55,17 +55,17 @@ def test_a_nucleus_is_sorted_as_all_are(V, top_p):
     torch.manual_seed(V)
     weights = (torch.randn(7, V) * torch.logspace(-2, 1, 7)[:, None]).mul(8).round().div(8).exp()
     enough = top_p * weights.sum(-1, keepdim=True)
-    values, index = generation.nucleus_candidates(weights, enough)
+    values, index = next_token.nucleus_candidates(weights, enough)
     want, places = weights.sort(descending=True, stable=True)
     for row in range(7):
         needed = int((want[row].cumsum(0) - want[row] < enough[row]).sum())
         assert torch.equal(values[row, :needed], want[row, :needed])
         assert torch.equal(index[row, :needed], places[row, :needed])
-    assert V < 1000 or generation.nucleus_candidates(weights[6:], enough[6:])[0].shape[1] < V / 2
+    assert V < 1000 or next_token.nucleus_candidates(weights[6:], enough[6:])[0].shape[1] < V / 2
 
 
 def test_a_row_without_numbers_has_a_nucleus_too():
     weights = torch.rand(3, 5000)
     weights[1] = torch.nan
-    values, index = generation.nucleus_candidates(weights, 0.5 * weights.sum(-1, keepdim=True))
+    values, index = next_token.nucleus_candidates(weights, 0.5 * weights.sum(-1, keepdim=True))
     assert values.shape == index.shape and index.max() < 5000

@@ -5,17 +5,8 @@ from helpers.models import CONFIG, LLAMA, PEERS, SSM2, V, perturb, theirs
 from helpers.sampling import PROMPTS, open_run
 
 from mambino.sample import generation
-from mambino.sample.generation import (
-    Rows,
-    beam_search,
-    fast_topk,
-    generate,
-    logprobs_of,
-    nucleus_candidates,
-    prefill,
-    sample_token,
-    token_logits,
-)
+from mambino.sample.generation import Rows, beam_search, generate, prefill, token_logits
+from mambino.sample.next_token import fast_topk, logprobs_of, nucleus_candidates, sample_token
 from mambino.weights.adapters import add_prefix
 from model_gpt import GPT, GPTConfig
 

@@ -13,8 +13,9 @@ from helpers.sampling import open_run
 from mambino import tokenizer
 from mambino.detokenizer import Pieces
 from mambino.sample import healing
-from mambino.sample.generation import Rows, beam_search, prefill, sample_token
+from mambino.sample.generation import Rows, beam_search, prefill
 from mambino.sample.healing import Spelling, look_ahead, spelling_of, take_back
+from mambino.sample.next_token import sample_token
 from mambino.sample.sessions import Session
 from mambino.sample.text import CONTEXT, Writer, encode_prompt, healed
 from mambino.train import evaluation

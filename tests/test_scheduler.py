@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.jobs import DEADLINE, KINDS, Result, answer, by_sample, scheduler_of, small_net, small_tok
 
-from mambino.sample.generation import logprobs_of, step
+from mambino.sample.generation import step
+from mambino.sample.next_token import logprobs_of
 from mambino.sample.text import encode_prompt, healed
 from mambino.serve import reading
 from mambino.serve.turns import Turns

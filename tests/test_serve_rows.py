@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers.jobs import DEADLINE, KINDS, small_net
 
-from mambino.sample.generation import prefill, sample_token
+from mambino.sample.generation import prefill
+from mambino.sample.next_token import sample_token
 from mambino.serve.choice import Choice, Edits
 from mambino.serve.rows import Rows
 from mambino.serve.states import Kept, cloned, trimmed

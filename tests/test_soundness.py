@@ -137,7 +137,7 @@ def test_a_state_of_other_sizes_never_reaches_compiled_code(name, one_thread):
 
 
 def test_a_model_without_finite_numbers_ends_in_a_line(capsys):
-    from mambino.sample.generation import sample_token
+    from mambino.sample.next_token import sample_token
     with pytest.raises(SystemExit):
         sample_token(torch.full((1, 40), math.nan), top_k=5)
     assert 'no finite numbers' in capsys.readouterr().err

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.models import perturb
 
-from mambino.sample.generation import Rows, beam_search, prefill, sample_token
+from mambino.sample.generation import Rows, beam_search, prefill
+from mambino.sample.next_token import sample_token
 from model_gpt import GPT, GPTConfig
 
 DRAWS = 20_000

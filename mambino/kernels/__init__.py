@@ -8,7 +8,7 @@ here.
 """
 import torch
 
-from mambino.kernels import anywhere, cpu, cpu_mamba, cuda, native  # noqa: F401, to offer their kernels
+from mambino.kernels import anywhere, cpu, cpu_mamba, cuda, native, one_token  # noqa: F401, to offer their kernels
 from mambino.kernels.cpu import portable
 from mambino.kernels.registry import ENABLED, KERNELS, fast, substituted
 

@@ -17,7 +17,7 @@ import os
 from contextlib import contextmanager
 
 ENABLED = os.environ.get('MAMBINO_KERNELS') != '0'
-ORDER = ('cpu', 'cpu_mamba', 'cuda', 'anywhere')    # the files in which kernels stand, as they are asked
+ORDER = ('cpu', 'cpu_mamba', 'one_token', 'cuda', 'anywhere')    # the files in which kernels stand, as they are asked
 KERNELS = {}                            # {name of an operation: its kernels, in that order}
 DEFINITIONS = {}                        # {name of an operation: its definition}
 _substitutes = None                     # {name of an operation: a function}, within `substituted`

@@ -2,9 +2,10 @@
 
     logits, state = decode.step(net, idx, state)    # what net.step returns
 
-One token of each sequence on a CPU takes a plan, all else net.step. A token of 50M parameters is 5 ms
-of reading weights, and its layers in Python are 2 ms more. So a finished model's modules are walked
-once, as the GGUF export does; each yields the calls that compute it, and one call replays them all:
+One token of each sequence on a CPU takes a plan, on an NVIDIA card a graph (graphs.py), all else
+net.step. A token of 50M parameters is 5 ms of reading weights, and its layers in Python are 2 ms more. So
+a finished model's modules are walked once, as the GGUF export does; each yields the calls that compute
+it, and one call replays them all:
 
     net ──► Recipe: (function, arguments) of all layers; weights are addresses, what a state has, names
     Recipe, state ──► Plan: names become addresses, room for x ──► replay ──► logits, a state written to
@@ -16,7 +17,6 @@ another class, a hook, a dtype, a size that the kernels do not take — is `Unkn
 Letters of the shapes: B rows, D model width, S cache slots; others as in the models' files.
 """
 import ctypes
-import operator
 import struct
 import sys
 import threading
@@ -27,7 +27,9 @@ import torch.nn as nn
 
 from mambino.cache import is_rounded
 from mambino.kernels import cpu, native, pages
+from mambino.sample import graphs
 from mambino.sample.parts import EMBEDDINGS, Slots, State, Unknown, address, calls, matrix, require
+from mambino.sample.watched import Watched
 
 FUNCTIONS = (           # by the numbers that `replay` of native.cpp knows them by
     'norm_forward', 'add_step', 'mlp_step', 'attention_step', 'mamba1_step', 'mamba2_step', 'mix_step',
@@ -49,7 +51,7 @@ def is_cache(state):
     return None in state.shape
 
 
-class Recipe:
+class Recipe(Watched):
     """The calls that compute a model's layers for one token of each row; Unknown if it has none.
 
     words: of each call the function's number and the arguments, 64 bits each, all in one list.
@@ -100,31 +102,6 @@ class Recipe:
             self.blanks.append((len(self.words), argument))
             return 0
         return argument or 0
-
-    def watch(self, net):
-        """Notes what the model's modules and weights are, and where."""
-        self.hooks, self.dropouts = [], []
-        self.owners, self.names, self.parts = [], [], []    # a module's dict, a name in it, what is there
-        for module in net.modules():
-            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            if isinstance(module, nn.Dropout) and module.p:
-                self.dropouts.append(module)
-            for parts in (module._parameters, module._buffers, module._modules):
-                self.owners += [parts] * len(parts)
-                self.names += parts.keys()
-                self.parts += parts.values()
-        self.tensors = [part for part in self.parts if isinstance(part, torch.Tensor)]
-        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
-
-    def disturbed(self):
-        """Whether anything hangs on a module, or drops out."""
-        return any(self.hooks) or any(dropout.training for dropout in self.dropouts)
-
-    def holds(self):
-        """Whether the model is still what was noted. Before each token: `map` is twice as fast as a loop."""
-        return (not self.disturbed()
-                and all(map(operator.is_, map(dict.get, self.owners, self.names), self.parts))
-                and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses)
 
 
 class Plan:
@@ -241,11 +218,27 @@ def ready(net, idx, state, window):
     return plan if fits else None
 
 
-@torch.no_grad()
-def step(net, idx, state=None, last=False, window=0):
-    """net.step(idx, state, last, window), by a plan if there can be one.
+def card_of(idx, state):
+    """The card on which this is one token of each row, after others; None if it is none's."""
+    if state is None or idx.shape[1] != 1:
+        return None
+    device = next((tensor.device for name, tensor in state.items() if name != 'pos'), idx.device)
+    return device if device.type == 'cuda' else None
 
-    idx (B, t) int64 and the state after the tokens before it → logits (B, t, V), state."""
+
+@torch.no_grad()
+def step(net, idx, state=None, last=False, window=0, out=None):
+    """net.step(idx, state, last, window), by a plan, on a card by a graph, if there can be one.
+
+    idx (B, t) int64 and the state after the tokens before it → logits (B, t, V), state. On a card a
+    token's idx may lie on the CPU, and out (B, V) get the logits, of which a view (B, 1, V) is returned."""
+    card = card_of(idx, state)
+    if card is not None:
+        stepped = graphs.step(net, idx, state, window, out)
+        if stepped is not None:
+            return stepped
+        logits, state = net.step(idx.to(card, non_blocking=True), state, last, window)
+        return (logits if out is None else out.copy_(logits[:, 0])[:, None]), state
     plan = ready(net, idx, state, window)
     if plan is None:
         return net.step(idx, state, last, window)

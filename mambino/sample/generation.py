@@ -24,8 +24,9 @@ import torch.nn.functional as F
 
 from mambino.cache import kept_as
 from mambino.configurator import fail
-from mambino.kernels import cpu, native
 from mambino.sample import decode
+from mambino.sample.graphs import Drawing, placed_in
+from mambino.sample.next_token import NO_NUMBERS, choose, sample_token, uniform
 
 PREFILL = 512           # tokens of a prompt read at once: bounds the memory of their logits
 
@@ -42,8 +43,9 @@ def resized(cache, size):
     return F.pad(cache, (0, 0, 0, size - cache.shape[2]))   # a negative pad cuts
 
 
-def step(net, idx, state=None, last=False):
-    """net.step(idx (B, t), state, last), beyond block_size with a window of that length for a model that has none.
+def step(net, idx, state=None, last=False, out=None):
+    """decode.step(net, idx (B, t), state, last, out=out), beyond block_size with a window of that length
+    for a model that has none.
 
     Rotary positions are relative, so this is what it was trained on; and its state stops growing. An
     empty state takes t ≤ block_size."""
@@ -51,10 +53,10 @@ def step(net, idx, state=None, last=False):
         state = net.initial_state(len(idx))
     size = net.config.block_size
     if state is None or getattr(net.config, 'window', 1) or int(state['pos'].max()) + idx.shape[1] <= size:
-        return decode.step(net, idx, state, last)
+        return decode.step(net, idx, state, last, out=out)
     state = {name: resized(value, size) if is_cache(name) and value.shape[2] != size else value
              for name, value in state.items()}
-    return decode.step(net, idx, state, last, window=size)
+    return decode.step(net, idx, state, last, window=size, out=out)
 
 
 def chunks(net, ids):
@@ -116,105 +118,6 @@ def select_rows(tensor, rows):
     return tensor.index_select(0, torch.tensor(rows, dtype=torch.long, device=tensor.device))
 
 
-# --- the next token -------------------------------------------------------------------------------
-
-def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-    """Draws a token for each row of logits (B, V) → (B,) int64. The filters apply in the order
-    top-k, min-p, top-p.
-
-    A token of score -inf is never drawn. generator: see `uniform`. min-p: Nguyen et al. 2024; top-p
-    (nucleus): Holtzman et al. 2020."""
-    logits = logits.float()
-    if temperature == 0:
-        return fast_topk(logits, 1)[1][:, 0]
-    index = None                                            # (B, k) ids of the candidates; None: all
-    if 0 < top_k < logits.shape[-1]:
-        logits, index = fast_topk(logits, top_k)            # what follows costs k, not V
-        top = logits[:, :1]
-    else:
-        top = logits.amax(-1, keepdim=True)
-    # probabilities / that of the likeliest; in place: to get memory for (B, V) takes longer than to fill it
-    weights = (logits - top).div_(min(max(temperature, 1e-30), 1e30)).exp_()
-    if min_p > 0:
-        weights.masked_fill_(weights < min_p, 0)
-    if top_p < 1:
-        enough = top_p * weights.sum(-1, keepdim=True)
-        if index is None:
-            weights, index = nucleus_candidates(weights, enough)
-        before = weights.cumsum(-1) - weights               # the token that reaches top_p stays
-        before[:, 0] = -1                                   # and so does the first, be top_p ever so small
-        weights.masked_fill_(before >= enough, 0)
-    cumulative = weights.cumsum_(-1)
-    if not bool(cumulative[:, -1].isfinite().all()):
-        fail('the model gives no finite numbers for the next token: its weights are damaged, or training ruined them')
-    u = uniform(generator, len(weights), weights.device)
-    u = u.clamp(max=1 - 2**-23)                             # less than all, rounded or not
-    place = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)     # (B, 1)
-    ids = place if index is None else index.gather(1, place)
-    return ids[:, 0]
-
-
-def seed_of(seed, number):
-    """The seed of row `number`, from that of all rows; an odd factor: no two are alike."""
-    return (seed + number * 0x9E3779B97F4A7C15) % 2**63
-
-
-def uniform(generator, B, device):
-    """(B,) numbers in [0, 1): from one generator, or from a list with one for each row, which then
-    depends on no other."""
-    if isinstance(generator, list):
-        u = torch.cat([torch.rand(1, generator=g) for g in generator])
-    else:
-        u = torch.rand(B, generator=generator, device=generator.device if generator else 'cpu')
-    return u.to(device, non_blocking=True)                  # waits for no GPU
-
-
-def fast_topk(x, k):
-    """x.topk(k) of x (B, V) → (B, k) values in order, indices.
-
-    On a CPU in half the time: among V/16 groups, only those with the k largest members can hold one
-    of the k largest."""
-    B, V = x.shape
-    n = V // 16
-    if x.device.type != 'cpu' or 4 * k > n:
-        return x.topk(k)
-    largest_of_group = x[:, :16 * n].view(B, 16, n).amax(1)     # (B, n); group g: g, g + n, …
-    groups = largest_of_group.topk(k, sorted=False).indices             # (B, k)
-    index = (groups[:, None] + torch.arange(0, 16 * n, n)[:, None]).flatten(1)      # (B, 16 k)
-    rest = torch.arange(16 * n, V).expand(B, -1)                        # what is in no group
-    index = torch.cat((index, rest), 1)
-    values, place = x.gather(1, index).topk(k)
-    return values, index.gather(1, place)
-
-
-def nucleus_candidates(weights, enough):
-    """The largest of weights (B, V) in order, at least so many that they sum up to `enough` (B, 1),
-    and their indices.
-
-    Sorting all is what a CPU is slow at; those that are not very small do, or mostly some hundred."""
-    if cpu.applies(weights):
-        # all that are smaller sum up to half of what may be missing, at most
-        least = (weights.sum(-1, keepdim=True) - enough) / (2 * weights.shape[-1])
-        values, index = native.sort_above(weights, least)
-        if bool((values.sum(-1, keepdim=True) >= enough).all()):
-            return values, index
-    elif weights.device.type == 'cpu' and weights.shape[-1] > 4096:
-        values, index = fast_topk(weights, 512)
-        if bool((values.sum(-1, keepdim=True) >= enough).all()):
-            return values, index
-    return weights.sort(descending=True)
-
-
-def logprobs_of(logits, ids, n, vocab_size):
-    """Of each row's token ids (B,) and of the n likeliest, under the model as it is, logits (B, V)
-    → [(logprob, [(id, logprob), …]), …]."""
-    logprobs = logits.float().log_softmax(-1)                           # (B, V)
-    own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    best = logprobs[:, :vocab_size].topk(min(n, vocab_size))
-    likeliest = zip(best.indices.tolist(), best.values.tolist())
-    return [(logprob, list(zip(*pair))) for logprob, pair in zip(own, likeliest)]
-
-
 # --- rows side by side ----------------------------------------------------------------------------
 
 class Rows:
@@ -227,6 +130,7 @@ class Rows:
         self.net = net
         self.vocab_size = vocab_size
         self.penalty = penalty
+        self.drawing = Drawing()    # on a card
         self.clear()
 
     def clear(self):
@@ -234,6 +138,7 @@ class Rows:
         self.state = None           # the model's
         self.factors = None         # (B, V) the penalty of ids that are there, else 1
         self.rests = []             # of each row what is still to be spelled of its prompt, or None
+        self.room = {}              # on a card {name: memory of the state, the logits, factors}, for more rows or all
 
     @torch.no_grad()
     def add(self, prompts, rests=()):
@@ -251,6 +156,17 @@ class Rows:
         self.state = join_states([kept[id(state)] for state in states])
         if self.penalty != 1:
             self.factors = torch.cat(new_factors)
+        self.settle()
+
+    def settle(self):
+        """On a card: rows go on in the memory where rows were before, so that its graphs are good."""
+        if not self.logits.is_cuda:
+            return
+        parts = dict(self.state, logits=self.logits, factors=self.factors)
+        placed = {name: value for name, value in parts.items() if value is not None and name != 'pos'}
+        placed = placed_in(self.room, placed)
+        self.logits, self.factors = placed.pop('logits'), placed.pop('factors', None)
+        self.state = {'pos': self.state['pos'], **placed}
 
     def factors_of(self, texts):
         """(rows, V) the penalty of the ids in each text, else 1."""
@@ -260,8 +176,21 @@ class Rows:
         return factors
 
     def draw(self, **sampling):
-        """The next token of each row, (B,). sampling: see sample_token."""
+        """The next token of each row, (B,), on the CPU. sampling: see next_token.sample_token."""
+        if self.logits.is_cuda:
+            return self.draw_on_card(**sampling)
         return sample_token(self.possible(self.logits), **sampling)
+
+    def draw_on_card(self, generator=None, **sampling):
+        """draw, by a few launches, after which the host waits once."""
+        B = len(self.logits)
+        u = None if sampling.get('temperature') == 0 else uniform(generator, B)
+        places = [part.data_ptr() for part in (self.logits, self.factors) if part is not None]
+        key = None if any(self.rests) else (B, *places, *sampling.items())
+        ids = self.drawing(key, lambda u: choose(self.possible(self.logits), u, **sampling), u, self.logits)
+        if int(ids.min()) < 0:
+            fail(NO_NUMBERS)
+        return ids
 
     def possible(self, scores):
         """Scores (B, V or more) of the tokenizer's ids, penalized; of a row that still has to spell its
@@ -285,11 +214,14 @@ class Rows:
     def advance(self, ids):
         """Reads one token of each row, (B,)."""
         if self.penalty != 1:
-            self.factors.scatter_(1, ids[:, None], self.penalty)
+            self.factors.scatter_(1, ids[:, None].to(self.factors.device, non_blocking=True), self.penalty)
         if any(self.rests):
             self.rests = [rest and rest.following.get(i) for rest, i in zip(self.rests, ids.tolist())]
-        logits, self.state = step(self.net, ids[:, None], self.state)
-        self.logits = logits[:, -1]
+        before, out = self.state, self.logits if self.room else None
+        logits, self.state = step(self.net, ids[:, None], before, out=out)
+        self.logits = logits[:, -1] if out is None else out
+        if self.room:                                           # what has grown lies elsewhere
+            self.room |= {name: new for name, new in self.state.items() if new is not before[name] and name != 'pos'}
 
     def keep(self, rows):
         """Only these rows go on, in this order; one may be there twice."""
@@ -301,6 +233,7 @@ class Rows:
             self.state = {name: select_rows(value, rows) for name, value in self.state.items()}
             if self.penalty != 1:
                 self.factors = select_rows(self.factors, rows)
+            self.settle()
 
 
 def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_penalty=1.0,
@@ -308,7 +241,7 @@ def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_pe
     """Yields (num_samples,) ids again and again: the next token of each continuation of prompt (T ≥
     1 ids).
 
-    max_new_tokens=0: without end. sampling: see sample_token. The prompt is read once, its state
+    max_new_tokens=0: without end. sampling: see next_token.sample_token. The prompt is read once, its state
     shared by all samples."""
     rows = Rows(net, vocab_size, repetition_penalty)
     rows.add([prefill(net, prompt)] * num_samples)

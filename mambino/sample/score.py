@@ -20,8 +20,9 @@ import time
 from array import array
 
 from mambino.configurator import fail
-from mambino.sample.generation import logprobs_of, token_logits, window_losses
+from mambino.sample.generation import token_logits, window_losses
 from mambino.sample.heatmap import TOKENS, TOP, Heat, write_heatmap
+from mambino.sample.next_token import logprobs_of
 from mambino.sample.text import read_text, token_text
 
 SURPRISES = 10          # tokens that a score lists

@@ -75,7 +75,7 @@ class Session:
 
     def go_on(self, net, tok, ids, repetition_penalty=1.0, end_ids=(), owed=b'', **sampling):
         """Reads ids, then yields one token after another, (id, logits (1, V) it was drawn from).
-        sampling: see generation.sample_token.
+        sampling: see next_token.sample_token.
 
         If what was drawn last, end-of-text or one of end_ids, ended an answer, and the text goes on
         with ids, it is taken back. owed: bytes of the text behind ids that the first tokens spell, see

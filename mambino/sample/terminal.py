@@ -22,8 +22,9 @@ from mambino.cache import kept_as
 from mambino.configurator import fail, shown
 from mambino.machine import available_memory
 from mambino.sample.conversation import Conversation
-from mambino.sample.generation import Rows, beam_search, is_cache, logprobs_of, prefill, seed_of
+from mambino.sample.generation import Rows, beam_search, is_cache, prefill
 from mambino.sample.healing import look_ahead, spelling_of
+from mambino.sample.next_token import logprobs_of, seed_of
 from mambino.sample.text import (
     CONTEXT,
     Writer,
@@ -40,7 +41,7 @@ FEW = 64                # rows that need no look at the memory
 @dataclass
 class Options:
     """The settings of sample.py that all ways to go on with a text have in common."""
-    sampling: dict                  # temperature, top_k, top_p, min_p: see generation.sample_token
+    sampling: dict                  # temperature, top_k, top_p, min_p: see next_token.sample_token
     max_new_tokens: int             # 0: without end
     repetition_penalty: float = 1.0
     stops: tuple = ()               # a sample ends before such a text

@@ -15,7 +15,7 @@ import traceback
 
 import torch
 
-from mambino.sample.generation import logprobs_of
+from mambino.sample.next_token import logprobs_of
 from mambino.sample.text import Writer
 from mambino.serve.choice import Choice, Edits
 from mambino.serve.named import told_of

@@ -5,7 +5,7 @@
     edits = Edits(most, vocab_size, device)     # penalties and biases of rows
     scores = edits.applied(scores)
 
-Each row gets the very token that generation.sample_token draws with its settings from its generator.
+Each row gets the very token that next_token.sample_token draws with its settings from its generator.
 That function takes one setting for all rows. Here rows are in four groups, by what has to be done: the
 likeliest; some likeliest; a nucleus; all. In a group temperatures, min-p and top-p are columns beside the
 rows, and of the likeliest as many are looked up as the row that wants most of them.
@@ -17,7 +17,7 @@ from collections import Counter
 
 import torch
 
-from mambino.sample.generation import fast_topk, nucleus_candidates
+from mambino.sample.next_token import fast_topk, nucleus_candidates
 
 
 class Group:

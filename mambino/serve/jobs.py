@@ -10,7 +10,7 @@ import random
 from typing import NamedTuple
 
 from mambino.chat import marks_in
-from mambino.sample.generation import seed_of
+from mambino.sample.next_token import seed_of
 from mambino.sample.text import healed, prompt_ids, without_mark
 from mambino.serve.told import Refused
 from mambino.serve.work import Job

@@ -16,8 +16,9 @@ import copy
 import torch
 
 from mambino.cache import kept_as
-from mambino.sample.generation import chunks, logprobs_of, step
+from mambino.sample.generation import chunks, step
 from mambino.sample.healing import look_ahead
+from mambino.sample.next_token import logprobs_of
 from mambino.serve.states import cloned
 from mambino.serve.told import Refused
 from mambino.serve.work import Logprob

@@ -24,7 +24,7 @@ from helpers.card_fused import attend, attend_backward, check_dtypes
 from helpers.card_tensor import CARD, CardTensor
 
 aten = torch.ops.aten
-sdpa, norm = F.scaled_dot_product_attention, F.rms_norm
+sdpa, norm, data_ptr = F.scaled_dot_product_attention, F.rms_norm, torch.Tensor.data_ptr
 PlainGenerator = torch.Generator
 
 
@@ -120,6 +120,11 @@ def autocast(*tensors):
         return tensors
     dtype = torch.get_autocast_dtype('cuda')
     return [u.to(dtype) if u.is_floating_point() and u.dtype != torch.float64 else u for u in tensors]
+
+
+def address(tensor):
+    """Tensor.data_ptr, of the tensor inside."""
+    return data_ptr(getattr(tensor, 'inner', tensor))
 
 
 # --- flex_attention -------------------------------------------------------------------------------
@@ -244,6 +249,7 @@ def changed(card, through):
         change(torch, compile=compile_for(card), Generator=Generator, rms_norm=rms_norm,
                **{name: drawing(getattr(torch, name)) for name in ('rand', 'randn', 'randint', 'randperm')})
         change(F, scaled_dot_product_attention=attention_for(card), rms_norm=rms_norm)
+        change(torch.Tensor, data_ptr=address)
         change(flex, **flex_for(card))
         change(threading.Thread, run=running(through))
         for name in ('torch.cuda.amp.common', 'torch.amp.autocast_mode', 'torch.amp.grad_scaler'):

@@ -1,0 +1,222 @@
+"""graphs.py: a token on a card is one launch, with the numbers of a CPU, whatever happens in between."""
+import pytest
+import torch
+from helpers.card import pretended
+from helpers.card_process import on_card
+from helpers.models import MODELS, build, every_model, perturb, tokens
+
+from mambino.machine import autocast
+from mambino.sample import decode, graphs
+from mambino.sample.generation import Rows, generate, prefill
+
+
+def cloned(state):
+    return {name: value.clone() for name, value in state.items()}
+
+
+def walk(net, device, n, B=2, T=5, state=None, seed=0, step=decode.step):
+    """Logits (n, B, V) of n tokens after a prompt of T, on the CPU, and the last state."""
+    torch.manual_seed(seed)
+    prompt, ids = tokens(B, T), tokens(n, B)
+    if state is None:
+        _, state = net.step(prompt.to(device))
+    logits = []
+    for i in ids:
+        new, state = step(net, i[:, None].to(device), state)
+        logits.append(new[:, 0].float().cpu())
+    return torch.stack(logits), state
+
+
+def plainly(net, n, **kwargs):
+    """The same by net.step on the CPU."""
+    return walk(net.to('cpu'), 'cpu', n, step=lambda net, idx, state: net.step(idx, state), **kwargs)
+
+
+def made(net):
+    """The graphs of a model."""
+    return list(graphs.models[net].tokens.values())
+
+
+@on_card
+@every_model
+def test_every_model(name):
+    net = perturb(build(name))
+    want, _ = plainly(net, 12)
+    with pretended() as card:
+        got, _ = walk(net.to('cuda'), 'cuda', 12)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+        assert len(made(net)) == 1
+        _, state = net.step(tokens(2, 5).to('cuda'))
+        idx = tokens(2, 1).to('cuda')
+        for _ in range(5):
+            _, state = decode.step(net, idx, state)
+        card.reset()
+        decode.step(net, idx, state)
+        assert card.launches <= 3 and card.waits == {}, (card.kernels, card.waits)
+
+
+# --- states, and what becomes of them -------------------------------------------------------------
+
+SOME = pytest.mark.parametrize('name', ['gpt', 'mamba2', 'hybrid'])
+
+
+@on_card
+@pytest.mark.parametrize('name, T, n, slots', [
+    ('gpt', 55, 20, [64, 128]), ('gpt', 60, 80, [64, 128, 256]), ('hybrid', 15, 12, [20]),
+    ('hybrid-plain-full', 60, 12, [64, 128])])
+def test_caches_grow_and_rings_come_round(name, T, n, slots):
+    net = perturb(build(name))
+    want, _ = plainly(net, n, T=T)
+    with pretended():
+        got, state = walk(net.to('cuda'), 'cuda', n, T=T)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+        assert {value.shape[2] for name, value in state.items() if name.startswith('k.')} == {slots[-1]}
+        assert len(made(net)) == len(slots)
+
+
+@on_card
+def test_beyond_block_size_a_window():
+    net = perturb(build('gpt', block_size=24))
+    ids = tokens(20).tolist()
+    sampling = dict(num_samples=2, max_new_tokens=30, vocab_size=97, temperature=0)
+    want = torch.stack(list(generate(net, ids, **sampling)))
+    with pretended():
+        got = torch.stack(list(generate(net.to('cuda'), ids, **sampling)))
+        assert torch.equal(got, want) and len(made(net)) == 2
+
+
+@on_card
+@SOME
+def test_two_texts_by_turns_and_a_copy_of_one(name):
+    """A graph is of one state's memory; a copy goes on from where it was made."""
+    net = perturb(build(name))
+    wants = [plainly(net, 12, seed=seed)[0] for seed in (1, 2)]
+    with pretended():
+        net.to('cuda')
+        states, ids = [], []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            prompt, text = tokens(2, 5), tokens(12, 2)
+            states.append(net.step(prompt.to('cuda'))[1])
+            ids.append(text)
+        copy, kept = None, []
+        for n in range(12):
+            for k in (0, 1):
+                if n == 7 and k == 0:
+                    copy = cloned(states[0])
+                logits, states[k] = decode.step(net, ids[k][n][:, None].to('cuda'), states[k])
+                kept.append((logits, logits.cpu()))
+                assert (logits[:, 0].cpu() - wants[k][n]).abs().max() < 1e-3, (n, k)
+        for n in range(7, 12):
+            logits, copy = decode.step(net, ids[0][n][:, None].to('cuda'), copy)
+            assert (logits[:, 0].cpu() - wants[0][n]).abs().max() < 1e-3, n
+        for logits, then in kept:       # what was given out stays as it was
+            assert torch.equal(logits.cpu(), then)
+        assert len(made(net)) == 3
+
+
+@on_card
+@SOME
+def test_back_to_an_earlier_place_in_the_same_memory(name):
+    """Positions are those of the state, not those of the token before."""
+    net = perturb(build(name))
+    want, _ = plainly(net, 12)
+    with pretended():
+        net.to('cuda')
+        torch.manual_seed(0)
+        prompt, ids = tokens(2, 5), tokens(12, 2)
+        state = net.step(prompt.to('cuda'))[1]
+        for n in range(12):
+            if n == 6:
+                early = cloned(state)
+            logits, state = decode.step(net, ids[n][:, None].to('cuda'), state)
+        for name, value in early.items():
+            if name != 'pos':
+                state[name].copy_(value)
+        state = {**state, 'pos': early['pos']}
+        for n in range(6, 12):
+            logits, state = decode.step(net, ids[n][:, None].to('cuda'), state)
+            assert (logits[:, 0].cpu() - want[n]).abs().max() < 1e-3, n
+        assert len(made(net)) == 1
+
+
+@on_card
+def test_graphs_that_are_kept_are_few():
+    net = perturb(build('mamba2'))
+    with pretended():
+        net.to('cuda')
+        for seed in range(graphs.GRAPHS + 3):
+            walk(net, 'cuda', graphs.WARM + 2, B=1 + seed)
+        assert len(made(net)) == graphs.GRAPHS
+        assert len(graphs.models[net].warm) <= 4 * graphs.GRAPHS
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+def text_of(net, sampling, penalty, moves):
+    """Ids of rows that come and go: after so many tokens keep those, or add as many."""
+    torch.manual_seed(0)
+    rows = Rows(net, 90, penalty)
+    prompts = [prefill(net, tokens(n).tolist()) for n in (5, 9, 3)]
+    rows.add(prompts)
+    generators = [torch.Generator().manual_seed(n) for n in range(3)]
+    drawn = []
+    for n in range(24):
+        ids = rows.draw(generator=generators, **sampling)
+        drawn.append(ids.tolist())
+        keep = moves.get(n)
+        if isinstance(keep, list):
+            rows.keep(keep)
+            ids, generators = ids[keep], [generators[row] for row in keep]
+        rows.advance(ids)
+        if isinstance(keep, int):
+            rows.add([prefill(net, tokens(keep).tolist())])
+            generators = [*generators, torch.Generator().manual_seed(n)]
+    return drawn
+
+
+@on_card
+@pytest.mark.parametrize('name', ['gpt', 'mamba1', 'hybrid-parallel'])
+@pytest.mark.parametrize('sampling, penalty', [
+    (dict(temperature=0), 1.0), (dict(temperature=0.8, top_k=7), 1.3), (dict(temperature=1.0, top_p=0.8, min_p=0.01), 1.0)])
+def test_rows_come_and_go(name, sampling, penalty):
+    net = perturb(build(name))
+    moves = {5: [0, 2], 10: 4, 16: [2, 0, 1]}
+    want = text_of(net, sampling, penalty, moves)
+    with pretended():
+        net.to('cuda')
+        assert text_of(net, sampling, penalty, moves) == want
+        # rows that came back found their graph: for 2 and 3 rows there is one each, and of larger caches
+        assert len(made(net)) == 2
+
+
+@on_card
+@pytest.mark.parametrize('name', ['gpt', 'mamba2', 'gpt-experts'])
+@pytest.mark.parametrize('sampling', [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(temperature=1.0, top_p=0.9)])
+def test_a_token_is_five_launches_and_one_wait(name, sampling):
+    net = perturb(build(name))
+    with pretended() as card:
+        rows = Rows(net.to('cuda'), 97)
+        rows.add([prefill(net, [1, 2, 3])] * 4)
+        generators = [torch.Generator().manual_seed(n) for n in range(4)]
+        with autocast('cuda', 'bfloat16'):
+            for n in range(8):
+                card.reset()
+                rows.advance(rows.draw(generator=generators, **sampling))
+        assert card.launches <= 5, card.kernels
+        assert sum(card.waits.values()) == 1, card.waits
+
+
+@on_card
+def test_numbers_that_are_none_end_the_program_in_a_line():
+    net = build('gpt')
+    with pretended():
+        rows = Rows(net.to('cuda'), 97)
+        rows.add([prefill(net, [1, 2, 3])] * 2)
+        for n in range(8):
+            if n in (2, 7):
+                rows.logits[1] = torch.nan
+                with pytest.raises(SystemExit):
+                    rows.draw(temperature=0.7, top_k=5)
+                rows.logits[1] = 0.0
+            rows.advance(rows.draw(temperature=0.7, top_k=5))
