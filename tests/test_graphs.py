@@ -3,7 +3,7 @@ import pytest
 import torch
 from helpers.card import pretended
 from helpers.card_process import on_card
-from helpers.models import MODELS, build, every_model, perturb, tokens
+from helpers.models import build, every_model, perturb, tokens
 
 from mambino.machine import autocast
 from mambino.sample import decode, graphs
@@ -178,7 +178,10 @@ def text_of(net, sampling, penalty, moves):
 @on_card
 @pytest.mark.parametrize('name', ['gpt', 'mamba1', 'hybrid-parallel'])
 @pytest.mark.parametrize('sampling, penalty', [
-    (dict(temperature=0), 1.0), (dict(temperature=0.8, top_k=7), 1.3), (dict(temperature=1.0, top_p=0.8, min_p=0.01), 1.0)])
+    (dict(temperature=0), 1.0),
+    (dict(temperature=0.8, top_k=7), 1.3),
+    (dict(temperature=1.0, top_p=0.8, min_p=0.01), 1.0),
+])
 def test_rows_come_and_go(name, sampling, penalty):
     net = perturb(build(name))
     moves = {5: [0, 2], 10: 4, 16: [2, 0, 1]}
@@ -192,7 +195,7 @@ def test_rows_come_and_go(name, sampling, penalty):
 
 @on_card
 @pytest.mark.parametrize('name', ['gpt', 'mamba2', 'gpt-experts'])
-@pytest.mark.parametrize('sampling', [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(temperature=1.0, top_p=0.9)])
+@pytest.mark.parametrize('sampling', [dict(temperature=0), dict(temperature=0.8, top_k=20), dict(top_p=0.9)])
 def test_a_token_is_five_launches_and_one_wait(name, sampling):
     net = perturb(build(name))
     with pretended() as card:
@@ -200,7 +203,7 @@ def test_a_token_is_five_launches_and_one_wait(name, sampling):
         rows.add([prefill(net, [1, 2, 3])] * 4)
         generators = [torch.Generator().manual_seed(n) for n in range(4)]
         with autocast('cuda', 'bfloat16'):
-            for n in range(8):
+            for _ in range(8):
                 card.reset()
                 rows.advance(rows.draw(generator=generators, **sampling))
         assert card.launches <= 5, card.kernels
