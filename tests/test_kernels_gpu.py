@@ -1,5 +1,6 @@
 """What a GPU runs, as far as a CPU can tell: chunks that are compiled there; stand-ins for mamba-ssm's kernels."""
 
+import functools
 import sys
 
 import pytest
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from helpers.models import assert_close, assert_same, random_dt, recurrence
 
 from mambino import kernels
-from mambino.kernels import cuda
-from model_mamba import mamba1_scan
+from mambino.kernels import checked, cuda, fused, registry
+from model_mamba import mamba1_scan, mamba2_scan
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
@@ -21,12 +22,8 @@ def test_scan_by_chunks(monkeypatch, T):
 
     def run(x, dt, A, B, C, h):
         pad = -T % 8
-        y, h = cuda.ScanByChunks.apply(
-            *(F.pad(u, (0, 0, 0, pad)) for u in (x, dt)),
-            A,
-            *(F.pad(u, (0, 0, 0, pad)) for u in (B, C)),
-            h,
-        )
+        x, dt, B, C = (F.pad(u, (0, 0, 0, pad)) for u in (x, dt, B, C))
+        y, h, _ = cuda.scan_in_chunks(x, dt, A, B, C, h)
         return y[:, :T], h
 
     def reference(x, dt, A, B, C, h):
@@ -47,52 +44,194 @@ def test_scan_by_chunks(monkeypatch, T):
     )
 
 
-def fake_package(
-    tmp_path,
-    monkeypatch,
-    ssd="return plain_ssd(*args, **how)",
-    init="raise OSError('selective_scan_cuda.so')",
-):
-    """mamba-ssm as pip leaves it without its CUDA extension: its __init__ fails, its Triton files
-    would work."""
-    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
-    folder.mkdir(parents=True)
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text(init + "\n")
-    (tmp_path / "mamba_ssm" / "ops" / "__init__.py").write_text("")
-    (folder / "__init__.py").write_text("")
-    (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text(
-        "import selective_scan_cuda_that_is_not_there\n"
-    )
-    (folder / "ssd_combined.py").write_text(
-        "import torch\nfrom model_mamba import ssd\nfrom torch.nn.functional import softplus\n\n"
-        "def plain_ssd(x, dt, A, B, C, chunk_size, D, dt_bias, dt_softplus, initial_states, return_final_states):\n"
-        "    y, h = ssd(x, softplus(dt + dt_bias), A, B, C, chunk_size, initial_states)\n"
-        "    return y + D[:, None] * x, h\n\n"
-        f"def mamba_chunk_scan_combined(*args, **how):\n    {ssd}\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+# mamba-ssm's two functions, by the definition
+SSD = """
+import torch
+from model_mamba import ssd
+from torch.nn.functional import softplus
+
+def computed(x, dt, A, B, C, chunk_size, D, dt_bias, state):
+    with registry.substituted():
+        y, last = ssd(x, softplus(dt.float() + dt_bias), A, B, C, chunk_size, state)
+    return y + D[:, None] * x, last
+
+def _mamba_chunk_scan_combined_fwd(x, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus):
+    assert dt_softplus
+    y, last = computed(x, dt, A, B, C, chunk_size, D, dt_bias, initial_states)
+    y = y.to(x.dtype)
+    FORWARD
+    return y, None, None, None, None, last
+
+def _mamba_chunk_scan_combined_bwd(dout, x, dt, A, B, C, out, chunk_size, D, dt_bias, initial_states,
+                                   dfinal_states, dt_softplus, dx, dB, dC):
+    inputs = x, dt, A, B, C, D, dt_bias, initial_states
+    def sums(*inputs):
+        *inputs, D, dt_bias, state = inputs
+        y, last = computed(*inputs, chunk_size, D, dt_bias, state)
+        return y, last
+    leaves = [u for u in inputs if u is not None]
+    _, pull = torch.func.vjp(lambda *u: sums(*u, *[None] * (8 - len(u))), *leaves)
+    last = torch.zeros(len(x), x.shape[2], x.shape[3], B.shape[3])
+    ddx, ddt, dA, ddB, ddC, dD, dbias, *dstate = pull((dout.float(), last if dfinal_states is None else dfinal_states))
+    BACKWARD
+    dx.copy_(ddx), dB.copy_(ddB), dC.copy_(ddC)
+    return dx, ddt, dA, dB, dC, dD, None, dbias, dstate[0] if dstate else None
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """package(forward, backward): mamba-ssm as pip leaves it without its CUDA extension: its __init__ fails,
+    its Triton files would work, and do these lines before they return."""
+    def make(forward="pass", backward="pass"):
+        folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+        folder.mkdir(parents=True)
+        (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise OSError('selective_scan_cuda.so')\n")
+        (tmp_path / "mamba_ssm" / "ops" / "__init__.py").write_text("")
+        (folder / "__init__.py").write_text("")
+        (tmp_path / "mamba_ssm" / "ops" / "selective_scan_interface.py").write_text(
+            "import selective_scan_cuda_that_is_not_there\n"
+        )
+        text = "from mambino.kernels import registry\n" + SSD.replace("FORWARD", forward).replace("BACKWARD", backward)
+        (folder / "ssd_combined.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    cached = fused.fused_on
+    cached.cache_clear()
+    monkeypatch.setattr(checked, "_answers", {})
+    monkeypatch.setattr(checked, "notes", {})
+    monkeypatch.setattr(fused, "run_notes", checked.notes)
+    monkeypatch.setattr(fused, "_ssd_functions", {})
+    yield make
     for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
-        monkeypatch.delitem(sys.modules, name)
-    cuda.fused.cache_clear()
+        del sys.modules[name]
+    cached.cache_clear()
 
 
-@pytest.mark.parametrize("ssd, says", [
-    ("return plain_ssd(*args, **how)", "mamba-ssm's kernels (ssd)"),
-    ("raise RuntimeError('no kernel image')", "does not work here (RuntimeError: no kernel image)"),
-    ("y, h = plain_ssd(*args, **how); return y * 1.1, h", "gives other numbers"),
-    ("y, h = plain_ssd(*args, **how); return y.detach() + 0 * y, h", "gives other numbers"),
-    ("y, h = plain_ssd(*args, **how); return y * float('nan'), h", "gives other numbers"),
+@pytest.mark.parametrize("forward, backward, says", [
+    ("pass", "pass", "mamba-ssm's kernels (ssd)"),
+    ("raise RuntimeError('no kernel image')", "pass", "does not work here (RuntimeError: no kernel image)"),
+    ("pass", "raise RuntimeError('no kernel image')", "does not work here (RuntimeError: no kernel image)"),
+    ("y = y * 1.1", "pass", "gives other numbers"),
+    ("pass", "ddt = ddt * 1.1", "gives other numbers"),
+    ("y = y * float('nan')", "pass", "gives other numbers"),
 ])
-def test_fused_kernels_are_used_only_if_they_work(tmp_path, monkeypatch, ssd, says):
-    fake_package(tmp_path, monkeypatch, ssd)
+def test_fused_kernels_are_used_only_if_they_work(package, monkeypatch, forward, backward, says):
+    package(forward, backward)
+    found, notes = fused.fused("cpu")
+    assert list(found) == (["ssd"] if "kernels (" in says else [])
+    monkeypatch.setattr(fused, "fused_on", lambda kind: (found, notes))
+    monkeypatch.setattr(cuda, "compile_trouble", lambda kind: "")
+    assert says in kernels.describe_kernels("cuda:1")
+    assert "mamba_ssm" not in sys.modules  # whoever else imports it gets its own error
+
+
+def test_what_is_said_is_what_is_used(package, monkeypatch):
+    """One answer for all names of a device, and the same within autocast, which rounds the definition's
+    products and no kernel's."""
+    package()
+    calls = []
+    monkeypatch.setattr(fused, "check", lambda *args: calls.append(torch.is_autocast_enabled("cpu")))
+    answers = [fused.fused("cpu"), fused.fused("cpu:0"), fused.fused(torch.device("cpu"))]
+    fused.fused_on.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        answers.append(fused.fused("cpu"))
+    assert answers[0] is answers[1] is answers[2]
+    assert calls == [False, False]
+
+
+def scan_inputs(T, state=True):
+    """Of mamba2_scan: 2 groups, 4 heads of 8, N = 6."""
+    shapes = [(2, T, 56), (2, T, 4), (4,), (4,), (4,)]
+    inputs = [torch.randn(shape) for shape in shapes]
+    inputs[3] = -inputs[3].abs() - 0.1
+    return inputs + [torch.randn(2, 4, 8, 6)] * state
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("through", [None, 0, 1])               # what the loss reads: both, y, the last state
+@pytest.mark.parametrize("state", [True, False])
+def test_mamba_ssm_is_one_operation(package, monkeypatch, state, through, is_compiled):
+    """Its results and gradients are the definition's, also within torch.compile, of which it is a part."""
+    package()
+    fused.fused("cpu")
+    reference = functools.partial(mamba2_scan.definition, groups=2, head_dim=8, chunk_size=16)
+
+    def run(*inputs):
+        inputs = list(inputs) + [None] * (6 - len(inputs))
+        return fused.compute_ssd(*inputs[:5], 2, 8, 16, inputs[5])
+
+    if is_compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with registry.substituted():
+        assert_same(
+            run, lambda *u: reference(*u[:5], state=u[5] if len(u) > 5 else None), scan_inputs(21, state), through
+        )
+
+
+def test_mamba_ssm_gets_chunks_of_its_own_size(package, monkeypatch):
+    package()
+    sizes = []
+    monkeypatch.setattr(fused, "ssd_forward", lambda *args: sizes.append(args[-1]))
+    for chunk_size in (16, 256, 512):
+        fused.compute_ssd(*scan_inputs(9, False), 2, 8, chunk_size, None)
+    assert sizes == [256, 256, 512]
+
+
+def test_a_kernel_that_fails_when_it_is_needed(package, monkeypatch, capsys):
+    """In sizes that a card has no room for: the run goes on in PyTorch, and one line says so."""
+    package()
+    fused.fused("cpu")
+    small, large = 300, 2000
+
+    def fails(*args):
+        if args[0].shape[1] == large:
+            raise RuntimeError("out of resource: shared memory")
+        return ssd_forward(*args)
+
+    ssd_forward = fused.ssd_forward
+    monkeypatch.setattr(fused, "ssd_forward", fails)
+    arguments = 1, 2, 8, 6, 256, torch.float32, True
+    assert fused.ssd_works("cpu", 1, small, 4, *arguments[1:])
+    assert not fused.ssd_works("cpu", 1, large, 2, *arguments[1:])
+    assert not fused.ssd_works("cpu", 1, large, 2, *arguments[1:])
+    assert capsys.readouterr().err.count("mamba-ssm's ssd does not work here (RuntimeError: out of resource") == 1
+    assert "out of resource" in fused.describe("cuda")[1][-1]
+
+
+def test_no_memory_is_no_fault_of_a_kernel(monkeypatch):
+    monkeypatch.setattr(checked, "_answers", {})
+
+    def attempt():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            checked.works("a kernel", (), attempt)
+    assert checked.works("a kernel", (), lambda: None)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("Cannot find a working triton installation.\nMore of it")])
+def test_where_nothing_compiles(monkeypatch, error):
+    """A window is computed by blocks, a Mamba-1 by PyTorch, and the first lines say why."""
+    def compiler(function, **settings):
+        def call(*args):
+            if error is not None:
+                raise error
+            return function(*args)
+        return call
+
+    checked.compile_trouble.cache_clear()
+    monkeypatch.setattr(torch, "compile", compiler)
     try:
-        found, notes = cuda.fused("cpu")
-        assert list(found) == (["ssd"] if "kernels (" in says else [])
-        monkeypatch.setattr(cuda, "fused", lambda device: (found, notes))
-        assert says in kernels.describe_kernels("cuda")
-        assert "mamba_ssm" not in sys.modules  # whoever else imports it gets its own error
+        assert checked.compiles("cpu") == (error is None)
+        trouble = checked.compile_trouble("cpu")
+        assert trouble == ("" if error is None else "RuntimeError: Cannot find a working triton installation.")
+        monkeypatch.setattr(cuda, "compile_trouble", lambda kind: trouble)
+        assert (f"does not work here ({trouble})" in kernels.describe_kernels("cuda")) == bool(error)
+        assert "triton" not in kernels.describe_kernels("mps")
     finally:
-        for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
-            del sys.modules[name]
+        checked.compile_trouble.cache_clear()
 
 
 def test_fused_mamba1_hands_over_the_right_arguments():
@@ -117,8 +256,8 @@ def test_fused_mamba1_hands_over_the_right_arguments():
             h = torch.exp(dt[:, :, t, None] * A) * h + (dt[:, :, t] * u[:, :, t])[..., None] * B[:, None, :, t]
             ys.append((h * C[:, None, :, t]).sum(-1))
         return (torch.stack(ys, 2) + D[:, None] * u) * F.silu(z), h
-    cuda.check_fused("scan", selective_scan_fn, "cpu")
+    fused.check("scan", (selective_scan_fn,), "cpu")
     x, raw, z = torch.randn(3, 2, 20, 6).unbind()
     args = x, raw, torch.randn(6), -torch.rand(6, 4), torch.randn(2, 20, 4), torch.randn(2, 20, 4), torch.randn(6), z
-    for got, want in zip(cuda.fused_mamba1(selective_scan_fn, *args), mamba1_scan.definition(*args)):
+    for got, want in zip(fused.fused_mamba1((selective_scan_fn,), *args), mamba1_scan.definition(*args)):
         assert_close(got, want, 1e-5)

@@ -77,73 +77,118 @@ def attention_in_blocks(q, k, v, window, dropout):
 
 # --- Mamba-1's recurrence -------------------------------------------------------------------------
 
-class SelectiveScan(Function):
-    """selective_scan with its backward pass by hand: states (N, E) are kept at the starts of chunks
-    of 16 steps only.
+STEPS = 16  # of a chunk: 8, 16 and 32 measured alike; memory is that of T/16 states
 
-    For each chunk the two factors of all its steps are made at once, then each step is one fused
+
+def scan_forward(x, dt, A, B, C, state):
+    """selective_scan → y, the last state, and the states (N, E) at the starts of chunks of 16 steps: for
+    each chunk the two factors of all its steps are made at once, then each step is one fused
     multiply-add."""
-    CHUNK = 16  # 8, 16 and 32 measured alike; memory is that of T/16 states
+    batch, T, E = x.shape
+    N = A.shape[1]
+    with torch.autocast(x.device.type, enabled=False):
+        A_t = A.t().contiguous()                                # (N, E)
+        dt_x = dt * x
+        y = torch.empty_like(x)
+        starts = x.new_empty(-(-T // STEPS) + 1, batch, N, E)   # the state before each chunk, and the last
+        starts[0] = state
+        decay_room, state_room = x.new_empty(2, batch, STEPS, N, E)
+        for c in range(len(starts) - 1):
+            span = slice(c * STEPS, min(T, c * STEPS + STEPS))
+            steps = span.stop - span.start
+            h = starts[c]
+            decay = torch.mul(dt[:, span, None], A_t, out=decay_room[:, :steps]).exp_()
+            states = torch.mul(dt_x[:, span, None], B[:, span, :, None], out=state_room[:, :steps])
+            for i in range(steps):
+                h = states[:, i].addcmul_(decay[:, i], h)
+            y[:, span] = torch.matmul(C[:, span, None], states).squeeze(2)
+            starts[c + 1] = h
+    return y, starts[-1].clone(), starts
+
+
+def scan_backward(grad_y, grad_state, x, dt, A, B, C, starts):
+    """The gradients of x, dt, A, B, C and the state; the states within a chunk are made again."""
+    batch, T, E = x.shape
+    N = A.shape[1]
+    with torch.autocast(x.device.type, enabled=False):
+        A_t = A.t().contiguous()
+        dt_x = dt * x
+        grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(u) for u in (x, dt, B, C))
+        grad_A = torch.zeros_like(A_t)
+        decay_room, grad_room = x.new_empty(2, batch, STEPS, N, E)
+        state_room = x.new_empty(batch, STEPS + 1, N, E)
+        for c in reversed(range(len(starts) - 1)):
+            span = slice(c * STEPS, min(T, c * STEPS + STEPS))
+            steps = span.stop - span.start
+            decay = torch.mul(dt[:, span, None], A_t, out=decay_room[:, :steps]).exp_()
+            before, states = state_room[:, :steps], state_room[:, 1:steps + 1]
+            torch.mul(dt_x[:, span, None], B[:, span, :, None], out=states)
+            before[:, 0] = starts[c]
+            for i in range(steps):
+                states[:, i].addcmul_(decay[:, i], before[:, i])
+            grad_h = torch.mul(C[:, span, :, None], grad_y[:, span, None], out=grad_room[:, :steps])
+            for i in reversed(range(steps)):
+                grad_state = grad_h[:, i].add_(grad_state) * decay[:, i]
+            grad_C[:, span] = torch.matmul(states, grad_y[:, span, :, None]).squeeze(-1)
+            grad_B[:, span] = torch.matmul(grad_h, dt_x[:, span, :, None]).squeeze(-1)
+            grad_dt_x = torch.matmul(B[:, span, None], grad_h).squeeze(2)  # (B, steps, E)
+            grad_h.mul_(decay).mul_(before)                     # now of the exponent, dt A
+            grad_A += torch.mul(grad_h, dt[:, span, None], out=decay).sum((0, 1))
+            of_decay = torch.mul(grad_h, A_t, out=decay).sum(2)
+            grad_dt[:, span] = of_decay.addcmul_(grad_dt_x, x[:, span])
+            grad_x[:, span] = grad_dt_x.mul_(dt[:, span])
+    return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, grad_state
+
+
+class SelectiveScan(Function):
+    """selective_scan with its backward pass by hand."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, state):
-        batch, T, E = x.shape
-        N = A.shape[1]
-        K = SelectiveScan.CHUNK
-        with torch.autocast(x.device.type, enabled=False):
-            A_t = A.t().contiguous()                            # (N, E)
-            dt_x = dt * x
-            y = torch.empty_like(x)
-            starts = x.new_empty(-(-T // K) + 1, batch, N, E)   # the state before each chunk, and the last
-            starts[0] = state
-            decay_room, state_room = x.new_empty(2, batch, K, N, E)
-            for c in range(len(starts) - 1):
-                span = slice(c * K, min(T, c * K + K))
-                steps = span.stop - span.start
-                h = starts[c]
-                decay = torch.mul(dt[:, span, None], A_t, out=decay_room[:, :steps]).exp_()
-                states = torch.mul(dt_x[:, span, None], B[:, span, :, None], out=state_room[:, :steps])
-                for i in range(steps):
-                    h = states[:, i].addcmul_(decay[:, i], h)
-                y[:, span] = torch.matmul(C[:, span, None], states).squeeze(2)
-                starts[c + 1] = h
+        y, state, starts = scan_forward(x, dt, A, B, C, state)
         ctx.save_for_backward(x, dt, A, B, C, starts)
-        return y, starts[-1].clone()
+        return y, state
 
     @staticmethod
     def backward(ctx, grad_y, grad_state):
-        x, dt, A, B, C, starts = ctx.saved_tensors
-        batch, T, E = x.shape
-        N = A.shape[1]
-        K = SelectiveScan.CHUNK
-        with torch.autocast(x.device.type, enabled=False):
-            A_t = A.t().contiguous()
-            dt_x = dt * x
-            grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(u) for u in (x, dt, B, C))
-            grad_A = torch.zeros_like(A_t)
-            decay_room, grad_room = x.new_empty(2, batch, K, N, E)
-            state_room = x.new_empty(batch, K + 1, N, E)
-            for c in reversed(range(len(starts) - 1)):
-                span = slice(c * K, min(T, c * K + K))
-                steps = span.stop - span.start
-                decay = torch.mul(dt[:, span, None], A_t, out=decay_room[:, :steps]).exp_()
-                before, states = state_room[:, :steps], state_room[:, 1:steps + 1]
-                torch.mul(dt_x[:, span, None], B[:, span, :, None], out=states)
-                before[:, 0] = starts[c]
-                for i in range(steps):
-                    states[:, i].addcmul_(decay[:, i], before[:, i])
-                grad_h = torch.mul(C[:, span, :, None], grad_y[:, span, None], out=grad_room[:, :steps])
-                for i in reversed(range(steps)):
-                    grad_state = grad_h[:, i].add_(grad_state) * decay[:, i]
-                grad_C[:, span] = torch.matmul(states, grad_y[:, span, :, None]).squeeze(-1)
-                grad_B[:, span] = torch.matmul(grad_h, dt_x[:, span, :, None]).squeeze(-1)
-                grad_dt_x = torch.matmul(B[:, span, None], grad_h).squeeze(2)  # (B, steps, E)
-                grad_h.mul_(decay).mul_(before)                 # now of the exponent, dt A
-                grad_A += torch.mul(grad_h, dt[:, span, None], out=decay).sum((0, 1))
-                of_decay = torch.mul(grad_h, A_t, out=decay).sum(2)
-                grad_dt[:, span] = of_decay.addcmul_(grad_dt_x, x[:, span])
-                grad_x[:, span] = grad_dt_x.mul_(dt[:, span])
-        return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, grad_state
+        return scan_backward(grad_y, grad_state, *ctx.saved_tensors)
+
+
+def opaque_scan(name, forward, backward, n_starts):
+    """A selective_scan as one operation that a compiler does not look into: unrolled, its steps would compile
+    for hours. forward and backward: as scan_forward and scan_backward, all in fp32 and contiguous; n_starts:
+    T → states that are kept."""
+    inputs = 'Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C'
+    scan = torch.library.custom_op(f'mambino::{name}', forward, mutates_args=(),
+                                   schema=f'({inputs}, Tensor state) -> (Tensor, Tensor, Tensor)')
+    gradients = torch.library.custom_op(
+        f'mambino::{name}_backward', backward, mutates_args=(),
+        schema=f'(Tensor grad_y, Tensor grad_state, {inputs}, Tensor starts) '
+               '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+
+    @scan.register_fake
+    def _(x, dt, A, B, C, state):
+        return torch.empty_like(x), torch.empty_like(state), state.new_empty(n_starts(x.shape[1]), *state.shape)
+
+    @gradients.register_fake
+    def _(grad_y, grad_state, x, dt, A, B, C, starts):
+        grad_A = A.t().new_empty(A.t().shape).t()
+        return *(torch.empty_like(u) for u in (x, dt)), grad_A, *(torch.empty_like(u) for u in (B, C, starts[0]))
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:-1], output[2])
+
+    def differentiate(ctx, grad_y, grad_state, _):
+        starts = ctx.saved_tensors[-1]
+        grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y.contiguous()
+        grad_state = torch.zeros_like(starts[0]) if grad_state is None else grad_state
+        return gradients(grad_y, grad_state, *ctx.saved_tensors)
+
+    scan.register_autograd(differentiate, setup_context=save)
+    return scan
+
+
+compiled_scan = opaque_scan('selective_scan', scan_forward, scan_backward, lambda T: -(-T // STEPS) + 1)
 
 
 @kernel
@@ -151,6 +196,9 @@ def selective_scan(x, dt, A, B, C, state=None):
     x, dt, A, B, C = (u.float().contiguous() for u in (x, dt, A, B, C))
     if state is None:
         state = x.new_zeros(x.shape[0], A.shape[1], A.shape[0])
+    if torch.compiler.is_compiling():
+        y, state, _ = compiled_scan(x, dt, A, B, C, state)
+        return y, state
     return SelectiveScan.apply(x, dt, A, B, C, state)
 
 
@@ -311,16 +359,28 @@ class LinearCrossEntropy(Function):
         return grad_x.to(ctx.dtype) * scale, grad_weight, None, None
 
 
-def loss_chunk(V):
-    """Tokens whose logits are alive at once: a thousand; fewer where V is huge (256 MB of logits),
-    more where it is small."""
-    return max(256, min(1024, (1 << 26) // V), (1 << 22) // V)
+@torch.compiler.assume_constant_result
+def loss_chunk(V, kind='cpu'):
+    """Tokens whose logits are alive at once. On a CPU a thousand; fewer where V is huge (256 MB of logits),
+    more where it is small. A card has them in fp32 in a 64th of its memory, 1 GB at most: each chunk reads
+    and writes the gradient of the head."""
+    if kind != 'cuda':
+        return max(256, min(1024, (1 << 26) // V), (1 << 22) // V)
+    logits = min(1 << 30, card_memory() // 64) // 4
+    return max(256, logits // V // 128 * 128)
+
+
+def card_memory():
+    """Bytes of the present card; where there is none to ask, of a small one."""
+    if not torch.cuda.is_available():
+        return 8 << 30
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 @kernel
 def linear_cross_entropy(x, weight, targets, chunk=0):
     """chunk: tokens whose logits are alive at once; 0: as loss_chunk says."""
-    chunk = chunk or loss_chunk(len(weight))
+    chunk = chunk or loss_chunk(len(weight), cpu.device_kind(x))
     return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk)
 
 

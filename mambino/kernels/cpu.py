@@ -22,18 +22,25 @@ from mambino.kernels.registry import kernel
 PRECISIONS = (torch.float32, torch.bfloat16)    # of numbers that native.cpp reads and writes
 LANES = 16          # numbers that native.cpp computes side by side at most: what it takes is a multiple of it
 _allowed = True
+_estimated = None   # the kind of device that tensors on a CPU stand for
 
 
 @contextmanager
-def portable():
+def portable(kind=None):
     """Within, operations on a CPU are PyTorch's: for graphs, which could not hold others, and to
-    estimate what a GPU needs."""
-    global _allowed
-    before, _allowed = _allowed, False
+    estimate what another kind of device needs: they are then cut into pieces as for that."""
+    global _allowed, _estimated
+    before = _allowed, _estimated
+    _allowed, _estimated = False, kind
     try:
         yield
     finally:
-        _allowed = before
+        _allowed, _estimated = before
+
+
+def device_kind(x):
+    """The kind of device that x is on, or stands for."""
+    return _estimated or x.device.type
 
 
 def applies(x, *parameters):

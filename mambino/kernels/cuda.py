@@ -1,135 +1,18 @@
-"""The models' operations on NVIDIA cards: mamba-ssm's kernels where they can be imported and give
-the right numbers, flex_attention for windows, grouped products for experts, and a Mamba-1's scan
-compiled chunk by chunk.
+"""The models' operations on NVIDIA cards in PyTorch that needs one: flex_attention for windows, grouped
+products for experts, and a Mamba-1's scan compiled chunk by chunk. (fused.py has the kernels of others.)
 
-mamba-ssm's Triton parts are enough; its CUDA extension need not have been built. Letters of the
-shapes as in anywhere.py.
+Where torch.compile does not work on the card, anywhere.py computes. Letters of the shapes as in
+anywhere.py.
 """
 import functools
-import importlib
-import importlib.util
-import sys
 import types
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from mambino.kernels.anywhere import in_window
-from mambino.kernels.registry import DEFINITIONS, kernel
-
-PACKAGE = 'mamba_ssm'
-FUSED = {   # name: the module of mamba-ssm, and its function
-    'ssd': ('mamba_ssm.ops.triton.ssd_combined', 'mamba_chunk_scan_combined'),
-    'scan': ('mamba_ssm.ops.selective_scan_interface', 'selective_scan_fn'),
-}
-TOLERANCE = 0.01    # of the largest value, by which a fused kernel may differ
-
-
-# --- mamba-ssm ------------------------------------------------------------------------------------
-
-def import_past_init(package, module):
-    """A module of a package whose own __init__ fails: mamba-ssm's imports a CUDA extension that may
-    not have been built."""
-    try:
-        return importlib.import_module(module)
-    except Exception:  # not only ImportError: a library of another version, …
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise
-        sys.modules[package] = stub = types.ModuleType(package)
-        stub.__path__ = list(spec.submodule_search_locations)
-        try:
-            return importlib.import_module(module)
-        finally:
-            del sys.modules[package]
-
-
-@functools.cache
-def fused(device='cuda'):
-    """({name: function}, notes) of mamba-ssm's kernels that can be imported and, on a small example
-    on this device, give what the definitions give, gradients too. One that is there and does not
-    work is left out, with a note."""
-    functions, notes = {}, []
-    for name, (module, function) in FUSED.items():
-        try:
-            function = getattr(import_past_init(PACKAGE, module), function)
-        except Exception:
-            continue
-        try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                check_fused(name, function, device)
-            functions[name] = function
-        except Exception as error:
-            reason = str(error).splitlines()[0][:80] if str(error) else ''
-            notes.append(f"mamba-ssm's {name} does not work here ({type(error).__name__}: {reason})")
-    return functions, notes
-
-
-def examples(name, device):
-    """Small inputs of the operation that a fused kernel computes, and what it takes beside them."""
-    B, T, H, P, N = 2, 96, 4, 32, 16
-    shapes = {
-        'ssd': [(B, T, H * P + 2 * N), (B, T, H), (H,), (H,), (H,)],  # xBC, dt, dt_bias, A, D
-        # x, dt, dt_bias, A, B, C, D, z
-        'scan': [(B, T, P), (B, T, P), (P,), (P, N), (B, T, N), (B, T, N), (P,), (B, T, P)],
-    }
-    inputs = [torch.randn(shape).to(device) for shape in shapes[name]]
-    inputs[3] = -inputs[3].abs() - 0.1                          # A
-    return inputs, {'ssd': (1, P, 32), 'scan': ()}[name]
-
-
-def check_fused(name, function, device):
-    """Raises if a fused kernel fails, or differs from the definition by more than TOLERANCE, in its
-    result or a gradient."""
-    operations = {'ssd': ('mamba2_scan', fused_mamba2), 'scan': ('mamba1_scan', fused_mamba1)}
-    operation, kernel_of = operations[name]
-    inputs, sizes = examples(name, device)
-    results = []
-    for compute in (DEFINITIONS[operation], functools.partial(kernel_of, function)):
-        leaves = [u.clone().requires_grad_() for u in inputs]
-        y = compute(*leaves, *sizes)[0]
-        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
-    for expected, computed in zip(*results):
-        error = (computed.float() - expected).abs().max()
-        if not error <= TOLERANCE * expected.abs().max():       # also where it is NaN
-            raise ValueError('gives other numbers than plain PyTorch')
-
-
-def fused_mamba1(function, x, dt, dt_bias, A, B, C, D, z):
-    x, dt, B, C, z = (u.transpose(1, 2).contiguous().to(x.dtype) for u in (x, dt, B, C, z))  # channels before time
-    y, state = function(x, dt, A, B, C, D.float(), z, dt_bias.float(), delta_softplus=True,
-                        return_last_state=True)
-    return y.transpose(1, 2), state.transpose(1, 2)
-
-
-@kernel
-def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
-    if x.device.type != 'cuda' or state is not None or torch.compiler.is_compiling():
-        return NotImplemented
-    if 'scan' not in fused()[0]:
-        return NotImplemented
-    return fused_mamba1(fused()[0]['scan'], x, dt, dt_bias, A, B, C, D, z)
-
-
-def fused_mamba2(function, xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
-    E = dt.shape[-1] * head_dim
-    N = (xBC.shape[-1] - E) // (2 * groups)
-    x, B, C = xBC.split((E, groups * N, groups * N), dim=-1)
-    x = x.unflatten(-1, (-1, head_dim))                         # (B, T, H, P)
-    B, C = (u.unflatten(-1, (groups, N)) for u in (B, C))       # (B, T, G, N)
-    return function(x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True,
-                    initial_states=state, return_final_states=True)
-
-
-@kernel
-def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
-    if xBC.device.type != 'cuda' or torch.compiler.is_compiling() or 'ssd' not in fused()[0]:
-        return NotImplemented
-    return fused_mamba2(fused()[0]['ssd'], xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size, state)
-
+from mambino.kernels.anywhere import in_window, opaque_scan
+from mambino.kernels.checked import compile_trouble, compiles, notes, works
+from mambino.kernels.registry import describes, kernel
 
 # --- a Mamba-1's scan without mamba-ssm -----------------------------------------------------------
 
@@ -177,84 +60,160 @@ def chunk_functions():
     return torch.compile(scan_chunk, dynamic=False), torch.compile(scan_chunk_backward, dynamic=False)
 
 
-class ScanByChunks(Function):
-    """selective_scan by chunks, each one call of chunk_functions; T is a multiple of CHUNK."""
+def scan_by_chunks(x, dt, A, B, C, state):
+    """selective_scan by chunks, each one call of chunk_functions; T is a multiple of CHUNK. → y, last state,
+    the states before each chunk."""
+    forward, _ = chunk_functions()
+    A_t = A.t().contiguous()                                    # (N, E)
+    h = state
+    ys, starts = [], []
+    for x_c, dt_c, B_c, C_c in zip(*(u.split(CHUNK, 1) for u in (x, dt, B, C))):
+        starts.append(h)
+        y, h = forward(x_c, dt_c, A_t, B_c, C_c, h)
+        ys.append(y)
+    return torch.cat(ys, 1), h, torch.stack(starts)
 
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, h):
-        forward, _ = chunk_functions()
-        A_t = A.t().contiguous()
-        ys, starts = [], []
-        for x_c, dt_c, B_c, C_c in zip(*(u.split(CHUNK, 1) for u in (x, dt, B, C))):
-            starts.append(h)
-            y, h = forward(x_c, dt_c, A_t, B_c, C_c, h)
-            ys.append(y)
-        ctx.save_for_backward(x, dt, A_t, B, C, torch.stack(starts))
-        return torch.cat(ys, 1), h
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y, grad_h):
-        x, dt, A_t, B, C, starts = ctx.saved_tensors
-        _, backward = chunk_functions()
-        grads, grad_A = [], torch.zeros_like(A_t)
-        chunks = list(zip(*(u.split(CHUNK, 1) for u in (x, dt, B, C, grad_y)), starts))
-        for x_c, dt_c, B_c, C_c, grad_c, h in reversed(chunks):
-            *of_chunk, of_A, grad_h = backward(x_c, dt_c, A_t, B_c, C_c, h, grad_c, grad_h)
-            grads.append(of_chunk)
-            grad_A += of_A
-        grad_x, grad_dt, grad_B, grad_C = (torch.cat(parts[::-1], 1) for parts in zip(*grads))
-        return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, grad_h
+def scan_by_chunks_backward(grad_y, grad_h, x, dt, A, B, C, starts):
+    _, backward = chunk_functions()
+    A_t = A.t().contiguous()
+    grads, grad_A = [], torch.zeros_like(A_t)
+    chunks = list(zip(*(u.split(CHUNK, 1) for u in (x, dt, B, C, grad_y)), starts))
+    for x_c, dt_c, B_c, C_c, grad_c, h in reversed(chunks):
+        *of_chunk, of_A, grad_h = backward(x_c, dt_c, A_t, B_c, C_c, h, grad_c, grad_h)
+        grads.append(of_chunk)
+        grad_A += of_A
+    grad_x, grad_dt, grad_B, grad_C = (torch.cat(parts[::-1], 1) for parts in zip(*grads))
+    return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, grad_h
+
+
+scan_in_chunks = opaque_scan('scan_by_chunks', scan_by_chunks, scan_by_chunks_backward, lambda T: T // CHUNK)
+
+
+@torch.compiler.assume_constant_result
+def chunks_work(kind, batch, E, N):
+    """Whether the compiled chunks run in these sizes."""
+    def attempt():
+        with torch.enable_grad():
+            x, dt = torch.zeros(2, batch, CHUNK, E, device=kind).unbind()
+            B, C = torch.zeros(2, batch, CHUNK, N, device=kind).unbind()
+            state = torch.zeros(batch, N, E, device=kind)
+            y, *_ = scan_in_chunks(x.requires_grad_(), dt, torch.zeros(E, N, device=kind), B, C, state)
+            torch.autograd.grad(y.sum(), x)
+    return works('the compiled scan', (batch, E, N), attempt)
 
 
 @kernel
 def selective_scan(x, dt, A, B, C, state=None):
-    T = x.shape[1]
-    if x.device.type != 'cuda' or T < CHUNK:
+    batch, T, E = x.shape
+    N = A.shape[1]
+    kind = x.device.type
+    if kind != 'cuda' or T < CHUNK or not (compiles(kind) and chunks_work(kind, batch, E, N)):
         return NotImplemented
     x, dt, A, B, C = (u.float().contiguous() for u in (x, dt, A, B, C))
     if state is None:
-        state = x.new_zeros(x.shape[0], A.shape[1], A.shape[0])
+        state = x.new_zeros(batch, N, E)
     x, dt, B, C = (F.pad(u, (0, 0, 0, -T % CHUNK)) for u in (x, dt, B, C))  # dt = 0 leaves the state as it is
-    y, state = ScanByChunks.apply(x, dt, A, B, C, state)
+    y, state, _ = scan_in_chunks(x, dt, A, B, C, state)
     return y[:, :T], state
 
 
-# --- attention and experts ------------------------------------------------------------------------
+# --- attention in a window ------------------------------------------------------------------------
 
-@functools.cache
+masks = types.SimpleNamespace()     # of flex_attention, by mask_name: a compiler reads them, and makes none
+
+
+@functools.lru_cache(8)
 def block_mask(T, window, device):
     from torch.nn.attention.flex_attention import create_block_mask
     return create_block_mask(lambda b, h, i, j: in_window(i, j, window), None, None, T, T, device=device)
 
 
+@torch.compiler.assume_constant_result
+def mask_name(T, window, kind):
+    """The attribute of `masks` that is the block mask of these sizes on the present device; made if there is
+    none."""
+    index = torch.cuda.current_device() if kind == 'cuda' else 0
+    name = f'{kind}_{index}_{T}_{window}'
+    if not hasattr(masks, name):
+        setattr(masks, name, block_mask(T, window, torch.device(kind, index)))
+    return name
+
+
+def flex_attention(q, k, v, mask):
+    """attention in the window of a block mask. q (B, H, T, P), k, v (B, G, T, P)."""
+    from torch.nn.attention import flex_attention as flex
+    return flex.flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
 @functools.cache
 def compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_works(q, k, v, window):
+    """Whether flex_attention runs on such q, k, v, and its backward pass."""
+    def attempt():
+        leaves = [u.detach().clone().requires_grad_() for u in (q, k, v)]
+        y = compiled_flex_attention()(*leaves, block_mask(q.shape[2], window, q.device))
+        torch.autograd.grad(y.sum(), leaves)
+    return works('flex_attention', (*q.shape, k.shape[1], window, q.dtype), attempt)
 
 
 @kernel
 def attention(q, k, v, window=0, dropout=0.0, mask=None):
-    """In a short window by flex_attention, compiled, which skips the blocks that the window
-    hides."""
-    T, S, H = q.shape[1], k.shape[1], q.shape[2]
-    if q.device.type != 'cuda' or dropout or mask is not None or S != T or not 0 < 2 * window <= T:
+    """In a short window by flex_attention, compiled, which skips the blocks that the window hides. In training
+    alone: of prompts, each length would be compiled anew."""
+    T, S = q.shape[1], k.shape[1]
+    kind = q.device.type
+    if kind != 'cuda' or dropout or mask is not None or S != T or not 0 < 2 * window <= T:
+        return NotImplemented
+    if not torch.is_grad_enabled() or not q.requires_grad:
         return NotImplemented
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))            # (B, heads, T, P)
-    if k.shape[1] != H:
-        k, v = (u.repeat_interleave(H // u.shape[1], dim=1) for u in (k, v))
-    y = compiled_flex_attention()(q, k, v, block_mask=block_mask(T, window, q.device))
+    if torch.compiler.is_compiling():
+        y = flex_attention(q, k, v, getattr(masks, mask_name(T, window, kind)))
+    elif compiles(kind) and flex_works(q, k, v, window):
+        y = compiled_flex_attention()(q, k, v, block_mask(T, window, q.device))
+    else:
+        return NotImplemented
     return y.transpose(1, 2).flatten(2)
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+@torch.compiler.assume_constant_result
+def has_grouped_products(kind):
+    """Whether this card has a kernel for grouped products: elsewhere torch waits for the card to read the
+    groups' sizes, and loops over them."""
+    return kind == 'cuda' and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+def grouped_product(rows, weights, ends):
+    """rows (n, K), sorted by group, times the matrix (K, M) of their group in weights (E, K, M); ends (E):
+    where each group's rows end → (n, M)."""
+    function = getattr(F, 'grouped_mm', None) or torch._grouped_mm
+    return function(rows, weights, offs=ends)
 
 
 @kernel
 def experts_swiglu(x, pairs, gate_up, down):
     """All experts' products as one, where none of them has a limit: the card is not waited for."""
     fits = x.dtype == torch.bfloat16 and x.shape[1] % 8 == down.shape[2] % 8 == 0
-    if not x.is_cuda or not fits or pairs.capacity < len(x):
+    if not fits or pairs.capacity < len(x) or not has_grouped_products(x.device.type):
         return NotImplemented
     ends = pairs.counts.cumsum(0, dtype=torch.int32)
     rows = x.index_select(0, pairs.token)                       # (n k, D), sorted by expert
-    gate, up = torch._grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, -1)
-    return torch._grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+    gate, up = grouped_product(rows, gate_up.mT, ends).chunk(2, -1)
+    return grouped_product(F.silu(gate) * up, down.mT, ends)
+
+
+@describes
+def describe(kind):
+    """What does not work of what this file has."""
+    if kind != 'cuda':
+        return [], []
+    lines = [notes[name] for name in ('flex_attention', 'the compiled scan') if name in notes]
+    if compile_trouble(kind):
+        lines.append(f'windows and a Mamba-1 without torch.compile, which does not work here ({compile_trouble(kind)})')
+    return [], lines

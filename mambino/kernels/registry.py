@@ -17,9 +17,10 @@ import os
 from contextlib import contextmanager
 
 ENABLED = os.environ.get('MAMBINO_KERNELS') != '0'
-ORDER = ('cpu', 'cpu_mamba', 'one_token', 'cuda', 'anywhere')    # the files in which kernels stand, as they are asked
+ORDER = ('cpu', 'cpu_mamba', 'one_token', 'fused', 'cuda', 'anywhere')  # the files in which kernels stand, as asked
 KERNELS = {}                            # {name of an operation: its kernels, in that order}
 DEFINITIONS = {}                        # {name of an operation: its definition}
+DESCRIPTIONS = []                       # functions: kind of device → (kernels, notes), lines on what computes there
 _substitutes = None                     # {name of an operation: a function}, within `substituted`
 
 
@@ -28,6 +29,13 @@ def kernel(function):
     kernels = KERNELS.setdefault(function.__name__, [])
     kernels.append(function)
     kernels.sort(key=lambda function: ORDER.index(function.__module__.rpartition('.')[2]))
+    return function
+
+
+def describes(function):
+    """Offers what describe_kernels says of a kind of device: function(kind) → ([kernels], [notes]),
+    some words each."""
+    DESCRIPTIONS.append(function)
     return function
 
 

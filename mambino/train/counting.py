@@ -84,7 +84,7 @@ def simulate(workload, fake=True):
 
     fake: on tensors without data."""
     tensors = fake_tensor.FakeTensorMode() if fake else nullcontext()
-    kernels = nullcontext() if workload.device == 'cpu' else portable()
+    kernels = nullcontext() if workload.device == 'cpu' else portable(workload.device)
     with kernels, torch.random.fork_rng(devices=[]), tensors, LiveBytes() as live:
         net = build(workload)
         sizes = dict(weights=live.now)

@@ -113,7 +113,7 @@ def with_layers(workload, n_layer):
     config = dict(workload.config, n_layer=n_layer)
     batch, T = workload.batch, workload.T
     # sequences that make the loss of two chunks: fewer, and it is not linear
-    low = -(-2 * loss_chunk(config['vocab_size']) // T)
+    low = -(-2 * loss_chunk(config['vocab_size'], workload.device) // T)
     high = 2 * low
     if batch < low:
         low = high = batch

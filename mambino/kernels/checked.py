@@ -1,0 +1,58 @@
+"""Whether something of others' works on this card, tried before a run depends on it: torch.compile, and
+each kernel in the sizes in which it is first wanted.
+
+    if works('flex_attention', (T, window, dtype), attempt): ...    # attempt(): forward and backward, once
+
+What does not work is left out for the rest of the run, and one line says so. The answers are constants to
+a compiler, which must not trace how they were found.
+"""
+import functools
+import sys
+
+import torch
+
+_answers = {}           # {(name of a kernel, sizes): whether it works}
+notes = {}              # {name of a kernel: why it does not, in a line}
+
+
+def first_line(error, width=100):
+    """An exception in some words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f'{type(error).__name__}: {lines[0][:width]}' if lines else type(error).__name__
+
+
+def works(name, sizes, attempt):
+    """Whether attempt() ends without an error, tried once for a kernel and its sizes. That there is no
+    memory for it says nothing of the kernel, and is raised."""
+    key = name, sizes
+    if key not in _answers:
+        try:
+            attempt()
+            _answers[key] = True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:      # of any kind: Triton, its compilers and drivers have their own
+            _answers[key] = False
+            if name not in notes:
+                notes[name] = f'{name} does not work here ({first_line(error)})'
+                print(f'note: {notes[name]}; going on without', file=sys.stderr, flush=True)
+    return _answers[key]
+
+
+@functools.cache
+def compile_trouble(kind):
+    """'' where torch.compile works on this kind of device, else why it does not: no Triton, no C compiler,
+    a card that is too old. Tried once, with a few numbers."""
+    try:
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.zeros(8, device=kind)).sum().item()
+        from torch._dynamo import config
+        return 'it is switched off' * config.disable
+    except Exception as error:
+        return first_line(error)
+
+
+@torch.compiler.assume_constant_result
+def compiles(kind):
+    """Whether torch.compile works on this kind of device. Within a compiled function it does."""
+    return not compile_trouble(kind)

@@ -1,0 +1,93 @@
+"""A training step of each model is one graph to torch.compile, with no break, and gives the numbers it gives
+without."""
+import pytest
+import torch
+from helpers.models import V, tokens
+
+from mambino import kernels
+from mambino.kernels import anywhere, cpu
+from model_gpt import GPT, GPTConfig
+from model_hybrid import Hybrid, HybridConfig
+from model_mamba import Mamba, MambaConfig
+
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
+SIZES = dict(vocab_size=V, n_layer=2, n_embd=32, block_size=64)
+ATTENTION = dict(SIZES, n_head=4)
+HYBRID = dict(ATTENTION, window=16, ssm_head_dim=16, state_size=16)
+MODELS = {
+    "gpt, groups, checkpointing": (GPT, GPTConfig(**ATTENTION, n_kv_head=2, qk_norm=True)),
+    "gpt, window": (GPT, GPTConfig(**ATTENTION, window=16)),
+    "gpt, dropout": (GPT, GPTConfig(**ATTENTION, dropout=0.1)),
+    "gpt, experts": (GPT, GPTConfig(**ATTENTION, n_expert=4)),
+    "gpt, experts without a limit": (GPT, GPTConfig(**ATTENTION, n_expert=4, capacity_factor=0)),
+    "mamba-1": (Mamba, MambaConfig(**SIZES, version=1)),
+    "mamba-1, checkpointing": (Mamba, MambaConfig(**SIZES, version=1)),
+    "mamba-2, checkpointing": (Mamba, MambaConfig(**SIZES, head_dim=16, state_size=16)),
+    "mamba-2, groups": (Mamba, MambaConfig(**SIZES, head_dim=16, state_size=16, n_groups=2)),
+    "hybrid, checkpointing": (Hybrid, HybridConfig(**HYBRID)),
+    "hybrid, parallel": (Hybrid, HybridConfig(**HYBRID | dict(n_layer=1), layout="parallel")),
+    "hybrid, no gate, thin matrices": (Hybrid, HybridConfig(**HYBRID | dict(n_layer=1), gate=False, low_rank=8)),
+}
+
+
+def trained(net, idx, function):
+    """The loss and all gradients of a step, in bf16 where a layer is computed twice."""
+    net.zero_grad()
+    torch.manual_seed(1)
+    loss = function(idx, idx)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_one_graph(name):
+    torch._dynamo.reset()
+    model, config = MODELS[name]
+    net = model(config).train()
+    net.gradient_checkpointing = "checkpointing" in name
+
+    def step(idx, targets):
+        with torch.autocast("cpu", torch.bfloat16, enabled=net.gradient_checkpointing):
+            return net(idx, targets)[1]
+
+    idx = tokens(2, 48)
+    with kernels.portable():
+        expected = trained(net, idx, step)
+    computed = trained(net, idx, torch.compile(step, backend="aot_eager", fullgraph=True))
+    if config.dropout:          # other random numbers
+        assert abs(computed[0] - expected[0]) < 0.01
+        return
+    limit = 0.1 if net.gradient_checkpointing else 1e-4
+    for got, want in zip(computed, expected):
+        assert (got - want).abs().max() <= limit * want.abs().max()
+
+
+def test_a_mamba1_is_compiled_by_one_operation():
+    """Its steps are not unrolled: a compiler would take hours."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    net = Mamba(MambaConfig(**SIZES, version=1))
+    torch.compile(net, backend=backend, fullgraph=True)(tokens(1, 200), tokens(1, 200))
+    names, = graphs
+    assert sum("mambino" in name for name in names) == 2 and len(names) < 200
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 16384, 50304, 200000])
+def test_chunks_of_the_loss(monkeypatch, vocabulary):
+    """A CPU's are as they were; a card's are as large as its memory allows, and an estimate knows it."""
+    assert anywhere.loss_chunk(vocabulary) == max(256, min(1024, (1 << 26) // vocabulary), (1 << 22) // vocabulary)
+    for gigabytes, logits in ((8, 2**27), (24, 3 * 2**27), (80, 2**30)):    # bytes, in fp32
+        monkeypatch.setattr(anywhere, "card_memory", lambda size=gigabytes: size << 30)
+        chunk = anywhere.loss_chunk(vocabulary, "cuda")
+        assert chunk == 256 or 0.7 * logits <= 4 * chunk * vocabulary <= logits
+    x = torch.zeros(1)
+    assert cpu.device_kind(x) == "cpu"
+    with kernels.portable("cuda"):
+        assert cpu.device_kind(x) == "cuda"
+        with kernels.portable():
+            assert cpu.device_kind(x) == "cpu"
