@@ -4,6 +4,8 @@
     python -m mambino.bench.gpu --minutes=8             # the most telling ones; what is left out is said
     python -m mambino.bench.gpu --parts=check,kernels   # these, whatever the order below
     python -m mambino.bench.gpu --device=cpu --parts=check      # the same logic, without a card
+    python -m mambino.bench.gpu --model                         # what cards should reach, by arithmetic; without one
+    python -m mambino.bench.gpu --model --measures=compile,triton
 
     parts, one after another, each a process of its own with a limit of time
         └─► lines on the screen ─► out_dir/report.json, report.md (for docs/measured.md)
@@ -24,7 +26,18 @@ from mambino.configurator import configure, fail
 minutes = 25.0              # in all; with fewer the least telling parts are left out
 parts = ''                  # names, with commas; '': as many as fit, the most telling first
 device = 'cuda'             # 'cuda', 'cuda:1', or 'cpu' to see the parts work on small models
-out_dir = 'out-gpu'         # report.json, report.md, a log of each part
+out_dir = 'out-gpu'         # report.json, report.md, a log of each part; of --model model.json, model.md
+model = False               # no card: bytes and FLOPs counted, time by a roofline (roofline/account.py)
+measures = 'compile,batch,merged,weights,triton'    # of --model: what is done for speed, in this order
+
+
+def show_model():
+    from mambino.bench.gpu.roofline import account, table
+    wanted = list(filter(None, measures.split(',')))
+    for name in wanted:
+        if name not in account.MEASURES:
+            fail(f'measures={measures}: there is no {name}; there are {", ".join(account.MEASURES)}')
+    table.show(out_dir, measures=wanted)
 
 
 def main():
@@ -56,4 +69,4 @@ def main():
 
 if __name__ == '__main__':
     configure(globals())
-    raise SystemExit(main())
+    raise SystemExit(show_model() if model else main())
