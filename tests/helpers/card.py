@@ -355,7 +355,7 @@ def pretended(gigabytes=12, capability=(8, 6), name='NVIDIA GeForce RTX 3060', i
     card = Card(gigabytes, capability, name, inner, compiles)
     before, card_tensor.current = card_tensor.current, card
     try:
-        with card_torch.changed(card, lambda: Through(card)), Through(card):
+        with card_torch.changed(card, lambda: Through(card)):
             yield card
     finally:
         card_tensor.current = before

@@ -214,20 +214,32 @@ def drawing(function):
     """rand and its kind: torch compares a generator's device where this one's cannot be seen."""
 
     @functools.wraps(function)
-    def draw(*args, generator=None, device=None, **kwargs):
-        wanted = torch.device(device or 'cpu').type
+    def draw(*args, **kwargs):
+        generator, wanted = kwargs.get('generator'), torch.device(kwargs.get('device') or 'cpu').type
         if generator is not None and generator.device.type != wanted:
             raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{generator.device.type}'")
-        return function(*args, generator=generator, device=device, **kwargs)
+        return function(*args, **kwargs)
     return draw
 
 
+@contextlib.contextmanager
+def in_thread(through):
+    """Modes, and how autograd runs, are a thread's own."""
+    lift = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)       # torch.tensor(…, device='cuda') is a copy that can be seen
+    try:
+        with torch.autograd.set_multithreading_enabled(False), through():
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(lift)
+
+
 def running(through):
-    """Thread.run: modes, and how autograd runs, are a thread's own."""
+    """Thread.run, through the card."""
     run = threading.Thread.run
 
     def run_through(self):
-        with through(), torch.autograd.set_multithreading_enabled(False):
+        with in_thread(through):
             run(self)
     return run_through
 
@@ -238,7 +250,6 @@ def running(through):
 def changed(card, through):
     """Within, torch is as with this card."""
     swap = torch.__future__.get_swap_module_params_on_conversion()
-    lift = torch._C._only_lift_cpu_tensors()
     with contextlib.ExitStack() as stack:
         def change(owner, **values):
             for name, value in values.items():
@@ -257,13 +268,10 @@ def changed(card, through):
             if hasattr(module, 'amp_definitely_not_available'):
                 change(module, amp_definitely_not_available=lambda: False)
         change(_foreach_utils, _foreach_supported_types=[*_foreach_utils._foreach_supported_types, CardTensor])
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         # a module's parameters stay what they are while their tensors move
         torch.__future__.set_swap_module_params_on_conversion(True)
-        # torch.tensor(…, device='cuda') is a copy that can be seen
-        torch._C._set_only_lift_cpu_tensors(True)
+        stack.enter_context(in_thread(through))
         try:
             yield
         finally:
             torch.__future__.set_swap_module_params_on_conversion(swap)
-            torch._C._set_only_lift_cpu_tensors(lift)

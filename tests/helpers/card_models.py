@@ -1,0 +1,116 @@
+"""Small models of every kind, trained for some steps and asked for some tokens, on any device: what they give on a
+pretended card must be what a CPU gives.
+
+    expected = run('gpt', 'cpu')
+    with pretended() as card:
+        result = run('gpt', 'cuda', dtype='bfloat16', card=card)
+    assert result.training_waits == {}
+"""
+from dataclasses import dataclass, field
+
+import torch
+
+from mambino import machine
+from mambino.train import building
+from mambino.weights import adapters, checkpoint
+
+V, T = 64, 40
+SIZE = dict(vocab_size=V, n_layer=2, n_embd=32, block_size=64)
+ONE = dict(SIZE, n_layer=1)
+SSM = dict(state_size=8, ssm_head_dim=16, chunk_size=16)
+MODELS = {
+    'gpt': ('gpt', dict(SIZE, n_head=2, qk_norm=True)),
+    'gqa': ('gpt', dict(SIZE, n_head=2, n_kv_head=1, tie_embeddings=False)),
+    'window-flex': ('gpt', dict(SIZE, n_head=2, window=12)),
+    'window-banded': ('gpt', dict(SIZE, n_head=2, window=24)),          # more than half of T
+    'dropout': ('gpt', dict(SIZE, n_head=2, dropout=0.1)),
+    'experts': ('gpt', dict(SIZE, n_head=2, n_expert=4, n_expert_active=2)),
+    'experts-unlimited': ('gpt', dict(ONE, n_head=2, n_expert=4, n_expert_active=2, capacity_factor=0)),
+    'mamba1': ('mamba', dict(ONE, version=1, state_size=4)),
+    'mamba2': ('mamba', dict(SIZE, state_size=8, head_dim=16, chunk_size=16)),
+    'mamba2-groups': ('mamba', dict(ONE, state_size=8, head_dim=16, chunk_size=16, n_groups=2)),
+    'hybrid': ('hybrid', dict(SIZE, n_head=2, window=12, **SSM)),
+    'hybrid-parallel': ('hybrid', dict(ONE, n_head=2, window=24, layout='parallel', **SSM)),
+    'hybrid-low-rank': ('hybrid', dict(ONE, n_head=2, window=12, low_rank=8, **SSM)),
+    'hybrid-full': ('hybrid', dict(ONE, n_head=2, window=0, gate=False, branch_norm=False, **SSM)),
+}
+LORA = dict(type='lora', targets='', rank=4, alpha=8.0, dropout=0.0)
+PREFIX = dict(type='prefix', length=8)
+STEPS = 3
+PROMPT = 30             # tokens at once; then three by one, and the rest at once
+
+
+@dataclass
+class Result:
+    """losses: of STEPS steps. logits: (B, V) after each step of generation. waits: of the card."""
+    losses: list = field(default_factory=list)
+    logits: list = field(default_factory=list)
+    training_waits: dict = field(default_factory=dict)
+    generation_waits: dict = field(default_factory=dict)
+    training_launches: int = 0
+    token_launches: int = 0
+
+
+def build(name, adapter=None, checkpointing=False):
+    torch.manual_seed(0)
+    kind, config = MODELS[name]
+    net = checkpoint.build(kind, config)
+    if adapter:
+        adapters.add_adapter(net, adapter)
+    net.gradient_checkpointing = checkpointing
+    return net
+
+
+def run(name, device, dtype='float32', optimizer='adamw', checkpointing=False, adapter=None, card=None):
+    net = build(name, adapter, checkpointing)
+    idx = torch.randint(V, (2, T))
+    targets = torch.randint(V, (2, T))
+    targets[0, :3] = -1
+    net.to(device)
+    idx, targets = idx.to(device), targets.to(device)
+    result = Result()
+    train(net, idx, targets, device, dtype, optimizer, result, card)
+    generate(net.eval(), idx, device, dtype, result, card)
+    result.losses, result.logits = ([u.float().cpu() for u in each] for each in (result.losses, result.logits))
+    return result
+
+
+def train(net, idx, targets, device, dtype, optimizer, result, card):
+    """Steps as train.py makes them."""
+    optimizers = building.build_optimizers(net, optimizer, dtype=dtype)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == 'float16', init_scale=2.0**10)
+    net.train()
+    if card:
+        card.reset()
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        with machine.autocast(device, dtype):
+            loss = net(idx, targets)[1]
+        scaler.scale(loss).backward()
+        for opt in optimizers:
+            scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for opt in optimizers:
+            scaler.step(opt)
+        scaler.update()
+        net.zero_grad(set_to_none=True)
+        result.losses.append(loss.detach())
+    if card:
+        result.training_waits, result.training_launches = dict(card.waits), card.launches
+
+
+def generate(net, idx, device, dtype, result, card):
+    """A prompt, tokens one by one, and the rest."""
+    if card:
+        card.reset()
+    cuts = [0, PROMPT, PROMPT + 1, PROMPT + 2, PROMPT + 3, T]
+    state = None
+    with machine.autocast(device, dtype):
+        for begin, end in zip(cuts, cuts[1:]):
+            before = card.launches if card else 0
+            logits, state = net.step(idx[:, begin:end], state, last=True)
+            result.logits.append(logits[:, -1])
+            if card and end == begin + 1:
+                result.token_launches = card.launches - before
+    if card:
+        result.generation_waits = dict(card.waits)
