@@ -55,7 +55,8 @@ def test_muon(name):
 @on_card
 @pytest.mark.parametrize('name', ['gpt', 'dropout', 'experts', 'mamba1', 'mamba2', 'hybrid'])
 def test_gradient_checkpointing(name):
-    assert_as_on_a_cpu(name, checkpointing=True)
+    """The first step, too, in which kernels are tried."""
+    assert_as_on_a_cpu(name, checkpointing=True, may_wait=['item() at mambino/kernels/checked.py'])
 
 
 @on_card

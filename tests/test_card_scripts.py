@@ -68,7 +68,8 @@ def test_training_waits_for_nothing_between_the_lines_of_the_log(text, tmp_path,
                        '--log_interval=1000 --eval_interval=1000')
             assert f'cuda:0, {dtype}' in said
             waits.append(card.waits)
-    assert waits[0] == waits[1], {place: waits[1][place] - waits[0][place] for place in waits[1]}
+    more = waits[1] - waits[0]          # the first has what is tried once
+    assert not more, f'five steps more wait so often more: {more}'
 
 
 @on_card
@@ -126,6 +127,7 @@ def test_all_ways_to_sample(text, tmp_path, name):
 @pytest.mark.parametrize('name', ['gpt', 'window', 'mamba2', 'hybrid'])
 def test_a_server_answers_as_on_a_cpu(name):
     from helpers.jobs import Result, Scheduler, small_net, small_tok
+
     from mambino.serve.work import Job, Room
 
     def answers(device):

@@ -179,10 +179,11 @@ def opaque_scan(name, forward, backward, n_starts):
         ctx.save_for_backward(*inputs[:-1], output[2])
 
     def differentiate(ctx, grad_y, grad_state, _):
-        starts = ctx.saved_tensors[-1]
-        grad_y = torch.zeros_like(ctx.saved_tensors[0]) if grad_y is None else grad_y.contiguous()
+        saved = ctx.saved_tensors                               # which a checkpoint gives once
+        x, starts = saved[0], saved[-1]
+        grad_y = torch.zeros_like(x) if grad_y is None else grad_y.contiguous()
         grad_state = torch.zeros_like(starts[0]) if grad_state is None else grad_state
-        return gradients(grad_y, grad_state, *ctx.saved_tensors)
+        return gradients(grad_y, grad_state, *saved)
 
     scan.register_autograd(differentiate, setup_context=save)
     return scan

@@ -6,6 +6,7 @@ each kernel in the sizes in which it is first wanted.
 What does not work is left out for the rest of the run, and one line says so. The answers are constants to
 a compiler, which must not trace how they were found.
 """
+import contextlib
 import functools
 import sys
 
@@ -21,13 +22,22 @@ def first_line(error, width=100):
     return f'{type(error).__name__}: {lines[0][:width]}' if lines else type(error).__name__
 
 
+def aside_of_checkpoints():
+    """A context in which what is saved for a gradient is none of the layer's that is being checkpointed: it
+    would be missing when the layer is computed again."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 def works(name, sizes, attempt):
     """Whether attempt() ends without an error, tried once for a kernel and its sizes. That there is no
     memory for it says nothing of the kernel, and is raised."""
     key = name, sizes
     if key not in _answers:
         try:
-            attempt()
+            with aside_of_checkpoints():
+                attempt()
             _answers[key] = True
         except torch.OutOfMemoryError:
             raise

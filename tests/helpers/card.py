@@ -159,6 +159,9 @@ class Card:
             raise torch.AcceleratorError('CUDA error: invalid device ordinal')
         if on_card and not self.is_quiet():
             self.check(operation, tensors, on_card)
+        if operation.made_of:
+            with Through(self):
+                return operation.made_of(*args, **kwargs)
         if operation.name == '_local_scalar_dense':
             self.wait('item()')
             if self.inner.type == 'meta':

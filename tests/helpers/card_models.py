@@ -81,6 +81,9 @@ def train(net, idx, targets, device, dtype, optimizer, result, card):
     scaler = torch.amp.GradScaler(device, enabled=dtype == 'float16', init_scale=2.0**10)
     net.train()
     if card:
+        if not net.gradient_checkpointing:          # else the first step must do
+            with machine.autocast(device, dtype):
+                net(idx, targets)                   # what is tried once is tried
         card.reset()
     for step in range(STEPS):
         torch.manual_seed(step)

@@ -7,8 +7,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-
-aten = torch.ops.aten
+from torch._library.custom_ops import OPDEFS
 
 # They take tensors of the CPU beside the card's: indices go over by themselves, and the host waits.
 MIXED = {'copy_', '_to_copy', 'index', 'index_put', 'index_put_', '_index_put_impl_'}
@@ -30,19 +29,21 @@ CPU_ONLY = {
     'mkldnn_linear', 'mkldnn_rnn_layer', 'mkldnn_rnn_layer_backward', 'slow_conv3d_forward', 'to_mkldnn'}
 # These products know no integers on CUDA ("addmm_cuda" not implemented for 'Long'), and do on a CPU.
 PRODUCTS = {'mm', 'bmm', 'addmm', 'addmm_', 'baddbmm', 'baddbmm_', 'addmv', 'addmv_', 'mv', 'dot', 'vdot'}
-# Namespaces of operations that torch, or Python, defines on any device.
+# Namespaces of torch's own operations; those of others are made of them.
 ANYWHERE = {'aten', 'prims', 'higher_order', 'profiler'}
 
 
 @dataclass(frozen=True)
 class Operation:
     """name: without its overload. is_view: what it returns lies in what it is given. writes: (index, name) of the
-    arguments it writes to. returns_written: it returns those."""
+    arguments it writes to. returns_written: it returns those. made_of: the Python function that it is, of
+    torch.library.custom_op; None of torch's own. is_missing: CUDA does not have it."""
     function: object
     name: str
     is_view: bool
     has_kernel: bool
-    is_foreign: bool
+    made_of: object
+    is_missing: bool
     writes: tuple
     returns_written: bool
 
@@ -56,15 +57,23 @@ def describe(function):
     schema = function._schema
     name = schema.name.partition('::')[2]
     aliases = [r.alias_info for r in schema.returns]
+    made_of = None if function.namespace in ANYWHERE else python_of(schema.name)
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
     writes = tuple((i, a.name) for i, a in enumerate(schema.arguments)
                    if a.alias_info is not None and a.alias_info.is_write)
     return Operation(
         function, name, is_view,
         has_kernel=not is_view and name not in WITHOUT_KERNEL,
-        is_foreign=name in CPU_ONLY or function.namespace not in ANYWHERE,
+        made_of=made_of,
+        is_missing=name in CPU_ONLY or function.namespace not in ANYWHERE and made_of is None,
         writes=writes,
         returns_written=bool(writes) and any(alias is not None and alias.is_write for alias in aliases))
+
+
+def python_of(name):
+    """What computes on a card an operation of torch.library.custom_op; None if it is none, or for a CPU alone."""
+    functions = getattr(OPDEFS.get(name), '_backend_fns', {})
+    return functions.get('cuda') or functions.get(None)
 
 
 def tensors_in(args, kwargs):
@@ -98,7 +107,7 @@ def sized_by_data(operation, args, kwargs):
 
 def refusal(operation, tensors):
     """Why CUDA has no such operation on tensors like these, as torch says it; None if it has it."""
-    if operation.is_foreign:
+    if operation.is_missing:
         return NotImplementedError(
             f"Could not run '{operation.function.namespace}::{operation.name}' with arguments from the 'CUDA' backend.")
     if operation.name in PRODUCTS and not (tensors[0].is_floating_point() or tensors[0].is_complex()):
