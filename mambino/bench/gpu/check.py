@@ -1,5 +1,5 @@
 """The part `check`: each kind of model on the card against the CPU: loss, every gradient, and the
-logits of single steps.
+logits of single steps, by the model and by decode.step (`planned`).
 
 In fp32 (TF32 off) they may differ by 1e-4 of the largest. In 16 bits the CPU's fp32 is the reference,
 and 2e-2 of the largest are allowed, or, where rounding alone makes more, twice what the CPU's own
@@ -8,6 +8,7 @@ import torch
 
 from mambino import machine
 from mambino.bench.gpu import models
+from mambino.sample import decode
 
 TOLERANCE = dict(float32=1e-4, bfloat16=2e-2, float16=2e-2)
 B, T = 2, 128
@@ -56,14 +57,23 @@ def compute(name, dtype, device):
     (loss * (128 if dtype == 'float16' else 1)).backward()
     gradients = {p: tensor.grad / (128 if dtype == 'float16' else 1) for p, tensor in net.named_parameters()}
     net.eval()
+    steps = logits_of(type(net).step, net, idx, device, dtype)
+    planned = logits_of(decode.step, net, idx, device, dtype)
+    return dict(loss=loss.detach(), gradients=gradients, steps=steps, planned=planned)
+
+
+@torch.no_grad()
+def logits_of(step, net, idx, device, dtype):
+    """Those after a prompt and after each of some tokens, by net.step or by decode.step, which on a card
+    has CUDA graphs. (STEPS + 1, B, V)."""
     logits = []
     with machine.autocast(device, dtype):
-        out, state = net.step(idx[:, :PROMPT])
-        logits.append(out[:, -1])
+        out, state = step(net, idx[:, :PROMPT])
+        logits.append(out[:, -1].clone())
         for i in range(PROMPT, PROMPT + STEPS):
-            out, state = net.step(idx[:, i:i + 1], state)
-            logits.append(out[:, -1])
-    return dict(loss=loss.detach(), gradients=gradients, steps=torch.stack(logits))
+            out, state = step(net, idx[:, i:i + 1], state)
+            logits.append(out[:, -1].clone())
+    return torch.stack(logits)
 
 
 def gradient_error(a, b, name):
@@ -75,4 +85,5 @@ def differences(a, b):
     return dict(
         loss=models.relative_error(a['loss'], b['loss']),
         gradients=max(gradient_error(a, b, name) for name in b['gradients']),
-        steps=models.relative_error(a['steps'], b['steps']))
+        steps=models.relative_error(a['steps'], b['steps']),
+        planned=models.relative_error(a['planned'], b['steps']))

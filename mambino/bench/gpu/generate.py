@@ -29,6 +29,9 @@ def run(recorder, device, out_dir):
             with recorder.item(label, 4) as wanted:
                 if wanted:
                     measure_reading(recorder, label, net, T, device)
+        with recorder.item(f'{kind}, ten lengths of prompts', 8) as wanted:
+            if wanted:
+                measure_lengths(recorder, f'{kind}, ten lengths of prompts', net, device)
         del net
     with recorder.item('transformers, 1 at once', 15) as wanted:
         if wanted:
@@ -73,6 +76,21 @@ def measure_reading(recorder, label, net, T, device):
             decode.step(net, idx, None, True)
     seconds = speed.seconds_of(read, device, least=0.5)
     recorder.add(label, f'{T / seconds:,.0f} tokens/s ({seconds * 1e3:.1f} ms)', tokens_per_second=T / seconds)
+
+
+def measure_lengths(recorder, label, net, device):
+    """A prompt of a new length must not make anything be compiled anew: the longest of ten is no second."""
+    dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+    spent = []
+    with torch.no_grad(), machine.autocast(device, dtype):
+        for T in range(300, 1000, 70):
+            idx = models.tokens(1, T, net.config.vocab_size, device)
+            begun = time.perf_counter()
+            decode.step(net, idx, None, True)
+            models.synchronize(device)
+            spent.append(time.perf_counter() - begun)
+    recorder.add(label, f'the first took {spent[0] * 1e3:.0f} ms, of the others the longest '
+                 f'{max(spent[1:]) * 1e3:.0f} ms', passed=max(spent[1:]) < 1)
 
 
 def measure_transformers(recorder, device):

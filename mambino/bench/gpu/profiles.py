@@ -67,7 +67,7 @@ def measure(recorder, label, kind, gigabytes, device):
             recorder.add(label, f'left out: the card has {total / 2**30:.0f} GiB')
             return
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(limit / total, device)
+        torch.cuda.set_per_process_memory_fraction(limit / total, torch.cuda.current_device())
         torch.cuda.reset_peak_memory_stats(device)
     else:
         config |= dict(n_layer=1, n_embd=64, n_head=2) if kind != 'mamba' else dict(n_layer=1, n_embd=64)
@@ -103,4 +103,4 @@ def measure(recorder, label, kind, gigabytes, device):
                            f'{limit / 2**30:.2f}: {message}') from None
     finally:
         if is_cuda:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())

@@ -88,7 +88,11 @@ def measure(recorder, name, kind, config, device, B, T, compiled=False, seconds=
             torch._dynamo.reset()
         forward = kernels.compiled(net) if compiled else net
         training = models.Training(net, device, 'bfloat16', B, T, forward)
-        time_steps(recorder, label, training, device, B * T, net.flops_per_token(T), net.num_params())
+        try:
+            time_steps(recorder, label, training, device, B * T, net.flops_per_token(T), net.num_params())
+        except torch.OutOfMemoryError:
+            recorder.add(label, 'more than the card has')
+            return
         if profiled and device.startswith('cuda'):
             recorder.add(f'{label}: kernels', top_kernels(training.micro_step, device))
 
