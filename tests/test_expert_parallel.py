@@ -4,9 +4,13 @@ import os
 
 import pytest
 import torch
+from helpers.card import pretended
+from helpers.card_process import on_card
+from helpers.models import build, tokens
 from helpers.runs import forked, load, metrics, plain, refused, script, train
 
-from mambino.train import memory
+from mambino.kernels import portable
+from mambino.train import experts, memory
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.usefixtures('one_thread')]
 MOE = ('--model=gpt --n_layer=2 --n_expert=4 --optimizer=muon --tokens_per_step=128 --learning_rate=1e-2 '
@@ -171,8 +175,71 @@ def test_what_does_not_fit_is_one_line(here, capsys):
 
 def test_memory_is_planned_for_the_experts_that_are_here():
     config = dict(vocab_size=64, n_layer=2, n_embd=32, n_head=2, n_expert=4, intermediate_size=64)
-    experts = 4 * 2 * 4 * 3 * 32 * 64                                   # bytes of all
+    of_all = 4 * 2 * 4 * 3 * 32 * 64                                    # bytes of the experts
     ddp, half = (memory.estimate('gpt', config, 2, 64, world=4, expert_parallel=n) for n in (1, 2))
-    assert ddp['weights'] - half['weights'] == experts // 2
-    assert ddp['optimizer'] - half['optimizer'] == experts
-    assert ddp['gradients'] - half['gradients'] == experts + experts // 2
+    assert ddp['weights'] - half['weights'] == of_all // 2
+    assert ddp['optimizer'] - half['optimizer'] == of_all
+    assert ddp['gradients'] - half['gradients'] == of_all + of_all // 2
+
+
+@on_card
+@pytest.mark.parametrize('limit, waits', [(1.0, 0), (0.0, 2)])
+def test_a_card_is_waited_for_only_without_a_limit(limit, waits):
+    """Once a layer. The other processes are left out: what is sent comes back."""
+    torch.manual_seed(0)
+    net, idx = build('gpt-experts', capacity_factor=limit).train(), tokens(2, 40)
+    with portable():
+        want = net(idx, idx)[1].item()
+    experts.divide(net)
+    experts.all_to_all = lambda x, sent=None, received=None: x
+    with pretended(capability=(9, 0)) as card:
+        net.to('cuda')
+        idx = idx.to('cuda')
+        card.reset()
+        with torch.autocast('cuda', dtype=torch.bfloat16):
+            loss = net(idx, idx)[1]
+        loss.backward()
+        found = dict(card.waits)
+        assert loss.item() == pytest.approx(want, abs=2e-3)
+    assert sum(found.values()) == waits and all('experts.py' in place for place in found), found
+    assert all(p.grad is not None for p in net.parameters())
+
+
+CARDS = """                                                 # as if there were GPUs, and NCCL
+import torch.distributed as dist
+from mambino import machine
+init = dist.init_process_group
+dist.init_process_group = lambda backend: (print(backend), init('gloo'))
+dist.is_nccl_available = lambda: {nccl}
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: {cards}
+torch.cuda.set_device = torch.cuda.get_device_properties = str
+torch.cuda.synchronize = lambda: None
+machine.choose_device = lambda device: device
+processes.LOCAL_RANK += {cards} < 2                           # one after another would wait for the first
+all_reduce = dist.all_reduce
+dist.all_reduce = lambda x, *op: (tried if x.dtype == torch.float32 else all_reduce)(x, *op)
+zeros = torch.zeros
+torch.zeros = lambda *shape, device='cpu', **how: zeros(*shape, **how)
+begin.refuse_dataset = lambda out_dir: checkpoint.fail('they have met')
+def tried(x, *op):
+    raise RuntimeError('NCCL error in: x.cpp:1, unhandled\\nLast error:\\n  Cuda failure 2')
+"""
+REFUSALS = [  # flags, has NCCL, GPUs, what each process says
+    ('--device=cuda', True, 1, '--nproc_per_node=1'),
+    ('--device=cuda:0', True, 2, '2 processes have the same GPU, cuda:0'),
+    ('--device=cuda', True, 2, 'does not start: Cuda failure 2'),
+    ('--device=cuda', False, 2, 'they have met'),
+    ('--device=cuda --parallel=fsdp', False, 2, 'parallel=fsdp on GPUs needs NCCL'),
+]
+
+
+@pytest.mark.parametrize('flags, nccl, cards, words', REFUSALS)
+def test_what_gpus_cannot_do_together_is_one_line(here, flags, nccl, cards, words):
+    statuses, said = forked('--model=gpt', flags, before=CARDS.format(nccl=nccl, cards=cards), world=2, joined=True)
+    errors = [err for err in said[1::2] if err]
+    assert statuses[1] == 2 and errors
+    for err in errors:
+        assert err.startswith('error: ') and err.count('\n') == 1 and words in err
+    if 'fsdp' not in flags and cards > 1:
+        assert f'cpu:gloo,cuda:{"nccl" if nccl else "gloo"}' in said[0] and ('without NCCL' in said[0]) != nccl

@@ -125,8 +125,7 @@ def in_slots(x, pairs, gate_up, down):
 def as_many_as_come(x, pairs, gate_up, down):
     """x (n, D) → (n k, D): every token to all of its experts."""
     ours = pairs.counts.view(N, -1)                             # (N, e) pairs for each process's experts
-    theirs = torch.empty_like(ours)                             # (N, e) that each has for ours
-    dist.all_to_all_single(theirs, ours, group=GROUP)
+    theirs = all_to_all(ours)                                   # (N, e) that each has for ours
     sent, received = torch.stack((ours.sum(1), theirs.sum(1))).tolist()
     rows = Exchange.apply(x.index_select(0, pairs.token), sent, received)   # (m, D), by process, then expert
 
@@ -155,10 +154,12 @@ class Exchange(torch.autograd.Function):
         return all_to_all(gradient, ctx.received, ctx.sent), None, None
 
 
-def all_to_all(x, sent, received):
-    out = x.new_empty(len(x) if received is None else sum(received), x.shape[1])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=GROUP)
-    return out
+def all_to_all(x, sent=None, received=None):
+    """Rows x (·, D) or numbers (·,) for each process of the group → those from each."""
+    sending = x.cpu() if x.is_cuda and not dist.is_nccl_available() else x.contiguous()  # gloo's are a CPU's
+    out = sending.new_empty(len(x) if received is None else sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, sending, received, sent, group=GROUP)
+    return out.to(x.device)
 
 
 # --- training -------------------------------------------------------------------------------------

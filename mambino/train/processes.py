@@ -14,6 +14,7 @@ no process may run the model, or read a parameter's values, without the others. 
 be spread over processes (experts.py): then, too, none runs the model without the others.
 """
 import atexit
+import inspect
 import os
 import shlex
 import shutil
@@ -76,9 +77,12 @@ def start(device, parallel='ddp', expert_parallel=1):
         device = 'cpu'                                      # Apple's GPU has no collectives
     device = machine.choose_device(device)
     if device == 'cuda':
-        device = machine.choose_device(f'cuda:{LOCAL_RANK}')
+        device = card_of(LOCAL_RANK)
     if device.startswith('cuda'):
         torch.cuda.set_device(device)
+        if SHARDED and not dist.is_nccl_available():
+            fail('parallel=fsdp on GPUs needs NCCL, which this PyTorch is built without (on Windows there is none): '
+                 'leave it out')
     if WORLD > 1:
         # No handler of Python's runs while this waits for another process: torchrun would wait, and kill it after
         # half a minute. There is nothing to save before the loop.
@@ -86,15 +90,55 @@ def start(device, parallel='ddp', expert_parallel=1):
             signal.signal(number, signal.SIG_DFL)
         if 'TORCHELASTIC_RUN_ID' in os.environ:
             threading.Thread(target=end_with_torchrun, daemon=True).start()
-        try:
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-        except (RuntimeError, ValueError) as error:
-            fail(f'the {WORLD} processes do not find each other at {os.environ["MASTER_ADDR"]}:'
-                 f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}')
-        summed(0)                                           # none ends while another still connects
+        meet(device)
         if expert_parallel > 1:
             experts.form_groups(expert_parallel, RANK, WORLD)
     return device
+
+
+def card_of(local_rank):
+    """The card of this process on its machine."""
+    cards = torch.cuda.device_count()
+    if local_rank >= cards:
+        fail(f'this is process {local_rank + 1} of this machine, which has {cards} GPU{"s" * (cards > 1)}: start '
+             f'torchrun with --nproc_per_node={cards}, or train with --device=cpu')
+    return machine.choose_device(f'cuda:{local_rank}')
+
+
+def meet(device):
+    """All processes find each other, and try whether what their devices send arrives."""
+    is_card = device.startswith('cuda')
+    through_nccl = is_card and dist.is_nccl_available()
+    try:
+        dist.init_process_group(f'cpu:gloo,cuda:{"nccl" if through_nccl else "gloo"}' if is_card else 'gloo')
+        summed(0)                                           # none ends while another still connects
+    except (RuntimeError, ValueError) as error:
+        fail(f'the {WORLD} processes do not find each other at {os.environ["MASTER_ADDR"]}:'
+             f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}')
+    if not is_card:
+        return
+    if not through_nccl:
+        say('note: this PyTorch is built without NCCL (on Windows there is none): what GPUs tell each other goes by '
+            'gloo, through the memory of the CPU, which is slower')
+        return
+    require_a_card_each(device)
+    try:
+        dist.all_reduce(torch.zeros(1, device=device))
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        fail(f'NCCL, by which GPUs exchange gradients, does not start: {str(error).splitlines()[-1].strip()}; '
+             'the environment variable NCCL_DEBUG=INFO makes it say more')
+
+
+def require_a_card_each(device):
+    """Ends the program in a line if two processes have one card, which NCCL does not take."""
+    card = torch.cuda.get_device_properties(device)
+    cards = [None] * WORLD
+    dist.all_gather_object(cards, (socket.gethostname(), str(getattr(card, 'uuid', device))))
+    same = cards.count(cards[RANK])
+    together(lambda: same > 1 and fail(
+        f'{same} processes have the same GPU, {device} of {socket.gethostname()}, and NCCL takes one a process: '
+        'leave out --device, and let torchrun start as many processes as there are GPUs'))
 
 
 def end_with_torchrun():
@@ -214,9 +258,11 @@ def shared(net, device):
         return net
     apart = [name for name, p in net.named_parameters() if experts.is_share(p)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, apart)
+    # buffers count each process's own tokens; what leaves them alone has another name from torch 2.13 on
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
     return DistributedDataParallel(
-        net, device_ids=[LOCAL_RANK] if device.startswith('cuda') else None,
-        broadcast_buffers=False)                            # they count each process's own tokens
+        net, device_ids=[torch.device(device)] if device.startswith('cuda') else None, **{buffers: False})
 
 
 def join_gradients(net, scaled=False):
