@@ -1,13 +1,22 @@
 """graphs.py: a token on a card is one launch, with the numbers of a CPU, whatever happens in between."""
+import contextlib
+import io
+import random
+
 import pytest
 import torch
 from helpers.card import pretended
 from helpers.card_process import on_card
+from helpers.jobs import Result, answer, scheduler_of, small_net
 from helpers.models import build, every_model, perturb, tokens
 
 from mambino.machine import autocast
 from mambino.sample import decode, graphs
 from mambino.sample.generation import Rows, generate, prefill
+from mambino.serve.work import Job
+from mambino.weights.adapters import add_lora, add_prefix
+from mambino.weights.loading import prepare_model
+from model_mamba import Mamba2Mixer
 
 
 def cloned(state):
@@ -151,6 +160,111 @@ def test_graphs_that_are_kept_are_few():
         assert len(graphs.models[net].warm) <= 4 * graphs.GRAPHS
 
 
+# --- models that are more than their weights ------------------------------------------------------
+
+@on_card
+@pytest.mark.parametrize('name', ['gpt', 'gpt-experts', 'mamba1', 'mamba2', 'hybrid-low-rank'])
+@pytest.mark.parametrize('precision', ['', 'bfloat16', 'int8', 'int4'])
+def test_prepared_models(name, precision):
+    """In bf16 and with rounded weights: what net.step computes of the same model."""
+    net = perturb(build(name))
+    with pretended() as card:
+        net, context = prepare_model(net, 'cuda', 'auto', precision)
+        with context:
+            eager, _ = walk(net, 'cuda', 12, step=lambda net, idx, state: net.step(idx, state))
+            got, state = walk(net, 'cuda', 12)
+            assert (got - eager).abs().max() < 0.02 * eager.abs().max() and len(made(net)) == 1
+            card.reset()
+            decode.step(net, tokens(2, 1).to('cuda'), state)
+        assert card.kernels['graph'] == 1
+        if not precision:               # nothing is rounded for a token
+            calls = made(net)[0].graph.graph.capture.calls
+            large = [u.shape for function, args, _, _ in calls if 'to_copy' in str(function)
+                     for u in args[:1] if u.numel() > 1000]
+            assert not large, large
+
+
+@on_card
+def test_weights_are_rounded_as_autocast_rounds_them():
+    for name in ('gpt', 'gpt-qknorm-untied', 'gpt-experts', 'mamba2', 'hybrid'):
+        net = perturb(build(name))
+        with pretended() as card:
+            ids = tokens(2, 9)
+            net.to('cuda')
+            before = card.alive_bytes
+            with autocast('cuda', 'bfloat16'):
+                want = net.step(ids.to('cuda'))[0].cpu()
+            net, context = prepare_model(net.to('cpu'), 'cuda')
+            with context:
+                assert torch.equal(net.step(ids.to('cuda'))[0].cpu(), want)
+            assert card.alive_bytes < 0.85 * before
+            assert net.embedding().weight.dtype == torch.float32
+
+
+@on_card
+@pytest.mark.parametrize('name', ['gpt', 'mamba2'])
+def test_adapters(name):
+    net = perturb(build(name))
+    add_prefix(net, 4, tokens(4))
+    add_lora(net, rank=4)
+    perturb(net)
+    want, _ = plainly(net, 12)
+    with pretended():
+        net.to('cuda')
+        got, state = walk(net, 'cuda', 12)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max() and len(made(net)) == 1
+        # another one hangs there from now on
+        add_lora(net, rank=2, name='other')
+        perturb(net)
+        idx = tokens(2, 1)
+        want, _ = net.step(idx.to('cuda'), cloned(state))
+        got, _ = decode.step(net, idx.to('cuda'), state)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@on_card
+def test_what_hangs_on_a_module_is_called():
+    net = perturb(build('gpt'))
+    with pretended():
+        net.to('cuda')
+        _, state = walk(net, 'cuda', 6)
+        seen = []
+        net.model.norm.register_forward_hook(lambda module, args, out: seen.append(1))
+        for n in range(6):
+            _, state = decode.step(net, tokens(2, 1).to('cuda'), state)
+            assert len(seen) == n + 1
+        net.train()
+        decode.step(net, tokens(2, 1).to('cuda'), state)
+
+
+@on_card
+def test_other_weights_are_seen():
+    net = perturb(build('gpt'))
+    with pretended():
+        net.to('cuda')
+        _, state = walk(net, 'cuda', 6)
+        net.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.randn(128, 32).to('cuda'))
+        idx = tokens(2, 1).to('cuda')
+        want, _ = net.step(idx, cloned(state))
+        got, _ = decode.step(net, idx, state)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@on_card
+def test_what_cannot_be_recorded_is_said_once():
+    """A driver or an operation that does not let itself be recorded: the same tokens, later."""
+    net = perturb(build('mamba2'))
+    want, _ = plainly(net, 12)
+    said = io.StringIO()
+    with pretended(), contextlib.redirect_stderr(said):
+        net.to('cuda')
+        step = Mamba2Mixer.forward
+        Mamba2Mixer.forward = lambda self, x, cache=None: step(self, x * float(x.isfinite().all()), cache)
+        got, _ = walk(net, 'cuda', 12)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+        assert said.getvalue().count('note:') == said.getvalue().count('\n') == 1 and 'capturing' in said.getvalue()
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 def text_of(net, sampling, penalty, moves):
@@ -223,3 +337,43 @@ def test_numbers_that_are_none_end_the_program_in_a_line():
                     rows.draw(temperature=0.7, top_k=5)
                 rows.logits[1] = 0.0
             rows.advance(rows.draw(temperature=0.7, top_k=5))
+
+
+# --- a server -------------------------------------------------------------------------------------
+
+def random_job(rnd, n):
+    return Job([rnd.randrange(90) for _ in range(rnd.choice([1, 5, 17]))], rnd.choice([5, 12, 25]), seed=n,
+               temperature=rnd.choice([0, 0.7, 1]), top_k=rnd.choice([0, 3, 40]), top_p=rnd.choice([1, 0.9]),
+               repetition_penalty=rnd.choice([1, 1.2]), presence_penalty=rnd.choice([0, 0.8]),
+               logprobs=rnd.choice([-1, 2]), owed=rnd.choice([b'', b'm']))
+
+
+@on_card
+@pytest.mark.parametrize('kind', ['gpt', 'mamba2'])
+def test_a_server(kind):
+    """The answers on a card are those of a CPU; a step of all rows is a few launches and one wait."""
+    rnd = random.Random(0)
+    jobs = [random_job(rnd, n) for n in range(8)]
+    for job in jobs:
+        job.max_tokens += 10
+    plain = scheduler_of(kind, rows=3)
+    want = [answer(plain, job).ids for job in jobs]
+    plain.close()
+    with pretended() as card:
+        small_net(kind).to('cuda')
+        scheduler = scheduler_of(kind, rows=3)
+        results = [Result(scheduler, job) for job in jobs]
+        assert [result.wait().ids for result in results] == want
+        scheduler.close()
+        scheduler = scheduler_of(kind, rows=3)
+        counted, step = [], scheduler.step
+
+        def counting():
+            card.reset()
+            step()
+            counted.append((card.launches, sum(card.waits.values())))
+        scheduler.step = counting
+        answer(scheduler, Job([1, 2, 3], 30, temperature=0.7, top_k=9, ignore_eos=True))
+        scheduler.close()
+        # the last ones: the answer's end is another wait
+        assert set(counted[10:28]) == {(5, 1)}, counted

@@ -15,6 +15,7 @@ import traceback
 
 import torch
 
+from mambino.sample.graphs import Drawing
 from mambino.sample.next_token import logprobs_of
 from mambino.sample.text import Writer
 from mambino.serve.choice import Choice, Edits
@@ -65,6 +66,7 @@ class Batch:
         self.edits = Edits(most, tok.vocab_size, self.rows.logits.device)
         self.answers = []                       # of rows
         self.choice = None                      # of the rows that there are; None: to be made
+        self.drawing = Drawing()                # on a card
 
     def add(self, reading):
         """A row for an answer."""
@@ -85,7 +87,7 @@ class Batch:
             self.take(*self.draw())
             if self.answers:
                 latest = [answer.drawn[-1] for answer in self.answers]
-                self.rows.advance(torch.tensor(latest, device=self.rows.logits.device))
+                self.rows.advance(torch.tensor(latest))
         except (Exception, SystemExit) as error:        # nobody knows whose it is
             traceback.print_exc()
             for row in reversed(range(len(self.answers))):
@@ -98,20 +100,37 @@ class Batch:
         logits = self.rows.logits[:len(answers)]
         if self.choice is None:
             self.choice = Choice([answer.job for answer in answers], self.tok.vocab_size, logits.device)
-        scores = self.edits.applied(logits)
-        if any(answer.rest for answer in answers):
-            scores = torch.stack([answer.rest.add_to(row) if answer.rest else row
-                                  for answer, row in zip(answers, scores)])
+        if logits.is_cuda:
+            return self.draw_on_card(logits)
+        scores = self.possible(self.edits.applied(logits))
         ids, finite = self.choice.draw(scores, [answer.generator for answer in answers])
         return ids.tolist(), finite.tolist(), self.likeliest(logits, ids)
+
+    def draw_on_card(self, logits):
+        """draw, by a few launches, after which the host waits once."""
+        choice, edits = self.choice, self.edits
+        u = choice.chances([answer.generator for answer in self.answers])
+        is_spelling = any(answer.rest for answer in self.answers)
+        key = None if is_spelling else (choice, logits.data_ptr(), *edits.places())
+        ids = self.drawing(key, lambda u: choice.pick_or_none(self.possible(edits.applied(logits)), u), u, logits)
+        drawn = ids.tolist()
+        return drawn, [i >= 0 for i in drawn], self.likeliest(logits, ids.clamp(min=0))
+
+    def possible(self, scores):
+        """Scores (B, V); of a row that still has to spell its prompt only those of the ids that can."""
+        if not any(answer.rest for answer in self.answers):
+            return scores
+        return torch.stack([answer.rest.add_to(row) if answer.rest else row
+                            for answer, row in zip(self.answers, scores)])
 
     def likeliest(self, logits, ids):
         """{row: Logprob} of the rows that ask for it."""
         rows = [row for row, answer in enumerate(self.answers) if answer.job.logprobs >= 0]
         if not rows:
             return {}
-        index = torch.tensor(rows, device=logits.device)
-        some = ids[index]
+        index = torch.tensor(rows)
+        some = ids[index.to(ids.device)]
+        index = index.to(logits.device)
         wanted = [self.answers[row].job.logprobs for row in rows]
         computed = logprobs_of(logits[index], some, max(wanted), self.tok.vocab_size)
         return {row: Logprob(i, own, top[:n])

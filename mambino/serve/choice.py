@@ -42,7 +42,7 @@ class Group:
             self.top_k = torch.tensor([job.top_k for job in jobs], device=device)[:, None]  # (n, 1)
 
     def draw(self, logits, u):
-        """A token for each row of logits (n, V), fp32; u: (n,) of [0, 1), of the likeliest None → (n,), and
+        """A token for each row of logits (n, V), fp32; u: (n,) of [0, 1), which the likeliest need not → (n,), and
         whether there was one, (n,). In the order of sample_token."""
         if self.way == 'likeliest':
             best, ids = fast_topk(logits, 1)
@@ -79,6 +79,7 @@ class Choice:
 
     def __init__(self, jobs, vocab_size, device='cpu'):
         self.count = len(jobs)
+        self.are_drawn = [job.temperature != 0 for job in jobs]
         rows = {}                                           # {way: its rows}
         for row, job in enumerate(jobs):
             rows.setdefault(way_of(job, vocab_size), []).append(row)
@@ -87,21 +88,30 @@ class Choice:
     def draw(self, scores, generators):
         """A token for each row of scores (B, V), fp32, each from its own generator → (B,) int64, and
         whether there was one, (B,) bool."""
+        return self.pick(scores, self.chances(generators))
+
+    def chances(self, generators):
+        """(B,) numbers of [0, 1), on the CPU, each from its row's generator; of the likeliest zeros."""
+        zero = torch.zeros(1)
+        return torch.cat([torch.rand(1, generator=generator) if is_drawn else zero
+                          for generator, is_drawn in zip(generators, self.are_drawn)])
+
+    def pick(self, scores, u):
+        """What `draw` returns, at u (B,)."""
+        u = u.to(scores.device, non_blocking=True)
         if len(self.groups) == 1:
-            group, = self.groups
-            return group.draw(scores, self.chances(group, generators, scores.device))
+            return self.groups[0].draw(scores, u)
         ids = torch.zeros(self.count, dtype=torch.long, device=scores.device)
         finite = torch.zeros(self.count, dtype=torch.bool, device=scores.device)
         for group in self.groups:
-            u = self.chances(group, generators, scores.device)
-            ids[group.index], finite[group.index] = group.draw(scores.index_select(0, group.index), u)
+            index = group.index
+            ids[index], finite[index] = group.draw(scores.index_select(0, index), u.index_select(0, index))
         return ids, finite
 
-    @staticmethod
-    def chances(group, generators, device):
-        if group.way == 'likeliest':
-            return None
-        return torch.cat([torch.rand(1, generator=generators[row]) for row in group.rows]).to(device)
+    def pick_or_none(self, scores, u):
+        """pick's ids (B,), -1 where there is none."""
+        ids, finite = self.pick(scores, u)
+        return torch.where(finite, ids, -1)
 
 
 def way_of(job, vocab_size):
@@ -167,6 +177,11 @@ class Edits:
             count[i] += 1
             self.added[row, i] = (job.logit_bias.get(i, 0.0) - job.presence_penalty
                                   - job.frequency_penalty * count[i])
+
+    def places(self):
+        """What `applied` depends on beside the scores: a graph of it is good as long as this is the same."""
+        edits = [matrix is not None and matrix.data_ptr() for matrix in (self.factors, self.added)]
+        return *edits, any(map(divides, self.jobs)), any(map(adds, self.jobs))
 
     def applied(self, scores):
         """Scores (B, V or more) of the tokenizer's ids, edited, in fp32."""

@@ -12,8 +12,8 @@
     remove(1) [ a  | d  | c  |    |    |  ]     live = 3
 
 The live rows are always the first ones, so that of each number of rows there is one plan (see
-sample/decode.py) for good: its addresses never change. On a CPU the memory of a row is the system's until
-the row is first used, and that of a cache's slot until then.
+sample/decode.py), on a card one graph, for good: its addresses never change. On a CPU the memory of a
+row is the system's until the row is first used, and that of a cache's slot until then.
 
 Letters of the shapes: R rows, B live rows, S cache slots, V vocabulary.
 """
@@ -171,14 +171,18 @@ class Rows:
         return state
 
     def advance(self, ids):
-        """Reads one token of each live row, (B,)."""
+        """Reads one token of each live row, (B,), of the CPU or the device."""
         B = self.live
+        if not self.logits.is_cuda:
+            ids = ids.to(self.logits.device)
         if B not in self.prefixes:
             self.prefixes[B] = {name: tensor[:B] for name, tensor in self.state.items()}
         before = self.prefixes[B]
-        logits, after = step(self.net, ids[:, None], {**before, 'pos': self.pos[:B]})
+        out = self.logits[:B] if self.logits.is_cuda else None
+        logits, after = step(self.net, ids[:, None], {**before, 'pos': self.pos[:B]}, out=out)
         for name, tensor in before.items():
             if after[name] is not tensor:           # net.step's way makes new ones
                 tensor.copy_(after[name])
         self.pos[:B] = after['pos']
-        self.logits[:B] = logits[:, -1]
+        if out is None:
+            self.logits[:B] = logits[:, -1]

@@ -1,14 +1,18 @@
-"""Matrices in fp32, for generation on a CPU: a few rows, a short prompt's, are multiplied by native.cpp.
+"""Matrices that are not quantised, for generation. In place, by loading.prepare_model:
 
-    read_few_rows(net)      # in place; loading.prepare_model does so
+    read_few_rows(net)              # on a CPU, fp32: a few rows, a short prompt's, by native.cpp
+    keep_rounded(net, 'bfloat16')   # on a GPU: the 16 bits that autocast would make of them each time
 
-PyTorch packs a matrix before it multiplies, which takes longer than the products of a few rows do.
+PyTorch packs a matrix on a CPU before it multiplies, which takes longer than the products of a few rows
+do. On a GPU a token reads every weight once: 2 bytes each, where autocast alone reads 4, writes and reads 2.
 """
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from mambino.kernels import cpu, native
 from mambino.weights.quantize import EXACT
+from model_gpt import Experts
 
 MOST = 32       # rows of prompts that are few
 
@@ -24,9 +28,38 @@ class Dense(nn.Linear):
         return super().forward(x)
 
 
-def read_few_rows(net):
-    """Makes the Linears of a model Dense, all but routers and those with a bias."""
+class Rounded(nn.Linear):
+    """nn.Linear without a bias, whose weight has 16 bits, as autocast would round it."""
+
+    def forward(self, x):                                       # (…, K) → (…, N)
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
+
+def matrices(net):
+    """The Linears of a model, all but routers and those with a bias."""
     for name, module in net.named_modules():
         if type(module) is nn.Linear and module.bias is None and name.rpartition('.')[2] not in EXACT:
-            module.__class__ = Dense
+            yield module
+
+
+def read_few_rows(net):
+    """Makes the matrices of a model Dense."""
+    for module in matrices(net):
+        module.__class__ = Dense
+    return net
+
+
+def keep_rounded(net, dtype):
+    """Keeps the matrices of a model, experts' too, in 'bfloat16' or 'float16'; computed with under autocast of
+    that precision they give what they gave. An embedding stays as it is, also where the head was the same."""
+    dtype = getattr(torch, dtype)
+
+    def rounded(weight):
+        return nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    for module in list(matrices(net)):
+        module.weight = rounded(module.weight)
+        module.__class__ = Rounded
+    for module in net.modules():
+        if type(module) is Experts:
+            module.gate_up_proj, module.down_proj = rounded(module.gate_up_proj), rounded(module.down_proj)
     return net

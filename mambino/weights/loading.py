@@ -10,12 +10,15 @@ of transformers.
 """
 import os
 import re
+import sys
+
+import torch
 
 from mambino.configurator import fail, split_list
 from mambino.machine import autocast, choose_dtype
 from mambino.weights.adapters import attach_adapter, merge_adapters
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, refuse_quantized, tokenizer_of
-from mambino.weights.dense import read_few_rows
+from mambino.weights.dense import keep_rounded, read_few_rows
 from mambino.weights.fitting import build_with
 from mambino.weights.from_hf import load_hf
 from mambino.weights.from_peft import load_adapter
@@ -154,9 +157,13 @@ def prepare_model(net, device, dtype='auto', precision=''):
 
     dtype: 'auto', 'float32', 'bfloat16' or 'float16'. precision: that of quantize.py which its
     weights are rounded to, or ''. What cannot be ends the program in a line."""
-    net.to(device)
     on_cpu = device == 'cpu'
     dtype = choose_dtype(dtype, device)
+    if device.startswith('cuda'):
+        torch.cuda.set_device(device)           # of what is asked of no device in particular nothing is on another
+        if dtype != 'float32' and not precision:
+            keep_rounded(net, dtype)
+    net.to(device)
     if dtype == 'bfloat16' and on_cpu and not precision:
         precision = 'bfloat16'          # rounded weights are faster there than autocast
     if precision:
@@ -166,6 +173,9 @@ def prepare_model(net, device, dtype='auto', precision=''):
             fail(f'quantize={precision}: {error}')
         if on_cpu:
             dtype = 'float32'           # what rounded weights are computed with
+        elif precision != 'bfloat16':
+            print(f'note: quantize={precision} saves memory on a GPU, not time: a matrix is made of the codes for each '
+                  'token', file=sys.stderr)
     elif on_cpu and dtype == 'float32':
         read_few_rows(net)
     return net, autocast(device, dtype)

@@ -26,11 +26,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.kernels import cpu, native
-from model_gpt import Experts, swiglu
+from mambino.language_model import product_dtype
+from model_gpt import Experts, experts_swiglu, swiglu
 from model_mamba import TimeStep
 
 PRECISIONS = ('bfloat16', 'int8', 'int4')
 GROUP = 64                              # columns that share a scale and a zero in int4
+FEW = 64                                # tokens that experts on a GPU compute without a wait of the host
 UNPACKED = 192                          # rows from which bf16 is sooner multiplied as fp32, see below
 EXACT = ('gate', 'controller')          # routers: what they choose must not depend on rounding
 # parts of a group's range that int4 tries to cover
@@ -147,17 +149,33 @@ class Matrix(nn.Module):
             return codes.float()
         if self.precision == 'int8':
             return codes.float() * scales[..., None]
-        codes = codes.unflatten(-1, (-1, 1, 32))                            # (…, groups, 1, 32)
-        codes = torch.cat((codes & 15, codes >> 4), -2).flatten(-2).float()  # (…, groups, 64)
         scale, zero = scales.float().unsqueeze(-1).unbind(-2)               # (…, groups, 1)
-        return (codes * scale + zero).flatten(-2)[..., :self.columns]
+        return (unpacked(codes).float() * scale + zero).flatten(-2)[..., :self.columns]
+
+    def dequantize_to(self, dtype, codes, scales):
+        """dequantize, rounded to dtype, on a GPU: fewer bytes are read and written on the way."""
+        if self.precision == 'bfloat16':
+            return codes.to(dtype)
+        if self.precision == 'int8' or dtype != torch.bfloat16:
+            return self.dequantize(codes, scales).to(dtype)
+        scale, zero = scales.unsqueeze(-1).unbind(-2)                       # bf16, as what is made of them
+        return torch.addcmul(zero, unpacked(codes).to(dtype), scale).flatten(-2)[..., :self.columns]
 
     def product(self, x, codes, scales):
         """x (…, K) @ matrix.T, of these codes and scales → (…, N)."""
         if x.dtype == torch.float32 and x.numel() and cpu.applies(x) and not self.is_sooner_unpacked(x):
             multiply = native.linear if native.few(x) else native.tiles
             return multiply(x, codes, scales)
+        if x.device.type != 'cpu':
+            return self.product_on_gpu(x, codes, scales)
         return F.linear(x, self.dequantize(codes, scales).to(x.dtype))
+
+    def product_on_gpu(self, x, codes, scales):
+        """x (…, K) → (…, N). There are no kernels of such products there: a matrix is made for each, of 16 bits."""
+        dtype = product_dtype(x)
+        if self.precision == 'int8' and dtype == torch.bfloat16:            # which has 127 exactly
+            return (F.linear(x, codes.to(dtype)) * scales).to(dtype)
+        return F.linear(x, self.dequantize_to(dtype, codes, scales))
 
     def is_sooner_unpacked(self, x):
         """Whether rows x (…, K) are so many that their product is sooner PyTorch's, with the matrix in fp32:
@@ -170,6 +188,12 @@ class Matrix(nn.Module):
             raise ValueError(f'{self.precision} weights cannot be trained; train the model they were '
                              'made from')
         return super().train(mode)
+
+
+def unpacked(codes):
+    """int4 codes (…, groups * 32), two a byte → (…, groups, 64), one a byte."""
+    codes = codes.unflatten(-1, (-1, 1, 32))                                # (…, groups, 1, 32)
+    return torch.cat((codes & 15, codes >> 4), -2).flatten(-2)
 
 
 class Linear(Matrix):
@@ -197,6 +221,8 @@ class QuantizedExperts(nn.Module):
         self.down_proj = Matrix(down_shape, precision)
 
     def forward(self, x, pairs):
+        if x.device.type != 'cpu' and len(x) <= FEW:
+            return self.without_waiting(x, pairs)
         outputs = []
         for e, token in enumerate(pairs.token.split(pairs.counts.tolist())):
             if len(token):
@@ -204,6 +230,21 @@ class QuantizedExperts(nn.Module):
                 gate, up = self.expert(self.gate_up_proj, e, rows).chunk(2, -1)
                 outputs.append(self.expert(self.down_proj, e, swiglu(gate, up)))
         return torch.cat(outputs)
+
+    def without_waiting(self, x, pairs):
+        """forward of a few tokens on a GPU, which says to nobody how many pairs an expert has."""
+        matrices = self.gate_up_proj, self.down_proj
+        codes = [matrix.codes for matrix in matrices]
+        scales = [getattr(matrix, 'scales', None) for matrix in matrices]
+        are_few = len(pairs.token) < len(codes[0])
+        if are_few:                                                         # only those that are asked for
+            codes, scales = ([None if part is None else part.index_select(0, pairs.expert) for part in parts]
+                             for parts in (codes, scales))
+        gate_up, down = (matrix.dequantize_to(x.dtype, *parts) for matrix, *parts in zip(matrices, codes, scales))
+        if not are_few:
+            return experts_swiglu(x, pairs, gate_up, down)
+        gate, up = (x.index_select(0, pairs.token)[:, None] @ gate_up.mT).chunk(2, -1)      # (n k, 1, I) each
+        return (swiglu(gate, up) @ down.mT)[:, 0]
 
     @staticmethod
     def expert(matrix, e, x):
