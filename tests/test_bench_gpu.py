@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
+from mambino.bench.gpu import __main__ as hour
 from mambino.bench.gpu import check, kernel_checks, models, order, outcome, part, running, waits
 from mambino.kernels.registry import KERNELS
 
@@ -87,13 +89,34 @@ def test_reports(tmp_path, capsys):
     assert 'WRONG  check mamba: 4e-1' in capsys.readouterr().out
 
 
-def test_few_minutes_leave_out_the_last_parts(tmp_path):
-    """A real run of the command: too little time for anything but what takes least."""
-    command = [sys.executable, '-m', 'mambino.bench.gpu', '--device=cpu', f'--out_dir={tmp_path}', '--minutes=0.3']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+def test_few_minutes_leave_out_the_last_parts(tmp_path, monkeypatch, capsys):
+    """Each part here takes all the time it may: the most telling ones fill the minutes, none runs longer."""
+    clock, runs = [0.0], []
+
+    def run_part(each, seconds, device, out_dir, results):
+        assert seconds <= each.most
+        clock[0] += seconds
+        runs.append(each.name)
+        results.add(dict(part=each.name, name='x', passed=True, text='', figures={}))
+    monkeypatch.setattr(hour, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(hour.running, 'run_part', run_part)
+    monkeypatch.setattr(hour, 'out_dir', str(tmp_path))
+    names = [each.name for each in order.PARTS]
+    for minutes, expected in ((3.0, 2), (6.0, 3), (60.0, len(names))):
+        clock[0], runs[:] = 0.0, []
+        monkeypatch.setattr(hour, 'minutes', minutes)
+        assert hour.main() == 0
+        assert runs[:expected] == names[:expected] and clock[0] <= 60 * minutes
+        rows = json.loads((tmp_path / 'report.json').read_text())['results']
+        assert [row['part'] for row in rows if row['name'] == 'left out'] == [n for n in names if n not in runs]
+    assert 'of --minutes=3 are left' in capsys.readouterr().out
+
+
+def test_a_run_of_one_part(tmp_path):
+    command = [sys.executable, '-m', 'mambino.bench.gpu', '--device=cpu', '--parts=machine', f'--out_dir={tmp_path}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     rows = json.loads((tmp_path / 'report.json').read_text())['results']
-    assert [row['part'] for row in rows if row['name'] == 'left out'] == [part.name for part in order.PARTS[1:]]
-    assert any(row['part'] == 'machine' and row['name'] == 'torch' for row in rows)
+    assert {'torch', 'card', 'gcc', 'kernels', 'copies'} <= {row['name'] for row in rows}
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -45,6 +45,16 @@ def test_sums_over_other_dimensions_are_two_kernels():
     assert len(ops) == 2 and all_bytes(ops) == 2 * n * 4 + (64 + 1024) * 4
 
 
+def test_what_is_read_in_another_order_is_another_kernel():
+    def work(turn):
+        def compute(a, b):
+            c = torch.relu(a)
+            return c, b + (c.t() if turn else c)
+        return compute
+    square = torch.randn(2, 256, 256).unbind()
+    assert len(fused(work(False), *square)) == 1 and len(fused(work(True), *square)) == 2
+
+
 def test_an_operand_of_a_product_is_stored_and_a_view_is_not():
     def work(a, w):
         b = torch.relu(a).to(half)

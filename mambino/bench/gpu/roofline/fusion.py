@@ -15,9 +15,9 @@ about bytes:
                                     same dimension if both do, and no way leads from one to the other
                                     through a third; those that share most first
 
-A kernel reads what comes from outside it, each memory once, and writes what is read outside it. Not
-known here: indices (whether two kernels walk over shared memory in the same order), and where
-Inductor splits a long sum into two kernels."""
+A kernel reads what comes from outside it, each memory once, and writes what is read outside it. Memory
+counts as shared only where both walk over it in the same order, or both in another than it lies in.
+Not known here: more of the indices than that, and where Inductor splits a long sum into two kernels."""
 import operator
 from collections import defaultdict
 from functools import cached_property
@@ -43,10 +43,11 @@ OPERATIONS = 30     # … and realize_opcount_threshold
 
 class Kernel:
     """Some nodes that are one kernel: `nodes`, those of them that would be in memory; `reads`, {memory:
-    bytes}; numbers: how many it walks over; sums: (results, terms of each) of its sums, or None."""
+    bytes}; `turned`, {memory: whether it is read in another order than it lies in}; numbers: how many it
+    walks over; sums: (results, terms of each) of its sums, or None."""
 
-    def __init__(self, nodes, reads, numbers, sums):
-        self.nodes, self.reads = nodes, reads
+    def __init__(self, nodes, reads, turned, numbers, sums):
+        self.nodes, self.reads, self.turned = nodes, reads, turned
         self.numbers, self.sums = numbers, sums
 
     def fits(self, other):
@@ -65,7 +66,8 @@ class Kernel:
             reads[memory] = max(size, reads.get(memory, 0))
         nodes = self.nodes + other.nodes
         reads = {memory: size for memory, size in reads.items() if memory not in nodes}
-        return Kernel(nodes, reads, max(self.numbers, other.numbers), self.sums or other.sums)
+        turned = other.turned | self.turned
+        return Kernel(nodes, reads, turned, max(self.numbers, other.numbers), self.sums or other.sums)
 
 
 class Fused:
@@ -101,9 +103,9 @@ class Fused:
         kind = self.kinds[node]
         if kind in ('input', 'view', 'output'):
             return
-        reads, operations = self.reads_of(node)
+        reads, turned, operations = self.reads_of(node)
         if kind == 'library':
-            self.kernels.append(Kernel([node], reads, None, None))
+            self.kernels.append(Kernel([node], reads, turned, None, None))
             return
         users = self.users[node]
         kinds_of_users = {self.kinds[user] for user in users}
@@ -111,31 +113,34 @@ class Fused:
         in_memory = (kind == 'sums' or 'library' in kinds_of_users or 'output' in kinds_of_users
                      or (len(users) > 1 and is_large) or len(reads) > 2 * READS)
         if not in_memory:
-            self.written_into[node] = reads, operations
+            self.written_into[node] = reads, turned, operations
             return
         numbers = walked(node, kind)
         results = max(1, tensor_of(node).numel())
         sums = (results, numbers // results) if kind == 'sums' and name_of(node) != 'cumsum' else None
-        self.kernels.append(Kernel([node], reads, numbers, sums))
+        self.kernels.append(Kernel([node], reads, turned, numbers, sums))
 
     def reads_of(self, node):
-        """({memory: bytes}, operations) of a node, with those of all that is written into it."""
-        reads, operations = {}, 1
+        """({memory: bytes}, {memory: whether it is read out of order}, operations) of a node, with those of
+        all that is written into it."""
+        reads, turned, operations = {}, {}, 1
         for n in node.all_input_nodes:
             s = self.source(n)
             if tensor_of(s) is None:
                 continue
             if s in self.written_into:
-                inner, more = self.written_into[s]
+                inner, inner_turned, more = self.written_into[s]
                 operations += more
                 for memory, size in inner.items():
                     reads[memory] = max(size, reads.get(memory, 0))
+                    turned[memory] = inner_turned[memory] != is_turned(n, node)
                 continue
             size = min(seen_bytes(n), tensor_bytes(s))
             if name_of(node) in GATHERS and n is node.args[0]:
                 size = min(size, tensor_bytes(node))
             reads[s] = min(tensor_bytes(s), reads.get(s, 0) + size) if self.kinds[n] == 'view' else size
-        return reads, operations
+            turned[s] = is_turned(n, node)
+        return reads, turned, operations
 
     # --- fusing ---
 
@@ -171,7 +176,7 @@ class Fused:
             kernels = sorted(kernels, key=order.get)
             for i, a in enumerate(kernels):
                 for b in kernels[i + 1:]:
-                    if a.fits(b):
+                    if a.fits(b) and a.turned.get(memory, False) == b.turned.get(memory, False):
                         shared[a, b] += tensor_bytes(memory)
         return sorted(((size, a, b) for (a, b), size in shared.items()), key=lambda row: -row[0])
 
@@ -235,7 +240,8 @@ class Fused:
         for kernel in free[1:]:
             self.kernels.remove(kernel)
             reads = merged.reads | kernel.reads
-            self.kernels[self.kernels.index(merged)] = merged = Kernel(merged.nodes + kernel.nodes, reads, None, None)
+            both = Kernel(merged.nodes + kernel.nodes, reads, {}, None, None)
+            self.kernels[self.kernels.index(merged)] = merged = both
         return merged
 
     # --- bytes ---
@@ -335,6 +341,23 @@ def seen_bytes(node):
     for size, stride in zip(tensor.shape, tensor.stride()):
         numel *= size if stride else 1
     return numbers_bytes(tensor, numel)
+
+
+def is_turned(node, reader):
+    """Whether a reader, which walks over its result as that lies in memory, walks over this node's memory in
+    another order."""
+    tensor, result = tensor_of(node), tensor_of(reader)
+    if result is None or tensor.shape != result.shape:
+        return order_of(tensor) != sorted(order_of(tensor))
+    moves = [i for i in range(tensor.dim()) if tensor.stride(i) and result.stride(i) and tensor.shape[i] > 1]
+    return order_of(tensor, moves) != order_of(result, moves)
+
+
+def order_of(tensor, dimensions=None):
+    """The dimensions of a tensor, that of the longest stride first."""
+    if dimensions is None:
+        dimensions = [i for i in range(tensor.dim()) if tensor.stride(i) and tensor.shape[i] > 1]
+    return sorted(dimensions, key=lambda i: -tensor.stride(i))
 
 
 def kind_of(node):
