@@ -3,6 +3,8 @@ import copy
 
 import pytest
 import torch
+from helpers.card import pretended
+from helpers.card_process import on_card
 
 from mambino.train.building import build_optimizers
 from mambino.train.muon import Muon, orthogonalize
@@ -116,3 +118,32 @@ def test_the_kinds_in_a_mamba_2_are_told_apart(model, kinds):
     assert [rows for rows in group['rows'] if rows] == ([kinds] * 2 if kinds else [])
     for p, rows in zip(group['params'], group['rows'], strict=True):
         assert rows is None or sum(rows) == len(p)
+
+
+@on_card
+def test_a_card_is_given_as_much_for_many_matrices_as_for_few():
+    """And is waited for never."""
+    launches = []
+    for n in (1, 3):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES * n]
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        wanted = copy.deepcopy(params)
+        for p, q in zip(params, wanted):
+            q.grad = p.grad.clone()
+        optimizer = Muon([dict(params=wanted, rows=[None, [8, 8], None, None, None] * n)], lr=0.1)
+        optimizer.dtype = torch.bfloat16
+        for _ in range(2):
+            optimizer.step()
+        with pretended() as card:
+            torch.nn.ParameterList(params).to('cuda')
+            optimizer = Muon([dict(params=params, rows=[None, [8, 8], None, None, None] * n)], lr=0.1)
+            optimizer.step()                                # makes its state
+            card.reset()
+            optimizer.step()
+            launches.append(card.launches)
+            assert card.waits == {}
+            for p, q in zip(params, wanted):
+                assert (p.detach().cpu() - q.detach()).abs().max() < 1e-3
+    assert launches[0] == launches[1]

@@ -73,47 +73,80 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             rows = group.get('rows') or [None] * len(group['params'])
             pairs = [(p, kinds) for p, kinds in zip(group['params'], rows) if p.grad is not None]
-            sharded = bool(pairs) and hasattr(pairs[0][0], 'full_tensor')
-            at_once = self.AT_ONCE if sharded else len(pairs)
+            is_sharded = bool(pairs) and hasattr(pairs[0][0], 'full_tensor')
+            at_once = self.AT_ONCE if is_sharded else max(1, len(pairs))
             for i in range(0, len(pairs), at_once):
-                self.update(group, pairs[i:i + at_once])
+                params, kinds = zip(*pairs[i:i + at_once])
+                self.update(group, params, kinds, is_sharded)
 
-    def update(self, group, pairs):
-        """One step of some parameters. pairs: (parameter, its kinds of rows or None)."""
-        updates = []
-        by_shape = {}  # (rows, columns), rows <= columns → matrices
-        for p, kinds in pairs:
-            update = self.momentum(group, p)
-            updates.append(update)
-            for part in update.split(kinds or len(update)):
-                by_shape.setdefault(tuple(sorted(part.shape)), []).append(part)
-        for parts in by_shape.values():
-            self.orthogonalize_in_place(group, parts)
-        for (p, _), update in zip(pairs, updates):
-            if hasattr(p, 'full_tensor'):  # this process's rows of it
-                from torch.distributed.tensor import distribute_tensor  # a second to import
-                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-            p.mul_(1 - group['lr'] * group['weight_decay'])
-            p.add_(update, alpha=-group['lr'])
+    def update(self, group, params, kinds, is_sharded):
+        """One step of some parameters. kinds: of each its rows of each kind, or None. What is called on a GPU does
+        not grow with their number, where they are not sharded."""
+        matrices = self.momentum(group, params)
+        parts = []                                  # of all, in their order: (rows, columns) each
+        places = {}                                 # (rows, columns), rows <= columns → where in parts
+        for matrix, sizes in zip(matrices, kinds):
+            for part in matrix.split(sizes or len(matrix)):
+                places.setdefault(tuple(sorted(part.shape)), []).append(len(parts))
+                parts.append(part)
+        for alike in places.values():
+            alike.sort(key=lambda i: parts[i].shape[0] > parts[i].shape[1])
+            for i, update in zip(alike, self.orthogonalized(group, [parts[i] for i in alike])):
+                parts[i] = update
+        own = [p.to_local() if is_sharded else p for p in params]
+        torch._foreach_mul_(own, 1 - group['lr'] * group['weight_decay'])
+        if is_sharded:
+            parts = own_rows(params, kinds, parts)
+        else:                                       # a part is added to the rows it is of
+            own = [part for p, sizes in zip(params, kinds) for part in p.split(sizes or len(p))]
+        torch._foreach_add_(own, parts, alpha=-group['lr'])
 
-    def momentum(self, group, p):
-        """The update of a parameter before it is orthogonalised, all rows of it."""
-        state = self.state[p]
-        if not state:
-            state['momentum_buffer'] = torch.zeros_like(p)
-        buffer = state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-        update = p.grad.lerp(buffer, group['momentum']) if group['nesterov'] else buffer.clone()
-        return update.full_tensor() if hasattr(p, 'full_tensor') else update
+    def momentum(self, group, params):
+        """The updates of parameters before they are orthogonalised, all rows of each."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        buffers, gradients = ([getattr(u, '_local_tensor', u) for u in tensors] for tensors in (
+            [self.state[p]['momentum_buffer'] for p in params], [p.grad for p in params]))
+        torch._foreach_lerp_(buffers, gradients, 1 - group['momentum'])
+        updates = buffers
+        if group['nesterov']:
+            updates = torch._foreach_lerp(gradients, buffers, group['momentum'])
+        return [all_rows(p, update) for p, update in zip(params, updates)]
 
-    def orthogonalize_in_place(self, group, parts):
-        """Puts in the place of each of these matrices, all of one shape or its transpose, its
-        orthogonal and scaled one."""
+    def orthogonalized(self, group, parts):
+        """Matrices of one shape or its transpose, wide ones first → in this order each orthogonal and scaled."""
         dtype = self.dtype or (torch.float32 if parts[0].device.type == 'cpu' else torch.bfloat16)
-        wide = torch.stack([part.mT if part.shape[0] > part.shape[1] else part for part in parts])
-        orthogonal = orthogonalize(wide, group['ns_coefficients'], group['ns_steps'], group['eps'], dtype)
-        for part, x in zip(parts, orthogonal):
-            rows, columns = part.shape
+        n_wide = sum(part.shape[0] <= part.shape[1] for part in parts)
+        stacks = [torch.stack(parts[:n_wide])] if n_wide else []
+        if n_wide < len(parts):
+            stacks.append(torch.stack(parts[n_wide:]).mT.contiguous())
+        x = orthogonalize(torch.cat(stacks), group['ns_coefficients'], group['ns_steps'], group['eps'], dtype)
+        updates = []
+        for matrices in (x[:n_wide], x[n_wide:].mT):
+            rows, columns = matrices.shape[1:]
             scale = max(1, rows / columns) ** 0.5  # the original's, for learning rates near 0.02
             if group['adjust_lr_fn'] == 'match_rms_adamw':  # as large as AdamW's (Liu et al. 2025)
                 scale = 0.2 * max(rows, columns) ** 0.5
-            torch.mul(x.mT if rows > columns else x, scale, out=part)
+            scaled = torch.empty(matrices.shape, dtype=parts[0].dtype, device=x.device)
+            updates += torch.mul(matrices, scale, out=scaled).unbind()
+        return updates
+
+
+def all_rows(p, update):
+    """The complete update of a parameter; with FSDP from each process's rows."""
+    if not hasattr(p, 'full_tensor'):
+        return update
+    from torch.distributed.tensor import DTensor  # a second to import
+    return DTensor.from_local(update, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+
+
+def own_rows(params, kinds, parts):
+    """This process's rows of parameters' updates, which are given in their parts."""
+    from torch.distributed.tensor import distribute_tensor
+    parts = iter(parts)
+    updates = []
+    for p, sizes in zip(params, kinds):
+        update = torch.cat([next(parts) for _ in sizes or [None]])
+        updates.append(distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None).to_local())
+    return updates
