@@ -151,7 +151,6 @@ if report:
 
 import numpy as np
 import torch
-from torch.profiler import record_function
 
 from mambino import machine
 from mambino.train import batches, begin, building, compiling, identity, memory, precision, processes, recovery
@@ -305,7 +304,7 @@ loader = Loader(data, block_size, seed, device, sequences, rank, world)
 loader.seek(progress.tokens_seen, micro_batch)
 wrapped = net  # compiled, and joined to the other processes' gradients
 if compile:
-    wrapped, micro_batch = compiling.compiled(net, loader, settings, micro_batch, progress.tokens_seen)
+    wrapped = compiling.compiled(net, loader, settings, progress.tokens_seen)
 wrapped = processes.shared(wrapped, device)
 cache_weights = not processes.SHARDED  # rounded ones stay from layer to layer
 trace = Trace(os.path.join(out_dir, 'trace.json'), profile if rank == 0 else 0, device_type)
@@ -315,6 +314,7 @@ samples = sample_interval > 0 and data.tokenizer and (rank == 0 or processes.TOG
 sampled = progress.step  # the step of the last sample
 if device_type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
+    recovery.tell_of_a_lost_card(progress, latest)
 net.train()
 clock.start()
 
@@ -334,7 +334,7 @@ while True:
             save([best, latest] if improved else [latest], shards=[] if ended else [latest])
     if samples and step % sample_interval == 0 and step != sampled:
         with clock.paused():
-            sampled = show_sample(net, data.tokenizer, sample_start, step, seed, device)
+            sampled = show_sample(net, data.tokenizer, sample_start, step, seed, device, dtype)
     is_stopped, is_due = summed(len(stop_signals) + bool(data.changed()), progress.is_due(save_minutes))
     if ended or is_stopped:
         break
@@ -349,25 +349,26 @@ while True:
     total_loss = torch.zeros((), device=device)
     is_exhausted = False
     try:
-        for micro_step in range(loader.micro_steps):
-            x, y, weight = loader.next()  # (B, T) each; the next ones are fetched meanwhile
-            if world > 1:  # gradients travel once a step; with fsdp each time, as shares
-                wrapped.require_backward_grad_sync = micro_step + 1 == loader.micro_steps
-            with record_function('forward'), machine.autocast(device, dtype, cache_weights):
-                loss = wrapped(x, y)[1] * weight / loader.micro_steps
-            with record_function('backward'):
-                scaler.scale(loss).backward()
-            total_loss += loss.detach()
+        with machine.rounded_once(device, dtype):  # the weights, which do not change within a step
+            for micro_step in range(loader.micro_steps):
+                with trace.part('data'):
+                    x, y, weight = loader.next()  # (B, T) each; the next ones are fetched meanwhile
+                if world > 1:  # gradients travel once a step; with fsdp each time, as shares
+                    wrapped.require_backward_grad_sync = micro_step + 1 == loader.micro_steps
+                with trace.part('forward'), machine.autocast(device, dtype, cache_weights):
+                    loss = wrapped(x, y)[1] * weight / loader.micro_steps
+                with trace.part('backward'):
+                    scaler.scale(loss).backward()
+                total_loss += loss.detach()
     except batches.Changed:
         break
     except (RuntimeError, MemoryError) as error:
         is_exhausted = recovery.require_exhausted(error)  # else it is raised again
     if is_exhausted:  # the step again, in smaller micro-batches; the error, which holds tensors, is gone
         loss = x = y = None
-        micro_batch = recovery.smaller_micro_batch(settings, net, micro_batch, sequences)
-        loader.seek(progress.tokens_seen, micro_batch)
+        recovery.take_smaller_micro_batches(settings, net, loader, progress.tokens_seen)
         continue
-    with record_function('optimizer'):
+    with trace.part('optimizer'), recovery.no_way_back(progress, latest):
         norm = clip_gradients(net, optimizers, scaler, grad_clip)
         update_weights(optimizers, scaler, norm)
         net.zero_grad(set_to_none=True)

@@ -197,6 +197,24 @@ def autocast(device, dtype, cache=True):
     return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype), cache_enabled=cache)
 
 
+def rounded_once(device, dtype):
+    """The context in which a card rounds a parameter once for all `autocast` contexts within it, which else
+    each begin anew: it is for as long as no parameter changes. Backward passes may stand in it: there
+    nothing is cast. On a CPU it is nothing: the copies would only stay in memory for longer."""
+    if dtype == 'float32' or not device.startswith('cuda'):
+        return nullcontext()
+    # what autocast has rounded is forgotten at the end of the outermost context, and this one casts nothing
+    return torch.autocast('cuda', enabled=False)
+
+
+def sent(x, device):
+    """x (on the CPU), on the device. To a card it goes without the host waiting: from pinned memory, after
+    what the card has to do before it."""
+    if device.startswith('cuda'):
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 # --- speed ----------------------------------------------------------------------------------------
 
 def timed(device, work):

@@ -1,7 +1,7 @@
 """torch.compile of a run's model: whether it earns the minute that it takes, and the waiting.
 
     choose(settings, net, adapter, step)        # settings['compile'] is True or False then
-    wrapped, micro_batch = compiled(net, …)     # compiled on the first batch; or as it is, with a line why
+    wrapped = compiled(net, loader, …)          # compiled on the first batch; or as it is, with a line why
 
 On a card a step is a few thousand kernels, most of which only move memory; compiled, several are one.
 On a CPU the operations are compiled already (kernels/native.cpp), and faster than what torch makes.
@@ -47,38 +47,39 @@ def expected_seconds(settings, net, step):
     return tokens * net.flops_per_token(settings['block_size']) / (USUAL_MFU * peak)
 
 
-def compiled(net, loader, settings, micro_batch, tokens_seen):
-    """(the model as torch.compile makes it, micro-batch), tried on the batch that loader has next; the
-    model itself, and a line why, where that does not work. Where the memory does not suffice the
-    micro-batch is the next smaller one."""
-    device, dtype = settings['device'], settings['dtype']
+def compiled(net, loader, settings, tokens_seen):
+    """The model as torch.compile makes it, tried on the batch that loader has next; the model itself, and a
+    line why, where that does not work. Where the memory does not suffice it is tried with smaller
+    micro-batches, the loader's then."""
     while True:
         processes.say('torch.compile: ', end='')
         start = time.perf_counter()
         error, is_exhausted = '', False
         try:
             wrapped = kernels.compiled(net)
-            x, y = loader.peek()
-            with warnings.catch_warnings(), machine.autocast(device, dtype):
-                warnings.filterwarnings('ignore', message='.*TensorFloat32.*')      # fp32 is to be exact
-                wrapped(x, y)[1].backward()
-            net.zero_grad(set_to_none=True)
+            try_out(wrapped, *loader.peek(), settings['device'], settings['dtype'])
         except Exception as caught:
             is_exhausted = recovery.is_exhausted(caught)
             error = f'{type(caught).__name__}: {caught}'
-        x = y = None
+        net.zero_grad(set_to_none=True)
         failures, exhausted = processes.summed(bool(error), is_exhausted)   # all go the same way
         if not failures:
-            seconds = time.perf_counter() - start
-            processes.say(f'{seconds:.0f} seconds, for faster steps')
-            return wrapped, micro_batch
+            processes.say(f'{time.perf_counter() - start:.0f} seconds, for faster steps')
+            return wrapped
         wrapped = None
         if not exhausted:
             recovery.release(net)
             processes.say(f'does not work here ({reason_of(error)}); going on without, more slowly')
-            return net, micro_batch
-        micro_batch = recovery.smaller_micro_batch(settings, net, micro_batch, loader.sequences, is_agreed=True)
-        loader.seek(tokens_seen, micro_batch)
+            return net
+        recovery.take_smaller_micro_batches(settings, net, loader, tokens_seen, is_agreed=True)
+
+
+def try_out(wrapped, x, y, device, dtype):
+    """Both passes through a compiled model, which compile them. x, y (B, T)."""
+    with warnings.catch_warnings(), machine.autocast(device, dtype):
+        warnings.filterwarnings('ignore', message='.*TensorFloat32.*')      # fp32 is to be exact
+        loss = wrapped(x, y)[1]
+    loss.backward()
 
 
 def reason_of(error):

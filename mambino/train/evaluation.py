@@ -3,6 +3,7 @@
 Neither touches the training: evaluation draws no random numbers, a sample draws from a generator of
 its own."""
 import math
+from contextlib import nullcontext
 
 import torch
 
@@ -15,6 +16,7 @@ from mambino.train import processes, recovery
 from mambino.train.processes import say, summed
 
 TOKENS = 4096   # at once: enough to keep a GPU busy, and without gradients less than a step of training
+UNREAD = 256    # losses that stay on the device: each that is read lets a GPU wait for the next batch
 SAMPLE = 200            # tokens of a piece of text
 
 
@@ -33,33 +35,47 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
     try:
         for part in data.parts:
             nats, targets, text_bytes = 0.0, 0, 0
+            losses = []                                     # (mean of a batch, how many targets it is of)
             own_batches = part.val_batches(at_once, block_size, eval_iters, processes.RANK, processes.WORLD)
             for x, y in processes.in_step(own_batches):     # (B, T) each
                 counted = y[y >= 0]
-                nats += nats_of(net, x, y, device, dtype)
+                losses += losses_of(net, x, y, device, dtype)
+                if len(losses) >= UNREAD:
+                    nats, losses = with_losses(nats, losses), []
                 targets += len(counted)
                 if part.token_bytes is not None:
                     text_bytes += part.token_bytes[counted.numpy()].sum()
-            sums.append(summed(nats, targets, text_bytes))
+            sums.append(summed(with_losses(nats, losses), targets, text_bytes))
     finally:
         net.train()
     return val_result(data, sums)
 
 
-def nats_of(net, x, y, device, dtype):
-    """The sum of the losses of x, y (B, T). Where the memory does not suffice for all rows at once,
-    those of its halves."""
+def losses_of(net, x, y, device, dtype):
+    """[(mean loss of x, y (B, T), on the device; how many targets)]. Where the memory does not suffice for
+    all rows at once, those of the halves."""
     try:
         with machine.autocast(device, dtype):
-            return net(x.to(device), y.to(device))[1].item() * int((y >= 0).sum())
+            loss = net(machine.sent(x, device), machine.sent(y, device))[1]
+        return [(loss, int((y >= 0).sum()))]
     except (RuntimeError, MemoryError) as error:
         recovery.require_exhausted(error)
-        if len(x) == 1 or processes.TOGETHER:           # which no process can do without the others
-            raise
-    if device.startswith('cuda'):
-        torch.cuda.empty_cache()                        # the error, which holds tensors, is gone
+    recovery.free_memory(device)                        # the error, which holds tensors, is gone
+    if len(x) == 1 or processes.TOGETHER:               # which no process can do without the others
+        fail(f'out of memory in the evaluation, with {len(x)} sequences of {x.shape[1]} tokens at once: another '
+             'program may have taken it; else halve --block_size, --n_layer or --n_embd')
     half = len(x) // 2
-    return sum(nats_of(net, *rows, device, dtype) for rows in ((x[:half], y[:half]), (x[half:], y[half:])))
+    return [loss for rows in ((x[:half], y[:half]), (x[half:], y[half:]))
+            for loss in losses_of(net, *rows, device, dtype)]
+
+
+def with_losses(nats, losses):
+    """nats and the sums that these losses are the means of, in fp64 and in their order."""
+    if not losses:
+        return nats
+    for loss, (_, targets) in zip(torch.stack([loss for loss, _ in losses]).tolist(), losses):
+        nats += loss * targets
+    return nats
 
 
 def val_result(data, sums):
@@ -88,9 +104,9 @@ def val_result(data, sums):
     return result
 
 
-def show_sample(net, tokenizer, prompt, step, seed, device):
+def show_sample(net, tokenizer, prompt, step, seed, device, dtype):
     """Prints a piece of text from the model as it is, the same for the same weights. Returns the
-    step."""
+    step. dtype: what a GPU computes in; a CPU, as in sample.py, in float32."""
     net.eval()
     ids = encode_prompt(tokenizer, prompt, 'sample_start')
     owed = b''
@@ -98,15 +114,17 @@ def show_sample(net, tokenizer, prompt, step, seed, device):
         ids, owed = healed(tokenizer, ids, prompt)
     writer = Writer(tokenizer, before=ids, owed=owed)
     generator = torch.Generator(device).manual_seed(seed)
-    read = prefill(net, ids)
-    rows = Rows(net, tokenizer.vocab_size)
-    rows.add([read], [look_ahead(net, tokenizer, read, owed)])
-    for _ in range(SAMPLE + len(owed)):
-        drawn = rows.draw(temperature=0.8, top_k=200, generator=generator)
-        writer.feed(int(drawn))
-        if writer.length == SAMPLE:
-            break
-        rows.advance(drawn)
+    precision = nullcontext() if device == 'cpu' else machine.autocast(device, dtype, cache=not processes.SHARDED)
+    with precision:
+        read = prefill(net, ids)
+        rows = Rows(net, tokenizer.vocab_size)
+        rows.add([read], [look_ahead(net, tokenizer, read, owed)])
+        for _ in range(SAMPLE + len(owed)):
+            drawn = rows.draw(temperature=0.8, top_k=200, generator=generator)
+            writer.feed(int(drawn))
+            if writer.length == SAMPLE:
+                break
+            rows.advance(drawn)
     net.train()
     say(f'--- sample at step {step}\n{prompt}{writer.text}\n---')
     return step

@@ -11,7 +11,8 @@ losses, and so the gradient, that of all targets of a step alike, however it is 
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from torch.profiler import record_function
+
+from mambino import machine
 
 
 class Loader:
@@ -37,8 +38,7 @@ class Loader:
     def next(self):
         """x, y (micro_batch, T) int64 on the device, and the weight of their loss; begins to fetch those
         that come after."""
-        with record_function('data'):
-            batch = self.coming.result()
+        batch = self.coming.result()
         self.offset += self.micro_batch
         if self.offset == self.sequences:
             self.offset = 0
@@ -55,11 +55,7 @@ class Loader:
         indices = np.arange(first, first + self.micro_batch)
         x, y = self.data.batch(indices, self.block_size, self.seed)
         weight = self.weight_of(y, step_start)
-        # pinned memory goes over while the GPU still works on the last batch
-        if self.device.startswith('cuda'):
-            x, y = x.pin_memory(), y.pin_memory()
-            return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True), weight
-        return x.to(self.device), y.to(self.device), weight
+        return machine.sent(x, self.device), machine.sent(y, self.device), weight
 
     def weight_of(self, y, step_start):
         """The share of a micro-batch's targets in those of its step, of all processes, times their

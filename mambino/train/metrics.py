@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+from contextlib import contextmanager
 
 import torch
 
@@ -260,12 +261,29 @@ class Trace:
     def __init__(self, path, steps, device_type):
         self.path, self.steps, self.on_gpu = path, steps, device_type == 'cuda'
         self.done = 0                                       # steps so far
+        self.events = []                                    # (part, its begin, its end) on a card
         self.profiler = None
         if steps:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self.on_gpu:
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
             self.profiler = torch.profiler.profile(activities=activities, record_shapes=False)
+
+    @contextmanager
+    def part(self, name):
+        """The part of a step that is computed within. A card does it later: events say when."""
+        if self.profiler is None or self.done < self.WARM_UP:
+            yield
+            return
+        with torch.profiler.record_function(name):
+            if not self.on_gpu:
+                yield
+                return
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self.events.append((name, begin, end))
 
     def step(self):
         """Counts a step that was made."""
@@ -290,18 +308,27 @@ class Trace:
             for line in self.report(profiler):
                 say(line)
 
+    def parts(self, rows):
+        """{part of a step: its time}: on a card, where a launch takes no time, that between its events."""
+        if not self.on_gpu:
+            return {name: rows[name].cpu_time_total for name in self.MARKS if name in rows}
+        times = dict.fromkeys(self.MARKS, 0.0)
+        for name, begin, end in self.events:
+            times[name] += begin.elapsed_time(end)
+        return times
+
     def report(self, profiler):
         """The shares of a step's parts, and the ten operations that take longest; the trace goes to
         a file."""
         rows = {row.key: row for row in profiler.key_averages()}
-        parts = {name: rows[name].cpu_time_total for name in self.MARKS if name in rows}
+        parts = self.parts(rows)
         total = sum(parts.values())
         shares = [f'{name} {time / total:.1%}' for name, time in parts.items()]
-        yield f'{self.steps} steps: ' + ', '.join(shares)
+        yield f'{self.steps} steps{", on the card" * self.on_gpu}: ' + ', '.join(shares)
         yield f'  {"operation":<50}  share  ms a step  calls a step'
         own_time = 'self_device_time_total' if self.on_gpu else 'self_cpu_time_total'
-        times = {name: getattr(row, own_time) for name, row in rows.items() if name not in parts}
-        total = sum(times.values())
+        times = {name: getattr(row, own_time) for name, row in rows.items() if name not in self.MARKS}
+        total = sum(times.values()) or 1
         for name in sorted(times, key=lambda name: -times[name])[:10]:
             milliseconds, calls = times[name] / 1e3 / self.steps, rows[name].count / self.steps
             yield f'  {name[:50]:<50}  {times[name] / total:5.1%}  {milliseconds:9.2f}  {calls:12.1f}'

@@ -24,6 +24,7 @@ from mambino.files import FULL
 from mambino.language_model import whole_shape
 from mambino.train import processes
 from mambino.train.processes import say, summed
+from mambino.train.recovery import checkpoint_line
 from mambino.weights import adapters, checkpoint
 
 # Settings of the call, not of the run: a checkpoint does not keep them. Who goes on by hand must
@@ -312,9 +313,6 @@ class Health:
         if self.is_good():
             return
         status.end()
-        checkpoint = 'no checkpoint was made yet'
-        if os.path.exists(latest):
-            checkpoint = f'the last good checkpoint is {latest}, of step {progress.saved}'
         fail('the loss or its gradient is not a finite number any more '
-             f'at step {progress.step}; {checkpoint}. Try a lower --learning_rate, '
+             f'at step {progress.step}; {checkpoint_line(progress, latest)}. Try a lower --learning_rate, '
              'a longer --warmup_iters, or --dtype=float32')

@@ -2,11 +2,19 @@
 
     try: …
     except (RuntimeError, MemoryError) as error:
-        recovery.require_exhausted(error)   # else it is raised again
-    micro_batch = recovery.smaller_micro_batch(settings, net, micro_batch, sequences)   # and the step again
+        recovery.require_exhausted(error)               # else it is raised again
+    recovery.take_smaller_micro_batches(settings, net, loader, progress.tokens_seen)    # and the step again
+
+    with recovery.no_way_back(progress, latest): …      # out of memory ends the program in a line
+    recovery.tell_of_a_lost_card(progress, latest)      # so does a card that fails
 """
+import atexit
 import gc
+import os
 import re
+import sys
+import threading
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +23,11 @@ from mambino.configurator import fail
 from mambino.train import processes
 
 EXHAUSTED = re.compile('out of memory|allocate memory|ALLOC_FAILED')    # CUDA, MPS, a CPU; cuBLAS
+
+
+LOST = re.compile('CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)')
+OF_PROGRAM = re.compile('device-side assert|no kernel image|invalid argument|invalid configuration|out of memory')
+LAST_WORDS = 10         # seconds that loggers have for them
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -37,12 +50,13 @@ def divisors(n):
     return sorted({*small, *(n // divisor for divisor in small)})
 
 
-def smaller_micro_batch(settings, net, micro_batch, sequences, is_agreed=False):
-    """The micro-batch to go on with where the memory did not suffice: the next smaller one that
-    divides this process's sequences; it is train.py's batch_size then, in settings, too. What the
-    step has taken is given back. Where nothing smaller can be done the program ends in a line.
-    is_agreed: all processes call it."""
+def take_smaller_micro_batches(settings, net, loader, tokens_seen, is_agreed=False):
+    """Where the memory did not suffice: loader cuts the step after so many tokens into the next smaller
+    micro-batches that divide this process's sequences; so many are train.py's batch_size then, in settings,
+    too. What the step has taken is given back. Where nothing smaller can be done the program ends in a
+    line. is_agreed: all processes call it."""
     release(net)
+    micro_batch, sequences = loader.micro_batch, loader.sequences
     # several processes cannot agree on it in the middle of a step
     if micro_batch == 1 or (processes.WORLD > 1 and not is_agreed):
         advice = 'halve --block_size, --n_layer or --n_embd'
@@ -57,16 +71,72 @@ def smaller_micro_batch(settings, net, micro_batch, sequences, is_agreed=False):
     if settings['device'] == 'cpu':
         machine.keep_no_freed_memory()
     settings['batch_size'] = smaller
-    return smaller
+    loader.seek(tokens_seen, smaller)
+
+
+@contextmanager
+def no_way_back(progress, latest):
+    """Within, out of memory ends the program in a line: what an optimizer has changed it has changed for
+    good, so the step cannot be made again. latest: the path of the run's checkpoint."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        require_exhausted(error)
+        fail(f'out of memory in the update of step {progress.step + 1}, beside which no activations are there: the '
+             "weights, their gradients and the optimizer's state alone are too much, or another program has taken "
+             f'the memory; {checkpoint_line(progress, latest)}. Halve --n_layer or --n_embd, or share the weights '
+             'among several cards with --parallel=fsdp')
+
+
+def checkpoint_line(progress, latest):
+    """Which good checkpoint there is."""
+    if os.path.exists(latest):
+        return f'the last good checkpoint is {latest}, of step {progress.saved}'
+    return 'no checkpoint was made yet'
 
 
 def release(net):
     """Gives back what a step has taken that cannot be finished. No error of it may be alive any
     more: its traceback has the step's tensors."""
     net.zero_grad(set_to_none=True)
+    free_memory(next(net.parameters()).device.type)
+
+
+def free_memory(device):
+    """Gives back what a device's allocator keeps without using it."""
     gc.collect()                        # what holds itself in a circle
-    device = next(net.parameters()).device.type
-    if device == 'cuda':
+    if device.startswith('cuda'):
         torch.cuda.empty_cache()
     elif device == 'mps':
         torch.mps.empty_cache()
+
+
+# --- a card that is gone --------------------------------------------------------------------------
+
+def is_lost(error):
+    """Whether an error tells of a card that computes no more: its driver, its power, its memory, or a bus.
+    An assertion of a kernel is a mistake of the program, whose traceback is wanted."""
+    text = str(error)
+    is_of_card = isinstance(error, getattr(torch, 'AcceleratorError', ())) or bool(LOST.search(text))
+    return is_of_card and not OF_PROGRAM.search(text)
+
+
+def tell_of_a_lost_card(progress, latest):
+    """From here on an error that nobody expects and that tells of a lost card ends the program in a line,
+    with status 2: at once, since what PyTorch does at an end may wait for that card for good."""
+    before = sys.excepthook
+
+    def tell(kind, error, traceback):
+        if not is_lost(error):
+            before(kind, error, traceback)
+            return
+        reason = str(error).strip().partition('\n')[0]
+        print(f'\nthe card failed at step {progress.step}: {reason}; {checkpoint_line(progress, latest)}. Look what '
+              'nvidia-smi says of it (and the log of the system, for lines with Xid); once it computes again, or on '
+              'another one, the same command goes on', file=sys.stderr, flush=True)
+        timer = threading.Timer(LAST_WORDS, os._exit, [2])
+        timer.daemon = True
+        timer.start()
+        atexit._run_exitfuncs()         # the loggers' last words
+        os._exit(2)
+    sys.excepthook = tell
