@@ -25,8 +25,8 @@ from mambino.configurator import fail
 DTYPES = 'float32', 'bfloat16', 'float16'
 
 # Dense FLOP/s of bf16 or fp16 matrix products that accumulate in fp32, from the makers' data sheets
-# (which like to print the sparse figure, twice that; of a GeForce it is twice that of fp32, which its
-# white paper has). T4, V100 and the 20 series know only fp16. The longer name comes first.
+# (which like to print the sparse figure, twice that; of a GeForce it is twice that of fp32, which
+# its white paper has). T4, V100 and the 20 series know only fp16. The longer name comes first.
 PEAKS = {
     'B200': 2250e12,
     'GH200': 989e12,
@@ -116,8 +116,8 @@ def own_card():
 
 
 def trouble_of(device):
-    """Why a device does not compute, in a line; '' if it does. That it is there is not enough: PyTorch may
-    have no kernels for a card, or another program hold it for itself."""
+    """Why a device does not compute, in a line; '' if it does. That it is there is not enough:
+    PyTorch may have no kernels for a card, or another program hold it for itself."""
     try:
         (torch.ones(1, device=device) + 1).item()           # which waits for it
     except (RuntimeError, AssertionError) as error:
@@ -131,8 +131,8 @@ def trouble_of(device):
 
 @lru_cache(None)
 def unseen_card():
-    """Why PyTorch does not see the card of NVIDIA that is here, in a line; '' if there is none, or it was
-    hidden on purpose."""
+    """Why PyTorch does not see the card of NVIDIA that is here, in a line; '' if there is none, or
+    it was hidden on purpose."""
     if os.environ.get('CUDA_VISIBLE_DEVICES', '0') in ('', '-1'):
         return ''
     try:
@@ -153,9 +153,9 @@ def unseen_card():
 
 
 def choose_dtype(dtype, device):
-    """'auto' → what a model computes in here: on a GPU 16 bits, bfloat16 where its hardware has it; on
-    a CPU float32, the exact one. In which a CPU trains a model sooner is measured with that model
-    (train/precision.py)."""
+    """'auto' → what a model computes in here: on a GPU 16 bits, bfloat16 where its hardware has it;
+    on a CPU float32, the exact one. In which a CPU trains a model sooner is measured with that
+    model (train/precision.py)."""
     if dtype not in ('auto', *DTYPES):
         fail(f'dtype={dtype} must be auto, {", ".join(DTYPES[:-1])} or {DTYPES[-1]}')
     if dtype != 'auto':
@@ -198,18 +198,20 @@ def autocast(device, dtype, cache=True):
 
 
 def rounded_once(device, dtype):
-    """The context in which a card rounds a parameter once for all `autocast` contexts within it, which else
-    each begin anew: it is for as long as no parameter changes. Backward passes may stand in it: there
-    nothing is cast. On a CPU it is nothing: the copies would only stay in memory for longer."""
+    """The context in which a card rounds a parameter once for all `autocast` contexts within it,
+    which else each begin anew: it is for as long as no parameter changes. Backward passes may stand
+    in it: there nothing is cast. On a CPU it is nothing: the copies would only stay in memory for
+    longer."""
     if dtype == 'float32' or not device.startswith('cuda'):
         return nullcontext()
-    # what autocast has rounded is forgotten at the end of the outermost context, and this one casts nothing
+    # what autocast has rounded is forgotten at the end of the outermost context, and this one casts
+    # nothing
     return torch.autocast('cuda', enabled=False)
 
 
 def sent(x, device):
-    """x (on the CPU), on the device. To a card it goes without the host waiting: from pinned memory, after
-    what the card has to do before it."""
+    """x (on the CPU), on the device. To a card it goes without the host waiting: from pinned
+    memory, after what the card has to do before it."""
     if device.startswith('cuda'):
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -258,8 +260,8 @@ def matmul_peak(device, dtype):
 
 
 def known_peak(device):
-    """FLOP/s of a card's 16-bit products as its data sheet has them; None of one that is not known, or
-    of which there are slower ones of the same name."""
+    """FLOP/s of a card's 16-bit products as its data sheet has them; None of one that is not known,
+    or of which there are slower ones of the same name."""
     if torch.device(device).type != 'cuda':
         return None
     name = torch.cuda.get_device_name(device)
@@ -281,8 +283,8 @@ def peak_flops(device, dtype):
 
 
 def slowdown(device, dtype):
-    """How many times slower a CPU is in this precision than in fp32: many, where it has it in software
-    alone. 1 for what is no CPU."""
+    """How many times slower a CPU is in this precision than in fp32: many, where it has it in
+    software alone. 1 for what is no CPU."""
     if device != 'cpu' or dtype == 'float32':
         return 1.0
     return peak_flops(device, 'float32') / peak_flops(device, dtype)
@@ -315,8 +317,8 @@ def processor_name():
 
 @lru_cache(None)
 def glibc():
-    """The C library of Linux, whose allocator can be told what to keep; None elsewhere (macOS, Windows,
-    musl)."""
+    """The C library of Linux, whose allocator can be told what to keep; None elsewhere (macOS,
+    Windows, musl)."""
     try:
         library = ctypes.CDLL(None)
     except (OSError, TypeError):
@@ -333,9 +335,9 @@ def give_back_memory():
 # Of the next two the one that was called last holds; both are of glibc's allocator alone.
 
 def keep_no_freed_memory():
-    """From here on blocks of 0.5 MB and more go back to the system as soon as they are freed, so that the
-    process has no more than it uses. It asks for each of them anew then, which makes training on a CPU
-    a fifth to a third slower."""
+    """From here on blocks of 0.5 MB and more go back to the system as soon as they are freed, so
+    that the process has no more than it uses. It asks for each of them anew then, which makes
+    training on a CPU a fifth to a third slower."""
     if glibc():
         glibc().mallopt(M_MMAP_THRESHOLD, 1 << 19)
         glibc().mallopt(M_TRIM_THRESHOLD, 1 << 17)
@@ -343,8 +345,8 @@ def keep_no_freed_memory():
 
 
 def keep_freed_memory():
-    """Lets this process keep what it frees for its next tensors. glibc gives it back to the system, which
-    then hands it out page by page, filled with zeros: of a training step on a CPU 2 to 5%."""
+    """Lets this process keep what it frees for its next tensors. glibc gives it back to the system,
+    which then hands it out page by page, filled with zeros: of a training step on a CPU 2 to 5%."""
     if glibc():
         glibc().mallopt(M_MMAP_THRESHOLD, 32 << 20)
         glibc().mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)

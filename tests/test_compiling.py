@@ -42,7 +42,8 @@ def test_what_cannot_be_compiled_is_told(monkeypatch, capsys, sharded, adapter, 
 
 
 def broken(error, above=0):
-    """A torch.compile whose models fail with this error where more than so many sequences come at once."""
+    """A torch.compile whose models fail with this error where more than so many sequences come at
+    once."""
     def compiled(net):
         def forward(x, y):
             if len(x) > above:

@@ -349,7 +349,7 @@ def test_an_answer_that_ended_goes_on_in_a_word(small):
 def test_samples_while_training_are_healed(capsys):
     net, tok = open_run('bpe')
     for prompt in ('et e', 'e 😀'):
-        evaluation.show_sample(net, tok, prompt, 1, 1, 'cpu')
+        evaluation.show_sample(net, tok, prompt, 1, 1, 'cpu', 'float32')
         said = capsys.readouterr().out
         assert said.startswith(f'--- sample at step 1\n{prompt}') and len(said) > 300
 

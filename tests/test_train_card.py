@@ -1,5 +1,5 @@
-"""train.py on a pretended card: what it waits for, what it does where memory does not suffice or the card is
-gone, and that it computes what the CPU does."""
+"""train.py on a pretended card: what it waits for, what it does where memory does not suffice or
+the card is gone, and that it computes what the CPU does."""
 import contextlib
 import io
 import os

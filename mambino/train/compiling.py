@@ -3,9 +3,9 @@
     choose(settings, net, adapter, step)        # settings['compile'] is True or False then
     wrapped = compiled(net, loader, …)          # compiled on the first batch; or as it is, with a line why
 
-On a card a step is a few thousand kernels, most of which only move memory; compiled, several are one.
-On a CPU the operations are compiled already (kernels/native.cpp), and faster than what torch makes.
-"""
+On a card a step is a few thousand kernels, most of which only move memory; compiled, several are
+one. On a CPU the operations are compiled already (kernels/native.cpp), and faster than what torch
+makes. """
 import re
 import time
 import warnings
@@ -26,8 +26,8 @@ REASONS = {         # of what torch says where it cannot compile
 
 
 def choose(settings, net, adapter=None, step=0):
-    """Gives train.py's setting `compile` its value, if it was left to the machine, and takes it back with
-    a word where it cannot be. step: those that the run has made."""
+    """Gives train.py's setting `compile` its value, if it was left to the machine, and takes it
+    back with a word where it cannot be. step: those that the run has made."""
     wanted = settings['compile']
     if wanted is None:
         is_worth = settings['device'].startswith('cuda') and not settings['eval_only']
@@ -48,9 +48,9 @@ def expected_seconds(settings, net, step):
 
 
 def compiled(net, loader, settings, tokens_seen):
-    """The model as torch.compile makes it, tried on the batch that loader has next; the model itself, and a
-    line why, where that does not work. Where the memory does not suffice it is tried with smaller
-    micro-batches, the loader's then."""
+    """The model as torch.compile makes it, tried on the batch that loader has next; the model
+    itself, and a line why, where that does not work. Where the memory does not suffice it is tried
+    with smaller micro-batches, the loader's then."""
     while True:
         processes.say('torch.compile: ', end='')
         start = time.perf_counter()

@@ -52,8 +52,8 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
 
 
 def losses_of(net, x, y, device, dtype):
-    """[(mean loss of x, y (B, T), on the device; how many targets)]. Where the memory does not suffice for
-    all rows at once, those of the halves."""
+    """[(mean loss of x, y (B, T), on the device; how many targets)]. Where the memory does not
+    suffice for all rows at once, those of the halves."""
     try:
         with machine.autocast(device, dtype):
             loss = net(machine.sent(x, device), machine.sent(y, device))[1]

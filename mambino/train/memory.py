@@ -10,12 +10,11 @@ One step of training is simulated, and all that it keeps is counted (counting.py
 
 A stretch (the first layer's backward, the loss, the optimizer, …) is linear in layers and
 sequences; their maximum is not. Not counted is what libraries take for themselves, some 0.3 GB for
-torch's code and data, and memory that is held but not used. Of that a CPU has much: glibc keeps what
-is freed, in holes that fit nothing larger, and the process grows to 1.2 to 1.7 times the estimate.
-Where so much is free, it may, and keeps all (machine.keep_freed_memory): that is fastest. Where it is
-not, freed blocks go back at once (machine.keep_no_freed_memory), and the estimate is what the process
-takes. On a card the budget is what is free there now, whatever it is sold as.
-"""
+torch's code and data, and memory that is held but not used. Of that a CPU has much: glibc keeps
+what is freed, in holes that fit nothing larger, and the process grows to 1.2 to 1.7 times the
+estimate. Where so much is free, it may, and keeps all (machine.keep_freed_memory): that is fastest.
+Where it is not, freed blocks go back at once (machine.keep_no_freed_memory), and the estimate is
+what the process takes. On a card the budget is what is free there now, whatever it is sold as. """
 import dataclasses
 import math
 import sys
@@ -37,7 +36,8 @@ USABLE_CPU = 0.6    # where a CPU's allocator keeps what is freed, and cannot be
 USABLE_CUDA = 0.90
 USABLE_WDDM = 0.85  # Windows lends a card memory of the CPU where its own is full: no error, but ten times slower
 KEPT = 1.7          # times the estimate that such a process may grow to
-# of what is free on a card, before a share is taken: cuBLAS's workspaces, the code of kernels; and NCCL's buffers
+# of what is free on a card, before a share is taken: cuBLAS's workspaces, the code of kernels; and
+# NCCL's buffers
 RESERVED = int(0.4 * 2**30)
 CONTEXT = int(0.5 * 2**30)      # what a process takes of a card before its first tensor: of `vram` it is not free
 RESERVED_NCCL = int(0.5 * 2**30)
@@ -185,7 +185,8 @@ def memory_line(parts, budget, batch, checkpointing, source='free'):
 
 def budget_of(vram, device):
     """(bytes, their source in a word or two) to plan for; (None, …) where nothing tells. vram: the
-    setting. A card has what is free on it now, and no more than vram says, less what libraries take."""
+    setting. A card has what is free on it now, and no more than vram says, less what libraries
+    take."""
     free = machine.available_memory(device)
     source = 'free'
     if vram != 'auto':

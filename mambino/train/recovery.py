@@ -25,8 +25,8 @@ from mambino.train import processes
 EXHAUSTED = re.compile('out of memory|allocate memory|ALLOC_FAILED')    # CUDA, MPS, a CPU; cuBLAS
 
 
-LOST = re.compile('CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)')
-OF_PROGRAM = re.compile('device-side assert|no kernel image|invalid argument|invalid configuration|out of memory')
+LOST = re.compile('CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)')
+OF_PROGRAM = re.compile('device-side assert|no kernel image|invalid (argument|conf)|out of memory')
 LAST_WORDS = 10         # seconds that loggers have for them
 
 
@@ -51,10 +51,10 @@ def divisors(n):
 
 
 def take_smaller_micro_batches(settings, net, loader, tokens_seen, is_agreed=False):
-    """Where the memory did not suffice: loader cuts the step after so many tokens into the next smaller
-    micro-batches that divide this process's sequences; so many are train.py's batch_size then, in settings,
-    too. What the step has taken is given back. Where nothing smaller can be done the program ends in a
-    line. is_agreed: all processes call it."""
+    """Where the memory did not suffice: loader cuts the step after so many tokens into the next
+    smaller micro-batches that divide this process's sequences; so many are train.py's batch_size
+    then, in settings, too. What the step has taken is given back. Where nothing smaller can be done
+    the program ends in a line. is_agreed: all processes call it."""
     release(net)
     micro_batch, sequences = loader.micro_batch, loader.sequences
     # several processes cannot agree on it in the middle of a step
@@ -76,16 +76,16 @@ def take_smaller_micro_batches(settings, net, loader, tokens_seen, is_agreed=Fal
 
 @contextmanager
 def no_way_back(progress, latest):
-    """Within, out of memory ends the program in a line: what an optimizer has changed it has changed for
-    good, so the step cannot be made again. latest: the path of the run's checkpoint."""
+    """Within, out of memory ends the program in a line: what an optimizer has changed it has
+    changed for good, so the step cannot be made again. latest: the path of the run's checkpoint."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         require_exhausted(error)
-        fail(f'out of memory in the update of step {progress.step + 1}, beside which no activations are there: the '
-             "weights, their gradients and the optimizer's state alone are too much, or another program has taken "
-             f'the memory; {checkpoint_line(progress, latest)}. Halve --n_layer or --n_embd, or share the weights '
-             'among several cards with --parallel=fsdp')
+        fail(f'out of memory in the update of step {progress.step + 1}, where no activations are: the '
+             "weights, their gradients and the optimizer's state alone are too much, or another program "
+             f'has taken the memory; {checkpoint_line(progress, latest)}. Halve --n_layer or --n_embd, or '
+             'share the weights among several cards with --parallel=fsdp')
 
 
 def checkpoint_line(progress, latest):
@@ -114,16 +114,17 @@ def free_memory(device):
 # --- a card that is gone --------------------------------------------------------------------------
 
 def is_lost(error):
-    """Whether an error tells of a card that computes no more: its driver, its power, its memory, or a bus.
-    An assertion of a kernel is a mistake of the program, whose traceback is wanted."""
+    """Whether an error tells of a card that computes no more: its driver, its power, its memory, or
+    a bus. An assertion of a kernel is a mistake of the program, whose traceback is wanted."""
     text = str(error)
     is_of_card = isinstance(error, getattr(torch, 'AcceleratorError', ())) or bool(LOST.search(text))
     return is_of_card and not OF_PROGRAM.search(text)
 
 
 def tell_of_a_lost_card(progress, latest):
-    """From here on an error that nobody expects and that tells of a lost card ends the program in a line,
-    with status 2: at once, since what PyTorch does at an end may wait for that card for good."""
+    """From here on an error that nobody expects and that tells of a lost card ends the program in a
+    line, with status 2: at once, since what PyTorch does at an end may wait for that card for
+    good."""
     before = sys.excepthook
 
     def tell(kind, error, traceback):
@@ -131,9 +132,9 @@ def tell_of_a_lost_card(progress, latest):
             before(kind, error, traceback)
             return
         reason = str(error).strip().partition('\n')[0]
-        print(f'\nthe card failed at step {progress.step}: {reason}; {checkpoint_line(progress, latest)}. Look what '
-              'nvidia-smi says of it (and the log of the system, for lines with Xid); once it computes again, or on '
-              'another one, the same command goes on', file=sys.stderr, flush=True)
+        print(f'\nthe card failed at step {progress.step}: {reason}; {checkpoint_line(progress, latest)}. '
+              'Look what nvidia-smi says of it (and the log of the system, for lines with Xid); once it '
+              'computes again, or on another one, the same command goes on', file=sys.stderr, flush=True)
         timer = threading.Timer(LAST_WORDS, os._exit, [2])
         timer.daemon = True
         timer.start()
