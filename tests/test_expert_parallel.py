@@ -1,5 +1,5 @@
-"""--expert_parallel as its user meets it: processes that share the experts train as one does, stop and go on as more
-or fewer of them, and leave what one process would have left."""
+"""--expert_parallel as its user meets it: processes that share the experts train as one does, stop
+and go on as more or fewer of them, and leave what one process would have left."""
 import os
 
 import pytest
@@ -19,8 +19,8 @@ MOE = ('--model=gpt --n_layer=2 --n_expert=4 --optimizer=muon --tokens_per_step=
 
 @pytest.fixture
 def in_float64():
-    """An expert sees few of so few tokens, and where its gradient is little more than rounding AdamW divides that by
-    its own size."""
+    """An expert sees few of so few tokens, and where its gradient is little more than rounding
+    AdamW divides that by its own size."""
     torch.set_default_dtype(torch.float64)
     yield 'torch.set_default_dtype(torch.float64)'
     torch.set_default_dtype(torch.float32)
@@ -29,8 +29,8 @@ def in_float64():
 @pytest.fixture
 def spread(here, in_float64):
     def run(*lines, n=2, world=2, before='', status=0, precision=in_float64):
-        """So many processes train, experts spread over n of them; returns what they said: [out, err] of the first,
-        and so on. status: what they end with; None: not with 0."""
+        """So many processes train, experts spread over n of them; returns what they said: [out,
+        err] of the first, and so on. status: what they end with; None: not with 0."""
         before = f'{precision}\n{before}'
         ended, said = forked(MOE, f'--expert_parallel={n}', *lines, before=before, world=world, joined=True)
         assert all(ended) if status is None else set(ended) == {status}, said
@@ -54,7 +54,8 @@ CASES = [  # processes that share the experts, all processes, flags
 
 @pytest.mark.parametrize('n, world, flags', CASES)
 def test_equals_one_process(spread, n, world, flags):
-    """With a limit, too, which counts the tokens of each process, as it does those of one's micro-batches."""
+    """With a limit, too, which counts the tokens of each process, as it does those of one's
+    micro-batches."""
     flags = f'--batch_size={8 // world} {flags} --max_iters=6 --grad_clip=0.5'
     out = spread(flags, n=n, world=world)[0]
     assert f'({world} x 1 x {8 // world} x 16)' in out and out.count('done: ') == 1
@@ -75,7 +76,8 @@ def shape_of(x):
 
 
 def test_goes_on_with_another_number_of_processes(spread, capsys):
-    """Two, then four that share the experts by twos, then one: the curve and the checkpoint are those of one."""
+    """Two, then four that share the experts by twos, then one: the curve and the checkpoint are
+    those of one."""
     flags = f'{LIMIT} --batch_size=2'
     train(MOE, flags, '--out_dir=one --max_iters=9')
     first = spread(flags, '--max_iters=3')[0]
@@ -95,7 +97,8 @@ def test_goes_on_with_another_number_of_processes(spread, capsys):
     assert os.path.getsize('out/ckpt.pt') == pytest.approx(os.path.getsize('one/ckpt.pt'), rel=0.02)
 
 
-STOPS = """
+STOPS =
+"""
 from mambino.train import progress                          # before the first step
 progress.catch_stop_signals = lambda: [signal.SIGTERM]"""
 
@@ -114,8 +117,8 @@ def test_what_is_saved_is_what_was_read(spread):
 
 
 def test_kill_samples_and_seldom_evaluation_change_nothing(spread):
-    """A run that was killed goes on bit for bit; samples, in which all take part, and evaluations disturb nothing.
-    best.pt is read like any other."""
+    """A run that was killed goes on bit for bit; samples, in which all take part, and evaluations
+    disturb nothing. best.pt is read like any other."""
     flags = f'{LIMIT} --batch_size=2 --dropout=0.1 --max_iters=6'
     spread(flags, '--out_dir=unbroken --sample_interval=4 --eval_interval=6')
     spread(flags, status=None, before="""
@@ -135,8 +138,8 @@ checkpoint.save_checkpoint = patched""")
 
 
 def test_fp16_scales_alike_everywhere(spread):
-    """A gradient that is infinite in the experts of one process alone makes all leave out the step, and halve the
-    scale."""
+    """A gradient that is infinite in the experts of one process alone makes all leave out the step,
+    and halve the scale."""
     said = spread('--dtype=float16 --max_iters=6', precision='', before="""
 from mambino.train import experts
 join = experts.join_gradients

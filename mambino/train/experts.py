@@ -1,4 +1,5 @@
-"""Experts spread over processes: each process has some of a layer's, and computes them for the tokens of others.
+"""Experts spread over processes: each process has some of a layer's, and computes them for the
+tokens of others.
 
     form_groups(2, rank=0, world=4)     # all processes call each of these
     divide(net)                         # of every MoE this process keeps its share
@@ -12,14 +13,15 @@ With --expert_parallel=2, four processes and four experts:
                 └─group─┘     └─group─┘     tokens go to their experts and come back: all-to-all
                 0 and 2, 1 and 3            have the same experts, whose gradients they add up
 
-All else is data parallel: each process has its own sequences and all other parameters. The processes of a group
-stand side by side, on one machine if it has as many, where tokens travel fastest. A limit of the experts
-(capacity_factor) counts each process's tokens by themselves, as it does without this: the same tokens are dropped.
-Then every expert has C slots for each process, so that all sizes are known beforehand. Without a limit the
-processes first tell each other how many tokens come: a GPU is waited for once a layer.
+All else is data parallel: each process has its own sequences and all other parameters. The
+processes of a group stand side by side, on one machine if it has as many, where tokens travel
+fastest. A limit of the experts (capacity_factor) counts each process's tokens by themselves, as it
+does without this: the same tokens are dropped. Then every expert has C slots for each process, so
+that all sizes are known beforehand. Without a limit the processes first tell each other how many
+tokens come: a GPU is waited for once a layer.
 
-Letters of the shapes: n tokens of a process, k experts for each, D width, E experts, e of them here, C slots, N
-processes of a group, m pairs that come here.
+Letters of the shapes: n tokens of a process, k experts for each, D width, E experts, e of them
+here, C slots, N processes of a group, m pairs that come here.
 """
 import math
 
@@ -68,8 +70,8 @@ def form_groups(n, rank, world):
 # --- the model ------------------------------------------------------------------------------------
 
 def divide(net):
-    """Of each layer's experts, whole and alike in all processes, this one keeps its own. A model whose experts
-    cannot be divided ends the program in a line."""
+    """Of each layer's experts, whole and alike in all processes, this one keeps its own. A model
+    whose experts cannot be divided ends the program in a line."""
     n_expert = getattr(net.config, 'n_expert', 0)
     if not n_expert:
         fail(f'expert_parallel={N} spreads the experts of a model, and this one has none: set --n_expert, '
@@ -87,7 +89,8 @@ def own_part(whole):
 
 
 class SpreadExperts(nn.Module):
-    """model_gpt.Experts of which e are here. Its parameters have the same names and whole_shape, that of all."""
+    """model_gpt.Experts of which e are here. Its parameters have the same names and whole_shape,
+    that of all."""
 
     def __init__(self, experts):
         super().__init__()
@@ -104,48 +107,51 @@ class SpreadExperts(nn.Module):
 
 
 def in_slots(x, pairs, gate_up, down):
-    """x (n, D) → (n k, D), zeros for what is dropped: of each process C tokens to each expert. No size depends on
-    the data."""
+    """x (n, D) → (n k, D), zeros for what is dropped: of each process C tokens to each expert. No
+    size depends on the data."""
     n, D = x.shape
     C = pairs.capacity
     E = len(pairs.counts)
     kept = pairs.rank < C                                       # (n k)
-    slot = torch.where(kept, pairs.expert * C + pairs.rank, E * C)  # one more, for all that is dropped
+    slot = torch.where(kept, pairs.expert * C + pairs.rank, E * C)  # one more, for what is dropped
     source = torch.arange(E * C + 1, device=x.device) % n       # an empty slot works for nobody
     source = source.scatter(0, slot, pairs.token)[:-1]
-    rows = Exchange.apply(x.index_select(0, source), None, None)    # (E C, D): N times e experts' slots
+    rows = Exchange.apply(x.index_select(0, source))            # (E C, D): N times e slots
     rows = rows.view(N, -1, C, D).transpose(0, 1).flatten(1, 2)     # (e, N C, D)
     gate, up = torch.bmm(rows, gate_up.mT).chunk(2, -1)         # (e, N C, I) each
     y = torch.bmm(swiglu(gate, up), down.mT)                    # (e, N C, D)
     y = y.view(-1, N, C, D).transpose(0, 1).reshape(E * C, D)
-    y = Exchange.apply(y, None, None)                           # (E C, D), as they were sent
+    y = Exchange.apply(y)                                       # (E C, D), as they were sent
     return y.index_select(0, slot.clamp(max=E * C - 1)) * kept[:, None]
 
 
 def as_many_as_come(x, pairs, gate_up, down):
     """x (n, D) → (n k, D): every token to all of its experts."""
-    ours = pairs.counts.view(N, -1)                             # (N, e) pairs for each process's experts
+    ours = pairs.counts.view(N, -1)                             # (N, e) pairs for each one's experts
     theirs = all_to_all(ours)                                   # (N, e) that each has for ours
     sent, received = torch.stack((ours.sum(1), theirs.sum(1))).tolist()
-    rows = Exchange.apply(x.index_select(0, pairs.token), sent, received)   # (m, D), by process, then expert
+    rows = x.index_select(0, pairs.token)                       # (n k, D), by process, then expert
+    rows = Exchange.apply(rows, sent, received)                 # (m, D), likewise
 
     counts = theirs.sum(0)                                      # (e)
     expert = torch.arange(len(counts), device=x.device).repeat(N)
     expert = expert.repeat_interleave(theirs.flatten(), output_size=len(rows))
     expert, order = expert.sort(stable=True)                    # (m) each
     rank = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[expert]
-    compute = experts_swiglu if len(rows) else experts_swiglu.definition    # not all kernels take nothing
-    y = compute(rows, Pairs(order, expert, rank, counts, len(rows)), gate_up, down)     # (m, D), by expert
+    pairs = Pairs(order, expert, rank, counts, len(rows))
+    # not all kernels take nothing
+    compute = experts_swiglu if len(rows) else experts_swiglu.definition
+    y = compute(rows, pairs, gate_up, down)                     # (m, D), by expert
     y = torch.empty_like(y).index_copy(0, order, y)
     return Exchange.apply(y, received, sent)
 
 
 class Exchange(torch.autograd.Function):
-    """Rows go to the processes of the group, as many to each as `sent` says, and as `received` says come from each;
-    None: equal parts. Their gradients go the other way."""
+    """Rows go to the processes of the group, as many to each as `sent` says, and as `received` says
+    come from each; None: equal parts. Their gradients go the other way."""
 
     @staticmethod
-    def forward(ctx, x, sent, received):
+    def forward(ctx, x, sent=None, received=None):
         ctx.sent, ctx.received = sent, received
         return all_to_all(x, sent, received)
 
@@ -156,10 +162,13 @@ class Exchange(torch.autograd.Function):
 
 def all_to_all(x, sent=None, received=None):
     """Rows x (·, D) or numbers (·,) for each process of the group → those from each."""
-    sending = x.cpu() if x.is_cuda and not dist.is_nccl_available() else x.contiguous()  # gloo's are a CPU's
-    out = sending.new_empty(len(x) if received is None else sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, sending, received, sent, group=GROUP)
-    return out.to(x.device)
+    x_device = x.device
+    if x.is_cuda and not dist.is_nccl_available():              # gloo exchanges a CPU's tensors
+        x = x.cpu()
+    x = x.contiguous()
+    out = x.new_empty(len(x) if received is None else sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x, received, sent, group=GROUP)
+    return out.to(x_device)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -170,8 +179,9 @@ def is_share(p):
 
 
 def join_gradients(net, scaled=False):
-    """Experts' gradients, each the sum over a group's tokens, become those of the mean of all processes' losses.
-    scaled: for fp16, whose scale must fall everywhere alike, what is infinite in one process is in all."""
+    """Experts' gradients, each the sum over a group's tokens, become those of the mean of all
+    processes' losses. scaled: for fp16, whose scale must fall everywhere alike, what is infinite in
+    one process is in all."""
     gradients = [p.grad for p in net.parameters() if is_share(p) and p.grad is not None]
     if not gradients:
         return
@@ -186,8 +196,8 @@ def join_gradients(net, scaled=False):
 
 
 def clip(net, limit):
-    """Scales the gradient down to this norm, if it is larger; returns the norm it had, over all experts of all
-    processes, each counted once."""
+    """Scales the gradient down to this norm, if it is larger; returns the norm it had, over all
+    experts of all processes, each counted once."""
     params = [p for p in net.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if not is_share(p)])
     square = torch.nn.utils.get_total_norm([p.grad for p in params if is_share(p)]).square()
@@ -200,8 +210,8 @@ def clip(net, limit):
 # --- checkpoints, which have all experts ----------------------------------------------------------
 
 def gather(state, optimizers):
-    """{'weights': {name: parameter}, 'optimizers': their states} with all experts, on the CPU of the first process,
-    one tensor after another; the other processes get None in their places."""
+    """{'weights': {name: parameter}, 'optimizers': their states} with all experts, on the CPU of
+    the first process, one tensor after another; the other processes get None in their places."""
     weights = {name: whole_of(p, p.detach()) for name, p in state['weights'].items()}
     for optimizer, saved in zip(optimizers, state['optimizers']):
         params = parameters_of(optimizer)
@@ -223,7 +233,8 @@ def whole_of(p, value):
         return None
     is_first = dist.get_rank() == 0
     whole = torch.empty(whole_shape(p), dtype=value.dtype) if is_first else None
-    dist.gather(value.cpu().contiguous(), list(whole.chunk(N)) if is_first else None, dst=0, group=GROUP)
+    parts = list(whole.chunk(N)) if is_first else None
+    dist.gather(value.cpu().contiguous(), parts, dst=0, group=GROUP)
     return whole
 
 

@@ -46,8 +46,8 @@ def orthogonalize(g, coefficients, steps, eps, dtype):
 
 
 def gram_newton_schulz(x, coefficients, steps):
-    """The same steps on x x^T alone, whose polynomials they are: x itself, which is wide, is multiplied
-    at the beginning and the end. bf16 is too coarse for that."""
+    """The same steps on x x^T alone, whose polynomials they are: x itself, which is wide, is
+    multiplied at the beginning and the end. bf16 is too coarse for that."""
     a, b, c = coefficients
     gram = x @ x.mT                                                             # (n, rows, rows)
     product = None
@@ -80,8 +80,8 @@ class Muon(torch.optim.Muon):
                 self.update(group, params, kinds, is_sharded)
 
     def update(self, group, params, kinds, is_sharded):
-        """One step of some parameters. kinds: of each its rows of each kind, or None. What is called on a GPU does
-        not grow with their number, where they are not sharded."""
+        """One step of some parameters. kinds: of each its rows of each kind, or None. What is
+        called on a GPU does not grow with their number, where they are not sharded."""
         matrices = self.momentum(group, params)
         parts = []                                  # of all, in their order: (rows, columns) each
         places = {}                                 # (rows, columns), rows <= columns → where in parts
@@ -115,7 +115,8 @@ class Muon(torch.optim.Muon):
         return [all_rows(p, update) for p, update in zip(params, updates)]
 
     def orthogonalized(self, group, parts):
-        """Matrices of one shape or its transpose, wide ones first → in this order each orthogonal and scaled."""
+        """Matrices of one shape or its transpose, wide ones first → in this order each orthogonal
+        and scaled."""
         dtype = self.dtype or (torch.float32 if parts[0].device.type == 'cpu' else torch.bfloat16)
         n_wide = sum(part.shape[0] <= part.shape[1] for part in parts)
         stacks = [torch.stack(parts[:n_wide])] if n_wide else []

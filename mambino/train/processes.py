@@ -10,8 +10,9 @@ torchrun starts the processes and tells each which one it is.
 Two ways to share the work. 'ddp': each process has all of the model, and the gradients' mean is
 taken once a step. 'fsdp', FSDP2 of torch: each keeps some rows of every parameter, of its gradient
 and its optimizer's state; a layer is put together when it is computed and forgotten thereafter. So
-no process may run the model, or read a parameter's values, without the others. With 'ddp' the experts of a model can
-be spread over processes (experts.py): then, too, none runs the model without the others.
+no process may run the model, or read a parameter's values, without the others. With 'ddp' the
+experts of a model can be spread over processes (experts.py): then, too, none runs the model without
+the others.
 """
 import atexit
 import inspect
@@ -38,7 +39,8 @@ UNSET = ('start several processes with torchrun --nproc_per_node=2 train.py; '
 
 
 def read_environment(environment):
-    """(rank, world, local rank) as torchrun tells them; what cannot be ends the program in a line."""
+    """(rank, world, local rank) as torchrun tells them; what cannot be ends the program in a
+    line."""
     numbers = {}
     for name, default in (('RANK', '0'), ('WORLD_SIZE', '1'), ('LOCAL_RANK', '0')):
         text = environment.get(name, default)
@@ -64,8 +66,8 @@ GRACE = 60                  # seconds in which processes without torchrun may st
 
 def start(device, parallel='ddp', expert_parallel=1):
     """The device of this process, of all processes joined: 'cpu', 'mps', 'cuda' or 'cuda:1'.
-    parallel: 'ddp' or 'fsdp'. expert_parallel: processes that share a layer's experts. What cannot be, and a device
-    that is not there, end the program in a line."""
+    parallel: 'ddp' or 'fsdp'. expert_parallel: processes that share a layer's experts. What cannot
+    be, and a device that is not there, end the program in a line."""
     global SHARDED, TOGETHER
     SHARDED = parallel == 'fsdp'
     TOGETHER = SHARDED or expert_parallel > 1
@@ -266,8 +268,8 @@ def shared(net, device):
 
 
 def join_gradients(net, scaled=False):
-    """After the last backward pass of a step: experts' gradients become those of all processes' tokens. scaled: as
-    fp16 has them."""
+    """After the last backward pass of a step: experts' gradients become those of all processes'
+    tokens. scaled: as fp16 has them."""
     if experts.N > 1:
         experts.join_gradients(net, scaled)
 
@@ -281,8 +283,8 @@ def clip(net, limit):
 
 
 def in_step(batches):
-    """This process's batches (x, y) of an evaluation. Where none may run the model alone as many as the others
-    have: the last may have no targets that count."""
+    """This process's batches (x, y) of an evaluation. Where none may run the model alone as many as
+    the others have: the last may have no targets that count."""
     batches = iter(batches)
     while True:
         batch = next(batches, None)
@@ -320,7 +322,8 @@ def save(path, contents, net, optimizers, in_shards=False):
 
 
 def clear(folder):
-    """Deletes a folder of shards; a link in the place of it, or of the folder it is in, goes alone."""
+    """Deletes a folder of shards; a link in the place of it, or of the folder it is in, goes
+    alone."""
     for path in (os.path.dirname(folder), folder):
         if os.path.islink(path):
             os.remove(path)
@@ -373,7 +376,8 @@ def load_weights(net, ckpt):
 
 def shares(optimizer, saved, folder):
     """A saved state of an optimizer, as it can be loaded: with fsdp, of each tensor this process's
-    share; else of experts that are spread those it has. folder: of the shards, if that is where they are."""
+    share; else of experts that are spread those it has. folder: of the shards, if that is where
+    they are."""
     if experts.N > 1:
         return experts.share(optimizer, saved)
     if not SHARDED:
