@@ -97,8 +97,7 @@ def test_goes_on_with_another_number_of_processes(spread, capsys):
     assert os.path.getsize('out/ckpt.pt') == pytest.approx(os.path.getsize('one/ckpt.pt'), rel=0.02)
 
 
-STOPS =
-"""
+STOPS = """
 from mambino.train import progress                          # before the first step
 progress.catch_stop_signals = lambda: [signal.SIGTERM]"""
 
