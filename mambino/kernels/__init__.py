@@ -1,14 +1,23 @@
-"""The models' operations, sooner: on this CPU by native.cpp (cpu.py, cpu_mamba.py), on NVIDIA by mamba-ssm
-(fused.py), flex_attention and torch.compile (cuda.py), and anywhere by PyTorch that saves memory and passes
-(anywhere.py). What the operations are stands in the models' files, marked `@fast`; nothing there depends on
-what is here.
+"""The models' operations, sooner: on this CPU by native.cpp (cpu.py, cpu_mamba.py), on NVIDIA by kernels of
+our own (triton_kernels.py), mamba-ssm (fused.py), flex_attention and torch.compile (cuda.py), and anywhere by
+PyTorch that saves memory and passes (anywhere.py). What the operations are stands in the models' files,
+marked `@fast`; nothing there depends on what is here.
 
     MAMBINO_KERNELS=0 python train.py       # the definitions alone: the same numbers, later
     MAMBINO_NATIVE=0 python train.py        # without native.cpp
 """
 import torch
 
-from mambino.kernels import anywhere, cpu, cpu_mamba, cuda, fused, native, one_token  # noqa: F401, to offer them
+from mambino.kernels import (  # noqa: F401, to offer their kernels
+    anywhere,
+    cpu,
+    cpu_mamba,
+    cuda,
+    fused,
+    native,
+    one_token,
+    triton_kernels,
+)
 from mambino.kernels.cpu import portable
 from mambino.kernels.registry import DESCRIPTIONS, ENABLED, fast, substituted
 

@@ -17,7 +17,7 @@ import os
 from contextlib import contextmanager
 
 ENABLED = os.environ.get('MAMBINO_KERNELS') != '0'
-ORDER = ('cpu', 'cpu_mamba', 'one_token', 'fused', 'cuda', 'anywhere')  # the files in which kernels stand, as asked
+ORDER = ('cpu', 'cpu_mamba', 'one_token', 'triton_kernels', 'fused', 'cuda', 'anywhere')  # files of kernels, as asked
 KERNELS = {}                            # {name of an operation: its kernels, in that order}
 DEFINITIONS = {}                        # {name of an operation: its definition}
 DESCRIPTIONS = []                       # functions: kind of device → (kernels, notes), lines on what computes there

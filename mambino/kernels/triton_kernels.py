@@ -1,0 +1,132 @@
+"""Offers the Mamba recurrences by Triton kernels of our own: triton_scan.py, triton_ssd.py.
+
+Triton comes with torch for Linux; where it is missing, nothing here applies. A kernel is tried in
+the sizes and the precision in which it is first wanted: it must run, and on a small example give
+what the definition gives in fp32, gradients too. If it does not, one line says so and others
+compute.
+"""
+import functools
+import importlib.util
+
+import torch
+
+from mambino.kernels.checked import notes, works
+from mambino.kernels.registry import DEFINITIONS, describes, kernel, substituted
+
+SCAN = "our Triton scan of Mamba-1"
+SSD = "our Triton scan of Mamba-2"
+TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.05}    # of the largest value
+
+
+@functools.cache
+def has_triton():
+    return importlib.util.find_spec('triton') is not None
+
+
+def compare(definition, compute, inputs):
+    """Raises if a kernel differs from the definition in fp32 in its results or a gradient."""
+    tolerance = TOLERANCE[inputs[0].dtype]
+    grads_of = [None, None]
+    results = []
+    for function, dtype in ((definition, torch.float32), (compute, None)):
+        leaves = [u.detach().to(dtype or u.dtype).requires_grad_() for u in inputs]
+        with substituted():
+            y, last = function(*leaves)
+        if grads_of[0] is None:
+            grads_of = [torch.randn_like(y), torch.randn_like(last)]
+        outputs = y, last
+        grads = torch.autograd.grad(outputs, leaves, [g.to(u.dtype) for g, u in zip(grads_of, outputs)])
+        results.append([y.detach(), last.detach(), *grads])
+    names = ('y', 'the last state', *(f'the gradient of input {i}' for i in range(len(inputs))))
+    for name, expected, computed in zip(names, *results):
+        error = (computed.float() - expected).abs().max() / expected.abs().max()
+        if not error <= tolerance:                              # also where it is NaN
+            raise ValueError(f'{name} differs from plain PyTorch by {error:.1e} of the largest')
+
+
+def attempt_with(make, definition, compute):
+    """What `works` tries: compare with inputs drawn by make(randn)."""
+    def attempt():
+        with torch.enable_grad(), torch.autocast('cuda', enabled=False):
+            generator = torch.Generator().manual_seed(0)
+            compare(definition, compute, make(functools.partial(torch.randn, generator=generator)))
+    return attempt
+
+
+# --- Mamba-1 --------------------------------------------------------------------------------------
+
+def scan(x, dt, dt_bias, A, B, C, D, z, state=None):
+    return torch.ops.mambino.triton_scan(x, dt, dt_bias, A, B, C, D, z, state)[:2]
+
+
+@torch.compiler.assume_constant_result
+def scan_works(kind, N, dtype):
+    """Whether the kernel of triton_scan.py works with states of N, tried once."""
+    def make(randn):
+        batch, T, E = 2, 100, 40
+        x, dt, z = randn(3, batch, T, E).to(kind, dtype)
+        B, C = randn(2, batch, T, N).to(kind, dtype)
+        dt_bias, D = randn(2, E).to(kind)
+        A = -randn(E, N).abs().to(kind) - 0.1
+        return [x, dt, dt_bias, A, B, C, D, z, randn(batch, N, E).to(kind)]
+
+    def attempt():
+        from mambino.kernels import triton_scan  # noqa: F401, makes the operation
+        attempt_with(make, DEFINITIONS['mamba1_scan'], scan)()
+    return works(SCAN, (N, dtype), attempt)
+
+
+@kernel
+def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
+    kind = x.device.type
+    if kind != 'cuda' or not has_triton() or x.dtype not in TOLERANCE or A.shape[1] > 128:
+        return NotImplemented
+    if not scan_works(kind, A.shape[1], x.dtype):
+        return NotImplemented
+    return scan(x, dt, dt_bias, A, B, C, D, z, state)
+
+
+# --- Mamba-2 --------------------------------------------------------------------------------------
+
+def ssd(xBC, dt, dt_bias, A, D, state=None, *, groups, head_dim):
+    return torch.ops.mambino.triton_ssd(xBC, dt, dt_bias, A, D, state, groups, head_dim)[:2]
+
+
+@torch.compiler.assume_constant_result
+def ssd_works(kind, head_dim, N, dtype):
+    """Whether the kernels of triton_ssd.py work with heads and states of these sizes, tried once."""
+    def make(randn):
+        batch, T, H, G = 2, 150, 6, 2
+        xBC = randn(batch, T, H * head_dim + 2 * G * N).to(kind, dtype)
+        dt = (randn(batch, T, H) - 2).to(kind, dtype)
+        dt_bias, A, D = randn(3, H).to(kind)
+        return [xBC, dt, dt_bias, -A.abs() - 0.1, D, randn(batch, H, head_dim, N).to(kind)]
+
+    def definition(xBC, dt, dt_bias, A, D, state):
+        return DEFINITIONS['mamba2_scan'](xBC, dt, dt_bias, A, D, 2, head_dim, 64, state)
+
+    def attempt():
+        from mambino.kernels import triton_ssd  # noqa: F401, makes the operation
+        attempt_with(make, definition, functools.partial(ssd, groups=2, head_dim=head_dim))()
+    return works(SSD, (head_dim, N, dtype), attempt)
+
+
+@kernel
+def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
+    kind = xBC.device.type
+    if kind != 'cuda' or not has_triton() or xBC.dtype not in TOLERANCE or xBC.shape[1] == 1:
+        return NotImplemented                                   # one token takes one step, not a chunk
+    N = (xBC.shape[-1] - dt.shape[-1] * head_dim) // (2 * groups)
+    if max(head_dim, N) > 128 or head_dim * N > 64 * 128:       # more than registers hold
+        return NotImplemented
+    if not ssd_works(kind, head_dim, N, xBC.dtype):
+        return NotImplemented
+    return ssd(xBC, dt, dt_bias, A, D, state, groups=groups, head_dim=head_dim)
+
+
+@describes
+def describe(kind):
+    if kind != 'cuda' or not has_triton():
+        return [], []
+    said = [notes[name] for name in (SCAN, SSD) if name in notes]
+    return ["Triton kernels of our own for Mamba's scans"], said

@@ -1,0 +1,68 @@
+"""Our Triton kernels in Triton's interpreter: run by test_triton.py in a process of its own, since
+TRITON_INTERPRET must be set before triton is imported.
+
+Prints a line of JSON a case: the largest deviation of each result and gradient from the
+definition's, as a share of its largest value.
+"""
+import functools
+import json
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from mambino.kernels import triton_kernels, triton_scan, triton_ssd  # noqa: E402
+from mambino.kernels.registry import DEFINITIONS, substituted  # noqa: E402
+from model_mamba import mamba1_scan, mamba2_scan  # noqa: E402, F401, to define them
+
+
+def scan_case(batch, T, E, N, state, last):
+    """As training has them: B and C beside dt in one tensor, z beside x."""
+    B, C = torch.randn(batch, T, 2 * N + 3)[..., 3:].split(N, -1)
+    inputs = [torch.randn(batch, T, E), torch.randn(batch, T, E) - 3, torch.randn(E), -torch.rand(E, N) * 8 - 0.1, B, C,
+              torch.randn(E), torch.randn(batch, T, 2 * E)[..., E:]]
+    if state:
+        inputs.append(torch.randn(batch, N, E))
+    return DEFINITIONS['mamba1_scan'], triton_kernels.scan, inputs, last
+
+
+def ssd_case(batch, T, H, P, N, G, state, last, steep=1, dtype='float32'):
+    width = H * P + 2 * G * N
+    inputs = [torch.randn(batch, T, width + 3)[..., :width], torch.randn(batch, T, H) - 2, torch.randn(H),
+              -torch.rand(H) * 8 * steep - 0.1, torch.randn(H)]
+    inputs[:2] = (u.to(getattr(torch, dtype)) for u in inputs[:2])
+    if state:
+        inputs.append(torch.randn(batch, H, P, N))
+
+    def definition(xBC, dt, dt_bias, A, D, state=None):
+        return DEFINITIONS['mamba2_scan'](xBC, dt, dt_bias, A, D, G, P, 64, state)
+    return definition, functools.partial(triton_kernels.ssd, groups=G, head_dim=P), inputs, last
+
+
+def deviations(definition, compute, inputs, last):
+    """last: whether the last state has a gradient, too."""
+    results = []
+    for function, is_kernel in ((definition, False), (compute, True)):
+        leaves = [(u if is_kernel else u.float()).detach().requires_grad_() for u in inputs]
+        with substituted():
+            outputs = function(*leaves)[:2]
+        torch.manual_seed(1)
+        grads = [torch.randn(u.shape).to(u.dtype) for u in outputs]
+        used = 2 if last else 1
+        results.append([*outputs, *torch.autograd.grad(outputs[:used], leaves, grads[:used])])
+    return [((b.float() - a).abs().max() / a.abs().max()).item() for a, b in zip(*results)]
+
+
+def main():
+    for kind, arguments, constants in json.loads(sys.argv[1]):
+        for name, value in constants.items():
+            setattr(triton_scan if kind == 'scan' else triton_ssd, name, value)
+        torch.manual_seed(0)
+        case = scan_case if kind == 'scan' else ssd_case
+        print(json.dumps(deviations(*case(**arguments))), flush=True)
+
+
+if __name__ == '__main__':
+    main()
