@@ -19,12 +19,11 @@ def run(recorder, device, out_dir):
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     references = {}
-    for dtype in TOLERANCE:
-        for name in models.SMALL_MODELS:
-            label = f'{name}, {dtype}'
-            with recorder.item(label, 3) as wanted:
-                if wanted:
-                    check(recorder, label, name, dtype, device, references)
+    for dtype, name in models.quick_first(TOLERANCE):
+        label = f'{name}, {dtype}'
+        with recorder.item(label, 3) as wanted:
+            if wanted:
+                check(recorder, label, name, dtype, device, references)
 
 
 def check(recorder, label, name, dtype, device, references):

@@ -12,31 +12,40 @@ from mambino.bench.gpu import models
 from mambino.kernels.registry import DEFINITIONS, KERNELS
 
 TOLERANCE = dict(float32=1e-4, bfloat16=2e-2)
+WINDOWS = [     # T and head size, the most telling first: each is compiled
+    (1024, 64), (128, 32), (2048, 128), (256, 64), (128, 64), (1024, 32), (256, 32), (2048, 64), (1024, 128),
+    (256, 128), (128, 128), (2048, 32)]
+COMPILING = 25  # seconds that one may take
 
 
 def run(recorder, device, out_dir):
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    for dtype in TOLERANCE:
-        for operation in sorted(KERNELS):
-            for kernel in KERNELS[operation]:
-                where = kernel.__module__.rpartition('.')[2]
-                if where in ('cpu', 'cpu_mamba') or operation not in EXAMPLES:
-                    continue
-                label = f'{operation} of {where}.py, {dtype}'
-                with recorder.item(label, 3) as wanted:
-                    if wanted:
-                        check_kernel(recorder, label, operation, kernel, getattr(torch, dtype), device)
-    for T in (128, 256, 1024, 2048):
-        for P in (32, 64, 128):
-            label = f'attention in a window: T {T}, heads of {P}'
-            with recorder.item(label, 5) as wanted:
-                if wanted:
-                    check_window(recorder, label, T, P, device)
+    for dtype, operation, kernel in kernels_to_check():
+        label = f'{operation} of {file_of(kernel)}.py, {dtype}'
+        with recorder.item(label, 3) as wanted:
+            if wanted:
+                check_kernel(recorder, label, operation, kernel, getattr(torch, dtype), device)
     with recorder.item('ssd, dt A to -50', 3):
         check_long_steps(recorder, 'ssd, dt A to -50', device)
     with recorder.item('packages', 5):
         check_kernels_of_others(recorder, 'packages', device)
+    for T, P in WINDOWS:
+        label = f'attention in a window: T {T}, heads of {P}'
+        with recorder.item(label, COMPILING if device.startswith('cuda') else 1) as wanted:
+            if wanted:
+                check_window(recorder, label, T, P, device)
+
+
+def kernels_to_check():
+    """(dtype, operation, kernel) of all that are not for CPUs alone; those that compile last."""
+    each = [(dtype, operation, kernel) for dtype in TOLERANCE for operation in sorted(EXAMPLES)
+            for kernel in KERNELS.get(operation, ()) if file_of(kernel) not in ('cpu', 'cpu_mamba')]
+    return sorted(each, key=lambda row: file_of(row[2]) == 'cuda')
+
+
+def file_of(kernel):
+    return kernel.__module__.rpartition('.')[2]
 
 
 # --- examples of each operation: tensors that have gradients, others, and arguments -----------------
@@ -138,7 +147,7 @@ def report(recorder, label, names, computed, expected, tolerance):
 
 def kernel_in(file, operation):
     """The kernel of an operation that stands in a file of mambino/kernels; None if there is none."""
-    return next((k for k in KERNELS.get(operation, ()) if k.__module__.endswith('.' + file)), None)
+    return next((k for k in KERNELS.get(operation, ()) if file_of(k) == file), None)
 
 
 def check_window(recorder, label, T, P, device):
@@ -169,8 +178,8 @@ def check_long_steps(recorder, label, device):
     for kernel in KERNELS['ssd']:
         computed = results_of(kernel, leaves, {})
         if computed is not NotImplemented:
-            where = kernel.__module__.rpartition('.')[2]
-            report(recorder, f'{label}, {where}.py', ['y', 'x', 'dt', 'A', 'B', 'C'], computed, expected, 1e-4)
+            names = ['y', 'x', 'dt', 'A', 'B', 'C']
+            report(recorder, f'{label}, {file_of(kernel)}.py', names, computed, expected, 1e-4)
 
 
 def recurrence(x, dt, A, B, C):

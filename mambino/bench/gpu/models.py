@@ -20,6 +20,7 @@ SMALL_MODELS = {    # name: kind, and what it has beside SMALL
     'hybrid, parallel': ('hybrid', ATTENDS | dict(window=32, ssm_head_dim=32, layout='parallel')),
     'hybrid, plain': ('hybrid', ATTENDS | dict(window=0, ssm_head_dim=32, gate=False, branch_norm=False)),
 }
+COMPILED = ('gpt, window', 'hybrid', 'hybrid, parallel', 'mamba-1')  # a card may compile for them, which takes a while
 LARGE = dict(vocab_size=16384, block_size=1024)
 LARGE_MODELS = {
     'gpt': ('gpt', LARGE | dict(n_layer=20, n_embd=1024, n_head=16, qk_norm=True)),
@@ -30,6 +31,12 @@ MIDDLE_MODELS = {   # of some 50M parameters, for generation
     'mamba': ('mamba', LARGE | dict(n_layer=24, n_embd=512)),
     'hybrid': ('hybrid', LARGE | dict(n_layer=9, n_embd=512, n_head=8)),
 }
+
+
+def quick_first(dtypes):
+    """(dtype, name) of each small model in each of these, those that make a card compile last."""
+    quick = [name for name in SMALL_MODELS if name not in COMPILED]
+    return [(dtype, name) for names in (quick, COMPILED) for dtype in dtypes for name in names]
 
 
 def small_model(name, seed=0):

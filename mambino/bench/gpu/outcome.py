@@ -1,8 +1,8 @@
 """Results of the parts: lines for the screen while they come, report.json and report.md at the end.
 
 A result is a dict: part, name, passed (True, False; None of a figure that nothing is asked of), text,
-and `figures`, {name: number}, from which tables are made. A process of a part writes them with a
-Recorder, one line of JSON each; Results reads them.
+`figures`, {name: number}, from which tables are made, and `at`, the second of its part. A
+process of a part writes them with a Recorder, one line of JSON each; Results reads them.
 """
 import json
 import os
@@ -22,10 +22,14 @@ class Recorder:
         self.part = part
         self.path = path
         self.end = end
+        self.begun = time.monotonic()
+        self.at = 'its beginning'       # the item that is under way
 
     def add(self, name, text, passed=None, **figures):
+        row = dict(part=self.part, name=name, passed=passed, text=text, figures=figures,
+                   at=round(time.monotonic() - self.begun, 1))
         with open(self.path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(dict(part=self.part, name=name, passed=passed, text=text, figures=figures)) + '\n')
+            f.write(json.dumps(row) + '\n')
 
     def seconds_left(self):
         return self.end - time.monotonic()
@@ -38,6 +42,7 @@ class Recorder:
             self.add(name, f'left out: {max(0, self.seconds_left()):.0f} s left, takes about {seconds}')
             yield False
             return
+        self.at = name
         try:
             yield True
         except Exception as error:      # whatever a card, a driver or a compiler may come up with
@@ -62,7 +67,8 @@ class Results:
 
     def add(self, row):
         self.rows.append(row)
-        print(f'{MARKS[row["passed"]]:<6} {row["part"]:<11} {row["name"]}: {row["text"]}', flush=True)
+        at = f'{row["at"]:4.0f} s' if 'at' in row else ''
+        print(f'{MARKS[row["passed"]]:<6} {row["part"]:<11} {at:>6} {row["name"]}: {row["text"]}', flush=True)
 
     def leave_out(self, part, why):
         self.add(dict(part=part.name, name='left out', passed=None, text=f'{part.what}; {why}', figures={}))

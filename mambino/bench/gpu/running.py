@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from mambino.bench.gpu import outcome
+from mambino.bench.gpu import outcome, part
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 POLL = 0.2          # seconds
@@ -19,14 +19,14 @@ def command_line(device):
     return shlex.join(['python', '-m', 'mambino.bench.gpu', *sys.argv[1:]])
 
 
-def run_part(part, seconds, device, out_dir, results):
+def run_part(each, seconds, device, out_dir, results):
     """Runs a part, adds what it finds to `results` as it comes, and one more line if it failed."""
-    records, log = (os.path.join(os.path.abspath(out_dir), f'{part.name}.{ending}') for ending in ('jsonl', 'log'))
+    records, log = (os.path.join(os.path.abspath(out_dir), f'{each.name}.{ending}') for ending in ('jsonl', 'log'))
     if os.path.exists(records):
         os.remove(records)
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, [ROOT, os.environ.get('PYTHONPATH')]))}
     environment.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(os.path.abspath(out_dir), 'inductor'))
-    command = [sys.executable, '-m', 'mambino.bench.gpu.part', part.name, part.module, device, f'{seconds:.0f}',
+    command = [sys.executable, '-m', 'mambino.bench.gpu.part', each.name, each.module, device, f'{seconds:.0f}',
                os.path.abspath(out_dir)]
     begun = time.monotonic()
     seen = 0
@@ -41,12 +41,12 @@ def run_part(part, seconds, device, out_dir, results):
     finally:
         end_session(process)
     read_new(records, seen, results)
-    results.seconds[part.name] = time.monotonic() - begun
-    if is_late or process.returncode:
+    results.seconds[each.name] = time.monotonic() - begun
+    if is_late or process.returncode not in (0, part.LATE):
         why = f'stopped after {seconds:.0f} s' if is_late else f'ended with status {process.returncode}'
         with open(log, encoding='utf-8', errors='replace') as f:
             tail = outcome.last_lines(f.readlines()[-40:])
-        results.add(dict(part=part.name, name='the part itself', passed=False, text=f'{why}: {tail}', figures={}))
+        results.add(dict(part=each.name, name='the part itself', passed=False, text=f'{why}: {tail}', figures={}))
 
 
 def read_new(path, seen, results):

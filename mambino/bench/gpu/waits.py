@@ -10,12 +10,11 @@ WARM_UP = 2         # steps in which things are made once: masks, moments, compi
 
 
 def run(recorder, device, out_dir):
-    for dtype in ('bfloat16', 'float32'):
-        for name in models.SMALL_MODELS:
-            label = f'{name}, {dtype}'
-            with recorder.item(label, 2) as wanted:
-                if wanted:
-                    check(recorder, label, name, dtype, device)
+    for dtype, name in models.quick_first(('bfloat16', 'float32')):
+        label = f'{name}, {dtype}'
+        with recorder.item(label, 2) as wanted:
+            if wanted:
+                check(recorder, label, name, dtype, device)
 
 
 def check(recorder, label, name, dtype, device):
