@@ -1,4 +1,5 @@
-"""The first hour on a card: its parts on a CPU, what it does with one that fails or hangs, its reports."""
+"""The first hour on a card: its parts on a CPU, what it does with one that fails or hangs, its
+reports."""
 import json
 import os
 import subprocess
@@ -90,7 +91,8 @@ def test_reports(tmp_path, capsys):
 
 
 def test_few_minutes_leave_out_the_last_parts(tmp_path, monkeypatch, capsys):
-    """Each part here takes all the time it may: the most telling ones fill the minutes, none runs longer."""
+    """Each part here takes all the time it may: the most telling ones fill the minutes, none runs
+    longer."""
     clock, runs = [0.0], []
 
     def run_part(each, seconds, device, out_dir, results):
@@ -113,7 +115,8 @@ def test_few_minutes_leave_out_the_last_parts(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_of_one_part(tmp_path):
-    command = [sys.executable, '-m', 'mambino.bench.gpu', '--device=cpu', '--parts=machine', f'--out_dir={tmp_path}']
+    command = [sys.executable, '-m', 'mambino.bench.gpu', '--device=cpu', '--parts=machine',
+               f'--out_dir={tmp_path}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     rows = json.loads((tmp_path / 'report.json').read_text())['results']
     assert {'torch', 'card', 'gcc', 'kernels', 'copies'} <= {row['name'] for row in rows}

@@ -15,7 +15,8 @@ half = torch.bfloat16
 
 def fused(function, *inputs, merged=False):
     from torch._inductor.decomposition import select_decomp_table
-    graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode='fake')(*inputs)
+    graph = make_fx(function, decomposition_table=select_decomp_table(),
+                    tracing_mode='fake')(*inputs)
     return fusion.Fused(graph, 'forward', merged).ops
 
 
@@ -85,7 +86,8 @@ def test_products_that_are_added_up_merge():
 
 
 def test_kernels_that_wait_for_each_other_do_not_join():
-    """relu(a) goes into a product whose result is added to it: one kernel could not be before and after."""
+    """relu(a) goes into a product whose result is added to it: one kernel could not be before and
+    after."""
     def work(a, w):
         b = torch.relu(a)
         return b + b @ w
@@ -102,13 +104,15 @@ def test_eager_counts_what_pytorch_launches():
         torch.zeros(8)
         a.view(-1)
     assert [(op.name, op.bytes, op.flops) for op in counter.ops] == [
-        ('_to_copy', 32 * 1024 * 6, 0), ('mm', 2 * (64 * 1024 + 32 * 1024 + 64 * 32), 2 * 64 * 1024 * 32),
+        ('_to_copy', 32 * 1024 * 6, 0), ('mm', 2 * (64 * 1024 + 32 * 1024 + 64 * 32),
+                                         2 * 64 * 1024 * 32),
         ('zeros', 32, 0)]
 
 
 @pytest.mark.parametrize('name', ['gpt', 'mamba-2'])
 def test_flops_are_those_of_mfu(name):
-    """Eager and compiled multiply as much as flops_per_token says; only small tiles are counted otherwise."""
+    """Eager and compiled multiply as much as flops_per_token says; only small tiles are counted
+    otherwise."""
     kind, config = models.SMALL_MODELS[name]
     config = models.SMALL | config
     net = checkpoint.build(kind, config)
@@ -119,7 +123,8 @@ def test_flops_are_those_of_mfu(name):
     ways.append(fusion.Fused(forward, 'forward').ops + fusion.Fused(backward, 'backward').ops)
     for ops in ways:
         assert sum(op.flops for op in ops if op.numbers != 'small tiles') == 6 * matrices * 2 * 64
-        assert sum(op.flops for op in ops) == pytest.approx(net.flops_per_token(64) * 2 * 64, rel=0.1)
+        assert sum(op.flops for op in ops) == pytest.approx(net.flops_per_token(64) * 2 * 64,
+                                                            rel=0.1)
     assert all_bytes(ways[1]) < 0.7 * all_bytes(ways[0])
 
 
@@ -127,12 +132,14 @@ def test_seconds_are_the_larger_of_bytes_and_flops():
     card = cards.Card('x', 8, half=100e12, full=10e12, double=1e12, bandwidth=1e12, small_tiles=0.5)
     assert cards.seconds_of(Op('forward', 'a', 8.5e9), card) == pytest.approx(0.01)
     assert cards.seconds_of(Op('forward', 'a', 0, 75e10), card) == pytest.approx(0.01)
-    assert cards.seconds_of(Op('forward', 'a', 0, 75e10, 'small tiles'), card) == pytest.approx(0.015)
+    assert cards.seconds_of(Op('forward', 'a', 0, 75e10, 'small tiles'),
+                            card) == pytest.approx(0.015)
     assert cards.seconds_of(Op('forward', 'a', 4), card) == cards.KERNEL
 
 
 def test_steps_and_their_table(tmp_path, monkeypatch, capsys):
-    """Measures one after another, then each left out; the update is shared by a step's micro-steps."""
+    """Measures one after another, then each left out; the update is shared by a step's
+    micro-steps."""
     ops = {1: [Op('forward', 'a', 1e9)], 2: [Op('forward', 'a', 1e9), Op('forward', 'b', 2e9)]}
     monkeypatch.setattr(account, 'ops_of', lambda kind, n_layer, B, measures: ops[n_layer])
     step = account.step_of('gpt', cards.CARDS[2], {'compile'})

@@ -10,9 +10,9 @@
     parts, one after another, each a process of its own with a limit of time
         └─► lines on the screen ─► out_dir/report.json, report.md (for docs/measured.md)
 
-A part that fails, hangs or is killed is a line of the report; the next one begins. Its process writes
-each result the moment it has it, so that what a part knew before it died is kept. The log of a part is
-out_dir/NAME.log. Compiled kernels are kept in out_dir/inductor: a second run is shorter.
+A part that fails, hangs or is killed is a line of the report; the next one begins. Its process
+writes each result the moment it has it, so that what a part knew before it died is kept. The log of
+a part is out_dir/NAME.log. Compiled kernels are kept in out_dir/inductor: a second run is shorter.
 
 Exit status: 0 if all that was checked is right, 1 if something is not.
 """

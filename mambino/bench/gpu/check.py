@@ -1,9 +1,9 @@
 """The part `check`: each kind of model on the card against the CPU: loss, every gradient, and the
 logits of single steps, by the model and by decode.step (`planned`).
 
-In fp32 (TF32 off) they may differ by 1e-4 of the largest. In 16 bits the CPU's fp32 is the reference,
-and 2e-2 of the largest are allowed, or, where rounding alone makes more, twice what the CPU's own
-16 bits differ from its fp32."""
+In fp32 (TF32 off) they may differ by 1e-4 of the largest. In 16 bits the CPU's fp32 is the
+reference, and 2e-2 of the largest are allowed, or, where rounding alone makes more, twice what the
+CPU's own 16 bits differ from its fp32."""
 import torch
 
 from mambino import machine
@@ -54,7 +54,8 @@ def compute(name, dtype, device):
     with machine.autocast(device, dtype):
         loss = net(idx[:, :-1], idx[:, 1:])[1]
     (loss * (128 if dtype == 'float16' else 1)).backward()
-    gradients = {p: tensor.grad / (128 if dtype == 'float16' else 1) for p, tensor in net.named_parameters()}
+    gradients = {p: tensor.grad / (128 if dtype == 'float16' else 1) for p,
+                 tensor in net.named_parameters()}
     net.eval()
     steps = logits_of(type(net).step, net, idx, device, dtype)
     planned = logits_of(decode.step, net, idx, device, dtype)
@@ -63,8 +64,8 @@ def compute(name, dtype, device):
 
 @torch.no_grad()
 def logits_of(step, net, idx, device, dtype):
-    """Those after a prompt and after each of some tokens, by net.step or by decode.step, which on a card
-    has CUDA graphs. (STEPS + 1, B, V)."""
+    """Those after a prompt and after each of some tokens, by net.step or by decode.step, which on a
+    card has CUDA graphs. (STEPS + 1, B, V)."""
     logits = []
     with machine.autocast(device, dtype):
         out, state = step(net, idx[:, :PROMPT])

@@ -1,5 +1,6 @@
-"""The part `generate`: how many tokens a second are written, one sequence and 16, and how fast a prompt is
-read; by the models' own step and by mambino.sample.decode; and by transformers' generate."""
+"""The part `generate`: how many tokens a second are written, one sequence and 16, and how fast a
+prompt is read; by the models' own step and by mambino.sample.decode; and by transformers'
+generate."""
 import time
 
 import torch
@@ -17,7 +18,7 @@ def run(recorder, device, out_dir):
     is_cuda = device.startswith('cuda')
     for kind, (kind_of, config) in models.MIDDLE_MODELS.items():
         if not is_cuda:
-            config = config | dict(n_layer=1, n_embd=64, vocab_size=256) | ({} if kind == 'mamba' else dict(n_head=2))
+            config = config | models.tiny(kind) | dict(vocab_size=256)
         net = models.on_device(kind_of, config, device).eval()
         for B in BATCHES:
             label = f'{kind}, {B} at once'
@@ -75,11 +76,13 @@ def measure_reading(recorder, label, net, T, device):
         with torch.no_grad(), machine.autocast(device, dtype):
             decode.step(net, idx, None, True)
     seconds = speed.seconds_of(read, device, least=0.5)
-    recorder.add(label, f'{T / seconds:,.0f} tokens/s ({seconds * 1e3:.1f} ms)', tokens_per_second=T / seconds)
+    recorder.add(label, f'{T / seconds:,.0f} tokens/s ({seconds * 1e3:.1f} ms)',
+                 tokens_per_second=T / seconds)
 
 
 def measure_lengths(recorder, label, net, device):
-    """A prompt of a new length must not make anything be compiled anew: the longest of ten is no second."""
+    """A prompt of a new length must not make anything be compiled anew: the longest of ten is no
+    second."""
     dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
     spent = []
     with torch.no_grad(), machine.autocast(device, dtype):
@@ -98,14 +101,15 @@ def measure_transformers(recorder, device):
     is_cuda = device.startswith('cuda')
     config = models.MIDDLE_MODELS['gpt'][1]
     if not is_cuda:
-        config = config | dict(n_layer=1, n_embd=64, vocab_size=256, n_head=2)
+        config = config | models.tiny('gpt') | dict(vocab_size=256)
     net = speed.llama(config, device).eval()
     if is_cuda:
         net = net.to(torch.bfloat16)
     new = NEW if is_cuda else 4
     for B in BATCHES:
         idx = models.tokens(B, 32, config['vocab_size'], device)
-        arguments = dict(attention_mask=torch.ones_like(idx), do_sample=False, pad_token_id=0, eos_token_id=None)
+        arguments = dict(attention_mask=torch.ones_like(idx), do_sample=False, pad_token_id=0,
+                         eos_token_id=None)
         net.generate(idx, max_new_tokens=4, **arguments)
         models.synchronize(device)
         begun = time.perf_counter()

@@ -1,5 +1,5 @@
-"""The part `kernels`: every kernel that is offered to an operation against the operation's definition,
-values and gradients; and single ones in the sizes where they could go wrong.
+"""The part `kernels`: every kernel that is offered to an operation against the operation's
+definition, values and gradients; and single ones in the sizes where they could go wrong.
 
 The definition computes in fp64 where it can, else in fp32, on the same device without TF32."""
 import inspect
@@ -13,7 +13,8 @@ from mambino.kernels.registry import DEFINITIONS, KERNELS
 
 TOLERANCE = dict(float32=1e-4, bfloat16=2e-2)
 WINDOWS = [     # T and head size, the most telling first: each is compiled
-    (1024, 64), (128, 32), (2048, 128), (256, 64), (128, 64), (1024, 32), (256, 32), (2048, 64), (1024, 128),
+    (1024, 64), (128, 32), (2048, 128), (256, 64), (128, 64), (1024, 32), (256, 32), (2048, 64),
+    (1024, 128),
     (256, 128), (128, 128), (2048, 32)]
 COMPILING = 25  # seconds that one may take
 
@@ -48,7 +49,7 @@ def file_of(kernel):
     return kernel.__module__.rpartition('.')[2]
 
 
-# --- examples of each operation: tensors that have gradients, others, and arguments -----------------
+# --- examples of each operation: tensors that have gradients, others, and arguments ---------------
 
 def normal(*shape, scale=1.0):
     return torch.randn(shape) * scale
@@ -66,7 +67,8 @@ def scan_inputs():
 
 def mamba1_inputs():
     E, N, T = 64, 16, 96
-    return [normal(2, T, E), normal(2, T, E), normal(E) - 3, -torch.rand(E, N) * 8 - 0.1, normal(2, T, N),
+    return [normal(2, T, E), normal(2, T, E), normal(E) - 3, -torch.rand(E, N) * 8 - 0.1,
+            normal(2, T, N),
             normal(2, T, N), normal(E), normal(2, T, E)], {}
 
 
@@ -78,13 +80,15 @@ def ssd_inputs():
 
 def mamba2_inputs():
     H, P, G, N, T = 4, 64, 1, 128, 200
-    return [normal(2, T, H * P + 2 * G * N, scale=0.5), normal(2, T, H), normal(H) - 3, -torch.rand(H) * 15 - 1,
+    return [normal(2, T, H * P + 2 * G * N, scale=0.5), normal(2, T, H), normal(H) - 3,
+            -torch.rand(H) * 15 - 1,
             normal(H)], dict(groups=G, head_dim=P)
 
 
 EXAMPLES = {        # inputs whose gradients are compared, and other arguments
     'rms_norm': lambda: ([normal(64, 512), normal(512)], dict(eps=1e-5)),
-    'gated_rms_norm': lambda: ([normal(2, 64, 512), normal(2, 64, 512), normal(512)], dict(eps=1e-5, groups=2)),
+    'gated_rms_norm': lambda: ([normal(2, 64, 512), normal(2, 64, 512), normal(512)],
+                               dict(eps=1e-5, groups=2)),
     'swiglu': lambda: ([normal(2, 64, 512), normal(2, 64, 512)], {}),
     'causal_conv1d': lambda: ([normal(2, 200, 192), normal(192, 1, 4), normal(192)], {}),
     'linear_cross_entropy': lambda: ([normal(2, 512, 128), normal(2048, 128, scale=0.1)],
@@ -103,7 +107,8 @@ IN_FP32 = {
 
 def leaves_of(operation, inputs, dtype, device):
     kept = IN_FP32.get(operation, ())
-    return [u.to(device).to(torch.float32 if i in kept else dtype).requires_grad_() for i, u in enumerate(inputs)]
+    return [u.to(device).to(torch.float32 if i in kept else dtype).requires_grad_() for i,
+            u in enumerate(inputs)]
 
 
 def results_of(compute, leaves, arguments):
@@ -115,13 +120,15 @@ def results_of(compute, leaves, arguments):
     y = result[0] if isinstance(result, tuple) else result
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device)
     gradients = torch.autograd.grad((y.float() * weights).sum(), leaves, allow_unused=True)
-    return [y.detach(), *(torch.zeros_like(u) if g is None else g for u, g in zip(leaves, gradients))]
+    return [y.detach(), *(torch.zeros_like(u) if g is None else g for u,
+                          g in zip(leaves, gradients))]
 
 
 def check_kernel(recorder, label, operation, kernel, dtype, device):
     torch.manual_seed(0)
     inputs, arguments = EXAMPLES[operation]()
-    arguments = {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
+    arguments = {name: value.to(device) if torch.is_tensor(value) else value for name,
+                 value in arguments.items()}
     dtype_name = str(dtype).removeprefix('torch.')
     with machine.autocast(device, dtype_name):
         leaves = leaves_of(operation, inputs, dtype, device)
@@ -143,10 +150,11 @@ def report(recorder, label, names, computed, expected, tolerance):
     recorder.add(label, f'{text}; at most {tolerance:.0e}', passed=worst <= tolerance, worst=worst)
 
 
-# --- single ones ------------------------------------------------------------------------------------
+# --- single ones ----------------------------------------------------------------------------------
 
 def kernel_in(file, operation):
-    """The kernel of an operation that stands in a file of mambino/kernels; None if there is none."""
+    """The kernel of an operation that stands in a file of mambino/kernels; None if there is
+    none."""
     return next((k for k in KERNELS.get(operation, ()) if file_of(k) == file), None)
 
 
@@ -170,7 +178,8 @@ def check_long_steps(recorder, label, device):
     torch.manual_seed(0)
     H, P, G, N, T = 4, 32, 1, 32, 256
     dt = torch.rand(2, T, H) ** 4
-    inputs = [normal(2, T, H, P), dt, -torch.tensor([1.0, 8, 20, 50]), normal(2, T, G, N, scale=0.3),
+    inputs = [normal(2, T, H, P), dt, -torch.tensor([1.0, 8, 20, 50]),
+              normal(2, T, G, N, scale=0.3),
               normal(2, T, G, N, scale=0.3)]
     leaves = [u.to(device).requires_grad_() for u in inputs]
     exact = [u.to(device, torch.float64).requires_grad_() for u in inputs]
@@ -196,6 +205,7 @@ def recurrence(x, dt, A, B, C):
 
 
 def check_kernels_of_others(recorder, label, device):
-    """Kernels of mamba-ssm and other packages are tried by the project itself: what it says of them."""
+    """Kernels of mamba-ssm and other packages are tried by the project itself: what it says of
+    them."""
     line = kernels.describe_kernels(torch.device(device).type)
     recorder.add(label, line, passed=False if 'not work' in line or 'other numbers' in line else None)

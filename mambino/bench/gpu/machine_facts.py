@@ -28,7 +28,8 @@ def run(recorder, device, out_dir):
         else:
             add('card', f'none: {machine.machine_name(device)}')
     with recorder.item('driver'):
-        add('driver', first_line('nvidia-smi', '--query-gpu=driver_version,clocks.max.sm,power.limit',
+        add('driver', first_line('nvidia-smi',
+                                 '--query-gpu=driver_version,clocks.max.sm,power.limit',
                                  '--format=csv,noheader'))
     add('gcc', first_line('gcc', '--version'))
     for package in PACKAGES:
@@ -71,8 +72,8 @@ def seconds_of(work, device, repeat):
 
 
 def measure_products(recorder, device):
-    """bf16 products of a size that keeps a card busy; of the sheet's peak 60% are expected, or the card
-    is shared, throttled or not what it says."""
+    """bf16 products of a size that keeps a card busy; of the sheet's peak 60% are expected, or the
+    card is shared, throttled or not what it says."""
     n = 8192 if device.startswith('cuda') else 512
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16).unbind()
     seconds = seconds_of(lambda: a @ b, device, 10)
@@ -81,7 +82,8 @@ def measure_products(recorder, device):
         peak = machine.peak_flops(device, 'bfloat16')
     passed = flops >= 0.6 * peak if device.startswith('cuda') else None
     recorder.add('matrix products', f'{n} x {n} in bf16: {flops / 1e12:.1f} TFLOP/s, {flops / peak:.0%} of the '
-                 f'{peak / 1e12:.0f} that MFU counts against', passed=passed, flops=flops, peak=peak)
+                 f'{peak / 1e12:.0f} that MFU counts against', passed=passed, flops=flops,
+                 peak=peak)
 
 
 def measure_copies(recorder, device):
@@ -89,4 +91,5 @@ def measure_copies(recorder, device):
     source = torch.ones(n, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = seconds_of(lambda: target.copy_(source), device, 5)
-    recorder.add('copies', f'{2 * n / seconds / 1e9:,.0f} GB/s, read and written', bandwidth=2 * n / seconds)
+    recorder.add('copies', f'{2 * n / seconds / 1e9:,.0f} GB/s, read and written',
+                 bandwidth=2 * n / seconds)

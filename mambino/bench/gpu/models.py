@@ -18,7 +18,8 @@ SMALL_MODELS = {    # name: kind, and what it has beside SMALL
     'mamba-1': ('mamba', dict(version=1)),
     'hybrid': ('hybrid', ATTENDS | dict(window=32, ssm_head_dim=32)),
     'hybrid, parallel': ('hybrid', ATTENDS | dict(window=32, ssm_head_dim=32, layout='parallel')),
-    'hybrid, plain': ('hybrid', ATTENDS | dict(window=0, ssm_head_dim=32, gate=False, branch_norm=False)),
+    'hybrid, plain': ('hybrid', ATTENDS | dict(window=0, ssm_head_dim=32, gate=False,
+                                               branch_norm=False)),
 }
 COMPILED = ('gpt, window', 'hybrid', 'hybrid, parallel', 'mamba-1')  # a card may compile for them, which takes a while
 LARGE = dict(vocab_size=16384, block_size=1024)
@@ -37,6 +38,11 @@ def quick_first(dtypes):
     """(dtype, name) of each small model in each of these, those that make a card compile last."""
     quick = [name for name in SMALL_MODELS if name not in COMPILED]
     return [(dtype, name) for names in (quick, COMPILED) for dtype in dtypes for name in names]
+
+
+def tiny(kind):
+    """Sizes for a CPU, where only the work of a part is tried out."""
+    return dict(n_layer=1, n_embd=64) | ({} if kind == 'mamba' else dict(n_head=2))
 
 
 def small_model(name, seed=0):

@@ -17,7 +17,8 @@ class Part:
 PARTS = (
     Part('machine', 'machine_facts', 10, 60, 'card, versions, speed of products and copies, which kernels'),
     Part('check', 'check', 20, 150, 'each kind of model against the CPU: loss, gradients, single steps'),
-    Part('kernels', 'kernel_checks', 20, 150, 'each kernel against the definition of its operation'),
+    Part('kernels', 'kernel_checks', 20, 150,
+         'each kernel against the definition of its operation'),
     Part('waits', 'waits', 15, 60, 'whether a training step waits for the card'),
     Part('memory', 'profiles', 20, 180, 'the recipes for 8 to 48 GB: the peak against the estimate'),
     Part('exhausted', 'exhaustion', 20, 70, 'out of memory in a run: it goes on, with the same losses'),

@@ -1,7 +1,7 @@
 """Results of the parts: lines for the screen while they come, report.json and report.md at the end.
 
-A result is a dict: part, name, passed (True, False; None of a figure that nothing is asked of), text,
-`figures`, {name: number}, from which tables are made, and `at`, the second of its part. A
+A result is a dict: part, name, passed (True, False; None of a figure that nothing is asked of),
+text, `figures`, {name: number}, from which tables are made, and `at`, the second of its part. A
 process of a part writes them with a Recorder, one line of JSON each; Results reads them.
 """
 import json
@@ -15,8 +15,8 @@ KEPT_LINES = 4      # of a traceback
 
 
 class Recorder:
-    """What a part's process tells of its work. path: of a file of lines; end: time.monotonic() of its
-    end, past which it should not begin anything."""
+    """What a part's process tells of its work. path: of a file of lines; end: time.monotonic() of
+    its end, past which it should not begin anything."""
 
     def __init__(self, part, path, end):
         self.part = part
@@ -36,8 +36,9 @@ class Recorder:
 
     @contextmanager
     def item(self, name, seconds=0):
-        """One check or measurement of a part: its failure is a result, and the part goes on. seconds: that
-        it takes; it is left out where fewer are left, which its body sees as False."""
+        """One check or measurement of a part: its failure is a result, and the part goes on.
+        seconds: that it takes; it is left out where fewer are left, which its body sees as
+        False."""
         if self.seconds_left() < seconds:
             self.add(name, f'left out: {max(0, self.seconds_left()):.0f} s left, takes about {seconds}')
             yield False
@@ -50,7 +51,8 @@ class Recorder:
 
 
 def last_lines(lines, n=KEPT_LINES):
-    """The last of these lines that are not empty, in one: of a traceback they say what went wrong."""
+    """The last of these lines that are not empty, in one: of a traceback they say what went
+    wrong."""
     rows = [row.strip() for row in ''.join(lines).splitlines() if row.strip()]
     return ' | '.join(row[:300] for row in rows[-n:])
 
@@ -68,18 +70,20 @@ class Results:
     def add(self, row):
         self.rows.append(row)
         at = f'{row["at"]:4.0f} s' if 'at' in row else ''
-        print(f'{MARKS[row["passed"]]:<6} {row["part"]:<11} {at:>6} {row["name"]}: {row["text"]}', flush=True)
+        print(f'{MARKS[row["passed"]]:<6} {row["part"]:<11} {at:>6} {row["name"]}: {row["text"]}',
+              flush=True)
 
     def leave_out(self, part, why):
-        self.add(dict(part=part.name, name='left out', passed=None, text=f'{part.what}; {why}', figures={}))
+        self.add(dict(part=part.name, name='left out', passed=None, text=f'{part.what}; {why}',
+                      figures={}))
 
     def machine(self):
         """What the part `machine` found: {name: text}."""
         return {row['name']: row['text'] for row in self.rows if row['part'] == 'machine'}
 
     def write(self):
-        report = dict(command=self.command, begun=time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(self.begun)),
-                      seconds=self.seconds, results=self.rows)
+        begun = time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(self.begun))
+        report = dict(command=self.command, begun=begun, seconds=self.seconds, results=self.rows)
         write_whole(os.path.join(self.out_dir, 'report.json'), json.dumps(report, indent=1) + '\n')
         write_whole(os.path.join(self.out_dir, 'report.md'), self.markdown())
 

@@ -19,7 +19,8 @@ def main(name, module, device, seconds, out_dir):
     from mambino.bench.gpu.outcome import Recorder
     recorder = Recorder(name, os.path.join(out_dir, f'{name}.jsonl'), begun + float(seconds))
     faulthandler.dump_traceback_later(float(seconds))       # into the log, should the thread not come to it
-    threading.Thread(target=end_in_time, args=(recorder, threading.get_ident()), daemon=True).start()
+    threading.Thread(target=end_in_time, args=(recorder, threading.get_ident()),
+                     daemon=True).start()
     if device.startswith('cuda:'):
         import torch
         torch.cuda.set_device(device)

@@ -1,5 +1,5 @@
-"""The part `processes`: several processes train the same as one. With two cards by NCCL, DDP and FSDP; with
-one card NCCL in a group of one, since it takes no two processes of one card."""
+"""The part `processes`: several processes train the same as one. With two cards by NCCL, DDP and
+FSDP; with one card NCCL in a group of one, since it takes no two processes of one card."""
 import os
 import socket
 import sys
@@ -9,9 +9,10 @@ import torch
 from mambino.bench.gpu import models, runs
 
 STEPS = 20
-SETTINGS = dict(model='gpt', n_layer=2, n_embd=128, n_head=4, block_size=64, batch_size=4, tokens_per_step=1024,
-                optimizer='adamw', learning_rate=1e-3, warmup_iters=2, dtype='float32', eval_interval=1000,
-                max_iters=STEPS)
+SETTINGS = dict(
+    model='gpt', n_layer=2, n_embd=128, n_head=4, block_size=64, batch_size=4, tokens_per_step=1024,
+    optimizer='adamw', learning_rate=1e-3, warmup_iters=2, dtype='float32', eval_interval=1000,
+    max_iters=STEPS)
 
 
 def run(recorder, device, out_dir):
@@ -35,7 +36,8 @@ def check_group_of_one(recorder, device, is_cuda):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    dist.init_process_group('cpu:gloo,cuda:nccl' if is_cuda else 'gloo', init_method=f'tcp://127.0.0.1:{port}',
+    dist.init_process_group('cpu:gloo,cuda:nccl' if is_cuda else 'gloo',
+                            init_method=f'tcp://127.0.0.1:{port}',
                             rank=0, world_size=1)
     losses = {}
     try:
@@ -58,17 +60,22 @@ def check_group_of_one(recorder, device, is_cuda):
                 training.update()
     finally:
         dist.destroy_process_group()
-    worst = max(abs(a - b) for name in ('ddp', 'fsdp') for a, b in zip(losses[name], losses['alone']))
-    recorder.add('a group of one, ddp and fsdp', f'five losses differ from those without by {worst:.1e} at most',
+    alone = losses.pop('alone')
+    worst = max(abs(a - b) for each in losses.values() for a, b in zip(each, alone))
+    recorder.add('a group of one, ddp and fsdp',
+                 f'five losses differ from those without by {worst:.1e} at most',
                  passed=worst <= 1e-3)
 
 
 def check_two(recorder, scratch, dataset, device):
-    one = runs.Run(os.path.join(scratch, 'one'), dataset, device, SETTINGS).start().finish(recorder.seconds_left())
+    one = runs.Run(os.path.join(scratch, 'one'), dataset, device,
+                   SETTINGS).start().finish(recorder.seconds_left())
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     for parallel in ('ddp', 'fsdp'):
-        two = runs.Run(os.path.join(scratch, parallel), dataset, device, SETTINGS | dict(parallel=parallel),
+        two = runs.Run(os.path.join(scratch, parallel), dataset, device,
+                       SETTINGS | dict(parallel=parallel),
                        launcher=launcher).start().finish(recorder.seconds_left())
         difference = runs.largest_difference(two.losses(), one.losses(), range(1, STEPS + 1))
-        recorder.add(f'two processes, {parallel}', f'{STEPS} losses differ from one process\'s by {difference} at most',
+        recorder.add(f'two processes, {parallel}',
+                     f'{STEPS} losses differ from one process\'s by {difference} at most',
                      passed=difference is not None and difference <= 1e-3)

@@ -1,5 +1,6 @@
-"""The part `memory`: the recipes for cards of 8 to 48 GB, planned as train.py plans them, and some steps
-with no more memory than such a card has free: what the allocator took at most, beside the estimate."""
+"""The part `memory`: the recipes for cards of 8 to 48 GB, planned as train.py plans them, and some
+steps with no more memory than such a card has free: what the allocator took at most, beside the
+estimate."""
 import ast
 import os
 import runpy
@@ -70,14 +71,15 @@ def measure(recorder, label, kind, gigabytes, device):
         torch.cuda.set_per_process_memory_fraction(limit / total, torch.cuda.current_device())
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        config |= dict(n_layer=1, n_embd=64, n_head=2) if kind != 'mamba' else dict(n_layer=1, n_embd=64)
+        config |= models.tiny(kind)
         settings |= dict(block_size=64, tokens_per_step=128, size='')
         config['block_size'] = 64
     net = models.on_device(kind, config, device)
     micro_batch, line = memory.choose_micro_batch(settings, net)
     T = settings['block_size']
     checkpointing = settings['gradient_checkpointing']
-    estimated = memory.estimate(kind, checkpoint.config_of(net), micro_batch, T, torch.device(device).type,
+    estimated = memory.estimate(kind, checkpoint.config_of(net), micro_batch, T,
+                                torch.device(device).type,
                                 settings['dtype'], settings['optimizer'], checkpointing)['total']
     net.gradient_checkpointing = checkpointing
     training = models.Training(net, device, settings['dtype'], micro_batch, T)
@@ -95,7 +97,8 @@ def measure(recorder, label, kind, gigabytes, device):
         recorder.add(
             label, f'{micro_batch} x {T}{" with checkpointing" if checkpointing else ""}: peak {peak / 2**30:.2f} GiB, '
             f'{peak / estimated:.2f} of the estimate {estimated / 2**30:.2f}; reserved {reserved / 2**30:.2f} of '
-            f'{limit / 2**30:.2f} that such a card has free', passed=abs(peak / estimated - 1) <= TOLERANCE,
+            f'{limit / 2**30:.2f} that such a card has free',
+            passed=abs(peak / estimated - 1) <= TOLERANCE,
             peak=peak, reserved=reserved, estimate=estimated, limit=limit, micro_batch=micro_batch)
     except torch.OutOfMemoryError as error:
         message = str(error).partition('. GPU')[0]

@@ -1,8 +1,8 @@
-"""The part `resume`: train.py whole. Its losses on the card in bf16 beside a CPU's in fp32; a run that
-gets SIGTERM in the middle goes on and ends as one that was not stopped."""
+"""The part `resume`: train.py whole. Its losses on the card in bf16 beside a CPU's in fp32; a run
+that gets SIGTERM in the middle goes on and ends as one that was not stopped."""
 import os
 
-from mambino.bench.gpu import runs
+from mambino.bench.gpu import models, runs
 
 COMPARED = 20       # steps beside a CPU's
 MODELS = {'gpt': dict(n_layer=6, n_embd=384, n_head=6), 'mamba': dict(n_layer=6, n_embd=512)}   # of some 10M
@@ -13,10 +13,12 @@ def run(recorder, device, out_dir):
     dataset = runs.make_dataset(os.path.join(scratch, 'data'))
     is_cuda = device.startswith('cuda')
     for kind, sizes in MODELS.items():
-        sizes = sizes if is_cuda else dict(n_layer=1, n_embd=64) | ({} if kind == 'mamba' else dict(n_head=2))
+        sizes = sizes if is_cuda else models.tiny(kind)
         settings = dict(
-            model=kind, block_size=256 if is_cuda else 32, batch_size=8, tokens_per_step=2048 if is_cuda else 256,
-            optimizer='adamw', learning_rate=1e-3, warmup_iters=10, lr_decay_iters=200, eval_interval=100, **sizes)
+            model=kind, block_size=256 if is_cuda else 32, batch_size=8,
+            tokens_per_step=2048 if is_cuda else 256,
+            optimizer='adamw', learning_rate=1e-3, warmup_iters=10, lr_decay_iters=200,
+            eval_interval=100, **sizes)
         with recorder.item(f'{kind}, stopped and resumed', 25) as wanted:
             if wanted:
                 check(recorder, kind, scratch, dataset, device, settings, is_cuda)
@@ -44,5 +46,6 @@ def check(recorder, kind, scratch, dataset, device, settings, is_cuda):
                  f'{whole.losses().get(steps)}', passed=passed)
     cpu.finish(left())
     difference = runs.largest_difference(whole.losses(), cpu.losses(), range(1, COMPARED + 1))
-    recorder.add(f'{kind}, {dtype} beside a CPU in fp32', f'the first {COMPARED} losses differ by {difference} at most',
+    recorder.add(f'{kind}, {dtype} beside a CPU in fp32',
+                 f'the first {COMPARED} losses differ by {difference} at most',
                  passed=difference is not None and difference <= 0.01)

@@ -21,17 +21,21 @@ def command_line(device):
 
 def run_part(each, seconds, device, out_dir, results):
     """Runs a part, adds what it finds to `results` as it comes, and one more line if it failed."""
-    records, log = (os.path.join(os.path.abspath(out_dir), f'{each.name}.{ending}') for ending in ('jsonl', 'log'))
+    records, log = (os.path.join(os.path.abspath(out_dir),
+                                 f'{each.name}.{ending}') for ending in ('jsonl', 'log'))
     if os.path.exists(records):
         os.remove(records)
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, [ROOT, os.environ.get('PYTHONPATH')]))}
-    environment.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(os.path.abspath(out_dir), 'inductor'))
-    command = [sys.executable, '-m', 'mambino.bench.gpu.part', each.name, each.module, device, f'{seconds:.0f}',
+    environment.setdefault('TORCHINDUCTOR_CACHE_DIR',
+                           os.path.join(os.path.abspath(out_dir), 'inductor'))
+    command = [sys.executable, '-m', 'mambino.bench.gpu.part', each.name, each.module, device,
+               f'{seconds:.0f}',
                os.path.abspath(out_dir)]
     begun = time.monotonic()
     seen = 0
     with open(log, 'w', encoding='utf-8') as f:
-        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT,
+                                   stdin=subprocess.DEVNULL,
                                    env=environment, cwd=ROOT, start_new_session=True)
     try:
         while process.poll() is None and time.monotonic() - begun < seconds + GRACE:
@@ -46,7 +50,8 @@ def run_part(each, seconds, device, out_dir, results):
         why = f'stopped after {seconds:.0f} s' if is_late else f'ended with status {process.returncode}'
         with open(log, encoding='utf-8', errors='replace') as f:
             tail = outcome.last_lines(f.readlines()[-40:])
-        results.add(dict(part=each.name, name='the part itself', passed=False, text=f'{why}: {tail}', figures={}))
+        results.add(dict(part=each.name, name='the part itself', passed=False,
+                         text=f'{why}: {tail}', figures={}))
 
 
 def read_new(path, seen, results):

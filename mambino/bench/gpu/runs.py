@@ -1,4 +1,5 @@
-"""Runs of train.py on tokens made here: what the parts `exhausted`, `resume` and `processes` start."""
+"""Runs of train.py on tokens made here: what the parts `exhausted`, `resume` and `processes`
+start."""
 import json
 import os
 import signal
@@ -17,8 +18,8 @@ LIMITED = ('import runpy, sys, torch; torch.cuda.set_per_process_memory_fraction
 
 
 def make_dataset(folder, tokens=1 << 20):
-    """A dataset of bare files in which the next token mostly follows from the last, so that there is
-    something to learn; returns its folder."""
+    """A dataset of bare files in which the next token mostly follows from the last, so that there
+    is something to learn; returns its folder."""
     os.makedirs(folder, exist_ok=True)
     random = np.random.default_rng(0)
     follower = random.permutation(VOCABULARY)
@@ -36,21 +37,26 @@ class Run:
 
     def __init__(self, out_dir, dataset, device, settings, share=None, launcher=None):
         self.out_dir = out_dir
-        named = dict(out_dir=out_dir, dataset=dataset, vocab_size=VOCABULARY, device=device, log_interval=1,
+        named = dict(out_dir=out_dir, dataset=dataset, vocab_size=VOCABULARY, device=device,
+                     log_interval=1,
                      eval_iters=8, compile=False, **settings)
-        start = launcher or ([sys.executable, '-c', LIMITED, str(share)] if share else [sys.executable])
-        self.command = [*start, os.path.join(ROOT, 'train.py'), *(f'--{name}={value}' for name, value in named.items())]
+        start = launcher or ([sys.executable, '-c', LIMITED,
+                              str(share)] if share else [sys.executable])
+        self.command = [*start, os.path.join(ROOT, 'train.py'),
+                        *(f'--{name}={value}' for name, value in named.items())]
 
     def start(self):
         os.makedirs(self.out_dir, exist_ok=True)
         with open(self.out_dir + '.log', 'a', encoding='utf-8') as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT,
-                                            stdin=subprocess.DEVNULL, cwd=os.path.dirname(self.out_dir),
+                                            stdin=subprocess.DEVNULL,
+                                            cwd=os.path.dirname(self.out_dir),
                                             env=os.environ | {'PYTHONPATH': ROOT})
         return self
 
     def finish(self, seconds):
-        """Waits for its end; RuntimeError, with what it printed last, if it failed or is not done."""
+        """Waits for its end; RuntimeError, with what it printed last, if it failed or is not
+        done."""
         try:
             status = self.process.wait(max(1, seconds))
         except subprocess.TimeoutExpired:
@@ -64,7 +70,9 @@ class Run:
     def stop_at(self, step, seconds):
         """SIGTERM when this step is in its log; returns the exit status."""
         end = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < end and max(self.losses(), default=0) < step:
+        def is_early():
+            return time.monotonic() < end and max(self.losses(), default=0) < step
+        while self.process.poll() is None and is_early():
             time.sleep(0.05)
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
@@ -84,6 +92,7 @@ class Run:
 
 
 def largest_difference(a, b, steps):
-    """Of two runs' losses, as a share, over these steps that both have; None if there is no such step."""
+    """Of two runs' losses, as a share, over these steps that both have; None if there is no such
+    step."""
     both = [step for step in steps if step in a and step in b]
     return max((abs(a[step] / b[step] - 1) for step in both), default=None)

@@ -1,5 +1,5 @@
-"""The part `sanitizer`: compute-sanitizer's memcheck over a step of the smallest models, where it is
-installed."""
+"""The part `sanitizer`: compute-sanitizer's memcheck over a step of the smallest models, where it
+is installed."""
 import os
 import shutil
 import subprocess
@@ -20,8 +20,10 @@ def run(recorder, device, out_dir):
     for name in ('gpt', 'mamba-2'):
         with recorder.item(name, 20) as wanted:
             if wanted:
-                done = subprocess.run([tool, '--tool', 'memcheck', '--error-exitcode', '9', sys.executable, '-c',
-                                       STEP.format(name=name)], capture_output=True, text=True, cwd=ROOT,
+                done = subprocess.run([tool, '--tool', 'memcheck', '--error-exitcode', '9',
+                                       sys.executable, '-c',
+                                       STEP.format(name=name)], capture_output=True, text=True,
+                                      cwd=ROOT,
                                       timeout=recorder.seconds_left())
                 last = [line for line in done.stdout.splitlines() if 'ERROR SUMMARY' in line]
                 recorder.add(name, (last or [done.stderr[-200:]])[-1], passed=done.returncode == 0)

@@ -1,8 +1,9 @@
-"""The parts `speed_gpt` and `speed_mamba`: micro-steps of a full-sized model in bf16: tokens/s, MFU, peak
-memory, the kernels that take most time; eager and compiled; and a peer of the same shape beside them.
+"""The parts `speed_gpt` and `speed_mamba`: micro-steps of a full-sized model in bf16: tokens/s,
+MFU, peak memory, the kernels that take most time; eager and compiled; and a peer of the same shape
+beside them.
 
-MFU counts model.flops_per_token against the sheet's peak of the card (machine.PEAKS). A micro-step is
-forward and backward; a step of 131,072 tokens adds one update of the weights."""
+MFU counts model.flops_per_token against the sheet's peak of the card (machine.PEAKS). A micro-step
+is forward and backward; a step of 131,072 tokens adds one update of the weights."""
 import contextlib
 import gc
 import time
@@ -26,7 +27,8 @@ def run(recorder, device, out_dir):
         sizes, batches, T = dict(n_layer=1, n_embd=64, vocab_size=256), (1, 2), 32
     else:
         sizes, batches, T = {}, (8, 16, 32), 1024
-    {'speed_gpt': run_gpt, 'speed_mamba': run_mamba}[recorder.part](recorder, device, sizes, batches, T)
+    measure_all = {'speed_gpt': run_gpt, 'speed_mamba': run_mamba}[recorder.part]
+    measure_all(recorder, device, sizes, batches, T)
 
 
 def run_gpt(recorder, device, sizes, batches, T):
@@ -35,13 +37,17 @@ def run_gpt(recorder, device, sizes, batches, T):
     first = batches[0]
     compile_seconds = 60 if device.startswith('cuda') else 1
     measure(recorder, 'eager', kind, config, device, first, T, profiled=True)
-    measure(recorder, 'compiled', kind, config, device, first, T, compiled=True, seconds=compile_seconds, profiled=True)
-    peer(recorder, 'transformers Llama, compiled', config, device, first, T, compiled=True, seconds=compile_seconds)
-    measure(recorder, 'compiled', kind, config, device, batches[-1], T, compiled=True, seconds=compile_seconds)
+    measure(recorder, 'compiled', kind, config, device, first, T, compiled=True,
+            seconds=compile_seconds, profiled=True)
+    peer(recorder, 'transformers Llama, compiled', config, device, first, T, compiled=True,
+         seconds=compile_seconds)
+    measure(recorder, 'compiled', kind, config, device, batches[-1], T, compiled=True,
+            seconds=compile_seconds)
     measure(recorder, 'eager', kind, config, device, batches[-1], T)
     peer(recorder, 'transformers Llama, eager', config, device, first, T)
     for B in batches[1:-1]:
-        measure(recorder, 'compiled', kind, config, device, B, T, compiled=True, seconds=compile_seconds)
+        measure(recorder, 'compiled', kind, config, device, B, T, compiled=True,
+                seconds=compile_seconds)
 
 
 def run_mamba(recorder, device, sizes, batches, T):
@@ -52,13 +58,16 @@ def run_mamba(recorder, device, sizes, batches, T):
     first = batches[0]
     measure(recorder, 'eager', kind, config, device, first, T, profiled=True)
     name = f'compiled, {few["n_layer"]} layers'
-    measure(recorder, name, kind, few, device, first, T, compiled=True, seconds=compile_seconds, profiled=True)
+    measure(recorder, name, kind, few, device, first, T, compiled=True, seconds=compile_seconds,
+            profiled=True)
     measure(recorder, 'eager, PyTorch alone', kind, config, device, first, T, without=OWN)
-    measure(recorder, f'{name}, PyTorch alone', kind, few, device, first, T, compiled=True, seconds=compile_seconds,
+    measure(recorder, f'{name}, PyTorch alone', kind, few, device, first, T, compiled=True,
+            seconds=compile_seconds,
             without=OWN)
     for B in batches[1:]:
         measure(recorder, 'eager', kind, config, device, B, T)
-    measure(recorder, 'compiled', kind, config, device, first, T, compiled=True, seconds=2 * compile_seconds)
+    measure(recorder, 'compiled', kind, config, device, first, T, compiled=True,
+            seconds=2 * compile_seconds)
 
 
 @contextlib.contextmanager
@@ -76,7 +85,8 @@ def without_kernels(*files):
         KERNELS.update(before)
 
 
-def measure(recorder, name, kind, config, device, B, T, compiled=False, seconds=10, profiled=False, without=()):
+def measure(recorder, name, kind, config, device, B, T, compiled=False, seconds=10, profiled=False,
+            without=()):
     """One configuration: a line of what it makes."""
     label = f'{name}, {B} x {T}'
     with recorder.item(label, seconds) as wanted, without_kernels(*without):
@@ -89,7 +99,8 @@ def measure(recorder, name, kind, config, device, B, T, compiled=False, seconds=
         forward = kernels.compiled(net) if compiled else net
         training = models.Training(net, device, 'bfloat16', B, T, forward)
         try:
-            time_steps(recorder, label, training, device, B * T, net.flops_per_token(T), net.num_params())
+            time_steps(recorder, label, training, device, B * T, net.flops_per_token(T),
+                       net.num_params())
         except torch.OutOfMemoryError:
             recorder.add(label, 'more than the card has')
             return
@@ -114,7 +125,8 @@ def time_steps(recorder, label, training, device, tokens, flops, parameters):
         label, f'{parameters / 1e6:.0f}M: micro-step {micro * 1e3:.1f} ms, {tokens / micro:,.0f} tokens/s, MFU '
         f'{flops * tokens / micro / peak:.1%}; with the update ({update * 1e3:.1f} ms, every {micro_steps}) MFU '
         f'{flops * tokens * micro_steps / step / peak:.1%}; peak {memory / 2**30:.2f} GiB; first step '
-        f'{first_seconds:.0f} s', micro_seconds=micro, update_seconds=update, tokens_per_second=tokens / micro,
+        f'{first_seconds:.0f} s', micro_seconds=micro, update_seconds=update,
+        tokens_per_second=tokens / micro,
         mfu=flops * tokens / micro / peak, memory=memory, parameters=parameters)
 
 
@@ -153,11 +165,12 @@ def top_kernels(work, device):
             if row.device_type == torch.autograd.DeviceType.CUDA]    # not PyTorch's operations around them
     total = sum(microseconds for _, microseconds, _ in rows) or 1
     rows.sort(key=lambda row: -row[1])
-    named = ', '.join(f'{name[:60]} {microseconds / total:.0%} ({count})' for name, microseconds, count in rows[:TOP])
+    named = ', '.join(f'{name[:60]} {microseconds / total:.0%} ({count})' for name, microseconds,
+                      count in rows[:TOP])
     return f'{total / 1e3:.1f} ms of {sum(count for *_, count in rows):,} kernels: {named}'
 
 
-# --- a peer -----------------------------------------------------------------------------------------
+# --- a peer ---------------------------------------------------------------------------------------
 
 class Peer(models.Training):
     """A model of transformers instead of ours."""
@@ -176,7 +189,8 @@ class Peer(models.Training):
 
 
 def peer(recorder, label, config, device, B, T, compiled=False, seconds=15):
-    """transformers' Llama of the same shape, with the loss over all its logits, as its users train it."""
+    """transformers' Llama of the same shape, with the loss over all its logits, as its users train
+    it."""
     label = f'{label}, {B} x {T}'
     with recorder.item(label, seconds) as wanted:
         if not wanted:
@@ -186,7 +200,8 @@ def peer(recorder, label, config, device, B, T, compiled=False, seconds=15):
         idx = models.tokens(B, T, config['vocab_size'], device)
         training = Peer(net, device, 'bfloat16', idx, torch.compile(net) if compiled else net)
         flops = models.on_device('gpt', config, 'meta').flops_per_token(T)  # its products are those of our GPT
-        time_steps(recorder, label, training, device, B * T, flops, sum(p.numel() for p in net.parameters()))
+        time_steps(recorder, label, training, device, B * T, flops,
+                   sum(p.numel() for p in net.parameters()))
 
 
 def llama(config, device):
@@ -196,8 +211,11 @@ def llama(config, device):
     from model_gpt import GPTConfig
     filled = GPTConfig(**config)
     llama_config = LlamaConfig(
-        vocab_size=filled.vocab_size, hidden_size=filled.n_embd, intermediate_size=filled.intermediate_size,
-        num_hidden_layers=filled.n_layer, num_attention_heads=filled.n_head, num_key_value_heads=filled.n_kv_head,
-        max_position_embeddings=filled.block_size, tie_word_embeddings=True, attn_implementation='sdpa')
+        vocab_size=filled.vocab_size, hidden_size=filled.n_embd,
+        intermediate_size=filled.intermediate_size,
+        num_hidden_layers=filled.n_layer, num_attention_heads=filled.n_head,
+        num_key_value_heads=filled.n_kv_head,
+        max_position_embeddings=filled.block_size, tie_word_embeddings=True,
+        attn_implementation='sdpa')
     with torch.device(device):
         return LlamaForCausalLM(llama_config).train()

@@ -1,4 +1,5 @@
-"""The part `waits`: a training step enqueues its work and goes on; nothing in it may wait for the card.
+"""The part `waits`: a training step enqueues its work and goes on; nothing in it may wait for the
+card.
 
 torch.cuda.set_sync_debug_mode('error') makes each wait an error, with its place."""
 import torch

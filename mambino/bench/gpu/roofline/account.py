@@ -1,4 +1,5 @@
-"""A training step of a full-sized model on a card: what each measure brings, by counted bytes and FLOPs.
+"""A training step of a full-sized model on a card: what each measure brings, by counted bytes and
+FLOPs.
 
     step_of('gpt', card, {'compile', 'batch'})      # seconds, tokens/s, MFU
 
@@ -78,7 +79,8 @@ def step_of(kind, card, measures):
     launches = whole_model(lambda op: 1)
     host = launches * (cards.LAUNCH_COMPILED if compiled else cards.LAUNCH_EAGER)
     micro = max(whole_model(lambda op: cards.seconds_of(op, card)), host)
-    each = cards.seconds_of(Op('update', 'gradients', ACCUMULATE * parameters), card) if compiled else 0
+    gradients = ACCUMULATE * parameters * compiled          # eager they are counted already
+    each = cards.seconds_of(Op('update', 'gradients', gradients), card)
     once = (UPDATE + CLIP + CAST * ('weights' in measures)) * parameters
     whole = micro_steps * micro + (micro_steps - 1) * each + cards.seconds_of(Op('update', 'weights', once), card)
     flops = net.flops_per_token(T) * TOKENS

@@ -1,6 +1,8 @@
-"""Cards, and how long an operation takes on one: the larger of what its bytes and its products take.
+"""Cards, and how long an operation takes on one: the larger of what its bytes and its products
+take.
 
-The shares of the sheet's figures that real kernels reach are assumptions, and stand here together."""
+The shares of the sheet's figures that real kernels reach are assumptions, and stand here
+together."""
 from dataclasses import dataclass
 
 OF_BANDWIDTH = 0.85     # of the memory's bytes a second
@@ -14,11 +16,12 @@ LAUNCH_COMPILED = 6e-6  # … for one of Inductor's
 @dataclass(frozen=True)
 class Card:
     """FLOP/s of products in 16 bits that accumulate in fp32 (dense), of fp32 and of fp64; bytes a
-    second; from the makers' data sheets. memory: GB. small_tiles: the share of `half` that attention and
-    a Mamba-2's scan reach, heads of 64, 1,024 tokens. On an H100 cuDNN's attention was measured at 25%:
-    beside its products (at 75%) a multiprocessor has as much other work, exponentials and copies, as
-    takes it twice their time. The consumer cards' tensor cores are an eighth as fast a multiprocessor and
-    clock (512 against 4,096 FLOPs) and the rest is not: 1 / (1 / 0.75 + 2.67 / 8) = 60%, by arithmetic."""
+    second; from the makers' data sheets. memory: GB. small_tiles: the share of `half` that
+    attention and a Mamba-2's scan reach, heads of 64, 1,024 tokens. On an H100 cuDNN's attention
+    was measured at 25%: beside its products (at 75%) a multiprocessor has as much other work,
+    exponentials and copies, as takes it twice their time. The consumer cards' tensor cores are an
+    eighth as fast a multiprocessor and clock (512 against 4,096 FLOPs) and the rest is not: 1 / (1
+    / 0.75 + 2.67 / 8) = 60%, by arithmetic."""
     name: str
     memory: int
     half: float
@@ -38,7 +41,8 @@ CARDS = (
 @dataclass(frozen=True)
 class Op:
     """One kernel: bytes it reads and writes, FLOPs of its products, and how: 'half' and 'full' are
-    the numbers of a library's, 'small tiles' those of attention and scans; doubles: fp64 numbers it makes."""
+    the numbers of a library's, 'small tiles' those of attention and scans; doubles: fp64 numbers it
+    makes."""
     phase: str              # 'forward', 'backward', 'update'
     name: str
     bytes: float

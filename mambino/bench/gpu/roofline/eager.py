@@ -2,8 +2,9 @@
 computed: the model on fake tensors (sizes without data), each operation as a card would be sent it.
 
 The models take their paths for any machine (mambino/kernels/anywhere.py), and where a card has one
-kernel for what the CPU's tensors need several operations for, that kernel stands for them: rms_norm.
-What a card's own kernels (mambino/kernels/cuda.py, triton_*.py) do better is not counted here."""
+kernel for what the CPU's tensors need several operations for, that kernel stands for them:
+rms_norm. What a card's own kernels (mambino/kernels/cuda.py, triton_*.py) do better is not counted
+here."""
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,11 +18,14 @@ from mambino.kernels import portable
 from mambino.weights import checkpoint
 
 aten = torch.ops.aten
-FILLS = {'zeros', 'zero_', 'fill_', 'new_zeros', 'zeros_like', 'ones_like', 'full_like', 'full', 'ones', 'new_full',
+FILLS = {'zeros', 'zero_', 'fill_', 'new_zeros', 'zeros_like', 'ones_like', 'full_like', 'full',
+         'ones', 'new_full',
          'new_ones', 'scalar_tensor', 'arange'}
-NO_KERNEL = {'empty', 'empty_like', 'new_empty', 'new_empty_strided', 'empty_strided', '_local_scalar_dense', 'detach',
+NO_KERNEL = {'empty', 'empty_like', 'new_empty', 'new_empty_strided', 'empty_strided',
+             '_local_scalar_dense', 'detach',
              'lift_fresh', 'alias', '_unsafe_view', '_reshape_alias'}
 GATHERS = {'embedding', 'index', 'gather', 'index_select'}
+HALF = torch.bfloat16, torch.float16
 ATTENTION = {   # and how much of the forward pass's products each has: the backward pass makes one of two again
     '_scaled_dot_product_flash_attention_for_cpu': 1.0,
     '_scaled_dot_product_flash_attention_for_cpu_backward': 2.5}
@@ -40,8 +44,8 @@ def tensors_in(tree):
 
 
 def attention_flops(name, args):
-    """Of the products of causal attention, of which a flash kernel makes half. args begin with q, k, v of
-    (B, H, T, P), in the backward pass with the gradient before them."""
+    """Of the products of causal attention, of which a flash kernel makes half. args begin with q,
+    k, v of (B, H, T, P), in the backward pass with the gradient before them."""
     q, k = args[:2] if name.endswith('_for_cpu') else args[1:3]
     B, H, T, P = q.shape
     return ATTENTION[name] * 4 * B * H * T * k.shape[2] * P / 2
@@ -72,7 +76,8 @@ def op_of(phase, func, args, kwargs, out):
         read -= written
     doubles = sum(t.numel() for t in outputs if t.dtype == torch.float64)
     doubles = doubles or max((t.numel() for t in inputs if t.dtype == torch.float64), default=0)
-    given = {key: value for key, value in kwargs.items() if key not in ('out', 'dtype', 'out_dtype')}
+    other = ('out', 'dtype', 'out_dtype')
+    given = {key: value for key, value in kwargs.items() if key not in other}
     return Op(phase, name, read + written, *products(func, args, given, out), doubles)
 
 
@@ -85,7 +90,7 @@ def products(func, args, kwargs, out):
     if packet not in flop_registry:
         return 0, 'half'
     flops = flop_registry[packet](*args, **kwargs, out_val=out)
-    is_half = all(t.dtype in (torch.bfloat16, torch.float16) for t in tensors_in(args) if t.dim() > 1)
+    is_half = all(t.dtype in HALF for t in tensors_in(args) if t.dim() > 1)
     return flops, 'half' if is_half else 'full'
 
 

@@ -1,4 +1,5 @@
-"""Which operations of a graph a compiler makes one kernel of, and what bytes each kernel then moves.
+"""Which operations of a graph a compiler makes one kernel of, and what bytes each kernel then
+moves.
 
 An estimate of what Inductor does on a card, in its two stages, by its rules as far as they decide
 about bytes:
@@ -15,9 +16,10 @@ about bytes:
                                     same dimension if both do, and no way leads from one to the other
                                     through a third; those that share most first
 
-A kernel reads what comes from outside it, each memory once, and writes what is read outside it. Memory
-counts as shared only where both walk over it in the same order, or both in another than it lies in.
-Not known here: more of the indices than that, and where Inductor splits a long sum into two kernels."""
+A kernel reads what comes from outside it, each memory once, and writes what is read outside it.
+Memory counts as shared only where both walk over it in the same order, or both in another than it
+lies in. Not known here: more of the indices than that, and where Inductor splits a long sum into
+two kernels."""
 import operator
 from collections import defaultdict
 from functools import cached_property
@@ -30,11 +32,15 @@ from mambino.bench.gpu.roofline.cards import Op
 from mambino.bench.gpu.roofline.eager import ATTENTION, GATHERS, products
 
 VIEWS = {
-    'view', 'permute', 'transpose', 't', 'expand', 'slice', 'select', 'unsqueeze', 'squeeze', 'reshape', 'alias',
-    'detach', 'as_strided', '_unsafe_view', 'unbind', 'split', 'split_with_sizes', 'diagonal', 'unfold'}
-REDUCTIONS = {'sum', 'mean', 'amax', 'amin', 'max', 'min', 'var', 'var_mean', 'prod', 'any', 'all', 'argmax', 'cumsum',
+    'view', 'permute', 'transpose', 't', 'expand', 'slice', 'select', 'unsqueeze', 'squeeze',
+    'reshape', 'alias',
+    'detach', 'as_strided', '_unsafe_view', 'unbind', 'split', 'split_with_sizes', 'diagonal',
+    'unfold'}
+REDUCTIONS = {'sum', 'mean', 'amax', 'amin', 'max', 'min', 'var', 'var_mean', 'prod', 'any', 'all',
+              'argmax', 'cumsum',
               'prepare_softmax_online', 'logsumexp'}
-ALONE = {'sort', 'topk', 'index_put', 'index_put_', 'scatter_add', 'scatter', 'convolution', 'convolution_backward',
+ALONE = {'sort', 'topk', 'index_put', 'index_put_', 'scatter_add', 'scatter', 'convolution',
+         'convolution_backward',
          'nonzero', 'index_add', 'embedding_dense_backward'}
 CAST = 'cast of a weight'
 READS = 4           # Inductor's realize_reads_threshold
@@ -42,9 +48,9 @@ OPERATIONS = 30     # … and realize_opcount_threshold
 
 
 class Kernel:
-    """Some nodes that are one kernel: `nodes`, those of them that would be in memory; `reads`, {memory:
-    bytes}; `turned`, {memory: whether it is read in another order than it lies in}; numbers: how many it
-    walks over; sums: (results, terms of each) of its sums, or None."""
+    """Some nodes that are one kernel: `nodes`, those of them that would be in memory; `reads`,
+    {memory: bytes}; `turned`, {memory: whether it is read in another order than it lies in};
+    numbers: how many it walks over; sums: (results, terms of each) of its sums, or None."""
 
     def __init__(self, nodes, reads, turned, numbers, sums):
         self.nodes, self.reads, self.turned = nodes, reads, turned
@@ -67,12 +73,13 @@ class Kernel:
         nodes = self.nodes + other.nodes
         reads = {memory: size for memory, size in reads.items() if memory not in nodes}
         turned = other.turned | self.turned
-        return Kernel(nodes, reads, turned, max(self.numbers, other.numbers), self.sums or other.sums)
+        return Kernel(nodes, reads, turned, max(self.numbers, other.numbers),
+                      self.sums or other.sums)
 
 
 class Fused:
-    """The kernels of a graph. graph: a torch.fx.GraphModule of small operations; parameters: its inputs
-    that are weights."""
+    """The kernels of a graph. graph: a torch.fx.GraphModule of small operations; parameters: its
+    inputs that are weights."""
 
     def __init__(self, graph, phase, merged=False):
         self.phase = phase
@@ -99,7 +106,8 @@ class Fused:
         return node
 
     def place_node(self, node):
-        """A kernel for a node that is in memory; else what it reads is noted for those that read it."""
+        """A kernel for a node that is in memory; else what it reads is noted for those that read
+        it."""
         kind = self.kinds[node]
         if kind in ('input', 'view', 'output'):
             return
@@ -121,8 +129,8 @@ class Fused:
         self.kernels.append(Kernel([node], reads, turned, numbers, sums))
 
     def reads_of(self, node):
-        """({memory: bytes}, {memory: whether it is read out of order}, operations) of a node, with those of
-        all that is written into it."""
+        """({memory: bytes}, {memory: whether it is read out of order}, operations) of a node, with
+        those of all that is written into it."""
         reads, turned, operations = {}, {}, 1
         for n in node.all_input_nodes:
             s = self.source(n)
@@ -181,8 +189,8 @@ class Fused:
         return sorted(((size, a, b) for (a, b), size in shared.items()), key=lambda row: -row[0])
 
     def reachable(self, maker):
-        """{kernel: kernels that it needs, directly or not}. A kernel's number is the last of its nodes'
-        places, so what it needs may come later in the list: hence by search."""
+        """{kernel: kernels that it needs, directly or not}. A kernel's number is the last of its
+        nodes' places, so what it needs may come later in the list: hence by search."""
         needs = {kernel: {maker[m] for m in kernel.reads if m in maker} - {kernel} for kernel in self.kernels}
         result = {}
 
@@ -203,7 +211,8 @@ class Fused:
         return result
 
     def leads_around(self, a, b, maker, reach):
-        """Whether one needs the other through a third kernel: joined they would wait for each other."""
+        """Whether one needs the other through a third kernel: joined they would wait for each
+        other."""
         for first, last in ((a, b), (b, a)):
             for m in last.reads:
                 third = maker.get(m)
@@ -214,8 +223,8 @@ class Fused:
     # --- products that share an operand ---
 
     def merge_products(self):
-        """Products of the same matrix, as q, k and v are, become one; and such whose results are only added
-        up, as their gradients are, one whose sum is longer."""
+        """Products of the same matrix, as q, k and v are, become one; and such whose results are
+        only added up, as their gradients are, one whose sum is longer."""
         for memory in list(self.nodes):
             sharing = [k for k in self.kernels if is_product(k) and memory in k.reads and memory.op != 'placeholder']
             for kernels in by_shape(sharing):
@@ -262,9 +271,11 @@ class Fused:
             if kernel.numbers is None:
                 made.append(self.library_op(kernel, written))
             elif written:
-                name = CAST if self.is_cast(kernel) else '+'.join(dict.fromkeys(map(name_of, kernel.nodes)))
+                names = dict.fromkeys(map(name_of, kernel.nodes))
+                name = CAST if self.is_cast(kernel) else '+'.join(names)
                 doubles = kernel.numbers * any(t.dtype == torch.float64 for n in kernel.nodes for t in tensors_of(n))
-                made.append(Op(self.phase, name, sum(kernel.reads.values()) + written, doubles=doubles))
+                made.append(Op(self.phase, name, sum(kernel.reads.values()) + written,
+                               doubles=doubles))
         return made
 
     def is_cast(self, kernel):
@@ -294,7 +305,8 @@ def is_product(kernel):
 
 
 def by_shape(kernels):
-    """Lists of two or more products whose sums are equally long and whose shared side is the same."""
+    """Lists of two or more products whose sums are equally long and whose shared side is the
+    same."""
     groups = defaultdict(list)
     for kernel in kernels:
         args = [n.meta['val'] for n in kernel.nodes[0].args if isinstance(n, torch.fx.Node)][-2:]
@@ -302,14 +314,15 @@ def by_shape(kernels):
     return [group for group in groups.values() if len(group) > 1]
 
 
-# --- nodes ------------------------------------------------------------------------------------------
+# --- nodes ----------------------------------------------------------------------------------------
 
 def name_of(node):
     if node.op != 'call_function':
         return node.op
     if node.target is operator.getitem:
         return 'getitem'
-    return getattr(getattr(node.target, 'overloadpacket', node.target), '__name__', str(node.target))
+    return getattr(getattr(node.target, 'overloadpacket', node.target), '__name__',
+                   str(node.target))
 
 
 def tensors_of(node):
@@ -344,8 +357,8 @@ def seen_bytes(node):
 
 
 def is_turned(node, reader):
-    """Whether a reader, which walks over its result as that lies in memory, walks over this node's memory in
-    another order."""
+    """Whether a reader, which walks over its result as that lies in memory, walks over this node's
+    memory in another order."""
     tensor, result = tensor_of(node), tensor_of(reader)
     if result is None or tensor.shape != result.shape:
         return order_of(tensor) != sorted(order_of(tensor))
@@ -371,7 +384,8 @@ def kind_of(node):
         return 'view'
     if tensor_of(node) is None:
         return 'input'
-    if name in ATTENTION or name in ALONE or getattr(node.target, 'overloadpacket', None) in flop_registry:
+    packet = getattr(node.target, 'overloadpacket', None)
+    if name in ATTENTION or name in ALONE or packet in flop_registry:
         return 'library'
     if getattr(node.target, 'namespace', '') not in ('aten', 'prims', 'inductor_prims'):
         return 'library'

@@ -1,6 +1,7 @@
-"""The two graphs of a micro-step, forward and backward, as torch.compile would hand them to Inductor: all
-that Python decided is decided, autograd and autocast are written out, large operations are decomposed
-into small ones, and what the backward pass keeps or computes again is chosen by the same min-cut.
+"""The two graphs of a micro-step, forward and backward, as torch.compile would hand them to
+Inductor: all that Python decided is decided, autograd and autocast are written out, large
+operations are decomposed into small ones, and what the backward pass keeps or computes again is
+chosen by the same min-cut.
 
 Nothing is computed: the capture ends when both graphs are there."""
 

@@ -18,10 +18,11 @@ def operation(name, schema):
     return torch.library.custom_op(f'{NAMESPACE}::{name}', compute, mutates_args=(), schema=schema)
 
 
-# --- rms_norm: one kernel each way ------------------------------------------------------------------
+# --- rms_norm: one kernel each way ----------------------------------------------------------------
 
 norm = operation('rms_norm', '(Tensor x, Tensor weight) -> Tensor')
-norm_backward = operation('rms_norm_backward', '(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)')
+norm_backward = operation('rms_norm_backward',
+                          '(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)')
 norm.register_fake(lambda x, weight: torch.empty_like(x))
 norm_backward.register_fake(lambda grad, x, weight: (torch.empty_like(x), torch.empty_like(weight)))
 norm.register_autograd(
@@ -33,7 +34,7 @@ def rms_norm(x, weight, eps, dtype=None):
     return norm(x.float(), weight).to(dtype or x.dtype)
 
 
-# --- Mamba-2's scan as our Triton kernels have it ---------------------------------------------------
+# --- Mamba-2's scan as our Triton kernels have it -------------------------------------------------
 
 INPUTS = 'Tensor xBC, Tensor dt, Tensor dt_bias, Tensor A, Tensor D'
 scan = operation('mamba2_scan', f'({INPUTS}, int groups, int head_dim) -> (Tensor, Tensor, Tensor)')
@@ -80,9 +81,9 @@ def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=N
 
 
 def costs(name, args):
-    """(bytes, FLOPs) of the scan, forward or backward, by the account that mambino/kernels/triton_ssd.py
-    gives of itself: with u the bytes of x and s those of the states at chunk starts 3 u + 2 s forward and
-    4 u + 3 s backward, beside B, C and dt."""
+    """(bytes, FLOPs) of the scan, forward or backward, by the account that
+    mambino/kernels/triton_ssd.py gives of itself: with u the bytes of x and s those of the states
+    at chunk starts 3 u + 2 s forward and 4 u + 3 s backward, beside B, C and dt."""
     backward = name.endswith('backward')
     xBC, dt = args[1:3] if backward else args[:2]
     groups, head_dim = args[-2:]
@@ -99,12 +100,12 @@ def costs(name, args):
 COSTS = {'mamba2_scan': costs, 'mamba2_scan_backward': costs}
 
 
-# --- which of them stand in -------------------------------------------------------------------------
+# --- which of them stand in -----------------------------------------------------------------------
 
 @contextlib.contextmanager
 def in_place(*functions, loss_chunk=0):
-    """Within, these functions are asked first for the operation of their name; the loss is cut into chunks
-    of loss_chunk tokens, 0: as it is by itself."""
+    """Within, these functions are asked first for the operation of their name; the loss is cut into
+    chunks of loss_chunk tokens, 0: as it is by itself."""
     before = {name: list(kernels) for name, kernels in KERNELS.items()}
     loss = next(k for k in KERNELS['linear_cross_entropy'] if k.__module__.endswith('.anywhere'))
 

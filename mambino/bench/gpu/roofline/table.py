@@ -20,7 +20,8 @@ def rows_of(kind, measures):
     rows = [('eager', ())]
     for i, name in enumerate(wanted):
         rows.append((f'+ {account.MEASURES[name]}', tuple(wanted[:i + 1])))
-    rows += [(f'all without {account.MEASURES[name]}', tuple(w for w in wanted if w != name)) for name in wanted[:-1]]
+    rows += [(f'all without {account.MEASURES[name]}',
+              tuple(w for w in wanted if w != name)) for name in wanted[:-1]]
     return rows
 
 
@@ -30,7 +31,8 @@ def show(out_dir, kinds=('gpt', 'mamba'), measures=tuple(account.MEASURES)):
     print(NOTE, flush=True)
     for kind in kinds:
         goal = GOALS[kind]
-        head = [f'{NAMES[kind]}, T 1,024, bf16', *(f'{card.name}: ms, MFU, tokens/s' for card in cards.CARDS)]
+        head = [f'{NAMES[kind]}, T 1,024, bf16',
+                *(f'{card.name}: ms, MFU, tokens/s' for card in cards.CARDS)]
         for text in ('', '| ' + ' | '.join(head) + ' |', '| --- ' * len(head) + '|'):
             print(text, flush=True)
             lines.append(text)
