@@ -195,9 +195,6 @@ def test_a_graph_is_captured_and_replayed_in_its_own_memory():
             graph.replay()
             assert y.tolist() == [2 * value + 1] * 2
         assert total.tolist() == [8, 8, 8] and card.kernels['graph'] == 2 and card.launches == 4
-        x = torch.zeros(3, device='cuda')                          # another memory, of which the graph knows nothing
-        graph.replay()
-        assert y.tolist() == [11, 11]
 
 
 @on_card
@@ -209,3 +206,24 @@ def test_what_waits_cannot_be_captured(work):
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 WAITS[work](x)
         x.tolist()                                                 # it is over
+
+
+@on_card
+def test_a_graph_of_memory_that_was_freed():
+    with pretended():
+        x = torch.ones(3, device='cuda')
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match='non-default stream'):
+            graph.capture_begin()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin()
+            y = x[1:] + 1
+            graph.capture_end()
+        graph.replay()
+        assert y.tolist() == [2, 2]
+        kept = x[:1]                                               # of the same memory
+        del x
+        graph.replay()
+        del kept
+        with pytest.raises(RuntimeError, match='freed'):
+            graph.replay()

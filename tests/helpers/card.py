@@ -49,7 +49,6 @@ class Card:
         self.capability, self.name, self.inner = capability, name, torch.device(inner)
         self.compiles = compiles        # whether torch.compile works
         self.memory = card_memory.Memory(int(gigabytes * 2**30))
-        self.capture = None             # a card_graph.Capture while a graph is made
         self.sync_debug = 'default'     # torch.cuda.set_sync_debug_mode
         self.faults = []                # called with the name of each launch
         self.is_lost = False            # then every operation fails
@@ -74,6 +73,15 @@ class Card:
     @property
     def peak_bytes(self):
         return self.memory.peak
+
+    @property
+    def capture(self):
+        """A card_graph.Capture while this thread makes a graph, else None."""
+        return getattr(self.local, 'capture', None)
+
+    @capture.setter
+    def capture(self, capture):
+        self.local.capture = capture
 
     # --- what the program does -----------------------------------------------------------------------
 

@@ -6,8 +6,12 @@
     x.copy_(tokens)                     # into the memory that was captured
     graph.replay()                      # one launch; now y is that of these tokens
 
-A capture that waits for the card, or reads the CPU's pageable memory, is an error, as on a card.
+Errors as on a card are a capture that waits for the card, that reads the CPU's pageable memory, or that is made on the
+default stream. A replay that reads memory which the program has freed is an error here; a card would read whatever is
+there now.
 """
+import contextlib
+
 import torch
 
 from helpers.card_rules import changed
@@ -36,13 +40,26 @@ def all_of(storage, like):
     return torch.empty(0, dtype=torch.uint8, device=like.device).set_(storage)
 
 
+def uses(key):
+    """How many tensors there are of the storage at this address, whose Python object counts as one in some versions
+    of torch."""
+    one = torch.empty(0)
+    own = torch._C._storage_Use_Count(one.untyped_storage()._cdata) - 1
+    return torch._C._storage_Use_Count(key) - own
+
+
+def alias(value):
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
 class Capture:
     """What happens on a card between capture_begin and capture_end, on the tensors inside."""
 
     def __init__(self):
-        self.calls = []                 # (function, arguments, keywords, [results to write])
+        self.calls = []                 # (function, arguments, keywords, results to write or None)
         self.made = {}                  # {storage: a tensor of it} that came to be meanwhile
         self.before = {}                # {storage: (all of it, a copy)} of what is written to and was there before
+        self.held = {}                  # {storage: tensors of it} that were there before and the graph has
 
     def will_write(self, tensors):
         for u in tensors:
@@ -53,9 +70,6 @@ class Capture:
 
     def add(self, function, args, kwargs, out, writes):
         """writes: it changes its arguments, and returns none but them."""
-        if writes:
-            self.calls.append((function, args, kwargs, None))
-            return
         there = storages((*args, *kwargs.values()))
         new = []
 
@@ -63,18 +77,34 @@ class Capture:
             if isinstance(u, torch.Tensor) and u.untyped_storage()._cdata not in there:
                 new.append(u)
                 self.made[u.untyped_storage()._cdata] = u
-        changed((out,), note)
-        if new:                         # else it is a view
-            self.calls.append((function, args, kwargs, out))
+        if not writes:
+            changed((out,), note)
+            if not new:                 # a view
+                return
+        # tensors of the graph's own, so that those of the program can be counted apart
+        args = changed(args, alias)
+        kwargs = {name: changed((value,), alias)[0] for name, value in kwargs.items()}
+        self.calls.append((function, args, kwargs, None if writes else changed((out,), alias)[0]))
 
-    def end(self):
-        """Nothing of it has happened."""
+    def end(self, on_card):
+        """Nothing of it has happened. on_card: the storages that the card has."""
         for whole, copy in self.before.values():
             whole.copy_(copy)
+        self.before.clear()
         for tensor in self.made.values():
             poison(tensor)
 
+        def hold(u):
+            key = u.untyped_storage()._cdata if isinstance(u, torch.Tensor) else None
+            if key in on_card and key not in self.made:
+                self.held[key] = self.held.get(key, 0) + 1
+        for _, args, kwargs, _ in self.calls:
+            changed((*args, *kwargs.values()), hold)
+
     def replay(self):
+        for key, count in self.held.items():
+            if uses(key) <= count:
+                raise RuntimeError('a graph is replayed whose memory the program has freed')
         for function, args, kwargs, out in self.calls:
             result = function(*args, **kwargs)
             if out is not None:
@@ -101,12 +131,14 @@ def classes(card):
         def capture_begin(self, pool=None, capture_error_mode='global'):
             if card.capture:
                 raise RuntimeError('CUDA error: a capture is going on already')
+            if current_stream() is default:
+                raise RuntimeError('CUDA graphs must be captured on a non-default stream.')
             card.capture = self.capture = Capture()
 
         def capture_end(self):
             card.capture = None
             with card.quiet():
-                self.capture.end()
+                self.capture.end(card.memory.blocks)
 
         def replay(self):
             if self.capture is None or card.capture:
@@ -127,13 +159,16 @@ def classes(card):
     class graph:                        # noqa: N801, the name in torch.cuda
         def __init__(self, cuda_graph, pool=None, stream=None, capture_error_mode='global'):
             self.graph = cuda_graph
+            self.stream = stream or Stream()
 
         def __enter__(self):
             torch.cuda.synchronize()
+            self.stream.__enter__()
             self.graph.capture_begin()
 
         def __exit__(self, *error):
             self.graph.capture_end()
+            self.stream.__exit__(*error)
 
     class Stream:
         device = torch.device('cuda', 0)
@@ -161,10 +196,12 @@ def classes(card):
             card.wait('Stream.synchronize')
 
         def __enter__(self):
+            self.before = current_stream()
+            card.local.stream = self
             return self
 
         def __exit__(self, *error):
-            pass
+            card.local.stream = self.before
 
     class Event:
         def __init__(self, enable_timing=False, blocking=False, interprocess=False, external=False):
@@ -190,8 +227,13 @@ def classes(card):
                 raise RuntimeError('Both events must be created with argument enable_timing=True')
             return float(end.at - self.at)
 
-    only = Stream()
+    default = Stream()
+
+    def current_stream(device=None):
+        return getattr(card.local, 'stream', default)
+
     return dict(
-        CUDAGraph=CUDAGraph, graph=graph, Stream=Stream, Event=Event, stream=lambda stream: stream or only,
-        current_stream=lambda device=None: only, default_stream=lambda device=None: only,
-        is_current_stream_capturing=lambda: card.capture is not None, graph_pool_handle=lambda: (0, 1))
+        CUDAGraph=CUDAGraph, graph=graph, Stream=Stream, Event=Event, current_stream=current_stream,
+        stream=lambda stream: contextlib.nullcontext() if stream is None else stream,
+        default_stream=lambda device=None: default, graph_pool_handle=lambda: (0, 1),
+        is_current_stream_capturing=lambda: card.capture is not None)
