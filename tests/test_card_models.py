@@ -4,6 +4,8 @@ from helpers.card import pretended
 from helpers.card_models import LORA, MODELS, PREFIX, run
 from helpers.card_process import on_card
 
+from mambino.kernels import checked
+
 # By what losses may differ from a CPU's in fp32, and logits as a share of their largest. In 16 bits a router may send
 # a token elsewhere, so that its logits are others. Muon rounds to bf16 in any precision.
 LOSS = {'float32': 1e-6, 'bfloat16': 1e-3, 'float16': 1e-3, 'muon': 1e-4}
@@ -11,7 +13,8 @@ LOGITS = {'float32': 2e-5, 'bfloat16': 0.05, 'float16': 0.01, 'muon': 1e-3}
 
 
 def assert_as_on_a_cpu(name, dtype='float32', capability=(8, 6), compiles=True, may_wait=(), **options):
-    """Losses and logits are a CPU's; the host waits in training at places that begin so, alone."""
+    """Losses and logits are a CPU's; products are of the precision; no kernel was left out; the host waits in
+    training at places that begin so, alone."""
     expected = run(name, 'cpu', **options)
     with pretended(capability=capability, compiles=compiles) as card:
         result = run(name, 'cuda', dtype, card=card, **options)
@@ -22,6 +25,10 @@ def assert_as_on_a_cpu(name, dtype='float32', capability=(8, 6), compiles=True, 
         for a, b in zip(expected.logits, result.logits, strict=True):
             error = (a - b).abs().max() / a.abs().max()
             assert error <= LOGITS[precision], f'logits differ by {error:.1e} of the largest'
+    if dtype != 'float32':
+        assert set(card.products) >= {dtype}, f'no product in 16 bits: {card.products}'
+    if compiles:
+        assert not checked.notes, f'{checked.notes}: going on without'
     waits = {place: n for place, n in result.training_waits.items() if not place.startswith(tuple(may_wait))}
     assert not waits, f'the host waits for the card in a training step: {waits}'
     return result

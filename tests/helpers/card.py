@@ -64,6 +64,7 @@ class Card:
         self.kernels = collections.Counter()    # {operation: launches}
         self.waits = collections.Counter()      # {'what at file:line': how often}
         self.copies = collections.Counter()     # the same for copies that nobody waits for
+        self.products = collections.Counter()   # {'bfloat16': matrix products in that precision}
         self.memory.reset_peak()
 
     @property
@@ -180,6 +181,8 @@ class Card:
             self.wait(f'{operation.name}, whose size depends on data')
         if operation.has_kernel and operation.name != '_local_scalar_dense':
             self.launch(operation.name)
+            if operation.name in card_rules.PRODUCTS:
+                self.products[str(on_card[0].dtype).removeprefix('torch.')] += 1
         return self.compute(operation, args, kwargs, on_card)
 
     def check(self, operation, tensors, on_card):
