@@ -23,7 +23,7 @@ def test_scan_by_chunks(monkeypatch, T):
     def run(x, dt, A, B, C, h):
         pad = -T % 8
         x, dt, B, C = (F.pad(u, (0, 0, 0, pad)) for u in (x, dt, B, C))
-        y, h, _ = cuda.scan_in_chunks(x, dt, A, B, C, h)
+        y, h = cuda.chunked_scan(x, dt, A, B, C, h)
         return y[:, :T], h
 
     def reference(x, dt, A, B, C, h):
@@ -101,7 +101,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setattr(checked, "_answers", {})
     monkeypatch.setattr(checked, "notes", {})
     monkeypatch.setattr(fused, "run_notes", checked.notes)
-    monkeypatch.setattr(fused, "_ssd_functions", {})
+    monkeypatch.setattr(fused, "_ssd", {})
     yield make
     for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
         del sys.modules[name]

@@ -28,14 +28,15 @@ OFTEN = [
 ]  # how much more the experts' logits are: the first two have too many tokens, the last has none
 
 
-@pytest.fixture(params=['by hand', 'in slots'])
+@pytest.fixture(params=['by hand', 'in slots', 'in blocks'])
 def both_ways(request):
-    """Experts with a limit are computed in two ways: where native.cpp is used, and elsewhere."""
-    if request.param == 'in slots':
-        with portable():
-            yield
-    else:
+    """Experts with a limit are computed in two ways: where native.cpp is used, and elsewhere. Those without
+    are on a card computed by blocks."""
+    if request.param == 'by hand':
         yield
+    else:
+        with portable('cuda' if request.param == 'in blocks' else None):
+            yield
 
 
 def moe(**settings):

@@ -13,6 +13,8 @@ Letters of the shapes: B batch, T time, D model width, E inner width, H heads, G
 heads, P head size, N state size, Q chunk, V vocabulary.
 """
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -140,24 +142,37 @@ def scan_backward(grad_y, grad_state, x, dt, A, B, C, starts):
     return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, grad_state
 
 
+class Scan(NamedTuple):
+    """A selective_scan with its backward pass by hand."""
+    forward: Callable       # as scan_forward
+    backward: Callable      # as scan_backward
+    operation: Callable     # forward, as one operation that a compiler does not look into
+
+    def __call__(self, x, dt, A, B, C, state):
+        """→ y, the last state. All in fp32 and contiguous."""
+        if torch.compiler.is_compiling():
+            return self.operation(x, dt, A, B, C, state)[:2]
+        return SelectiveScan.apply(self.forward, self.backward, x, dt, A, B, C, state)
+
+
 class SelectiveScan(Function):
-    """selective_scan with its backward pass by hand."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, state):
-        y, state, starts = scan_forward(x, dt, A, B, C, state)
+    def forward(ctx, forward, backward, x, dt, A, B, C, state):
+        y, state, starts = forward(x, dt, A, B, C, state)
         ctx.save_for_backward(x, dt, A, B, C, starts)
+        ctx.backward_of_scan = backward
         return y, state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_state):
-        return scan_backward(grad_y, grad_state, *ctx.saved_tensors)
+        return None, None, *ctx.backward_of_scan(grad_y, grad_state, *ctx.saved_tensors)
 
 
-def opaque_scan(name, forward, backward, n_starts):
-    """A selective_scan as one operation that a compiler does not look into: unrolled, its steps would compile
-    for hours. forward and backward: as scan_forward and scan_backward, all in fp32 and contiguous; n_starts:
-    T → states that are kept."""
+def make_scan(name, forward, backward, n_starts):
+    """A Scan. To a compiler it is one operation: unrolled, its steps would compile for hours. n_starts: T →
+    states that are kept."""
     inputs = 'Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C'
     scan = torch.library.custom_op(f'mambino::{name}', forward, mutates_args=(),
                                    schema=f'({inputs}, Tensor state) -> (Tensor, Tensor, Tensor)')
@@ -186,10 +201,10 @@ def opaque_scan(name, forward, backward, n_starts):
         return gradients(grad_y, grad_state, *saved)
 
     scan.register_autograd(differentiate, setup_context=save)
-    return scan
+    return Scan(forward, backward, scan)
 
 
-compiled_scan = opaque_scan('selective_scan', scan_forward, scan_backward, lambda T: -(-T // STEPS) + 1)
+portable_scan = make_scan('selective_scan', scan_forward, scan_backward, lambda T: -(-T // STEPS) + 1)
 
 
 @kernel
@@ -197,10 +212,7 @@ def selective_scan(x, dt, A, B, C, state=None):
     x, dt, A, B, C = (u.float().contiguous() for u in (x, dt, A, B, C))
     if state is None:
         state = x.new_zeros(x.shape[0], A.shape[1], A.shape[0])
-    if torch.compiler.is_compiling():
-        y, state, _ = compiled_scan(x, dt, A, B, C, state)
-        return y, state
-    return SelectiveScan.apply(x, dt, A, B, C, state)
+    return portable_scan(x, dt, A, B, C, state)
 
 
 # --- Mamba-2's recurrence -------------------------------------------------------------------------
@@ -389,17 +401,50 @@ def linear_cross_entropy(x, weight, targets, chunk=0):
 
 @kernel
 def experts_swiglu(x, pairs, gate_up, down):
-    """Each expert has as many slots as it may take tokens: shapes do not depend on data."""
+    """Shapes do not depend on data: an expert has as many slots as it may take tokens; where all may go to
+    one, whole blocks of rows."""
+    if cpu.applies(x):
+        return NotImplemented
+    if pairs.capacity < len(x):
+        return experts_by_slots(x, pairs, gate_up, down)
+    if cpu.device_kind(x) == 'cpu' and not torch.compiler.is_compiling():
+        return NotImplemented                                   # nothing waits there
+    return experts_by_blocks(x, pairs, gate_up, down)
+
+
+def swiglus(rows, gate_up, down):
+    """rows (b, M, D) by matrices (b, 2I, D) and (b, D, I) → (b M, D)."""
+    gate, up = torch.bmm(rows, gate_up.mT).chunk(2, -1)         # (b, M, I) each
+    return torch.bmm(F.silu(gate) * up, down.mT).flatten(0, 1)
+
+
+def experts_by_slots(x, pairs, gate_up, down):
+    """An expert's first C pairs, as one product of C rows."""
     n, D = x.shape
     E = len(gate_up)
     C = pairs.capacity
-    if C >= n or cpu.applies(x):
-        return NotImplemented
     kept = pairs.rank < C                                       # (n k)
     slot = torch.where(kept, pairs.expert * C + pairs.rank, E * C)  # one more, for all that is dropped
     source = torch.arange(E * C + 1, device=x.device) % n       # an empty slot works for nobody
     source = source.scatter(0, slot, pairs.token)[:-1]
-    rows = x.index_select(0, source).view(E, C, D)
-    gate, up = torch.bmm(rows, gate_up.mT).chunk(2, -1)         # (E, C, I) each
-    y = torch.bmm(F.silu(gate) * up, down.mT).view(E * C, D)
+    y = swiglus(x.index_select(0, source).view(E, C, D), gate_up, down)
     return y.index_select(0, slot.clamp(max=E * C - 1)) * kept[:, None]  # (n k, D)
+
+
+def experts_by_blocks(x, pairs, gate_up, down):
+    """All pairs: an expert's rows are filled up to whole blocks, each a product with a copy of the expert's
+    matrices (the blocks of MegaBlocks, Gale et al. 2022). How many blocks are in use depends on the data, how
+    many there are does not: half of an even share each, they are E more than all rows fill."""
+    n, D = x.shape
+    E, n_pairs = len(gate_up), len(pairs.token)
+    M = max(16, 1 << max(1, n_pairs // (2 * E)).bit_length() - 1)   # rows of a block
+    blocks = n_pairs // M + E
+    ends = (-(-pairs.counts // M)).cumsum(0)                    # (E) the block after each expert's last
+    first = ends - -(-pairs.counts // M)
+    slot = first[pairs.expert] * M + pairs.rank                 # (n k)
+    source = torch.arange(blocks * M, device=x.device) % n      # an empty row works for nobody
+    source = source.scatter(0, slot, pairs.token)
+    expert = torch.searchsorted(ends, torch.arange(blocks, device=x.device), right=True).clamp(max=E - 1)
+    rows = x.index_select(0, source).view(blocks, M, D)
+    y = swiglus(rows, gate_up.index_select(0, expert), down.index_select(0, expert))
+    return y.index_select(0, slot)

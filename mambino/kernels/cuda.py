@@ -10,7 +10,7 @@ import types
 import torch
 import torch.nn.functional as F
 
-from mambino.kernels.anywhere import in_window, opaque_scan
+from mambino.kernels.anywhere import in_window, make_scan
 from mambino.kernels.checked import compile_trouble, compiles, notes, works
 from mambino.kernels.registry import describes, kernel
 
@@ -87,7 +87,7 @@ def scan_by_chunks_backward(grad_y, grad_h, x, dt, A, B, C, starts):
     return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, grad_h
 
 
-scan_in_chunks = opaque_scan('scan_by_chunks', scan_by_chunks, scan_by_chunks_backward, lambda T: T // CHUNK)
+chunked_scan = make_scan('scan_by_chunks', scan_by_chunks, scan_by_chunks_backward, lambda T: T // CHUNK)
 
 
 @torch.compiler.assume_constant_result
@@ -98,7 +98,7 @@ def chunks_work(kind, batch, E, N):
             x, dt = torch.zeros(2, batch, CHUNK, E, device=kind).unbind()
             B, C = torch.zeros(2, batch, CHUNK, N, device=kind).unbind()
             state = torch.zeros(batch, N, E, device=kind)
-            y, *_ = scan_in_chunks(x.requires_grad_(), dt, torch.zeros(E, N, device=kind), B, C, state)
+            y, _ = chunked_scan(x.requires_grad_(), dt, torch.zeros(E, N, device=kind), B, C, state)
             torch.autograd.grad(y.sum(), x)
     return works('the compiled scan', (batch, E, N), attempt)
 
@@ -114,7 +114,7 @@ def selective_scan(x, dt, A, B, C, state=None):
     if state is None:
         state = x.new_zeros(batch, N, E)
     x, dt, B, C = (F.pad(u, (0, 0, 0, -T % CHUNK)) for u in (x, dt, B, C))  # dt = 0 leaves the state as it is
-    y, state, _ = scan_in_chunks(x, dt, A, B, C, state)
+    y, state = chunked_scan(x, dt, A, B, C, state)
     return y[:, :T], state
 
 

@@ -150,15 +150,15 @@ def split_heads(xBC, groups, head_dim, heads):
 
 SSD_INPUTS = ('Tensor xBC, Tensor dt, Tensor dt_bias, Tensor A, Tensor D, Tensor? state, int groups, '
               'int head_dim, int chunk_size')
-_ssd_functions = {}     # {device kind: mamba-ssm's two functions}, which an operation's name stands for
+_ssd = {}       # mamba-ssm's two functions, which the operations' names stand for
 
 
 @torch.library.custom_op('mambino::ssd', mutates_args=(), schema=f'({SSD_INPUTS}) -> (Tensor, Tensor)')
 def ssd_forward(xBC, dt, dt_bias, A, D, state, groups, head_dim, chunk_size):
     """mamba2_scan's results y (B, T, H, P), of xBC's precision, and last state (B, H, P, N), fp32."""
     x, B, C = split_heads(xBC, groups, head_dim, dt.shape[-1])
-    forward, _ = _ssd_functions[xBC.device.type]
-    y, *_, last = forward(x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=state, dt_softplus=True)
+    y, *_, last = _ssd['forward'](x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=state,
+                                  dt_softplus=True)
     return y, last
 
 
@@ -178,8 +178,7 @@ def ssd_backward(grad_y, grad_last, y, xBC, dt, dt_bias, A, D, state, groups, he
     x, B, C = split_heads(xBC, groups, head_dim, dt.shape[-1])
     grad_xBC = torch.empty_like(xBC, memory_format=torch.contiguous_format)
     grad_x, grad_B, grad_C = split_heads(grad_xBC, groups, head_dim, dt.shape[-1])   # which are written to
-    _, backward = _ssd_functions[xBC.device.type]
-    _, grad_dt, grad_A, _, _, grad_D, _, grad_bias, grad_state = backward(
+    _, grad_dt, grad_A, _, _, grad_D, _, grad_bias, grad_state = _ssd['backward'](
         grad_y.to(y.dtype), x, dt, A, B, C, y, chunk_size, D=D, dt_bias=dt_bias, initial_states=state,
         dfinal_states=grad_last, dt_softplus=True, dx=grad_x, dB=grad_B, dC=grad_C)
     grad_state = D.new_empty(0) if grad_state is None else grad_state.float()
@@ -211,7 +210,7 @@ ssd_forward.register_autograd(gradients_of_ssd, setup_context=save_for_ssd)
 
 
 def fused_mamba2(functions, xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
-    _ssd_functions[xBC.device.type] = functions
+    _ssd['forward'], _ssd['backward'] = functions
     return compute_ssd(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size, state)
 
 
