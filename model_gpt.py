@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from mambino.cache import kv_step_of
 from mambino.kernels import fast
-from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one
+from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one, project
 
 
 @dataclass
@@ -141,9 +141,10 @@ class Attention(nn.Module):
     def forward(self, x, rope, kv_step=None, cache=None):
         """rope: of x's positions. kv_step, cache: a KVStep and {'k', 'v'}; without them x is a
         whole sequence."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))   # (B, T, H, P)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))   # (B, T, G, P)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))   # (B, T, G, P)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.unflatten(-1, (-1, self.head_dim))                # (B, T, H, P)
+        k = k.unflatten(-1, (-1, self.head_dim))                # (B, T, G, P)
+        v = v.unflatten(-1, (-1, self.head_dim))                # (B, T, G, P)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -186,7 +187,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up))
 
 
 class Pairs(NamedTuple):

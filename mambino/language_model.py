@@ -65,6 +65,12 @@ class RMSNorm(nn.Module):
 
 
 @fast
+def project(x, *projections):
+    """Each projection of x, one after another: (…, D) → a tuple of (…, its width)."""
+    return tuple(projection(x) for projection in projections)
+
+
+@fast
 def linear_cross_entropy(x, weight, targets):
     """Mean cross-entropy in nats of predicting targets (B, T) from x (B, T, D) by weight (V, D);
     targets below 0 do not count."""

@@ -1,14 +1,17 @@
 """A training step of each model is one graph to torch.compile, with no break, and gives the numbers it gives
 without."""
+import types
+
 import pytest
 import torch
 from helpers.models import V, tokens
+from torch._dynamo.backends.debugging import aot_eager
 
 from mambino import kernels
-from mambino.kernels import anywhere, cpu
+from mambino.kernels import anywhere, cpu, cuda, registry
 from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
-from model_mamba import Mamba, MambaConfig
+from model_mamba import Mamba, MambaConfig, ssd
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 SIZES = dict(vocab_size=V, n_layer=2, n_embd=32, block_size=64)
@@ -77,6 +80,56 @@ def test_a_mamba1_is_compiled_by_one_operation():
     assert sum("mambino" in name for name in names) == 2 and len(names) < 200
 
 
+def gradients(net, idx, function):
+    net.zero_grad()
+    loss = function(idx, idx)[1]
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+@pytest.fixture
+def cpu_as_card(monkeypatch):
+    """What only a card computes is computed here, within torch.compile, which does not ask for Triton then."""
+    from torch.nn.attention import flex_attention
+    monkeypatch.setattr(cuda, "KIND", "cpu")
+    monkeypatch.setattr(cuda, "masks", types.SimpleNamespace())
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *args: None)     # refuses a backward pass on a CPU
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_hybrid_with_flex_attention(monkeypatch, cpu_as_card, checkpointing):
+    """One graph, which reads the window's mask and does not make it, and is not compiled again; q, k, v and gate,
+    up are one product each."""
+    net = Hybrid(HybridConfig(**HYBRID, n_kv_head=2))
+    net.gradient_checkpointing = checkpointing
+    idx = tokens(2, 48)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for module in graph.modules() if hasattr(module, "graph")
+                       for node in module.graph.nodes])
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    computed = gradients(net, idx, compiled)
+    assert len(graphs) == 1 and graphs[0].count("flex_attention") == 2
+    assert not any("arange" in name and "vmap" in name for name in graphs[0]) and "aten.nonzero" not in graphs[0]
+    assert vars(cuda.masks).keys() == {"cpu_0_48_16"}
+    products = sum("linear" in name for name in graphs[0])
+    gradients(net, tokens(2, 48), compiled)
+    assert len(graphs) == 1
+    monkeypatch.setattr(cuda, "MERGED", False)
+    torch._dynamo.reset()
+    gradients(net, idx, torch.compile(net, backend=backend, fullgraph=True))
+    assert sum("linear" in name for name in graphs[1]) == products + 2 * (2 + 1)    # of each layer
+    monkeypatch.setattr(cuda, "KIND", "cuda")
+    with kernels.portable():
+        expected = gradients(net, idx, net)
+    for got, want in zip(computed, expected):
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
 @pytest.mark.parametrize("vocabulary", [1000, 16384, 50304, 200000])
 def test_chunks_of_the_loss(monkeypatch, vocabulary):
     """A CPU's are as they were; a card's are as large as its memory allows, and an estimate knows it."""
@@ -91,3 +144,30 @@ def test_chunks_of_the_loss(monkeypatch, vocabulary):
         assert cpu.device_kind(x) == "cuda"
         with kernels.portable():
             assert cpu.device_kind(x) == "cpu"
+
+
+@pytest.mark.parametrize("size", [0.1, 1, 16])
+def test_sums_of_dt_A_on_a_card(size):
+    """In fp32 where the products are bf16, they are as good as in fp64, down to thousands in a chunk."""
+    B, T, H, P, N = 2, 256, 4, 16, 16
+    x = torch.randn(B, T, H, P).bfloat16()
+    dt = torch.rand(B, T, H) ** 4 * size
+    A = -torch.rand(H) * 15 - 1
+    matrices = torch.randn(2, B, T, 1, N).bfloat16().unbind()
+
+    def run(function, *inputs):
+        leaves = [u.clone().requires_grad_() for u in inputs]
+        y, last = function(*leaves)
+        torch.manual_seed(1)
+        loss = (y.double() * torch.randn(y.shape)).sum() + (last.double() * torch.randn(last.shape)).sum()
+        return [u.detach().double() for u in (y, last, *torch.autograd.grad(loss, leaves))]
+
+    with registry.substituted():
+        exact = run(ssd, *(u.double() for u in (x, dt, A, *matrices)))
+    errors = []
+    for kind in (None, "cuda"):
+        with kernels.portable(kind), torch.autocast("cpu", torch.bfloat16):
+            results = run(anywhere.ssd, x, dt, A, *matrices)
+            errors.append([(got - want).abs().max() / want.abs().max() for got, want in zip(results, exact)])
+    for in_fp64, in_fp32 in zip(*errors):
+        assert in_fp32 <= 1.1 * in_fp64 + 1e-4

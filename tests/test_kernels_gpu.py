@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import assert_close, assert_same, random_dt, recurrence
+from torch._dynamo.backends.debugging import aot_eager
 
 from mambino import kernels
 from mambino.kernels import checked, cuda, fused, registry
-from model_mamba import mamba1_scan, mamba2_scan
+from model_mamba import Mamba, MambaConfig, mamba1_scan, mamba2_scan
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
@@ -159,7 +160,7 @@ def test_mamba_ssm_is_one_operation(package, monkeypatch, state, through, is_com
 
     def run(*inputs):
         inputs = list(inputs) + [None] * (6 - len(inputs))
-        return fused.compute_ssd(*inputs[:5], 2, 8, 16, inputs[5])
+        return fused.compute_ssd(*inputs[:5], 2, 8, inputs[5])
 
     if is_compiled:
         torch._dynamo.reset()
@@ -170,13 +171,44 @@ def test_mamba_ssm_is_one_operation(package, monkeypatch, state, through, is_com
         )
 
 
+def test_a_compiled_mamba2_by_mamba_ssm(package, monkeypatch):
+    """One graph, in which each layer's scan is one operation; a single token is not its business."""
+    package()
+    monkeypatch.setattr(fused, "KIND", "cpu")
+    net = Mamba(MambaConfig(vocab_size=32, n_layer=2, n_embd=16, head_dim=8, state_size=6, n_groups=2))
+    idx = torch.randint(32, (2, 21))
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return aot_eager(graph, inputs)
+
+    results = []
+    for function in (torch.compile(net, backend=backend, fullgraph=True), net):
+        net.zero_grad()
+        loss = function(idx, idx)[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+        monkeypatch.setattr(fused, "KIND", "cuda")
+    names, = graphs
+    assert sum("mambino" in name for name in names) == 2
+    for got, want in zip(*results):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    xBC, dt, *parameters = scan_inputs(1, False)
+    monkeypatch.setattr(fused, "KIND", "cpu")
+    assert fused.mamba2_scan(xBC, dt, *parameters, 2, 8) is NotImplemented
+
+
 def test_mamba_ssm_gets_chunks_of_its_own_size(package, monkeypatch):
     package()
+    fused.fused("cpu")
     sizes = []
-    monkeypatch.setattr(fused, "ssd_forward", lambda *args: sizes.append(args[-1]))
-    for chunk_size in (16, 256, 512):
-        fused.compute_ssd(*scan_inputs(9, False), 2, 8, chunk_size, None)
-    assert sizes == [256, 256, 512]
+    forward = fused._ssd["forward"]
+    monkeypatch.setitem(fused._ssd, "forward", lambda *args, **how: sizes.append(args[5]) or forward(*args, **how))
+    for chunk_size in (16, 300):
+        fused.fused_mamba2((fused._ssd["forward"], None), *scan_inputs(9, False), 2, 8, chunk_size)
+    assert set(sizes) == {256}
 
 
 def test_a_kernel_that_fails_when_it_is_needed(package, monkeypatch, capsys):
@@ -192,10 +224,10 @@ def test_a_kernel_that_fails_when_it_is_needed(package, monkeypatch, capsys):
 
     ssd_forward = fused.ssd_forward
     monkeypatch.setattr(fused, "ssd_forward", fails)
-    arguments = 1, 2, 8, 6, 256, torch.float32, True
-    assert fused.ssd_works("cpu", 1, small, 4, *arguments[1:])
-    assert not fused.ssd_works("cpu", 1, large, 2, *arguments[1:])
-    assert not fused.ssd_works("cpu", 1, large, 2, *arguments[1:])
+    arguments = 2, 8, 6, torch.float32, True
+    assert fused.ssd_works("cpu", 1, small, 4, *arguments)
+    assert not fused.ssd_works("cpu", 1, large, 2, *arguments)
+    assert not fused.ssd_works("cpu", 1, large, 2, *arguments)
     assert capsys.readouterr().err.count("mamba-ssm's ssd does not work here (RuntimeError: out of resource") == 1
     assert "out of resource" in fused.describe("cuda")[1][-1]
 

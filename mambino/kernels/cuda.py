@@ -8,11 +8,15 @@ import functools
 import types
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from mambino.kernels.anywhere import in_window, make_scan
+from mambino.kernels.anywhere import in_window
 from mambino.kernels.checked import compile_trouble, compiles, notes, works
 from mambino.kernels.registry import describes, kernel
+from mambino.kernels.scans import make_scan
+
+KIND = 'cuda'   # of the devices that all this is for
 
 # --- a Mamba-1's scan without mamba-ssm -----------------------------------------------------------
 
@@ -108,7 +112,7 @@ def selective_scan(x, dt, A, B, C, state=None):
     batch, T, E = x.shape
     N = A.shape[1]
     kind = x.device.type
-    if kind != 'cuda' or T < CHUNK or not (compiles(kind) and chunks_work(kind, batch, E, N)):
+    if kind != KIND or T < CHUNK or not (compiles(kind) and chunks_work(kind, batch, E, N)):
         return NotImplemented
     x, dt, A, B, C = (u.float().contiguous() for u in (x, dt, A, B, C))
     if state is None:
@@ -116,6 +120,30 @@ def selective_scan(x, dt, A, B, C, state=None):
     x, dt, B, C = (F.pad(u, (0, 0, 0, -T % CHUNK)) for u in (x, dt, B, C))  # dt = 0 leaves the state as it is
     y, state = chunked_scan(x, dt, A, B, C, state)
     return y[:, :T], state
+
+
+# --- projections of one input ---------------------------------------------------------------------
+
+MERGED = True       # within torch.compile, which fuses the casts of the weights with their concatenation
+
+
+def is_plain(module):
+    """Whether a module is a linear map and nothing more: no adapter, no hook, not quantized."""
+    return type(module) is nn.Linear and module.bias is None and not module._forward_hooks \
+        and not module._forward_pre_hooks
+
+
+@kernel
+def project(x, *projections):
+    """As one product, in a compiled training step: x is read once, and so is the gradient of each result."""
+    kind = x.device.type
+    if kind != KIND or not MERGED or not torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return NotImplemented
+    if not all(is_plain(projection) for projection in projections):
+        return NotImplemented
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    weight = torch.cat([projection.weight.to(dtype) for projection in projections])
+    return F.linear(x, weight).split([len(projection.weight) for projection in projections], -1)
 
 
 # --- attention in a window ------------------------------------------------------------------------
@@ -166,7 +194,7 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
     alone: of prompts, each length would be compiled anew."""
     T, S = q.shape[1], k.shape[1]
     kind = q.device.type
-    if kind != 'cuda' or dropout or mask is not None or S != T or not 0 < 2 * window <= T:
+    if kind != KIND or dropout or mask is not None or S != T or not 0 < 2 * window <= T:
         return NotImplemented
     if not torch.is_grad_enabled() or not q.requires_grad:
         return NotImplemented
@@ -186,7 +214,7 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
 def has_grouped_products(kind):
     """Whether this card has a kernel for grouped products: elsewhere torch waits for the card to read the
     groups' sizes, and loops over them."""
-    return kind == 'cuda' and torch.cuda.get_device_capability()[0] in (9, 10)
+    return kind == KIND and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def grouped_product(rows, weights, ends):
@@ -211,7 +239,7 @@ def experts_swiglu(x, pairs, gate_up, down):
 @describes
 def describe(kind):
     """What does not work of what this file has."""
-    if kind != 'cuda':
+    if kind != KIND:
         return [], []
     lines = [notes[name] for name in ('flex_attention', 'the compiled scan') if name in notes]
     if compile_trouble(kind):

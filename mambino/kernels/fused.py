@@ -17,6 +17,7 @@ from mambino.kernels.checked import first_line, works
 from mambino.kernels.checked import notes as run_notes
 from mambino.kernels.registry import DEFINITIONS, describes, kernel, substituted
 
+KIND = 'cuda'           # of the devices that all this is for
 FUSED = {   # name: (package, its module, what is taken of it)
     'ssd': ('mamba_ssm', 'mamba_ssm.ops.triton.ssd_combined',
             ('_mamba_chunk_scan_combined_fwd', '_mamba_chunk_scan_combined_bwd')),
@@ -25,7 +26,7 @@ FUSED = {   # name: (package, its module, what is taken of it)
 }
 OWNERS = {'ssd': "mamba-ssm's ssd", 'scan': "mamba-ssm's scan", 'conv': 'causal-conv1d'}
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.04}   # of the largest value
-CHUNK = 256             # tokens: what mamba-ssm's kernels are tuned for; the result does not depend on it
+CHUNK = 256             # tokens: what mamba-ssm's kernels are tuned for; results do not depend on it, nor on a model's
 
 
 # --- what is there and works ----------------------------------------------------------------------
@@ -128,7 +129,7 @@ def check(name, functions, device):
 
 @describes
 def describe(kind):
-    if kind != 'cuda':
+    if kind != KIND:
         return [], []
     found, notes = fused_on(kind)
     recurrences = [name for name in found if name != 'conv']
@@ -159,7 +160,7 @@ def ssd_forward(xBC, dt, dt_bias, A, D, state, groups, head_dim, chunk_size):
     x, B, C = split_heads(xBC, groups, head_dim, dt.shape[-1])
     y, *_, last = _ssd['forward'](x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=state,
                                   dt_softplus=True)
-    return y, last
+    return y.contiguous(), last.contiguous()                    # they are; a compiler relies on it
 
 
 @ssd_forward.register_fake
@@ -182,14 +183,14 @@ def ssd_backward(grad_y, grad_last, y, xBC, dt, dt_bias, A, D, state, groups, he
         grad_y.to(y.dtype), x, dt, A, B, C, y, chunk_size, D=D, dt_bias=dt_bias, initial_states=state,
         dfinal_states=grad_last, dt_softplus=True, dx=grad_x, dB=grad_B, dC=grad_C)
     grad_state = D.new_empty(0) if grad_state is None else grad_state.float()
-    return grad_xBC, grad_dt, grad_bias, grad_A, grad_D, grad_state
+    return grad_xBC, grad_dt.contiguous(), grad_bias, grad_A, grad_D, grad_state.contiguous()
 
 
 @ssd_backward.register_fake
 def _(grad_y, grad_last, y, xBC, dt, dt_bias, A, D, state, groups, head_dim, chunk_size):
     grad_state = D.new_empty(0) if state is None else torch.empty_like(state, dtype=torch.float32)
-    grad_xBC = torch.empty_like(xBC, memory_format=torch.contiguous_format)
-    return grad_xBC, torch.empty_like(dt), *(torch.empty_like(u) for u in (dt_bias, A, D)), grad_state
+    grad_xBC, grad_dt = (torch.empty_like(u, memory_format=torch.contiguous_format) for u in (xBC, dt))
+    return grad_xBC, grad_dt, *(torch.empty_like(u) for u in (dt_bias, A, D)), grad_state
 
 
 def save_for_ssd(ctx, inputs, output):
@@ -211,17 +212,17 @@ ssd_forward.register_autograd(gradients_of_ssd, setup_context=save_for_ssd)
 
 def fused_mamba2(functions, xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
     _ssd['forward'], _ssd['backward'] = functions
-    return compute_ssd(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size, state)
+    return compute_ssd(xBC, dt, dt_bias, A, D, groups, head_dim, state)
 
 
-def compute_ssd(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size, state):
+def compute_ssd(xBC, dt, dt_bias, A, D, groups, head_dim, state):
     if state is not None:
         state = state.float().contiguous()
-    return ssd_forward(xBC, dt, dt_bias, A, D, state, groups, head_dim, max(chunk_size, CHUNK))
+    return ssd_forward(xBC, dt, dt_bias, A, D, state, groups, head_dim, CHUNK)
 
 
 @torch.compiler.assume_constant_result
-def ssd_works(kind, batch, T, H, groups, head_dim, N, chunk_size, dtype, needs_grad):
+def ssd_works(kind, batch, T, H, groups, head_dim, N, dtype, needs_grad):
     """Whether mamba-ssm's scan runs in these sizes: a card may have too little shared memory for it."""
     def attempt():
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -229,24 +230,24 @@ def ssd_works(kind, batch, T, H, groups, head_dim, N, chunk_size, dtype, needs_g
             xBC = torch.zeros(batch, T, width, dtype=dtype, device=kind, requires_grad=needs_grad)
             dt = xBC.new_zeros(batch, T, H)
             bias, A, D = xBC.new_zeros(3, H, dtype=torch.float32)
-            y, _ = compute_ssd(xBC, dt, bias, A, D, groups, head_dim, chunk_size, None)
+            y, _ = compute_ssd(xBC, dt, bias, A, D, groups, head_dim, None)
             if needs_grad:
                 torch.autograd.grad(y.float().sum(), xBC)
-    return works(OWNERS['ssd'], (H, groups, head_dim, N, chunk_size, dtype, needs_grad), attempt)
+    return works(OWNERS['ssd'], (H, groups, head_dim, N, dtype, needs_grad), attempt)
 
 
 @kernel
 def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
     kind = xBC.device.type
     batch, T, H = dt.shape
-    if kind != 'cuda' or T == 1 or not is_fused('ssd', kind):   # one token takes one step, not a chunk
+    if kind != KIND or T == 1 or not is_fused('ssd', kind):   # one token takes one step, not a chunk
         return NotImplemented
     if torch.compiler.is_compiling():
         batch, T = 4, 1024                                      # which may have no fixed values there
     N = (xBC.shape[-1] - H * head_dim) // (2 * groups)
-    if not ssd_works(kind, batch, T, H, groups, head_dim, N, chunk_size, xBC.dtype, torch.is_grad_enabled()):
+    if not ssd_works(kind, batch, T, H, groups, head_dim, N, xBC.dtype, torch.is_grad_enabled()):
         return NotImplemented
-    return compute_ssd(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size, state)
+    return compute_ssd(xBC, dt, dt_bias, A, D, groups, head_dim, state)
 
 
 # --- Mamba-1 --------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def fused_mamba1(functions, x, dt, dt_bias, A, B, C, D, z):
 @kernel
 def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
     kind = x.device.type
-    if kind != 'cuda' or state is not None or torch.compiler.is_compiling() or not is_fused('scan', kind):
+    if kind != KIND or state is not None or torch.compiler.is_compiling() or not is_fused('scan', kind):
         return NotImplemented
     return fused_mamba1(fused_on(kind)[0]['scan'], x, dt, dt_bias, A, B, C, D, z)
 
@@ -280,7 +281,7 @@ def causal_conv1d(x, weight, bias, state=None):
     kind = x.device.type
     K = weight.shape[-1]
     fits = 2 <= K <= 4 and x.shape[2] % 8 == x.stride(1) % 8 == x.stride(0) % 8 == 0 and x.stride(2) == 1
-    if kind != 'cuda' or state is not None or not fits or x.shape[1] < K:
+    if kind != KIND or state is not None or not fits or x.shape[1] < K:
         return NotImplemented
     if torch.compiler.is_compiling() or not is_fused('conv', kind):     # a compiler fuses it with its neighbours
         return NotImplemented
