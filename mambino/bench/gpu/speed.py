@@ -15,7 +15,7 @@ from mambino.bench.gpu import models
 from mambino.kernels.registry import KERNELS
 
 TOKENS_PER_STEP = 131072
-SECONDS = 2.0           # of measuring
+SECONDS = 1.0           # of measuring
 FEW_LAYERS = 12         # of a Mamba-2 that is compiled: the time that takes grows with them
 OWN = ('cuda', 'fused', 'triton')   # files whose kernels only a card has
 TOP = 10                # kernels that are named
@@ -34,40 +34,34 @@ def run(recorder, device, out_dir):
 def run_gpt(recorder, device, sizes, batches, T):
     kind, config = models.LARGE_MODELS['gpt']
     config = config | sizes | (dict(n_head=2) if sizes else {})
-    first = batches[0]
-    compile_seconds = 60 if device.startswith('cuda') else 1
+    first, *_, most = batches
+    compiling = dict(compiled=True, seconds=60 if device.startswith('cuda') else 1)
+    peer_name = 'transformers Llama'
+    measure(recorder, 'compiled', kind, config, device, most, T, profiled=True, **compiling)
+    measure(recorder, 'eager', kind, config, device, most, T)
+    peer(recorder, f'{peer_name}, compiled', config, device, most, T, **compiling)
+    peer(recorder, f'{peer_name}, eager', config, device, most, T)
     measure(recorder, 'eager', kind, config, device, first, T, profiled=True)
-    measure(recorder, 'compiled', kind, config, device, first, T, compiled=True,
-            seconds=compile_seconds, profiled=True)
-    peer(recorder, 'transformers Llama, compiled', config, device, first, T, compiled=True,
-         seconds=compile_seconds)
-    measure(recorder, 'compiled', kind, config, device, batches[-1], T, compiled=True,
-            seconds=compile_seconds)
-    measure(recorder, 'eager', kind, config, device, batches[-1], T)
-    peer(recorder, 'transformers Llama, eager', config, device, first, T)
-    for B in batches[1:-1]:
-        measure(recorder, 'compiled', kind, config, device, B, T, compiled=True,
-                seconds=compile_seconds)
+    for B in batches[:-1]:
+        measure(recorder, 'compiled', kind, config, device, B, T, **compiling)
 
 
 def run_mamba(recorder, device, sizes, batches, T):
     kind, config = models.LARGE_MODELS['mamba']
     config = config | sizes
     few = config | dict(n_layer=min(FEW_LAYERS, config['n_layer']))
-    compile_seconds = 90 if device.startswith('cuda') else 1
-    first = batches[0]
-    measure(recorder, 'eager', kind, config, device, first, T, profiled=True)
+    compiling = dict(compiled=True, seconds=75 if device.startswith('cuda') else 1)
+    first, *others = batches
     name = f'compiled, {few["n_layer"]} layers'
-    measure(recorder, name, kind, few, device, first, T, compiled=True, seconds=compile_seconds,
-            profiled=True)
+    measure(recorder, 'eager', kind, config, device, first, T, profiled=True)
+    measure(recorder, name, kind, few, device, first, T, profiled=True, **compiling)
     measure(recorder, 'eager, PyTorch alone', kind, config, device, first, T, without=OWN)
-    measure(recorder, f'{name}, PyTorch alone', kind, few, device, first, T, compiled=True,
-            seconds=compile_seconds,
-            without=OWN)
-    for B in batches[1:]:
+    for B in others:
         measure(recorder, 'eager', kind, config, device, B, T)
+    measure(recorder, name, kind, few, device, others[-1], T, **compiling)
+    measure(recorder, f'{name}, PyTorch alone', kind, few, device, first, T, without=OWN, **compiling)
     measure(recorder, 'compiled', kind, config, device, first, T, compiled=True,
-            seconds=2 * compile_seconds)
+            seconds=2 * compiling['seconds'])
 
 
 @contextlib.contextmanager
@@ -115,7 +109,8 @@ def time_steps(recorder, label, training, device, tokens, flops, parameters):
     training.update()
     models.synchronize(device)
     first_seconds = time.perf_counter() - begun
-    micro = seconds_of(training.micro_step, device)
+    with machine.rounded_once(device, 'bfloat16'):          # as train.py does
+        micro = seconds_of(training.micro_step, device)
     update = seconds_of(training.update, device, least=0.2)
     peak = machine.peak_flops(device, 'bfloat16')
     micro_steps = max(1, TOKENS_PER_STEP // tokens)
