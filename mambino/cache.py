@@ -149,6 +149,7 @@ class DeviceKVStep:
         key = query - (query - slot) % S if self.window else slot   # positions that are in the slots
         self.slots = self.pos % S if self.window else self.pos
         self.mask = ((key >= 0) & (key <= query))[:, None, None]
+        self.mask.last = self.pos       # in other words: the slots up to there, or all
 
 
 def kv_step_of(pos, t, window, device):

@@ -62,6 +62,7 @@ def compare(net, B=3, T=40, n=60):
     whose likeliest next one is the same). From 40 tokens to 100 a cache grows once."""
     prompt = torch.randint(net.config.vocab_size, (B, T), device='cuda')
     _, state = net.step(prompt)
+    state = {name: value.contiguous() for name, value in state.items()}     # as Rows has them
     other = {name: value.clone() for name, value in state.items()}
     worst, same = 0.0, []
     idx = torch.randint(net.config.vocab_size, (B, 1), device='cuda')

@@ -1,8 +1,8 @@
 """One token of each row, in generation on what is no CPU: each operation in few kernels.
 
-    rms_norm's gated form   by PyTorch's fused norm
+    norms, rope, swiglu     one kernel of our own each (triton_token.py), else PyTorch's fused ones
     attention               heads that share keys are queries side by side: keys are not repeated
-    causal_conv1d, scans    the recurrence's single step, without chunks
+    causal_conv1d, scans    the recurrence's single step, without chunks: one kernel of our own, else several
     experts_swiglu          products with all experts, or with copies of those that are wanted: no number
                             of the data decides a shape, so the host waits for nothing
 
@@ -16,9 +16,15 @@ heads, G groups or key heads, R heads a group, P head size, N state size, S cach
 import torch
 import torch.nn.functional as F
 
+from mambino.kernels.checked import works
 from mambino.kernels.registry import kernel
+from mambino.kernels.triton_kernels import has_triton
 
 MANY = 64               # tokens from which on experts are computed as in training
+WIDEST = 16384          # channels that one program normalises
+PLAIN = torch.Tensor, torch.nn.Parameter
+# by which a kernel of our own may differ, of the largest value
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.04}
 
 
 def applies(x):
@@ -32,15 +38,100 @@ def exactly(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# --- norms, attention -----------------------------------------------------------------------------
+def outcome(compute, inputs):
+    """What compute makes of copies of its inputs, and what it makes of them: tensors."""
+    copies = [u.clone() if isinstance(u, torch.Tensor) else u for u in inputs]
+    y = compute(*copies)
+    return [y, *(u for u in copies if isinstance(u, torch.Tensor) and u.is_floating_point() and u.numel())]
+
+
+def ours(name, plain, fast, *inputs, state=None):
+    """fast(*inputs), a kernel of our own, where it works in these sizes and gives what plain gives, tried
+    once on these very inputs; else plain(*inputs). The first input is x; rows lie without gaps. state: of a
+    recurrence, which is the last input, too: a row of it is without gaps."""
+    if state is not None:
+        inputs = *inputs, state
+        if not state[0].is_contiguous():
+            return plain(*inputs)
+    x = inputs[0]
+    tensors = [u for u in inputs if isinstance(u, torch.Tensor)]
+    if not x.is_cuda or type(x) not in PLAIN or not has_triton() or any(u.stride(-1) != 1 for u in tensors):
+        return plain(*inputs)
+
+    def attempt():
+        for expected, computed in zip(outcome(plain, inputs), outcome(fast, inputs)):
+            error = (computed.float() - expected.float()).abs().max()
+            if not error <= TOLERANCE[x.dtype] * expected.float().abs().max():      # also where it is NaN
+                raise ValueError(f'differs from plain PyTorch by {float(error):.1e}')
+    sizes = tuple((u.dtype, u.shape[1:]) if isinstance(u, torch.Tensor) else u for u in inputs)
+    try:
+        compute = fast if works(f'our Triton kernel of {name} of one token', sizes, attempt) else plain
+    except torch.OutOfMemoryError:      # there is no room for copies now
+        compute = plain
+    return compute(*inputs)
+
+
+def triton_token():
+    """The module, which needs Triton to be imported."""
+    from mambino.kernels import triton_token
+    return triton_token
+
+
+# --- norms, MLP -----------------------------------------------------------------------------------
+
+@kernel
+def rms_norm(x, weight, eps, dtype=None):
+    dtype = dtype or x.dtype
+    if not applies(x) or x.shape[-1] > WIDEST or not x.is_contiguous():
+        return NotImplemented
+
+    def plain(x, weight):
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
+
+    def fast(x, weight):
+        return triton_token().norm(x.view(-1, x.shape[-1]), None, weight, eps, 1, dtype).view(x.shape)
+    return ours(f'RMSNorm to {dtype}', plain, fast, x, weight)
+
 
 @kernel
 def gated_rms_norm(y, z, weight, eps, groups, dtype=None):
-    if not applies(y):
+    dtype = dtype or torch.float32
+    if not applies(y) or y.shape[-1] > WIDEST:
         return NotImplemented
-    y = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))     # (B, 1, G, E/G)
-    y = F.rms_norm(y, y.shape[-1:], None, eps).flatten(-2) * weight
-    return y if dtype is None else y.to(dtype)
+
+    def plain(y, z, weight):
+        y = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))     # (B, 1, G, E/G)
+        return (F.rms_norm(y, y.shape[-1:], None, eps).flatten(-2) * weight).to(dtype)
+
+    def fast(y, z, weight):
+        return triton_token().norm(y[:, 0], z[:, 0], weight, eps, groups, dtype)[:, None]
+    return ours(f'gated RMSNorm to {dtype}', plain, fast, y, z, weight)
+
+
+@kernel
+def swiglu(gate, up):
+    if gate.ndim != 3 or not applies(gate) or gate.dtype != up.dtype:
+        return NotImplemented
+    return ours('SwiGLU', lambda gate, up: F.silu(gate) * up,
+                lambda gate, up: triton_token().swiglu(gate[:, 0], up[:, 0])[:, None], gate, up)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+@kernel
+def apply_rope(x, rope):
+    cos, sin = rope                                             # (B, 1, 1, P/2)
+    if x.ndim != 4 or not applies(x) or cos.shape[0] != x.shape[0]:
+        return NotImplemented
+
+    def plain(x, cos, sin):
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def fast(x, cos, sin):
+        return triton_token().rope(x[:, 0], cos, sin)[:, None]
+    return ours('RoPE', plain, fast, x, cos, sin)
 
 
 def added_to_scores(mask, dtype):
@@ -57,10 +148,17 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
     if mask is None or not applies(q):
         return NotImplemented
     B, _, H, P = q.shape
-    G = k.shape[2]
-    q = q.reshape(B, G, H // G, P)
+    q = q.reshape(B, k.shape[2], -1, P)                         # (B, G, R, P)
     k, v = (u.transpose(1, 2) for u in (k, v))                  # (B, G, S, P)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=added_to_scores(mask, q.dtype))
+
+    def plain(q, k, v, *_):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added_to_scores(mask, q.dtype))
+    last = getattr(mask, 'last', None)                          # of a cache.DeviceKVStep
+    is_whole = k.stride()[2:] == v.stride()[2:] == (P, 1)
+    if last is None or not is_whole or not q.dtype == k.dtype == v.dtype or q.shape[2] > 16:
+        y = plain(q, k, v)
+    else:
+        y = ours('attention', plain, lambda *inputs: triton_token().attention(*inputs), q, k, v, last)
     return y.reshape(B, 1, H * P)
 
 
@@ -68,42 +166,62 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
 
 @kernel
 def causal_conv1d(x, weight, bias, state=None):
-    if state is None or not applies(x):
+    if state is None or not applies(x) or not weight.is_contiguous():
         return NotImplemented
-    inputs = torch.cat((state.to(x.dtype), x), 1)               # (B, K, E)
-    y = (inputs * weight[:, 0].t()).sum(1, keepdim=True) + bias  # in fp32, as weight is
-    state.copy_(inputs[:, 1:])
-    return F.silu(y).to(x.dtype), state
+
+    def plain(x, weight, bias, state):
+        inputs = torch.cat((state.to(x.dtype), x), 1)           # (B, K, E)
+        y = (inputs * weight[:, 0].t()).sum(1, keepdim=True) + bias     # in fp32, as weight is
+        state.copy_(inputs[:, 1:])
+        return F.silu(y).to(x.dtype)
+
+    def fast(x, weight, bias, state):
+        return triton_token().conv(x[:, 0], weight, bias, state)[:, None]
+    return ours('a convolution', plain, fast, x, weight, bias, state=state), state
 
 
 @kernel
 def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
-    if state is None or not applies(x):
+    if state is None or not applies(x) or state.dtype != torch.float32:
         return NotImplemented
-    dt = F.softplus(dt.float() + dt_bias)                       # (B, 1, E)
-    state.mul_(torch.exp(dt * A.t()))                           # (B, N, E)
-    state.addcmul_(B.mT.float(), dt * x)
-    with exactly(x):
-        y = C.float() @ state                                   # (B, 1, E)
-    return torch.addcmul(y, x, D) * F.silu(z), state
+
+    def plain(x, dt, dt_bias, A, B, C, D, z, state):
+        dt = F.softplus(dt.float() + dt_bias)                   # (B, 1, E)
+        state.mul_(torch.exp(dt * A.t()))                       # (B, N, E)
+        state.addcmul_(B.mT.float(), dt * x)
+        with exactly(x):
+            y = C.float() @ state                               # (B, 1, E)
+        return torch.addcmul(y, x, D) * F.silu(z)
+
+    def fast(x, dt, dt_bias, A, B, C, D, z, state):
+        token = (u[:, 0] for u in (x, dt, B, C, z))
+        x, dt, B, C, z = token
+        return triton_token().mamba1(x, dt, dt_bias, A, B, C, D, z, state)[:, None]
+    return ours("Mamba-1's scan", plain, fast, x, dt, dt_bias, A.contiguous(), B, C, D, z, state=state), state
 
 
 @kernel
 def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
-    if state is None or not applies(xBC):
+    if state is None or not applies(xBC) or state.dtype != torch.float32:
         return NotImplemented
     H, G, P = dt.shape[-1], groups, head_dim
-    N = (xBC.shape[-1] - H * P) // (2 * G)
-    x, B, C = xBC[:, 0].split((H * P, G * N, G * N), dim=-1)
-    x = x.unflatten(-1, (H, P))                                 # (B, H, P)
-    dt = F.softplus(dt[:, 0].float() + dt_bias)                 # (B, H)
-    dtx = dt[..., None] * x                                     # (B, H, P)
-    h = state.unflatten(1, (G, H // G))                         # (B, G, R, P, N)
-    h.mul_(torch.exp(dt * A).view(-1, G, H // G, 1, 1))
-    h.addcmul_(dtx.view(-1, G, H // G, P, 1), B.reshape(-1, G, 1, 1, N).float())
-    with exactly(x):
-        y = h.flatten(2, 3) @ C.reshape(-1, G, N, 1).float()    # (B, G, R P, 1)
-    return torch.addcmul(y.view(-1, H, P), x, D[:, None])[:, None], state
+    N = state.shape[-1]
+
+    def plain(xBC, dt, dt_bias, A, D, state):
+        x, B, C = xBC[:, 0].split((H * P, G * N, G * N), dim=-1)
+        x = x.unflatten(-1, (H, P))                             # (B, H, P)
+        dt = F.softplus(dt[:, 0].float() + dt_bias)             # (B, H)
+        dtx = dt[..., None] * x                                 # (B, H, P)
+        h = state.unflatten(1, (G, H // G))                     # (B, G, R, P, N)
+        h.mul_(torch.exp(dt * A).view(-1, G, H // G, 1, 1))
+        h.addcmul_(dtx.view(-1, G, H // G, P, 1), B.reshape(-1, G, 1, 1, N).float())
+        with exactly(x):
+            y = h.flatten(2, 3) @ C.reshape(-1, G, N, 1).float()    # (B, G, R P, 1)
+        return torch.addcmul(y.view(-1, H, P), x, D[:, None])[:, None]
+
+    def fast(xBC, dt, dt_bias, A, D, state):
+        return triton_token().mamba2(xBC[:, 0], dt[:, 0], dt_bias, A, D, state, G)[:, None]
+    return ours("Mamba-2's scan", plain, fast, xBC, dt, dt_bias, A, D, state=state), state
 
 
 # --- experts --------------------------------------------------------------------------------------
