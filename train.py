@@ -233,7 +233,7 @@ globals().update(settings)  # here, and only here, those that were left unset ge
 rank, world = processes.RANK, processes.WORLD
 sequences = tokens_per_step // block_size // world  # of a step, this process's
 net.gradient_checkpointing = gradient_checkpointing
-processes.place(net, device)
+processes.place(net, device, dtype)
 if origin.in_shards:
     processes.load_weights(net, origin.ckpt)
 

@@ -1,5 +1,5 @@
-"""--parallel=fsdp as its user meets it: processes that share the weights train as one does, are killed and go on, also
-as more or fewer of them, and leave what one process would have left."""
+"""--parallel=fsdp as its user meets it: processes that share the weights train as one does, are
+killed and go on, also as more or fewer of them, and leave what one process would have left."""
 import copy
 import os
 import pickle
@@ -20,8 +20,9 @@ ONE = f'--batch_size=8 {SAME}'
 @pytest.fixture
 def pair(here):
     def run(*lines, before='', statuses=(0, 0), world=2):
-        """So many processes train with these flags, each after the statements `before`, which know `rank`; returns what
-        they said: [out, err] of the first, and so on. statuses: what they end with; None: not with 0."""
+        """So many processes train with these flags, each after the statements `before`, which know
+        `rank`; returns what they said: [out, err] of the first, and so on. statuses: what they end
+        with; None: not with 0."""
         ended, said = forked(FSDP, *lines, before=before, world=world, joined=True)
         assert tuple(ended) == (statuses * world)[:world] if statuses else all(ended), said
         return said
@@ -160,7 +161,8 @@ if rank == 1:                                               # right after a save
 
 
 def test_evaluation_samples_and_patience(pair):
-    """Neither hangs, though the processes have different numbers of batches to evaluate; neither disturbs training."""
+    """Neither hangs, though the processes have different numbers of batches to evaluate; neither
+    disturbs training."""
     flags = '--model=hybrid --dropout=0.2 --window=8 --learning_rate=1e-3'
     pair(flags, '--max_iters=10 --eval_interval=10 --out_dir=seldom')
     out = pair(flags, '--max_iters=10 --eval_interval=4 --sample_interval=5')
@@ -197,7 +199,8 @@ checkpoint.save_checkpoint = patched"""
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_goes_on_with_another_number_of_processes(pair, optimizer):
-    """Four are killed; two go on, or four, or two that share nothing, or one: each time the curve is that of one."""
+    """Four are killed; two go on, or four, or two that share nothing, or one: each time the curve
+    is that of one."""
     flags = f'--model=gpt --n_embd=64 --optimizer={optimizer} --max_iters=10'
     train(ONE, flags, '--out_dir=one')
     pair(flags, '--batch_size=1', world=4, before=DIES, statuses=None)
@@ -211,6 +214,29 @@ def test_goes_on_with_another_number_of_processes(pair, optimizer):
         assert 'shards' not in load() and not os.path.exists('out/ckpt.shards')
         assert_same_curve('out', 'one')
         shutil.rmtree('out')
+
+
+STOPS = """
+from mambino.train import progress                          # before the first step
+progress.catch_stop_signals = lambda: [signal.SIGTERM]"""
+
+
+def test_other_shares_have_the_same_bits(pair):
+    """Weights and both optimizers' states, from shards and from a whole file: of four processes,
+    three, two and one; three cannot have equal rows."""
+    flags = '--model=hybrid --optimizer=muon --max_iters=10 --tokens_per_step=192 --batch_size=1'
+    pair(flags, world=4, before=DIES, statuses=None)
+    wanted = checkpoint.load_checkpoint('out/ckpt.pt')
+    assert wanted['counters']['step'] == 5 and len(wanted['optimizers']) == 2
+    for world in (3, 2):
+        pair(flags, world=world, before=STOPS, statuses=(143,) * 3)
+        ckpt = load()
+        assert ckpt['counters']['step'] == 5 and 'shards' not in ckpt
+        assert plain(ckpt['weights']) == plain(wanted['weights'])
+        for ours, theirs in zip(ckpt['optimizers'], wanted['optimizers']):
+            assert plain(ours['state']) == plain(theirs['state'])
+    train(flags, '--learning_rate=1e-2')
+    assert load()['counters']['step'] == 10
 
 
 @pytest.fixture
@@ -288,3 +314,36 @@ def test_what_does_not_fit_is_one_line(killed, pair, capsys):
 def test_fp16_scales_alike_everywhere(pair):
     pair('--model=gpt --dtype=float16 --optimizer=muon')
     assert metrics(key='loss')[20] < metrics(key='loss')[1] and load()['scaler']['scale'] > 0
+
+
+GATHERED = """                                              # what each layer's modules read in training
+place = processes.place
+def patched(net, *arguments):
+    place(net, *arguments)
+    for name, module in net.named_modules():
+        for key in [key for key, p in module._parameters.items() if p is not None]:
+            reads = functools.partial(read, f'{name}.{key}', key)
+            module.register_forward_pre_hook(reads)
+def read(name, key, module, args):
+    if module.training and name not in seen:
+        print('gathered', name, getattr(module, key).dtype)
+        seen.add(name)
+seen, processes.place = set(), patched
+import functools"""
+
+
+@pytest.mark.parametrize('flags', ['gpt --n_expert=4 --capacity_factor=0 --qk_norm=True', 'mamba', 'hybrid'])
+def test_weights_travel_as_they_are_rounded(pair, flags):
+    """In bf16 the matrices of products, and nothing else: the losses stay what those of ddp are."""
+    flags = f'--model={flags} --n_embd=64 --n_layer=2 --dtype=bfloat16 --optimizer=adamw --max_iters=10'
+    out = pair(flags, before=GATHERED)[0]
+    gathered = dict(line.split()[1:] for line in out.split('\n') if line.startswith('gathered'))
+    rounded = {name for name, dtype in gathered.items() if dtype == 'torch.bfloat16'}
+    assert {name for name in gathered if '.layers.' in name and '_proj' in name} == rounded and len(rounded) >= 4
+    weights = load()['weights']
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    pair(flags, '--parallel=ddp --out_dir=ddp')
+    ours, theirs = metrics(key='loss'), metrics('ddp', 'loss')
+    assert ours == pytest.approx(theirs, abs=0.02)
+    for step in range(1, 5):                                # later bf16 makes others of any
+        assert ours[step] == pytest.approx(theirs[step], abs=2e-4)

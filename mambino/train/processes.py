@@ -27,12 +27,14 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mambino import files, machine
 from mambino.configurator import fail
 from mambino.train import experts
 from mambino.weights import checkpoint, shards
+from model_gpt import Experts, MoE
 
 UNSET = ('start several processes with torchrun --nproc_per_node=2 train.py; '
          'for one, unset RANK, WORLD_SIZE and LOCAL_RANK')
@@ -238,20 +240,49 @@ def agreed(action):
         raise error or OSError('another process could not write its part')
 
 
-def place(net, device):
-    """The model goes to its device: all of it, or with fsdp the share of this process."""
+def place(net, device, dtype='float32'):
+    """The model goes to its device: all of it, or with fsdp the share of this process. dtype: what
+    the run computes in; in it fsdp gathers the weights that autocast would round to it."""
     if experts.N > 1:
         experts.divide(net)
     if not SHARDED:
         net.to(device)
         return
     from torch.distributed.device_mesh import init_device_mesh  # a second to import
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
     mesh = init_device_mesh(device.partition(':')[0], (WORLD,))
+    rounding = MixedPrecisionPolicy(                        # gradients are added up in fp32
+        param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = next(module for name, module in net.named_modules() if name.endswith('layers'))
-    for module in (*layers, net):                           # each by itself: only its share stays
-        fully_shard(module, mesh=mesh)
+    for layer in layers:                                    # each by itself: only its share stays
+        for module in rounded_parts(layer) if dtype != 'float32' else ():
+            fully_shard(module, mesh=mesh, mp_policy=rounding)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
     register_fsdp_forward_method(net, 'step')
+
+
+def rounded_parts(module):
+    """The largest modules in a module whose weights are all read by products that autocast rounds.
+    A router's product is exact (model_gpt.MoE), and what has a bias or is no matrix stays."""
+    for name, child in module.named_children():
+        owners = [part for part in child.modules() if part._parameters]
+        if isinstance(module, MoE) and name == 'gate':
+            continue
+        is_exact = any(isinstance(part, MoE) for part in child.modules())
+        if owners and not is_exact and all(is_rounded(part) for part in owners):
+            yield child
+        else:
+            yield from rounded_parts(child)
+
+
+def is_rounded(module):
+    """Whether a module is matrices alone, in products that autocast rounds."""
+    return type(module) is Experts or (type(module) is nn.Linear and module.bias is None)
 
 
 def shared(net, device):
