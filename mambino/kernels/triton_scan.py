@@ -51,7 +51,7 @@ def softplus(x):
     return tl.where(x > 20, x, tl.where(w == 1, u, tl.log(w) * (u / (w - 1))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=('T', 'E'))
 def scan_forward_kernel(x_ptr, dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, state_ptr,
                         y_ptr, starts_ptr, last_ptr, T, E,
                         x_b: tl.int64, x_t: tl.int64, dt_b: tl.int64, dt_t: tl.int64, B_b: tl.int64, B_t: tl.int64,
@@ -108,7 +108,7 @@ def scan_forward_kernel(x_ptr, dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_p
     tl.store(last_ptr + state, h, mask=tile_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=('T', 'E'))
 def scan_backward_kernel(x_ptr, dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dy_ptr, starts_ptr, dlast_ptr,
                          dx_ptr, ddt_ptr, dbias_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dstate_ptr, room_ptr,
                          T, E, x_b: tl.int64, x_t: tl.int64, dt_b: tl.int64, dt_t: tl.int64,

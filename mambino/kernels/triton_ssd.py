@@ -39,6 +39,7 @@ from mambino.kernels.triton_scan import on_card, rows, softplus
 
 PROGRAMS = 256              # for a card at least: heads are spread until there are so many
 HEADS_AT_ONCE = tl.constexpr(16)
+COUNTS = ('T', 'H', 'R', 'HEADS')     # of which a kernel is not compiled anew
 SUMS = dict(num_warps=4)
 STATES = dict(BLOCK_P=64, num_warps=4, num_stages=2)
 OUTPUTS = dict(num_warps=4, num_stages=2)
@@ -46,7 +47,7 @@ VALUES = dict(num_warps=8, num_stages=1)
 KEYS = dict(num_warps=8, num_stages=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sums_kernel(dt_ptr, bias_ptr, A_ptr, steps_ptr, sums_ptr, T, H,
                 dt_b: tl.int64, dt_t: tl.int64, dt_h: tl.int64, Q: tl.constexpr):
     c = tl.program_id(0)
@@ -66,7 +67,7 @@ def sums_kernel(dt_ptr, bias_ptr, A_ptr, steps_ptr, sums_ptr, T, H,
     tl.store(sums_ptr + places, sums, mask=h_in[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def states_kernel(values_ptr, keys_ptr, steps_ptr, sums_ptr, first_ptr, states_ptr, last_ptr,
                   T, H, R, values_b: tl.int64, values_t, keys_b: tl.int64, keys_t,
                   P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
@@ -118,7 +119,7 @@ def states_kernel(values_ptr, keys_ptr, steps_ptr, sums_ptr, first_ptr, states_p
     tl.store(last_ptr + (b * H + h) * P * N + tile, state, mask=tile_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def outputs_kernel(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, sums_ptr, states_ptr, y_ptr,
                    T, H, R, HEADS, x_b: tl.int64, x_t, y_t, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
@@ -161,7 +162,7 @@ def outputs_kernel(x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, sums_ptr, states_ptr, 
                  mask=values_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def values_kernel(x_ptr, B_ptr, C_ptr, dy_ptr, raw_ptr, bias_ptr, A_ptr, D_ptr, steps_ptr, sums_ptr,
                   states_ptr, ends_ptr, dx_ptr, ddt_ptr, parts_ptr, T, H, R,
                   x_b: tl.int64, x_t, dy_t, dx_t,
@@ -204,13 +205,13 @@ def values_kernel(x_ptr, B_ptr, C_ptr, dy_ptr, raw_ptr, bias_ptr, A_ptr, D_ptr, 
     dy = tl.load(dy_ptr + q[:, None] * dy_t + p[None, :], mask=values_in, other=0.0)
 
     # over the chunk's borders
-    S = tl.load(states_ptr + tile, mask=state_in, other=0.0)  # (P, N)
-    U = tl.load(ends_ptr + tile, mask=state_in, other=0.0)
-    across = tl.exp(total) * tl.sum(tl.sum(S.to(tl.float32) * U.to(tl.float32), 1), 0)
+    S = tl.load(states_ptr + tile, mask=state_in, other=0.0)    # (P, N)
     from_start = tl.dot(C, tl.trans(S), input_precision=PRECISION)  # (Q, P)
-    passing = tl.exp(sums) * tl.sum(from_start * dy, 1)     # (Q): what comes from S to i
+    passing = tl.exp(sums) * tl.sum(from_start * dy, 1)         # (Q): what comes from S to i
+    U = tl.load(ends_ptr + tile, mask=state_in, other=0.0)
     dX = tl.dot(B, tl.trans(U), input_precision=PRECISION) * tl.exp(total - sums)[:, None]
-    leaving = steps * tl.sum(dX * x, 1)                     # (Q): what goes from j to U
+    leaving = steps * tl.sum(dX * x, 1)                         # (Q): what goes from j to U
+    across = tl.exp(total) * tl.sum(tl.sum(S.to(tl.float32) * U.to(tl.float32), 1), 0)
 
     # within the chunk
     decay = tl.exp(tl.where(causal, sums[:, None] - sums[None, :], float('-inf')))
@@ -235,7 +236,7 @@ def values_kernel(x_ptr, B_ptr, C_ptr, dy_ptr, raw_ptr, bias_ptr, A_ptr, D_ptr, 
     tl.store(part + 2, tl.sum(tl.sum(dy.to(tl.float32) * x.to(tl.float32), 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def keys_kernel(x_ptr, dy_ptr, keys_ptr, steps_ptr, sums_ptr, states_ptr, dkeys_ptr, T, H, R, HEADS,
                 x_b: tl.int64, x_t, dy_t,
                 P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, OF_B: tl.constexpr,
