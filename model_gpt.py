@@ -83,6 +83,7 @@ def rope_frequencies(dim, theta, device=None):
     return theta ** (-pair / dim)
 
 
+@fast
 def rope_tables(positions, dim, theta):
     """cos and sin of rotary positions (Su et al. 2021): positions (..., T) → two (..., T, 1,
     dim/2), fp32."""

@@ -11,6 +11,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from mambino import kernels
 from mambino.kernels import checked, cuda, fused, registry
+from model_gpt import rope_tables
 from model_mamba import Mamba, MambaConfig, mamba1_scan, mamba2_scan
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
@@ -293,3 +294,21 @@ def test_fused_mamba1_hands_over_the_right_arguments():
     args = x, raw, torch.randn(6), -torch.rand(6, 4), torch.randn(2, 20, 4), torch.randn(2, 20, 4), torch.randn(6), z
     for got, want in zip(fused.fused_mamba1((selective_scan_fn,), *args), mamba1_scan.definition(*args)):
         assert_close(got, want, 1e-5)
+
+
+def test_rope_tables_are_one_operation_to_a_compiler(monkeypatch):
+    """Its graph has the operation, and no cosine; the numbers are those of the definition."""
+    torch.library.opcheck(torch.ops.mambino.rope_tables.default, (torch.arange(5), 8, 100.0))
+    monkeypatch.setattr(cuda, "KIND", "cpu")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    positions = torch.arange(7)
+    compiled = torch.compile(lambda positions: rope_tables(positions, 8, 100.0), backend=backend, fullgraph=True)
+    for made, expected in zip(compiled(positions), rope_tables.definition(positions, 8, 100.0)):
+        assert torch.equal(made, expected)
+    assert [node.target for node in graphs[0].graph.nodes if "cos" in str(node.target)] == []
+    assert any("rope_tables" in str(node.target) for node in graphs[0].graph.nodes)

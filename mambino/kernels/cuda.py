@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from mambino.kernels.anywhere import in_window
 from mambino.kernels.checked import compile_trouble, compiles, notes, works
-from mambino.kernels.registry import describes, kernel
+from mambino.kernels.registry import DEFINITIONS, describes, kernel
 from mambino.kernels.scans import make_scan
 
 KIND = 'cuda'   # of the devices that all this is for
@@ -144,6 +144,28 @@ def project(x, *projections):
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     weight = torch.cat([projection.weight.to(dtype) for projection in projections])
     return F.linear(x, weight).split([len(projection.weight) for projection in projections], -1)
+
+
+# --- rotary positions -----------------------------------------------------------------------------
+
+@torch.library.custom_op('mambino::rope_tables', mutates_args=())
+def made_rope_tables(positions: torch.Tensor, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return DEFINITIONS['rope_tables'](positions, dim, theta)
+
+
+@made_rope_tables.register_fake
+def rope_table_shapes(positions, dim, theta):
+    cos = positions.new_empty(*positions.shape, 1, dim // 2, dtype=torch.float32)
+    return cos, torch.empty_like(cos)
+
+
+@kernel
+def rope_tables(positions, dim, theta):
+    """One operation to a compiler, which would make each cosine anew for every element that is turned, in
+    every layer: of a GPT's step on a card a quarter."""
+    if positions.device.type != KIND or not torch.compiler.is_compiling():
+        return NotImplemented
+    return torch.ops.mambino.rope_tables(positions, dim, float(theta))
 
 
 # --- attention in a window ------------------------------------------------------------------------
