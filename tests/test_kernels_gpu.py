@@ -10,7 +10,7 @@ from helpers.models import assert_close, assert_same, random_dt, recurrence
 from torch._dynamo.backends.debugging import aot_eager
 
 from mambino import kernels
-from mambino.kernels import checked, cuda, fused, registry
+from mambino.kernels import checked, cuda, fused, registry, triton_kernels
 from model_gpt import rope_tables
 from model_mamba import Mamba, MambaConfig, mamba1_scan, mamba2_scan
 
@@ -98,7 +98,7 @@ def package(tmp_path, monkeypatch):
         (folder / "ssd_combined.py").write_text(text)
         monkeypatch.syspath_prepend(str(tmp_path))
 
-    cached = fused.fused_on
+    cached = fused.tried
     cached.cache_clear()
     monkeypatch.setattr(checked, "_answers", {})
     monkeypatch.setattr(checked, "notes", {})
@@ -122,10 +122,21 @@ def test_fused_kernels_are_used_only_if_they_work(package, monkeypatch, forward,
     package(forward, backward)
     found, notes = fused.fused("cpu")
     assert list(found) == (["ssd"] if "kernels (" in says else [])
-    monkeypatch.setattr(fused, "fused_on", lambda kind: (found, notes))
+    monkeypatch.setattr(fused, "fused", lambda kind, names: (found, notes))
     monkeypatch.setattr(cuda, "compile_trouble", lambda kind: "")
     assert says in kernels.describe_kernels("cuda:1")
     assert "mamba_ssm" not in sys.modules  # whoever else imports it gets its own error
+
+
+@pytest.mark.parametrize("version, is_used", [("2.2.2", False), ("2.2.6.post3", True), ("2.3.2.post1", True)])
+def test_an_old_mamba_ssm_is_refused(package, tmp_path, version, is_used):
+    package()
+    folder = tmp_path / f"mamba_ssm-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mamba-ssm\nVersion: {version}\n")
+    found, notes = fused.fused("cpu")
+    assert ("ssd" in found) == is_used and bool(notes) != is_used
+    assert is_used or "version 2.2.2 has NaN in gradients" in notes[0]
 
 
 def test_what_is_said_is_what_is_used(package, monkeypatch):
@@ -135,10 +146,10 @@ def test_what_is_said_is_what_is_used(package, monkeypatch):
     calls = []
     monkeypatch.setattr(fused, "check", lambda *args: calls.append(torch.is_autocast_enabled("cpu")))
     answers = [fused.fused("cpu"), fused.fused("cpu:0"), fused.fused(torch.device("cpu"))]
-    fused.fused_on.cache_clear()
+    assert answers[0] == answers[1] == answers[2] and len(calls) == 1 and fused.is_fused("ssd", "cpu")
+    fused.tried.cache_clear()
     with torch.autocast("cpu", torch.bfloat16):
-        answers.append(fused.fused("cpu"))
-    assert answers[0] is answers[1] is answers[2]
+        assert fused.fused("cpu") == answers[0]
     assert calls == [False, False]
 
 
@@ -170,6 +181,19 @@ def test_mamba_ssm_is_one_operation(package, monkeypatch, state, through, is_com
         assert_same(
             run, lambda *u: reference(*u[:5], state=u[5] if len(u) > 5 else None), scan_inputs(21, state), through
         )
+
+
+def test_what_our_own_kernels_compute_is_not_said_to_be_mamba_ssms(package, monkeypatch):
+    """Nor is it tried, unless ours do not work, or come later."""
+    package()
+    monkeypatch.setattr(fused, "KIND", "cpu")
+    monkeypatch.setattr(triton_kernels, "has_triton", lambda: True)
+    for order, failed, says in [("own first", False, []), ("own first", True, ["mamba-ssm's kernels (ssd)"]),
+                                ("own last", False, ["mamba-ssm's kernels (ssd)"])]:
+        names = ("triton_kernels", "fused") if order == "own first" else ("fused", "triton_kernels")
+        monkeypatch.setattr(fused, "ORDER", names)
+        monkeypatch.setattr(fused, "run_notes", {triton_kernels.SSD: "it fails"} if failed else {})
+        assert fused.describe("cpu") == (says, [])
 
 
 def test_a_compiled_mamba2_by_mamba_ssm(package, monkeypatch):

@@ -7,15 +7,17 @@ shapes as in anywhere.py.
 """
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 import types
 
 import torch
 
+from mambino.kernels import triton_kernels
 from mambino.kernels.checked import first_line, works
 from mambino.kernels.checked import notes as run_notes
-from mambino.kernels.registry import DEFINITIONS, describes, kernel, substituted
+from mambino.kernels.registry import DEFINITIONS, ORDER, describes, kernel, substituted
 
 KIND = 'cuda'           # of the devices that all this is for
 FUSED = {   # name: (package, its module, what is taken of it)
@@ -24,6 +26,8 @@ FUSED = {   # name: (package, its module, what is taken of it)
     'scan': ('mamba_ssm', 'mamba_ssm.ops.selective_scan_interface', ('selective_scan_fn',)),
     'conv': ('causal_conv1d', 'causal_conv1d', ('causal_conv1d_fn',)),
 }
+OLDEST = {'mamba_ssm': (2, 2, 6)}
+OPERATIONS = {'ssd': 'mamba2_scan', 'scan': 'mamba1_scan', 'conv': 'causal_conv1d'}    # of the models' files
 OWNERS = {'ssd': "mamba-ssm's ssd", 'scan': "mamba-ssm's scan", 'conv': 'causal-conv1d'}
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.04}   # of the largest value
 CHUNK = 256             # tokens: what mamba-ssm's kernels are tuned for; results do not depend on it, nor on a model's
@@ -48,36 +52,51 @@ def import_past_init(package, module):
             del sys.modules[package]
 
 
-def fused(device='cuda'):
+def fused(device='cuda', names=tuple(FUSED)):
     """({name: functions}, notes) of the kernels of others that can be imported and, on a small example on
     this device, give what the definitions give, gradients too. One that is there and does not work is left
     out, with a note. One answer for all devices of a kind: 'cuda', 'cuda:1' and a torch.device are the
     same."""
-    return fused_on(torch.device(device).type)
+    kind = torch.device(device).type
+    answers = {name: tried(name, kind) for name in names if OPERATIONS[name] in DEFINITIONS}
+    found = {name: functions for name, (functions, _) in answers.items() if functions}
+    return found, [note for _, note in answers.values() if note]
+
+
+def refuse_old(package):
+    """ValueError for a version of a package whose gradients may be NaN: mamba-ssm 2.2.2's of dt, as
+    Triton's interpreter finds."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return                                                  # a folder on sys.path
+    numbers = tuple(int(part) for part in version.split('.')[:3] if part.isdigit())
+    if package in OLDEST and numbers < OLDEST[package]:
+        raise ValueError(f'version {version} has NaN in gradients, {".".join(map(str, OLDEST[package]))} has none')
 
 
 @functools.cache
-def fused_on(kind):
-    found, notes = {}, []
-    for name, (package, module, functions) in FUSED.items():
-        try:
-            module = import_past_init(package, module)
-        except Exception:
-            continue
-        try:
-            functions = tuple(getattr(module, function) for function in functions)
-            with torch.enable_grad(), torch.autocast(kind, enabled=False), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                check(name, functions, kind)
-            found[name] = functions
-        except Exception as error:
-            notes.append(f'{OWNERS[name]} does not work here ({first_line(error, 80)})')
-    return found, notes
+def tried(name, kind):
+    """The functions of a fused kernel, None where it is not there or does not work; and then a note or ''."""
+    package, module, functions = FUSED[name]
+    try:
+        module = import_past_init(package, module)
+    except Exception:
+        return None, ''
+    try:
+        refuse_old(package)
+        functions = tuple(getattr(module, function) for function in functions)
+        with torch.enable_grad(), torch.autocast(kind, enabled=False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            check(name, functions, kind)
+        return functions, ''
+    except Exception as error:
+        return None, f'{OWNERS[name]} does not work here ({first_line(error, 80)})'
 
 
 @torch.compiler.assume_constant_result
 def is_fused(name, kind):
-    return name in fused_on(kind)[0]
+    return tried(name, kind)[0] is not None
 
 
 def half_precision(kind):
@@ -90,8 +109,8 @@ def half_precision(kind):
 def examples(name, device):
     """Small inputs of the operation that a fused kernel computes, those that products make in the precision
     of a run, and what it takes beside them. Of other sizes than a model's: what Triton finds to be fastest
-    for an example must not be kept for a run."""
-    B, T, H, P, N = 2, 96, 4, 32, 16
+    for an example must not be kept for a run. In one head dt A adds up to some -3,000 in a chunk."""
+    B, T, H, P, N = 2, 300 if name == 'ssd' else 96, 4, 32, 16
     shapes = {
         'ssd': [(B, T, H * P + 2 * N), (B, T, H), (H,), (H,), (H,)],  # xBC, dt, dt_bias, A, D
         # x, dt, dt_bias, A, B, C, D, z
@@ -102,21 +121,18 @@ def examples(name, device):
     inputs = [u.to(half_precision(device)) if u.shape[:2] == (B, T) else u for u in inputs]
     if name != 'conv':
         inputs[3] = -inputs[3].abs() - 0.1                          # A
+        inputs[3][0] = -16.0
     return inputs, {'ssd': (1, P), 'scan': (), 'conv': ()}[name]
 
 
 def check(name, functions, device):
     """Raises if a fused kernel fails, or differs from the definition in fp32 by more than TOLERANCE, in its
     result or a gradient."""
-    operation, of_kernel = {
-        'ssd': ('mamba2_scan', fused_mamba2),
-        'scan': ('mamba1_scan', fused_mamba1),
-        'conv': ('causal_conv1d', fused_conv),
-    }[name]
+    of_kernel = {'ssd': fused_mamba2, 'scan': fused_mamba1, 'conv': fused_conv}[name]
     inputs, sizes = examples(name, device)
     tolerance = TOLERANCE[inputs[0].dtype]
     results = []
-    for compute, is_kernel in ((DEFINITIONS[operation], False), (functools.partial(of_kernel, functions), True)):
+    for compute, is_kernel in ((DEFINITIONS[OPERATIONS[name]], False), (functools.partial(of_kernel, functions), True)):
         leaves = [(u if is_kernel else u.float()).detach().clone().requires_grad_() for u in inputs]
         with substituted():
             y = compute(*leaves, *sizes)[0].float()
@@ -127,11 +143,20 @@ def check(name, functions, device):
             raise ValueError('gives other numbers than plain PyTorch')
 
 
+def is_overtaken(name):
+    """Whether our own Triton kernels are asked before, and have not failed: then nothing is said of this one,
+    and it need not be tried."""
+    own = {'ssd': triton_kernels.SSD, 'scan': triton_kernels.SCAN}.get(name)
+    comes_first = ORDER.index('triton_kernels') < ORDER.index('fused')
+    return own is not None and comes_first and triton_kernels.has_triton() and own not in run_notes
+
+
 @describes
 def describe(kind):
     if kind != KIND:
         return [], []
-    found, notes = fused_on(kind)
+    names = [name for name in FUSED if not is_overtaken(name)]
+    found, notes = fused(kind, names)
     recurrences = [name for name in found if name != 'conv']
     kernels = [f"mamba-ssm's kernels ({', '.join(recurrences)})"] if recurrences else []
     if 'conv' in found:
@@ -265,7 +290,7 @@ def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
     kind = x.device.type
     if kind != KIND or state is not None or torch.compiler.is_compiling() or not is_fused('scan', kind):
         return NotImplemented
-    return fused_mamba1(fused_on(kind)[0]['scan'], x, dt, dt_bias, A, B, C, D, z)
+    return fused_mamba1(tried('scan', kind)[0], x, dt, dt_bias, A, B, C, D, z)
 
 
 # --- the convolution ------------------------------------------------------------------------------
@@ -285,4 +310,4 @@ def causal_conv1d(x, weight, bias, state=None):
         return NotImplemented
     if torch.compiler.is_compiling() or not is_fused('conv', kind):     # a compiler fuses it with its neighbours
         return NotImplemented
-    return fused_conv(fused_on(kind)[0]['conv'], x, weight, bias)
+    return fused_conv(tried('conv', kind)[0], x, weight, bias)
