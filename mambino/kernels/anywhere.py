@@ -294,15 +294,25 @@ def swiglus(rows, gate_up, down):
 
 def experts_by_slots(x, pairs, gate_up, down):
     """An expert's first C pairs, as one product of C rows."""
-    n, D = x.shape
     E = len(gate_up)
+    rows, slot = into_slots(x, pairs, E)
+    y = swiglus(rows.view(E, pairs.capacity, -1), gate_up, down)
+    return out_of_slots(y, slot)
+
+
+def into_slots(x, pairs, E):
+    """x (n, D) → (E C, D), the tokens of each expert's first C pairs; (n k), the slot of each pair,
+    E C for what is dropped."""
     C = pairs.capacity
-    kept = pairs.rank < C                                       # (n k)
-    slot = torch.where(kept, pairs.expert * C + pairs.rank, E * C)  # one more, for all that is dropped
-    source = torch.arange(E * C + 1, device=x.device) % n       # an empty slot works for nobody
+    slot = torch.where(pairs.rank < C, pairs.expert * C + pairs.rank, E * C)
+    source = torch.arange(E * C + 1, device=x.device) % len(x)  # an empty slot works for nobody
     source = source.scatter(0, slot, pairs.token)[:-1]
-    y = swiglus(x.index_select(0, source).view(E, C, D), gate_up, down)
-    return y.index_select(0, slot.clamp(max=E * C - 1)) * kept[:, None]  # (n k, D)
+    return x.index_select(0, source), slot
+
+
+def out_of_slots(y, slot):
+    """What was made of them, (E C, D) → (n k, D), zeros for what is dropped."""
+    return y.index_select(0, slot.clamp(max=len(y) - 1)) * (slot < len(y))[:, None]
 
 
 def experts_by_blocks(x, pairs, gate_up, down):

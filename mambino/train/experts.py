@@ -30,8 +30,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from mambino.configurator import fail
+from mambino.kernels.anywhere import into_slots, out_of_slots, swiglus
 from mambino.language_model import whole_shape
-from model_gpt import MoE, Pairs, experts_swiglu, swiglu
+from model_gpt import MoE, Pairs, experts_swiglu
 
 N = 1               # processes in a group; `form_groups` decides
 PLACE = 0           # of this process in its group
@@ -109,20 +110,13 @@ class SpreadExperts(nn.Module):
 def in_slots(x, pairs, gate_up, down):
     """x (n, D) → (n k, D), zeros for what is dropped: of each process C tokens to each expert. No
     size depends on the data."""
-    n, D = x.shape
-    C = pairs.capacity
-    E = len(pairs.counts)
-    kept = pairs.rank < C                                       # (n k)
-    slot = torch.where(kept, pairs.expert * C + pairs.rank, E * C)  # one more, for what is dropped
-    source = torch.arange(E * C + 1, device=x.device) % n       # an empty slot works for nobody
-    source = source.scatter(0, slot, pairs.token)[:-1]
-    rows = Exchange.apply(x.index_select(0, source))            # (E C, D): N times e slots
+    C, D = pairs.capacity, x.shape[1]
+    rows, slot = into_slots(x, pairs, len(pairs.counts))
+    rows = Exchange.apply(rows)                                 # (E C, D): N times e slots
     rows = rows.view(N, -1, C, D).transpose(0, 1).flatten(1, 2)     # (e, N C, D)
-    gate, up = torch.bmm(rows, gate_up.mT).chunk(2, -1)         # (e, N C, I) each
-    y = torch.bmm(swiglu(gate, up), down.mT)                    # (e, N C, D)
-    y = y.view(-1, N, C, D).transpose(0, 1).reshape(E * C, D)
-    y = Exchange.apply(y)                                       # (E C, D), as they were sent
-    return y.index_select(0, slot.clamp(max=E * C - 1)) * kept[:, None]
+    y = swiglus(rows, gate_up, down).view(-1, N, C, D)          # (e, N, C, D)
+    y = Exchange.apply(y.transpose(0, 1).reshape(-1, D))        # (E C, D), as they were sent
+    return out_of_slots(y, slot)
 
 
 def as_many_as_come(x, pairs, gate_up, down):
