@@ -126,6 +126,9 @@ def test_flops_are_those_of_mfu(name):
         assert sum(op.flops for op in ops) == pytest.approx(net.flops_per_token(64) * 2 * 64,
                                                             rel=0.1)
     assert all_bytes(ways[1]) < 0.7 * all_bytes(ways[0])
+    for ops in ways:            # each weight is rounded once in a micro-step, its 4 bytes to 2
+        casts = [op for op in ops if op.name == eager.CAST]
+        assert all_bytes(casts) == 6 * matrices
 
 
 def test_seconds_are_the_larger_of_bytes_and_flops():

@@ -3,7 +3,13 @@ FLOPs.
 
     step_of('gpt', card, {'compile', 'batch'})      # seconds, tokens/s, MFU
 
-The micro-step is counted with one and with two layers; what a layer adds is added for the rest."""
+The micro-step is counted with one and with two layers; what a layer adds is added for the rest.
+
+Against an H100 (torch 2.11), of which only attention's share was taken from the measurement: GPT, eager,
+16 x 1,024: 96 ms, measured 98 on the card; compiled, 32 x 1,024: 135 ms, measured 133 on the card, 145
+with the host's pauses between 42 graphs; Mamba-2 of 12 layers, eager: 85 ms, measured 102. Against the
+code that Inductor made for a card of one layer's bytes: GPT 2.74 GB, Inductor's 2.62; Mamba-2 without
+Triton 3.68, Inductor's 4.31."""
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -47,12 +53,13 @@ def ops_of(kind, n_layer, B, measures):
     functions = (standins.mamba2_scan,) if 'triton' in measures and kind == 'mamba' else ()
     chunk = LOSS_CHUNK if 'batch' in measures else 1024
     if 'compile' not in measures:
-        return eager.count(kind, config, B, T, chunk, functions)
-    ops = []
-    captured = capture(kind, n_layer, B, chunk, functions)
-    for graph, phase in zip(captured, ('forward', 'backward')):
-        ops += fusion.Fused(graph, phase, merged='merged' in measures).ops
-    return [op for op in ops if 'weights' not in measures or op.name != fusion.CAST]
+        ops = eager.count(kind, config, B, T, chunk, functions)
+    else:
+        ops = []
+        captured = capture(kind, n_layer, B, chunk, functions)
+        for graph, phase in zip(captured, ('forward', 'backward')):
+            ops += fusion.Fused(graph, phase, merged='merged' in measures).ops
+    return [op for op in ops if 'weights' not in measures or op.name != eager.CAST]
 
 
 @lru_cache(None)

@@ -25,6 +25,7 @@ NO_KERNEL = {'empty', 'empty_like', 'new_empty', 'new_empty_strided', 'empty_str
              '_local_scalar_dense', 'detach',
              'lift_fresh', 'alias', '_unsafe_view', '_reshape_alias'}
 GATHERS = {'embedding', 'index', 'gather', 'index_select'}
+CAST = 'cast of a weight'
 HALF = torch.bfloat16, torch.float16
 ATTENTION = {   # and how much of the forward pass's products each has: the backward pass makes one of two again
     '_scaled_dot_product_flash_attention_for_cpu': 1.0,
@@ -59,6 +60,8 @@ def is_view(func):
 def op_of(phase, func, args, kwargs, out):
     """The Op of an operation."""
     name = func.overloadpacket.__name__
+    if name == '_to_copy' and isinstance(args[0], torch.nn.Parameter) and args[0].dim() > 1:
+        return Op(phase, CAST, unique_bytes(args[0]) + unique_bytes(out))
     if name in standins.COSTS:
         return Op(phase, name, *standins.COSTS[name](name, args), 'small tiles')
     inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mambino.bench.gpu.roofline import standins
 from mambino.bench.gpu.roofline.cards import Op
-from mambino.bench.gpu.roofline.eager import ATTENTION, GATHERS, products
+from mambino.bench.gpu.roofline.eager import ATTENTION, CAST, GATHERS, products
 
 VIEWS = {
     'view', 'permute', 'transpose', 't', 'expand', 'slice', 'select', 'unsqueeze', 'squeeze',
@@ -42,7 +42,6 @@ REDUCTIONS = {'sum', 'mean', 'amax', 'amin', 'max', 'min', 'var', 'var_mean', 'p
 ALONE = {'sort', 'topk', 'index_put', 'index_put_', 'scatter_add', 'scatter', 'convolution',
          'convolution_backward',
          'nonzero', 'index_add', 'embedding_dense_backward'}
-CAST = 'cast of a weight'
 READS = 4           # Inductor's realize_reads_threshold
 OPERATIONS = 30     # … and realize_opcount_threshold
 

@@ -83,7 +83,7 @@ def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=N
 def costs(name, args):
     """(bytes, FLOPs) of the scan, forward or backward, by the account that
     mambino/kernels/triton_ssd.py gives of itself: with u the bytes of x and s those of the states
-    at chunk starts 3 u + 2 s forward and 4 u + 3 s backward, beside B, C and dt."""
+    at chunk starts 3 u + 2 s forward and 8 u + 5 s backward, beside B, C and dt."""
     backward = name.endswith('backward')
     xBC, dt = args[1:3] if backward else args[:2]
     groups, head_dim = args[-2:]
@@ -93,7 +93,7 @@ def costs(name, args):
     rest = (xBC.numel() * xBC.element_size() - u) + dt.numel() * (dt.element_size() + 8)
     flops = B * T * (4 * H * P * N + CHUNK * (H * P + groups * N))      # as Mamba2Mixer.flops counts them
     if backward:
-        return 4 * u + 3 * s + 2 * rest, 2.5 * flops                    # some of the forward pass is made again
+        return 8 * u + 5 * s + 2 * rest, 2.5 * flops                    # some of the forward pass is made again
     return 3 * u + 2 * s + rest, flops
 
 

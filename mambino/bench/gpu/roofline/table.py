@@ -16,7 +16,8 @@ In brackets: bytes and launches of a micro-step. Bold: what is wanted, MFU {GOAL
 
 def rows_of(kind, measures):
     """[(label, measures)]: eager, then one measure after another; then all without each."""
-    wanted = [name for name in account.MEASURES if name in measures and (kind == 'mamba' or name != 'triton')]
+    of_another = 'triton' if kind == 'gpt' else 'merged'    # a Mamba-2 has no such products
+    wanted = [name for name in account.MEASURES if name in measures and name != of_another]
     rows = [('eager', ())]
     for i, name in enumerate(wanted):
         rows.append((f'+ {account.MEASURES[name]}', tuple(wanted[:i + 1])))
@@ -41,7 +42,7 @@ def show(out_dir, kinds=('gpt', 'mamba'), measures=tuple(account.MEASURES)):
             for card in cards.CARDS:
                 step = account.step_of(kind, card, chosen)
                 data.append(dict(vars(step), model=kind, card=card.name, measures=chosen))
-                mfu = f'**{step.mfu:.0%}**' if step.mfu >= goal else f'{step.mfu:.0%}'
+                mfu = f'**{step.mfu:.1%}**' if step.mfu >= goal else f'{step.mfu:.1%}'
                 cells.append(f'{step.micro * 1e3:,.0f}, {mfu}, {step.tokens_per_second:,.0f} '
                              f'({step.bytes / 1e9:.0f} GB, {step.launches:,})')
             lines.append('| ' + ' | '.join([label, *cells]) + ' |')
