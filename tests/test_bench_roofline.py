@@ -111,7 +111,7 @@ def test_eager_counts_what_pytorch_launches():
 
 @pytest.mark.parametrize('name', ['gpt', 'mamba-2'])
 def test_flops_are_those_of_mfu(name):
-    """Eager and compiled multiply as much as flops_per_token says; only small tiles are counted
+    """Eager and compiled multiply as much as flops_per_token says; attention and scans are counted
     otherwise."""
     kind, config = models.SMALL_MODELS[name]
     config = models.SMALL | config
@@ -122,7 +122,7 @@ def test_flops_are_those_of_mfu(name):
     forward, backward = graphs.capture(kind, config, 2, 64, functions=functions)
     ways.append(fusion.Fused(forward, 'forward').ops + fusion.Fused(backward, 'backward').ops)
     for ops in ways:
-        assert sum(op.flops for op in ops if op.numbers != 'small tiles') == 6 * matrices * 2 * 64
+        assert sum(op.flops for op in ops if op.numbers == 'half') == 6 * matrices * 2 * 64
         assert sum(op.flops for op in ops) == pytest.approx(net.flops_per_token(64) * 2 * 64,
                                                             rel=0.1)
     assert all_bytes(ways[1]) < 0.7 * all_bytes(ways[0])
@@ -132,10 +132,10 @@ def test_flops_are_those_of_mfu(name):
 
 
 def test_seconds_are_the_larger_of_bytes_and_flops():
-    card = cards.Card('x', 8, half=100e12, full=10e12, double=1e12, bandwidth=1e12, small_tiles=0.5)
+    card = cards.Card('x', 8, half=100e12, full=10e12, double=1e12, bandwidth=1e12, attention=0.5, scan=0.1)
     assert cards.seconds_of(Op('forward', 'a', 8.5e9), card) == pytest.approx(0.01)
     assert cards.seconds_of(Op('forward', 'a', 0, 75e10), card) == pytest.approx(0.01)
-    assert cards.seconds_of(Op('forward', 'a', 0, 75e10, 'small tiles'),
+    assert cards.seconds_of(Op('forward', 'a', 0, 75e10, 'attention'),
                             card) == pytest.approx(0.015)
     assert cards.seconds_of(Op('forward', 'a', 4), card) == cards.KERNEL
 

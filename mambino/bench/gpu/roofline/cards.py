@@ -16,33 +16,36 @@ LAUNCH_COMPILED = 6e-6  # … for one of Inductor's
 @dataclass(frozen=True)
 class Card:
     """FLOP/s of products in 16 bits that accumulate in fp32 (dense), of fp32 and of fp64; bytes a
-    second; from the makers' data sheets. memory: GB. small_tiles: the share of `half` that
-    attention and a Mamba-2's scan reach, heads of 64, 1,024 tokens. On an H100 cuDNN's attention
-    was measured at 25%: beside its products (at 75%) a multiprocessor has as much other work,
-    exponentials and copies, as takes it twice their time. The consumer cards' tensor cores are an
-    eighth as fast a multiprocessor and clock (512 against 4,096 FLOPs) and the rest is not: 1 / (1
-    / 0.75 + 2.67 / 8) = 60%, by arithmetic."""
+    second; from the makers' data sheets. memory: GB. attention, scan: the share of `half` that
+    causal attention with heads of 64 over 1,024 tokens and a Mamba-2's scan reach.
+
+    On an H100 they were measured: cuDNN's attention 25%, our Triton scan 6.5% (November 2026).
+    Beside its products, at 75%, a multiprocessor has so much other work, exponentials and copies.
+    The consumer cards' tensor cores are an eighth as fast a multiprocessor and clock (512 against
+    4,096 FLOPs) and the rest is not: 1 / (1 / 0.75 + (1 / 0.25 - 1 / 0.75) / 8) = 60%, and 31%, by
+    arithmetic."""
     name: str
     memory: int
     half: float
     full: float
     double: float
     bandwidth: float
-    small_tiles: float
+    attention: float
+    scan: float
 
 
 CARDS = (
-    Card('RTX 3060', 12, 25.5e12, 12.7e12, 0.2e12, 360e9, 0.60),
-    Card('RTX 4090', 24, 165e12, 82.6e12, 1.29e12, 1008e9, 0.60),
-    Card('H100', 80, 989e12, 67e12, 34e12, 3350e9, 0.25),     # small_tiles as measured
+    Card('RTX 3060', 12, 25.5e12, 12.7e12, 0.2e12, 360e9, 0.60, 0.31),
+    Card('RTX 4090', 24, 165e12, 82.6e12, 1.29e12, 1008e9, 0.60, 0.31),
+    Card('H100', 80, 989e12, 67e12, 34e12, 3350e9, 0.25, 0.065),
 )
 
 
 @dataclass(frozen=True)
 class Op:
     """One kernel: bytes it reads and writes, FLOPs of its products, and how: 'half' and 'full' are
-    the numbers of a library's, 'small tiles' those of attention and scans; doubles: fp64 numbers it
-    makes."""
+    the numbers of a library's, 'attention' and 'scan' are the card's shares; doubles: fp64 numbers
+    it makes."""
     phase: str              # 'forward', 'backward', 'update'
     name: str
     bytes: float
@@ -54,7 +57,7 @@ class Op:
 def seconds_of(op, card):
     """Of an operation on a card, alone."""
     speed = {'half': OF_PRODUCTS * card.half, 'full': OF_ARITHMETIC * card.full,
-             'small tiles': card.small_tiles * card.half}[op.numbers]
+             'attention': card.attention * card.half, 'scan': card.scan * card.half}[op.numbers]
     products = op.flops / speed
     doubles = op.doubles / (OF_ARITHMETIC * card.double)
     return max(op.bytes / (OF_BANDWIDTH * card.bandwidth), products, doubles, KERNEL)

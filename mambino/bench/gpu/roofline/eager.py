@@ -63,7 +63,7 @@ def op_of(phase, func, args, kwargs, out):
     if name == '_to_copy' and isinstance(args[0], torch.nn.Parameter) and args[0].dim() > 1:
         return Op(phase, CAST, unique_bytes(args[0]) + unique_bytes(out))
     if name in standins.COSTS:
-        return Op(phase, name, *standins.COSTS[name](name, args), 'small tiles')
+        return Op(phase, name, *standins.COSTS[name](name, args), 'scan')
     inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
     written = sum(map(unique_bytes, outputs))
     read = sum(map(unique_bytes, inputs))
@@ -89,7 +89,7 @@ def products(func, args, kwargs, out):
     packet = getattr(func, 'overloadpacket', None)
     name = getattr(packet, '__name__', '')
     if name in ATTENTION:
-        return attention_flops(name, args), 'small tiles'
+        return attention_flops(name, args), 'attention'
     if packet not in flop_registry:
         return 0, 'half'
     flops = flop_registry[packet](*args, **kwargs, out_val=out)

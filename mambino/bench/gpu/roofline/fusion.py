@@ -291,7 +291,7 @@ class Fused:
             name = name_of(node)
             args = [arg.meta['val'] if isinstance(arg, torch.fx.Node) else arg for arg in node.args]
             if name in standins.COSTS:
-                return Op(self.phase, name, *standins.COSTS[name](name, args), 'small tiles')
+                return Op(self.phase, name, *standins.COSTS[name](name, args), 'scan')
             of_one, numbers = products(node.target, args, {}, node.meta['val'])
             flops += of_one
             if name == 'embedding_dense_backward':

@@ -6,12 +6,12 @@ from mambino.bench.gpu.roofline import account, cards
 
 GOALS = {'gpt': 0.55, 'mamba': 0.35}        # MFU, compiled
 NAMES = {'gpt': 'GPT 270M (20 x 1024)', 'mamba': 'Mamba-2 150M (36 x 768)'}
-NOTE = f"""A model, not a measurement. Each kernel takes the larger of its bytes at {cards.OF_BANDWIDTH:.0%} of the
-bandwidth and its FLOPs at {cards.OF_PRODUCTS:.0%} of the tensor cores' peak; attention and scans at a lower share of it
-(H100 25%, as measured; others 60%, derived: roofline/cards.py). Eager: the operations that PyTorch launches.
-Compiled: the graphs that torch.compile makes, fused by an estimate of Inductor's rules (roofline/fusion.py).
-In brackets: bytes and launches of a micro-step. Bold: what is wanted, MFU {GOALS['gpt']:.0%} of the GPT and
-{GOALS['mamba']:.0%} of the Mamba-2."""
+NOTE = f"""A model, not a measurement. Each kernel takes the larger of its bytes at
+{cards.OF_BANDWIDTH:.0%} of the bandwidth and its FLOPs at {cards.OF_PRODUCTS:.0%} of the tensor cores' peak;
+attention and scans at a lower share of it, measured on an H100, derived for the others
+(roofline/cards.py). Eager: the operations that PyTorch launches. Compiled: the graphs that torch.compile
+makes, fused by an estimate of Inductor's rules (roofline/fusion.py). In brackets: bytes and launches of
+a micro-step. Bold: what is wanted, MFU {GOALS['gpt']:.0%} of the GPT and {GOALS['mamba']:.0%} of the Mamba-2."""
 
 
 def rows_of(kind, measures):
