@@ -182,6 +182,8 @@ def test_prepared_models(name, precision):
             large = [u.shape for function, args, _, _ in calls if 'to_copy' in str(function)
                      for u in args[:1] if u.numel() > 1000]
             assert not large, large
+            products = sum(str(function).startswith('aten.mm') for function, *_ in calls)
+            assert products == {'gpt': 2 * 4 + 1, 'mamba2': 2 * 2 + 1}.get(name, products)  # q, k, v are one
 
 
 @on_card

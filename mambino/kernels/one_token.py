@@ -1,5 +1,6 @@
 """One token of each row, in generation on what is no CPU: each operation in few kernels.
 
+    project                 matrices that lie behind one another as one
     norms, rope, swiglu     one kernel of our own each (triton_token.py), else PyTorch's fused ones
     attention               heads that share keys are queries side by side: keys are not repeated
     causal_conv1d, scans    the recurrence's single step, without chunks: one kernel of our own, else several
@@ -14,6 +15,7 @@ Letters of the shapes: B batch, E inner width or experts, D model width, I inner
 heads, G groups or key heads, R heads a group, P head size, N state size, S cache slots, K taps.
 """
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.kernels.checked import works
@@ -114,6 +116,37 @@ def swiglu(gate, up):
         return NotImplemented
     return ours('SwiGLU', lambda gate, up: F.silu(gate) * up,
                 lambda gate, up: triton_token().swiglu(gate[:, 0], up[:, 0])[:, None], gate, up)
+
+
+def joined(projections):
+    """The matrices of Linears as one, if they lie behind one another (weights/dense.py) and nothing hangs on
+    them; else None."""
+    first = rows = 0
+    for projection in projections:
+        if not isinstance(projection, nn.Linear) or projection.bias is not None or projection._forward_hooks:
+            return None
+        weight = projection.weight
+        if not rows:
+            first, begin, (_, D) = weight, weight.data_ptr(), weight.shape
+        place = begin + rows * D * first.element_size()
+        if weight.dtype != first.dtype or weight.shape[1] != D or weight.data_ptr() != place:
+            return None
+        rows += len(weight)
+    try:
+        return first.as_strided((rows, D), (D, 1))
+    except RuntimeError:                # they do so by chance: the memory of each ends with it
+        return None
+
+
+@kernel
+def project(x, *projections):
+    if not applies(x):
+        return NotImplemented
+    weight = joined(projections)
+    if weight is None or (weight.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)):
+        return NotImplemented
+    y = F.linear(x.to(weight.dtype), weight)
+    return y.split([len(projection.weight) for projection in projections], -1)
 
 
 # --- attention ------------------------------------------------------------------------------------

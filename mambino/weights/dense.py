@@ -2,6 +2,7 @@
 
     read_few_rows(net)              # on a CPU, fp32: a few rows, a short prompt's, by native.cpp
     keep_rounded(net, 'bfloat16')   # on a GPU: the 16 bits that autocast would make of them each time
+    lay_together(net)               # there, too: q, k, v one behind another
 
 PyTorch packs a matrix on a CPU before it multiplies, which takes longer than the products of a few rows
 do. On a GPU a token reads every weight once: 2 bytes each, where autocast alone reads 4, writes and reads 2.
@@ -62,4 +63,21 @@ def keep_rounded(net, dtype):
     for module in net.modules():
         if type(module) is Experts:
             module.gate_up_proj, module.down_proj = rounded(module.gate_up_proj), rounded(module.down_proj)
+    return net
+
+
+TOGETHER = ('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj')
+
+
+def lay_together(net):
+    """Lays matrices that read the same x behind one another: a token multiplies by them at once (kernels/one_token.py).
+    For generation on a GPU; a model that is moved or copied loses it."""
+    for module in net.modules():
+        for names in TOGETHER:
+            parts = [getattr(module, name, None) for name in names]
+            if not all(isinstance(part, nn.Linear) and part.bias is None for part in parts):
+                continue
+            weights = torch.cat([part.weight.detach() for part in parts])
+            for part, rows in zip(parts, weights.split([len(part.weight) for part in parts])):
+                part.weight = nn.Parameter(rows, requires_grad=False)
     return net

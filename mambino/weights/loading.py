@@ -18,7 +18,7 @@ from mambino.configurator import fail, split_list
 from mambino.machine import autocast, choose_dtype
 from mambino.weights.adapters import attach_adapter, merge_adapters
 from mambino.weights.checkpoint import fingerprint, load_checkpoint, refuse_quantized, tokenizer_of
-from mambino.weights.dense import keep_rounded, read_few_rows
+from mambino.weights.dense import keep_rounded, lay_together, read_few_rows
 from mambino.weights.fitting import build_with
 from mambino.weights.from_hf import load_hf
 from mambino.weights.from_peft import load_adapter
@@ -164,6 +164,8 @@ def prepare_model(net, device, dtype='auto', precision=''):
         if dtype != 'float32' and not precision:
             keep_rounded(net, dtype)
     net.to(device)
+    if device.startswith('cuda'):
+        lay_together(net)
     if dtype == 'bfloat16' and on_cpu and not precision:
         precision = 'bfloat16'          # rounded weights are faster there than autocast
     if precision:
