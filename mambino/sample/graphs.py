@@ -18,19 +18,21 @@ is said once and computed by net.step from then on.
 Letters of the shapes: B rows, V vocabulary, S cache slots.
 """
 import functools
+import operator
 import sys
 import threading
 import weakref
 from contextlib import nullcontext, suppress
+from itertools import chain
 
 import torch
-import torch.nn as nn
 
 from mambino.sample.parts import PARTS, Unknown, require
 from mambino.sample.watched import Watched
 from mambino.weights.adapters import add_loras
 
 WARM = 3            # tokens in the same memory before it is worth a graph; libraries load what they need
+END = object()
 GRAPHS = 8          # that are kept of a model; a model's `plans` says otherwise
 
 
@@ -173,6 +175,30 @@ def layers_of(net):
     return next(module for name, module in net.named_modules() if name.endswith('layers'))
 
 
+class Request:
+    """What a step is of: settings (B, window, autocast's dtype, whether logits are new), and memory. It keeps
+    none of it alive."""
+
+    def __init__(self, settings, tensors, slots):
+        self.settings = settings
+        self.slots = slots              # of the caches; 0: there are none
+        self.tensors = list(map(weakref.ref, tensors))
+        places = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        self.key = *settings, *places
+        self.token = None               # its graph
+
+    def is_of(self, tensors):
+        """Whether these very tensors are what it is of."""
+        return all(map(operator.is_, (ref() for ref in self.tensors), tensors))
+
+    def has_room(self, pos):
+        """Whether a token after these positions (B,) finds room in the caches as they are."""
+        window = self.settings[1]
+        if not self.slots:
+            return True
+        return self.slots == window if window else int(pos.max()) < self.slots
+
+
 class Graphs(Watched):
     """Of a model: graphs by the memory that they are of. Unknown if it can have none."""
 
@@ -180,52 +206,57 @@ class Graphs(Watched):
         require(type(net) in PARTS, type(net))
         self.watch(net)
         require(not self.disturbed(), 'hook or dropout')
-        self.expected = {f'{name}.{i}' for i, layer in enumerate(layers_of(net)) for name in layer.state_names}
-        self.caches = sorted(name for name in self.expected if name.startswith('k.'))
+        self.names = [f'{name}.{i}' for i, layer in enumerate(layers_of(net)) for name in layer.state_names]
+        self.caches = [name for name in self.names if name.startswith('k.')]
         self.device = next(net.parameters()).device
         self.tokens = {}                # {key: Token}, the one used last at the end
         self.warm = {}                  # {key: tokens that were computed without a graph}
+        self.latest = None              # Request
         self.pool = None                # of the graphs' memory
         self.trouble = ''               # why there are none
         self.lock = threading.RLock()
 
     def watch(self, net):
         super().watch(net)
-        self.growing = [*self.hooks, *(module._modules for module in net.modules() if type(module) is nn.ModuleDict)]
-        self.sizes = list(map(len, self.growing))       # hooks, and adapters, of which more may be hung on
+        dicts = [parts for module in net.modules() for parts in (module._parameters, module._buffers, module._modules)]
+        self.empty = [hooks for hooks in self.hooks if not hooks]
+        self.dicts = [parts for parts in (*self.hooks, *dicts) if parts]
+        self.there = [*chain.from_iterable(map(dict.values, self.dicts)), END]
 
     def holds(self):
-        return super().holds() and list(map(len, self.growing)) == self.sizes
+        there = chain(chain.from_iterable(map(dict.values, self.dicts)), (END,))
+        return (not any(self.empty) and all(map(operator.is_, there, self.there))
+                and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
+                and not any(dropout.training for dropout in self.dropouts))
 
     def disturbed(self):
         """Whether anything hangs on a module that a graph does not hold, or drops out."""
         hooks = (hook for some in self.hooks for hook in some.values())
         return any(hook is not add_loras for hook in hooks) or any(dropout.training for dropout in self.dropouts)
 
-    def fits(self, pos, state, window):
-        """Whether a token after these positions finds room in the state as it is."""
-        if state.keys() - {'pos'} != self.expected or any(value is None for value in state.values()):
-            return False
-        if not self.caches:
-            return True
-        slots = {state[name].shape[2] for name in self.caches}
-        if len(slots) > 1:
-            return False
-        S, = slots
-        return S == window if window else int(pos.max()) < S
-
-    def key(self, net, B, state, window, out):
-        """What a graph is of."""
-        tensors = [state[name] for name in self.expected]
+    def request(self, net, idx, state, window, out):
+        """What a step is of, a Request; None if a state is not one of this model after some tokens."""
+        tensors = [state.get(name) for name in self.names]
+        dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
+        settings = len(idx), window, dtype, out is None
         if out is not None:
             tensors.append(out)
-        dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
-        return (B, window, dtype, out is None,
-                *[(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+        latest = self.latest
+        if latest is not None and latest.settings == settings and latest.is_of(tensors):
+            return latest
+        if len(state) != len(self.names) + 1 or any(tensor is None for tensor in tensors):
+            return None
+        slots = {state[name].shape[2] for name in self.caches}
+        if len(slots) > 1:
+            return None
+        self.latest = Request(settings, tensors, max(slots, default=0))
+        return self.latest
 
-    def token(self, net, B, state, window, out):
+    def token(self, net, request, state, out):
         """The graph for a state; None as long as it is not worth one."""
-        key = self.key(net, B, state, window, out)
+        if request.token is not None:
+            return request.token
+        key = request.key
         token = self.tokens.pop(key, None)
         if token is None:
             count = self.warm.pop(key, 0)
@@ -238,16 +269,20 @@ class Graphs(Watched):
                 self.tokens.pop(next(iter(self.tokens)))
             if not self.tokens:         # a pool lives as long as a graph does
                 self.pool = torch.cuda.graph_pool_handle()
+            B, window, *_ = request.settings
             token = Token(net, B, state, window, out, self.device, self.pool)
-        self.tokens[key] = token
+        self.tokens[key] = request.token = token
         return token
 
     def step(self, net, idx, state, window, out):
         """See `step`."""
+        request = self.request(net, idx, state, window, out)
         pos = state['pos']
+        if request is None or not request.has_room(pos):
+            return None
         token = None
         try:
-            token = self.token(net, len(idx), state, window, out)
+            token = self.token(net, request, state, out)
         except Exception as error:      # CUDA's, of what cannot be recorded; nothing has been computed
             self.trouble = (str(error).splitlines() or [type(error).__name__])[0]
             self.tokens.clear()
@@ -287,7 +322,7 @@ def step(net, idx, state, window=0, out=None):
     except Unknown:
         return None
     window = getattr(net.config, 'window', 0) or window
-    if graphs.trouble or not graphs.fits(state['pos'], state, window):
+    if graphs.trouble:
         return None
     with graphs.lock:
         return graphs.step(net, idx, state, window, out)
