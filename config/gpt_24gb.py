@@ -1,7 +1,8 @@
 # A GPT of 396M parameters for a card of 24 GB: 30 layers of width 1024.
 #   at rest      396M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 5.9 GB
-#   activations  79 KB a token and layer in bf16: 4 x 1024 tokens x 30 layers = 9.2 GB
-#   at the peak  15.4 GB without gradient checkpointing, for a vocabulary of 16,384
+#   activations  54 KB a token and layer in bf16: 8 x 1024 tokens x 30 layers = 12.5 GB
+#   at the peak  19.2 GB without gradient checkpointing, for a vocabulary of 16,384,
+#                of some 22.2 GB that such a card has free
 #                (all counted by mambino/train/memory.py, not measured)
 #   a step       512 sequences x 1024 tokens = 524,288 tokens
 #   the run      15,000 steps x 524,288 tokens = 7.9 billion, 20 a parameter (Hoffmann et al. 2022)

@@ -1,7 +1,8 @@
 # A hybrid of 152M parameters for a card of 12 GB: 13 layers of width 768.
 #   at rest      152M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 2.3 GB
-#   activations  4 KB a token and layer in bf16: 32 x 1024 tokens x 13 layers = 1.7 GB
-#   at the peak  9.0 GB with gradient checkpointing, for a vocabulary of 16,384
+#   activations  4 KB a token and layer in bf16: 32 x 1024 tokens x 13 layers = 1.8 GB
+#   at the peak  8.4 GB with gradient checkpointing, for a vocabulary of 16,384,
+#                of some 10.6 GB that such a card has free
 #                (all counted by mambino/train/memory.py, not measured)
 #   a step       256 sequences x 1024 tokens = 262,144 tokens
 #   the run      11,500 steps x 262,144 tokens = 3.0 billion, 20 a parameter (Hoffmann et al. 2022)

@@ -1,7 +1,8 @@
 # A hybrid of 399M parameters for a card of 48 GB: 20 layers of width 1024.
 #   at rest      399M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 6.0 GB
-#   activations  220 KB a token and layer in bf16: 2 x 4096 tokens x 20 layers = 34.4 GB
-#   at the peak  40.6 GB without gradient checkpointing, for a vocabulary of 16,384
+#   activations  194 KB a token and layer in bf16: 2 x 4096 tokens x 20 layers = 29.6 GB
+#   at the peak  36.6 GB without gradient checkpointing, for a vocabulary of 16,384,
+#                of some 45.3 GB that such a card has free
 #                (all counted by mambino/train/memory.py, not measured)
 #   a step       128 sequences x 4096 tokens = 524,288 tokens
 #   the run      15,000 steps x 524,288 tokens = 7.9 billion, 20 a parameter (Hoffmann et al. 2022)

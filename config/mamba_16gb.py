@@ -1,7 +1,8 @@
 # A Mamba-2 of 148M parameters for a card of 16 GB: 36 layers of width 768.
 #   at rest      148M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 2.2 GB
-#   activations  3 KB a token and layer in bf16: 16 x 2048 tokens x 36 layers = 3.7 GB
-#   at the peak  9.4 GB with gradient checkpointing, for a vocabulary of 16,384
+#   activations  3 KB a token and layer in bf16: 16 x 2048 tokens x 36 layers = 3.8 GB
+#   at the peak  9.5 GB with gradient checkpointing, for a vocabulary of 16,384,
+#                of some 14.4 GB that such a card has free
 #                (all counted by mambino/train/memory.py, not measured)
 #   a step       128 sequences x 2048 tokens = 262,144 tokens
 #   the run      11,500 steps x 262,144 tokens = 3.0 billion, 20 a parameter (Hoffmann et al. 2022)

@@ -1,7 +1,8 @@
 # A Mamba-2 of 389M parameters for a card of 32 GB: 36 layers of width 1280.
 #   at rest      389M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 5.8 GB
-#   activations  5 KB a token and layer in bf16: 16 x 2048 tokens x 36 layers = 6.1 GB
-#   at the peak  17.8 GB with gradient checkpointing, for a vocabulary of 16,384
+#   activations  6 KB a token and layer in bf16: 16 x 2048 tokens x 36 layers = 6.6 GB
+#   at the peak  18.3 GB with gradient checkpointing, for a vocabulary of 16,384,
+#                of some 29.9 GB that such a card has free
 #                (all counted by mambino/train/memory.py, not measured)
 #   a step       256 sequences x 2048 tokens = 524,288 tokens
 #   the run      15,000 steps x 524,288 tokens = 7.9 billion, 20 a parameter (Hoffmann et al. 2022)

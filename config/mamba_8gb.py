@@ -1,7 +1,8 @@
 # A Mamba-2 of 50M parameters for a card of 8 GB: 24 layers of width 512.
 #   at rest      50M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 0.7 GB
 #   activations  2 KB a token and layer in bf16: 32 x 1024 tokens x 24 layers = 1.7 GB
-#   at the peak  4.8 GB with gradient checkpointing, for a vocabulary of 16,384
+#   at the peak  4.8 GB with gradient checkpointing, for a vocabulary of 16,384,
+#                of some 6.7 GB that such a card has free
 #                (all counted by mambino/train/memory.py, not measured)
 #   a step       128 sequences x 1024 tokens = 131,072 tokens
 #   the run      8,000 steps x 131,072 tokens = 1.0 billion, 20 a parameter (Hoffmann et al. 2022)

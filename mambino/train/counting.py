@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambino import machine
 from mambino.kernels import portable
+from mambino.train import stand_ins
 from mambino.train.building import build_optimizers
 from mambino.weights import adapters, checkpoint
 
@@ -84,8 +85,10 @@ def simulate(workload, fake=True):
 
     fake: on tensors without data."""
     tensors = fake_tensor.FakeTensorMode() if fake else nullcontext()
-    kernels = nullcontext() if workload.device == 'cpu' else portable(workload.device)
-    with kernels, torch.random.fork_rng(devices=[]), tensors, LiveBytes() as live:
+    device = workload.device
+    kernels = nullcontext() if device == 'cpu' else portable(device)
+    stands = stand_ins.in_place(device)                     # asks a card, if there is one
+    with kernels, stands, torch.random.fork_rng(devices=[]), tensors, LiveBytes() as live:
         net = build(workload)
         sizes = dict(weights=live.now)
         idx = torch.randint(net.config.vocab_size, (workload.batch, workload.T))
@@ -108,12 +111,15 @@ def simulate(workload, fake=True):
         last_layer = mark_stretches(net, live)
         before = live.now
         live.enter('forward')
-        with machine.autocast('cpu', workload.dtype):
-            loss = net(idx, idx)[1]
-        sizes['activations'] = live.now - before
-        live.enter('head')
-        loss.backward()
-        live.enter('embedding')
+        # on a card rounded weights stay from micro-step to micro-step (machine.rounded_once)
+        stays = device == 'cuda' and workload.dtype != 'float32'
+        with torch.autocast('cpu', enabled=False) if stays else nullcontext():
+            with machine.autocast('cpu', workload.dtype):
+                loss = net(idx, idx)[1]
+            sizes['activations'] = live.now - before
+            live.enter('head')
+            loss.backward()
+            live.enter('embedding')
     peaks = {name: live.peaks.get(name, 0) for name in STRETCHES}
     peaks['top'] = live.peaks.get(f'backward {last_layer}', 0)
     peaks['bottom'] = live.peaks.get('backward 0', 0)

@@ -44,7 +44,7 @@ RESERVED_NCCL = int(0.5 * 2**30)
 # tokens at once that keep a GPU busy; fewer are worth the third more work that checkpointing costs
 ENOUGH = 4096
 ENOUGH_FAST = 8192      # … one of more than so many FLOP/s
-FAST = 200e12
+FAST = 300e12
 MOST = 32768            # tokens at once, above which a card is no faster
 # tokens of a Mamba-1's sequences in its simulation, and 64: its loop over time is slow on fake
 # tensors, too
