@@ -88,8 +88,8 @@ def measure(recorder, label, kind, gigabytes, device):
             training.micro_step()
             training.micro_step()
             training.update()
-        loss = training.micro_step().item()
         if not is_cuda:
+            loss = training.micro_step().item()
             recorder.add(label, f'{micro_batch} x {T}, estimate {estimated / 1e6:.0f} MB, loss {loss:.2f}; {line}')
             return
         peak = torch.cuda.max_memory_allocated(device)
