@@ -146,6 +146,32 @@ def test_chunks_of_the_loss(monkeypatch, vocabulary):
             assert cpu.device_kind(x) == "cpu"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_as_a_card_compiles_it(dtype):
+    """Without a scatter: elementwise, so that it is part of one pass."""
+    net = anywhere.linear_cross_entropy
+    x, weight, targets = torch.randn(2, 30, 16), torch.randn(V, 16), tokens(2, 30)
+    targets[0, :7] = -1
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for module in graph.modules() if hasattr(module, "graph")
+                       for node in module.graph.nodes])
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (net, torch.compile(net, backend=backend, fullgraph=True)):
+        leaves = [u.clone().requires_grad_() for u in (x, weight)]
+        with kernels.portable("cuda"), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = function(*leaves, targets, chunk=32)
+        results.append([loss.detach(), *torch.autograd.grad(loss * 3, leaves)])
+    assert not any("scatter" in name or "gather" in name for name in graphs[0])
+    for want, got in zip(*results):
+        limit = 1e-5 if dtype == torch.float32 else 1e-2
+        assert (got - want).abs().max() <= limit * want.abs().max()
+
+
 @pytest.mark.parametrize("size", [0.1, 1, 16])
 def test_sums_of_dt_A_on_a_card(size):
     """In fp32 where the products are bf16, they are as good as in fp64, down to thousands in a chunk."""

@@ -193,6 +193,13 @@ def cross_entropy_(logits, targets):
         return cpu.cross_entropy_(logits, targets)
     valid = (targets >= 0)[:, None]
     index = targets.clamp(min=0)[:, None]
+    if torch.compiler.is_compiling() and cpu.device_kind(logits) != 'cpu':
+        # each element by itself, so that a compiler reads the logits twice and writes the gradient, no more
+        chosen = torch.arange(logits.shape[1], device=logits.device) == index
+        logsumexp = logits.logsumexp(-1, keepdim=True)
+        total = torch.where(valid, logsumexp - torch.where(chosen, logits, 0).sum(-1, keepdim=True), 0).sum()
+        logits.copy_(((logits - logsumexp).exp() - chosen.float()) * valid)
+        return total
     p = torch.log_softmax(logits, -1)
     total = -torch.where(valid, p.gather(1, index), 0).sum()
     p.exp_().scatter_add_(1, index, torch.full_like(p[:, :1], -1))
