@@ -125,6 +125,7 @@ def test_fused_kernels_are_used_only_if_they_work(package, monkeypatch, forward,
     monkeypatch.setattr(fused, "fused", lambda kind, names: (found, notes))
     monkeypatch.setattr(cuda, "compile_trouble", lambda kind: "")
     assert says in kernels.describe_kernels("cuda:1")
+    assert ("torch.compile makes" in kernels.describe_kernels("cuda", is_compiled=True)) == ("kernels (" not in says)
     assert "mamba_ssm" not in sys.modules  # whoever else imports it gets its own error
 
 
@@ -193,7 +194,7 @@ def test_what_our_own_kernels_compute_is_not_said_to_be_mamba_ssms(package, monk
         names = ("triton_kernels", "fused") if order == "own first" else ("fused", "triton_kernels")
         monkeypatch.setattr(fused, "ORDER", names)
         monkeypatch.setattr(fused, "run_notes", {triton_kernels.SSD: "it fails"} if failed else {})
-        assert fused.describe("cpu") == (says, [])
+        assert fused.describe("cpu", True) == (says, [])
 
 
 def test_a_compiled_mamba2_by_mamba_ssm(package, monkeypatch):
@@ -254,7 +255,7 @@ def test_a_kernel_that_fails_when_it_is_needed(package, monkeypatch, capsys):
     assert not fused.ssd_works("cpu", 1, large, 2, *arguments)
     assert not fused.ssd_works("cpu", 1, large, 2, *arguments)
     assert capsys.readouterr().err.count("mamba-ssm's ssd does not work here (RuntimeError: out of resource") == 1
-    assert "out of resource" in fused.describe("cuda")[1][-1]
+    assert "out of resource" in fused.describe("cuda", False)[1][-1]
 
 
 def test_no_memory_is_no_fault_of_a_kernel(monkeypatch):

@@ -24,19 +24,23 @@ from mambino.kernels.registry import DESCRIPTIONS, ENABLED, fast, substituted
 __all__ = ['compiled', 'describe_kernels', 'fast', 'portable', 'substituted']
 
 
-def describe_kernels(device='cpu'):
-    """What computes on this device, in some words: the same that is asked when it computes."""
+def describe_kernels(device='cpu', is_compiled=False):
+    """What computes on this device, in some words: the same that is asked when it computes. is_compiled:
+    within torch.compile."""
     kind = device.partition(':')[0]
     if not ENABLED:
         return 'operations as they are defined, since MAMBINO_KERNELS=0'
+    if kind == 'cpu' and is_compiled:
+        return 'operations as torch.compile makes them'
     if kind == 'cpu' and native.library():
         return f'operations compiled for this CPU{native.trouble and "; " + native.trouble}'
     if kind == 'cpu':
         return f'operations in plain PyTorch, since {native.trouble}'
-    described = [describe(kind) for describe in DESCRIPTIONS]
+    described = [describe(kind, is_compiled) for describe in DESCRIPTIONS]
     names = [name for kernels, _ in described for name in kernels]
     notes = [note for _, notes in described for note in notes]
-    return '; '.join((names or ['operations in plain PyTorch']) + notes)
+    plain = 'operations as torch.compile makes them' if is_compiled else 'operations in plain PyTorch'
+    return '; '.join((names or [plain]) + notes)
 
 
 def compiled(net):

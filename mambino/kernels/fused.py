@@ -152,10 +152,10 @@ def is_overtaken(name):
 
 
 @describes
-def describe(kind):
+def describe(kind, is_compiled):
     if kind != KIND:
         return [], []
-    names = [name for name in FUSED if not is_overtaken(name)]
+    names = [name for name in FUSED if not is_overtaken(name) and (name == 'ssd' or not is_compiled)]
     found, notes = fused(kind, names)
     recurrences = [name for name in found if name != 'conv']
     kernels = [f"mamba-ssm's kernels ({', '.join(recurrences)})"] if recurrences else []

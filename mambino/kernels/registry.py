@@ -20,7 +20,7 @@ ENABLED = os.environ.get('MAMBINO_KERNELS') != '0'
 ORDER = ('cpu', 'cpu_mamba', 'one_token', 'triton_kernels', 'fused', 'cuda', 'anywhere')  # files of kernels, as asked
 KERNELS = {}                            # {name of an operation: its kernels, in that order}
 DEFINITIONS = {}                        # {name of an operation: its definition}
-DESCRIPTIONS = []                       # functions: kind of device → (kernels, notes), lines on what computes there
+DESCRIPTIONS = []                       # functions: kind of device, is_compiled → (kernels, notes), in words
 _substitutes = None                     # {name of an operation: a function}, within `substituted`
 
 
@@ -33,8 +33,8 @@ def kernel(function):
 
 
 def describes(function):
-    """Offers what describe_kernels says of a kind of device: function(kind) → ([kernels], [notes]),
-    some words each."""
+    """Offers what describe_kernels says of a kind of device: function(kind, is_compiled) →
+    ([kernels], [notes]), some words each."""
     DESCRIPTIONS.append(function)
     return function
 

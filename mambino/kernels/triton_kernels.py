@@ -125,7 +125,7 @@ def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=N
 
 
 @describes
-def describe(kind):
+def describe(kind, is_compiled):
     if kind != 'cuda' or not has_triton():
         return [], []
     said = [notes[name] for name in (SCAN, SSD) if name in notes]

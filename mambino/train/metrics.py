@@ -209,7 +209,7 @@ def introduction(settings, net, data, adapter, micro_batch, memory_line, progres
     yield (f'{max_iters} steps of {tokens_per_step:,} tokens ({world} x {micro_steps} x {micro_batch} x {T}), '
            f'{max_iters * tokens_per_step / train_tokens:.1f} epochs; {device}, {settings["dtype"]}, '
            f'{settings["optimizer"]} at {settings["learning_rate"]:g}, '
-           f'{kernels.describe_kernels(device.partition(":")[0])}')
+           f'{kernels.describe_kernels(device, settings["compile"])}')
     if memory_line:
         yield memory_line
     steps_left = max(0, max_iters - progress.step)
