@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mambino.kernels import cpu, cpu_mamba
+from mambino.kernels.checked import constant
 from mambino.kernels.registry import kernel
 from mambino.kernels.scans import portable_scan
 
@@ -253,7 +254,7 @@ class LinearCrossEntropy(Function):
         return grad_x.to(ctx.dtype) * scale, grad_weight, None, None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def loss_chunk(V, kind='cpu'):
     """Tokens whose logits are alive at once. On a CPU a thousand; fewer where V is huge (256 MB of logits),
     more where it is small. A card has them in fp32 in a 64th of its memory, 1 GB at most: each chunk reads

@@ -30,6 +30,13 @@ def aside_of_checkpoints():
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
+def constant(function):
+    """torch.compiler.assume_constant_result, without the import of torch._dynamo, two seconds of each start: a
+    compiler calls the function and does not trace it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def works(name, sizes, attempt):
     """Whether attempt() ends without an error, tried once for a kernel and its sizes. That there is no
     memory for it says nothing of the kernel, and is raised."""
@@ -62,7 +69,7 @@ def compile_trouble(kind):
         return first_line(error)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def compiles(kind):
     """Whether torch.compile works on this kind of device. Within a compiled function it does."""
     return not compile_trouble(kind)

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.kernels.anywhere import in_window
-from mambino.kernels.checked import compile_trouble, compiles, notes, works
+from mambino.kernels.checked import compile_trouble, compiles, constant, notes, works
 from mambino.kernels.registry import DEFINITIONS, describes, kernel
 from mambino.kernels.scans import make_scan
 
@@ -94,7 +94,7 @@ def scan_by_chunks_backward(grad_y, grad_h, x, dt, A, B, C, starts):
 chunked_scan = make_scan('scan_by_chunks', scan_by_chunks, scan_by_chunks_backward, lambda T: T // CHUNK)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def chunks_work(kind, batch, E, N):
     """Whether the compiled chunks run in these sizes."""
     def attempt():
@@ -179,7 +179,7 @@ def block_mask(T, window, device):
     return create_block_mask(lambda b, h, i, j: in_window(i, j, window), None, None, T, T, device=device)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def mask_name(T, window, kind):
     """The attribute of `masks` that is the block mask of these sizes on the present device; made if there is
     none."""
@@ -232,7 +232,7 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
 
 # --- experts --------------------------------------------------------------------------------------
 
-@torch.compiler.assume_constant_result
+@constant
 def has_grouped_products(kind):
     """Whether this card has a kernel for grouped products: elsewhere torch waits for the card to read the
     groups' sizes, and loops over them."""

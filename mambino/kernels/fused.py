@@ -15,7 +15,7 @@ import types
 import torch
 
 from mambino.kernels import triton_kernels
-from mambino.kernels.checked import first_line, works
+from mambino.kernels.checked import constant, first_line, works
 from mambino.kernels.checked import notes as run_notes
 from mambino.kernels.registry import DEFINITIONS, ORDER, describes, kernel, substituted
 
@@ -94,7 +94,7 @@ def tried(name, kind):
         return None, f'{OWNERS[name]} does not work here ({first_line(error, 80)})'
 
 
-@torch.compiler.assume_constant_result
+@constant
 def is_fused(name, kind):
     return tried(name, kind)[0] is not None
 
@@ -246,7 +246,7 @@ def compute_ssd(xBC, dt, dt_bias, A, D, groups, head_dim, state):
     return ssd_forward(xBC, dt, dt_bias, A, D, state, groups, head_dim, CHUNK)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def ssd_works(kind, batch, T, H, groups, head_dim, N, dtype, needs_grad):
     """Whether mamba-ssm's scan runs in these sizes: a card may have too little shared memory for it."""
     def attempt():

@@ -10,7 +10,7 @@ import importlib.util
 
 import torch
 
-from mambino.kernels.checked import notes, works
+from mambino.kernels.checked import constant, notes, works
 from mambino.kernels.registry import DEFINITIONS, describes, kernel, substituted
 
 SCAN = "our Triton scan of Mamba-1"
@@ -59,7 +59,7 @@ def scan(x, dt, dt_bias, A, B, C, D, z, state=None):
     return torch.ops.mambino.triton_scan(x, dt, dt_bias, A, B, C, D, z, state)[:2]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def scan_works(kind, N, dtype):
     """Whether the kernel of triton_scan.py works with states of N, tried once."""
     def make(randn):
@@ -92,7 +92,7 @@ def ssd(xBC, dt, dt_bias, A, D, state=None, *, groups, head_dim):
     return torch.ops.mambino.triton_ssd(xBC, dt, dt_bias, A, D, state, groups, head_dim)[:2]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def ssd_works(kind, head_dim, N, dtype):
     """Whether the kernels of triton_ssd.py work with heads and states of these sizes, tried once."""
     def make(randn):
