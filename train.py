@@ -314,6 +314,7 @@ samples = sample_interval > 0 and data.tokenizer and (rank == 0 or processes.TOG
 sampled = progress.step  # the step of the last sample
 if device_type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
+    machine.compute_exactly()
     recovery.tell_of_a_lost_card(progress, latest)
 net.train()
 clock.start()

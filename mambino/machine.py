@@ -197,6 +197,12 @@ def autocast(device, dtype, cache=True):
     return torch.autocast(device.partition(':')[0], dtype=getattr(torch, dtype), cache_enabled=cache)
 
 
+def compute_exactly():
+    """On a card products of fp32 are of fp32, not of TF32 with its ten bits: who wants fewer says so by
+    `dtype`. In 16 bits the few that there are, such as a router's, are to be exact."""
+    torch.set_float32_matmul_precision('highest')
+
+
 def rounded_once(device, dtype):
     """The context in which a card rounds a parameter once for all `autocast` contexts within it,
     which else each begin anew: it is for as long as no parameter changes. Backward passes may stand
@@ -355,8 +361,11 @@ def keep_freed_memory():
 def memory_used(device, peak=False):
     """Bytes of this process on the device, now or at most so far; None where the system does not
     say."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    kind = torch.device(device).type
+    if kind == 'cuda':
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    if kind == 'mps':
+        return torch.mps.driver_allocated_memory()          # it knows no peak
     if os.path.exists('/proc/self/status'):
         # not getrusage: on Linux its peak begins with that of the parent process
         field = 'VmHWM' if peak else 'VmRSS'

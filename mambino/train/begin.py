@@ -279,16 +279,21 @@ def fill_unset(settings, explicit, origin, data):
 
 
 def sizes_for(device):
-    """{name: value} of a model and its steps that suit the machine."""
-    if device == 'cpu':         # some minutes on a laptop
+    """{name: value} of a model and its steps that suit the machine: some minutes on a laptop's CPU,
+    an hour or some on a card, which must both hold the model and be fast enough for it."""
+    if device == 'cpu':
         return dict(n_layer=4, n_embd=256, block_size=256, tokens_per_step=4096, max_iters=400)
-    gigabytes = 0
+    gigabytes, peak = 0, 0
     if device.startswith('cuda'):
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         gigabytes = card.total_memory / 2**30
-    if gigabytes < 20:          # 8 to 16 GB, or Apple's
-        return dict(n_layer=12, n_embd=512, block_size=512, tokens_per_step=2**15, max_iters=5000)
-    return dict(n_layer=12, n_embd=768, block_size=1024, tokens_per_step=2**17, max_iters=10000)
+        peak = machine.known_peak(device) or 0
+    if gigabytes >= 40 and peak >= 500e12:      # H100 and later
+        return dict(n_layer=12, n_embd=1024, block_size=1024, tokens_per_step=2**18, max_iters=8000)
+    if gigabytes >= 20 or (gigabytes >= 15 and peak >= 80e12):      # 24 GB and more; RTX 4080
+        return dict(n_layer=12, n_embd=768, block_size=1024, tokens_per_step=2**17, max_iters=5000)
+    # 8 to 16 GB, or Apple's
+    return dict(n_layer=12, n_embd=512, block_size=512, tokens_per_step=2**15, max_iters=5000)
 
 
 def recipe_for(trained, origin):

@@ -71,6 +71,8 @@ def take_smaller_micro_batches(settings, net, loader, tokens_seen, is_agreed=Fal
     if settings['device'] == 'cpu':
         machine.keep_no_freed_memory()
     settings['batch_size'] = smaller
+    if settings['compile']:             # of two sizes it would make code for all, which is slower
+        torch.compiler.reset()
     loader.seek(tokens_seen, smaller)
 
 
