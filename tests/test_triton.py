@@ -1,21 +1,17 @@
 """Our Triton kernels give what the definitions give, gradients too: in Triton's interpreter, on a
 CPU, in fp32 (it cannot compute in bf16). On a card tests/gpu_kernels.py looks."""
 import functools
-import importlib.util
-import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers.triton_runs import interpreted
 
 from mambino.kernels import triton_kernels
 from mambino.kernels.checked import notes
 from mambino.kernels.registry import DEFINITIONS
 from model_mamba import mamba1_scan, mamba2_scan
 
-CASES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'helpers', 'triton_cases.py')
 SCAN = [
     dict(batch=2, T=9, E=18, N=4, state=True, last=True),
     dict(batch=1, T=66, E=21, N=16, state=False, last=False),       # more than a chunk, an odd E
@@ -27,24 +23,6 @@ SSD = [
     dict(batch=1, T=64, H=3, P=16, N=16, G=1, state=False, last=True),
     dict(batch=1, T=130, H=3, P=32, N=16, G=1, state=True, last=True, steep=30),    # exp(sums) is 0 in fp32
 ]
-
-
-def has_interpreter():
-    """Whether Triton's interpreter runs: it wants a triton, and a numpy that takes arrays of one for numbers."""
-    if importlib.util.find_spec('triton') is None:
-        return False
-    import numpy
-    return tuple(map(int, numpy.__version__.split('.')[:2])) < (2, 4)
-
-
-def interpreted(*cases):
-    """The deviations of each case: (kind, arguments, constants of its file)."""
-    if not has_interpreter():
-        pytest.skip('needs triton and numpy < 2.4: pip install triton "numpy<2.4"')
-    environment = dict(os.environ, TRITON_INTERPRET='1')
-    ran = subprocess.run([sys.executable, CASES, json.dumps(cases)], capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
 def test_scan():

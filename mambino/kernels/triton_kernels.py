@@ -1,4 +1,5 @@
-"""Offers the Mamba recurrences by Triton kernels of our own: triton_scan.py, triton_ssd.py.
+"""Offers a Mamba's recurrences and convolution by Triton kernels of our own: triton_scan.py, triton_ssd.py,
+triton_conv.py.
 
 Triton comes with torch for Linux; where it is missing, nothing here applies. A kernel is tried in
 the sizes and the precision in which it is first wanted: it must run, and on a small example give
@@ -15,6 +16,7 @@ from mambino.kernels.registry import DEFINITIONS, describes, kernel, substituted
 
 SCAN = "our Triton scan of Mamba-1"
 SSD = "our Triton scan of Mamba-2"
+CONV = "our Triton convolution"
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.05}    # of the largest value
 
 
@@ -124,9 +126,45 @@ def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=N
     return ssd(xBC, dt, dt_bias, A, D, state, groups=groups, head_dim=head_dim)
 
 
+# --- the convolution ------------------------------------------------------------------------------
+
+def conv(x, weight, bias, state=None):
+    y = torch.ops.mambino.triton_conv(x, weight, bias, state)
+    T, K = x.shape[1], weight.shape[-1]
+    if T >= K - 1:
+        return y, x[:, T - K + 1:].clone()                      # a copy: a view would keep all of x
+    past = x.new_zeros(x.shape[0], K - 1, x.shape[2]) if state is None else state.to(x.dtype)
+    return y, torch.cat((past[:, T:], x), 1)
+
+
+@torch.compiler.assume_constant_result
+def conv_works(kind, K, dtype):
+    """Whether the kernels of triton_conv.py work with K taps, tried once."""
+    def make(randn):
+        batch, T, E = 2, 100, 300
+        x = randn(batch, T, E).to(kind, dtype)
+        weight, bias = randn(E, 1, K).to(kind), randn(E).to(kind)
+        return [x, weight, bias, randn(batch, K - 1, E).to(kind, dtype)]
+
+    def attempt():
+        from mambino.kernels import triton_conv  # noqa: F401, makes the operation
+        attempt_with(make, DEFINITIONS['causal_conv1d'], conv)()
+    return works(CONV, (K, dtype), attempt)
+
+
+@kernel
+def causal_conv1d(x, weight, bias, state=None):
+    kind, K = x.device.type, weight.shape[-1]
+    if kind != 'cuda' or not has_triton() or x.dtype not in TOLERANCE or not 2 <= K <= 4:
+        return NotImplemented
+    if not conv_works(kind, K, x.dtype):
+        return NotImplemented
+    return conv(x, weight, bias, state)
+
+
 @describes
 def describe(kind, is_compiled):
     if kind != 'cuda' or not has_triton():
         return [], []
-    said = [notes[name] for name in (SCAN, SSD) if name in notes]
-    return ["Triton kernels of our own for Mamba's scans"], said
+    said = [notes[name] for name in (SCAN, SSD, CONV) if name in notes]
+    return ["Triton kernels of our own for Mamba's scans and convolution"], said

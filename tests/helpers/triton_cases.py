@@ -13,9 +13,9 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from mambino.kernels import triton_kernels, triton_scan, triton_ssd  # noqa: E402
+from mambino.kernels import triton_conv, triton_kernels, triton_scan, triton_ssd  # noqa: E402
 from mambino.kernels.registry import DEFINITIONS, substituted  # noqa: E402
-from model_mamba import mamba1_scan, mamba2_scan  # noqa: E402, F401, to define them
+from model_mamba import causal_conv1d, mamba1_scan, mamba2_scan  # noqa: E402, F401, to define them
 
 
 def scan_case(batch, T, E, N, state, last):
@@ -41,6 +41,23 @@ def ssd_case(batch, T, H, P, N, G, state, last, steep=1, dtype='float32'):
     return definition, functools.partial(triton_kernels.ssd, groups=G, head_dim=P), inputs, last
 
 
+def conv_case(batch, T, E, K, state, last, dtype='float32'):
+    """x as training has it: a part of what in_proj gives."""
+    x = torch.randn(batch, T, E + 13)[..., 5:5 + E].to(getattr(torch, dtype))
+    inputs = [x, torch.randn(E, 1, K), torch.randn(E)]
+    if state:
+        inputs.append(torch.randn(batch, K - 1, E).to(x.dtype))
+    return DEFINITIONS['causal_conv1d'], triton_kernels.conv, inputs, last
+
+
+def operation_case(batch, T, E, K, state):
+    """What PyTorch asks of an operation of its own: shapes, gradients and strides under a compiler, too."""
+    _, _, inputs, _ = conv_case(batch, T, E, K, state, False)
+    inputs = [u.requires_grad_() for u in inputs] + [None] * (not state)
+    torch.library.opcheck(torch.ops.mambino.triton_conv.default, inputs)
+    return [0.0]
+
+
 def deviations(definition, compute, inputs, last):
     """last: whether the last state has a gradient, too."""
     results = []
@@ -55,13 +72,19 @@ def deviations(definition, compute, inputs, last):
     return [((b.float() - a).abs().max() / a.abs().max()).item() for a, b in zip(*results)]
 
 
+CASES = dict(scan=scan_case, ssd=ssd_case, conv=conv_case)
+MODULES = dict(scan=triton_scan, ssd=triton_ssd, conv=triton_conv)
+
+
 def main():
     for kind, arguments, constants in json.loads(sys.argv[1]):
         for name, value in constants.items():
-            setattr(triton_scan if kind == 'scan' else triton_ssd, name, value)
+            setattr(MODULES[kind], name, value)
         torch.manual_seed(0)
-        case = scan_case if kind == 'scan' else ssd_case
-        print(json.dumps(deviations(*case(**arguments))), flush=True)
+        if kind == 'conv operation':
+            print(json.dumps(operation_case(**arguments)), flush=True)
+        else:
+            print(json.dumps(deviations(*CASES[kind](**arguments))), flush=True)
 
 
 if __name__ == '__main__':
