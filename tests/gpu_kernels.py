@@ -1,7 +1,7 @@
 """Our Triton kernels on a real card: are they right, how fast, and which way to run them is fastest.
 
     python tests/gpu_kernels.py                 # a minute or two; goes on after a part's failure
-    python tests/gpu_kernels.py right scan      # some parts: right scan ssd others ways exact model
+    python tests/gpu_kernels.py right scan      # some parts: right scan ssd conv others ways exact model
 
 On a CPU, whether the script itself runs: TRITON_INTERPRET=1 python tests/gpu_kernels.py --rehearse
 """
@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from mambino.kernels import anywhere, triton_kernels, triton_scan, triton_ssd  # noqa: E402
+from mambino.kernels import anywhere, triton_conv, triton_kernels, triton_scan, triton_ssd  # noqa: E402
 from mambino.kernels.registry import DEFINITIONS, substituted  # noqa: E402
 from model_mamba import Mamba, MambaConfig  # noqa: E402
 
@@ -29,9 +29,14 @@ DTYPE = torch.float32 if REHEARSE else torch.bfloat16
 
 
 def inputs_of(name, dtype, batch=B, time_steps=T, heads=H, groups=G, inner=E):
-    """Those of mamba1_scan or mamba2_scan, as training has them."""
+    """Those of mamba1_scan, mamba2_scan or causal_conv1d, as training has them."""
     randn = functools.partial(torch.randn, device=DEVICE)
-    if name == 'scan':
+    if name == 'conv':
+        width = heads * P + 2 * groups * N2
+        joined = randn(batch, time_steps, heads * P + width + heads, dtype=dtype)   # what in_proj gives: z, xBC, dt
+        made = [joined[..., heads * P:heads * P + width].detach(), randn(width, 1, 4), randn(width)]
+        halves = ()
+    elif name == 'scan':
         wide = (batch, time_steps, inner)
         narrow = (batch, time_steps, N1)
         made = [randn(wide), randn(wide) - 3, randn(inner), -randn(inner, N1).abs() * 8 - 0.1, randn(narrow),
@@ -49,6 +54,8 @@ def inputs_of(name, dtype, batch=B, time_steps=T, heads=H, groups=G, inner=E):
 def own(name, groups=G):
     if name == 'scan':
         return triton_kernels.scan
+    if name == 'conv':
+        return triton_kernels.conv
     return functools.partial(triton_kernels.ssd, groups=groups, head_dim=P)
 
 
@@ -83,12 +90,13 @@ def forward_backward(function, leaves):
 
 def right():
     """Each kernel as it is trained with against the definition in fp32."""
-    compare(DTYPE, ('scan', dict(inner=48)), ('ssd', dict(heads=3)), ('ssd', dict(heads=6, groups=2)))
+    compare(DTYPE, ('scan', dict(inner=48)), ('ssd', dict(heads=3)), ('ssd', dict(heads=6, groups=2)), ('conv', {}),
+            ('conv', dict(heads=3)))                            # in_proj's rows whole vectors apart, and not
 
 
 def exact():
     """The same in fp32, whose products take long to compile."""
-    compare(torch.float32, ('scan', dict(inner=33)), ('ssd', dict(heads=3)))
+    compare(torch.float32, ('scan', dict(inner=33)), ('ssd', dict(heads=3)), ('conv', {}))
 
 
 def compare(dtype, *cases):
@@ -98,11 +106,11 @@ def compare(dtype, *cases):
             start = time.perf_counter()
             groups = sizes.get('groups', 1)
             leaves = inputs_of(name, dtype, 2, 41 if REHEARSE else 300, **sizes)
-            plain = DEFINITIONS['mamba1_scan'] if name == 'scan' else (
-                lambda *u, groups=groups: DEFINITIONS['mamba2_scan'](*u, groups, P, 64))
+            plain = {'scan': DEFINITIONS['mamba1_scan'], 'conv': DEFINITIONS['causal_conv1d'],
+                     'ssd': lambda *u, groups=groups: DEFINITIONS['mamba2_scan'](*u, groups, P, 64)}[name]
             results = []
             for function, exact in ((plain, True), (own(name, groups), False)):
-                used = [(u.float() if exact else u).detach().clone().requires_grad_() for u in leaves]
+                used = [(u.float() if exact else u).detach().requires_grad_() for u in leaves]
                 with substituted():
                     y, last = function(*used)
                 torch.manual_seed(1)
@@ -123,21 +131,28 @@ def gigabytes(name):
         states = B * T / triton_scan.CHUNK * E * N1 * 4
         parts = 2 * B * T * E / triton_scan.BLOCK_E * N1 * 4
         return (4 * u + states) / 1e9, (7 * u + states + 2 * parts) / 1e9
+    if name == 'conv':
+        u = B * T * (H * P + 2 * G * N2) * size
+        return 2 * u / 1e9, 3 * u / 1e9
     u = B * T * H * P * size
     states = u * N2 / 64
     return (3 * u + 2 * states) / 1e9, (8 * u + 5 * states) / 1e9
 
 
-def by_kernel(function):
-    """Prints the time of each kernel in a call."""
+def profiled(function):
+    """The kernels of five calls, the longest first."""
     from torch.profiler import ProfilerActivity, profile
     function()
     with profile(activities=[ProfilerActivity.CUDA]) as measured:
         for _ in range(5):
             function()
         torch.cuda.synchronize()
-    rows = sorted(measured.key_averages(), key=lambda row: -row.device_time_total)
-    for row in rows[:12]:
+    return sorted(measured.key_averages(), key=lambda row: -row.device_time_total)
+
+
+def by_kernel(function):
+    """Prints the time of each kernel in a call."""
+    for row in profiled(function)[:12]:
         print(f'    {row.device_time_total / 5e3:8.3f} ms  {row.count // 5:3} x {row.key[:90]}', flush=True)
 
 
@@ -162,6 +177,25 @@ def scan():
 
 def ssd():
     timed('ssd')
+
+
+def conv():
+    """And other ways to run it, by the time of the kernels alone, which is less than that of a launch."""
+    timed('conv')
+    leaves = inputs_of('conv', DTYPE)
+    dy = torch.randn_like(triton_kernels.conv(*leaves)[0])
+    for constant, choices in (('SPAN', (32, 128)), ('BLOCK_E', (128,)),
+                              ('FORWARD', [dict(STEPS=4, num_warps=2), dict(STEPS=8, num_warps=1)]),
+                              ('BACKWARD', [dict(STEPS=2, num_warps=2), dict(STEPS=8, num_warps=2)])):
+        default = getattr(triton_conv, constant)
+        for choice in () if REHEARSE else choices:
+            try:
+                setattr(triton_conv, constant, choice)
+                rows = profiled(lambda: torch.autograd.grad(triton_kernels.conv(*leaves)[0], leaves, dy))
+                times = [f'{row.key} {row.device_time_total / 5e3:.3f}' for row in rows if row.key.startswith('conv_')]
+                print(f'conv {constant} {choice}: {", ".join(times)} ms', flush=True)
+            finally:
+                setattr(triton_conv, constant, default)
 
 
 def ways():
@@ -241,7 +275,7 @@ def model():
 
 
 def main():
-    parts = [right, scan, ssd, others, ways, exact, model]
+    parts = [right, scan, ssd, conv, others, ways, exact, model]
     wanted = [argument for argument in sys.argv[1:] if not argument.startswith('-')]
     if not REHEARSE:
         import triton

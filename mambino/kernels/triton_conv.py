@@ -37,7 +37,7 @@ ADD_UP = dict(BLOCK_E=32, BLOCK_PARTS=64, num_warps=4)
 
 # Sizes are multiples of ALIGN, by which their arguments are divided: so the compiler knows that rows are
 # read in whole vectors, whatever the width of a model. It needs no kernels of other lengths.
-SIZES = ['T', 'E', 'SPAN', 'x_b', 'x_t', 'dy_b', 'dy_t', 'parts']
+SIZES = 'T', 'E', 'SPAN', 'x_b', 'x_t', 'dy_b', 'dy_t', 'parts'
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def slope(pre, dy):
     return dy * s * (1 + pre * (1 - s))
 
 
-@triton.jit(do_not_specialize=[name for name in SIZES if name not in ('dy_b', 'dy_t', 'parts')])
-def forward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, T, E, SPAN, x_b: tl.int64, x_t,
+@triton.jit(do_not_specialize=SIZES)
+def conv_forward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, T, E, SPAN, x_b: tl.int64, x_t,
                    K: tl.constexpr, ALIGN: tl.constexpr, HAS_STATE: tl.constexpr,
                    BLOCK_E: tl.constexpr, STEPS: tl.constexpr):
     E = E * ALIGN
@@ -110,8 +110,8 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, T, E, SPAN, x_
             window = inputs[1:]
 
 
-@triton.jit(do_not_specialize=[name for name in SIZES if name != 'parts'])
-def backward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, dx_ptr, parts_ptr, dstate_ptr, T, E, SPAN,
+@triton.jit(do_not_specialize=SIZES)
+def conv_backward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, dx_ptr, parts_ptr, dstate_ptr, T, E, SPAN,
                     x_b: tl.int64, x_t, dy_b: tl.int64, dy_t,
                     K: tl.constexpr, ALIGN: tl.constexpr, HAS_STATE: tl.constexpr,
                     BLOCK_E: tl.constexpr, STEPS: tl.constexpr):
@@ -135,9 +135,9 @@ def backward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, dx_ptr, part
     ds = ()
     sums = ()                                                   # of dw_0, …, db
     nothing = tl.zeros([BLOCK_E], tl.float32)
-    for k in tl.static_range(K - 1):
+    for _ in tl.static_range(K - 1):
         ds += (nothing,)
-    for k in tl.static_range(K + 1):
+    for _ in tl.static_range(K + 1):
         sums += (nothing,)
     for i in tl.static_range(K - 1):                            # the first tokens, whose dx are of the span before
         within = e_in & (start + i < T)
@@ -184,8 +184,8 @@ def added(sums, d, inputs, K: tl.constexpr):
     return result + (sums[K] + d,)
 
 
-@triton.jit(do_not_specialize=['parts'])
-def add_up_kernel(parts_ptr, dweight_ptr, dbias_ptr, parts, E, K: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def conv_add_up_kernel(parts_ptr, dweight_ptr, dbias_ptr, parts, E, K: tl.constexpr,
                   BLOCK_E: tl.constexpr, BLOCK_PARTS: tl.constexpr):
     """parts (parts, K+1, E) → dweight (E, 1, K), dbias (E); a program takes one of K+1."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -212,6 +212,7 @@ def span_of(batch, T, E):
 
 
 def divided(align, *sizes):
+    """Sizes as kernels take them: see SIZES."""
     return [size // align for size in sizes]
 
 
@@ -228,7 +229,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> Tenso
     span = span_of(batch, T, E)
     align = math.gcd(8, E, *x.stride()[:2])
     with on_card(x):
-        forward_kernel[triton.cdiv(E, BLOCK_E), triton.cdiv(T, span), batch](
+        conv_forward_kernel[triton.cdiv(E, BLOCK_E), triton.cdiv(T, span), batch](
             x, weight.contiguous(), bias.contiguous(), x if state is None else state, y, T, E // align, span,
             *divided(align, *x.stride()[:2]), K=K, ALIGN=align, HAS_STATE=state is not None, BLOCK_E=BLOCK_E, **FORWARD)
     return y
@@ -255,11 +256,12 @@ def conv_backward(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None,
     strides = *x.stride()[:2], *dy.stride()[:2]
     align = math.gcd(8, E, *strides)
     with on_card(x):
-        backward_kernel[triton.cdiv(E, BLOCK_E), spans, batch](
+        conv_backward_kernel[triton.cdiv(E, BLOCK_E), spans, batch](
             x, weight.contiguous(), bias.contiguous(), x if state is None else state, dy, dx, parts, dstate,
             T, E // align, span, *divided(align, *strides), K=K, ALIGN=align, HAS_STATE=state is not None,
             BLOCK_E=BLOCK_E, **BACKWARD)
-        add_up_kernel[triton.cdiv(E, ADD_UP['BLOCK_E']), K + 1](parts, dweight, dbias, len(parts), E, K=K, **ADD_UP)
+        conv_add_up_kernel[triton.cdiv(E, ADD_UP['BLOCK_E']), K + 1](
+            parts, dweight, dbias, len(parts), E, K=K, **ADD_UP)
     return dx, dweight, dbias, dstate
 
 
