@@ -1,23 +1,23 @@
 """Small models of every kind, trained for some steps and asked for some tokens, on any device: what they give on a
 pretended card must be what a CPU gives.
 
-    expected = run('gpt', 'cpu')
-    with pretended() as card:
-        result = run('gpt', 'cuda', dtype='bfloat16', card=card)
-    assert result.training_waits == {}
+    assert_as_on_a_cpu('gpt', dtype='bfloat16')
 """
+import collections
 from dataclasses import dataclass, field
 
 import torch
 
+from helpers.card import pretended
 from mambino import machine
+from mambino.kernels import checked, fused
 from mambino.train import building
 from mambino.weights import adapters, checkpoint
 
 V, T = 64, 40
 SIZE = dict(vocab_size=V, n_layer=2, n_embd=32, block_size=64)
 ONE = dict(SIZE, n_layer=1)
-SSM = dict(state_size=8, ssm_head_dim=16, chunk_size=16)
+SSM = dict(state_size=8, ssm_head_dim=8, chunk_size=16)   # 8 heads, so that strides are what kernels ask for
 MODELS = {
     'gpt': ('gpt', dict(SIZE, n_head=2, qk_norm=True)),
     'gqa': ('gpt', dict(SIZE, n_head=2, n_kv_head=1, tie_embeddings=False)),
@@ -27,8 +27,8 @@ MODELS = {
     'experts': ('gpt', dict(SIZE, n_head=2, n_expert=4, n_expert_active=2)),
     'experts-unlimited': ('gpt', dict(ONE, n_head=2, n_expert=4, n_expert_active=2, capacity_factor=0)),
     'mamba1': ('mamba', dict(ONE, version=1, state_size=4)),
-    'mamba2': ('mamba', dict(SIZE, state_size=8, head_dim=16, chunk_size=16)),
-    'mamba2-groups': ('mamba', dict(ONE, state_size=8, head_dim=16, chunk_size=16, n_groups=2)),
+    'mamba2': ('mamba', dict(SIZE, state_size=8, head_dim=8, chunk_size=16)),
+    'mamba2-groups': ('mamba', dict(ONE, state_size=8, head_dim=8, chunk_size=16, n_groups=2)),
     'hybrid': ('hybrid', dict(SIZE, n_head=2, window=12, **SSM)),
     'hybrid-parallel': ('hybrid', dict(ONE, n_head=2, window=24, layout='parallel', **SSM)),
     'hybrid-low-rank': ('hybrid', dict(ONE, n_head=2, window=12, low_rank=8, **SSM)),
@@ -47,7 +47,7 @@ class Result:
     logits: list = field(default_factory=list)
     training_waits: dict = field(default_factory=dict)
     generation_waits: dict = field(default_factory=dict)
-    training_launches: int = 0
+    kernels: collections.Counter = None     # of training
     token_launches: int = 0
 
 
@@ -99,7 +99,7 @@ def train(net, idx, targets, device, dtype, optimizer, result, card):
         net.zero_grad(set_to_none=True)
         result.losses.append(loss.detach())
     if card:
-        result.training_waits, result.training_launches = dict(card.waits), card.launches
+        result.training_waits, result.kernels = dict(card.waits), card.kernels
 
 
 def generate(net, idx, device, dtype, result, card):
@@ -117,3 +117,36 @@ def generate(net, idx, device, dtype, result, card):
                 result.token_launches = card.launches - before
     if card:
         result.generation_waits = dict(card.waits)
+
+
+# --- against a CPU --------------------------------------------------------------------------------
+
+# By what losses may differ from a CPU's in fp32, and logits as a share of their largest. In 16 bits a router may send
+# a token elsewhere, so that its logits are others. Muon rounds to bf16 in any precision.
+LOSS = {'float32': 1e-6, 'bfloat16': 1e-3, 'float16': 1e-3, 'muon': 1e-4}
+LOGITS = {'float32': 2e-5, 'bfloat16': 0.05, 'float16': 0.03, 'muon': 1e-3}
+
+
+def assert_as_on_a_cpu(name, dtype='float32', capability=(8, 6), compiles=True, may_wait=(), prepare=None,
+                       notes=(), **options):
+    """Losses and logits are a CPU's; products are of the precision; the host waits in training at places that begin
+    so, alone; of others' kernels those are left out that are named in notes. prepare: is called with the card."""
+    expected = run(name, 'cpu', **options)
+    with pretended(capability=capability, compiles=compiles) as card:
+        if prepare:
+            prepare(card)
+        result = run(name, 'cuda', dtype, card=card, **options)
+        left_out = [*checked.notes.values(), *fused.fused('cuda')[1]]
+    precision = 'muon' if options.get('optimizer') == 'muon' else dtype
+    for a, b in zip(expected.losses, result.losses, strict=True):
+        assert abs(a - b) <= LOSS[precision] * max(1, a), f'a loss of {b} instead of {a}'
+    if dtype == 'float32' or 'experts' not in name:
+        for a, b in zip(expected.logits, result.logits, strict=True):
+            error = (a - b).abs().max() / a.abs().max()
+            assert error <= LOGITS[precision], f'logits differ by {error:.1e} of the largest'
+    if dtype != 'float32':
+        assert set(card.products) >= {dtype}, f'no product in 16 bits: {card.products}'
+    assert len(left_out) == len(notes) and all(map(str.startswith, sorted(left_out), sorted(notes))), left_out
+    waits = {place: n for place, n in result.training_waits.items() if not place.startswith(tuple(may_wait))}
+    assert not waits, f'the host waits for the card in a training step: {waits}'
+    return result

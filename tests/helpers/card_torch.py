@@ -249,6 +249,7 @@ def running(through):
 @contextlib.contextmanager
 def changed(card, through):
     """Within, torch is as with this card."""
+    from mambino.kernels import triton_kernels  # with a planted fault it is another one each time
     swap = torch.__future__.get_swap_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
         def change(owner, **values):
@@ -263,6 +264,7 @@ def changed(card, through):
         change(torch.Tensor, data_ptr=address)
         change(flex, **flex_for(card))
         change(threading.Thread, run=running(through))
+        change(triton_kernels, has_triton=lambda: False)        # which would start kernels
         for name in ('torch.cuda.amp.common', 'torch.amp.autocast_mode', 'torch.amp.grad_scaler'):
             module = sys.modules.get(name)
             if hasattr(module, 'amp_definitely_not_available'):
