@@ -36,8 +36,8 @@ FAULTS = {
     'a tensor as a bool': Fault(
         'mambino/language_model.py', 'if targets is None:', 'if targets is None or (targets < -1).any():', WAITS),
     'nonzero in the experts': Fault(
-        'mambino/kernels/anywhere.py', 'kept = pairs.rank < C ', 'kept = pairs.rank < C; kept.nonzero() ', WAITS,
-        'experts'),
+        'model_gpt.py', 'weights = weights / weights.sum(', 'experts.nonzero(); weights = weights / weights.sum(',
+        WAITS, 'experts'),
     'a boolean index': Fault(
         'mambino/kernels/anywhere.py', 'valid = (targets >= 0)[:, None]',
         'valid = (targets >= 0)[:, None]; targets[targets < 0].sum()', WAITS),
