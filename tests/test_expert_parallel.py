@@ -245,3 +245,16 @@ def test_what_gpus_cannot_do_together_is_one_line(here, flags, nccl, cards, word
         assert err.startswith('error: ') and err.count('\n') == 1 and words in err
     if 'fsdp' not in flags and cards > 1:
         assert f'cpu:gloo,cuda:{"nccl" if nccl else "gloo"}' in said[0] and ('without NCCL' in said[0]) != nccl
+
+
+def test_a_process_that_ends_is_one_line_of_the_others(here):
+    statuses, said = forked(MOE, '--expert_parallel=2', world=2, joined=True, before="""
+from mambino.train import experts
+join = experts.join_gradients
+def patched(*arguments):
+    if rank == 1:
+        os._exit(3)
+    join(*arguments)
+experts.join_gradients = patched""")
+    assert statuses == [2, 3], said
+    assert said[1].startswith('error: another process has ended') and said[1].count('\n') == 1

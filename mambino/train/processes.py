@@ -17,6 +17,7 @@ the others.
 import atexit
 import inspect
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -27,14 +28,12 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mambino import files, machine
 from mambino.configurator import fail
-from mambino.train import experts
+from mambino.train import experts, sharding
 from mambino.weights import checkpoint, shards
-from model_gpt import Experts, MoE
 
 UNSET = ('start several processes with torchrun --nproc_per_node=2 train.py; '
          'for one, unset RANK, WORLD_SIZE and LOCAL_RANK')
@@ -63,6 +62,8 @@ RANK, WORLD, LOCAL_RANK = read_environment(os.environ)
 SHARDED = False             # each process has a share of the weights; `start` decides
 TOGETHER = False            # no process may run the model without the others
 PARENT = os.getppid()
+# what torch's errors say where processes have lost each other
+LOST = r'gloo|NCCL|(?i:connection (was )?(closed|reset|refused)|broken pipe|timed? ?out)'
 GRACE = 60                  # seconds in which processes without torchrun may still save
 
 
@@ -116,6 +117,7 @@ def meet(device):
     try:
         dist.init_process_group(f'cpu:gloo,cuda:{"nccl" if through_nccl else "gloo"}' if is_card else 'gloo')
         summed(0)                                           # none ends while another still connects
+        sys.excepthook = tell
     except (RuntimeError, ValueError) as error:
         fail(f'the {WORLD} processes do not find each other at {os.environ["MASTER_ADDR"]}:'
              f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}')
@@ -132,6 +134,18 @@ def meet(device):
     except RuntimeError as error:
         fail(f'NCCL, by which GPUs exchange gradients, does not start: {str(error).splitlines()[-1].strip()}; '
              'the environment variable NCCL_DEBUG=INFO makes it say more')
+
+
+def tell(kind, error, trace):
+    """In the place of sys.excepthook: that another process is gone, or did other than this one, is one
+    line; all else a traceback."""
+    reason = str(error).strip().partition('\n')[0]
+    if not issubclass(kind, RuntimeError) or not re.search(LOST, str(error)):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f'error: another process has ended, or does not answer any more ({reason[-160:]}): what it '
+          'said tells why; to go on, run the same command again', file=sys.stderr, flush=True)
+    os._exit(2)                                             # NCCL would wait for its operations
 
 
 def require_a_card_each(device):
@@ -242,47 +256,13 @@ def agreed(action):
 
 def place(net, device, dtype='float32'):
     """The model goes to its device: all of it, or with fsdp the share of this process. dtype: what
-    the run computes in; in it fsdp gathers the weights that autocast would round to it."""
+    the run computes in."""
     if experts.N > 1:
         experts.divide(net)
     if not SHARDED:
         net.to(device)
         return
-    from torch.distributed.device_mesh import init_device_mesh  # a second to import
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
-    mesh = init_device_mesh(device.partition(':')[0], (WORLD,))
-    rounding = MixedPrecisionPolicy(                        # gradients are added up in fp32
-        param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = next(module for name, module in net.named_modules() if name.endswith('layers'))
-    for layer in layers:                                    # each by itself: only its share stays
-        for module in rounded_parts(layer) if dtype != 'float32' else ():
-            fully_shard(module, mesh=mesh, mp_policy=rounding)
-        fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    register_fsdp_forward_method(net, 'step')
-
-
-def rounded_parts(module):
-    """The largest modules in a module whose weights are all read by products that autocast rounds.
-    A router's product is exact (model_gpt.MoE), and what has a bias or is no matrix stays."""
-    for name, child in module.named_children():
-        owners = [part for part in child.modules() if part._parameters]
-        if isinstance(module, MoE) and name == 'gate':
-            continue
-        is_exact = any(isinstance(part, MoE) for part in child.modules())
-        if owners and not is_exact and all(is_rounded(part) for part in owners):
-            yield child
-        else:
-            yield from rounded_parts(child)
-
-
-def is_rounded(module):
-    """Whether a module is matrices alone, in products that autocast rounds."""
-    return type(module) is Experts or (type(module) is nn.Linear and module.bias is None)
+    sharding.shard(net, device, dtype, WORLD)
 
 
 def shared(net, device):
