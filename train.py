@@ -14,9 +14,9 @@ happens in it: its data, its dropout, its learning rate.
 
 Behind its steps stand, in mambino/train/: begin.py and building.py (what a run begins from),
 identity.py (which text it knows), precision.py and memory.py (in which numbers it computes, and how
-much at once), loader.py, batches.py and order.py (which tokens), processes.py, sharding.py and experts.py (one or many),
-progress.py (counters and checkpoints), evaluation.py, metrics.py and log.py (what is measured, said
-and noted).
+much at once), loader.py, batches.py and order.py (which tokens), processes.py, sharding.py and
+experts.py (one or many), progress.py (counters and checkpoints), evaluation.py, metrics.py and
+log.py (what is measured, said and noted).
 """
 import datetime
 import math
