@@ -159,8 +159,9 @@ def prepare_model(net, device, dtype='auto', precision=''):
     weights are rounded to, or ''. What cannot be ends the program in a line."""
     on_cpu = device == 'cpu'
     dtype = choose_dtype(dtype, device)
-    if device.startswith('cuda'):
+    if device.startswith('cuda:'):              # 'cuda' is the present one
         torch.cuda.set_device(device)           # of what is asked of no device in particular nothing is on another
+    if device.startswith('cuda'):
         if dtype != 'float32' and not precision:
             keep_rounded(net, dtype)
     net.to(device)

@@ -54,12 +54,18 @@ def cuda_functions(card):
     def alive(device=None):
         return memory.alive
 
+    def set_device(device):
+        """As torch's: 'cuda' alone, which names no card, is refused."""
+        if not isinstance(device, int) and torch.device(device).index is None:
+            raise ValueError(f'Expected a torch.device with a specified index or an integer, but got:{device}')
+
     def peak(device=None):
         return memory.peak
 
     return dict(
         is_available=lambda: True, is_initialized=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
-        _exchange_device=lambda device: 0, _maybe_exchange_device=lambda device: 0, set_device=nothing, init=nothing,
+        _exchange_device=lambda device: 0, _maybe_exchange_device=lambda device: 0,
+        set_device=set_device, init=nothing,
         _lazy_init=nothing, _lazy_call=lambda call, **kwargs: call(), ipc_collect=nothing,
         synchronize=lambda device=None: card.wait('torch.cuda.synchronize'),
         get_device_name=lambda device=None: card.name,
