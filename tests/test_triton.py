@@ -87,7 +87,7 @@ def test_what_does_not_work_is_left_out(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count('our Triton scan of Mamba-1 does not work here (RuntimeError: no compiler)') == 1
     monkeypatch.setattr(triton_kernels, 'has_triton', lambda: True)
-    kernels, said = triton_kernels.describe('cuda')
+    kernels, said = triton_kernels.describe('cuda', False)
     assert len(kernels) == len(said) == 1 and 'no compiler' in said[0]
 
 

@@ -147,9 +147,9 @@ def check(name, functions, device):
 def is_overtaken(name):
     """Whether our own Triton kernels are asked before, and have not failed: then nothing is said of this one,
     and it need not be tried."""
-    own = {'ssd': triton_kernels.SSD, 'scan': triton_kernels.SCAN}.get(name)
+    own = {'ssd': triton_kernels.SSD, 'scan': triton_kernels.SCAN, 'conv': triton_kernels.CONV}[name]
     comes_first = ORDER.index('triton_kernels') < ORDER.index('fused')
-    return own is not None and comes_first and triton_kernels.has_triton() and own not in run_notes
+    return comes_first and triton_kernels.has_triton() and own not in run_notes
 
 
 @describes

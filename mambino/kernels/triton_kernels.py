@@ -137,7 +137,7 @@ def conv(x, weight, bias, state=None):
     return y, torch.cat((past[:, T:], x), 1)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def conv_works(kind, K, dtype):
     """Whether the kernels of triton_conv.py work with K taps, tried once."""
     def make(randn):
