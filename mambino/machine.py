@@ -245,7 +245,7 @@ def matmul_peak(device, dtype):
 
     def multiply():
         torch.mm(a[:rows], b, out=out[:rows])
-    for larger in (256, 2048 if torch.device(device).type == 'cpu' else 8192):
+    for larger in (256, 2048 if torch.device(device).type == 'cpu' else 4096):
         a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
         out = torch.empty_like(a)
         rows = 1

@@ -1,6 +1,7 @@
 """Runs whose memory does not suffice, or is counted beforehand; gradient checkpointing, experts."""
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -118,6 +119,17 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(here, monkeypatch):
     monkeypatch.setattr(LanguageModel, 'forward', broken)
     with pytest.raises(RuntimeError, match='mat1'):
         train('--model=gpt')
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='expandable segments are of Linux')
+@pytest.mark.parametrize('theirs', ['', 'max_split_size_mb:64'])
+def test_the_allocator_of_a_card_has_pieces_that_grow(here, monkeypatch, theirs):
+    for name in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'):
+        monkeypatch.delenv(name, raising=False)
+    if theirs:                                      # what its user says holds
+        monkeypatch.setenv('PYTORCH_CUDA_ALLOC_CONF', theirs)
+    train('--model=gpt --max_iters=1')
+    assert os.environ.get('PYTORCH_ALLOC_CONF') == (None if theirs else 'expandable_segments:True')
 
 
 # --- memory that is counted beforehand

@@ -179,6 +179,24 @@ def test_a_profile_on_a_card_has_its_times():
 
 
 @on_card
+@pytest.mark.parametrize('compiles', [False, True])
+def test_a_run_that_is_to_be_compiled(here, compiles):
+    with pretended(compiles=compiles):
+        said, _ = said_of(CUDA, '--compile --max_iters=2')
+    line, = [line for line in said.split('\n') if line.startswith('torch.compile: ')]
+    assert ('seconds, for faster steps' in line) is compiles
+    assert ('does not work here (there is no Triton: pip install triton' in line) is not compiles, line
+    assert 'done: 2 steps' in said
+
+
+@on_card
+def test_a_model_too_large_for_the_card_is_told_in_a_line(here):
+    with pretended(gigabytes=1):
+        _, err = said_of(CUDA, '--dtype=bfloat16 --n_embd=512 --n_layer=4 --n_head=8 --batch_size=0', status=2)
+    assert 'one sequence of 16 tokens takes' in err and 'halve --n_layer or --n_embd' in err and err.count('\n') == 1
+
+
+@on_card
 def test_a_sample_in_training_is_computed_in_the_runs_precision(here):
     with pretended() as card:
         dtypes = set()
