@@ -258,3 +258,17 @@ def patched(*arguments):
 experts.join_gradients = patched""")
     assert statuses == [2, 3], said
     assert said[1].startswith('error: another process has ended') and said[1].count('\n') == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: experts on a card are NOT tested')
+@pytest.mark.parametrize('limit', ['--capacity_factor=0', LIMIT])
+def test_two_processes_on_a_card(spread, limit):
+    """Which NCCL does not take: what they tell each other goes by gloo, as it does on Windows."""
+    flags = f'{limit} --batch_size=4 --max_iters=6 --device=cuda:0'
+    by_gloo = 'import torch.distributed\ntorch.distributed.is_nccl_available = lambda: False'
+    said = spread(flags, before=by_gloo, precision='')
+    assert 'without NCCL' in said[0]
+    torch.set_default_dtype(torch.float32)
+    train(MOE, flags, '--out_dir=one')
+    for key in ('loss', 'val_loss', 'grad_norm'):
+        assert metrics(key=key) == pytest.approx(metrics('one', key), abs=2e-3), key
