@@ -7,7 +7,7 @@ import torch
 from helpers.card import pretended
 from helpers.card_process import on_card
 
-from mambino.bench.gpu import check, kernel_checks, machine_facts, outcome, profiles, waits
+from mambino.bench.gpu import check, generate, kernel_checks, machine_facts, models, outcome, profiles, waits
 from mambino.kernels.registry import KERNELS
 
 
@@ -66,3 +66,17 @@ def test_a_recipe_is_planned_for_its_card(tmp_path):
         row, = recorded(tmp_path, profiles.measure, 'gpt, 8 GB', 'gpt', 8, 'cuda')
     assert row['passed'], row
     assert row['figures']['estimate'] < row['figures']['limit'] < 8 * 2**30
+
+
+@on_card
+@pytest.mark.parametrize('kind', ['gpt', 'mamba'])
+def test_generation(tmp_path, kind):
+    """Reading, writing by graphs and prompts of several lengths, of a small model."""
+    kind_of, config = models.MIDDLE_MODELS[kind]
+    small = kind_of, config | models.tiny(kind) | dict(vocab_size=256)
+    models.MIDDLE_MODELS = {kind: small}                        # in this process alone
+    generate.PROMPTS, generate.NEW = (8,), 2
+    generate.measure_transformers = lambda *args: None
+    with pretended():
+        rows = recorded(tmp_path, generate.run, 'cuda', str(tmp_path))
+    assert len(rows) == 4 and not [row for row in rows if row['passed'] is False], rows

@@ -8,6 +8,7 @@ import torch
 from mambino import machine
 from mambino.bench.gpu import models, speed
 from mambino.sample import decode
+from mambino.weights.loading import prepare_model
 
 PROMPTS = (512, 2000)
 BATCHES = (1, 16)
@@ -20,6 +21,7 @@ def run(recorder, device, out_dir):
         if not is_cuda:
             config = config | models.tiny(kind) | dict(vocab_size=256)
         net = models.on_device(kind_of, config, device).eval()
+        net, _ = prepare_model(net, device, dtype_of(device))   # as sample.py does
         for B in BATCHES:
             label = f'{kind}, {B} at once'
             with recorder.item(label, 6) as wanted:
@@ -37,6 +39,10 @@ def run(recorder, device, out_dir):
     with recorder.item('transformers, 1 at once', 15) as wanted:
         if wanted:
             measure_transformers(recorder, device)
+
+
+def dtype_of(device):
+    return 'bfloat16' if device.startswith('cuda') else 'float32'
 
 
 def write(step, net, B, device, dtype):
@@ -60,7 +66,7 @@ def plain_step(net, idx, state=None, last=False):
 
 def measure_writing(recorder, label, net, B, device):
     """By net.step under autocast, and by decode.step, which has CUDA graphs where it can."""
-    dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+    dtype = dtype_of(device)
     plain = write(plain_step, net, B, device, dtype)
     planned = write(decode.step, net, B, device, dtype)
     recorder.add(label, f'{B / plain:,.0f} tokens/s by the model\'s step ({plain * 1e3:.2f} ms a token), '
@@ -70,7 +76,7 @@ def measure_writing(recorder, label, net, B, device):
 
 def measure_reading(recorder, label, net, T, device):
     idx = models.tokens(1, T, net.config.vocab_size, device)
-    dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+    dtype = dtype_of(device)
 
     def read():
         with torch.no_grad(), machine.autocast(device, dtype):
@@ -83,7 +89,7 @@ def measure_reading(recorder, label, net, T, device):
 def measure_lengths(recorder, label, net, device):
     """A prompt of a new length must not make anything be compiled anew: the longest of ten is no
     second."""
-    dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+    dtype = dtype_of(device)
     spent = []
     with torch.no_grad(), machine.autocast(device, dtype):
         for T in range(300, 1000, 70):
