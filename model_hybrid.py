@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from mambino.kernels import fast
 from mambino.language_model import LanguageModel, RMSNorm
 from model_gpt import Attention, GPTConfig, SwiGLU, prepare_attention
 from model_mamba import Mamba2Mixer, MambaConfig
@@ -87,6 +88,18 @@ class HybridConfig:
         return MambaConfig(head_dim=self.ssm_head_dim, **shared)
 
 
+@fast
+def mix(h, outputs, norms, controller):
+    """The weighted sum of the branches' outputs, each (B, T, D) and normed by its own norm if there are norms.
+    The controller, if there is one, reads their weights from h (B, T, D); without one all count the same."""
+    if norms is not None:
+        outputs = [norm(y.float()) for norm, y in zip(norms, outputs)]
+    if controller is None:
+        return sum(outputs) / len(outputs)
+    weights = controller(h).float().softmax(-1)                 # (B, T, branches)
+    return sum(weights[..., i, None] * y for i, y in enumerate(outputs))
+
+
 class LowRank(nn.Module):
     """up(down(x)), of rank r, in place of `linear`; the product starts with the variance the full
     matrix had."""
@@ -127,22 +140,12 @@ class Layer(nn.Module):
             self.mlp_residual_scale = nn.Parameter(torch.full((D,), first_scale))
         self.drop = nn.Dropout(config.dropout)
 
-    def mix(self, x, outputs):
-        """The weighted sum of the branches' outputs, each (B, T, D); x is what the controller
-        reads."""
-        if self.branch_norms is not None:
-            outputs = [norm(y.float()) for norm, y in zip(self.branch_norms, outputs)]
-        if self.controller is None:
-            return sum(outputs) / len(outputs)
-        weights = self.controller(x).float().softmax(-1)        # (B, T, branches)
-        return sum(weights[..., i, None] * y for i, y in enumerate(outputs))
-
     def forward(self, x, rope, kv_step=None, cache=None):
         h = self.input_layernorm(x)
         outputs = [self.mamba(h, cache), self.self_attn(h, rope, kv_step, cache)]
         if self.parallel:
             outputs.append(self.mlp(h))
-        x = x + self.residual_scale * self.drop(self.mix(h, outputs))
+        x = x + self.residual_scale * self.drop(mix(h, outputs, self.branch_norms, self.controller))
         if self.parallel:
             return x
         y = self.mlp(self.pre_mlp_layernorm(x))

@@ -1,7 +1,7 @@
 """One token of each row, in generation on what is no CPU: each operation in few kernels.
 
     project                 matrices that lie behind one another as one
-    norms, rope, swiglu     one kernel of our own each (triton_token.py), else PyTorch's fused ones
+    norms, rope, swiglu, mix    one kernel of our own each (triton_token.py), else PyTorch's fused ones
     attention               heads that share keys are queries side by side: keys are not repeated
     causal_conv1d, scans    the recurrence's single step, without chunks: one kernel of our own, else several
     experts_swiglu          products with all experts, or with copies of those that are wanted: no number
@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.kernels.checked import works
-from mambino.kernels.registry import kernel
+from mambino.kernels.registry import DEFINITIONS, kernel
 from mambino.kernels.triton_kernels import has_triton
 
 MANY = 64               # tokens from which on experts are computed as in training
@@ -116,6 +116,25 @@ def swiglu(gate, up):
         return NotImplemented
     return ours('SwiGLU', lambda gate, up: F.silu(gate) * up,
                 lambda gate, up: triton_token().swiglu(gate[:, 0], up[:, 0])[:, None], gate, up)
+
+
+@kernel
+def mix(h, outputs, norms, controller):
+    if not applies(h) or norms is None or controller is None or controller._forward_hooks or len(outputs) > 3:
+        return NotImplemented
+    n, D = len(outputs), h.shape[-1]
+    if D > WIDEST or not all(u.is_contiguous() for u in (h, *outputs)):
+        return NotImplemented
+
+    def plain(h, *tensors):
+        return DEFINITIONS['mix'](h, tensors[:n], norms, controller)
+
+    def fast(h, *tensors):
+        outputs, weights, (matrix, bias) = tensors[:n], tensors[n:2 * n], tensors[2 * n:]
+        rows = [y.view(-1, D) for y in outputs]
+        return triton_token().mix(h.view(-1, D), matrix, bias, rows, weights, norms[0].eps).view(h.shape)
+    weights = [norm.weight for norm in norms]
+    return ours("a hybrid's branches", plain, fast, h, *outputs, *weights, controller.weight, controller.bias)
 
 
 def joined(projections):

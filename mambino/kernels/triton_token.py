@@ -66,6 +66,50 @@ def norm(x, z, weight, eps, groups, dtype):
     return y
 
 
+@triton.jit
+def logit(h, controller_ptr, bias_ptr, branch, D, place, there):
+    return tl.sum(h * tl.load(controller_ptr + branch * D + place, there, 0.0), 0) + tl.load(bias_ptr + branch)
+
+
+@triton.jit
+def normed(y_ptr, norm_ptr, row, D, place, there, eps):
+    y = tl.load(y_ptr + row * D + place, there, 0.0).to(tl.float32)
+    return y * tl.rsqrt(tl.sum(y * y, 0) / D + eps) * tl.load(norm_ptr + place, there, 0.0)
+
+
+@triton.jit
+def mix_kernel(h_ptr, controller_ptr, bias_ptr, y0_ptr, y1_ptr, y2_ptr, norm0_ptr, norm1_ptr, norm2_ptr, mixed_ptr,
+               D, eps, THREE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    there = place < D
+    h = tl.load(h_ptr + row * D + place, there, 0.0).to(tl.float32)
+    first = logit(h, controller_ptr, bias_ptr, 0, D, place, there)
+    second = logit(h, controller_ptr, bias_ptr, 1, D, place, there)
+    third = logit(h, controller_ptr, bias_ptr, 2, D, place, there) if THREE else -float('inf')
+    top = tl.maximum(tl.maximum(first, second), third)
+    first, second, third = tl.exp(first - top), tl.exp(second - top), tl.exp(third - top)
+    y = first * normed(y0_ptr, norm0_ptr, row, D, place, there, eps)
+    y += second * normed(y1_ptr, norm1_ptr, row, D, place, there, eps)
+    if THREE:
+        y += third * normed(y2_ptr, norm2_ptr, row, D, place, there, eps)
+    tl.store(mixed_ptr + row * D + place, y / (first + second + third), there)
+
+
+def mix(h, controller, bias, outputs, norms, eps):
+    """A hybrid's mix: h and two or three outputs (rows, D) without gaps, controller (branches, D), bias (branches), a
+    norm's weight (D) for each → (rows, D) fp32."""
+    rows, D = h.shape
+    mixed = torch.empty(rows, D, device=h.device)
+    is_three = len(outputs) == 3
+    third = 2 if is_three else 0
+    BLOCK = triton.next_power_of_2(D)
+    with on_card(h):
+        mix_kernel[(rows,)](h, controller, bias, outputs[0], outputs[1], outputs[third], norms[0], norms[1],
+                            norms[third], mixed, D, eps, is_three, BLOCK, num_warps=8 if BLOCK > 2048 else 4)
+    return mixed
+
+
 # --- attention's and the MLP's --------------------------------------------------------------------
 
 @triton.jit

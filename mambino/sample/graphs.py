@@ -234,23 +234,23 @@ class Graphs(Watched):
         hooks = (hook for some in self.hooks for hook in some.values())
         return any(hook is not add_loras for hook in hooks) or any(dropout.training for dropout in self.dropouts)
 
-    def request(self, net, idx, state, window, out):
-        """What a step is of, a Request; None if a state is not one of this model after some tokens."""
-        tensors = [state.get(name) for name in self.names]
+    def settings(self, B, window, out):
+        """What a graph depends on beside memory."""
         dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
-        settings = len(idx), window, dtype, out is None
-        if out is not None:
-            tensors.append(out)
-        latest = self.latest
-        if latest is not None and latest.settings == settings and latest.is_of(tensors):
-            return latest
-        if len(state) != len(self.names) + 1 or any(tensor is None for tensor in tensors):
-            return None
-        slots = {state[name].shape[2] for name in self.caches}
-        if len(slots) > 1:
-            return None
-        self.latest = Request(settings, tensors, max(slots, default=0))
-        return self.latest
+        return B, window, dtype, out is None
+
+    def is_latest(self, state, settings, out):
+        """Whether the latest Request is of this state."""
+        if self.latest is None or self.latest.settings != settings:
+            return False
+        tensors = [state.get(name) for name in self.names]
+        return self.latest.is_of(tensors if out is None else [*tensors, out])
+
+    def is_whole(self, state):
+        """Whether a state is one of this model after some tokens."""
+        if len(state) != len(self.names) + 1 or any(state.get(name) is None for name in self.names):
+            return False
+        return len({state[name].shape[2] for name in self.caches}) < 2
 
     def token(self, net, request, state, out):
         """The graph for a state; None as long as it is not worth one."""
@@ -276,9 +276,15 @@ class Graphs(Watched):
 
     def step(self, net, idx, state, window, out):
         """See `step`."""
-        request = self.request(net, idx, state, window, out)
-        pos = state['pos']
-        if request is None or not request.has_room(pos):
+        settings = self.settings(len(idx), window, out)
+        if not self.is_latest(state, settings, out):
+            if not self.is_whole(state):
+                return None
+            state = {name: value.contiguous() for name, value in state.items()}     # as kernels want it
+            tensors = [state[name] for name in self.names] + ([] if out is None else [out])
+            self.latest = Request(settings, tensors, state[self.caches[0]].shape[2] if self.caches else 0)
+        request, pos = self.latest, state['pos']
+        if not request.has_room(pos):
             return None
         token = None
         try:

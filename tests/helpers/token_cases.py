@@ -11,7 +11,9 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import model_hybrid  # noqa: E402, F401, to define mix
 from mambino.kernels import one_token  # noqa: E402
+from mambino.language_model import RMSNorm  # noqa: E402
 
 deviations = {}
 
@@ -51,7 +53,17 @@ def mamba1(B, E, N):
                                  wide(B, N), torch.randn(E), wide(B, E), torch.randn(B, N, E))
 
 
+def mix(branches, D=24):
+    norms = [RMSNorm(D, in_stream=True) for _ in range(branches)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    return one_token.mix(torch.randn(3, 1, D), [torch.randn(3, 1, D) for _ in range(branches)], norms,
+                         torch.nn.Linear(D, branches))
+
+
 CASES = {
+    'two branches': lambda: mix(2),
+    'three branches': lambda: mix(3),
     'norm': lambda: one_token.rms_norm(torch.randn(3, 1, 40), torch.randn(40), 1e-5),
     'norm of heads': lambda: one_token.rms_norm(torch.randn(2, 1, 3, 24), torch.randn(24), 1e-3),
     'gated norm': lambda: gated_norm(1),
