@@ -81,6 +81,7 @@ stream = True           # show the (first) sample while it is generated
 end_quietly()
 explicit = configure(globals())     # of the settings those that the user gave
 
+from mambino import failures
 from mambino.cache import DTYPES
 from mambino.machine import autocast, choose_device, dtype_of_run
 from mambino.sample.conversation import check_chat
@@ -150,6 +151,7 @@ if (interactive or score == '-') and sys.stdin is None:
     fail('there is no standard input to read from: it was closed')
 
 # --- load
+failures.end_in_a_line('lower --batch_size, --num_samples or --beams, use --quantize=int8 or a shorter text')
 ckpt = load_checkpoint(out_dir)
 extra = load_adapters(adapters)                     # [(checkpoint, weight), …]
 tok = tokenizer_of(ckpt)

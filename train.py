@@ -255,6 +255,8 @@ save = partial(
 latest, best = latest_of(out_dir), best_of(out_dir)
 is_new = origin.ckpt is None
 del origin  # its tensors would stay in memory for the whole run
+if device_type == 'cuda':
+    recovery.tell_of_a_lost_card(progress, latest)
 
 # --- what it is, for its user; an evaluation alone, and a run that is complete, end here
 for line in introduction(settings, net, data, adapter_record, micro_batch, memory_line, progress):
@@ -315,7 +317,6 @@ sampled = progress.step  # the step of the last sample
 if device_type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
     machine.compute_exactly()
-    recovery.tell_of_a_lost_card(progress, latest)
 net.train()
 clock.start()
 

@@ -30,6 +30,7 @@ FLOORS = {
     'mambino.standalone': 1.2,
     'mambino.kernels': 1, 'mambino.configurator': 1, 'mambino.console': 1,
     'mambino.files': 0.5,
+    'mambino.failures': 2,
     'mambino': 0,                                   # its version, and where its scripts are
 }
 ALSO = {('mambino.train', 'mambino.sample')}        # samples while training

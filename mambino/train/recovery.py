@@ -11,7 +11,6 @@
 import atexit
 import gc
 import os
-import re
 import sys
 import threading
 from contextlib import contextmanager
@@ -20,22 +19,13 @@ import torch
 
 from mambino import machine
 from mambino.configurator import fail
+from mambino.failures import is_exhausted, is_lost
 from mambino.train import processes
 
-EXHAUSTED = re.compile('out of memory|allocate memory|ALLOC_FAILED')    # CUDA, MPS, a CPU; cuBLAS
-
-
-LOST = re.compile('CUDA (driver )?error|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)')
-OF_PROGRAM = re.compile('device-side assert|no kernel image|invalid (argument|conf)|out of memory')
 LAST_WORDS = 10         # seconds that loggers have for them
 
 
 # --- memory ---------------------------------------------------------------------------------------
-
-def is_exhausted(error):
-    """Whether an error tells of memory. Only CUDA's is an OutOfMemoryError."""
-    return isinstance(error, MemoryError) or bool(EXHAUSTED.search(str(error)))
-
 
 def require_exhausted(error):
     """True of an error that tells of memory; another one is raised again."""
@@ -114,14 +104,6 @@ def free_memory(device):
 
 
 # --- a card that is gone --------------------------------------------------------------------------
-
-def is_lost(error):
-    """Whether an error tells of a card that computes no more: its driver, its power, its memory, or
-    a bus. An assertion of a kernel is a mistake of the program, whose traceback is wanted."""
-    text = str(error)
-    is_of_card = isinstance(error, getattr(torch, 'AcceleratorError', ())) or bool(LOST.search(text))
-    return is_of_card and not OF_PROGRAM.search(text)
-
 
 def tell_of_a_lost_card(progress, latest):
     """From here on an error that nobody expects and that tells of a lost card ends the program in a
