@@ -218,7 +218,7 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
     kind = q.device.type
     if kind != KIND or dropout or mask is not None or S != T or not 0 < 2 * window <= T:
         return NotImplemented
-    if not torch.is_grad_enabled() or not q.requires_grad:
+    if not torch.is_grad_enabled():
         return NotImplemented
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))            # (B, heads, T, P)
     if torch.compiler.is_compiling():
@@ -233,10 +233,18 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
 # --- experts --------------------------------------------------------------------------------------
 
 @constant
-def has_grouped_products(kind):
-    """Whether this card has a kernel for grouped products: elsewhere torch waits for the card to read the
-    groups' sizes, and loops over them."""
-    return kind == KIND and torch.cuda.get_device_capability()[0] in (9, 10)
+def has_grouped_products(kind, D, inner):
+    """Whether this card has a kernel for grouped products that runs in these sizes: elsewhere torch waits for
+    the card to read the groups' sizes, and loops over them."""
+    def attempt():
+        with torch.enable_grad():
+            rows = torch.zeros(32, D, dtype=torch.bfloat16, device=kind, requires_grad=True)
+            gate_up = rows.new_zeros(2, 2 * inner, D, requires_grad=True)
+            ends = torch.full((2,), 16, dtype=torch.int32, device=kind).cumsum(0, dtype=torch.int32)
+            y = grouped_product(rows, gate_up.mT, ends)
+            torch.autograd.grad(y.sum(), (rows, gate_up))
+    capable = kind == KIND and torch.cuda.get_device_capability()[0] in (9, 10)
+    return capable and works('grouped_mm', (D, inner), attempt)
 
 
 def grouped_product(rows, weights, ends):
@@ -250,7 +258,7 @@ def grouped_product(rows, weights, ends):
 def experts_swiglu(x, pairs, gate_up, down):
     """All experts' products as one, where none of them has a limit: the card is not waited for."""
     fits = x.dtype == torch.bfloat16 and x.shape[1] % 8 == down.shape[2] % 8 == 0
-    if not fits or pairs.capacity < len(x) or not has_grouped_products(x.device.type):
+    if not fits or pairs.capacity < len(x) or not has_grouped_products(x.device.type, x.shape[1], down.shape[2]):
         return NotImplemented
     ends = pairs.counts.cumsum(0, dtype=torch.int32)
     rows = x.index_select(0, pairs.token)                       # (n k, D), sorted by expert
@@ -263,7 +271,7 @@ def describe(kind, is_compiled):
     """What does not work of what this file has."""
     if kind != KIND:
         return [], []
-    lines = [notes[name] for name in ('flex_attention', 'the compiled scan') if name in notes]
+    lines = [notes[name] for name in ('flex_attention', 'the compiled scan', 'grouped_mm') if name in notes]
     if compile_trouble(kind):
         lines.append(f'windows and a Mamba-1 without torch.compile, which does not work here ({compile_trouble(kind)})')
     return [], lines
