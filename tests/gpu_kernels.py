@@ -128,8 +128,8 @@ def gigabytes(name):
     size = torch.finfo(DTYPE).bits // 8
     if name == 'scan':
         u = B * T * E * size
-        states = B * T / triton_scan.CHUNK * E * N1 * 4
-        parts = 2 * B * T * E / triton_scan.BLOCK_E * N1 * 4
+        states = u * N1 / triton_scan.CHUNK
+        parts = 2 * u * N1 / triton_scan.BLOCK_E
         return (4 * u + states) / 1e9, (7 * u + states + 2 * parts) / 1e9
     if name == 'conv':
         u = B * T * (H * P + 2 * G * N2) * size
@@ -204,12 +204,12 @@ def ways():
     for module, name, constant, choices in (
             (triton_ssd, 'ssd', 'PROGRAMS', (128, 512)),
             (triton_ssd, 'ssd', 'OUTPUTS', [dict(num_warps=8, num_stages=1)]),
-            (triton_ssd, 'ssd', 'VALUES', [dict(num_warps=4, num_stages=1)]),
+            (triton_ssd, 'ssd', 'VALUES', [dict(num_warps=8, num_stages=1)]),
             (triton_ssd, 'ssd', 'KEYS', [dict(num_warps=4, num_stages=2)]),
-            (triton_ssd, 'ssd', 'STATES', [dict(BLOCK_P=p, num_warps=4, num_stages=s) for p, s in ((64, 3), (32, 2))]),
-            (triton_scan, 'scan', 'BACKWARD_STEPS', (2,)),
-            (triton_scan, 'scan', 'FORWARD_STEPS', (2, 8)),
-            (triton_scan, 'scan', 'BLOCK_E', (8,))):
+            (triton_ssd, 'ssd', 'STATES', [dict(num_warps=w, num_stages=s) for w, s in ((4, 3), (8, 2))]),
+            (triton_scan, 'scan', 'MAX_REGISTERS', (128, 255)),
+            (triton_scan, 'scan', 'BLOCK_E', (16,)),
+            (triton_scan, 'scan', 'CHUNK', (16,))):
         default = getattr(module, constant)
         leaves = inputs_of(name, DTYPE)
         for choice in (default, *choices):

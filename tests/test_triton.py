@@ -13,9 +13,9 @@ from mambino.kernels.registry import DEFINITIONS
 from model_mamba import mamba1_scan, mamba2_scan
 
 SCAN = [
-    dict(batch=2, T=9, E=18, N=4, state=True, last=True),
-    dict(batch=1, T=66, E=21, N=16, state=False, last=False),       # more than a chunk, an odd E
-    dict(batch=1, T=1, E=16, N=24, state=True, last=True),
+    dict(batch=2, T=9, E=8, N=4, state=True, last=True),
+    dict(batch=1, T=20, E=9, N=16, state=False, last=False),        # more than two chunks, an odd E
+    dict(batch=1, T=1, E=8, N=24, state=True, last=True),
 ]
 SSD = [
     dict(batch=2, T=9, H=4, P=16, N=16, G=1, state=True, last=True),
