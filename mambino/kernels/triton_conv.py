@@ -276,8 +276,9 @@ def keep(ctx, inputs, output):
 
 
 def differentiate(ctx, dy):
-    *grads, dstate = conv_backward(*ctx.saved_tensors, dy)
-    return *grads, None if ctx.saved_tensors[3] is None else dstate
+    *tensors, state = ctx.saved_tensors                         # read once, as a checkpoint wants it
+    *grads, dstate = conv_backward(*tensors, state, dy)
+    return *grads, None if state is None else dstate
 
 
 conv.register_autograd(differentiate, setup_context=keep)

@@ -10,6 +10,7 @@ import os
 import sys
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
@@ -51,11 +52,17 @@ def conv_case(batch, T, E, K, state, last, dtype='float32'):
 
 
 def operation_case(batch, T, E, K, state):
-    """What PyTorch asks of an operation of its own: shapes, gradients and strides under a compiler, too."""
+    """What PyTorch asks of an operation of its own: shapes, gradients and strides under a compiler, too. Then the
+    differences of gradients made a second time, and within a checkpoint."""
     _, _, inputs, _ = conv_case(batch, T, E, K, state, False)
-    inputs = [u.requires_grad_() for u in inputs] + [None] * (not state)
-    torch.library.opcheck(torch.ops.mambino.triton_conv.default, inputs)
-    return [0.0]
+    leaves = [u.requires_grad_() for u in inputs]
+    torch.library.opcheck(torch.ops.mambino.triton_conv.default, leaves + [None] * (not state))
+
+    def run(*leaves):
+        return triton_kernels.conv(*leaves)[0].sum()
+    totals = run(*leaves), run(*leaves), checkpoint(run, *leaves, use_reentrant=False)
+    first, *others = (torch.autograd.grad(total, leaves) for total in totals)
+    return [(b - a).abs().max().item() for grads in others for a, b in zip(first, grads)]
 
 
 def deviations(definition, compute, inputs, last):
