@@ -13,7 +13,7 @@ from helpers.card_process import on_card
 from helpers.runs import load, metrics, script, train
 
 from mambino import machine
-from mambino.train import recovery
+from mambino.train import evaluation, recovery
 from mambino.train.metrics import Trace
 from mambino.weights import checkpoint
 
@@ -33,6 +33,7 @@ def said_of(*flags, status=0):
 
 @on_card
 def test_a_run_has_the_losses_of_the_cpu_and_waits_at_log_steps_alone(here):
+    evaluation.TOKENS = 64                              # four sequences of the 20 at once
     train(SAME, '--out_dir=cpu')
     with pretended() as card:
         train(CUDA, '--log_interval=100')
@@ -71,7 +72,7 @@ def test_weights_rounded_once_a_step_have_the_same_gradients(kind, more):
 
 
 @on_card
-@pytest.mark.parametrize('operation', ['embedding', 'embedding_dense_backward'])
+@pytest.mark.parametrize('operation', ['_log_softmax', 'embedding_dense_backward'])
 def test_out_of_memory_in_a_step_halves_the_micro_batch(here, operation):
     """And what the step had taken is free when the cache is emptied."""
     flags = CUDA + ' --batch_size=4 --tokens_per_step=64'
@@ -80,12 +81,19 @@ def test_out_of_memory_in_a_step_halves_the_micro_batch(here, operation):
     with pretended() as card:
         train(flags, '--max_iters=1 --out_dir=one')
         at_rest = card.alive_bytes
-        card.plant_out_of_memory(operation, nth=2)
+        left = [2]
+
+        def fault(name):                                # an error that nobody keeps, nor its traceback
+            left[0] -= name == operation
+            if name == operation and left[0] == 0:
+                raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+        card.faults.append(fault)
         empty_cache, torch.cuda.empty_cache = torch.cuda.empty_cache, lambda: alive.append(card.alive_bytes)
         said, _ = said_of(flags)
         torch.cuda.empty_cache = empty_cache
     assert said.count('out of memory: going on with micro-batches of 2, 2 a step') == 1
-    assert len(alive) == 1 and alive[0] < at_rest + 2**20 and load()['settings']['batch_size'] == 2
+    of_a_step = card.peak_bytes - at_rest
+    assert len(alive) == 1 and alive[0] < at_rest + 0.1 * of_a_step and load()['settings']['batch_size'] == 2
     assert metrics(key='val_loss') == pytest.approx(metrics('cpu', 'val_loss'), abs=1e-5)
 
 
@@ -105,14 +113,13 @@ def test_out_of_memory_in_an_evaluation(here):
     with pretended() as card:
         enough = said_of(CUDA, '--log_interval=1')[0]
         assert 'out of memory' not in enough
-        evaluating = sys.modules['mambino.train.evaluation']
-        plain = evaluating.machine.sent
+        plain = evaluation.machine.sent
 
         def sent(x, device):
             if len(x) > limit and not torch.is_grad_enabled():
                 raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
             return plain(x, device)
-        evaluating.machine.sent = sent
+        evaluation.machine.sent = sent
         limit = 3
         said_of(CUDA, '--out_dir=halves')
         limit = 0
@@ -200,7 +207,6 @@ def test_a_model_too_large_for_the_card_is_told_in_a_line(here):
 def test_a_sample_in_training_is_computed_in_the_runs_precision(here):
     with pretended() as card:
         dtypes = set()
-        from mambino.train import evaluation
         prefill = evaluation.prefill
 
         def watched(net, ids):
