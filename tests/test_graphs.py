@@ -12,7 +12,7 @@ from helpers.models import build, every_model, perturb, tokens
 
 from mambino.machine import autocast
 from mambino.sample import decode, graphs
-from mambino.sample.generation import Rows, generate, prefill
+from mambino.sample.generation import Rows, beam_search, generate, prefill
 from mambino.serve.work import Job
 from mambino.weights.adapters import add_lora, add_prefix
 from mambino.weights.loading import prepare_model
@@ -324,6 +324,21 @@ def test_a_token_is_five_launches_and_one_wait(name, sampling):
                 rows.advance(rows.draw(generator=generators, **sampling))
         assert card.launches <= 5, card.kernels
         assert sum(card.waits.values()) == 1, card.waits
+
+
+@on_card
+@pytest.mark.parametrize('name', ['gpt', 'mamba2'])
+def test_beams(name):
+    """They change places in their memory, by one launch."""
+    net = perturb(build(name))
+    ids = tokens(6).tolist()
+    want = beam_search(net, ids, 3, 14, 90, lambda ids: ids[-1] == 7, repetition_penalty=1.1)
+    with pretended() as card:
+        rows, advance = [], Rows.advance
+        Rows.advance = lambda self, ids: (advance(self, ids), rows.append(card.launches), card.reset())
+        got = beam_search(net.to('cuda'), ids, 3, 14, 90, lambda ids: ids[-1] == 7, repetition_penalty=1.1)
+        assert [ids for _, ids in got] == [ids for _, ids in want]
+        assert rows[-1] < 25 and len(made(net)) == 1, rows
 
 
 @on_card

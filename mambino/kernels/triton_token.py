@@ -138,10 +138,10 @@ def rope(x, cos, sin):
     return y
 
 
-@triton.jit
-def attention_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, part_ptr, top_ptr, sum_ptr, S, PER, scale,
+@triton.jit(do_not_specialize=['SPLITS'])
+def attention_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, part_ptr, top_ptr, sum_ptr, S, PER, SPLITS, scale,
                      k_row, k_head, v_row, v_head, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
-                     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
+                     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
     """Of one row and key head the slots of one split: their sum of values, weighted by exp(score - top)."""
     both, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = both // G, both % G
@@ -171,8 +171,8 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, pos_ptr, part_ptr, top_ptr, sum_ptr, S
     tl.store(sum_ptr + part, total, r < R)
 
 
-@triton.jit
-def attention_sum_kernel(part_ptr, top_ptr, sum_ptr, y_ptr, R: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
+@triton.jit(do_not_specialize=['SPLITS'])
+def attention_sum_kernel(part_ptr, top_ptr, sum_ptr, y_ptr, SPLITS, R: tl.constexpr, P: tl.constexpr,
                          BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
     """Of one query the splits' results as one."""
     query = tl.program_id(0).to(tl.int64)
@@ -204,10 +204,10 @@ def attention(q, k, v, pos):
     BLOCK_P = max(16, triton.next_power_of_2(P))
     with on_card(q):
         attention_kernel[B * G, SPLITS](
-            q, k, v, pos, part, top, total, S, PER, P ** -0.5,
+            q, k, v, pos, part, top, total, S, PER, SPLITS, P ** -0.5,
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), G, R, P,
-            SPLITS, max(16, triton.next_power_of_2(R)), BLOCK_P, BLOCK_S)
-        attention_sum_kernel[(B * G * R,)](part, top, total, y, R, P, SPLITS, BLOCK_P, triton.next_power_of_2(SPLITS))
+            max(16, triton.next_power_of_2(R)), BLOCK_P, BLOCK_S)
+        attention_sum_kernel[(B * G * R,)](part, top, total, y, SPLITS, R, P, BLOCK_P, triton.next_power_of_2(SPLITS))
     return y
 
 

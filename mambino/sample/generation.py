@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from mambino.cache import kept_as
 from mambino.configurator import fail
 from mambino.sample import decode
-from mambino.sample.graphs import Drawing, placed_in
+from mambino.sample.graphs import Repeated, placed_in
 from mambino.sample.next_token import NO_NUMBERS, choose, sample_token, uniform
 
 PREFILL = 512           # tokens of a prompt read at once: bounds the memory of their logits
@@ -130,7 +130,7 @@ class Rows:
         self.net = net
         self.vocab_size = vocab_size
         self.penalty = penalty
-        self.drawing = Drawing()    # on a card
+        self.drawing, self.moving = Repeated(), Repeated()      # on a card
         self.clear()
 
     def clear(self):
@@ -187,7 +187,8 @@ class Rows:
         u = None if sampling.get('temperature') == 0 else uniform(generator, B)
         places = [part.data_ptr() for part in (self.logits, self.factors) if part is not None]
         key = None if any(self.rests) else (B, *places, *sampling.items())
-        ids = self.drawing(key, lambda u: choose(self.possible(self.logits), u, **sampling), u, self.logits)
+        ids = self.drawing(key, lambda u: choose(self.possible(self.logits), u, **sampling), u, self.logits.device)
+        ids = ids.cpu()
         if int(ids.min()) < 0:
             fail(NO_NUMBERS)
         return ids
@@ -229,11 +230,25 @@ class Rows:
             self.clear()
         elif rows != list(range(len(self.logits))):
             self.rests = [self.rests[row] for row in rows]
+            if self.room and len(rows) == len(self.logits):
+                return self.reorder(rows)
             self.logits = select_rows(self.logits, rows)
             self.state = {name: select_rows(value, rows) for name, value in self.state.items()}
             if self.penalty != 1:
                 self.factors = select_rows(self.factors, rows)
             self.settle()
+
+
+    def reorder(self, rows):
+        """keep, of as many rows on a card, in the memory where they are."""
+        parts = [value for name, value in self.state.items() if name != 'pos']
+        parts += [self.logits, *([] if self.factors is None else [self.factors])]
+
+        def move(index):
+            for part in parts:
+                part.copy_(part.index_select(0, index))
+        self.moving((len(rows), *(part.data_ptr() for part in parts)), move, torch.tensor(rows), self.logits.device)
+        self.state = {**self.state, 'pos': self.state['pos'][rows]}
 
 
 def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_penalty=1.0,

@@ -122,7 +122,7 @@ class Token:
         return None if logits is None else logits.clone()   # the next token's come into the same memory
 
 
-# --- what is drawn --------------------------------------------------------------------------------
+# --- rows: what is drawn, and where they lie -------------------------------------------------------
 
 def placed_in(room, parts):
     """Tensors {name: (B, …)}, copied into the first rows of what the room has of this name, if they fit; the
@@ -140,33 +140,33 @@ def placed_in(room, parts):
     return placed
 
 
-class Drawing:
-    """Ids of rows on a card, drawn by one launch: a graph of what chooses them, after some that were not."""
+class Repeated:
+    """A function that is called again and again on the same memory of a card: a graph, after some times that
+    are none."""
 
     def __init__(self):
-        self.key = self.graph = self.u = None
+        self.key = self.graph = self.given = None
         self.calls = 0              # with this key
         self.is_able = True         # to make a graph
 
-    def __call__(self, key, choose, u, like):
-        """choose(u (B,)) → ids (B,) int64, on the CPU. u: (B,), or None if it is not asked for. key: all that
-        choose depends on, None if that is different each time. like: a tensor (B, …) on the card."""
+    def __call__(self, key, function, given, device):
+        """function(given (B,)), a tensor or None, which is good until the next call. given: of any device, None if
+        it is not asked for. key: all that the function depends on beside it, None if that is different each time."""
         if key is None or key != self.key:
             self.key, self.graph, self.calls = key, None, 0
-        if self.u is None or len(self.u) != len(like):
-            self.u = torch.zeros(len(like), device=like.device)
-        if u is not None:
-            self.u.copy_(u, non_blocking=True)
+            self.given = None if given is None else torch.empty(given.shape, dtype=given.dtype, device=device)
+        if given is not None:
+            self.given.copy_(given, non_blocking=True)
         if self.graph is None and self.calls >= WARM and self.is_able:
             try:
-                self.graph = Graph(lambda: choose(self.u), like.device, torch.cuda.graph_pool_handle())
+                self.graph = Graph(lambda: function(self.given), device, torch.cuda.graph_pool_handle())
             except Exception:       # said where it is a model's token
                 self.is_able = False
         if self.graph is None:
             self.calls += key is not None
-            return choose(self.u).cpu()
+            return function(self.given)
         self.graph.replay()
-        return self.graph.result.cpu()
+        return self.graph.result
 
 
 # --- the graphs of a model ------------------------------------------------------------------------

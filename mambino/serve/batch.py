@@ -15,7 +15,7 @@ import traceback
 
 import torch
 
-from mambino.sample.graphs import Drawing
+from mambino.sample.graphs import Repeated
 from mambino.sample.next_token import logprobs_of
 from mambino.sample.text import Writer
 from mambino.serve.choice import Choice, Edits
@@ -66,7 +66,7 @@ class Batch:
         self.edits = Edits(most, tok.vocab_size, self.rows.logits.device)
         self.answers = []                       # of rows
         self.choice = None                      # of the rows that there are; None: to be made
-        self.drawing = Drawing()                # on a card
+        self.drawing = Repeated()               # on a card
 
     def add(self, reading):
         """A row for an answer."""
@@ -112,7 +112,10 @@ class Batch:
         u = choice.chances([answer.generator for answer in self.answers])
         is_spelling = any(answer.rest for answer in self.answers)
         key = None if is_spelling else (choice, logits.data_ptr(), *edits.places())
-        ids = self.drawing(key, lambda u: choice.pick_or_none(self.possible(edits.applied(logits)), u), u, logits)
+
+        def pick(u):
+            return choice.pick_or_none(self.possible(edits.applied(logits)), u)
+        ids = self.drawing(key, pick, u, logits.device).cpu()
         drawn = ids.tolist()
         return drawn, [i >= 0 for i in drawn], self.likeliest(logits, ids.clamp(min=0))
 
