@@ -10,6 +10,7 @@ from helpers.models import build, tokens
 from helpers.runs import forked, load, metrics, plain, refused, script, train
 
 from mambino.kernels import portable
+from mambino.sample import graphs, parts
 from mambino.train import experts, memory
 
 pytestmark = [pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks'), pytest.mark.usefixtures('one_thread')]
@@ -258,6 +259,18 @@ def patched(*arguments):
 experts.join_gradients = patched""")
     assert statuses == [2, 3], said
     assert said[1].startswith('error: another process has ended') and said[1].count('\n') == 1
+
+
+@on_card
+def test_no_graph_holds_what_other_processes_compute():
+    """In which an exchange would be recorded, and its wait for the host."""
+    with pretended():
+        graphs.graphs_of(build('gpt-experts').to('cuda'))
+        net = build('gpt-experts')
+        experts.N = 2
+        experts.divide(net)
+        with pytest.raises(parts.Unknown):
+            graphs.graphs_of(net.to('cuda'))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: experts on a card are NOT tested')

@@ -27,6 +27,7 @@ from itertools import chain
 
 import torch
 
+from mambino.language_model import whole_shape
 from mambino.sample.parts import PARTS, Unknown, require
 from mambino.sample.watched import Watched
 from mambino.weights.adapters import add_loras
@@ -206,6 +207,8 @@ class Graphs(Watched):
         require(type(net) in PARTS, type(net))
         self.watch(net)
         require(not self.disturbed(), 'hook or dropout')
+        is_spread = any(whole_shape(p) != p.shape for p in net.parameters())
+        require(not is_spread, 'experts of which other processes have some')
         self.names = [f'{name}.{i}' for i, layer in enumerate(layers_of(net)) for name in layer.state_names]
         self.caches = [name for name in self.names if name.startswith('k.')]
         self.device = next(net.parameters()).device

@@ -96,9 +96,20 @@ class SpreadExperts(nn.Module):
     def __init__(self, experts):
         super().__init__()
         for name, whole in experts.named_parameters():
-            part = nn.Parameter(own_part(whole.detach()).clone(), requires_grad=whole.requires_grad)
-            part.whole_shape = whole.shape
-            self.register_parameter(name, part)
+            part = own_part(whole.detach()).clone()
+            self.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        self.whole_shapes = {name: whole.shape for name, whole in experts.named_parameters()}
+        self.mark()
+
+    def mark(self):
+        for name, p in self.named_parameters():
+            p.whole_shape = self.whole_shapes[name]
+
+    def _apply(self, change, recurse=True):
+        """What moves a module, after which a parameter may have lost its marks."""
+        super()._apply(change, recurse)
+        self.mark()
+        return self
 
     def forward(self, x, pairs):
         """x (n, D) and Pairs → (n k, D). All processes of the group call it."""
