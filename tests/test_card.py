@@ -1,10 +1,22 @@
 """The pretended card itself: what it finds, counts and refuses. See helpers/card.py."""
+import os
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers.card import pretended
-from helpers.card_process import on_card
+from helpers import card_device
+from helpers.card import ROOT, pretended
+from helpers.card_process import missing, on_card
+
+
+def test_the_torch_that_is_asked_for_takes_the_card():
+    """Or all tests on it would be skipped, and nobody the wiser."""
+    if device_reason := card_device.missing():
+        pytest.skip(f'no pretended card: the CUDA paths are NOT tested ({device_reason})')
+    with open(os.path.join(ROOT, 'requirements.txt'), encoding='utf-8') as f:
+        is_pinned = f'torch=={torch.__version__.partition("+")[0]}' in f.read()
+    assert missing() == '' or not is_pinned, missing()
 
 
 @on_card

@@ -71,7 +71,7 @@ WAYS = {
 
 
 @on_card
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', ['gpt', 'hybrid'])             # which have all that a model can keep of a text
 def test_all_ways_to_sample(text, tmp_path, name):
     begin(text, tmp_path)
     with pretended():

@@ -24,23 +24,18 @@ def missing():
         return 'this torch has CUDA of its own, whose kernels a pretended card would call'
     if not hasattr(os, 'fork'):
         return 'no fork: what a card changes in torch would stay'
-    if not compiler():
-        return 'no C++ compiler'
     try:
-        path = library()
+        library()
     except (OSError, subprocess.SubprocessError) as error:
-        return f'card.cpp does not compile: {error}'
-    return '' if path else 'nowhere to keep the compiled card.cpp'
-
-
-def compiler():
-    return next(filter(None, map(shutil.which, ('g++', 'clang++'))), None)
+        reason = (getattr(error, 'stderr', b'') or b'').decode(errors='replace').partition('\n')[0]
+        return f'card.cpp cannot be compiled: {error} {reason}'.strip()
+    return ''
 
 
 @functools.cache
 def library():
-    """The path of card.cpp compiled for this torch; it stays in __pycache__. None where that cannot be
-    written to."""
+    """The path of card.cpp compiled for this torch; it stays in __pycache__. OSError, SubprocessError where there is no
+    compiler, or nowhere to keep it."""
     root = os.path.dirname(torch.__file__)
     with open(SOURCE, 'rb') as f:
         made_of = f.read() + repr((torch.__version__, root)).encode()
@@ -48,12 +43,13 @@ def library():
     path = os.path.join(folder, f'card-{hashlib.sha256(made_of).hexdigest()[:16]}.so')
     if os.path.exists(path):
         return path
+    compiler = next(filter(None, map(shutil.which, ('g++', 'clang++'))), None)
+    if compiler is None:
+        raise FileNotFoundError('there is no C++ compiler')
     os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        return None
     unfinished = f'{path}.{os.getpid()}'
     flags = ['-std=c++20', '-O0', '-fPIC', '-shared', '-w', f'-I{root}/include', f'-L{root}/lib']
-    subprocess.run([compiler(), *flags, SOURCE, '-o', unfinished, '-lc10', '-ltorch_cpu'],
+    subprocess.run([compiler, *flags, SOURCE, '-o', unfinished, '-lc10', '-ltorch_cpu'],
                    check=True, capture_output=True, timeout=SECONDS)
     for old in glob.glob(os.path.join(folder, 'card-*.so')):
         os.remove(old)
