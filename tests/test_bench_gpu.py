@@ -39,9 +39,12 @@ def test_a_failure_is_a_result_and_the_rest_goes_on(tmp_path, recorder):
 
 def test_what_there_is_no_time_for_is_left_out_and_said(tmp_path):
     recorder = outcome.Recorder('x', str(tmp_path / 'x.jsonl'), time.monotonic() + 5)
+    with recorder.item('the first', 60) as wanted:
+        assert wanted                   # a part that was begun tries
     with recorder.item('long', 60) as wanted:
         assert not wanted
-    assert 'left out' in rows_of(tmp_path)[0]['text'] and rows_of(tmp_path)[0]['passed'] is None
+    row, = rows_of(tmp_path)
+    assert row['name'] == 'long' and 'left out' in row['text'] and row['passed'] is None
 
 
 PLANTED = """
@@ -112,6 +115,10 @@ def test_few_minutes_leave_out_the_last_parts(tmp_path, monkeypatch, capsys):
         rows = json.loads((tmp_path / 'report.json').read_text())['results']
         assert [row['part'] for row in rows if row['name'] == 'left out'] == [n for n in names if n not in runs]
     assert 'of --minutes=3 are left' in capsys.readouterr().out
+    clock[0], runs[:] = 0.0, []
+    monkeypatch.setattr(hour, 'minutes', 0.3)
+    monkeypatch.setattr(hour, 'parts', 'speed_gpt')
+    assert hour.main() == 0 and runs == ['speed_gpt'] and clock[0] <= 18    # named: it begins
 
 
 def test_a_run_of_one_part(tmp_path):

@@ -57,7 +57,7 @@ def main():
     for name in wanted:
         part = next(part for part in order.PARTS if part.name == name)
         left = end - time.monotonic() - order.RESERVE
-        if left < part.least:
+        if left < (order.RESERVE if parts else part.least):     # what is named begins, however short
             results.leave_out(part, f'of --minutes={minutes:g} are left {max(0, left):.0f} s, it takes {part.least}')
             continue
         running.run_part(part, min(part.most, left), device, out_dir, results)

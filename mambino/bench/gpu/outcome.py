@@ -23,7 +23,7 @@ class Recorder:
         self.path = path
         self.end = end
         self.begun = time.monotonic()
-        self.at = 'its beginning'       # the item that is under way
+        self.at = ''                    # the item that is under way
 
     def add(self, name, text, passed=None, **figures):
         row = dict(part=self.part, name=name, passed=passed, text=text, figures=figures,
@@ -37,9 +37,9 @@ class Recorder:
     @contextmanager
     def item(self, name, seconds=0):
         """One check or measurement of a part: its failure is a result, and the part goes on.
-        seconds: that it takes; it is left out where fewer are left, which its body sees as
-        False."""
-        if self.seconds_left() < seconds:
+        seconds: that it takes; where fewer are left it is left out, which its body sees as False,
+        unless it is the first: then it may be that the part has come to something."""
+        if self.at and self.seconds_left() < seconds:
             self.add(name, f'left out: {max(0, self.seconds_left()):.0f} s left, takes about {seconds}')
             yield False
             return

@@ -34,7 +34,9 @@ def end_in_time(recorder, thread):
     stack = traceback.extract_stack(sys._current_frames()[thread])
     ours = [frame for frame in stack if f'{os.sep}mambino{os.sep}' in frame.filename or 'model_' in frame.filename]
     places = [f'{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}' for frame in [*ours[-3:], stack[-1]]]
-    recorder.add(recorder.at, f'not done when the time of the part was over; in {" > ".join(places)}', passed=False)
+    where = ' > '.join(places)
+    recorder.add(recorder.at or 'its beginning',
+                 f'not done when the time of the part was over; in {where}', passed=False)
     os._exit(LATE)
 
 
