@@ -83,7 +83,7 @@ def test_what_does_not_work_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(triton_kernels, 'attempt_with', lambda *_: functools.partial(fail, 'no compiler'))
     monkeypatch.setitem(sys.modules, 'mambino.kernels.triton_scan', sys.modules[__name__])
     for _ in range(2):
-        assert not triton_kernels.scan_works('cuda', 4, torch.float32)
+        assert not triton_kernels.scan_works('cuda', 8, 4, (8, 8, 4, 4, 8), torch.float32, False)
     said = capsys.readouterr().err
     assert said.count('our Triton scan of Mamba-1 does not work here (RuntimeError: no compiler)') == 1
     monkeypatch.setattr(triton_kernels, 'has_triton', lambda: True)

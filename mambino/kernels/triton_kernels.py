@@ -25,20 +25,20 @@ def has_triton():
     return importlib.util.find_spec('triton') is not None
 
 
-def compare(definition, compute, inputs):
-    """Raises if a kernel differs from the definition in fp32 in its results or a gradient."""
+def compare(definition, compute, inputs, has_state=True):
+    """Raises if a kernel differs from the definition in fp32 in its results or a gradient. The last state
+    has a gradient if there is a first one."""
     tolerance = TOLERANCE[inputs[0].dtype]
-    grads_of = [None, None]
+    grads_of = []
     results = []
     for function, dtype in ((definition, torch.float32), (compute, None)):
         leaves = [u.detach().to(dtype or u.dtype).requires_grad_() for u in inputs]
         with substituted():
-            y, last = function(*leaves)
-        if grads_of[0] is None:
-            grads_of = [torch.randn_like(y), torch.randn_like(last)]
-        outputs = y, last
-        grads = torch.autograd.grad(outputs, leaves, [g.to(u.dtype) for g, u in zip(grads_of, outputs)])
-        results.append([y.detach(), last.detach(), *grads])
+            outputs = function(*leaves)[:2]
+        grads_of = grads_of or [torch.randn_like(u) for u in outputs]
+        grads = [g.to(u.dtype) for g, u in zip(grads_of, outputs)]
+        used = 2 if has_state else 1
+        results.append([*outputs, *torch.autograd.grad(outputs[:used], leaves, grads[:used])])
     names = ('y', 'the last state', *(f'the gradient of input {i}' for i in range(len(inputs))))
     for name, expected, computed in zip(names, *results):
         error = (computed.float() - expected).abs().max() / expected.abs().max()
@@ -46,12 +46,14 @@ def compare(definition, compute, inputs):
             raise ValueError(f'{name} differs from plain PyTorch by {error:.1e} of the largest')
 
 
-def attempt_with(make, definition, compute):
-    """What `works` tries: compare with inputs drawn by make(randn)."""
+def attempt_with(make, definition, compute, has_state=True):
+    """What `works` tries: compare with inputs drawn by make(randn). What is compiled for it should be what a
+    run takes: so T is a multiple of 16, as a run's is, and there is a state only if the run has one."""
     def attempt():
         with torch.enable_grad(), torch.autocast('cuda', enabled=False):
             generator = torch.Generator().manual_seed(0)
-            compare(definition, compute, make(functools.partial(torch.randn, generator=generator)))
+            inputs = make(functools.partial(torch.randn, generator=generator))
+            compare(definition, compute, inputs, has_state)
     return attempt
 
 
@@ -62,30 +64,38 @@ def scan(x, dt, dt_bias, A, B, C, D, z, state=None):
 
 
 @constant
-def scan_works(kind, N, dtype):
-    """Whether the kernel of triton_scan.py works with states of N, tried once."""
+def scan_works(kind, E, N, strides, dtype, has_state):
+    """Whether the kernels of triton_scan.py work in these sizes, tried once. strides: the places from one
+    step to the next in x, dt, B, C and z, for which they are compiled."""
     def make(randn):
-        batch, T, E = 2, 100, 40
-        x, dt, z = randn(3, batch, T, E).to(kind, dtype)
-        B, C = randn(2, batch, T, N).to(kind, dtype)
+        batch, T = 2, 112
+        widths = E, E, N, N, E
+        x, dt, B, C, z = (randn(batch, T, stride).to(kind, dtype)[..., :width]
+                          for stride, width in zip(strides, widths))
         dt_bias, D = randn(2, E).to(kind)
         A = -randn(E, N).abs().to(kind) - 0.1
-        return [x, dt, dt_bias, A, B, C, D, z, randn(batch, N, E).to(kind)]
+        state = randn(batch, N, E).to(kind)
+        return [x, dt, dt_bias, A, B, C, D, z, *[state] * has_state]
 
     def attempt():
         from mambino.kernels import triton_scan  # noqa: F401, makes the operation
-        attempt_with(make, DEFINITIONS['mamba1_scan'], scan)()
-    return works(SCAN, (N, dtype), attempt)
+        attempt_with(make, DEFINITIONS['mamba1_scan'], scan, has_state)()
+    return works(SCAN, (E, N, strides, dtype, has_state), attempt)
 
 
 @kernel
 def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
-    kind = x.device.type
-    if kind != 'cuda' or not has_triton() or x.dtype not in TOLERANCE or A.shape[1] > 128:
-        return NotImplemented
-    if not scan_works(kind, A.shape[1], x.dtype):
+    if not takes_scan(x.device.type, x, dt, A, B, C, z, state):
         return NotImplemented
     return scan(x, dt, dt_bias, A, B, C, D, z, state)
+
+
+def takes_scan(kind, x, dt, A, B, C, z, state):
+    """Whether triton_scan.py computes this on this kind of device."""
+    if kind != 'cuda' or not has_triton() or x.dtype not in TOLERANCE or A.shape[1] > 128:
+        return False
+    strides = tuple(max(u.shape[2], u.stride(1)) for u in (x, dt, B, C, z))
+    return scan_works(kind, *A.shape, strides, x.dtype, state is not None)
 
 
 # --- Mamba-2 --------------------------------------------------------------------------------------
@@ -95,35 +105,40 @@ def ssd(xBC, dt, dt_bias, A, D, state=None, *, groups, head_dim):
 
 
 @constant
-def ssd_works(kind, head_dim, N, dtype):
+def ssd_works(kind, head_dim, N, dtype, has_state):
     """Whether the kernels of triton_ssd.py work with heads and states of these sizes, tried once."""
     def make(randn):
-        batch, T, H, G = 2, 150, 6, 2
+        batch, T, H, G = 2, 160, 6, 2
         xBC = randn(batch, T, H * head_dim + 2 * G * N).to(kind, dtype)
         dt = (randn(batch, T, H) - 2).to(kind, dtype)
         dt_bias, A, D = randn(3, H).to(kind)
-        return [xBC, dt, dt_bias, -A.abs() - 0.1, D, randn(batch, H, head_dim, N).to(kind)]
+        state = randn(batch, H, head_dim, N).to(kind)
+        return [xBC, dt, dt_bias, -A.abs() - 0.1, D, *[state] * has_state]
 
-    def definition(xBC, dt, dt_bias, A, D, state):
+    def definition(xBC, dt, dt_bias, A, D, state=None):
         return DEFINITIONS['mamba2_scan'](xBC, dt, dt_bias, A, D, 2, head_dim, 64, state)
 
     def attempt():
         from mambino.kernels import triton_ssd  # noqa: F401, makes the operation
-        attempt_with(make, definition, functools.partial(ssd, groups=2, head_dim=head_dim))()
-    return works(SSD, (head_dim, N, dtype), attempt)
+        attempt_with(make, definition, functools.partial(ssd, groups=2, head_dim=head_dim), has_state)()
+    return works(SSD, (head_dim, N, dtype, has_state), attempt)
 
 
 @kernel
 def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
-    kind = xBC.device.type
-    if kind != 'cuda' or not has_triton() or xBC.dtype not in TOLERANCE or xBC.shape[1] == 1:
-        return NotImplemented                                   # one token takes one step, not a chunk
-    N = (xBC.shape[-1] - dt.shape[-1] * head_dim) // (2 * groups)
-    if max(head_dim, N) > 128 or head_dim * N > 64 * 128:       # more than registers hold
-        return NotImplemented
-    if not ssd_works(kind, head_dim, N, xBC.dtype):
+    if not takes_ssd(xBC.device.type, xBC, dt, groups, head_dim, state):
         return NotImplemented
     return ssd(xBC, dt, dt_bias, A, D, state, groups=groups, head_dim=head_dim)
+
+
+def takes_ssd(kind, xBC, dt, groups, head_dim, state):
+    """Whether triton_ssd.py computes this on this kind of device."""
+    if kind != 'cuda' or not has_triton() or xBC.dtype not in TOLERANCE or xBC.shape[1] == 1:
+        return False                                            # one token takes one step, not a chunk
+    N = (xBC.shape[-1] - dt.shape[-1] * head_dim) // (2 * groups)
+    if max(head_dim, N) > 128 or head_dim * N > 64 * 128:       # more than registers hold
+        return False
+    return ssd_works(kind, head_dim, N, xBC.dtype, state is not None)
 
 
 # --- the convolution ------------------------------------------------------------------------------

@@ -101,17 +101,14 @@ def selective_scan(x, dt, A, B, C, state=None):
 
 def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
     """Our Triton kernel, where the card runs it; what others do is counted as in plain PyTorch."""
-    N = A.shape[1]
-    if N <= 128 and triton_kernels.has_triton() and on_the_card(triton_kernels.scan_works, N, x.dtype):
+    if on_the_card(triton_kernels.takes_scan, x, dt, A, B, C, z, state):
         return triton_kernels.scan(x, dt, dt_bias, A, B, C, D, z, state)
     return NotImplemented
 
 
 def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
     """Our Triton kernels, else mamba-ssm's, where the card runs them."""
-    N = (xBC.shape[-1] - dt.shape[-1] * head_dim) // (2 * groups)
-    fits = max(head_dim, N) <= 128 and head_dim * N <= 64 * 128
-    if fits and triton_kernels.has_triton() and on_the_card(triton_kernels.ssd_works, head_dim, N, xBC.dtype):
+    if on_the_card(triton_kernels.takes_ssd, xBC, dt, groups, head_dim, state):
         return triton_kernels.ssd(xBC, dt, dt_bias, A, D, state, groups=groups, head_dim=head_dim)
     if on_the_card(lambda kind: fused.is_fused('ssd', kind)):
         return by_mamba_ssm(xBC, dt, dt_bias, A, D, groups, head_dim, state)
