@@ -21,7 +21,7 @@ PARTS = (
          'each kernel against the definition of its operation'),
     Part('waits', 'waits', 15, 60, 'whether a training step waits for the card'),
     Part('memory', 'profiles', 20, 180, 'the recipes for 8 to 48 GB: the peak against the estimate'),
-    Part('exhausted', 'exhaustion', 20, 70, 'out of memory in a run: it goes on, with the same losses'),
+    Part('exhausted', 'exhaustion', 20, 120, 'out of memory in a run: it goes on, with the same losses'),
     Part('speed_gpt', 'speed', 45, 300, 'GPT 270M: tokens/s and MFU, eager and compiled, beside transformers'),
     Part('speed_mamba', 'speed', 45, 270, 'Mamba-2 150M: the same'),
     Part('generate', 'generate', 25, 120, 'tokens/s of writing and of reading a prompt'),
