@@ -65,7 +65,8 @@ FAULTS = {
         'mambino/machine.py', "torch.autocast(device.partition(':')[0]", "torch.autocast('cpu'", 'in 16 bits',
         dtype='bfloat16'),
     'a sign in what CUDA alone runs': Fault(
-        'mambino/kernels/cuda.py', 'grad_A = grad_A + (', 'grad_A = grad_A - (', OTHER_NUMBERS, 'mamba1'),
+        'mambino/kernels/cuda.py', 'F.silu(gate) * up', 'F.silu(-gate) * up', OTHER_NUMBERS, 'experts-unlimited',
+        dtype='bfloat16', options=dict(capability=(9, 0))),
     'a window that is one too short': Fault(
         'mambino/kernels/cuda.py', 'block_mask(T, window, q.device)', 'block_mask(T, window - 1, q.device)',
         OTHER_NUMBERS, 'window-flex'),

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import assert_close, assert_same, random_dt, recurrence
+from helpers.models import assert_close, assert_same
 from torch._dynamo.backends.debugging import aot_eager
 
 from mambino import kernels
@@ -15,35 +15,6 @@ from model_gpt import rope_tables
 from model_mamba import Mamba, MambaConfig, mamba1_scan, mamba2_scan
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
-
-
-@pytest.mark.parametrize("T", [8, 61])
-def test_scan_by_chunks(monkeypatch, T):
-    """The form that a GPU compiles, uncompiled."""
-    monkeypatch.setattr(cuda, "chunk_functions", lambda: (cuda.scan_chunk, cuda.scan_chunk_backward))
-
-    def run(x, dt, A, B, C, h):
-        pad = -T % 8
-        x, dt, B, C = (F.pad(u, (0, 0, 0, pad)) for u in (x, dt, B, C))
-        y, h = cuda.chunked_scan(x, dt, A, B, C, h)
-        return y[:, :T], h
-
-    def reference(x, dt, A, B, C, h):
-        y, h = recurrence(x[..., None], dt, A, B[:, :, None], C[:, :, None], h.transpose(1, 2)[:, :, None])
-        return y[..., 0], h[:, :, 0].transpose(1, 2)
-
-    assert_same(
-        run,
-        reference,
-        [
-            torch.randn(2, T, 6),
-            random_dt("usual", (2, T, 6)),
-            -torch.rand(6, 3) * 16,
-            torch.randn(2, T, 3),
-            torch.randn(2, T, 3),
-            torch.randn(2, 3, 6),
-        ],
-    )
 
 
 # mamba-ssm's two functions, by the definition

@@ -1,5 +1,6 @@
 """The models' operations on NVIDIA cards in PyTorch that needs one: flex_attention for windows, grouped
-products for experts, and a Mamba-1's scan compiled chunk by chunk. (fused.py has the kernels of others.)
+products for experts, products that read the same merged. (triton_kernels.py has kernels of our own, fused.py
+those of others.)
 
 Where torch.compile does not work on the card, anywhere.py computes. Letters of the shapes as in
 anywhere.py.
@@ -14,113 +15,8 @@ import torch.nn.functional as F
 from mambino.kernels.anywhere import in_window
 from mambino.kernels.checked import compile_trouble, compiles, constant, notes, works
 from mambino.kernels.registry import DEFINITIONS, describes, kernel
-from mambino.kernels.scans import make_scan
 
 KIND = 'cuda'   # of the devices that all this is for
-
-# --- a Mamba-1's scan without mamba-ssm -----------------------------------------------------------
-
-CHUNK = 8   # steps compiled as one: 4 are as fast, 16 take twice as long in the backward pass
-
-
-def scan_chunk(x, dt, A, B, C, h):
-    """Steps of the recurrence, unrolled for a compiler. x, dt (B, k, E), A (N, E), B, C (B, k, N),
-    h (B, N, E) → y (B, k, E), h."""
-    ys = []
-    for i in range(x.shape[1]):
-        dt_i = dt[:, i, None]                                   # (B, 1, E)
-        h = torch.exp(dt_i * A) * h + (dt_i * x[:, i, None]) * B[:, i, :, None]
-        ys.append((h * C[:, i, :, None]).sum(1))
-    return torch.stack(ys, 1), h
-
-
-def scan_chunk_backward(x, dt, A, B, C, h, grad_y, grad_h):
-    """The gradients of x, dt, B, C, A and h, from those of y and of the last h."""
-    states, decays = [h], []
-    for i in range(x.shape[1]):
-        dt_i = dt[:, i, None]
-        decays.append(torch.exp(dt_i * A))
-        states.append(decays[i] * states[i] + (dt_i * x[:, i, None]) * B[:, i, :, None])
-    grads_x, grads_dt, grads_B, grads_C = [], [], [], []
-    grad_A = torch.zeros_like(A)
-    for i in reversed(range(x.shape[1])):
-        dt_i = dt[:, i, None]
-        grad = grad_h + grad_y[:, i, None] * C[:, i, :, None]   # (B, N, E), of the state after step i
-        grads_C.append((states[i + 1] * grad_y[:, i, None]).sum(2))
-        grads_B.append((grad * (dt_i * x[:, i, None])).sum(2))
-        grad_dt_x = (grad * B[:, i, :, None]).sum(1)            # (B, E)
-        grad_h = grad * decays[i]
-        grad_exponent = grad_h * states[i]                      # of dt A
-        grad_A = grad_A + (grad_exponent * dt_i).sum(0)
-        grads_dt.append((grad_exponent * A).sum(1) + grad_dt_x * x[:, i])
-        grads_x.append(grad_dt_x * dt[:, i])
-    stacked = (torch.stack(grads[::-1], 1) for grads in (grads_x, grads_dt, grads_B, grads_C))
-    return *stacked, grad_A, grad_h
-
-
-@functools.cache
-def chunk_functions():
-    """The two, compiled: on a GPU each is a few kernels where PyTorch would start a hundred."""
-    return torch.compile(scan_chunk, dynamic=False), torch.compile(scan_chunk_backward, dynamic=False)
-
-
-def scan_by_chunks(x, dt, A, B, C, state):
-    """selective_scan by chunks, each one call of chunk_functions; T is a multiple of CHUNK. → y, last state,
-    the states before each chunk."""
-    forward, _ = chunk_functions()
-    A_t = A.t().contiguous()                                    # (N, E)
-    h = state
-    ys, starts = [], []
-    for x_c, dt_c, B_c, C_c in zip(*(u.split(CHUNK, 1) for u in (x, dt, B, C))):
-        starts.append(h)
-        y, h = forward(x_c, dt_c, A_t, B_c, C_c, h)
-        ys.append(y)
-    return torch.cat(ys, 1), h, torch.stack(starts)
-
-
-def scan_by_chunks_backward(grad_y, grad_h, x, dt, A, B, C, starts):
-    _, backward = chunk_functions()
-    A_t = A.t().contiguous()
-    grads, grad_A = [], torch.zeros_like(A_t)
-    chunks = list(zip(*(u.split(CHUNK, 1) for u in (x, dt, B, C, grad_y)), starts))
-    for x_c, dt_c, B_c, C_c, grad_c, h in reversed(chunks):
-        *of_chunk, of_A, grad_h = backward(x_c, dt_c, A_t, B_c, C_c, h, grad_c, grad_h)
-        grads.append(of_chunk)
-        grad_A += of_A
-    grad_x, grad_dt, grad_B, grad_C = (torch.cat(parts[::-1], 1) for parts in zip(*grads))
-    return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, grad_h
-
-
-chunked_scan = make_scan('scan_by_chunks', scan_by_chunks, scan_by_chunks_backward, lambda T: T // CHUNK)
-
-
-@constant
-def chunks_work(kind, batch, E, N):
-    """Whether the compiled chunks run in these sizes."""
-    def attempt():
-        with torch.enable_grad():
-            x, dt = torch.zeros(2, batch, CHUNK, E, device=kind).unbind()
-            B, C = torch.zeros(2, batch, CHUNK, N, device=kind).unbind()
-            state = torch.zeros(batch, N, E, device=kind)
-            y, _ = chunked_scan(x.requires_grad_(), dt, torch.zeros(E, N, device=kind), B, C, state)
-            torch.autograd.grad(y.sum(), x)
-    return works('the compiled scan', (batch, E, N), attempt)
-
-
-@kernel
-def selective_scan(x, dt, A, B, C, state=None):
-    batch, T, E = x.shape
-    N = A.shape[1]
-    kind = x.device.type
-    if kind != KIND or T < CHUNK or not (compiles(kind) and chunks_work(kind, batch, E, N)):
-        return NotImplemented
-    x, dt, A, B, C = (u.float().contiguous() for u in (x, dt, A, B, C))
-    if state is None:
-        state = x.new_zeros(batch, N, E)
-    x, dt, B, C = (F.pad(u, (0, 0, 0, -T % CHUNK)) for u in (x, dt, B, C))  # dt = 0 leaves the state as it is
-    y, state = chunked_scan(x, dt, A, B, C, state)
-    return y[:, :T], state
-
 
 # --- projections of one input ---------------------------------------------------------------------
 
@@ -271,7 +167,7 @@ def describe(kind, is_compiled):
     """What does not work of what this file has."""
     if kind != KIND:
         return [], []
-    lines = [notes[name] for name in ('flex_attention', 'the compiled scan', 'grouped_mm') if name in notes]
+    lines = [notes[name] for name in ('flex_attention', 'grouped_mm') if name in notes]
     if compile_trouble(kind):
-        lines.append(f'windows and a Mamba-1 without torch.compile, which does not work here ({compile_trouble(kind)})')
+        lines.append(f'windows without torch.compile, which does not work here ({compile_trouble(kind)})')
     return [], lines

@@ -4,9 +4,6 @@
 
 Letters of the shapes: B batch, T time, E inner width, N state size.
 """
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -74,66 +71,61 @@ def scan_backward(grad_y, grad_state, x, dt, A, B, C, starts):
     return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, grad_state
 
 
-class Scan(NamedTuple):
-    """A selective_scan with its backward pass by hand."""
-    forward: Callable       # as scan_forward
-    backward: Callable      # as scan_backward
-    operation: Callable     # forward, as one operation that a compiler does not look into
-
-    def __call__(self, x, dt, A, B, C, state):
-        """→ y, the last state. All in fp32 and contiguous."""
-        if torch.compiler.is_compiling():
-            return self.operation(x, dt, A, B, C, state)[:2]
-        return SelectiveScan.apply(self.forward, self.backward, x, dt, A, B, C, state)
-
-
 class SelectiveScan(Function):
 
     @staticmethod
-    def forward(ctx, forward, backward, x, dt, A, B, C, state):
-        y, state, starts = forward(x, dt, A, B, C, state)
+    def forward(ctx, x, dt, A, B, C, state):
+        y, state, starts = scan_forward(x, dt, A, B, C, state)
         ctx.save_for_backward(x, dt, A, B, C, starts)
-        ctx.backward_of_scan = backward
         return y, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_state):
-        return None, None, *ctx.backward_of_scan(grad_y, grad_state, *ctx.saved_tensors)
+        return scan_backward(grad_y, grad_state, *ctx.saved_tensors)
 
 
-def make_scan(name, forward, backward, n_starts):
-    """A Scan. To a compiler it is one operation: unrolled, its steps would compile for hours. n_starts: T →
-    states that are kept."""
-    inputs = 'Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C'
-    scan = torch.library.custom_op(f'mambino::{name}', forward, mutates_args=(),
-                                   schema=f'({inputs}, Tensor state) -> (Tensor, Tensor, Tensor)')
-    gradients = torch.library.custom_op(
-        f'mambino::{name}_backward', backward, mutates_args=(),
-        schema=f'(Tensor grad_y, Tensor grad_state, {inputs}, Tensor starts) '
-               '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
+# --- to a compiler: one operation, whose steps it would unroll for hours --------------------------
 
-    @scan.register_fake
-    def _(x, dt, A, B, C, state):
-        return torch.empty_like(x), torch.empty_like(state), state.new_empty(n_starts(x.shape[1]), *state.shape)
-
-    @gradients.register_fake
-    def _(grad_y, grad_state, x, dt, A, B, C, starts):
-        grad_A = A.t().new_empty(A.t().shape).t()
-        return *(torch.empty_like(u) for u in (x, dt)), grad_A, *(torch.empty_like(u) for u in (B, C, starts[0]))
-
-    def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:-1], output[2])
-
-    def differentiate(ctx, grad_y, grad_state, _):
-        saved = ctx.saved_tensors                               # which a checkpoint gives once
-        x, starts = saved[0], saved[-1]
-        grad_y = torch.zeros_like(x) if grad_y is None else grad_y.contiguous()
-        grad_state = torch.zeros_like(starts[0]) if grad_state is None else grad_state
-        return gradients(grad_y, grad_state, *saved)
-
-    scan.register_autograd(differentiate, setup_context=save)
-    return Scan(forward, backward, scan)
+INPUTS = 'Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C'
+scan_operation = torch.library.custom_op(
+    'mambino::selective_scan', scan_forward, mutates_args=(),
+    schema=f'({INPUTS}, Tensor state) -> (Tensor, Tensor, Tensor)')
+backward_operation = torch.library.custom_op(
+    'mambino::selective_scan_backward', scan_backward, mutates_args=(),
+    schema=f'(Tensor grad_y, Tensor grad_state, {INPUTS}, Tensor starts) '
+           '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)')
 
 
-portable_scan = make_scan('selective_scan', scan_forward, scan_backward, lambda T: -(-T // STEPS) + 1)
+@scan_operation.register_fake
+def scan_shapes(x, dt, A, B, C, state):
+    starts = state.new_empty(-(-x.shape[1] // STEPS) + 1, *state.shape)
+    return torch.empty_like(x), torch.empty_like(state), starts
+
+
+@backward_operation.register_fake
+def backward_shapes(grad_y, grad_state, x, dt, A, B, C, starts):
+    grad_A = A.t().new_empty(A.t().shape).t()
+    return *(torch.empty_like(u) for u in (x, dt)), grad_A, *(torch.empty_like(u) for u in (B, C, starts[0]))
+
+
+def save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-1], output[2])
+
+
+def differentiate(ctx, grad_y, grad_state, _):
+    saved = ctx.saved_tensors                                   # which a checkpoint gives once
+    x, starts = saved[0], saved[-1]
+    grad_y = torch.zeros_like(x) if grad_y is None else grad_y.contiguous()
+    grad_state = torch.zeros_like(starts[0]) if grad_state is None else grad_state
+    return backward_operation(grad_y, grad_state, *saved)
+
+
+scan_operation.register_autograd(differentiate, setup_context=save)
+
+
+def portable_scan(x, dt, A, B, C, state):
+    """→ y, the last state. All in fp32 and contiguous."""
+    if torch.compiler.is_compiling():
+        return scan_operation(x, dt, A, B, C, state)[:2]
+    return SelectiveScan.apply(x, dt, A, B, C, state)

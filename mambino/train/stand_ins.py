@@ -12,7 +12,7 @@ import torch
 from torch.autograd import Function
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mambino.kernels import cuda, fused, triton_kernels
+from mambino.kernels import fused, triton_kernels
 from mambino.kernels.checked import compiles
 from mambino.kernels.registry import KERNELS
 
@@ -37,7 +37,7 @@ def stand_ins(device):
         return table
     table |= dict(mamba1_scan=mamba1_scan, mamba2_scan=mamba2_scan)
     if compiles('cuda'):
-        table |= dict(attention=attention, selective_scan=selective_scan)
+        table |= dict(attention=attention)
     return table
 
 
@@ -88,16 +88,6 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
 
 
 # --- the recurrences of a Mamba -------------------------------------------------------------------
-
-def selective_scan(x, dt, A, B, C, state=None):
-    """The compiled chunks, which keep the states that they start from."""
-    if x.shape[1] % cuda.CHUNK:
-        return NotImplemented
-    x, dt, A, B, C = (u.float().contiguous() for u in (x, dt, A, B, C))
-    if state is None:
-        state = x.new_zeros(x.shape[0], A.shape[1], A.shape[0])
-    return cuda.chunked_scan.operation(x, dt, A, B, C, state)[:2]
-
 
 def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
     """Our Triton kernel, where the card runs it; what others do is counted as in plain PyTorch."""
