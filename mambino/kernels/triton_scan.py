@@ -101,7 +101,8 @@ def scan_forward_kernel(x_ptr, dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_p
     chunks = tl.cdiv(T, CHUNK)
     starts_ptr += b * chunks * E * N
     for c in range(chunks):
-        tl.store(starts_ptr + c * E * N + tile, h.to(starts_ptr.dtype.element_ty), mask=tile_in)
+        tl.store(starts_ptr + tile, h.to(starts_ptr.dtype.element_ty), mask=tile_in)
+        starts_ptr += E * N
         for t0 in range(c * CHUNK, tl.minimum(c * CHUNK + CHUNK, T), STEPS):
             left = T - t0                                       # steps
             xs = read(x_ptr, x_t, e, e_in, left, STEPS)
@@ -164,7 +165,7 @@ def scan_backward_kernel(x_ptr, dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_
     part = b * tl.num_programs(0) + tl.program_id(0)
     dB_ptr += (part * T + row) * N                              # parts (B, blocks, T, N)
     dC_ptr += (part * T + row) * N
-    starts_ptr += b * chunks * E * N
+    starts_ptr += (b * chunks + chunks - 1) * E * N
     dA = tl.zeros([BLOCK_E, BLOCK_N], tl.float32)
     dD = tl.zeros([BLOCK_E], tl.float32)
     dbias = tl.zeros([BLOCK_E], tl.float32)
@@ -173,7 +174,8 @@ def scan_backward_kernel(x_ptr, dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_
         half = 2 * chunks - 1 - back
         left = T - half * STEPS                                 # steps
         if half % 2 == 1:                                       # through the first half to the second
-            start = tl.load(starts_ptr + half // 2 * E * N + tile, mask=tile_in, other=0.0).to(tl.float32)
+            start = tl.load(starts_ptr + tile, mask=tile_in, other=0.0).to(tl.float32)
+            starts_ptr -= E * N
             h = start
             xs = read(x_ptr - STEPS * x_t, x_t, e, e_in, left + STEPS, STEPS)
             raws = read(dt_ptr - STEPS * dt_t, dt_t, e, e_in, left + STEPS, STEPS)
