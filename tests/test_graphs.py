@@ -84,6 +84,21 @@ def test_caches_grow_and_rings_come_round(name, T, n, slots):
 
 
 @on_card
+def test_a_cache_that_has_grown_has_its_graph_soon():
+    """Two tokens without one: the one that makes room, and one that loads what the new size needs."""
+    net = perturb(build('gpt'))
+    with pretended() as card:
+        net.to('cuda')
+        _, state = net.step(tokens(1, 60).to('cuda'))
+        plain = []
+        for n in range(12):
+            card.reset()
+            _, state = decode.step(net, tokens(1, 1), state)
+            plain += [n] * (card.kernels['graph'] == 0)
+        assert plain == [0, 1, 2, 4, 5], plain
+
+
+@on_card
 def test_beyond_block_size_a_window():
     net = perturb(build('gpt', block_size=24))
     ids = tokens(20).tolist()

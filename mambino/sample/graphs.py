@@ -32,7 +32,8 @@ from mambino.sample.parts import PARTS, Unknown, require
 from mambino.sample.watched import Watched
 from mambino.weights.adapters import add_loras
 
-WARM = 3            # tokens in the same memory before it is worth a graph; libraries load what they need
+WARM = 3            # tokens in the same memory before it is worth a graph; libraries load what they need. Then 1:
+                    # a cache that has grown should not cost more tokens without a graph
 END = object()
 GRAPHS = 8          # that are kept of a model; a model's `plans` says otherwise
 
@@ -214,6 +215,7 @@ class Graphs(Watched):
         self.device = next(net.parameters()).device
         self.tokens = {}                # {key: Token}, the one used last at the end
         self.warm = {}                  # {key: tokens that were computed without a graph}
+        self.recorded = set()           # settings of which there was one: what a graph needs is loaded
         self.latest = None              # Request
         self.pool = None                # of the graphs' memory
         self.trouble = ''               # why there are none
@@ -263,7 +265,7 @@ class Graphs(Watched):
         token = self.tokens.pop(key, None)
         if token is None:
             count = self.warm.pop(key, 0)
-            if count < WARM:
+            if count < (1 if request.settings in self.recorded else WARM):
                 self.warm[key] = count + 1
                 while len(self.warm) > 4 * GRAPHS:
                     self.warm.pop(next(iter(self.warm)))
@@ -274,6 +276,7 @@ class Graphs(Watched):
                 self.pool = torch.cuda.graph_pool_handle()
             B, window, *_ = request.settings
             token = Token(net, B, state, window, out, self.device, self.pool)
+            self.recorded.add(request.settings)
         self.tokens[key] = request.token = token
         return token
 
