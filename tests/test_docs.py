@@ -11,6 +11,7 @@ PAGES = ['README.md', 'data/README.md', *(f'docs/{name}' for name in DOCS)]
 SCRIPTS = {name: name for name in ('prepare.py', 'train.py', 'sample.py', 'export.py', 'serve.py')}
 SCRIPTS['-m mambino.bench.plot'] = 'mambino/bench/plot.py'  # before the shorter name
 SCRIPTS['-m mambino.bench.clients'] = 'mambino/bench/clients.py'
+SCRIPTS['-m mambino.bench.gpu'] = 'mambino/bench/gpu/__main__.py'
 SCRIPTS['-m mambino.bench'] = 'mambino/bench/__main__.py'
 NAMES = '|'.join(map(re.escape, SCRIPTS))
 
@@ -55,7 +56,7 @@ def test_settings_exist(page):
 @pytest.mark.parametrize('page', PAGES)
 def test_settings_in_the_text_exist(page):
     known = set().union(*map(settings_of, SCRIPTS.values()))
-    others = {'index-url', 'no-build-isolation', 'group', 'help',                       # pip's
+    others = {'index-url', 'no-build-isolation', 'no-deps', 'group', 'help',                       # pip's
               'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint',              # torchrun's
               'eval_iters', 'lr_decay_iters', 'model_args', 'tasks',            # nanoGPT's, lm_eval's
               'cases', 'only', 'keep', 'kills', 'requests',                         # tests/fuzz.py's and others'
