@@ -89,7 +89,8 @@ def test_a_fault_of_a_model_is_found(name):
 
 OF_GENERATION = {
     'a graph that is not told what was drawn': (
-        'mambino/sample/graphs.py', 'self.u.copy_(u, non_blocking=True)', 'u.clone()', 'other ids'),
+        'mambino/sample/graphs.py', re.compile(r'self\.(?:u|given)\.copy_\((\w+), non_blocking=True\)'), r'\1.clone()',
+        'other ids'),
     'a graph that is not told the positions': (
         'mambino/sample/graphs.py', 'self.pos.copy_(pos, non_blocking=True)', 'pos.clone()', 'other ids'),
     'a graph that is not told the tokens': (

@@ -1,7 +1,10 @@
 """Every model on a pretended card gives what it gives on a CPU, and no training step waits for the card."""
 import pytest
+from helpers.card import pretended
 from helpers.card_models import LORA, MODELS, PREFIX, assert_as_on_a_cpu
 from helpers.card_process import on_card
+
+from mambino.kernels import cuda
 
 
 @on_card
@@ -20,6 +23,15 @@ def test_a_card_computes_what_a_cpu_does_and_training_never_waits(name, dtype):
 def test_experts_without_a_limit_wait_for_nothing_where_there_are_grouped_products():
     result = assert_as_on_a_cpu('experts-unlimited', 'bfloat16', capability=(9, 0))
     assert result.kernels['_grouped_mm']
+
+
+@on_card
+def test_grouped_products_are_tried_as_they_are_used():
+    """Outside autocast, too, as where weights have 16 bits to sample with."""
+    with pretended(capability=(9, 0)):
+        assert cuda.has_grouped_products('cuda', 32, 64)
+    with pretended(capability=(8, 9)):
+        assert not cuda.has_grouped_products('cuda', 32, 64)
 
 
 @on_card

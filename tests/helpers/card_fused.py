@@ -118,11 +118,16 @@ def grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
         raise RuntimeError(f'Expected bfloat16 for grouped_mm, got {a.dtype} and {b.dtype}')
     if offs.dtype != torch.int32:
         raise RuntimeError('Offsets have to be int32')
-    for name, u in (('mat_a', a), ('mat_b', b)):
-        if 1 not in u.stride()[-2:]:
-            raise RuntimeError(f'{name} must be row- or column-major, not of strides {u.stride()}')
-        if any(s * u.element_size() % 16 for s in u.stride()[-2:] if s != 1):
-            raise RuntimeError(f'strides should be multiple of 16 bytes, {name} has {u.stride()}')
+    for u in (a, b):                                            # as torch's GroupedMMUtils.h
+        (rows, columns), (row_stride, column_stride) = u.shape[-2:], u.stride()[-2:]
+        if row_stride == 1 and column_stride >= max(1, rows):
+            stride = column_stride
+        elif column_stride == 1 and row_stride >= max(1, columns):
+            stride = row_stride
+        else:
+            raise RuntimeError(f'Invalid strides/sizes, got {u.stride()} for strides and {tuple(u.shape)} for sizes')
+        if stride * u.element_size() % 16 or u.storage_offset() * u.element_size() % 16:
+            raise RuntimeError('strides should be multiple of 16 bytes')
     if a.device.type == 'meta':
         rows = a.shape[:1] if b.dim() == 3 else (len(offs), a.shape[0])
         return a.new_empty(*rows, b.shape[-1])

@@ -6,6 +6,7 @@
 import importlib.abc
 import importlib.util
 import os
+import re
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -41,11 +42,12 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 def faulty_text(file, old, new):
-    """The text of a file with old, which it has, replaced by new."""
+    """The text of a file with old, which it has, replaced by new; old may be a compiled pattern."""
     with open(os.path.join(ROOT, file), encoding='utf-8') as f:
         text = f.read()
-    assert old in text, f'{file} has no {old!r} any more: plant this fault elsewhere'
-    return text.replace(old, new)
+    pattern = old if isinstance(old, re.Pattern) else re.compile(re.escape(old))
+    assert pattern.search(text), f'{file} has no {old!r} any more: plant this fault elsewhere'
+    return pattern.sub(new if isinstance(old, re.Pattern) else lambda match: new, text)
 
 
 def plant(file, old, new):
