@@ -302,7 +302,8 @@ def scan_backward(x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, 
     dlast = None if dlast is None else dlast.contiguous()
     sizes, blocks, warps = blocks_of(E, N)
     dx, ddt, dz = (u.new_empty(u.shape) for u in (x, dt, z))
-    parts = x.new_empty(2, batch, blocks, T, N)                 # of dB and dC
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # parts of a sum may be too small for fp16
+    parts = x.new_empty(2, batch, blocks, T, N, dtype=wide)     # of dB and dC
     dA = x.new_empty(batch, E, N, dtype=torch.float32)
     dD, dbias = x.new_empty(2, batch, E, dtype=torch.float32)
     dstate = x.new_empty(batch, N, E, dtype=torch.float32)
