@@ -132,9 +132,10 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
     else:
         h = state.float().view(batch, G, R, P, N).permute(0, 1, 4, 2, 3)
     starts = []
-    for i in range(c):
+    # unbound: an index would have a gradient as large as all chunks, for each of them
+    for added_i, kept_i in zip(added.unbind(1), kept.unbind(1)):
         starts.append(h)
-        h = torch.addcmul(added[:, i], h, kept[:, i])
+        h = torch.addcmul(added_i, h, kept_i)
     from_start = C @ torch.stack(starts, 1).view(batch, c, G, N, R * P)  # (B, c, G, Q, R P)
     from_start = from_start.view(batch, c, G, Q, R, P).transpose(2, 3).reshape(batch, c, Q, H, P)
     y = torch.addcmul(y.transpose(2, 3).float(), from_start.float(), sums.exp().transpose(2, 3)[..., None])

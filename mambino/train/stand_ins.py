@@ -49,7 +49,7 @@ class Norm(Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
-        return torch.empty_like(x)
+        return torch.zeros_like(x)              # a model that looks at its numbers has some
 
     @staticmethod
     def backward(ctx, grad):
