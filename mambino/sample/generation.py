@@ -218,10 +218,12 @@ class Rows:
             self.factors.scatter_(1, ids[:, None].to(self.factors.device, non_blocking=True), self.penalty)
         if any(self.rests):
             self.rests = [rest and rest.following.get(i) for rest, i in zip(self.rests, ids.tolist())]
-        before, out = self.state, self.logits if self.room else None
-        logits, self.state = step(self.net, ids[:, None], before, out=out)
-        self.logits = logits[:, -1] if out is None else out
-        if self.room:                                           # what has grown lies elsewhere
+        if not self.room:
+            logits, self.state = step(self.net, ids[:, None], self.state)
+            self.logits = logits[:, -1]
+        else:                                                   # on a card; what has grown lies elsewhere
+            before = self.state
+            _, self.state = step(self.net, ids[:, None], before, out=self.logits)
             self.room |= {name: new for name, new in self.state.items() if new is not before[name] and name != 'pos'}
 
     def keep(self, rows):

@@ -178,11 +178,13 @@ class Rows:
         if B not in self.prefixes:
             self.prefixes[B] = {name: tensor[:B] for name, tensor in self.state.items()}
         before = self.prefixes[B]
-        out = self.logits[:B] if self.logits.is_cuda else None
-        logits, after = step(self.net, ids[:, None], {**before, 'pos': self.pos[:B]}, out=out)
+        state = {**before, 'pos': self.pos[:B]}
+        if self.logits.is_cuda:
+            _, after = step(self.net, ids[:, None], state, out=self.logits[:B])
+        else:
+            logits, after = step(self.net, ids[:, None], state)
+            self.logits[:B] = logits[:, -1]
         for name, tensor in before.items():
             if after[name] is not tensor:           # net.step's way makes new ones
                 tensor.copy_(after[name])
         self.pos[:B] = after['pos']
-        if out is None:
-            self.logits[:B] = logits[:, -1]
