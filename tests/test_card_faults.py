@@ -64,9 +64,6 @@ FAULTS = {
     'autocast of the CPU': Fault(
         'mambino/machine.py', "torch.autocast(device.partition(':')[0]", "torch.autocast('cpu'", 'in 16 bits',
         dtype='bfloat16'),
-    'a sign in what CUDA alone runs': Fault(
-        'mambino/kernels/cuda.py', 'F.silu(gate) * up', 'F.silu(-gate) * up', OTHER_NUMBERS, 'experts-unlimited',
-        dtype='bfloat16', options=dict(capability=(9, 0))),
     'a window that is one too short': Fault(
         'mambino/kernels/cuda.py', 'block_mask(T, window, q.device)', 'block_mask(T, window - 1, q.device)',
         OTHER_NUMBERS, 'window-flex'),
@@ -95,6 +92,8 @@ OF_GENERATION = {
         'mambino/sample/graphs.py', 'self.pos.copy_(pos, non_blocking=True)', 'pos.clone()', 'other ids'),
     'a graph that is not told the tokens': (
         'mambino/sample/graphs.py', 'self.idx.copy_(idx, non_blocking=True)', 'idx.clone()', 'other ids'),
+    'a wrong sign in what a card alone computes': (
+        'mambino/cache.py', '(key <= query))[:, None, None]', '(key >= query))[:, None, None]', 'other ids'),
     'places on the CPU': (
         'mambino/sample/next_token.py', 'u[:, None] * cumulative[:, -1:]', 'u[:, None].cpu() * cumulative[:, -1:]',
         f'{SAME_DEVICE}|capturing'),
