@@ -42,7 +42,7 @@ def kernels_to_check():
     """(dtype, operation, kernel) of all that are not for CPUs alone; those that compile last."""
     each = [(dtype, operation, kernel) for dtype in TOLERANCE for operation in sorted(EXAMPLES)
             for kernel in KERNELS.get(operation, ()) if file_of(kernel) not in ('cpu', 'cpu_mamba')]
-    return sorted(each, key=lambda row: (file_of(row[2]) == 'cuda') * (1 + (row[1] == 'selective_scan')))
+    return sorted(each, key=lambda row: file_of(row[2]) == 'cuda')
 
 
 def file_of(kernel):

@@ -21,7 +21,7 @@ SMALL_MODELS = {    # name: kind, and what it has beside SMALL
     'hybrid, plain': ('hybrid', ATTENDS | dict(window=0, ssm_head_dim=32, gate=False,
                                                branch_norm=False)),
 }
-COMPILED = ('gpt, window', 'hybrid', 'hybrid, parallel', 'mamba-1')  # a card may compile for them, which takes a while
+COMPILED = ('gpt, window', 'hybrid', 'hybrid, parallel')  # a card may compile for them, which takes a while
 LARGE = dict(vocab_size=16384, block_size=1024)
 LARGE_MODELS = {
     'gpt': ('gpt', LARGE | dict(n_layer=20, n_embd=1024, n_head=16, qk_norm=True)),
