@@ -10,7 +10,7 @@ of the card by the model and as measured:
 
     GPT, eager, 16 x 1,024                                   96     98
     GPT without qk_norm, compiled, 32 x 1,024               128    133 in 42 graphs; 124 with RoPE mended
-    Mamba-2 of 12 layers, eager in PyTorch, 8 x 1,024        85    102
+    Mamba-2 of 12 layers, eager in PyTorch, 8 x 1,024        85    102, before chunks were unbound
     Mamba-2 of 12 layers, compiled, our scan, 16 x 1,024     28     33
     Mamba-2 of 36 layers, eager, our kernels, 8 x 1,024      86    119
 
