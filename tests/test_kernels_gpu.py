@@ -75,6 +75,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setattr(checked, "notes", {})
     monkeypatch.setattr(fused, "run_notes", checked.notes)
     monkeypatch.setattr(fused, "_ssd", {})
+    monkeypatch.setattr(triton_kernels, "has_triton", lambda: False)    # whose kernels come first
     yield make
     for name in [name for name in sys.modules if name.startswith("mamba_ssm")]:
         del sys.modules[name]
@@ -238,6 +239,16 @@ def test_no_memory_is_no_fault_of_a_kernel(monkeypatch):
         with pytest.raises(torch.OutOfMemoryError):
             checked.works("a kernel", (), attempt)
     assert checked.works("a kernel", (), lambda: None)
+
+
+@pytest.mark.parametrize("seconds, says", [(9, "note: a kernel took 9 s to compile and try"), (1, "")])
+def test_who_waits_for_a_kernel_is_told_why(monkeypatch, capsys, seconds, says):
+    monkeypatch.setattr(checked, "_answers", {})
+    clock = iter([0.0, float(seconds)])
+    monkeypatch.setattr(checked.time, "perf_counter", lambda: next(clock))
+    assert checked.works("a kernel", (), lambda: None)
+    said = capsys.readouterr().err
+    assert says in said and bool(says) == bool(said)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("Cannot find a working triton installation.\nMore of it")])

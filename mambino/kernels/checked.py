@@ -9,9 +9,11 @@ a compiler, which must not trace how they were found.
 import contextlib
 import functools
 import sys
+import time
 
 import torch
 
+LONG = 3                # seconds of compiling that are worth a line
 _answers = {}           # {(name of a kernel, sizes): whether it works}
 notes = {}              # {name of a kernel: why it does not, in a line}
 
@@ -42,10 +44,15 @@ def works(name, sizes, attempt):
     memory for it says nothing of the kernel, and is raised."""
     key = name, sizes
     if key not in _answers:
+        start = time.perf_counter()
         try:
             with aside_of_checkpoints():
                 attempt()
             _answers[key] = True
+            seconds = time.perf_counter() - start
+            if seconds > LONG:
+                print(f'note: {name} took {seconds:.0f} s to compile and try, as it does once on a card',
+                      file=sys.stderr, flush=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:      # of any kind: Triton, its compilers and drivers have their own
