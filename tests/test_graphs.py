@@ -2,6 +2,7 @@
 import contextlib
 import io
 import random
+import threading
 
 import pytest
 import torch
@@ -270,6 +271,36 @@ def test_other_weights_are_seen():
 
 
 @on_card
+@SOME
+def test_an_empty_state_is_not_one_that_is_gone(name):
+    net = perturb(build(name))
+    with pretended():
+        net.to('cuda')
+        walk(net, 'cuda', 6, B=1)                               # a graph, whose state nobody has any more
+        idx = tokens(1, 1).to('cuda')
+        want, _ = net.step(idx)
+        got, state = decode.step(net, idx, net.empty_state(1))
+        assert torch.equal(got, want) and len(state) > 1
+
+
+@on_card
+def test_graphs_of_one_function_share_their_memory():
+    """What a pool without graphs had is nobody's until the card is full: rows that come and go would fill it."""
+    handles = []
+    with pretended():
+        handle = torch.cuda.graph_pool_handle
+        torch.cuda.graph_pool_handle = lambda: handles.append(1) or handle()
+        x, repeated, made = torch.ones(3).cuda(), graphs.Repeated(), []
+        for key in range(3):
+            for _ in range(graphs.WARM + 2):
+                assert repeated(key, lambda u, key=key: x + u + key, torch.ones(3), x.device).tolist() == [2 + key] * 3
+            made.append(repeated.graph)
+        assert None not in made and len(set(made)) == 3 and len(handles) == 1
+        assert repeated(None, lambda u: x + u, torch.ones(3), x.device).tolist() == [2] * 3
+        assert repeated.graph is None and repeated.newest is made[-1]       # which the next one shares a pool with
+
+
+@on_card
 def test_what_cannot_be_recorded_is_said_once():
     """A driver or an operation that does not let itself be recorded: the same tokens, later."""
     net = perturb(build('mamba2'))
@@ -399,6 +430,8 @@ def test_a_server(kind):
         results = [Result(scheduler, job) for job in jobs]
         assert [result.wait().ids for result in results] == want
         scheduler.close()
+        chosen = []                                             # the card of the model's thread
+        torch.cuda.set_device = lambda device: chosen.append((threading.current_thread().name, str(device)))
         scheduler = scheduler_of(kind, rows=3)
         counted, step = [], scheduler.step
 
@@ -409,5 +442,6 @@ def test_a_server(kind):
         scheduler.step = counting
         answer(scheduler, Job([1, 2, 3], 30, temperature=0.7, top_k=9, ignore_eos=True))
         scheduler.close()
+        assert chosen == [('model', 'cuda:0')]
         # the last ones: the answer's end is another wait
         assert set(counted[10:28]) == {(5, 1)}, counted

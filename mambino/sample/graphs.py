@@ -35,6 +35,7 @@ from mambino.weights.adapters import add_loras
 WARM = 3            # tokens in the same memory before it is worth a graph; libraries load what they need. Then 1:
                     # a cache that has grown should not cost more tokens without a graph
 END = object()
+recording = threading.Lock()    # of the one stream on which graphs are recorded
 GRAPHS = 8          # that are kept of a model; a model's `plans` says otherwise
 
 
@@ -54,6 +55,10 @@ class Graph:
 
     def __init__(self, function, device, pool):
         self.graph = torch.cuda.CUDAGraph()
+        with recording:
+            self.record(function, device, pool)
+
+    def record(self, function, device, pool):
         stream = stream_of(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -148,6 +153,8 @@ class Repeated:
 
     def __init__(self):
         self.key = self.graph = self.given = None
+        self.newest = None          # the graph made last, of this key or another: its pool lives as long
+        self.pool = None            # of all its graphs' memory: one each would be left behind by each
         self.calls = 0              # with this key
         self.is_able = True         # to make a graph
 
@@ -161,7 +168,8 @@ class Repeated:
             self.given.copy_(given, non_blocking=True)
         if self.graph is None and self.calls >= WARM and self.is_able:
             try:
-                self.graph = Graph(lambda: function(self.given), device, torch.cuda.graph_pool_handle())
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.graph = self.newest = Graph(lambda: function(self.given), device, self.pool)
             except Exception:       # said where it is a model's token
                 self.is_able = False
         if self.graph is None:
@@ -248,7 +256,7 @@ class Graphs(Watched):
         """Whether the latest Request is of this state."""
         if self.latest is None or self.latest.settings != settings:
             return False
-        tensors = [state.get(name) for name in self.names]
+        tensors = [state.get(name, END) for name in self.names]    # an empty state is not one that is gone
         return self.latest.is_of(tensors if out is None else [*tensors, out])
 
     def is_whole(self, state):
@@ -270,13 +278,13 @@ class Graphs(Watched):
                 while len(self.warm) > 4 * GRAPHS:
                     self.warm.pop(next(iter(self.warm)))
                 return None
-            while len(self.tokens) >= getattr(net, 'plans', GRAPHS):
-                self.tokens.pop(next(iter(self.tokens)))
             if not self.tokens:         # a pool lives as long as a graph does
                 self.pool = torch.cuda.graph_pool_handle()
             B, window, *_ = request.settings
             token = Token(net, B, state, window, out, self.device, self.pool)
             self.recorded.add(request.settings)
+            while len(self.tokens) >= getattr(net, 'plans', GRAPHS):    # not before: they keep the pool
+                self.tokens.pop(next(iter(self.tokens)))
         self.tokens[key] = request.token = token
         return token
 

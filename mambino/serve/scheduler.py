@@ -157,6 +157,9 @@ class Scheduler:
     def work(self):
         reason = 'the model has stopped'
         try:
+            device = next(self.net.parameters()).device
+            if device.type == 'cuda':                       # each thread has a present card of its own
+                torch.cuda.set_device(device)
             with self.context, torch.no_grad(), self.turns:
                 self.batch = Batch(self.net, self.tok, self.room.rows, self.tell, self.over,
                                    self.is_kept)
