@@ -142,7 +142,8 @@ def joined(projections):
     them; else None."""
     first = rows = 0
     for projection in projections:
-        if not isinstance(projection, nn.Linear) or projection.bias is not None or projection._forward_hooks:
+        if not isinstance(projection, nn.Linear) or projection.bias is not None \
+                or projection._forward_hooks or projection._forward_pre_hooks:
             return None
         weight = projection.weight
         if not rows:

@@ -35,7 +35,8 @@ def compare(definition, compute, inputs, has_state=True):
         leaves = [u.detach().to(dtype or u.dtype).requires_grad_() for u in inputs]
         with substituted():
             outputs = function(*leaves)[:2]
-        grads_of = grads_of or [torch.randn_like(u) for u in outputs]
+        # of a generator of its own: a run's dropout must not depend on what was tried
+        grads_of = grads_of or [torch.randn(u.shape, generator=torch.Generator().manual_seed(1)).to(u) for u in outputs]
         grads = [g.to(u.dtype) for g, u in zip(grads_of, outputs)]
         used = 2 if has_state else 1
         results.append([*outputs, *torch.autograd.grad(outputs[:used], leaves, grads[:used])])

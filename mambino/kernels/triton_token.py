@@ -8,16 +8,11 @@ place. What is not a token, has gaps or other sizes is the caller's to refuse (o
 Letters of the shapes: B batch, E inner width, H heads, R heads a group, G groups, P head size, N state size,
 K taps, D width.
 """
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
-
-def on_card(x):
-    """The card that x is on as the current one, where Triton starts kernels."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+from mambino.kernels.triton_scan import on_card
 
 
 def block_of(n, most=4096):

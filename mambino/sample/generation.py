@@ -240,7 +240,6 @@ class Rows:
                 self.factors = select_rows(self.factors, rows)
             self.settle()
 
-
     def reorder(self, rows):
         """keep, of as many rows on a card, in the memory where they are."""
         parts = [value for name, value in self.state.items() if name != 'pos']
