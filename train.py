@@ -14,9 +14,10 @@ happens in it: its data, its dropout, its learning rate.
 
 Behind its steps stand, in mambino/train/: begin.py and building.py (what a run begins from),
 identity.py (which text it knows), precision.py and memory.py (in which numbers it computes, and how
-much at once), loader.py, batches.py and order.py (which tokens), processes.py, sharding.py and
-experts.py (one or many), progress.py (counters and checkpoints), evaluation.py, metrics.py and
-log.py (what is measured, said and noted).
+much at once), compiling.py and recovery.py (torch.compile; memory that does not suffice), loader.py,
+batches.py and order.py (which tokens), processes.py, sharding.py and experts.py (one or many),
+progress.py (counters and checkpoints), evaluation.py, metrics.py and log.py (what is measured, said
+and noted).
 """
 import datetime
 import math
@@ -256,6 +257,7 @@ latest, best = latest_of(out_dir), best_of(out_dir)
 is_new = origin.ckpt is None
 del origin  # its tensors would stay in memory for the whole run
 if device_type == 'cuda':
+    machine.compute_exactly()
     recovery.tell_of_a_lost_card(progress, latest)
 
 # --- what it is, for its user; an evaluation alone, and a run that is complete, end here
@@ -316,7 +318,6 @@ samples = sample_interval > 0 and data.tokenizer and (rank == 0 or processes.TOG
 sampled = progress.step  # the step of the last sample
 if device_type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
-    machine.compute_exactly()
 net.train()
 clock.start()
 

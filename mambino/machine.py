@@ -198,9 +198,11 @@ def autocast(device, dtype, cache=True):
 
 
 def compute_exactly():
-    """On a card products of fp32 are of fp32, not of TF32 with its ten bits: who wants fewer says so by
-    `dtype`. In 16 bits the few that there are, such as a router's, are to be exact."""
+    """On a card products of fp32 are of fp32, not of TF32 with its ten bits, which PyTorch else takes
+    for convolutions: who wants fewer says so by `dtype`. In 16 bits the few that there are, such as a
+    router's, are to be exact."""
     torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def rounded_once(device, dtype):

@@ -106,6 +106,7 @@ def test_few_minutes_leave_out_the_last_parts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hour, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(hour.running, 'run_part', run_part)
     monkeypatch.setattr(hour, 'out_dir', str(tmp_path))
+    monkeypatch.setattr(hour, 'device', 'cpu')
     names = [each.name for each in order.PARTS]
     for minutes, expected in ((3.0, 2), (6.0, 3), (60.0, len(names))):
         clock[0], runs[:] = 0.0, []
@@ -134,6 +135,14 @@ def test_an_unknown_part_is_refused(tmp_path):
     command = [sys.executable, '-m', 'mambino.bench.gpu', '--parts=chek', f'--out_dir={tmp_path}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and 'there is no chek' in done.stderr + done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a card')
+def test_without_a_card_a_line_and_no_part(tmp_path):
+    command = [sys.executable, '-m', 'mambino.bench.gpu', f'--out_dir={tmp_path}/out']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith('error: device=cuda: ') and done.stderr.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
 
 
 def test_every_part_is_there():

@@ -30,6 +30,16 @@ def test_a_run_on_a_card_is_compiled_if_it_is_long_enough(monkeypatch, changes, 
     assert settings['compile'] is expected
 
 
+def test_all_processes_compile_or_none(monkeypatch):
+    """Each measures its own card: that of another process is as fast that the run is too short."""
+    monkeypatch.setattr(machine, 'peak_flops', lambda device, dtype: 100e12)
+    monkeypatch.setattr(processes, 'least', lambda seconds: min(seconds, 1.0))
+    settings = dict(compile=None, device='cuda', dtype='bfloat16', eval_only=False, max_iters=10_000,
+                    tokens_per_step=100_000, block_size=1024)
+    compiling.choose(settings, NET)
+    assert settings['compile'] is False
+
+
 @pytest.mark.parametrize('sharded, adapter, words', [
     (True, None, 'parallel=fsdp'), (False, dict(type='prefix'), 'adapter=prefix'), (False, dict(type='lora'), '')])
 def test_what_cannot_be_compiled_is_told(monkeypatch, capsys, sharded, adapter, words):

@@ -70,14 +70,20 @@ def test_a_kernel_that_keeps_less_is_known_to_the_plan(monkeypatch):
     monkeypatch.setattr(stand_ins.fused, 'is_fused', is_fused)
     fused = total_with(monkeypatch, 'mamba', SIZES, mamba2_scan=stand_ins.mamba2_scan)
     assert fused < 0.8 * plain and set(asked) == {('ssd', 'cuda', 3.0)}
-    version_1 = SIZES | dict(version=1, n_layer=2)
-    states = total_with(monkeypatch, 'mamba', version_1)
-    chunks = total_with(monkeypatch, 'mamba', version_1, selective_scan=stand_ins.selective_scan)
-    assert states < chunks < 1.5 * states               # of 8 steps, not of 16
     config = SIZES | dict(n_head=8, window=256)
     blocks = total_with(monkeypatch, 'gpt', config)
     flex = total_with(monkeypatch, 'gpt', config, attention=stand_ins.attention)
     assert flex < 0.97 * blocks
+    counting.peaks_of.cache_clear()
+
+
+def test_our_scan_of_a_mamba_1_keeps_less_and_the_plan_knows_it(monkeypatch):
+    pytest.importorskip('mambino.kernels.triton_scan', reason='needs Triton', exc_type=ImportError)
+    version_1 = SIZES | dict(version=1, n_layer=2)
+    plain = total_with(monkeypatch, 'mamba', version_1)
+    monkeypatch.setattr(stand_ins.triton_kernels, 'takes_scan', lambda *args: True)
+    ours = total_with(monkeypatch, 'mamba', version_1, mamba1_scan=stand_ins.mamba1_scan)
+    assert ours < 0.9 * plain
     counting.peaks_of.cache_clear()
 
 

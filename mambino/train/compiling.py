@@ -31,7 +31,8 @@ def choose(settings, net, adapter=None, step=0):
     wanted = settings['compile']
     if wanted is None:
         is_worth = settings['device'].startswith('cuda') and not settings['eval_only']
-        wanted = is_worth and expected_seconds(settings, net, step) > EARNED
+        # a card's speed may be measured, in each process for itself
+        wanted = is_worth and processes.least(expected_seconds(settings, net, step)) > EARNED
     obstacle = 'parallel=fsdp' if processes.SHARDED else 'expert_parallel' if processes.TOGETHER else ''
     if adapter and adapter['type'] == 'prefix':
         obstacle = 'adapter=prefix'

@@ -48,6 +48,7 @@ def main():
             fail(f'parts={parts}: there is no {name}; there are {", ".join(known)}')
     if not 0 < minutes:
         fail(f'minutes={minutes} must be more than 0')
+    running.require(device)
     end = time.monotonic() + 60 * minutes
     os.makedirs(out_dir, exist_ok=True)
     command = running.command_line(device)

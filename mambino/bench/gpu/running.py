@@ -19,6 +19,16 @@ def command_line(device):
     return shlex.join(['python', '-m', 'mambino.bench.gpu', *sys.argv[1:]])
 
 
+def require(device):
+    """Ends the program in a line where a device does not compute. A process of its own asks it: this
+    one takes no memory of a card that is measured."""
+    if device != 'cpu':
+        ask = 'import sys; from mambino.machine import choose_device; choose_device(sys.argv[1])'
+        status = subprocess.run([sys.executable, '-c', ask, device], cwd=ROOT).returncode
+        if status:
+            raise SystemExit(status)
+
+
 def run_part(each, seconds, device, out_dir, results):
     """Runs a part, adds what it finds to `results` as it comes, and one more line if it failed."""
     records, log = (os.path.join(os.path.abspath(out_dir),
