@@ -1,7 +1,8 @@
 """The models' operations, sooner: on this CPU by native.cpp (cpu.py, cpu_mamba.py), on NVIDIA by kernels of
-our own (triton_kernels.py), mamba-ssm (fused.py), flex_attention and torch.compile (cuda.py), and anywhere by
-PyTorch that saves memory and passes (anywhere.py). What the operations are stands in the models' files,
-marked `@fast`; nothing there depends on what is here.
+our own (triton_kernels.py), mamba-ssm (fused.py), flex_attention and torch.compile (cuda.py), on any GPU for
+single tokens by few kernels (one_token.py), and anywhere by PyTorch that saves memory and passes
+(anywhere.py). What the operations are stands in the models' files, marked `@fast`; nothing there depends on
+what is here.
 
     MAMBINO_KERNELS=0 python train.py       # the definitions alone: the same numbers, later
     MAMBINO_NATIVE=0 python train.py        # without native.cpp
@@ -25,8 +26,8 @@ __all__ = ['compiled', 'describe_kernels', 'fast', 'portable', 'substituted']
 
 
 def describe_kernels(device='cpu', is_compiled=False):
-    """What computes on this device, in some words: the same that is asked when it computes. is_compiled:
-    within torch.compile."""
+    """What computes on this device, in some words; of our Triton kernels, which are tried in the sizes in
+    which they are first wanted, as far as that is known by now. is_compiled: within torch.compile."""
     kind = device.partition(':')[0]
     if not ENABLED:
         return 'operations as they are defined, since MAMBINO_KERNELS=0'

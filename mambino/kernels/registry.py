@@ -5,7 +5,7 @@
         return F.silu(gate) * up
 
     @kernel
-    def swiglu(gate, up):           # in cpu.py, cuda.py or anywhere.py: the same name and arguments
+    def swiglu(gate, up):           # in a file of ORDER, such as cuda.py: the same name and arguments
         return NotImplemented       # or the result, where this kernel can have it
 
 A call asks the kernels of that name one after another; where none applies, the definition itself
