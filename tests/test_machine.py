@@ -188,3 +188,11 @@ def test_a_models_size_is_by_the_memory_and_the_speed_of_a_card(monkeypatch, gig
     sizes = begin.sizes_for('cuda:0')
     assert (sizes['n_embd'], sizes['max_iters']) == (width, max_iters)
     assert sizes['tokens_per_step'] % sizes['block_size'] == 0
+
+
+def test_fp32_is_exact_on_a_card(monkeypatch):
+    """PyTorch's default takes TF32 for convolutions."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    torch.set_float32_matmul_precision('high')
+    machine.compute_exactly()
+    assert torch.get_float32_matmul_precision() == 'highest' and not torch.backends.cudnn.allow_tf32

@@ -16,8 +16,7 @@ PROMPT, STEPS = 5, 4        # tokens of a prompt at once, and then one by one
 
 
 def run(recorder, device, out_dir):
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    machine.compute_exactly()
     references = {}
     for dtype, name in models.quick_first(TOLERANCE):
         label = f'{name}, {dtype}'

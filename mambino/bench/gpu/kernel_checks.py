@@ -20,8 +20,7 @@ COMPILING = 25  # seconds that one may take
 
 
 def run(recorder, device, out_dir):
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    machine.compute_exactly()
     for dtype, operation, kernel in kernels_to_check():
         label = f'{operation} of {file_of(kernel)}.py, {dtype}'
         with recorder.item(label, 3) as wanted:
