@@ -148,10 +148,11 @@ def test_generate_is_what_sample_writes(page, server, served_folder, capsys, one
 
 def begin_a_long_answer(page, server):
     open_panel(page, server, 'generate')
-    fill(page, prompt='e', length=4096)
+    # the likeliest ids go round in a circle, none ends the text; one answer alone may be written before it is stopped
+    fill(page, prompt='e', length=4096, answers=8, temperature=0)
     page.get_by_test_id('start').click()
     page.wait_for_function('document.querySelectorAll(".token").length > 5')
-    assert rows_used(server) == 1
+    assert rows_used(server) == 8
 
 
 def test_stop_frees_the_row(page, server):
@@ -162,7 +163,7 @@ def test_stop_frees_the_row(page, server):
     wait_for(lambda: rows_used(server) == 0)
     assert time.monotonic() - began < FREE
     page.get_by_test_id('start').wait_for()
-    assert 'stopped' in page.get_by_test_id('answer-state').text_content()
+    assert 'stopped' in page.get_by_test_id('answer-state').first.text_content()
     assert len(answer_text(page)) > 5
 
 
