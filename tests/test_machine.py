@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from mambino import machine
 
