@@ -248,6 +248,13 @@ def test_what_gpus_cannot_do_together_is_one_line(here, flags, nccl, cards, word
         assert f'cpu:gloo,cuda:{"nccl" if nccl else "gloo"}' in said[0] and ('without NCCL' in said[0]) != nccl
 
 
+def test_gpus_for_some_of_the_processes_are_one_line(here):
+    found = "\nmachine.choose_device = lambda device: 'cpu' if processes.RANK else 'cuda:0'\n"
+    statuses, said = forked('--model=gpt', before=CARDS.format(nccl=True, cards=2) + found, world=2, joined=True)
+    assert statuses == [2, 2]
+    assert all(err.count('\n') == 1 and '1 of 2 processes found a GPU' in err for err in said[1::2]), said
+
+
 def test_a_process_that_ends_is_one_line_of_the_others(here):
     statuses, said = forked(MOE, '--expert_parallel=2', world=2, joined=True, before="""
 from mambino.train import experts

@@ -116,11 +116,14 @@ def meet(device):
     through_nccl = is_card and dist.is_nccl_available()
     try:
         dist.init_process_group(f'cpu:gloo,cuda:{"nccl" if through_nccl else "gloo"}' if is_card else 'gloo')
-        summed(0)                                           # none ends while another still connects
+        cards, = summed(is_card)                            # none ends while another still connects
         sys.excepthook = tell
     except (RuntimeError, ValueError) as error:
         fail(f'the {WORLD} processes do not find each other at {os.environ["MASTER_ADDR"]}:'
              f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}')
+    if 0 < cards < WORLD:
+        fail(f'{cards:.0f} of {WORLD} processes found a GPU that works, the others none, and would wait for each other: '
+             'see what nvidia-smi says on each machine, or train with --device=cpu')
     if not is_card:
         return
     if not through_nccl:
