@@ -89,8 +89,15 @@ def test_what_does_not_work_is_left_out(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count('our Triton scan of Mamba-1 does not work here (RuntimeError: no compiler)') == 1
     monkeypatch.setattr(triton_kernels, 'has_triton', lambda: True)
+    monkeypatch.setattr(triton_kernels, 'compile_trouble', lambda kind: '')
     kernels, said = triton_kernels.describe('cuda', False)
     assert len(kernels) == len(said) == 1 and 'no compiler' in said[0]
+
+
+def test_what_cannot_be_compiled_is_not_promised(monkeypatch):
+    monkeypatch.setattr(triton_kernels, 'has_triton', lambda: True)
+    monkeypatch.setattr(triton_kernels, 'compile_trouble', lambda kind: 'there is no C compiler')
+    assert triton_kernels.describe('cuda', False) == ([], [])
 
 
 def fail(why):

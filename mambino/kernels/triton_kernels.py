@@ -11,7 +11,7 @@ import importlib.util
 
 import torch
 
-from mambino.kernels.checked import constant, notes, works
+from mambino.kernels.checked import compile_trouble, constant, notes, works
 from mambino.kernels.registry import DEFINITIONS, describes, kernel, substituted
 
 SCAN = "our Triton scan of Mamba-1"
@@ -180,7 +180,7 @@ def causal_conv1d(x, weight, bias, state=None):
 
 @describes
 def describe(kind, is_compiled):
-    if kind != 'cuda' or not has_triton():
+    if kind != 'cuda' or not has_triton() or compile_trouble(kind):
         return [], []
     said = [notes[name] for name in (SCAN, SSD, CONV) if name in notes]
     return ["Triton kernels of our own for Mamba's scans and convolution"], said

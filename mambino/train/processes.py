@@ -122,8 +122,8 @@ def meet(device):
         fail(f'the {WORLD} processes do not find each other at {os.environ["MASTER_ADDR"]}:'
              f'{os.environ["MASTER_PORT"]}: {str(error).splitlines()[0]}')
     if 0 < cards < WORLD:
-        fail(f'{cards:.0f} of {WORLD} processes found a GPU that works, the others none, and would wait for each other: '
-             'see what nvidia-smi says on each machine, or train with --device=cpu')
+        fail(f'{cards:.0f} of {WORLD} processes found a GPU that works, the others none, and would wait for each '
+             'other: see what nvidia-smi says on each machine, or train with --device=cpu')
     if not is_card:
         return
     if not through_nccl:
