@@ -7,7 +7,7 @@ import torch
 from helpers.card import pretended
 from helpers.card_process import on_card
 from helpers.models import build, tokens
-from helpers.runs import forked, load, metrics, plain, refused, script, train
+from helpers.runs import forked, load, metrics, plain, refused, script, shape_of, train
 
 from mambino.kernels import portable
 from mambino.sample import graphs, parts
@@ -65,15 +65,6 @@ def test_equals_one_process(spread, n, world, flags):
     if LIMIT in flags:
         assert any(metrics('one', 'dropped').values())
     assert max(metrics(key='grad_norm').values()) > 0.5                 # it was cut down
-
-
-def shape_of(x):
-    """What a checkpoint is made of, without the values."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype, x.shape, x.device.type
-    if isinstance(x, dict):
-        return {k: shape_of(v) for k, v in x.items()}
-    return [shape_of(v) for v in x] if isinstance(x, (list, tuple)) else type(x)
 
 
 def test_goes_on_with_another_number_of_processes(spread, capsys):
@@ -272,12 +263,12 @@ experts.join_gradients = patched""")
 def test_no_graph_holds_what_other_processes_compute():
     """In which an exchange would be recorded, and its wait for the host."""
     with pretended():
-        graphs.graphs_of(build('gpt-experts').to('cuda'))
+        graphs.models.of(build('gpt-experts').to('cuda'))
         net = build('gpt-experts')
         experts.N = 2
         experts.divide(net)
         with pytest.raises(parts.Unknown):
-            graphs.graphs_of(net.to('cuda'))
+            graphs.models.of(net.to('cuda'))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU: experts on a card are NOT tested')

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.runs import forked, load, metrics, plain, refused, script, train
+from helpers.runs import forked, load, metrics, plain, refused, script, shape_of, train
 
 from mambino.weights import checkpoint, shards
 
@@ -27,15 +27,6 @@ def pair(here):
         assert tuple(ended) == (statuses * world)[:world] if statuses else all(ended), said
         return said
     return run
-
-
-def shape_of(x):
-    """What a checkpoint is made of, without the values."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype, x.shape, x.device.type
-    if isinstance(x, dict):
-        return {k: shape_of(v) for k, v in x.items()}
-    return [shape_of(v) for v in x] if isinstance(x, (list, tuple)) else type(x)
 
 
 def numbers_in(ckpt):

@@ -20,7 +20,6 @@ import ctypes
 import struct
 import sys
 import threading
-import weakref
 
 import torch
 import torch.nn as nn
@@ -29,7 +28,7 @@ from mambino.cache import is_rounded
 from mambino.kernels import cpu, native, pages
 from mambino.sample import graphs
 from mambino.sample.parts import EMBEDDINGS, Slots, State, Unknown, address, calls, matrix, require
-from mambino.sample.watched import Watched
+from mambino.sample.watched import Plans, Watched
 
 FUNCTIONS = (           # by the numbers that `replay` of native.cpp knows them by
     'norm_forward', 'add_step', 'mlp_step', 'attention_step', 'mamba1_step', 'mamba2_step', 'mix_step',
@@ -163,18 +162,8 @@ class Plan:
 
 # --- a step -----------------------------------------------------------------------------------------
 
-recipes = weakref.WeakKeyDictionary()                                       # {model: Recipe}
-lock = threading.Lock()                                                     # of writing to it, and to plans
-
-
-def recipe_of(net):
-    """A model's recipe, made now if there is none; Unknown if there can be none."""
-    recipe = recipes.get(net)
-    if recipe is None or not recipe.holds():
-        recipe = Recipe(net)
-        with lock:
-            recipes[net] = recipe
-    return recipe
+recipes = Plans(Recipe)
+lock = threading.Lock()                                                     # of writing to a recipe's plans
 
 
 def plan_of(recipe, state, B, most=PLANS):
@@ -208,7 +197,7 @@ def ready(net, idx, state, window):
         require(pos.shape == (len(idx),) and pos.dtype == torch.int64 and pos.device.type == 'cpu', 'positions')
         positions = pos.tolist()
         require(min(positions) >= 0, 'positions')
-        plan = plan_of(recipe_of(net), state, len(idx), getattr(net, 'plans', PLANS))
+        plan = plan_of(recipes.of(net), state, len(idx), getattr(net, 'plans', PLANS))
     except Unknown:
         return None
     window = getattr(net.config, 'window', 0) or window

@@ -29,7 +29,7 @@ import torch
 
 from mambino.language_model import whole_shape
 from mambino.sample.parts import PARTS, Unknown, require
-from mambino.sample.watched import Watched
+from mambino.sample.watched import Plans, Watched
 from mambino.weights.adapters import add_loras
 
 WARM = 3            # tokens in the same memory before it is worth a graph; libraries load what they need. Then 1:
@@ -317,18 +317,7 @@ class Graphs(Watched):
         return logits, {**state, 'pos': pos + 1}
 
 
-models = weakref.WeakKeyDictionary()    # {model: Graphs}
-lock = threading.Lock()                 # of writing to it
-
-
-def graphs_of(net):
-    """A model's graphs; Unknown if it can have none."""
-    graphs = models.get(net)
-    if graphs is None or not graphs.holds():
-        graphs = Graphs(net)
-        with lock:
-            models[net] = graphs
-    return graphs
+models = Plans(Graphs)
 
 
 def step(net, idx, state, window=0, out=None):
@@ -338,7 +327,7 @@ def step(net, idx, state, window=0, out=None):
     if net.training or net.between_layers is not None or torch.is_grad_enabled():
         return None
     try:
-        graphs = graphs_of(net)
+        graphs = models.of(net)
     except Unknown:
         return None
     window = getattr(net.config, 'window', 0) or window

@@ -4,8 +4,12 @@
         def __init__(self, net):
             self.watch(net)
     plan.holds()                    # before each token: modules and weights are what and where they were
+    plans = Plans(Plan)
+    plans.of(net)                   # one that holds
 """
 import operator
+import threading
+import weakref
 
 import torch
 import torch.nn as nn
@@ -38,3 +42,21 @@ class Watched:
         return (not self.disturbed()
                 and all(map(operator.is_, map(dict.get, self.owners, self.names), self.parts))
                 and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses)
+
+
+class Plans(weakref.WeakKeyDictionary):
+    """{model: make(model)}, a Watched."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+        self.lock = threading.Lock()        # of writing to it
+
+    def of(self, net):
+        """A model's, made now if there is none that holds; Unknown if there can be none."""
+        plan = self.get(net)
+        if plan is None or not plan.holds():
+            plan = self.make(net)
+            with self.lock:
+                self[net] = plan
+        return plan

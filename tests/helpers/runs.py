@@ -124,6 +124,15 @@ def plain(x):
     return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 
+def shape_of(x):
+    """What a checkpoint is made of, without the values."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.shape, x.device.type
+    if isinstance(x, dict):
+        return {k: shape_of(v) for k, v in x.items()}
+    return [shape_of(v) for v in x] if isinstance(x, (list, tuple)) else type(x)
+
+
 def same_run(a, b):
     assert metrics(a) == metrics(b)
     for name in ('ckpt.pt', 'best.pt'):
