@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from mambino.cache import kv_step_of
 from mambino.kernels import fast
-from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one, project
+from mambino.language_model import LanguageModel, RMSNorm, SwiGLU, check_at_least_one, project, swiglu
 
 
 @dataclass
@@ -170,27 +170,7 @@ def prepare_attention(config, idx, state=None, window=0):
     return rope_tables(positions, config.head_dim, config.rope_theta), kv_step
 
 
-# --- MLP, experts ---------------------------------------------------------------------------------
-
-@fast
-def swiglu(gate, up):
-    """silu(gate) * up (Shazeer 2020, eq. 5)."""
-    return F.silu(gate) * up
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)). (B, T, D) → (B, T, D)."""
-
-    def __init__(self, D, inner):
-        super().__init__()
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
-
-    def forward(self, x):
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up))
-
+# --- experts --------------------------------------------------------------------------------------
 
 class Pairs(NamedTuple):
     """The n k pairs of a token and one of its experts, sorted by expert, an expert's by token."""

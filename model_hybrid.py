@@ -30,8 +30,8 @@ import torch
 import torch.nn as nn
 
 from mambino.kernels import fast
-from mambino.language_model import LanguageModel, RMSNorm
-from model_gpt import Attention, GPTConfig, SwiGLU, prepare_attention
+from mambino.language_model import LanguageModel, RMSNorm, SwiGLU
+from model_gpt import Attention, GPTConfig, prepare_attention
 from model_mamba import Mamba2Mixer, MambaConfig
 
 

@@ -1,4 +1,4 @@
-"""What every model is: RMSNorm, the loss, and the face that training and generation know.
+"""What every model is: RMSNorm, SwiGLU, the loss, and the face that training and generation know.
 
     logits, loss = net(idx, targets)              # training; the logits are never all in memory
     logits, state = net.step(idx, state)          # generation: a prompt at once, or by tokens
@@ -31,7 +31,7 @@ def whole_shape(p):
     return getattr(p, 'whole_shape', p.shape)
 
 
-# --- norm and loss --------------------------------------------------------------------------------
+# --- norm, MLP and loss ---------------------------------------------------------------------------
 
 @fast
 def rms_norm(x, weight, eps, dtype=None):
@@ -68,6 +68,26 @@ class RMSNorm(nn.Module):
 def project(x, *projections):
     """Each projection of x, one after another: (…, D) → a tuple of (…, its width)."""
     return tuple(projection(x) for projection in projections)
+
+
+@fast
+def swiglu(gate, up):
+    """silu(gate) * up (Shazeer 2020, eq. 5)."""
+    return F.silu(gate) * up
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)). (B, T, D) → (B, T, D)."""
+
+    def __init__(self, D, inner):
+        super().__init__()
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+
+    def forward(self, x):
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up))
 
 
 @fast

@@ -10,8 +10,9 @@ from helpers.models import CONFIG, MODELS
 import model_mamba
 from mambino.export import to_gguf, to_hf, to_onnx, to_peft, to_safetensors, to_torchscript
 from mambino.export.classes import check_modules, kind_of, look_up, look_up_alike
+from mambino.language_model import SwiGLU
 from mambino.weights import checkpoint
-from model_gpt import GPT, Attention, GPTConfig, SwiGLU
+from model_gpt import GPT, Attention, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, MambaConfig
 

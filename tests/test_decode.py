@@ -11,6 +11,7 @@ from helpers.models import perturb
 
 import model_gpt
 from mambino.kernels import cpu, native
+from mambino.language_model import SwiGLU
 from mambino.sample import decode, generation, parts
 from mambino.weights import adapters, checkpoint, quantize
 
@@ -299,7 +300,7 @@ def test_an_interrupted_plan_is_none(monkeypatch):
     state = walk(net, 2)[1]
     decode.recipes.pop(net)
     with monkeypatch.context() as patch:
-        patch.setitem(parts.PARTS, model_gpt.SwiGLU, interrupted)
+        patch.setitem(parts.PARTS, SwiGLU, interrupted)
         with pytest.raises(KeyboardInterrupt):
             decode.step(net, ids, state)
     assert net not in decode.recipes and int(state['pos'][0]) == 4
@@ -352,7 +353,7 @@ def test_what_pytorch_computes_is_never_left_out(replays, monkeypatch):
     assert len(replays) == 12
 
 
-class Doubled(model_gpt.SwiGLU):
+class Doubled(SwiGLU):
     def forward(self, x):
         return 2 * super().forward(x)
 

@@ -161,7 +161,7 @@ def test_random_numbers_stay_as_they_were():
 
 
 def test_a_model_that_looks_at_its_data_runs_for_real(monkeypatch):
-    from model_gpt import SwiGLU
+    from mambino.language_model import SwiGLU
     plain = memory.estimate('gpt', dict(SMALL, n_head=4, n_layer=3), 2, 64)
     forward = SwiGLU.forward
     monkeypatch.setattr(

@@ -12,13 +12,13 @@ import torch.nn as nn
 import model_gpt
 import model_hybrid
 import model_mamba
-from mambino.language_model import RMSNorm
+from mambino.language_model import RMSNorm, SwiGLU
 from mambino.weights.checkpoint import MODELS
 
 CONTAINERS = {nn.ModuleDict, nn.ModuleList, nn.Dropout}  # dropout: none in a finished model
 PARTS = {
     nn.Linear, nn.Embedding, RMSNorm,
-    model_gpt.GPT, model_gpt.Layer, model_gpt.Attention, model_gpt.SwiGLU,
+    model_gpt.GPT, model_gpt.Layer, model_gpt.Attention, SwiGLU,
     model_gpt.MoE, model_gpt.Experts,
     model_mamba.Mamba, model_mamba.Block, model_mamba.Mamba1Mixer, model_mamba.Mamba2Mixer,
     model_mamba.Conv1d, model_mamba.TimeStep, model_mamba.GatedRMSNorm,

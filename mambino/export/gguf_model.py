@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 
 from mambino.export.classes import check_classes, check_modules, look_up, look_up_alike
-from model_gpt import GPT, MoE, SwiGLU
+from mambino.language_model import SwiGLU
+from model_gpt import GPT, MoE
 from model_hybrid import Hybrid, LowRank
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer
 

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from mambino.export.classes import check_modules, kind_of, look_up
 from mambino.kernels import substituted
+from mambino.language_model import swiglu
 from mambino.weights import checkpoint
-from model_gpt import GPT, MoE, swiglu
+from model_gpt import GPT, MoE
 from model_hybrid import Hybrid
 from model_mamba import Mamba
 

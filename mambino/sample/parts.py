@@ -17,7 +17,7 @@ import model_gpt
 import model_hybrid
 import model_mamba
 from mambino.kernels import cpu, native
-from mambino.language_model import RMSNorm
+from mambino.language_model import RMSNorm, SwiGLU
 from mambino.weights import quantize
 from mambino.weights.dense import Dense
 
@@ -253,7 +253,7 @@ def hybrid(net, *_):
 
 PARTS = {
     RMSNorm: rms_norm,
-    model_gpt.SwiGLU: swiglu,
+    SwiGLU: swiglu,
     model_gpt.MoE: experts,
     model_gpt.Attention: attention,
     model_mamba.Mamba1Mixer: mamba1,

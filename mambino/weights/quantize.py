@@ -26,8 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.kernels import cpu, native
-from mambino.language_model import product_dtype
-from model_gpt import Experts, experts_swiglu, swiglu
+from mambino.language_model import product_dtype, swiglu
+from model_gpt import Experts, experts_swiglu
 from model_mamba import TimeStep
 
 PRECISIONS = ('bfloat16', 'int8', 'int4')
