@@ -115,7 +115,7 @@ def test_experts_are_stacked(source, shard, original_names, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size=shard, save_original_format=original_names)
     weights = hf.read_weights(tmp_path)
     assert original_names == any('experts.3.' in name for name in weights)
-    hf.to_our_names(weights)
+    hf.to_our_weights(weights, *hf.family_of(json.loads((tmp_path / 'config.json').read_text())))
     for name, tensor in model.state_dict().items():
         assert torch.equal(weights.pop(name, model.lm_head.weight), tensor), name
     assert not weights

@@ -36,7 +36,7 @@ from mambino.export.compare import difference, greedy, silent, some_ids, some_te
 from mambino.export.special_tokens import FLAGS, PAD, note_of, special_tokens
 from mambino.export.to_safetensors import save_safetensors
 from mambino.tokenizer_json import beginning_only, marks_of, names_in_reach
-from mambino.weights.from_hf import EXPERTS
+from mambino.weights.families.gpt import EXPERTS
 from model_gpt import GPT
 from model_hybrid import Hybrid
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer
