@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
 class MambinoConfig(PretrainedConfig):
@@ -39,6 +40,7 @@ class State:
 
     def __init__(self, n_layer):
         self.seen, self.layers = 0, [{} for _ in range(n_layer)]
+        self.is_padded = False                                  # after the text: then nothing can follow
 
     def get_seq_length(self, layer=0):
         return self.seen
@@ -156,7 +158,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Layer(nn.Module):
+class Layer(GradientCheckpointingLayer):
     def __init__(self, c):
         super().__init__()
         self.parallel = c.layout == 'parallel'
@@ -173,6 +175,8 @@ class Layer(nn.Module):
             self.mlp_residual_scale = nn.Parameter(torch.ones(c.n_embd))
 
     def forward(self, x, rope, mask, real, state):
+        if self.gradient_checkpointing and self.training:
+            state = dict(state)                                 # it is computed twice, each time from the same state
         h = self.input_layernorm(x)
         outputs = [self.mamba(h, real, state), self.self_attn(h, rope, mask, state)]
         if self.parallel:
@@ -187,29 +191,21 @@ class Layer(nn.Module):
         return x if self.parallel else x + self.mlp_residual_scale * self.mlp_norm(self.mlp(self.pre_mlp_layernorm(x)))
 
 
-class MambinoForCausalLM(PreTrainedModel, GenerationMixin):
+class MambinoPreTrainedModel(PreTrainedModel):
     config_class, base_model_prefix, _no_split_modules = MambinoConfig, 'model', ['Layer']
-    _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
-    _supports_sdpa = _is_stateful = True                        # a state cannot be cut to fewer tokens
+    _supports_sdpa = _is_stateful = supports_gradient_checkpointing = True      # a state cannot be cut to fewer tokens
+
+
+class MambinoModel(MambinoPreTrainedModel):
+    """The model without its head: hidden states, for AutoModel."""
 
     def __init__(self, c):
         super().__init__(c)
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(c.vocab_size, c.n_embd),
-            embed_norm=RMSNorm(c.n_embd, c.norm_eps),
-            layers=nn.ModuleList(Layer(c) for _ in range(c.n_layer)),
-            norm=RMSNorm(c.n_embd, c.norm_eps)))
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
+        self.embed_norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.post_init()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False                                            # forward makes a State of its own
-
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **_):
-        seen = past_key_values.seen if past_key_values is not None else 0
-        return dict(input_ids=input_ids[:, seen:], past_key_values=past_key_values,
-                    attention_mask=attention_mask, use_cache=use_cache, logits_to_keep=1)
 
     def masks(self, attention_mask, T, state, device):
         """What attention may see (B or 1, 1, T, S); which new tokens are real (B, T, 1), or 1 for all."""
@@ -222,28 +218,61 @@ class MambinoForCausalLM(PreTrainedModel, GenerationMixin):
             return mask[None, None], 1
         if (n := attention_mask.shape[1]) != state.seen + T:
             raise ValueError(f'attention_mask covers {n} tokens; it must cover all {state.seen + T}, old and new')
-        if T > 1 and bool((attention_mask.diff() < 0).any()):
-            raise ValueError('padding after the text would end up in the state: pad on the left, padding_side="left"')
         real = attention_mask.bool()
+        if T > 1:
+            is_last = real[:, :-1] & ~real[:, 1:]               # of a text, before padding
+            if bool((is_last.cumsum(1)[:, :-1] * real[:, 2:]).any()):
+                raise ValueError('attention_mask has padding within a text; this model reads texts without gaps')
+            state.is_padded = bool(is_last.any())
         mask = mask & real[:, None, -mask.shape[1]:] | (key == query)   # padding sees itself, not nothing
         return mask[:, None], real[:, state.seen:, None]
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None,
-                use_cache=None, logits_to_keep=0, position_ids=None, **others):
-        """input_ids (B, T), after those of past_key_values → logits (B, T, V), or the last ones'."""
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, position_ids=None, **_):
+        """input_ids (B, T), after those of past_key_values → hidden states (B, T, D)."""
         if position_ids is not None:
             raise ValueError('position_ids: this model counts itself; several texts in one row would run together')
         c, T = self.config, input_ids.shape[1]
         state = State(c.n_layer) if past_key_values is None else past_key_values
+        if state.is_padded:
+            raise ValueError('padding after the text is in the state: to go on from it, pad on the left, '
+                             'padding_side="left"')
         mask, real = self.masks(attention_mask, T, state, input_ids.device)
         inv_freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=input_ids.device).float() / c.head_dim)
         angles = torch.arange(state.seen, state.seen + T, device=input_ids.device).float()[:, None, None] * inv_freq
         rope = angles.cos(), angles.sin()                       # (T, 1, P/2); padding may shift all
-        x = self.model.embed_norm(self.model.embed_tokens(input_ids))   # (B, T, D)
-        for layer, layer_state in zip(self.model.layers, state.layers):
+        x = self.embed_norm(self.embed_tokens(input_ids))       # (B, T, D)
+        for layer, layer_state in zip(self.layers, state.layers):
             x = layer(x, rope, mask, real, layer_state)
         state.seen += T
-        logits = self.lm_head(self.model.norm(x)[:, -logits_to_keep:])
-        loss = None if labels is None else self.loss_function(logits, labels, c.vocab_size, **others)
         keep = not self.training if use_cache is None else use_cache
-        return CausalLMOutputWithPast(loss, logits, past_key_values=state if keep else None)
+        keep = keep and not (self.training and self.layers[0].gradient_checkpointing)
+        return BaseModelOutputWithPast(self.norm(x), past_key_values=state if keep else None)
+
+
+class MambinoForCausalLM(MambinoPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.model = MambinoModel(c)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False                                            # forward makes a State of its own
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **_):
+        seen = past_key_values.seen if past_key_values is not None else 0
+        if not seen and attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError('padding after the text: to generate, pad on the left, padding_side="left"')
+        return dict(input_ids=input_ids[:, seen:], past_key_values=past_key_values,
+                    attention_mask=attention_mask, use_cache=use_cache, logits_to_keep=1)
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None,
+                use_cache=None, logits_to_keep=0, position_ids=None, **others):
+        """input_ids (B, T), after those of past_key_values → logits (B, T, V), or the last ones'."""
+        out = self.model(input_ids, attention_mask, past_key_values, use_cache, position_ids)
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **others)
+        return CausalLMOutputWithPast(loss, logits, past_key_values=out.past_key_values)

@@ -154,6 +154,7 @@ def convert_hybrid(net, weights):
     module = MODELING.removesuffix('.py')
     keys |= dict(architectures=['MambinoForCausalLM'], model_type='mambino_hybrid')
     keys['auto_map'] = {'AutoConfig': f'{module}.MambinoConfig',
+                        'AutoModel': f'{module}.MambinoModel',
                         'AutoModelForCausalLM': f'{module}.MambinoForCausalLM'}
     return keys, weights
 
@@ -218,7 +219,8 @@ def write_tokenizer(tok, folder, block_size, special):
         write_json(folder, 'tokenizer.json', spec | changed)
     template = tok.config.get('chat_template')
     said = dict(special.names, tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
-                split_special_tokens=not template, clean_up_tokenization_spaces=False, padding_side='left')
+                split_special_tokens=not template, clean_up_tokenization_spaces=False, padding_side='left',
+                model_input_names=['input_ids', 'attention_mask'])      # no token_type_ids, which generate() refuses
     if special.is_new:                  # the tokenizer.json stays what it was, and so do those who know it by that
         said['added_tokens_decoder'] = {str(special.pad): {'content': PAD, **FLAGS}}
     if tok.config.get('additional_special_tokens'):
