@@ -1,25 +1,25 @@
-"""Mamba-2 (state-space duality, the default) and Mamba-1 (selective scan), in plain PyTorch that is
-fast on a CPU too.
+"""Mamba-2 (state-space duality, the default), Mamba-1 (selective scan) and Mamba-3 (a state that turns), in
+plain PyTorch that is fast on a CPU too.
 
-    config = MambaConfig(vocab_size=4096, n_layer=6, n_embd=384)   # version=1 for Mamba-1
+    config = MambaConfig(vocab_size=4096, n_layer=6, n_embd=384)   # version=1 or 3 for the others
     logits, loss = Mamba(config)(idx, targets)                     # training
     logits, state = Mamba(config).step(idx, state)                 # generation: the state never grows
 
     idx ──► embedding ──► n_layer times: x + mixer(norm(x)) ──► norm ──► lm_head
 
-Both mixers are a linear recurrence whose dt, B and C depend on the token:
+All mixers are a linear recurrence whose dt, B and C depend on the token:
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t
-    y_t = C_t h_t + D x_t
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t
 
     selective_scan      A differs by channel and state (Gu & Dao 2023)
     ssd                 one A a head, so that within chunks it is attention (Dao & Gu 2024)
+    mamba3_scan         A from the token, two-sided steps, a state that turns (Lahoti et al. 2026)
 
-Letters of the shapes: B batch, T time, D model width, E inner width, H heads, P head size, G
-groups, N state size, Q chunk, c chunks, K taps of the convolution, R rank of dt. Parameters have
-the names and shapes of transformers' MambaForCausalLM / Mamba2ForCausalLM; initialisation is that
-of the reference implementation (state-spaces/mamba), on which quality depends more than on most
-things here.
+Letters of the shapes: B batch, T time, D model width, E inner width, H heads, P head size, G groups, N
+state size, Q chunk, c chunks, K taps of the convolution, R rank of dt, of Mamba-3's B and C, A angles.
+Parameters have the names and shapes of transformers' MambaForCausalLM / Mamba2ForCausalLM and of the
+reference's Mamba3; initialisation is that of the reference (state-spaces/mamba), on which quality
+depends more than on most things here.
 
 What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner,
 where it can.
@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.kernels import fast
-from mambino.language_model import LanguageModel, RMSNorm, check_at_least_one, product_dtype
+from mambino.language_model import GatedRMSNorm, LanguageModel, RMSNorm, SwiGLU, check_at_least_one, gated_heads
 
 
 @dataclass
@@ -42,35 +42,48 @@ class MambaConfig:
     vocab_size: int = 50304
     n_layer: int = 24
     n_embd: int = 768
-    state_size: int = 0         # N; 0: 128 (Mamba-2), 16 (Mamba-1)
+    intermediate_size: int = 0  # inner width of a SwiGLU after each mixer; 0: none
+    state_size: int = 0         # N; 0: 128, of Mamba-1 16
     expand: int = 2             # E = expand * n_embd
     conv_kernel: int = 4        # K
-    head_dim: int = 64          # P, Mamba-2
-    n_groups: int = 1           # G, Mamba-2: heads that share B and C
+    head_dim: int = 64          # P, Mamba-2 and -3
+    n_groups: int = 1           # G, Mamba-2 and -3: heads that share B and C
     time_step_rank: int = 0     # R, Mamba-1: rank of dt; 0: n_embd / 16, rounded up
-    chunk_size: int = 64  # Q, Mamba-2: cost grows with Q in chunks, with 1/Q between them
+    chunk_size: int = 64        # Q, Mamba-2 and -3: cost grows with Q in chunks, with 1/Q between them
+    mimo_rank: int = 1          # R, Mamba-3: columns of B and C; more write more into the same state
+    rope_fraction: float = 0.5  # Mamba-3: part of a state's channels that are turned
+    head_norm: bool = False     # Mamba-3: norm each head before its gate, which hybrids need
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     dropout: float = 0.0
 
     def __post_init__(self):
         if self.version not in MIXERS:
-            versions = ' or '.join(map(str, MIXERS))
-            raise ValueError(f'version={self.version}: Mamba comes as version {versions}')
-        mixer = MIXERS[self.version]
-        self.state_size = self.state_size or mixer.default_state_size
+            raise ValueError(f'version={self.version}: Mamba comes as version {" or ".join(map(str, MIXERS))}')
+        self.state_size = self.state_size or (16 if self.version == 1 else 128)
         self.time_step_rank = self.time_step_rank or -(-self.n_embd // 16)
         check_at_least_one(self, 'vocab_size block_size n_layer n_embd state_size expand')
-        check_at_least_one(self, 'conv_kernel head_dim n_groups time_step_rank chunk_size')
-        mixer.check(self)
+        check_at_least_one(self, 'conv_kernel head_dim n_groups time_step_rank chunk_size mimo_rank')
+        if self.intermediate_size < 0:
+            raise ValueError(f'intermediate_size={self.intermediate_size} must be 0 (no MLP) or more')
+        E, turned = self.expand * self.n_embd, self.state_size * self.rope_fraction
+        if self.version != 1 and (E % self.head_dim or E // self.head_dim % self.n_groups):
+            raise ValueError(f'expand * n_embd = {E} must be a multiple of head_dim * n_groups = '
+                             f'{self.head_dim} * {self.n_groups}')
+        if self.version == 3 and (self.state_size % 2 or not 2 <= turned <= self.state_size):
+            raise ValueError(f'state_size={self.state_size} must be even, and rope_fraction={self.rope_fraction} '
+                             'of it from 2 to all: channels are turned in pairs')
+        for name, default in dict(mimo_rank=1, rope_fraction=0.5, head_norm=False).items():
+            if self.version != 3 and getattr(self, name) != default:
+                raise ValueError(f'{name}={getattr(self, name)} is for Mamba-3 alone: version=3')
 
 
 # --- the short convolution ------------------------------------------------------------------------
 
 @fast
 def causal_conv1d(x, weight, bias, state=None):
-    """silu of the causal depthwise convolution. x (B, T, E), weight (E, 1, K), bias (E), state (B,
-    K-1, E): the inputs before x, None for zeros → (B, T, E), new state."""
+    """silu of the causal depthwise convolution. x (B, T, E), weight (E, 1, K), bias (E), state (B, K-1, E): the
+    inputs before x, None for zeros → (B, T, E), new state."""
     B, T, E = x.shape
     K = weight.shape[-1]
     if state is None:
@@ -102,8 +115,7 @@ def dt_bias_init(n):
 
 
 def out_proj_init(linear, n_residual):
-    """Kaiming-uniform over the root of the number of residual branches: what is added to the stream
-    shrinks with depth."""
+    """Kaiming-uniform over the root of the residual branches: what is added to the stream shrinks with depth."""
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
     with torch.no_grad():
         linear.weight /= math.sqrt(n_residual)
@@ -113,11 +125,9 @@ def out_proj_init(linear, n_residual):
 
 @fast
 def selective_scan(x, dt, A, B, C, state=None):
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t (Gu & Dao 2023, eq. 2 and algorithm
-    2), in fp32.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t (Gu & Dao 2023, eq. 2 and algorithm 2), in fp32.
 
-    x, dt (B, T, E), A (E, N), B, C (B, T, N), state (B, N, E) or None for zeros → y (B, T, E), last
-    state (B, N, E)."""
+    x, dt (B, T, E), A (E, N), B, C (B, T, N), state (B, N, E) or None for zeros → y (B, T, E), last state."""
     x, dt, A, B, C = (u.float() for u in (x, dt, A, B, C))
     h = x.new_zeros(len(x), A.shape[1], A.shape[0]) if state is None else state # (B, N, E)
     ys = []
@@ -130,29 +140,24 @@ def selective_scan(x, dt, A, B, C, state=None):
 
 @fast
 def mamba1_scan(x, dt, dt_bias, A, B, C, D, z, state=None):
-    """Mamba-1's recurrence with what stands around it: y = (C h + D x) silu(z), steps softplus(dt +
-    dt_bias).
+    """Mamba-1's recurrence with what stands around it: y = (C h + D x) silu(z), steps softplus(dt + dt_bias).
 
-    x, dt, z (B, T, E), dt_bias, D (E), A (E, N), B, C (B, T, N), state (B, N, E) or None → y (B, T,
-    E), last state."""
+    x, dt, z (B, T, E), dt_bias, D (E), A (E, N), B, C (B, T, N), state (B, N, E) or None → y (B, T, E), state."""
     dt = F.softplus(dt.float() + dt_bias)
     y, state = selective_scan(x, dt, A, B, C, state)
     return torch.addcmul(y, x, D) * F.silu(z), state
 
 
 class TimeStep(nn.Linear):
-    """The projection of dt without its bias, which the scan adds in fp32. A module to call, so that
-    what is hung on it counts."""
+    """The projection of dt without its bias, which the scan adds in fp32. A module: what is hung on it counts."""
 
     def forward(self, x):
         return F.linear(x, self.weight)
 
 
 class Mamba1Mixer(nn.Module):
-    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, E), 'ssm': (B, N, E)}, None in it for
-    zeros, is read and replaced."""
+    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, E), 'ssm': (B, N, E)}, None for zeros, is replaced."""
     state_names = ('conv', 'ssm')
-    default_state_size = 16
 
     def __init__(self, config, n_residual):
         super().__init__()
@@ -172,13 +177,8 @@ class Mamba1Mixer(nn.Module):
         out_proj_init(self.out_proj, n_residual)
 
     @staticmethod
-    def check(config):
-        """ValueError where sizes of a config do not fit together: here all do."""
-
-    @staticmethod
     def flops(config, T):
-        """Forward operations a token of the recurrence and the convolution, beside the matrices',
-        in sequences of T."""
+        """Forward operations a token, in sequences of T, of all that is no matrix."""
         E, N = config.expand * config.n_embd, config.state_size
         return 2 * config.conv_kernel * E + 7 * E * N
 
@@ -197,23 +197,24 @@ class Mamba1Mixer(nn.Module):
 
 # --- Mamba-2 --------------------------------------------------------------------------------------
 
+def exact(a):
+    """fp64, where the device has it: differences of large sums would lose the small."""
+    return a.to(torch.float32 if a.device.type == 'mps' else torch.float64)
+
+
 def segsum(a):
-    """a (..., Q) → (..., Q, Q): a_{j+1} + … + a_i where j ≤ i, else -inf. The sums are taken in
-    fp64, where the device has it: differences of large ones would lose the small."""
-    exact = torch.float32 if a.device.type == 'mps' else torch.float64
-    sums = a.to(exact).cumsum(-1)
+    """a (..., Q) → (..., Q, Q): a_{j+1} + … + a_i where j ≤ i, else -inf."""
+    sums = exact(a).cumsum(-1)
     hidden = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).triu(1)
     return (sums[..., :, None] - sums[..., None, :]).masked_fill(hidden, -math.inf).to(a.dtype)
 
 
 @fast
 def ssd(x, dt, A, B, C, chunk_size=64, state=None):
-    """The recurrence of selective_scan with one A a head, by chunks (Dao & Gu 2024, section 6 and
-    listing 1).
+    """The recurrence of selective_scan with one A a head, by chunks (Dao & Gu 2024, section 6 and listing 1).
 
-    x (B, T, H, P), dt (B, T, H) fp32, A (H) fp32, B, C (B, T, G, N), state (B, H, P, N) or None → y
-    (B, T, H, P), last state. T need not be a multiple of the chunk. dt, A, their sums and the
-    carried state are fp32; the products follow autocast."""
+    x (B, T, H, P), dt (B, T, H), A (H), B, C (B, T, G, N), state (B, H, P, N) or None → y (B, T, H, P), last state.
+    T need not be a multiple of Q. dt, A, their sums and the carried state are fp32; the products follow autocast."""
     batch, T, H, P = x.shape
     Q = min(chunk_size, T)
     pad = -T % Q                                                # dt = 0 leaves the state as it is
@@ -246,8 +247,7 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
 def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=None):
     """Mamba-2's recurrence, by ssd, and its skip: y = C h + D x, steps softplus(dt + dt_bias).
 
-    xBC (B, T, E + 2GN), dt (B, T, H), dt_bias, A, D (H), state (B, H, P, N) or None → y (B, T, H,
-    P), last state."""
+    xBC (B, T, E + 2GN), dt (B, T, H), dt_bias, A, D (H), state (B, H, P, N) or None → y (B, T, H, P), state."""
     x, B, C = split_heads(xBC, dt.shape[-1], groups, head_dim)
     y, state = ssd(x, F.softplus(dt.float() + dt_bias), A, B, C, chunk_size, state)
     return torch.addcmul(y, x, D[:, None]), state
@@ -260,32 +260,9 @@ def split_heads(xBC, H, G, P):
     return x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
 
 
-@fast
-def gated_rms_norm(y, z, weight, eps, groups, dtype=None):
-    """RMSNorm(y * silu(z)) in G groups of channels, in fp32, rounded to dtype if one is given. y, z (B,
-    T, E), weight (E)."""
-    y = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))  # (B, T, G, E/G)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    y = y.flatten(-2) * weight
-    return y if dtype is None else y.to(dtype)
-
-
-class GatedRMSNorm(RMSNorm):
-    """gated_rms_norm with its weight. (B, T, E) both."""
-
-    def __init__(self, E, groups, eps):
-        super().__init__(E, eps)
-        self.groups = groups
-
-    def forward(self, y, z):
-        return gated_rms_norm(y, z, self.weight, self.eps, self.groups, product_dtype(y))
-
-
 class Mamba2Mixer(nn.Module):
-    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, E+2GN), 'ssm': (B, H, P, N)}, None in it
-    for zeros, is read and replaced."""
+    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, E+2GN), 'ssm': (B, H, P, N)}, None for zeros, is replaced."""
     state_names = ('conv', 'ssm')
-    default_state_size = 128
 
     def __init__(self, config, n_residual):
         super().__init__()
@@ -306,17 +283,8 @@ class Mamba2Mixer(nn.Module):
         out_proj_init(self.out_proj, n_residual)
 
     @staticmethod
-    def check(config):
-        """ValueError where sizes of a config do not fit together."""
-        E = config.expand * config.n_embd
-        if E % config.head_dim or E // config.head_dim % config.n_groups:
-            raise ValueError(f'expand * n_embd = {E} must be a multiple of head_dim * n_groups = '
-                             f'{config.head_dim} * {config.n_groups}')
-
-    @staticmethod
     def flops(config, T):
-        """Forward operations a token of the recurrence and the convolution, beside the matrices',
-        in sequences of T."""
+        """Forward operations a token, in sequences of T, of all that is no matrix."""
         E, GN = config.expand * config.n_embd, config.n_groups * config.state_size
         Q = min(config.chunk_size, T)
         return 2 * config.conv_kernel * (E + 2 * GN) + 4 * E * config.state_size + Q * (E + GN)
@@ -333,22 +301,123 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(2), z))        # y (B, T, H, P)
 
 
-MIXERS = {1: Mamba1Mixer, 2: Mamba2Mixer}   # by MambaConfig.version
+# --- Mamba-3 --------------------------------------------------------------------------------------
+
+def rotate(v, turn, interleaved):
+    """v (…, N), of whose channels A pairs are turned by turn (…, A): (2i, 2i + 1), or (i, i + N/2)."""
+    shape, pair = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    first, second = v.unflatten(-1, shape).unbind(pair)         # (…, N/2) each
+    A, cos, sin = turn.shape[-1], turn.cos(), turn.sin()
+    a, b = first[..., :A], second[..., :A]
+    first = torch.cat((a * cos - b * sin, first[..., A:]), -1)
+    second = torch.cat((a * sin + b * cos, second[..., A:]), -1)
+    return torch.stack((first, second), pair).flatten(-2)
+
+
+@fast
+def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=None, interleaved=True,
+                chunk_size=64, state=None):
+    """The exponential-trapezoidal rule: a step counts its own input by λ, the last token's by 1 - λ; the state's
+    channels turn by angles ωΔ, R_t (Lahoti et al. 2026, prop. 4). With B, C and x of rank R (MIMO):
+
+        h_t = exp(ΔA) R_t (h_{t-1} + (1 - λ) Δ B_{t-1} x_{t-1}) + λ Δ B_t x_t,      y_t = C_t h_t + D x_t
+
+    Only C_t R_t … R_{j+1} B_j is seen: so here B and C are turned by the sum of all turns, h never.
+
+    x (B, T, H, P), B, C (B, T, R, G, N) normed, dt Δ, log_decay ΔA, trap λ (B, T, H), rate ω (B, T, A), all four
+    fp32, B_bias, C_bias (H, R, N), D (H), mimo_x (H, R, P), None for ones, state (h (B, H, P, N), sum of turns
+    (B, H, A) in fp64, B of the last token, turned, (B, R, H, N), its x (B, H, P)), None for zeros → y (B, T, R, H,
+    P), the state after it."""
+    x = x.float()[:, :, None]                                   # (B, T, 1, H, P)
+    mimo_x = torch.ones_like(x[0, 0]) if mimo_x is None else mimo_x.transpose(0, 1)     # (R, H, P)
+    B, C = (u.float().repeat_interleave(x.shape[3] // u.shape[3], 3) for u in (B, C))   # (B, T, R, H, N)
+    h, turn, last_b, last_x = state
+    if last_b is None:
+        turn, last_b, last_x = exact(rate[:, :1] * 0), torch.zeros_like(B[:, 0]), torch.zeros_like(x[:, 0, 0])
+    h = 0 if h is None else h
+    ys = []
+    for t in range(x.shape[1]):
+        decay, before, now = (u[..., None, None] for u in (
+            log_decay[:, t].exp(), (1 - trap[:, t]) * dt[:, t], trap[:, t] * dt[:, t]))  # (B, H, 1, 1)
+        turn = (turn + exact(rate[:, t, None]) * dt[:, t, :, None]) % math.tau
+        b, c = (rotate(u[:, t] + bias.transpose(0, 1), turn[:, None].float(), interleaved)
+                for u, bias in ((B, B_bias), (C, C_bias)))      # (B, R, H, N)
+        h = decay * (h + before * torch.einsum('brhp,brhn->bhpn', last_x[:, None] * mimo_x, last_b))
+        h = h + now * torch.einsum('brhp,brhn->bhpn', x[:, t] * mimo_x, b)
+        ys.append(torch.einsum('bhpn,brhn->brhp', h, c) + D[:, None] * x[:, t] * mimo_x)
+        last_b, last_x = b, x[:, t, 0]
+    return torch.stack(ys, 1), (h, turn, last_b, last_x)
+
+
+class Mamba3Mixer(nn.Module):
+    """x (B, T, D) → (B, T, D). cache: mamba3_scan's state, None for zeros, is replaced."""
+    state_names = ('ssm', 'turn', 'last_b', 'last_x')
+
+    def __init__(self, config, n_residual):
+        super().__init__()
+        D, E, P = config.n_embd, config.expand * config.n_embd, config.head_dim
+        R, G, N, H = config.mimo_rank, config.n_groups, config.state_size, E // P
+        self.head_dim, self.chunk_size, self.columns = P, config.chunk_size, (R, G, N)
+        self.interleaved = R == 1                               # which pairs are turned, as the reference has it
+        self.split = [E, E, R * G * N, R * G * N, H, H, H, int(N * config.rope_fraction) // 2]
+        self.in_proj = nn.Linear(D, sum(self.split), bias=False)  # rows [z; x; B; C; dt; A; trap; angles]
+        self.dt_bias = nn.Parameter(dt_bias_init(H))
+        self.B_bias, self.C_bias = (nn.Parameter(torch.ones(H, R, N)) for _ in 'BC')
+        self.B_norm, self.C_norm = (RMSNorm(N, config.norm_eps) for _ in 'BC')
+        self.D = nn.Parameter(torch.ones(H))
+        self.mimo_x = self.mimo_z = self.mimo_o = self.norm = None
+        if R > 1:
+            self.mimo_x, self.mimo_o = (nn.Parameter(torch.full((H, R, P), 1 / R)) for _ in 'xo')
+            self.mimo_z = nn.Parameter(torch.ones(H, R, P))
+        if config.head_norm:
+            self.norm = RMSNorm(E, config.norm_eps)             # of each head; see gated_heads
+        self.out_proj = nn.Linear(E, D, bias=False)
+        out_proj_init(self.out_proj, n_residual)
+
+    @staticmethod
+    def flops(config, T):
+        """Forward operations a token, in sequences of T, of all that is no matrix."""
+        E, N, R = config.expand * config.n_embd, config.state_size, config.mimo_rank
+        Q = min(config.chunk_size, T * R)                       # rows of a chunk
+        return R * (4 * E * N + Q * (E + E // config.head_dim * N))
+
+    def forward(self, x, cache=None):
+        z, x, B, C, dt, A, trap, angles = self.in_proj(x).split(self.split, dim=-1)
+        z, x = (u.unflatten(-1, (-1, self.head_dim)) for u in (z, x))   # (B, T, H, P)
+        B, C = self.B_norm(B.unflatten(-1, self.columns)), self.C_norm(C.unflatten(-1, self.columns))
+        dt, A = F.softplus(dt.float() + self.dt_bias), A.float()    # (B, T, H)
+        heavy_tail = A.clamp(min=0) + 1 / (1 + F.relu(-A))      # 1 + A; below zero 1 / (1 - A)
+        state = [(cache or {}).get(name) for name in self.state_names]
+        y, state = mamba3_scan(x, B, C, dt, -dt * heavy_tail.clamp(min=1e-4), trap.float().sigmoid(),
+                               math.pi * angles.float().tanh(), self.B_bias, self.C_bias, self.D, self.mimo_x,
+                               self.interleaved, self.chunk_size, state)
+        if cache is not None:
+            cache.update(zip(self.state_names, state))
+        norm, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
+        return self.out_proj(gated_heads(y, z, self.mimo_z, self.mimo_o, norm, eps))
+
+
+MIXERS = {1: Mamba1Mixer, 2: Mamba2Mixer, 3: Mamba3Mixer}  # by MambaConfig.version
 
 
 # --- the model ------------------------------------------------------------------------------------
 
 class Block(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mixer = MIXERS[config.version](config, config.n_layer)
         self.state_names = self.mixer.state_names
+        self.mlp = None
+        if config.intermediate_size:
+            self.norm2 = RMSNorm(config.n_embd, config.norm_eps)
+            self.mlp = SwiGLU(config.n_embd, config.intermediate_size)
+            out_proj_init(self.mlp.down_proj, config.n_layer)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
-        return x + self.drop(self.mixer(self.norm(x), cache))
+        x = x + self.drop(self.mixer(self.norm(x), cache))
+        return x if self.mlp is None else x + self.drop(self.mlp(self.norm2(x)))
 
 
 class Mamba(LanguageModel):
@@ -374,8 +443,7 @@ class Mamba(LanguageModel):
         return self.config.n_layer * MIXERS[self.config.version].flops(self.config, T)
 
     def hidden_states(self, idx, state=None, window=0):
-        """idx (B, T) → normalised hidden states (B, T, D); the state, which is read and written; no
-        losses. A window means nothing."""
+        """idx (B, T) → normalised hidden states (B, T, D); the state, which is changed; no losses."""
         x = self.backbone.embeddings(idx)                       # (B, T, D)
         for i, block in enumerate(self.backbone.layers):
             x = self.run_layer(i, block, state, x)

@@ -65,6 +65,39 @@ class RMSNorm(nn.Module):
 
 
 @fast
+def gated_rms_norm(y, z, weight, eps, groups, dtype=None):
+    """RMSNorm(y * silu(z)) in G groups of channels, in fp32, rounded to dtype if one is given. y, z (B,
+    T, E), weight (E)."""
+    y = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))  # (B, T, G, E/G)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = y.flatten(-2) * weight
+    return y if dtype is None else y.to(dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """gated_rms_norm with its weight. (B, T, E) both."""
+
+    def __init__(self, E, groups, eps):
+        super().__init__(E, eps)
+        self.groups = groups
+
+    def forward(self, y, z):
+        return gated_rms_norm(y, z, self.weight, self.eps, self.groups, product_dtype(y))
+
+
+@fast
+def gated_heads(y, z, mimo_z=None, mimo_o=None, norm=None, eps=1e-5):
+    """y silu(z), of rank R the sum of mimo_o y silu(mimo_z z), heads normed before if norm (E) has weights. y
+    (B, T, R, H, P), z (B, T, H, P), mimo_z, mimo_o (H, R, P) → (B, T, E)."""
+    y, z = y.float(), z.float()[:, :, None]                     # (B, T, 1, H, P)
+    if norm is not None:
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.view(y.shape[3:])
+    if mimo_z is not None:
+        y, z = y * mimo_o.transpose(0, 1), z * mimo_z.transpose(0, 1)
+    return (y * F.silu(z)).sum(2).flatten(2)
+
+
+@fast
 def project(x, *projections):
     """Each projection of x, one after another: (…, D) → a tuple of (…, its width)."""
     return tuple(projection(x) for projection in projections)

@@ -13,17 +13,17 @@ import model_gpt
 import model_mamba
 from mambino import language_model
 from mambino.kernels import anywhere, registry
-from mambino.language_model import RMSNorm, linear_cross_entropy, rms_norm
+from mambino.language_model import RMSNorm, gated_rms_norm, linear_cross_entropy, rms_norm
 from model_gpt import apply_rope, rope_tables, swiglu
-from model_mamba import causal_conv1d, gated_rms_norm, mamba1_scan, mamba2_scan, selective_scan, ssd
+from model_mamba import causal_conv1d, mamba1_scan, mamba2_scan, selective_scan, ssd
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 OPERATIONS = {
-    model_gpt: "attention apply_rope swiglu",
-    model_mamba: "causal_conv1d selective_scan mamba1_scan ssd mamba2_scan gated_rms_norm",
-    language_model: "rms_norm linear_cross_entropy",
+    model_gpt: "attention apply_rope",
+    model_mamba: "causal_conv1d selective_scan mamba1_scan ssd mamba2_scan",
+    language_model: "rms_norm swiglu gated_rms_norm linear_cross_entropy",
 }
 MODULES = {name: module for module, names in OPERATIONS.items() for name in names.split()}  # where each is defined
 every_way = pytest.mark.usefixtures("way")

@@ -173,7 +173,7 @@ def test_initial_loss_is_that_of_guessing(name):
     (GPTConfig, dict(n_head=4, n_kv_head=-1), "n_kv_head=-1"),
     (GPTConfig, dict(head_dim=15), "head_dim=15.*even"),
     (GPTConfig, dict(window=-1), "window=-1"),
-    (MambaConfig, dict(version=3), "version=3"),
+    (MambaConfig, dict(version=4), "version=4"),
     (MambaConfig, dict(n_embd=96, head_dim=64, n_groups=2), "n_groups.* 2"),
     (MambaConfig, dict(n_groups=0), "n_groups"),
     (MambaConfig, dict(chunk_size=0), "chunk_size"),

@@ -118,7 +118,7 @@ BAD = {  # flags, words of the message, what breaks things beforehand
             init_from='scrach',
         ).items()
     },
-    'version': ('--out_dir=new --model=mamba --version=3', 'version=3'),
+    'version': ('--out_dir=new --model=mamba --version=4', 'version=4'),
     'layout': ('--out_dir=new --model=hybrid --layout=diagonal', 'layout diagonal'),
     'no vocab_size': (
         '--out_dir=new',

@@ -12,7 +12,7 @@ import torch.nn as nn
 import model_gpt
 import model_hybrid
 import model_mamba
-from mambino.language_model import RMSNorm, SwiGLU
+from mambino.language_model import GatedRMSNorm, RMSNorm, SwiGLU
 from mambino.weights.checkpoint import MODELS
 
 CONTAINERS = {nn.ModuleDict, nn.ModuleList, nn.Dropout}  # dropout: none in a finished model
@@ -21,7 +21,7 @@ PARTS = {
     model_gpt.GPT, model_gpt.Layer, model_gpt.Attention, SwiGLU,
     model_gpt.MoE, model_gpt.Experts,
     model_mamba.Mamba, model_mamba.Block, model_mamba.Mamba1Mixer, model_mamba.Mamba2Mixer,
-    model_mamba.Conv1d, model_mamba.TimeStep, model_mamba.GatedRMSNorm,
+    model_mamba.Conv1d, model_mamba.TimeStep, GatedRMSNorm,
     model_hybrid.Hybrid, model_hybrid.Layer, model_hybrid.LowRank,
 }
 

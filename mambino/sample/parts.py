@@ -17,7 +17,7 @@ import model_gpt
 import model_hybrid
 import model_mamba
 from mambino.kernels import cpu, native
-from mambino.language_model import RMSNorm, SwiGLU
+from mambino.language_model import GatedRMSNorm, RMSNorm, SwiGLU
 from mambino.weights import quantize
 from mambino.weights.dense import Dense
 
@@ -156,7 +156,7 @@ def mamba1(mixer, i, x, y):
 
 def mamba2(mixer, i, x, y):
     norm = mixer.norm
-    require(type(norm) is model_mamba.GatedRMSNorm, type(norm))
+    require(type(norm) is GatedRMSNorm, type(norm))
     weight, bias, conv = convolution(mixer.conv1d, i)                       # of E + 2 G N channels
     H, E, G = len(mixer.A_log), len(norm.weight), norm.groups
     P, N = E // H, (len(weight) - E) // (2 * G)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from helpers.models import assert_close, assert_same, build, every_model, perturb, random_dt, recurrence, tokens
 
-from mambino.language_model import linear_cross_entropy, rms_norm
+from mambino.language_model import gated_rms_norm, linear_cross_entropy, rms_norm
 from model_gpt import apply_rope, attention, rope_tables, swiglu
-from model_mamba import causal_conv1d, gated_rms_norm, selective_scan, ssd
+from model_mamba import causal_conv1d, selective_scan, ssd
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
