@@ -10,8 +10,8 @@ from helpers.models import assert_close
 from helpers.runs import files, forked, metrics, refused, same_run, script, train
 
 from mambino.export import to_peft
-from mambino.train import begin
 from mambino.train.memory import estimate
+from mambino.train.sizes import SIZES
 from mambino.weights import checkpoint, loading
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded', 'one_thread')
@@ -115,7 +115,7 @@ def test_settings_that_cannot_be_are_one_line(based, capsys, flags, words):
     ('--out_dir=base-gpt --optimizer= --learning_rate=0', ('adamw', 4e-3, 'wsd')),      # as it was begun
 ])
 def test_optimizer_rate_and_schedule_are_by_what_is_trained(based, monkeypatch, flags, expected):
-    monkeypatch.setattr(begin, 'SIZES', {('gpt', '50m'): {}})       # its name alone
+    monkeypatch.setitem(SIZES, ('gpt', '50m'), {})                  # its name alone
     train(flags, '--max_iters=6')
     out_dir = 'base-gpt' if '--out_dir' in flags else 'out'
     settings = checkpoint.load_checkpoint(out_dir)['settings']

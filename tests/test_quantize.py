@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers.models import perturb, tokens
 
 from mambino.kernels import cpu, native
-from mambino.train.begin import SIZES
+from mambino.train.sizes import SIZES
 from mambino.weights import checkpoint, loading, quantize
 
 SIZE = dict(vocab_size=97, n_layer=2, n_embd=48)    # 48 columns are no whole group

@@ -17,7 +17,7 @@ import tempfile
 from statistics import median
 
 from mambino.bench.turns import HERE, all_times, contest, ratio, table, with_before
-from mambino.train.begin import SIZES
+from mambino.train.sizes import SIZES
 
 KINDS = ('gpt', 'mamba', 'hybrid', 'mamba1')
 

@@ -29,20 +29,10 @@ from mambino.sample.text import encode_prompt
 from mambino.train import batches, identity, processes
 from mambino.train.building import OF_TRAINING, is_unset, model_config, named_flags, require_room
 from mambino.train.progress import Progress, best_of, latest_of, remembered
+from mambino.train.sizes import SIZES, named_size, sizes_for
 from mambino.weights import adapters, checkpoint, fitting, loading, soundness
 from mambino.weights.checkpoint import MODELS
 
-SIZES = {           # of about so many parameters, with a vocabulary of 16,384
-    ('gpt', '50m'): dict(n_layer=13, n_embd=512),
-    ('gpt', '150m'): dict(n_layer=20, n_embd=768),
-    ('gpt', '400m'): dict(n_layer=30, n_embd=1024),
-    ('mamba', '50m'): dict(n_layer=24, n_embd=512),
-    ('mamba', '150m'): dict(n_layer=36, n_embd=768),
-    ('mamba', '400m'): dict(n_layer=36, n_embd=1280),
-    ('hybrid', '50m'): dict(n_layer=9, n_embd=512),
-    ('hybrid', '150m'): dict(n_layer=13, n_embd=768),
-    ('hybrid', '400m'): dict(n_layer=20, n_embd=1024),
-}
 RATES = {           # the peak of the learning rate, by what is trained and by the optimizer
     'small': dict(adamw=4e-3, muon=1e-2),       # a new model of a CPU's size, some hundred steps
     'large': dict(adamw=1e-3, muon=1e-3),       # of a GPU's, or of a named size
@@ -124,7 +114,8 @@ def resume(settings, explicit):
         processes.say(f'note: eval_iters counts sequences, and no batches any more: what the run in {out_dir} had is '
                       f'eval_iters={settings["eval_iters"]}')
 
-    named = SIZES.get((settings['model'], explicit.get('size')), {}) | named_for_model(explicit)
+    rank = ckpt['config'].get('mimo_rank', 1)
+    named = named_size(settings['model'], explicit.get('size'), rank) | named_for_model(explicit)
     if explicit.get('block_size'):
         named['block_size'] = explicit['block_size']
     was = {name: ckpt['settings'].get(name) for name in ('model', 'optimizer', *adapters.SETTINGS)}
@@ -152,7 +143,8 @@ def fine_tune(settings, explicit):
     base = loading.load_base(init_from)
     settings['model'] = base['kind']
     settings['block_size'] = settings['block_size'] or base['block_size']
-    named = SIZES.get((base['kind'], settings['size']), {}) | named_for_model(explicit)
+    rank = base['config'].get('mimo_rank', 1)
+    named = named_size(base['kind'], settings['size'], rank) | named_for_model(explicit)
     was = {'model': base['kind']} | base['config']
     for name in [name for name in was if name in named]:
         holder = f'{init_from} holds a model'
@@ -197,7 +189,7 @@ def refuse_change(holder, name, was, now, advice):
 # --- settings: what they may be, and what the unset ones stand for --------------------------------
 
 POSITIVE = (
-    'eval_interval', 'log_interval', 'n_groups', 'rope_theta', 'lora_rank',
+    'eval_interval', 'log_interval', 'n_groups', 'mimo_rank', 'rope_theta', 'lora_rank',
     'lora_alpha', 'prefix_length')
 NOT_NEGATIVE = (
     'vocab_size', 'n_layer', 'n_embd', 'block_size', 'n_head', 'n_kv_head', 'state_size', 'n_expert',
@@ -208,8 +200,8 @@ NOT_NEGATIVE = (
 # What is larger cannot be meant, and would be counted, drawn or waited for without an end.
 AT_MOST = dict(
     max_iters=10**10, tokens_per_step=2**40, batch_size=2**30, gradient_accumulation_steps=2**30, block_size=2**30,
-    vocab_size=2**31, n_embd=2**24, lora_rank=2**16, prefix_length=2**20, learning_rate=1e4, min_lr=1e4,
-    weight_decay=1e6, lora_alpha=1e6, aux_loss=1e6, z_loss=1e6)
+    vocab_size=2**31, n_embd=2**24, mimo_rank=2**10, lora_rank=2**16, prefix_length=2**20, learning_rate=1e4,
+    min_lr=1e4, weight_decay=1e6, lora_alpha=1e6, aux_loss=1e6, z_loss=1e6)
 MOST = 10**15       # … of all other numbers
 
 
@@ -249,7 +241,7 @@ def fill_unset(settings, explicit, origin, data):
     steps, the optimizer and its rate. The precision waits for the model, with which it is measured
     (precision.py)."""
     device = settings['device']
-    sizes = sizes_for(device) | SIZES.get((settings['model'], settings['size']), {})
+    sizes = sizes_for(device) | named_size(settings['model'], settings['size'], settings['mimo_rank'])
     if not settings['block_size']:                  # a small text need not fill a large window
         shortest = min(n for part in data.parts for n in part.tokens.values())
         largest = 1 << max(3, (shortest - 1).bit_length() - 1)
@@ -276,24 +268,6 @@ def fill_unset(settings, explicit, origin, data):
             if n <= block_size:
                 fail(f'{part.paths[split]}: has {n} tokens, and one window takes block_size + 1 = '
                      f'{block_size + 1}: lower --block_size, or prepare more text')
-
-
-def sizes_for(device):
-    """{name: value} of a model and its steps that suit the machine: some minutes on a laptop's CPU,
-    an hour or some on a card, which must both hold the model and be fast enough for it."""
-    if device == 'cpu':
-        return dict(n_layer=4, n_embd=256, block_size=256, tokens_per_step=4096, max_iters=400)
-    gigabytes, peak = 0, 0
-    if device.startswith('cuda'):
-        card = torch.cuda.get_device_properties(torch.cuda.current_device())
-        gigabytes = card.total_memory / 2**30
-        peak = machine.known_peak(device) or 0
-    if gigabytes >= 40 and peak >= 500e12:      # H100 and later
-        return dict(n_layer=12, n_embd=1024, block_size=1024, tokens_per_step=2**18, max_iters=8000)
-    if gigabytes >= 20 or (gigabytes >= 15 and peak >= 80e12):      # 24 GB and more; RTX 4080
-        return dict(n_layer=12, n_embd=768, block_size=1024, tokens_per_step=2**17, max_iters=5000)
-    # 8 to 16 GB, or Apple's
-    return dict(n_layer=12, n_embd=512, block_size=512, tokens_per_step=2**15, max_iters=5000)
 
 
 def recipe_for(trained, origin):

@@ -9,7 +9,8 @@ import torch
 
 from mambino.bench.gpu import models
 from mambino.bench.gpu.running import ROOT
-from mambino.train import begin, memory
+from mambino.train import memory
+from mambino.train.sizes import SIZES
 from mambino.weights import checkpoint
 
 ORDER = (8, 12, 24, 16, 48, 32)     # GB
@@ -36,7 +37,7 @@ def recipe_of(kind, gigabytes):
     recipe = runpy.run_path(os.path.join(ROOT, 'config', f'{kind}_{gigabytes}gb.py'))
     settings |= {name: value for name, value in recipe.items() if not name.startswith('_')}
     fields = checkpoint.MODELS[kind][1].__dataclass_fields__
-    config = dict(begin.SIZES[kind, settings['size']], vocab_size=VOCABULARY)
+    config = dict(SIZES[kind, settings['size']], vocab_size=VOCABULARY)
     config |= {name: value for name, value in recipe.items() if name in fields}
     if kind != 'mamba':
         config.setdefault('n_head', max(1, config['n_embd'] // 64))     # as train.py fills it in
