@@ -109,10 +109,14 @@ def test_rows_are_matrices_of_their_own(rows):
             ),
             None,
         ),
+        (
+            Mamba(MambaConfig(version=3, n_layer=2, n_embd=32, state_size=8, head_dim=16, mimo_rank=3, vocab_size=20)),
+            [64, 64, 24, 24, 4, 4, 4, 2],
+        ),
         (Mamba(MambaConfig(version=1, n_layer=2, n_embd=32, vocab_size=20)), None),
     ],
 )
-def test_the_kinds_in_a_mamba_2_are_told_apart(model, kinds):
+def test_the_kinds_in_a_mambas_in_proj_are_told_apart(model, kinds):
     group = build_optimizers(model, 'muon')[1].param_groups[0]
     assert len(group['rows']) == len(group['params'])
     assert [rows for rows in group['rows'] if rows] == ([kinds] * 2 if kinds else [])

@@ -11,22 +11,27 @@ some rows of each matrix; it gets the others for as long as it takes.
 import torch
 import torch.nn as nn
 
-from model_mamba import Mamba2Mixer
+from model_mamba import Mamba2Mixer, Mamba3Mixer
 
 
 def row_kinds(net):
     """{parameter: [rows of each kind]} of the matrices that are several in one: each kind of rows
     gets an update of its own.
 
-    A Mamba-2's in_proj stacks the matrices of z, x, B, C and dt."""
+    A Mamba-2's in_proj stacks the matrices of z, x, B, C and dt; a Mamba-3's also those of A, trap and the
+    angles."""
     kinds = {}
     for module in net.modules():
         # a low-rank one is no such stack
-        if isinstance(module, Mamba2Mixer) and isinstance(module.in_proj, nn.Linear):
+        if not isinstance(getattr(module, 'in_proj', None), nn.Linear):
+            continue
+        if isinstance(module, Mamba2Mixer):
             E = module.out_proj.in_features
             H = module.A_log.numel()
             GN = (module.in_proj.out_features - 2 * E - H) // 2
             kinds[module.in_proj.weight] = [E, E, GN, GN, H]
+        elif isinstance(module, Mamba3Mixer):
+            kinds[module.in_proj.weight] = module.split
     return kinds
 
 
