@@ -5,8 +5,8 @@ packages is needed.
     kind, config, weights, tok = load_hf('folder')  # checkpoint.build(kind, config).load_state_dict(weights)
 
 Taken are llama, qwen3, mistral, mixtral, qwen3_moe, mamba and mamba2, the original checkpoints of
-state-spaces/mamba, and the hybrids that export.py wrote with a modelling file of their own, which
-is not needed here:
+state-spaces/mamba, Mamba-3 too, and what export.py wrote with a modelling file of its own, which is
+not needed here:
 
     config.json        ──► the fields of our config. What our models would compute otherwise is refused
     *.safetensors      ──► {name: fp32 tensor}: one file or many with an index, fp64, fp32, fp16 or
@@ -18,8 +18,10 @@ Our parameters have transformers' names, so little is mapped: experts are stacke
 its weight. Whatever does not fit ends the program in a line that names it. families/ says it of each
 model_type.
 """
+import functools
 import os
 import re
+import sys
 
 import torch
 
@@ -141,16 +143,24 @@ def load_hf(folder):
         fail(f'{path}: {error}')
     except (AttributeError, KeyError, TypeError) as error:      # of values of another type
         fail(f'{path}: not a sound config.json ({type(error).__name__}: {error})')
+    if family.note:
+        say_once(path, family.note(theirs))
     weights = read_weights(folder)
     try:
         to_our_weights(weights, family, theirs)
     except (KeyError, RuntimeError) as error:
-        fail(f'{folder}: the experts are not complete or not of one shape: '
+        fail(f'{folder}: the tensors are not complete or not of the shapes that belong together: '
              f'{str(error).splitlines()[0]}')
     if net.config.tie_embeddings:
         tie_head(weights, kind, path)
     check_shapes(weights, net.state_dict(), folder)
     return kind, config_of(net), weights, tokenizer_in(folder, net.config.vocab_size)
+
+
+@functools.cache
+def say_once(path, note):
+    if note:
+        print(f'note: {path}: {note}', file=sys.stderr)
 
 
 def tie_head(weights, kind, path):

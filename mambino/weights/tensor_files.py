@@ -8,6 +8,7 @@ package is not needed, and no code in a file is ever run.
 """
 import math
 import os
+import re
 
 import torch
 
@@ -74,6 +75,9 @@ def read_bin(path):
     try:
         tensors = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # zip, pickle and torch errors
+        if more := re.search(r'GLOBAL ([\w.]+)', str(error)):
+            raise ValueError(f'holds more than tensors ({more[1]}), and could run code; nothing of it was run. Ask for '
+                             'a file of tensors alone: safetensors, or a state_dict by torch.save') from None
         raise ValueError(f'not a file of PyTorch tensors, or cut short ({type(error).__name__})') from None
     if not isinstance(tensors, dict):
         raise ValueError('not a dict of tensors')

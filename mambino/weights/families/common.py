@@ -3,6 +3,7 @@ becomes our config, and its weights ours.
 
 In the code `theirs` is config.json's keys and values, `ours` the fields of our config.
 """
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +18,7 @@ class Family(NamedTuple):
     defaults: dict = {}         # what a missing key of config.json stands for
     only: dict = {}             # as ONLY, of this family
     convert: Callable = None    # (weights, theirs): in place, what is called or computed otherwise
+    note: Callable = None       # theirs → what its user should know, or ''
 
 
 ONLY = {  # the values our models can represent, and why no other; a key may be missing or null
@@ -57,3 +59,21 @@ def common_fields(theirs):
         n_embd=number(theirs, 'hidden_size'),
         tie_embeddings=bool(theirs.get('tie_word_embeddings')),
     )
+
+
+def own_fields(config_class, theirs):
+    """The fields of one of our configs, which a config.json that export.py wrote has under their own names."""
+    theirs = {'tie_embeddings': theirs.get('tie_word_embeddings'), **theirs}
+    ours = {}
+    for field in dataclasses.fields(config_class):
+        value = theirs.get(field.name)
+        if value is None:
+            continue
+        if field.type in (int, float):
+            ours[field.name] = number(theirs, field.name, kind=field.type)
+            continue
+        if type(value) is not field.type:
+            must = 'must be true or false' if field.type is bool else 'must be a string'
+            refuse(field.name, value, must)
+        ours[field.name] = value
+    return ours
