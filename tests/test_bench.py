@@ -179,6 +179,9 @@ def test_mamba_is_compared_with_gpt_at_their_sizes():
     assert (pair['ours'], pair['peer']) == ('mamba2', 'gpt')
     assert (pair['speed'], pair['low'], pair['high']) == (1.0, 0.5, 3.0)
     assert pair['size'] == 0.7 and pair['memory'] is None
+    of_mamba3 = [(pair['ours'], pair['peer']) for pair in steps.compare(
+        [row('mamba3', 7e6, 1.0), row('mamba3_r4', 7e6, 2.0), row('mamba2', 7e6, 1.0)], SimpleNamespace())]
+    assert of_mamba3 == [('mamba3', 'mamba2'), ('mamba3_r4', 'mamba2')]
 
 
 def test_a_checkout_is_compared_with_another(bench, tmp_path):
@@ -264,14 +267,15 @@ def test_known_gpus(monkeypatch):
         assert machine.peak_flops.__wrapped__('cuda', torch.bfloat16) == expected, name
 
 
-@pytest.mark.parametrize('kind', ['gpt', 'hybrid'])
+@pytest.mark.parametrize('kind', ['gpt', 'hybrid', 'mamba3'])
 def test_generation_beside_transformers(bench, kind):
+    """Of a Mamba-3, which it does not have, beside our Mamba-2."""
     pytest.importorskip('transformers')
     run = bench('--sections=generate', f'--kinds={kind}', '--ways=int8',
                 '--their_dtypes=float32', '--batches=1,2', '--rounds=1', '--new_tokens=2',
                 '--prompts=4,8', '--vocab_size=64', '--seconds=0.01', '--llama=False')
     assert run.returncode == 0, run.stderr
-    for name in ('ours int8', 'transformers float32'):
+    for name in ('ours int8', 'Mamba-2 int8' if kind == 'mamba3' else 'transformers float32'):
         assert len(re.findall(rf'^  {name} +\d+ +[\d.]+ ', run.stdout, re.M)) == 2, run.stdout  # in both tables
     assert f'{kind}, 2 sequences' in run.stdout and '2 sequences against 1' in run.stdout
 
@@ -292,11 +296,15 @@ def test_goals_are_ratios_of_what_was_measured(capsys):
         trained('llama', 'float32', 5.0), trained('llama', 'bfloat16', 6.0),
         generated('ours', 'bfloat16', 1, 1.0), generated('ours', 'int8', 1, 0.5), generated('ours', 'int8', 16, 2.0),
         generated('ours', 'int8', 1, 1.0, '/before'), generated('transformers', 'bfloat16', 1, 3.0),
-        generated('llama.cpp', 'int8', 1, 0.25)]
+        generated('llama.cpp', 'int8', 1, 0.25), trained('mamba3', 'float32', 5.0)]
+    rows += [dict(generated('ours', 'int8', 1, 2.0), name='mamba3')]
+    rows += [dict(generated('Mamba-2', 'int8', 1, 1.0), name='mamba3')]
     found = goals.goals(rows, HERE, ['4', '24'])
     assert found == {
         "training gpt, best precision, against transformers' best": (1.25, 5 / 3),
         'training mamba2 against gpt, × size': (0.8, 0.25),
+        'training mamba3 against mamba2': (0.8, 1.2),
+        'mamba3 × 1, token, best, against mamba2': (0.95, 0.5),
         'gpt × 1, token, best, against transformers bf16': (3.0, 6.0),
         'gpt × 1, prompt 32, best, against transformers bf16': (1.2, 6.0),
         'gpt × 1, token, int8, against llama.cpp Q8_0': (1.0, 0.5),

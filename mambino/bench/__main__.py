@@ -9,6 +9,7 @@ would use instead?
     python -m mambino.bench --sections=serve --kinds=mamba,gpt --ways=float32,int8  # the server's scheduler
     python -m mambino.bench --sections=train,sample,generate,goals --models=gpt,mamba2 --peers=llama,hf_mamba2 \\
         --kinds=gpt,mamba,hybrid --prompts=32,512,2000      # beside what is wanted; shorter: --rounds=2 --new_tokens=16
+    python -m mambino.bench --sections=train,generate,goals --models=mamba2,mamba3,mamba3_r4 --kinds=mamba3,mamba3_r4
     python -m mambino.bench --sections=data --memory_mb=4000     # prepare.py; some minutes, 8 GB of disk
     python -m mambino.bench --sections= --time_to_loss=1.88     # whole runs: seconds to that val loss
     python -m mambino.bench --sections=train,layers,sample,generate,data --against=../before
@@ -42,12 +43,13 @@ from mambino.bench.contenders import OURS, PEERS, ours
 from mambino.cache import DTYPES as STATES
 from mambino.configurator import configure, fail, find_settings
 from mambino.machine import choose_device, copy_bandwidth, machine_name, peak_flops
+from mambino.train.sizes import SIZES
 from mambino.weights.quantize import PRECISIONS
 
 # what to measure
 sections = 'train,layers,length,loss,sample'  # also precision, generate, serve, data, inputs,
                                  # goals; '': --time_to_loss alone
-models = 'gpt,mamba2,mamba1,hybrid'
+models = 'gpt,mamba2,mamba1,mamba3,hybrid'      # also mamba3_r4, of rank 4
 # Compared with the model each resembles; '': none. hf_: transformers'; cross_entropy: PyTorch's
 peers = 'llama,litgpt,nanogpt,hf_mamba2,mamba_ssm,mambapy,hf_mamba,cross_entropy'
 nanogpt = ''                     # a nanoGPT checkout to compare with: the folder of its model.py
@@ -79,7 +81,7 @@ widths = '128,384,768'           # of the models
 prefill = 512                    # tokens of a prompt, read at once
 positions = '100,4000'           # decode there: a Mamba should not slow down, attention must
 # the section `generate`, on a CPU
-kinds = 'gpt,mamba,hybrid,mamba1'
+kinds = 'gpt,mamba,hybrid,mamba1'       # also mamba3, mamba3_r4: beside our own Mamba-2
 ways = 'float32,bfloat16,int8,int4'     # precisions of ours
 state_dtype = 'float32'          # of ours between tokens: also bfloat16
 their_dtypes = 'float32,bfloat16'       # of transformers; '': without it
@@ -137,7 +139,7 @@ def settings_of(section):
 
 def check():
     """Refuses in a line what cannot be measured, before anything is."""
-    sizes = sorted({size for _, size in generation.SIZES})
+    sizes = sorted({size for _, size in SIZES})
     known_names = dict(sections=SECTIONS, models=OURS, peers=PEERS, dtypes=DTYPES, kinds=generation.KINDS,
                        ways=('float32', *PRECISIONS), state_dtype=STATES, their_dtypes=DTYPES, size=sizes,
                        clock=('wall', 'cpu'))

@@ -23,7 +23,7 @@ os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # see train.py; the same for e
 import torch
 import torch.nn.functional as F
 
-OURS = ('gpt', 'gpt_window', 'mamba2', 'mamba1', 'hybrid')
+OURS = ('gpt', 'gpt_window', 'mamba2', 'mamba1', 'mamba3', 'mamba3_r4', 'hybrid')      # _r4: of rank 4 (MIMO)
 PEERS = {  # what to print, the model of ours it resembles, the sections it takes part in
     'llama': ('transformers Llama', 'gpt', ('train', 'sample')),
     'litgpt': ('litgpt', 'gpt', ('train',)),
@@ -75,9 +75,10 @@ def ours(name, settings):
     """(class, config) of one of OURS, at the size of the settings."""
     fields = {key: getattr(settings, key)
               for key in ('block_size', 'vocab_size', 'n_layer', 'n_embd')}
-    kind = name.partition('_')[0].rstrip('12')
+    kind = name.partition('_')[0].rstrip('123')
     if kind == 'mamba':
-        fields['version'] = int(name[-1])
+        fields['version'] = int(name[5])
+        fields |= dict(mimo_rank=4) if name.endswith('_r4') else {}
     else:
         fields['n_head'] = settings.n_head
         fields['window'] = 0 if name == 'gpt' else settings.window

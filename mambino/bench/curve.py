@@ -12,7 +12,13 @@ from statistics import median
 from mambino.bench.turns import HERE, all_times, table, take_turns
 from mambino.configurator import fail
 
-KINDS = {'gpt': 'gpt', 'mamba2': 'mamba', 'hybrid': 'hybrid'}  # train.py's names of our models
+KINDS = {   # what train.py is given for each of our models
+    'gpt': ['--model=gpt'],
+    'mamba2': ['--model=mamba'],
+    'mamba3': ['--model=mamba', '--version=3'],
+    'mamba3_r4': ['--model=mamba', '--version=3', '--mimo_rank=4'],
+    'hybrid': ['--model=hybrid'],
+}
 NANOGPT_RUN = ('config/train_shakespeare_char.py --compile=False --eval_iters=20 --log_interval=100 --block_size=64 '
                '--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 '
                '--dropout=0.0')
@@ -27,7 +33,7 @@ def one_run(row, settings):
         command = ['train.py', *NANOGPT_RUN.split()]
     else:
         command = [os.path.join(HERE, 'train.py'), *shlex.split(settings.time_to_loss_run)]
-        command.append(f'--model={KINDS[row["name"]]}')
+        command += KINDS[row['name']]
     environment = os.environ | dict(PYTHONUNBUFFERED='1')
     if settings.threads:
         environment['OMP_NUM_THREADS'] = str(settings.threads)

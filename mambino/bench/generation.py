@@ -4,10 +4,10 @@ generate and llama.cpp.
     python -m mambino.bench --sections=generate --kinds=gpt --prompts=32,512,2000 --threads=1
 
 Weights are random; models of a kind have equal sizes: GPT beside LlamaForCausalLM, Mamba beside
-MambaForCausalLM and Mamba2ForCausalLM, the hybrid beside FalconH1ForCausalLM, and llama.cpp has our own
-export in F32, Q8_0 and Q4_0. Every contender continues the same prompts greedily. The time of a prompt
-and that of a new token after it count apart. The first of --prompts is continued; the others are read
-alone, by one sequence. GB/s is what a token must read at least, its weights, over the time it took.
+MambaForCausalLM and Mamba2ForCausalLM, the hybrid beside FalconH1ForCausalLM, Mamba-3 beside our own
+Mamba-2, and llama.cpp has our own export in F32, Q8_0 and Q4_0. Every contender continues the same
+prompts greedily. The time of a prompt and that of a new token after it count apart. The first of
+--prompts is continued; the others are read alone, by one sequence. GB/s is what a token must read at least, its weights, over the time it took.
 Each has the same threads, and its own defaults otherwise: llama.cpp keys and values in F16, and its
 flash attention. --state_dtype=bfloat16 keeps ours so between tokens: the state after a prompt is rounded.
 """
@@ -17,18 +17,23 @@ import tempfile
 from statistics import median
 
 from mambino.bench.turns import HERE, all_times, contest, ratio, table, with_before
-from mambino.train.sizes import SIZES
+from mambino.train.sizes import named_size
 
-KINDS = ('gpt', 'mamba', 'hybrid', 'mamba1')
+MAMBAS = {      # fields of the kinds that are a Mamba
+    'mamba': {},
+    'mamba1': dict(version=1),
+    'mamba3': dict(version=3),
+    'mamba3_r4': dict(version=3, mimo_rank=4),
+}
+KINDS = ('gpt', 'hybrid', *MAMBAS)
 
 
 def config_of(kind, settings):
     """(family, fields) of our model: what model_<family>.py's config is made of."""
-    family = 'mamba' if kind == 'mamba1' else kind
-    fields = dict(SIZES[family, settings.size], vocab_size=settings.vocab_size)
-    if kind == 'mamba1':
-        fields['version'] = 1
-    elif family != 'mamba':
+    family = 'mamba' if kind in MAMBAS else kind
+    fields = MAMBAS.get(kind, {}) | dict(vocab_size=settings.vocab_size)
+    fields |= named_size(family, settings.size, fields.get('mimo_rank', 1))
+    if family != 'mamba':
         fields['n_head'] = fields['n_embd'] // 64
     return family, fields
 
@@ -47,6 +52,9 @@ def contenders(kind, batch, folder, settings):
 
     ways = settings.ways.split(',')
     rows = with_before([new_row('ours', way) for way in ways], settings)
+    if fields.get('version') == 3:      # which nobody else has
+        mamba2 = config_of('mamba', settings)[1] | dict(block_size=fields['block_size'])
+        return rows + [new_row('Mamba-2', way, fields=mamba2) for way in ways]
     for dtype in filter(None, settings.their_dtypes.split(',')):
         theirs = dict(fields)
         if kind == 'hybrid':  # of hybrids the one that transformers has
@@ -111,15 +119,15 @@ def show(kind, batch, rows):
 
 
 def pairs(rows):
-    """Who is compared with whom: ours with transformers in each of its dtypes, with llama.cpp and with
-    what it was before in the same precision, and int8 with bf16."""
+    """Who is compared with whom: ours with transformers in each of its dtypes, with llama.cpp, with our
+    Mamba-2 and with what it was before in the same precision, and int8 with bf16."""
     for a in rows:
         if a['by'] != 'ours' or a['root'] != HERE:
             continue
         for b in rows:
             is_before = b['root'] != HERE
             is_same = a['dtype'] == b['dtype']
-            if b['by'] == 'transformers' or (b['by'] == 'llama.cpp' or is_before) and is_same:
+            if b['by'] == 'transformers' or (b['by'] in ('llama.cpp', 'Mamba-2') or is_before) and is_same:
                 yield a, b
             elif not is_before and b['by'] == 'ours' and (a['dtype'], b['dtype']) == ('int8', 'bfloat16'):
                 yield a, b

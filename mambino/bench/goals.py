@@ -12,6 +12,8 @@ from mambino.bench.generation import speedup
 from mambino.bench.turns import HERE, all_times, ratio, table
 
 PEERS = {'gpt': ('llama', 1.25), 'mamba2': ('hf_mamba2', 3.5)}      # the model: its peer in training, the goal
+OF_MAMBA2 = {'mamba3': 0.8, 'mamba3_r4': 0.45}                      # training
+TOKEN_OF_MAMBA2 = {'mamba3': 0.95}                                  # one sequence's token
 FILES = {'float32': 'F32', 'int8': 'Q8_0', 'int4': 'Q4_0'}          # our precisions in llama.cpp's words
 MORE_ROWS = {'bfloat16': 6.0, 'int8': 5.0}                          # tokens/s of 16 rows against one's
 
@@ -35,6 +37,8 @@ def training(rows, root):
     for name, (peer, wanted) in PEERS.items():
         yield (f'training {name}, best precision, against transformers\' best', wanted,
                times_as_fast(named(name), named(peer, HERE), 'step'))
+    for name, wanted in OF_MAMBA2.items():
+        yield f'training {name} against mamba2', wanted, times_as_fast(named(name), named('mamba2'), 'step')
     a, b = best(named('mamba2'), 'step'), best(named('gpt'), 'step')
     if a and b:
         yield 'training mamba2 against gpt, × size', 0.8, ratio(a, b, 'step')[0] * a['parameters'] / b['parameters']
@@ -55,6 +59,9 @@ def generating(rows, root):
         group = [row for row in rows if (row['name'], row['batch']) == (kind, batch)]
         ours = [row for row in group if row['by'] == 'ours' and row['root'] == root]
         theirs = [row for row in group if row['by'] == 'transformers' and row['dtype'] == 'bfloat16']
+        if batch == 1 and kind in TOKEN_OF_MAMBA2:
+            yield (f'{kind} × {batch}, token, best, against mamba2', TOKEN_OF_MAMBA2[kind],
+                   times_as_fast(ours, [row for row in group if row['by'] == 'Mamba-2'], 'token'))
         works = list(ours[0]['times'][0]) if ours and ours[0]['times'] else []
         for work in works:
             wanted = 1.2 if work != 'token' else 3.0 if batch == 1 else 1.5

@@ -4,7 +4,8 @@ from mambino.bench.contenders import PEERS
 from mambino.bench.turns import HERE
 from mambino.machine import machine_name
 
-LABELS = {'mamba2': 'Mamba-2', 'mamba1': 'Mamba-1', 'gpt': 'GPT', 'gpt_window': 'GPT with a window',
+LABELS = {'mamba2': 'Mamba-2', 'mamba1': 'Mamba-1', 'mamba3': 'Mamba-3', 'mamba3_r4': 'Mamba-3, rank 4',
+          'gpt': 'GPT', 'gpt_window': 'GPT with a window',
           'hybrid': 'hybrid', 'nanogpt': 'nanoGPT'}
 
 

@@ -5,6 +5,8 @@ from mambino.bench.contenders import PEERS
 from mambino.bench.turns import HERE, all_times, contest, ratio, table, with_before
 from mambino.machine import peak_flops
 
+# of our models, with which other each is compared in training
+OF_OURS = {'mamba2': 'gpt', 'mamba3': 'mamba2', 'mamba3_r4': 'mamba2'}
 BYTES = 256  # vocabulary of the section `length`, so that mixing the tokens is most of its work
 
 
@@ -155,8 +157,8 @@ def show_sample(rows, settings):
 # --- who is compared with whom --------------------------------------------------------------------
 
 def is_pair(a, b, settings):
-    """Is row a compared with row b? The same before; our model with its peer, Mamba-2 with our GPT,
-    the longest with the shortest."""
+    """Is row a compared with row b? The same before; our model with its peer, or with the one of OF_OURS; the
+    longest with the shortest."""
     if a['root'] != HERE or any(a[key] != b[key] for key in ('section', 'dtype')):
         return False
     if b['root'] != HERE:
@@ -168,7 +170,7 @@ def is_pair(a, b, settings):
         return a['name'] == b['name'] and is_most
     if b['name'] in PEERS:
         return PEERS[b['name']][1] == a['name']
-    return [a['section'], a['name'], b['name']] == ['train', 'mamba2', 'gpt']
+    return a['section'] == 'train' and OF_OURS.get(a['name']) == b['name']
 
 
 def compare(rows, settings):
