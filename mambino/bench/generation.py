@@ -7,7 +7,8 @@ Weights are random; models of a kind have equal sizes: GPT beside LlamaForCausal
 MambaForCausalLM and Mamba2ForCausalLM, the hybrid beside FalconH1ForCausalLM, Mamba-3 beside our own
 Mamba-2, and llama.cpp has our own export in F32, Q8_0 and Q4_0. Every contender continues the same
 prompts greedily. The time of a prompt and that of a new token after it count apart. The first of
---prompts is continued; the others are read alone, by one sequence. GB/s is what a token must read at least, its weights, over the time it took.
+--prompts is continued; the others are read alone, by one sequence. GB/s is what a token must read at
+least, its weights, over the time it took.
 Each has the same threads, and its own defaults otherwise: llama.cpp keys and values in F16, and its
 flash attention. --state_dtype=bfloat16 keeps ours so between tokens: the state after a prompt is rounded.
 """
