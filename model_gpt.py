@@ -1,5 +1,6 @@
 """A modern decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention; optional
-QK-norm, sliding window, experts.
+QK-norm, sliding window, experts, and what the models that people have do otherwise: biases, norms
+behind the layers' parts, RoPE for longer texts, in some layers or of a part of a head.
 
     config = GPTConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=384)
     logits, loss = GPT(config)(idx, targets)      # training
@@ -10,8 +11,9 @@ QK-norm, sliding window, experts.
 Letters of the shapes: B batch, T time, D model width, H heads, G key/value heads, P head size, S
 keys, V vocabulary; of experts: E experts, k of them for a token, I inner width, n tokens, C tokens
 an expert takes at most. Parameters have the names and shapes of transformers' LlamaForCausalLM
-(with `window`: MistralForCausalLM, with `qk_norm`: Qwen3ForCausalLM, with `n_expert`:
-MixtralForCausalLM), so `load_state_dict` works in both directions.
+(with `window`: MistralForCausalLM, with `qk_norm`: Qwen3ForCausalLM, with `qkv_bias`:
+Qwen2ForCausalLM, with `norm_after`: Olmo2ForCausalLM, with `rope_layers`: SmolLM3ForCausalLM, with
+`n_expert`: MixtralForCausalLM), so `load_state_dict` works in both directions.
 
 What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner,
 where it can.
@@ -40,8 +42,22 @@ class GPTConfig:
     head_dim: int = 0           # 0: n_embd / n_head
     intermediate_size: int = 0  # inner width of SwiGLU; 0: 8/3 n_embd, rounded up to 64s
     rope_theta: float = 10000.0
+    # RoPE stretched, so that a model which was trained on rope_length tokens serves longer texts
+    rope_scaling: str = ''      # 'linear', 'llama3' or 'yarn', see `stretched`; '': none
+    rope_factor: float = 1.0    # pairs that turn slowly turn so many times more slowly:
+    rope_length: int = 0        # in so many tokens
+    rope_slow: float = 1.0      # less than so many turns;
+    rope_fast: float = 4.0      # those that make more turns stay as they are
+    rope_amplitude: float = 1.0     # of cos and sin; above 1 attention is sharper
+    rope_dim: int = 0           # numbers of a head that turn, the first of both halves; 0: all
+    rope_layers: str = ''       # by turns: '1110' is RoPE in all but each fourth layer; '': in all
     norm_eps: float = 1e-5
+    norm_after: bool = False    # norms behind attention and MLP in the place of those before
     qk_norm: bool = False       # RMSNorm on heads' queries and keys (Dehghani et al. 2023)
+    qk_norm_whole: bool = False     # on those of all heads at once
+    qkv_bias: bool = False      # of the projections to queries, keys and values
+    o_bias: bool = False        # of the one that leaves attention
+    mlp_bias: bool = False      # of SwiGLU's three
     window: int = 0             # each token sees this many last tokens, itself included; 0: all
     # experts: SwiGLUs in the place of each MLP, of which a router chooses for each token
     n_expert: int = 0           # 0: one SwiGLU, no router
@@ -49,6 +65,7 @@ class GPTConfig:
     capacity_factor: float = 1.25   # even shares of the tokens an expert takes in training; 0: all
     aux_loss: float = 0.01      # weight of the loss that balances the experts
     z_loss: float = 0.001       # weight of the loss that keeps the router's logits small
+    norm_topk: bool = True      # weights of a token's experts sum to 1, else to their share of all
     tie_embeddings: bool = True
     dropout: float = 0.0
 
@@ -56,8 +73,7 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         check_at_least_one(self, 'vocab_size block_size n_layer n_embd n_head n_kv_head')
         if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head={self.n_head} must be a multiple of '
-                             f'n_kv_head={self.n_kv_head}')
+            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}')
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -71,24 +87,67 @@ class GPTConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f'{name}={getattr(self, name)} must be 0 (none) or more')
         if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
-            raise ValueError(f'n_expert_active={self.n_expert_active} must be from 1 to '
-                             f'n_expert={self.n_expert}')
+            raise ValueError(f'n_expert_active={self.n_expert_active} must be from 1 to n_expert={self.n_expert}')
+        if self.n_expert and (self.mlp_bias or self.norm_after):
+            raise ValueError('experts have no mlp_bias, and no norm_after')
+        if self.qk_norm_whole and not self.qk_norm:
+            raise ValueError('qk_norm_whole means nothing without qk_norm')
+        if self.rope_scaling not in ('', 'linear', 'llama3', 'yarn'):
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} must be linear, llama3 or yarn")
+        if not (self.rope_factor > 0 < self.rope_amplitude and 0 < self.rope_slow < self.rope_fast):
+            raise ValueError('rope_factor, rope_amplitude and rope_slow must be more than 0, rope_fast more')
+        if self.rope_scaling in ('llama3', 'yarn'):
+            check_at_least_one(self, 'rope_length')
+        if not 0 <= self.rope_dim <= self.head_dim or self.rope_dim % 2:
+            raise ValueError(f'rope_dim={self.rope_dim} must be even, at most {self.head_dim}')
+        if not set(self.rope_layers) <= set('01'):
+            raise ValueError(f'rope_layers={self.rope_layers!r} must be ones and zeros, of layers')
+
+    def turns(self, i):
+        """Whether layer i turns queries and keys by their positions."""
+        return not self.rope_layers or self.rope_layers[i % len(self.rope_layers)] == '1'
 
 
 # --- attention ------------------------------------------------------------------------------------
 
-def rope_frequencies(dim, theta, device=None):
-    """theta^(-2i/dim) of the pairs i (dim/2): by how much a position turns each."""
-    pair = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
-    return theta ** (-pair / dim)
+def rope_frequencies(config, device=None):
+    """By how much a position turns each pair (P/2) of a head: of the n numbers that turn
+    theta^(-2i/n), perhaps stretched; the others stay."""
+    n = config.rope_dim or config.head_dim
+    pair = torch.arange(0, n, 2, device=device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-pair / n)
+    if config.rope_scaling:
+        frequencies = stretched(frequencies, config)
+    return F.pad(frequencies, (0, (config.head_dim - n) // 2))
+
+
+def stretched(frequencies, config):
+    """Frequencies (n/2) of a model that serves longer texts than the rope_length tokens it was first
+    trained on. 'linear': all are rope_factor times lower (Chen et al. 2023). Else those that turn
+    slowly, and others in part: by how often they turn ('llama3', Grattafiori et al. 2024), or by
+    their place between slow and fast ones ('yarn', Peng et al. 2023)."""
+    if config.rope_scaling == 'linear':
+        return frequencies / config.rope_factor
+    if config.rope_scaling == 'llama3':
+        turns = config.rope_length * frequencies / (2 * math.pi)
+        slow = (config.rope_fast - turns) / (config.rope_fast - config.rope_slow)
+    else:
+        n = len(frequencies)    # log theta: from the first pair to one n places on
+        first, last = (n * math.log(config.rope_length / (2 * math.pi * turns)) / math.log(config.rope_theta)
+                       for turns in (config.rope_fast, config.rope_slow))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * n - 1)
+        place = torch.arange(n, device=frequencies.device)
+        slow = (place - first) / ((last - first) or 0.001)
+    slow = slow.clamp(0, 1)
+    return frequencies * (1 - slow) + frequencies / config.rope_factor * slow
 
 
 @fast
-def rope_tables(positions, dim, theta):
-    """cos and sin of rotary positions (Su et al. 2021): positions (..., T) → two (..., T, 1,
-    dim/2), fp32."""
-    angles = positions.float()[..., None, None] * rope_frequencies(dim, theta, positions.device)
-    return angles.cos(), angles.sin()
+def rope_tables(positions, frequencies, amplitude=1.0):
+    """cos and sin of rotary positions (Su et al. 2021): positions (..., T), frequencies (P/2) → two
+    (..., T, 1, P/2), fp32."""
+    angles = positions.float()[..., None, None] * frequencies
+    return angles.cos() * amplitude, angles.sin() * amplitude
 
 
 @fast
@@ -123,7 +182,8 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions. x (B, T, D) → (B, T, D)."""
 
-    def __init__(self, config):
+    def __init__(self, config, i=0):
+        """i: of the layer."""
         super().__init__()
         D, P = config.n_embd, config.head_dim
         self.heads = config.n_head
@@ -131,24 +191,29 @@ class Attention(nn.Module):
         self.window = config.window
         self.dropout = config.dropout
         self.qk_norm = config.qk_norm
-        self.q_proj = nn.Linear(D, config.n_head * P, bias=False)
-        self.k_proj = nn.Linear(D, config.n_kv_head * P, bias=False)
-        self.v_proj = nn.Linear(D, config.n_kv_head * P, bias=False)
-        self.o_proj = nn.Linear(config.n_head * P, D, bias=False)
+        self.qk_norm_whole = config.qk_norm_whole
+        self.turns = config.turns(i)
+        self.q_proj = nn.Linear(D, config.n_head * P, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.n_kv_head * P, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.n_kv_head * P, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_head * P, D, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(P, config.norm_eps)
-            self.k_norm = RMSNorm(P, config.norm_eps)
+            self.q_norm = RMSNorm(config.n_head * P if config.qk_norm_whole else P, config.norm_eps)
+            self.k_norm = RMSNorm(config.n_kv_head * P if config.qk_norm_whole else P, config.norm_eps)
 
     def forward(self, x, rope, kv_step=None, cache=None):
         """rope: of x's positions. kv_step, cache: a KVStep and {'k', 'v'}; without them x is a
         whole sequence."""
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        if self.qk_norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
         q = q.unflatten(-1, (-1, self.head_dim))                # (B, T, H, P)
         k = k.unflatten(-1, (-1, self.head_dim))                # (B, T, G, P)
         v = v.unflatten(-1, (-1, self.head_dim))                # (B, T, G, P)
-        if self.qk_norm:
+        if self.qk_norm and not self.qk_norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if self.turns:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         if kv_step is not None:
             keys, values = kv_step.append(cache, k, v)          # (B, S, G, P)
         if kv_step is None or kv_step.is_first:  # a first chunk attends as in training
@@ -167,7 +232,7 @@ def prepare_attention(config, idx, state=None, window=0):
     else:
         kv_step = kv_step_of(state['pos'], idx.shape[1], config.window or window, idx.device)
         positions = kv_step.positions
-    return rope_tables(positions, config.head_dim, config.rope_theta), kv_step
+    return rope_tables(positions, rope_frequencies(config, idx.device), config.rope_amplitude), kv_step
 
 
 # --- experts --------------------------------------------------------------------------------------
@@ -230,7 +295,8 @@ class MoE(nn.Module):
             logits = F.linear(x.float(), self.gate.weight.float())  # (n, E)
         probs = logits.softmax(-1)
         weights, experts = probs.topk(self.config.n_expert_active)  # (n, k) each
-        weights = weights / weights.sum(-1, keepdim=True)
+        if self.config.norm_topk:
+            weights = weights / weights.sum(-1, keepdim=True)
 
         # Its pairs, dispatched to the experts; what they make of them goes back to the tokens.
         pairs, order = self.dispatch(experts)
@@ -273,14 +339,14 @@ class MoE(nn.Module):
 class Layer(nn.Module):
     state_names = ('k', 'v')
 
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, i)
         self.sparse = config.n_expert > 0
         # a router reads it as it is: rounding must not choose the expert
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps, in_stream=self.sparse)
-        self.mlp = MoE(config) if self.sparse else SwiGLU(config.n_embd, config.intermediate_size)
+        self.mlp = MoE(config) if self.sparse else SwiGLU(config.n_embd, config.intermediate_size, config.mlp_bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, kv_step=None, cache=None):
@@ -291,15 +357,34 @@ class Layer(nn.Module):
         return x + self.drop(y), routing
 
 
+class NormAfterLayer(nn.Module):
+    """A layer that norms what attention and MLP give, not what they read (OLMo 2, 2024)."""
+    state_names = ('k', 'v')
+
+    def __init__(self, config, i):
+        super().__init__()
+        self.self_attn = Attention(config, i)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps, in_stream=True)
+        self.mlp = SwiGLU(config.n_embd, config.intermediate_size, config.mlp_bias)
+        self.post_feedforward_layernorm = RMSNorm(config.n_embd, config.norm_eps, in_stream=True)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, kv_step=None, cache=None):
+        """x (B, T, D) → (B, T, D), and None: there is no router."""
+        x = x + self.drop(self.post_attention_layernorm(self.self_attn(x, rope, kv_step, cache)))
+        return x + self.drop(self.post_feedforward_layernorm(self.mlp(x))), None
+
+
 class GPT(LanguageModel):
     """See the top of the file; `forward`, `step` and the rest of the face are LanguageModel's."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        layer = NormAfterLayer if config.norm_after else Layer
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
-            layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
+            layers=nn.ModuleList(layer(config, i) for i in range(config.n_layer)),
             norm=RMSNorm(config.n_embd, config.norm_eps),
         ))
         self.drop = nn.Dropout(config.dropout)
@@ -314,6 +399,8 @@ class GPT(LanguageModel):
     def apply_gpt2_init(self):
         """Normal weights; what is added to the residual stream shrinks with depth (GPT-2)."""
         for name, p in self.named_parameters():
+            if name.endswith('.bias'):
+                nn.init.zeros_(p)
             if p.ndim < 2:
                 continue
             added = name.endswith(('o_proj.weight', 'down_proj.weight', 'down_proj'))

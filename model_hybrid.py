@@ -160,6 +160,7 @@ class Hybrid(LanguageModel):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.attention = config.attention
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
             # the stream starts at size 1, as `scale` supposes
@@ -194,7 +195,7 @@ class Hybrid(LanguageModel):
     def hidden_states(self, idx, state=None, window=0):
         """idx (B, T) → normalised hidden states (B, T, D); the state, whose caches are read and
         written; no losses."""
-        rope, kv_step = prepare_attention(self.config, idx, state, window)
+        rope, kv_step = prepare_attention(self.attention, idx, state, window)
         x = self.model.embed_norm(self.model.embed_tokens(idx))  # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             x = self.run_layer(i, layer, state, x, rope, kv_step)

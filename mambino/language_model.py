@@ -112,11 +112,11 @@ def swiglu(gate, up):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)). (B, T, D) → (B, T, D)."""
 
-    def __init__(self, D, inner):
+    def __init__(self, D, inner, bias=False):
         super().__init__()
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
 
     def forward(self, x):
         gate, up = project(x, self.gate_proj, self.up_proj)

@@ -115,7 +115,8 @@ def test_experts_are_stacked(source, shard, original_names, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size=shard, save_original_format=original_names)
     weights = hf.read_weights(tmp_path)
     assert original_names == any('experts.3.' in name for name in weights)
-    hf.to_our_weights(weights, *hf.family_of(json.loads((tmp_path / 'config.json').read_text())))
+    family, config = hf.family_of(json.loads((tmp_path / 'config.json').read_text()))
+    family.convert(weights, config)
     for name, tensor in model.state_dict().items():
         assert torch.equal(weights.pop(name, model.lm_head.weight), tensor), name
     assert not weights
@@ -257,6 +258,11 @@ FULL, SLIDING = ['full_attention'] * 2, ['sliding_attention'] * 2
     ('qwen3', dict(sliding_window=20, use_sliding_window=True, max_window_layers=0), 20),
     ('qwen3', dict(sliding_window=20, use_sliding_window=True, max_window_layers=0, layer_types=FULL), 0),
     ('qwen3', dict(sliding_window=20, use_sliding_window=True, layer_types=SLIDING), 20),
+    ('qwen3', dict(use_sliding_window=True, max_window_layers=0), 4096),
+    ('qwen2', dict(sliding_window=20), 0),
+    ('qwen2', dict(sliding_window=20, use_sliding_window=True, max_window_layers=0), 20),
+    ('phi3', dict(sliding_window=20), 20),
+    ('phi3', {}, 0),
 ])
 def test_windows(family, keys, window):
     sizes = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -264,25 +270,25 @@ def test_windows(family, keys, window):
     assert hf.to_ours({'model_type': family, **sizes, **keys})[1]['window'] == window
 
 
-SCALED = {'rope_type': 'yarn', 'rope_theta': 500.0, 'factor': 2.0}
+SCALED = {'rope_type': 'dynamic', 'rope_theta': 500.0, 'factor': 2.0}
 HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.5}
 
 
 @pytest.mark.parametrize('name, changes, says', [
-    ('llama', dict(model_type='gpt_neox'), 'model_type="gpt_neox": supported are llama, qwen3, mistral, '
-     'mixtral, qwen3_moe, mambino_hybrid, mamba, mamba2'),
+    ('llama', dict(model_type='unheard_of'), 'model_type="unheard_of": supported are llama, '),
     ('llama', dict(model_type='falcon_h1'), 'model_type="falcon_h1": its embeddings are not normed'),
     ('llama', dict(model_type='mambino_hybrid', gate='yes'), 'gate="yes": must be true or false'),
     ('llama', dict(model_type='mambino_hybrid', layout=3), 'layout=3: must be a string'),
     ('llama', dict(model_type='mambino_hybrid', layout='serial'), "layout='serial' must be"),
     ('llama', dict(model_type='mambino_hybrid', window=1.5), 'window=1.5: must be a whole number'),
     ('llama', dict(model_type=None), 'model_type=null'),
-    ('llama', dict(rope_parameters=SCALED), 'rope_parameters={"rope_type": "yarn"'),
-    ('llama', dict(rope_scaling={'type': 'linear', 'factor': 2.0}), 'rope_scaling={"type": "linear"'),
+    ('llama', dict(rope_parameters=SCALED), 'rope_parameters={"rope_type": "dynamic".*grows long'),
+    ('llama', dict(rope_scaling={'type': 'longrope'}), 'rope_scaling={"type": "longrope"'),
     ('llama', dict(rope_parameters=HALF), 'rope_parameters=.*0.5.*whole heads'),
     ('llama', dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
-    ('llama', dict(attention_bias=True), 'attention_bias=true'),
-    ('llama', dict(mlp_bias=True), 'mlp_bias=true'),
+    ('llama', dict(attention_bias=1.5), 'attention_bias=1.5: must be true or false'),
+    ('mistral', dict(attention_bias=True), 'attention_bias=true'),
+    ('qwen3', dict(mlp_bias=True), 'mlp_bias=true'),
     ('llama', dict(hidden_act='gelu'), 'hidden_act="gelu"'),
     ('llama', dict(quantization_config={'bits': 4}), 'quantization_config={"bits": 4}'),
     ('llama', dict(layer_types=['sliding_attention'] * 2), 'layer_types'),
@@ -298,7 +304,7 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
     ('qwen3', dict(layer_types=None, use_sliding_window=True, sliding_window=20, max_window_layers=1),
      'max_window_layers=1'),
     ('mixtral', dict(num_local_experts='four'), 'num_local_experts="four"'),
-    ('qwen3_moe', dict(norm_topk_prob=False), 'norm_topk_prob=false'),
+    ('qwen3_moe', dict(norm_topk_prob='no'), 'norm_topk_prob="no"'),
     ('qwen3_moe', dict(decoder_sparse_step=2), 'decoder_sparse_step=2'),
     ('qwen3_moe', dict(mlp_only_layers=[0]), r'mlp_only_layers=\[0\]'),
     ('mamba1', dict(use_bias=True), 'use_bias=true'),
@@ -325,10 +331,9 @@ def test_what_a_missing_key_stands_for():
     """transformers' Qwen3Moe does not make the weights of a token's experts sum to 1 unless it is told to."""
     config = dict(model_type='qwen3_moe', vocab_size=V, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
                   max_position_embeddings=50)
-    with pytest.raises(ValueError, match='norm_topk_prob=false'):
-        hf.to_ours(config)
-    kind, ours = hf.to_ours({**config, 'norm_topk_prob': True})
-    assert kind == 'gpt' and (ours['n_expert'], ours['n_expert_active']) == (128, 8)
+    assert hf.to_ours({**config, 'norm_topk_prob': True})[1]['norm_topk']
+    kind, ours = hf.to_ours(config)
+    assert kind == 'gpt' and (ours['n_expert'], ours['n_expert_active'], ours['norm_topk']) == (128, 8, False)
     assert (ours['intermediate_size'], ours['norm_eps']) == (768, 1e-6)
 
 

@@ -201,7 +201,7 @@ def test_swiglu(shape):
 @every_way
 @pytest.mark.parametrize("P", [4, 24, 64])
 def test_rope(P):
-    tables = rope_tables(torch.arange(7), P, 100.0)
+    tables = rope_tables(torch.arange(7), 100.0 ** (-torch.arange(0, P, 2) / P))
     angles = torch.arange(7).double()[:, None] * 100.0 ** (-torch.arange(0, P, 2).double() / P)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
 
@@ -245,7 +245,7 @@ def sizes_of(kind):
             (1e-5, 3),
         ),
         "swiglu": ([torch.randn(B, T, 32), torch.randn(B, T, 32)], ()),
-        "apply_rope": ([torch.randn(B, T, H, P)], (rope_tables(torch.arange(T), P, 1e4),)),
+        "apply_rope": ([torch.randn(B, T, H, P)], (rope_tables(torch.arange(T), 1e4 ** (-torch.arange(0, P, 2) / P)),)),
         "attention": (
             [torch.randn(B, T, H, P), torch.randn(B, T, G, P), torch.randn(B, T, G, P)],
             (20,),

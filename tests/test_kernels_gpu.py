@@ -305,7 +305,8 @@ def test_fused_mamba1_hands_over_the_right_arguments():
 
 def test_rope_tables_are_one_operation_to_a_compiler(monkeypatch):
     """Its graph has the operation, and no cosine; the numbers are those of the definition."""
-    torch.library.opcheck(torch.ops.mambino.rope_tables.default, (torch.arange(5), 8, 100.0))
+    frequencies = 100.0 ** (-torch.arange(4) / 4)
+    torch.library.opcheck(torch.ops.mambino.rope_tables.default, (torch.arange(5), frequencies, 1.0))
     monkeypatch.setattr(cuda, "KIND", "cpu")
     graphs = []
 
@@ -314,8 +315,8 @@ def test_rope_tables_are_one_operation_to_a_compiler(monkeypatch):
         return graph.forward
 
     positions = torch.arange(7)
-    compiled = torch.compile(lambda positions: rope_tables(positions, 8, 100.0), backend=backend, fullgraph=True)
-    for made, expected in zip(compiled(positions), rope_tables.definition(positions, 8, 100.0)):
+    compiled = torch.compile(lambda positions: rope_tables(positions, frequencies), backend=backend, fullgraph=True)
+    for made, expected in zip(compiled(positions), rope_tables.definition(positions, frequencies)):
         assert torch.equal(made, expected)
     assert [node.target for node in graphs[0].graph.nodes if "cos" in str(node.target)] == []
     assert any("rope_tables" in str(node.target) for node in graphs[0].graph.nodes)

@@ -18,7 +18,7 @@ from mambino.weights.checkpoint import MODELS
 CONTAINERS = {nn.ModuleDict, nn.ModuleList, nn.Dropout}  # dropout: none in a finished model
 PARTS = {
     nn.Linear, nn.Embedding, RMSNorm,
-    model_gpt.GPT, model_gpt.Layer, model_gpt.Attention, SwiGLU,
+    model_gpt.GPT, model_gpt.Layer, model_gpt.NormAfterLayer, model_gpt.Attention, SwiGLU,
     model_gpt.MoE, model_gpt.Experts,
     model_mamba.Mamba, model_mamba.Block, model_mamba.Mamba1Mixer, model_mamba.Mamba2Mixer,
     model_mamba.Conv1d, model_mamba.TimeStep, GatedRMSNorm,

@@ -45,23 +45,24 @@ def project(x, *projections):
 # --- rotary positions -----------------------------------------------------------------------------
 
 @torch.library.custom_op('mambino::rope_tables', mutates_args=())
-def made_rope_tables(positions: torch.Tensor, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return DEFINITIONS['rope_tables'](positions, dim, theta)
+def made_rope_tables(positions: torch.Tensor, frequencies: torch.Tensor, amplitude: float
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+    return DEFINITIONS['rope_tables'](positions, frequencies, amplitude)
 
 
 @made_rope_tables.register_fake
-def rope_table_shapes(positions, dim, theta):
-    cos = positions.new_empty(*positions.shape, 1, dim // 2, dtype=torch.float32)
+def rope_table_shapes(positions, frequencies, amplitude):
+    cos = positions.new_empty(*positions.shape, 1, len(frequencies), dtype=torch.float32)
     return cos, torch.empty_like(cos)
 
 
 @kernel
-def rope_tables(positions, dim, theta):
+def rope_tables(positions, frequencies, amplitude=1.0):
     """One operation to a compiler, which would make each cosine anew for every element that is turned, in
     every layer: of a GPT's step on a card a quarter."""
     if positions.device.type != KIND or not torch.compiler.is_compiling():
         return NotImplemented
-    return torch.ops.mambino.rope_tables(positions, dim, float(theta))
+    return torch.ops.mambino.rope_tables(positions, frequencies, float(amplitude))
 
 
 # --- attention in a window ------------------------------------------------------------------------

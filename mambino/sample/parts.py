@@ -55,7 +55,6 @@ def address(tensor, dtype=torch.float32):
 
 
 def dense(linear):
-    require(linear.bias is None or type(linear) is model_mamba.TimeStep, 'bias')    # a step adds that one
     address(linear.weight)
     return native.matrix_of(linear.weight, None, linear.weight.shape[1])
 
@@ -70,9 +69,11 @@ def rounded(linear):
 MATRICES = {nn.Linear: dense, Dense: dense, model_mamba.TimeStep: dense, quantize.Linear: rounded}
 
 
-def matrix(module, rows=None, columns=None):
-    """The native.Matrix of a module that multiplies by one, of this size where it is said."""
+def matrix(module, rows=None, columns=None, adds_bias=False):
+    """The native.Matrix of a module that multiplies by one, of this size where it is said. adds_bias: its
+    bias, if it has one, is added by whoever multiplies."""
     require(type(module) in MATRICES, type(module))
+    require(adds_bias or module.bias is None or type(module) is model_mamba.TimeStep, 'bias')
     try:
         made = MATRICES[type(module)](module)
     except ValueError as error:                                             # codes and scales of other sizes
@@ -118,19 +119,25 @@ def experts(moe, i, x, y):
 def attention(layer, i, x, y):
     P = layer.head_dim
     require(P % cpu.LANES == 0, 'head_dim')
-    q, k = matrix(layer.q_proj), matrix(layer.k_proj)
+    projections = layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj
+    q, k = (matrix(projection, adds_bias=True) for projection in projections[:2])
     H, G, D = q.rows // P, k.rows // P, q.columns
     require(G and H % G == 0 and q.rows == H * P, 'heads')
-    matrices = q, matrix(layer.k_proj, G * P, D), matrix(layer.v_proj, G * P, D), matrix(layer.o_proj, D, H * P)
+    sizes = (H * P, D), (G * P, D), (G * P, D), (D, H * P)
+    matrices = [matrix(projection, *size, adds_bias=True) for projection, size in zip(projections, sizes)]
+    biases = [projection.bias for projection in projections]
+    sized(*[(bias, (rows,)) for bias, (rows, _) in zip(biases, sizes)])
     yield 'width', D
     norms = None, None, 0.0
     if layer.qk_norm:
         require(type(layer.q_norm) is type(layer.k_norm) is RMSNorm, 'qk_norm')
-        sized((layer.q_norm.weight, (P,)), (layer.k_norm.weight, (P,)))
+        sizes = (H * P, G * P) if layer.qk_norm_whole else (P, P)
+        sized((layer.q_norm.weight, sizes[:1]), (layer.k_norm.weight, sizes[1:]))
         norms = layer.q_norm.weight, layer.k_norm.weight, float(layer.q_norm.eps)
+    tables = ('cos', 'sin') if layer.turns else (None, None)
     keys, values = State(f'k.{i}', (G, None, P)), State(f'v.{i}', (G, None, P))
-    yield ('attention_step', 'threads', 'precision', 'rows', H, G, P, Slots(keys.name), *matrices, *norms,
-           'pos', 'cos', 'sin', keys, values, x, y)
+    yield ('attention_step', 'threads', 'precision', 'rows', H, G, P, Slots(keys.name), *matrices, *biases,
+           int(layer.qk_norm_whole), *norms, 'pos', *tables, keys, values, x, y)
 
 
 def convolution(conv1d, i):
@@ -198,6 +205,15 @@ def gpt_layer(layer, i, x, y):
     yield 'add_step', 'elements', y, 'a', y
 
 
+def gpt_norm_after_layer(layer, i, x, y):
+    yield from calls(layer.self_attn, i, x, 'a')
+    yield from calls(layer.post_attention_layernorm, i, 'a', 'a')
+    yield 'add_step', 'elements', x, 'a', y
+    yield from calls(layer.mlp, i, y, 'a')
+    yield from calls(layer.post_feedforward_layernorm, i, 'a', 'a')
+    yield 'add_step', 'elements', y, 'a', y
+
+
 def mamba_block(block, i, x, y):
     yield from calls(block.norm, i, x, 'h')
     yield from calls(block.mixer, i, 'h', 'a')
@@ -232,8 +248,8 @@ def stack(layers, norm, head):
 
 
 def rope(config):
-    frequencies = model_gpt.rope_frequencies(config.head_dim, config.rope_theta)
-    yield 'rope_step', 'rows', config.head_dim, 'pos', frequencies, 'cos', 'sin'
+    frequencies = model_gpt.rope_frequencies(config)
+    yield 'rope_step', 'rows', config.head_dim, 'pos', frequencies, config.rope_amplitude, 'cos', 'sin'
 
 
 def gpt(net, *_):
@@ -246,7 +262,7 @@ def mamba(net, *_):
 
 
 def hybrid(net, *_):
-    yield from rope(net.config)
+    yield from rope(net.attention)
     yield from calls(net.model.embed_norm, 0, 'x', 'x')
     yield from stack(net.model.layers, net.model.norm, net.lm_head)
 
@@ -259,6 +275,7 @@ PARTS = {
     model_mamba.Mamba1Mixer: mamba1,
     model_mamba.Mamba2Mixer: mamba2,
     model_gpt.Layer: gpt_layer,
+    model_gpt.NormAfterLayer: gpt_norm_after_layer,
     model_mamba.Block: mamba_block,
     model_hybrid.Layer: hybrid_layer,
     model_gpt.GPT: gpt,

@@ -19,27 +19,29 @@ MOST = 32       # rows of prompts that are few
 
 
 class Dense(nn.Linear):
-    """nn.Linear without a bias; its gradients are PyTorch's."""
+    """nn.Linear, whose gradients are PyTorch's."""
 
     def forward(self, x):                                       # (…, K) → (…, N)
         is_few = x.numel() and native.few(x, MOST)
         plain = x.dtype == self.weight.dtype == torch.float32 and self.weight.is_contiguous()
         if is_few and plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu') and cpu.applies(x):
-            return native.linear(x, self.weight, None)
+            y = native.linear(x, self.weight, None)
+            return y if self.bias is None else y + self.bias
         return super().forward(x)
 
 
 class Rounded(nn.Linear):
-    """nn.Linear without a bias, whose weight has 16 bits, as autocast would round it."""
+    """nn.Linear, whose weight has 16 bits, as autocast would round it."""
 
     def forward(self, x):                                       # (…, K) → (…, N)
-        return F.linear(x.to(self.weight.dtype), self.weight)
+        dtype = self.weight.dtype
+        return F.linear(x.to(dtype), self.weight, None if self.bias is None else self.bias.to(dtype))
 
 
 def matrices(net):
-    """The Linears of a model, all but routers and those with a bias."""
+    """The Linears of a model, all but routers."""
     for name, module in net.named_modules():
-        if type(module) is nn.Linear and module.bias is None and name.rpartition('.')[2] not in EXACT:
+        if type(module) is nn.Linear and name.rpartition('.')[2] not in EXACT:
             yield module
 
 

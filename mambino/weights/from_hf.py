@@ -4,9 +4,9 @@ packages is needed.
     python train.py --init_from=hf:folder           # what save_pretrained wrote, or a downloaded repository
     kind, config, weights, tok = load_hf('folder')  # checkpoint.build(kind, config).load_state_dict(weights)
 
-Taken are llama, qwen3, mistral, mixtral, qwen3_moe, mamba and mamba2, the original checkpoints of
-state-spaces/mamba, Mamba-3 too, and what export.py wrote with a modelling file of its own, which is
-not needed here:
+Taken are the families that families/ has, Llama and what came of it, Mamba and hybrids, the original
+checkpoints of state-spaces/mamba, Mamba-3 too, and what export.py wrote with a modelling file of its
+own, which is not needed here:
 
     config.json        ──► the fields of our config. What our models would compute otherwise is refused
     *.safetensors      ──► {name: fp32 tensor}: one file or many with an index, fp64, fp32, fp16 or
@@ -14,9 +14,9 @@ not needed here:
                            must be those of our model, all of them
     tokenizer.json     ──► tokenizer.py's Tokenizer, or None
 
-Our parameters have transformers' names, so little is mapped: experts are stacked, a tied head gets
-its weight. Whatever does not fit ends the program in a line that names it. families/ says it of each
-model_type.
+Our parameters have transformers' names, so little is mapped: experts are stacked, fused matrices
+split, constants multiplied into weights, a tied head gets its weight. Whatever does not fit ends the
+program in a line that names it, and says what differs.
 """
 import functools
 import os
@@ -28,7 +28,7 @@ import torch
 from mambino import tokenizer
 from mambino.configurator import fail
 from mambino.weights.checkpoint import config_of
-from mambino.weights.families import gpt, hybrid, mamba
+from mambino.weights.families import gpt, hybrid, mamba, refused
 from mambino.weights.families.common import ONLY, check_only, refuse
 from mambino.weights.fitting import model_of_shapes
 from mambino.weights.tensor_files import read_bin, read_json, read_safetensors
@@ -42,7 +42,7 @@ WEIGHTS = (
 )
 
 FAMILIES = {**gpt.FAMILIES, **hybrid.FAMILIES, **mamba.FAMILIES}            # {model_type: Family}
-REFUSED = {**gpt.REFUSED, **hybrid.REFUSED, **mamba.REFUSED}                # {model_type: what differs}
+REFUSED = {**refused.REFUSED, **hybrid.REFUSED, **mamba.REFUSED}            # {model_type: what differs}
 EMBEDDING = {
     'mamba': 'backbone.embeddings.weight',
     'gpt': 'model.embed_tokens.weight',
@@ -113,15 +113,13 @@ def read_weights(folder):
     return weights
 
 
-def to_our_weights(weights, family, theirs):
-    """Changes in place what is called or computed otherwise in our models, or in today's transformers."""
+def to_our_names(weights):
+    """Renames in place what was called otherwise before today's transformers."""
     for name in list(weights):
         if name.endswith('rotary_emb.inv_freq'):                            # old Llamas saved a table
             del weights[name]
     if 'backbone.embedding.weight' in weights:
         weights['backbone.embeddings.weight'] = weights.pop('backbone.embedding.weight')
-    if family.convert:
-        family.convert(weights, theirs)
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -146,13 +144,15 @@ def load_hf(folder):
     if family.note:
         say_once(path, family.note(theirs))
     weights = read_weights(folder)
+    to_our_names(weights)
+    if net.config.tie_embeddings or theirs.get('tie_word_embeddings'):
+        tie_head(weights, kind, path)
     try:
-        to_our_weights(weights, family, theirs)
+        if family.convert:
+            family.convert(weights, theirs)
     except (KeyError, RuntimeError) as error:
         fail(f'{folder}: the tensors are not complete or not of the shapes that belong together: '
              f'{str(error).splitlines()[0]}')
-    if net.config.tie_embeddings:
-        tie_head(weights, kind, path)
     check_shapes(weights, net.state_dict(), folder)
     return kind, config_of(net), weights, tokenizer_in(folder, net.config.vocab_size)
 

@@ -197,10 +197,15 @@ def unpacked(codes):
 
 
 class Linear(Matrix):
-    """nn.Linear without a bias, for generation."""
+    """nn.Linear, for generation; its bias, if it has one, is as it was."""
+
+    def __init__(self, shape, precision, bias=None):
+        super().__init__(shape, precision)
+        self.bias = bias
 
     def forward(self, x):
-        return self.product(x, self.codes, getattr(self, 'scales', None))
+        y = self.product(x, self.codes, getattr(self, 'scales', None))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Embedding(Matrix):
@@ -292,7 +297,7 @@ def replace_matrices(net, precision, fill):
                     new.gate_up_proj.fill(module.gate_up_proj)
                     new.down_proj.fill(module.down_proj)
             elif is_rounded(module, name, tied):
-                new = Linear(module.weight.shape, careful if name == 'lm_head' else precision)
+                new = Linear(module.weight.shape, careful if name == 'lm_head' else precision, module.bias)
                 if fill:
                     new.fill(module.weight)
             else:

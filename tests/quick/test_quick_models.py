@@ -62,7 +62,7 @@ def test_attention_is_softmax_of_scores(T, S, window):
 
 def test_rope_turns_pairs_by_their_position():
     x = torch.randn(2, 9, 3, 8)                                                 # (B, T, H, P)
-    rope = rope_tables(torch.arange(9), 8, 100.0)
+    rope = rope_tables(torch.arange(9), 100.0 ** (-torch.arange(0, 8, 2) / 8))
     angles = torch.arange(9)[:, None, None] * 100.0 ** (-torch.arange(0, 8, 2).double() / 8)
 
     def reference(x):

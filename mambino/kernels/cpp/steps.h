@@ -35,39 +35,56 @@ API mlp_step(I threads, I tokens, const Matrix *gate, const Matrix *up_, const M
 }
 
 // rope's tables (B, P / 2) of positions pos (B); frequencies (P / 2)
-API rope_step(I B, I P, const I *pos, const float *frequencies, float *cosine, float *sine) {
+API rope_step(I B, I P, const I *pos, const float *frequencies, float amplitude, float *cosine,
+              float *sine) {
     for (I i = 0; i < B * (P / 2); i++) {
         float angle = (float)pos[i / (P / 2)] * frequencies[i % (P / 2)];
-        cosine[i] = std::cos(angle);
-        sine[i] = std::sin(angle);
+        cosine[i] = std::cos(angle) * amplitude;
+        sine[i] = std::sin(angle) * amplitude;
     }
+}
+
+// x (B, D) += bias (D), if there is one
+static void add_bias(I B, I D, const float *bias, float *x) {
+    for (I i = 0; bias && i < B * D; i++)
+        x[i] += bias[i % D];
 }
 
 // attention of one token of each sequence, x and y (B, D): the caches (B, G, S, P) get its key and
 // value, and slots 0 to pos, or all of a ring, are attended to. P is a multiple of L; tables
-// (B, P / 2); norms of heads, or null
+// (B, P / 2), or null where nothing turns; biases, or null; norms of heads, of all at once if `whole`,
+// or null
 API attention_step(I threads, I precision, I B, I H, I G, I P, I S, const Matrix *qm,
-                   const Matrix *km, const Matrix *vm, const Matrix *om, const float *q_norm,
-                   const float *k_norm, float eps, const I *pos, const float *cosine,
-                   const float *sine, void *keys, void *values, const float *x, float *out) {
+                   const Matrix *km, const Matrix *vm, const Matrix *om, const float *q_bias,
+                   const float *k_bias, const float *v_bias, const float *o_bias, I whole,
+                   const float *q_norm, const float *k_norm, float eps, const I *pos,
+                   const float *cosine, const float *sine, void *keys, void *values,
+                   const float *x, float *out) {
     Room room(B * (2 * H + 2 * G) * P + B * H);
+    I nq = whole ? 1 : H, nk = whole ? 1 : G;  // norms of a token
     float *q = room.get();
     float *k = q + B * H * P;
     float *v = k + B * G * P;
     float *y = v + B * G * P;
     float *rstd = y + B * H * P;
     linear<3>(threads, {qm, km, vm}, B, x, {q, k, v});
+    add_bias(B, H * P, q_bias, q);
+    add_bias(B, G * P, k_bias, k);
+    add_bias(B, G * P, v_bias, v);
     if (q_norm) {
-        norm_forward(0, B * H, 0, 1, P, eps, q, nullptr, 0, q_norm, q, rstd);
-        norm_forward(0, B * G, 0, 1, P, eps, k, nullptr, 0, k_norm, k, rstd);
+        norm_forward(0, B * nq, 0, 1, H * P / nq, eps, q, nullptr, 0, q_norm, q, rstd);
+        norm_forward(0, B * nk, 0, 1, G * P / nk, eps, k, nullptr, 0, k_norm, k, rstd);
     }
-    rope(0, B, 0, B, H, P, q, cosine, sine, 1, q);
-    rope(0, B, 0, B, G, P, k, cosine, sine, 1, k);
+    if (cosine) {
+        rope(0, B, 0, B, H, P, q, cosine, sine, 1, q);
+        rope(0, B, 0, B, G, P, k, cosine, sine, 1, k);
+    }
     if (precision == BF16)
         attend(threads, B, H, G, P, S, pos, q, k, v, (bf16 *)keys, (bf16 *)values, y);
     else
         attend(threads, B, H, G, P, S, pos, q, k, v, (float *)keys, (float *)values, y);
     linear<1>(threads, {om}, B, y, {out});
+    add_bias(B, om->rows, o_bias, out);
 }
 
 // (K, L) of each L channels, the last ones filled up, of a convolution's weight (E, K)

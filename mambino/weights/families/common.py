@@ -45,9 +45,9 @@ def number(theirs, key, default=None, kind=int):
 
 
 def check_only(theirs, only):
-    """ValueError for the first key that has another value than `only` allows."""
+    """ValueError for the first key that has another value than `only` allows; None: all."""
     for key, (allowed, why) in only.items():
-        if theirs.get(key) is not None and theirs[key] not in allowed:
+        if theirs.get(key) is not None and allowed is not None and theirs[key] not in allowed:
             refuse(key, theirs[key], why)
 
 
