@@ -7,11 +7,14 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import V, assert_close, tokens
+from helpers.models import SSM_SIZE, V, assert_close, perturb, tokens
 
+from mambino.export import to_hf
+from mambino.export.compare import greedy
 from mambino.weights import checkpoint
 from mambino.weights import from_hf as hf
 from mambino.weights.fitting import model_of_shapes
+from model_mamba import Mamba, MambaConfig
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
@@ -228,3 +231,118 @@ def test_weights_of_an_original_that_are_refused(tmp_path, capsys, monkeypatch):
         damaged = {**weights, **{prefix + name: value for name, value in change.items()}}
         save(tmp_path, config, {name: value for name, value in damaged.items() if value is not None})
         assert str(tmp_path) in refusal(tmp_path, capsys)
+
+
+# --- the modelling file of transformers -----------------------------------------------------------
+
+OURS = {
+    'siso': dict(intermediate_size=40, head_norm=True),
+    'mimo': dict(mimo_rank=3, n_groups=2, rope_fraction=1.0, tie_embeddings=False, chunk_size=12),
+}
+
+
+def built(name, **changes):
+    settings = dict(SSM_SIZE, version=3, head_dim=16, vocab_size=V, norm_eps=1e-3, block_size=50)
+    return perturb(Mamba(MambaConfig(**{**settings, **OURS[name], **changes}))).eval()
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """A function: our model → transformers' of the folder it is written to."""
+    transformers = pytest.importorskip('transformers')
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'modules'))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write_and_open(net, cls='AutoModelForCausalLM'):
+        to_hf.write(net, None, tmp_path)
+        return getattr(transformers, cls).from_pretrained(tmp_path, trust_remote_code=True).eval()
+    return write_and_open
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', OURS)
+def test_the_modelling_file(name, opened):
+    """A state of one step a token, padding on the left, beams, a state to go on from."""
+    net = built(name)
+    model, idx = opened(net), tokens(2, 75)
+    mask = torch.ones_like(idx)
+    mask[0, :5], mask[1, :30] = 0, 0
+    logits = model(idx, attention_mask=mask).logits
+    for row, n in ((0, 5), (1, 30)):
+        assert_close(logits[row, n:], net(idx[row:row + 1, n:])[0][0], 1e-5)
+    lengths = []
+
+    def write_down(module, args):
+        lengths.append(args[0].shape[1])
+    model.lm_head.register_forward_pre_hook(write_down)
+    model.backbone.layers[0].mixer.out_proj.register_forward_pre_hook(write_down)
+    got = model.generate(idx, attention_mask=mask, max_new_tokens=20, do_sample=False,
+                         return_dict_in_generate=True, pad_token_id=0)
+    assert lengths == [75, 1] + [1, 1] * 19
+    for row, n in ((0, 5), (1, 30)):
+        assert got.sequences[row, 75:].tolist() == greedy(net, idx[row, n:].tolist(), 20)
+    longer = torch.cat((got.sequences, tokens(2, 3)), 1)
+    longer_mask = torch.cat((mask, mask.new_ones(2, 23)), 1)
+    more = model(longer[:, 94:], past_key_values=got.past_key_values, attention_mask=longer_mask).logits
+    assert_close(more[1], net(longer[1:, 30:])[0][0, -4:], 1e-5)
+    beams = [model.generate(idx[:, :9], attention_mask=torch.ones_like(idx[:, :9]), num_beams=3, max_new_tokens=9,
+                            do_sample=False, use_cache=cache, pad_token_id=0) for cache in (True, False)]
+    assert torch.equal(*beams)
+    with pytest.raises(ValueError, match='covers 75 tokens; it must cover all 99'):
+        model(idx[:, :1], past_key_values=got.past_key_values, attention_mask=mask)
+    with pytest.raises(ValueError, match='position_ids'):
+        model(idx, position_ids=idx)
+    rounded = model.to(torch.bfloat16)(idx).logits.float()
+    assert (rounded - net(idx)[0]).norm() <= 0.05 * rounded.norm()
+
+
+@pytest.mark.filterwarnings('ignore:.*gradient_checkpointing_enable:FutureWarning')
+@pytest.mark.parametrize('name', OURS)
+def test_trained_there_and_read_back(name, opened, tmp_path):
+    """With padding after one of the texts; with and without gradient checkpointing."""
+    net = built(name)
+    model, idx = opened(net).train(), tokens(2, 40)
+    mask, labels = torch.ones_like(idx), idx.clone()
+    mask[0, 23:], labels[0, 23:] = 0, -100
+    texts = idx[:1, :23], idx[1:]
+    losses = [F.cross_entropy(net(text)[0][0, :-1], text[0, 1:], reduction='sum') for text in texts]
+    want = sum(losses) / (22 + 39)
+    want.backward()
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        got = model(idx, attention_mask=mask, labels=labels)
+        assert got.past_key_values is None and abs(got.loss - want) < 1e-5
+        got.loss.backward()
+        for key, p in net.named_parameters():
+            assert_close(model.get_parameter(key).grad, p.grad, 1e-4 * p.grad.abs().max().item())
+    state = model.eval()(idx, attention_mask=mask).past_key_values
+    with pytest.raises(ValueError, match='pad on the left'):
+        model(idx[:, :1], past_key_values=state)
+    with pytest.raises(ValueError, match='pad on the left'):
+        model.generate(idx, attention_mask=mask, max_new_tokens=1, pad_token_id=0)
+    mask[0, 30] = 1
+    with pytest.raises(ValueError, match='padding within a text'):
+        model(idx, attention_mask=mask)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    model.save_pretrained(tmp_path / 'trained')
+    kind, config, weights, _ = hf.load_hf(tmp_path / 'trained')
+    assert (kind, config) == ('mamba', vars(net.config))
+    net.load_state_dict(weights)
+    assert_close(net(idx)[0], model(idx).logits)
+
+
+def test_auto_model_is_the_model_without_its_head(opened):
+    net, idx = built('siso'), tokens(2, 30)
+    assert_close(opened(net, 'AutoModel')(idx).last_hidden_state, net.hidden_states(idx)[0])
+
+
+def test_what_transformers_cannot_have_is_said(tmp_path):
+    for version in (1, 2):
+        net = built('siso', version=version, head_norm=False)
+        with pytest.raises(ValueError, match='no MLP after the mixers.*intermediate_size=40.*onnx'):
+            to_hf.write(net, None, tmp_path)
+    assert not os.listdir(tmp_path)

@@ -54,6 +54,7 @@ CASES = {  # the class that it must become, our model, its config
     'mamba2': ('Mamba2', Mamba, dict(SSM_SIZE, head_dim=16)),
     'mamba2-untied': ('Mamba2', Mamba, dict(SSM_SIZE, head_dim=8, n_groups=2, expand=3, conv_kernel=3,
                                             **UNTIED)),
+    'mamba3': ('MambinoMamba', Mamba, dict(SSM_SIZE, version=3, head_dim=16, mimo_rank=2, intermediate_size=40)),
     'falcon': ('FalconH1', Hybrid, dict(PLAIN, n_kv_head=2)),
     'falcon-untied': ('FalconH1', Hybrid, dict(PLAIN, n_groups=2, expand=3, head_dim=12, conv_kernel=3,
                                                **UNTIED)),

@@ -21,6 +21,7 @@ PARTS = {
     model_gpt.GPT, model_gpt.Layer, model_gpt.NormAfterLayer, model_gpt.Attention, SwiGLU,
     model_gpt.MoE, model_gpt.Experts,
     model_mamba.Mamba, model_mamba.Block, model_mamba.Mamba1Mixer, model_mamba.Mamba2Mixer,
+    model_mamba.Mamba3Mixer,
     model_mamba.Conv1d, model_mamba.TimeStep, GatedRMSNorm,
     model_hybrid.Hybrid, model_hybrid.Layer, model_hybrid.LowRank,
 }

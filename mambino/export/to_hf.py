@@ -8,9 +8,11 @@ Each model becomes the class of transformers that computes exactly the same:
 
     GPT                 Llama; with a window Mistral, with qk_norm Qwen3; with experts Mixtral,
                         with both Qwen3Moe
-    Mamba               Mamba, Mamba2
+    Mamba               Mamba, Mamba2; Mamba-3, of which it has no class, modeling_mamba3.py
     plain hybrid        FalconH1, into whose matrices goes what the class lacks
-    any other hybrid    modeling_mambino.py, which is copied into the folder (trust_remote_code=True)
+    any other hybrid    modeling_mambino.py
+
+A modelling file of ours is copied into the folder, and opened with trust_remote_code=True.
 
     net ──► to_transformers ──► config.json         the class and its settings, all of them explicit
                             └─► model.safetensors   fp32, in the class's names
@@ -39,12 +41,15 @@ from mambino.tokenizer_json import beginning_only, marks_of, names_in_reach
 from mambino.weights.families.gpt import EXPERTS
 from model_gpt import GPT
 from model_hybrid import Hybrid
-from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer
+from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, Mamba3Mixer
 
 PACKAGES = 'transformers'
 TOOL = 'transformers'
 WEIGHTS = 'model.safetensors'
-MODELING = 'modeling_mambino.py'
+MODELING = {    # {a model_type of ours: the file of its classes, what their names begin with}
+    'mambino_hybrid': ('modeling_mambino.py', 'Mambino'),
+    'mambino_mamba': ('modeling_mamba3.py', 'MambinoMamba'),
+}
 # (experts, QK-norm, window): the class's name without …ForCausalLM, and its model_type
 GPT_CLASSES = {
     (False, False, False): ('Llama', 'llama'),
@@ -124,23 +129,49 @@ def split_experts(weights, block, gate, up, down):
 
 
 def convert_mamba(net, weights):
-    c = net.config
-    keys = dict(hidden_size=c.n_embd, num_hidden_layers=c.n_layer, state_size=c.state_size,
+    mixer_keys = look_up_alike(MAMBA_KEYS, [block.mixer for block in net.backbone.layers], TOOL)
+    return mixer_keys(net.config), weights
+
+
+def mamba_keys(c):
+    """What transformers' Mamba and Mamba2 have in common."""
+    if c.intermediate_size:
+        raise ValueError(f'{TOOL}\' Mamba-1 and -2 have no MLP after the mixers, this one has, of '
+                         f'intermediate_size={c.intermediate_size}: --format=onnx and torchscript take it, and a '
+                         'Mamba-3 with one has a modelling file of its own')
+    return dict(hidden_size=c.n_embd, num_hidden_layers=c.n_layer, state_size=c.state_size,
                 expand=c.expand, conv_kernel=c.conv_kernel, layer_norm_epsilon=c.norm_eps,
                 use_bias=False, use_conv_bias=True, hidden_act='silu', residual_in_fp32=True)
-    mixer_keys = look_up_alike(MAMBA_KEYS, [block.mixer for block in net.backbone.layers], TOOL)
-    return keys | mixer_keys(c), weights
 
 
 def mamba1_keys(c):
-    return dict(architectures=['MambaForCausalLM'], model_type='mamba',
-                intermediate_size=c.expand * c.n_embd, time_step_rank=c.time_step_rank)
+    return mamba_keys(c) | dict(
+        architectures=['MambaForCausalLM'], model_type='mamba',
+        intermediate_size=c.expand * c.n_embd, time_step_rank=c.time_step_rank)
 
 
 def mamba2_keys(c):
-    return dict(architectures=['Mamba2ForCausalLM'], model_type='mamba2',
-                num_heads=c.expand * c.n_embd // c.head_dim, head_dim=c.head_dim, n_groups=c.n_groups,
-                chunk_size=c.chunk_size, rms_norm=True, norm_before_gate=False)
+    return mamba_keys(c) | dict(
+        architectures=['Mamba2ForCausalLM'], model_type='mamba2',
+        num_heads=c.expand * c.n_embd // c.head_dim, head_dim=c.head_dim, n_groups=c.n_groups,
+        chunk_size=c.chunk_size, rms_norm=True, norm_before_gate=False)
+
+
+def mamba3_keys(c):
+    return own_keys(c, 'mambino_mamba', ('conv_kernel', 'time_step_rank'))
+
+
+def own_keys(c, model_type, left_out=()):
+    """Of a model with a modelling file of ours: its config, but for the fields left out."""
+    file, name = MODELING[model_type]
+    module = file.removesuffix('.py')
+    left_out = ('tie_embeddings', 'dropout', *left_out)
+    keys = {field: value for field, value in vars(c).items() if field not in left_out}
+    keys |= dict(architectures=[name + 'ForCausalLM'], model_type=model_type)
+    keys['auto_map'] = {'AutoConfig': f'{module}.{name}Config',
+                        'AutoModel': f'{module}.{name}Model',
+                        'AutoModelForCausalLM': f'{module}.{name}ForCausalLM'}
+    return keys
 
 
 def convert_hybrid(net, weights):
@@ -149,14 +180,7 @@ def convert_hybrid(net, weights):
     lacking = c.gate or c.branch_norm or c.window or c.qk_norm or c.low_rank
     if c.layout == 'sequential' and not lacking:
         return hybrid_as_falcon_h1(c, weights)
-    left_out = ('tie_embeddings', 'dropout')
-    keys = {name: value for name, value in vars(c).items() if name not in left_out}
-    module = MODELING.removesuffix('.py')
-    keys |= dict(architectures=['MambinoForCausalLM'], model_type='mambino_hybrid')
-    keys['auto_map'] = {'AutoConfig': f'{module}.MambinoConfig',
-                        'AutoModel': f'{module}.MambinoModel',
-                        'AutoModelForCausalLM': f'{module}.MambinoForCausalLM'}
-    return keys, weights
+    return own_keys(c, 'mambino_hybrid'), weights
 
 
 def hybrid_as_falcon_h1(c, weights):
@@ -193,7 +217,7 @@ def hybrid_as_falcon_h1(c, weights):
 
 
 CONVERT = {GPT: convert_gpt, Mamba: convert_mamba, Hybrid: convert_hybrid}
-MAMBA_KEYS = {Mamba1Mixer: mamba1_keys, Mamba2Mixer: mamba2_keys}
+MAMBA_KEYS = {Mamba1Mixer: mamba1_keys, Mamba2Mixer: mamba2_keys, Mamba3Mixer: mamba3_keys}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -262,17 +286,23 @@ def write(net, tok, folder, quantize='', **_):
         generation['suppress_tokens'] = list(range(tok.vocab_size, net.config.vocab_size))
     write_json(folder, 'generation_config.json', generation)
     save_safetensors(os.path.join(folder, WEIGHTS), weights, {'format': 'pt'})
-    if keys['model_type'] == 'mambino_hybrid':
+    if keys['model_type'] in MODELING:
+        file, _ = MODELING[keys['model_type']]
         here = os.path.dirname(os.path.abspath(__file__))
-        shutil.copyfile(os.path.join(here, MODELING), os.path.join(folder, MODELING))
+        shutil.copyfile(os.path.join(here, file), os.path.join(folder, file))
     if tok:
         write_tokenizer(tok, folder, net.config.block_size, special)
+
+
+def has_own_code(folder):
+    """Whether a modelling file of ours lies there."""
+    return any(os.path.exists(os.path.join(folder, file)) for file, _ in MODELING.values())
 
 
 def opening(name, tok, folder, **_):
     """The lines that open the folder of this name, for the card; `folder` is where its files lie
     now."""
-    trust = ', trust_remote_code=True' if os.path.exists(os.path.join(folder, MODELING)) else ''
+    trust = ', trust_remote_code=True' if has_own_code(folder) else ''
     if not tok:
         return ('from transformers import AutoModelForCausalLM\n'
                 f'model = AutoModelForCausalLM.from_pretrained({name!r}{trust})')
@@ -354,7 +384,7 @@ def verify(net, tok, folder, quantize='', **_):
     n = 64
     vocab_size = tok.vocab_size if tok else net.config.vocab_size
     window = min(getattr(net.config, 'window', 0), 1024)
-    trust_remote_code = os.path.exists(os.path.join(folder, MODELING))
+    trust_remote_code = has_own_code(folder)
     transformers.utils.logging.disable_progress_bar()
     try:
         with silent():
