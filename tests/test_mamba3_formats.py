@@ -1,5 +1,5 @@
-"""Mamba-3 in and out: the original checkpoints of state-spaces/mamba give the numbers of the paper's recurrence;
-what is exported opens in its own tool with ours; all else is refused in one line."""
+"""Mamba-3 in and out: the original checkpoints of state-spaces/mamba give the numbers of the paper's
+recurrence; what is exported opens in its own tool with ours; all else is refused in one line."""
 import json
 import math
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 SSM = dict(layer='Mamba3', d_state=16, headdim=12, expand=2, chunk_size=64)
 ORIGINALS = {           # d_model, ssm_cfg
     'siso': (36, SSM),
-    'siso-groups-full': (24, dict(SSM, ngroups=2, rope_fraction=1.0, is_mimo=False, mimo_rank=4, dt_min=0.01)),
+    'siso-groups-full': (24, dict(SSM, ngroups=2, rope_fraction=1.0, is_mimo=False, mimo_rank=4)),
     'siso-norm': (24, dict(SSM, is_outproj_norm=True, A_floor=1e-4)),
     'mimo': (24, dict(SSM, is_mimo=True)),
     'mimo-2-norm': (24, dict(SSM, is_mimo=True, mimo_rank=2, ngroups=2, is_outproj_norm=True,
@@ -44,9 +44,11 @@ def layer_shapes(D, inner, ssm):
     """{name: shape} of one layer."""
     E, H, P, N, G, R, A = sizes(D, ssm)
     shapes = {
-        'norm.weight': (D,), 'norm2.weight': (D,), 'mlp.fc1.weight': (2 * inner, D), 'mlp.fc2.weight': (D, inner),
-        'mixer.in_proj.weight': (2 * E + 2 * R * G * N + 3 * H + A, D), 'mixer.out_proj.weight': (D, E),
-        'mixer.dt_bias': (H,), 'mixer.D': (H,), 'mixer.B_bias': (H, R, N), 'mixer.C_bias': (H, R, N),
+        'norm.weight': (D,), 'norm2.weight': (D,),
+        'mlp.fc1.weight': (2 * inner, D), 'mlp.fc2.weight': (D, inner),
+        'mixer.in_proj.weight': (2 * E + 2 * R * G * N + 3 * H + A, D),
+        'mixer.out_proj.weight': (D, E), 'mixer.dt_bias': (H,), 'mixer.D': (H,),
+        'mixer.B_bias': (H, R, N), 'mixer.C_bias': (H, R, N),
         'mixer.B_norm.weight': (N,), 'mixer.C_norm.weight': (N,)}
     if ssm.get('is_mimo'):
         shapes |= {f'mixer.mimo_{name}': (H, R, P) for name in 'xzo'}
@@ -58,18 +60,21 @@ def layer_shapes(D, inner, ssm):
 def original(D, ssm, n_layer=2, d_intermediate=100, vocab_size=V - 3):
     """→ config.json, {name: bf16 tensor} as MambaLMHeadModel.save_pretrained has them."""
     inner, rows = -(-d_intermediate // 128) * 128, -(-vocab_size // 8) * 8
-    shapes = {'backbone.embedding.weight': (rows, D), 'backbone.norm_f.weight': (D,), 'lm_head.weight': (rows, D)}
+    shapes = {'backbone.embedding.weight': (rows, D), 'backbone.norm_f.weight': (D,)}
     for i in range(n_layer):
-        shapes |= {f'backbone.layers.{i}.{name}': shape for name, shape in layer_shapes(D, inner, ssm).items()}
+        for name, shape in layer_shapes(D, inner, ssm).items():
+            shapes[f'backbone.layers.{i}.{name}'] = shape
     weights = {}
     for name, shape in shapes.items():
-        value = torch.randn(shape) * (0.5 if len(shape) == 2 else 0.2) * (shape[-1] ** -0.5 if '_proj' in name else 1)
+        value = torch.randn(shape) * (0.5 if len(shape) == 2 else 0.2)
+        if '_proj' in name:
+            value *= shape[-1] ** -0.5
         is_scale = 'norm' in name or 'bias' in name or 'mimo' in name or name.endswith('.D')
         weights[name] = (value + is_scale).bfloat16()
     weights['lm_head.weight'] = weights['backbone.embedding.weight']
-    config = dict(d_model=D, n_layer=n_layer, d_intermediate=d_intermediate, vocab_size=vocab_size, ssm_cfg=ssm,
-                  attn_layer_idx=[], attn_cfg={}, rms_norm=True, residual_in_fp32=True, fused_add_norm=True,
-                  pad_vocab_size_multiple=8, tie_embeddings=True)
+    config = dict(d_model=D, n_layer=n_layer, d_intermediate=d_intermediate, vocab_size=vocab_size,
+                  ssm_cfg=ssm, attn_layer_idx=[], attn_cfg={}, rms_norm=True, residual_in_fp32=True,
+                  fused_add_norm=True, pad_vocab_size_multiple=8, tie_embeddings=True)
     return config, weights
 
 
@@ -108,10 +113,12 @@ def mixed(u, w, ssm):
         dt = F.softplus(dt + w['dt_bias'])
         A_ = -torch.where(v >= 0, 1 + v, 1 / (1 - v.clamp(max=0))).clamp(min=1e-4)
         trap, rate = torch.sigmoid(trap), math.pi * torch.tanh(angles)
-        B, C = norm(B.view(R, G, N), w['B_norm.weight']), norm(C.view(R, G, N), w['C_norm.weight'])
+        B = norm(B.view(R, G, N), w['B_norm.weight'])
+        C = norm(C.view(R, G, N), w['C_norm.weight'])
         y = torch.zeros(H, P, dtype=torch.float64)
         for head in range(H):
-            b, c = B[:, head // (H // G)] + w['B_bias'][head], C[:, head // (H // G)] + w['C_bias'][head]   # (R, N)
+            b = B[:, head // (H // G)] + w['B_bias'][head]      # (R, N)
+            c = C[:, head // (H // G)] + w['C_bias'][head]
             xs = x.view(H, P)[head] * mimo_x[head]              # (R, P)
             turn = turning(-rate * dt[head], N, is_mimo).T
             decay = torch.exp(dt[head] * A_[head])
@@ -133,7 +140,7 @@ def plain_logits(config, weights, ids):
     x = weights['backbone.embedding.weight'][ids]
     for i in range(config['n_layer']):
         w = {name.removeprefix(f'backbone.layers.{i}.'): value for name, value in weights.items()}
-        mixer = {name.removeprefix('mixer.'): value for name, value in w.items() if name.startswith('mixer.')}
+        mixer = {name[6:]: value for name, value in w.items() if name.startswith('mixer.')}
         x = x + mixed(norm(x, w['norm.weight']), mixer, config['ssm_cfg'])
         value, gate = (norm(x, w['norm2.weight']) @ w['mlp.fc1.weight'].T).chunk(2, -1)
         x = x + (value * F.silu(gate)) @ w['mlp.fc2.weight'].T
@@ -161,8 +168,10 @@ def test_an_original_computes_the_papers_recurrence(name, tmp_path, capsys):
 def test_the_published_sizes():
     """187m of the paper's table, and the same as MIMO, with 128,256 ids; nothing of it is in memory."""
     ssm = dict(layer='Mamba3', d_state=128, headdim=64, expand=2)
-    for more, inner, count in (({}, 1500, 186_849_600), (dict(is_mimo=True, mimo_rank=4), 1264, 187_291_968)):
-        theirs = dict(d_model=768, n_layer=12, d_intermediate=inner, vocab_size=128_256, ssm_cfg=ssm | more)
+    mimo = dict(is_mimo=True, mimo_rank=4)
+    for more, inner, count in (({}, 1500, 186_849_600), (mimo, 1264, 187_291_968)):
+        theirs = dict(d_model=768, n_layer=12, d_intermediate=inner, vocab_size=128_256,
+                      ssm_cfg=ssm | more)
         net = model_of_shapes(*hf.to_ours(theirs))
         assert net.num_params() == count
 
@@ -170,14 +179,14 @@ def test_the_published_sizes():
 @torch.no_grad()
 def test_an_original_of_mamba2_with_an_mlp(tmp_path):
     """The MLP has the value before the gate, whatever the mixer."""
-    net = checkpoint.build('mamba', dict(version=2, n_layer=1, n_embd=24, head_dim=12, state_size=16, vocab_size=96,
-                                         intermediate_size=128)).eval()
+    net = Mamba(MambaConfig(version=2, n_layer=1, n_embd=24, head_dim=12, state_size=16,
+                            vocab_size=96, intermediate_size=128)).eval()
     weights = dict(net.state_dict())
     weights['backbone.embedding.weight'] = weights.pop('backbone.embeddings.weight')
     prefix = 'backbone.layers.0.mlp.'
     gate, up, down = (weights.pop(f'{prefix}{name}_proj.weight') for name in ('gate', 'up', 'down'))
     weights |= {prefix + 'fc1.weight': torch.cat((up, gate)), prefix + 'fc2.weight': down}
-    save(tmp_path, dict(d_model=24, n_layer=1, d_intermediate=99, vocab_size=96, tie_embeddings=True,
+    save(tmp_path, dict(d_model=24, n_layer=1, d_intermediate=99, vocab_size=96,
                         ssm_cfg=dict(layer='Mamba2', d_state=16, headdim=12)), weights)
     kind, ours, loaded, _ = hf.load_hf(tmp_path)
     again = checkpoint.build(kind, ours).eval()
@@ -204,11 +213,11 @@ def refusal(folder, capsys):
     (dict(A_activation='softplus'), {}, ['A_activation="softplus"', '1 / (1 - v)', 'June 2026']),
     (dict(is_mimo=1.5), {}, ['is_mimo=1.5', 'true or false']),
     (dict(d_state=15), {}, ['state_size=15 must be even']),
-    (dict(taps=3), {}, ['ssm_cfg.taps=3', 'no setting of the Mamba-3']),
+    (dict(taps=3), {}, ['ssm_cfg.taps=3', 'no setting of a Mamba-3']),
     (dict(layer='Mamba4'), {}, ['ssm_cfg.layer="Mamba4"', 'Mamba1, Mamba2, Mamba3']),
     ({}, dict(attn_layer_idx=[1]), ['attn_layer_idx=[1]', 'no layers of attention']),
     ({}, dict(rms_norm=False), ['rms_norm=false', 'RMSNorm']),
-    ({}, dict(d_intermediate=300), ['mlp.up_proj.weight has shape (128, 24)', 'should be (384, 24)']),
+    ({}, dict(d_intermediate=300), ['up_proj.weight has shape (128, 24)', 'be (384, 24)']),
     ({}, dict(model_type='mamba3'), ['model_type="mamba3"', 'flash-linear-attention', 'softplus']),
 ])
 def test_an_original_that_is_refused(ssm, change, words, tmp_path, capsys):
@@ -226,10 +235,10 @@ def test_weights_of_an_original_that_are_refused(tmp_path, capsys, monkeypatch):
     assert not os.path.exists('harm')
     # folding a MIMO of rank 1 meets what is missing or misshapen first
     prefix = 'backbone.layers.1.mixer.'
-    for change in (dict(mimo_z=None), dict(mimo_x=torch.ones(5)), dict(B_bias=torch.ones(2)), {'in_proj.weight': None},
-                   {'in_proj.weight': torch.ones(3, 3)}, {'B_norm.weight': torch.ones(7)}):
-        damaged = {**weights, **{prefix + name: value for name, value in change.items()}}
-        save(tmp_path, config, {name: value for name, value in damaged.items() if value is not None})
+    for name, shape in (('mimo_x', 5), ('B_bias', 2), ('in_proj.weight', (3, 3)), ('B_norm.weight', 7)):
+        save(tmp_path, config, weights | {prefix + name: torch.ones(shape)})
+        assert str(tmp_path) in refusal(tmp_path, capsys)
+        save(tmp_path, config, {key: u for key, u in weights.items() if key != prefix + name})
         assert str(tmp_path) in refusal(tmp_path, capsys)
 
 
@@ -252,7 +261,8 @@ def opened(tmp_path, monkeypatch):
     transformers = pytest.importorskip('transformers')
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'modules'))
+    cache = str(tmp_path / 'modules')
+    monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', cache)
     monkeypatch.syspath_prepend(tmp_path)
 
     def write_and_open(net, cls='AutoModelForCausalLM'):
@@ -287,8 +297,9 @@ def test_the_modelling_file(name, opened):
     longer_mask = torch.cat((mask, mask.new_ones(2, 23)), 1)
     more = model(longer[:, 94:], past_key_values=got.past_key_values, attention_mask=longer_mask).logits
     assert_close(more[1], net(longer[1:, 30:])[0][0, -4:], 1e-5)
-    beams = [model.generate(idx[:, :9], attention_mask=torch.ones_like(idx[:, :9]), num_beams=3, max_new_tokens=9,
-                            do_sample=False, use_cache=cache, pad_token_id=0) for cache in (True, False)]
+    settings = dict(attention_mask=torch.ones_like(idx[:, :9]), num_beams=3, max_new_tokens=9,
+                    do_sample=False, pad_token_id=0)
+    beams = [model.generate(idx[:, :9], use_cache=cache, **settings) for cache in (True, False)]
     assert torch.equal(*beams)
     with pytest.raises(ValueError, match='covers 75 tokens; it must cover all 99'):
         model(idx[:, :1], past_key_values=got.past_key_values, attention_mask=mask)

@@ -1,8 +1,8 @@
 """The families of transformers' models that our Mamba computes, the original checkpoints of
 state-spaces/mamba, and what export.py wrote of Mambas with a modelling file of their own.
 
-Of Mamba-3 transformers has no class. The original's A comes from the token by f(v) = 1 + v, below zero
-1 / (1 - v), since June 2026; by softplus before that, which weights do not tell.
+Of Mamba-3 transformers has no class. The original's A comes from the token by f(v) = 1 + v, below
+zero 1 / (1 - v), since June 2026; by softplus before that, which weights do not tell.
 """
 import math
 
@@ -49,12 +49,13 @@ SSM3 = {    # the same of a Mamba-3's, which are all that change its numbers or 
 }
 # of a Mamba-3's, too: about its beginning, its speed, and what the reference takes and ignores
 IGNORED3 = {
-    'layer', 'dt_min', 'dt_max', 'dt_init_floor', 'chunk_size', 'fuse_pregate_headwise_norm', 'dropout',
-    'd_conv', 'conv_init', 'conv_bias', 'bias', 'A_init_range', 'dt_limit', 'D_has_hdim', 'd_ssm', 'rmsnorm',
-    'norm_before_gate', 'learnable_init_states', 'use_mem_eff_path', 'sequence_parallel', 'process_group',
+    'layer', 'dt_min', 'dt_max', 'dt_init_floor', 'chunk_size', 'fuse_pregate_headwise_norm',
+    'dropout', 'd_conv', 'conv_init', 'conv_bias', 'bias', 'A_init_range', 'dt_limit', 'D_has_hdim',
+    'd_ssm', 'rmsnorm', 'norm_before_gate', 'learnable_init_states', 'use_mem_eff_path',
+    'sequence_parallel', 'process_group',
 }
-SOFTPLUS = ('its A is softplus of the token\'s value, that of our Mamba-3 is 1 + v, below zero 1 / (1 - v), as in '
-            'state-spaces/mamba since June 2026')
+SOFTPLUS = ('its A is softplus of the token\'s v, that of our Mamba-3 is 1 + v, below zero '
+            '1 / (1 - v), as in state-spaces/mamba since June 2026')
 ONLY3 = {
     'rms_norm': ONLY['rms_norm'],
     'is_mimo': ([False, True], 'must be true or false'),
@@ -75,7 +76,7 @@ def from_original(theirs):
     known = SSM3 if layer == 'Mamba3' else SSM
     for key in ssm if layer == 'Mamba3' else ():
         if key not in known and key not in IGNORED3:
-            refuse(f'ssm_cfg.{key}', ssm[key], 'no setting of the Mamba-3 that is known here')
+            refuse(f'ssm_cfg.{key}', ssm[key], 'no setting of a Mamba-3 that is known here')
     multiple = number(theirs, 'pad_vocab_size_multiple', 8)
     padded_vocab_size = -(-number(theirs, 'vocab_size') // multiple) * multiple
     is_rms_norm = layer == 'Mamba3' or ssm.get('rmsnorm', True)
@@ -141,13 +142,14 @@ def split_mlp(weights, theirs):
     for name in [name for name in weights if name.endswith('.mlp.fc1.weight')]:
         prefix = name.removesuffix('fc1.weight')
         up, gate = weights.pop(name).chunk(2)                               # (F, D) each
-        weights[prefix + 'up_proj.weight'], weights[prefix + 'gate_proj.weight'] = up.clone(), gate.clone()
+        weights[prefix + 'up_proj.weight'] = up.clone()
+        weights[prefix + 'gate_proj.weight'] = gate.clone()
     for name in [name for name in weights if name.endswith('.mlp.fc2.weight')]:
         weights[name.replace('fc2', 'down_proj')] = weights.pop(name)
 
 
 def mamba3_weights(weights, theirs):
-    """An original's MLP, and of a MIMO of rank 1 the mixer, in place: ours of rank 1 is always a SISO."""
+    """An original's MLP, and of a MIMO of rank 1 the mixer, in place: ours of rank 1 is a SISO."""
     split_mlp(weights, theirs)
     if theirs.get('is_mimo') and number(theirs, 'mimo_rank') == 1:
         for name in [name for name in weights if name.endswith('.mixer.mimo_x')]:
@@ -155,18 +157,20 @@ def mamba3_weights(weights, theirs):
 
 
 def mimo_to_siso(weights, prefix, groups):
-    """A mixer's weights, in place. The factors of x, z and y go into the matrices beside them. Its turned
-    pairs of channels are (i, i + N/2), a SISO's (2i, 2i + 1), so the channels change their order."""
-    mimo_x, mimo_z, mimo_o = (weights.pop(f'{prefix}mimo_{name}').flatten() for name in 'xzo')      # (E,) each
-    E, N = len(mimo_x), len(weights[prefix + 'B_norm.weight'])
+    """A mixer's weights, in place. The factors of x, z and y go into the matrices beside them. Its
+    turned pairs of channels are (i, i + N/2), a SISO's (2i, 2i + 1), so they change their order."""
+    x, z, o = (weights.pop(f'{prefix}mimo_{name}').flatten() for name in 'xzo')     # (E,) each
+    E, N = len(x), len(weights[prefix + 'B_norm.weight'])
     in_proj = weights[prefix + 'in_proj.weight']
     GN = groups * N
-    z, x, B, C, scalars = in_proj.split((E, E, GN, GN, len(in_proj) - 2 * (E + GN)))
+    zx, B, C, scalars = in_proj.split((2 * E, GN, GN, len(in_proj) - 2 * (E + GN)))
     B, C = (paired(u.unflatten(0, (groups, N)), 1).flatten(0, 1) for u in (B, C))
-    weights[prefix + 'in_proj.weight'] = torch.cat((z * mimo_z[:, None], x * mimo_x[:, None], B, C, scalars))
-    weights[prefix + 'out_proj.weight'] = weights[prefix + 'out_proj.weight'] * mimo_o
+    in_proj = torch.cat((zx * torch.cat((z, x))[:, None], B, C, scalars))
+    weights[prefix + 'in_proj.weight'] = in_proj
+    weights[prefix + 'out_proj.weight'] = weights[prefix + 'out_proj.weight'] * o
     for name in ('B_bias', 'C_bias', 'B_norm.weight', 'C_norm.weight'):
-        weights[prefix + name] = paired(weights[prefix + name], weights[prefix + name].ndim - 1)
+        u = weights[prefix + name]
+        weights[prefix + name] = paired(u, u.ndim - 1)
 
 
 def paired(u, dim):
@@ -179,20 +183,24 @@ def paired(u, dim):
 def formula_of_a(theirs):
     if theirs.get('A_activation'):
         return ''
-    return ('its A is taken as 1 + v, below zero 1 / (1 - v), of the token\'s v, as in state-spaces/mamba since '
-            'June 2026. Weights made before, with softplus, look the same and would be computed wrongly: say which '
-            'they are by "A_activation": "heavy_tail", or "softplus", which is refused, in ssm_cfg')
+    return ('its A is taken as 1 + v, below zero 1 / (1 - v), of the token\'s v, as in '
+            'state-spaces/mamba since June 2026. Weights made before, with softplus, look the same and '
+            'would be computed wrongly: say which they are in ssm_cfg, by "A_activation": "heavy_tail", '
+            'or "softplus", which is refused')
 
 
 FAMILIES = {
-    'mamba': Family('mamba', mamba1_fields, dict(state_size=16, tie_word_embeddings=True), ONLY, split_mlp),
-    'mamba2': Family('mamba', mamba2_fields, dict(state_size=128, head_dim=64, n_groups=8), ONLY, split_mlp),
+    'mamba': Family(
+        'mamba', mamba1_fields, dict(state_size=16, tie_word_embeddings=True), ONLY, split_mlp),
+    'mamba2': Family(
+        'mamba', mamba2_fields, dict(state_size=128, head_dim=64, n_groups=8), ONLY, split_mlp),
     'mambino_mamba': Family('mamba', mambino_fields),
     'state-spaces/mamba3': Family(
-        'mamba', mamba3_fields, dict(state_size=128, head_dim=64, rope_fraction=0.5, mimo_rank=4), ONLY3,
-        mamba3_weights, formula_of_a),
+        'mamba', mamba3_fields,
+        dict(state_size=128, head_dim=64, rope_fraction=0.5, mimo_rank=4),
+        ONLY3, mamba3_weights, formula_of_a),
 }
 REFUSED = {     # {model_type: what differs}
-    'mamba3': f'that of flash-linear-attention: {SOFTPLUS}; read is the form of state-spaces/mamba, without '
-              'model_type, with ssm_cfg',
+    'mamba3': f'that of flash-linear-attention: {SOFTPLUS}; read is the form of state-spaces/mamba, '
+              'without model_type, with ssm_cfg',
 }
