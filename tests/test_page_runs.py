@@ -105,6 +105,22 @@ def fill(page, name, steps=''):
         expect(page.get_by_test_id('command')).to_contain_text(f'--max_iters={steps}')
 
 
+def test_which_mamba(page, server, folder):
+    """A GPT has none, and a hybrid no Mamba-1: what was chosen before is not asked for then."""
+    page.goto(server.at('/train?recipe=tiny'))
+    kind, command = page.get_by_test_id('kind'), page.get_by_test_id('command')
+    kind.get_by_role('button', name='GPT').click()
+    expect(page.get_by_test_id('version')).to_be_hidden()
+    kind.get_by_role('button', name='Hybrid').click()
+    choose(page, 'version', 'Mamba-3')
+    expect(command).to_contain_text('--version=3')
+    kind.get_by_role('button', name='Mamba').click()
+    expect(command).to_contain_text('--version=3')
+    choose(page, 'version', 'Mamba-1')
+    kind.get_by_role('button', name='Hybrid').click()
+    expect(command).not_to_contain_text('--version')
+
+
 def test_a_run_of_thirty_steps(page, server, folder):
     """Planned, started by the keyboard with a click too many, watched to its end."""
     page.goto(server.at('/train') + '&recipe=tiny' if '?' in server.at('/train') else server.at('/train?recipe=tiny'))

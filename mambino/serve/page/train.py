@@ -29,6 +29,7 @@ KIND_WORDS = {
     'mamba': 'It remembers what it has read in a state of one size, so long texts cost no more.',
     'gpt': 'A transformer: for each token it looks back at all before.',
     'hybrid': 'Both in each layer: it looks back, and it has a state.'}
+VERSIONS = {'2': 'Mamba-2', '3': 'Mamba-3', '1': 'Mamba-1'}     # the last one in no hybrid
 NEWEST = 'the one prepared last'
 PLAN_AFTER = 0.6        # seconds without a change, until the memory is planned anew
 DOUBLE = 1.0            # seconds after a start, in which another click is one too many
@@ -75,6 +76,8 @@ class TrainPanel:
                     ui.select({'': NEWEST} | {name: name for name in names}, label='Text', value='', with_input=True,
                               new_value_mode='add-unique'),
                     'dataset', 'A dataset; or several and their shares, as code:0.6,docs:0.4')
+                self.version = look.field(ui.select(VERSIONS, label='Recurrence', value='2'), 'version',
+                                          'How the state is kept: Mamba-3\'s turns, so that it can count')
                 self.size = look.field(ui.select(SIZES, label='Parameters', value=''), 'size',
                                        'How large the model is: a larger one can learn more, and takes longer')
                 self.n_layer = look.field(ui.input(LABELS['n_layer']), 'n_layer',
@@ -117,8 +120,8 @@ class TrainPanel:
 
     def controls(self):
         """{setting: its control above the form of all}."""
-        return dict(model=self.kind, dataset=self.dataset, size=self.size, n_layer=self.n_layer, n_embd=self.n_embd,
-                    max_iters=self.max_iters, init_from=self.origin)
+        return dict(model=self.kind, dataset=self.dataset, version=self.version, size=self.size, n_layer=self.n_layer,
+                    n_embd=self.n_embd, max_iters=self.max_iters, init_from=self.origin)
 
     async def begin(self, query):
         """What the address says, else what was chosen here before."""
@@ -160,6 +163,8 @@ class TrainPanel:
         if name == 'size' and value:            # which says both
             for part in ('n_layer', 'n_embd'):
                 self.choice.set(part, '0')
+        if name == 'model' and not has_version(value, self.choice.value('version')):
+            self.choice.set('version', recipes.text_of(recipes.all_settings()['version'].default))
         self.show_choice()
         self.keep()
 
@@ -196,6 +201,7 @@ class TrainPanel:
             if control.value != value:
                 control.set_value(value)
         self.recipe.set_value(self.choice.recipe)
+        self.version.set_visibility(self.kind.value != 'gpt' or 'version' in self.choice.changed)
         self.is_filling = False
         self.kind_words.set_text(KIND_WORDS.get(self.kind.value, ''))
         self.about.set_text(recipes.opening_comment(self.choice.recipe) if self.choice.recipe else '')
@@ -321,6 +327,11 @@ class TrainPanel:
     def on_which(self):
         if hasattr(self, 'watch'):
             self.watch.follow(self.which.value or '')
+
+
+def has_version(kind, version):
+    """Whether there is such a recurrence in a model of this kind; a GPT has none."""
+    return kind == 'mamba' or (kind == 'hybrid' and version != '1')
 
 
 def last_change(out_dir):
