@@ -11,6 +11,7 @@ import torch
 
 from mambino.kernels import (  # noqa: F401, to offer their kernels
     anywhere,
+    anywhere_mamba3,
     cpu,
     cpu_mamba,
     cuda,

@@ -17,7 +17,8 @@ import os
 from contextlib import contextmanager
 
 ENABLED = os.environ.get('MAMBINO_KERNELS') != '0'
-ORDER = ('cpu', 'cpu_mamba', 'one_token', 'triton_kernels', 'fused', 'cuda', 'anywhere')  # files of kernels, as asked
+ORDER = (   # files of kernels, as asked
+    'cpu', 'cpu_mamba', 'one_token', 'triton_kernels', 'fused', 'cuda', 'anywhere', 'anywhere_mamba3')
 KERNELS = {}                            # {name of an operation: its kernels, in that order}
 DEFINITIONS = {}                        # {name of an operation: its definition}
 DESCRIPTIONS = []                       # functions: kind of device, is_compiled → (kernels, notes), in words
