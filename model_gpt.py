@@ -81,6 +81,8 @@ class GPTConfig:
             raise ValueError(f'head_dim={self.head_dim}, which is n_embd / n_head, must be even: RoPE turns pairs')
         self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 3 // 64) * 64
         check_at_least_one(self, 'head_dim intermediate_size')
+        if not self.rope_theta > 0:
+            raise ValueError(f'rope_theta={self.rope_theta} must be above 0')
         if self.window < 0:
             raise ValueError(f'window={self.window} must be 0 (no window) or more')
         for name in ('n_expert', 'capacity_factor', 'aux_loss', 'z_loss'):

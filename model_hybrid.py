@@ -21,8 +21,9 @@ size the gate costs nothing and gains nothing.
 
 `scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, for
 decoders): the depth then leaves the size of an update unchanged. `low_rank=r` makes every
-projection a product of two thin matrices. The parts come from model_gpt.py and model_mamba.py; the
-letters of the shapes are theirs.
+projection a product of two thin matrices. `layers='mmma'` gives three layers the SSM alone, each
+fourth attention alone, as Granite 4 and Bamba have it. The parts come from model_gpt.py and
+model_mamba.py; the letters of the shapes are theirs.
 """
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class HybridConfig:
     layout: str = 'sequential'  # or 'parallel'; see above
     gate: bool = True  # weights of the branches by token; False: each counts the same
     branch_norm: bool = True    # RMSNorm on each branch before mixing (Hymba, Dong et al. 2024)
+    layers: str = ''            # by turns 'm' SSM alone, 'a' attention alone, 'b' both; '': both
+    embed_norm: bool = True     # RMSNorm on the embeddings; False: they enter as they are
     block_size: int = 1024
     vocab_size: int = 50304
     n_layer: int = 12
@@ -49,10 +52,12 @@ class HybridConfig:
     head_dim: int = 0           # 0: n_embd / n_head
     window: int = 256  # last tokens that attention sees; 0: all, and the state grows
     qk_norm: bool = False
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # 0: no positions but those that the SSM tells (NoPE)
     intermediate_size: int = 0  # inner width of SwiGLU; 0: 8/3 n_embd, rounded up to 64s
     state_size: int = 64        # SSM: N
     expand: int = 2             # SSM: inner width / n_embd
+    ssm_inner_size: int = 0     # SSM: E, where it is no multiple of n_embd; 0: expand * n_embd
+    gated_norm: bool = True     # SSM: RMSNorm after the gate; False: the gate alone
     ssm_head_dim: int = 64      # SSM: P
     n_groups: int = 1           # SSM: G
     conv_kernel: int = 4        # SSM
@@ -67,25 +72,38 @@ class HybridConfig:
             raise ValueError(f"layout={self.layout!r} must be 'parallel' or 'sequential'")
         if self.low_rank < 0:
             raise ValueError(f'low_rank={self.low_rank} must be 0 (full matrices) or more')
+        if set(self.layers) - set('mab'):
+            raise ValueError(f"layers={self.layers!r} must be of 'm' (SSM), 'a' (attention), 'b' (both)")
+        if self.rope_theta < 0:
+            raise ValueError(f'rope_theta={self.rope_theta} must be above 0, or 0 (no positions)')
         attention = self.attention
         self.n_kv_head, self.head_dim = attention.n_kv_head, attention.head_dim
         self.intermediate_size = attention.intermediate_size
         try:
-            self.state_size = self.ssm.state_size               # a config that checks its own fields
+            ssm = self.ssm                                      # a config that checks its own fields
         except ValueError as error:
             raise ValueError(str(error).replace('head_dim', 'ssm_head_dim')) from None
+        self.state_size, self.ssm_inner_size = ssm.state_size, ssm.inner_size
+
+    @property
+    def kinds(self):
+        """A letter of `layers` for each layer."""
+        return ((self.layers or 'b') * self.n_layer)[:self.n_layer]
 
     @property
     def attention(self):
-        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_theta '
-                 'intermediate_size norm_eps dropout')
-        return GPTConfig(**{name: getattr(self, name) for name in names.split()})
+        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm intermediate_size '
+                 'norm_eps dropout')
+        shared = {name: getattr(self, name) for name in names.split()}
+        if not self.rope_theta:
+            return GPTConfig(rope_layers='0', **shared)
+        return GPTConfig(rope_theta=self.rope_theta, **shared)
 
     @property
     def ssm(self):
-        names = 'n_layer n_embd state_size expand n_groups conv_kernel chunk_size norm_eps'
+        names = 'n_layer n_embd state_size expand gated_norm n_groups conv_kernel chunk_size norm_eps'
         shared = {name: getattr(self, name) for name in names.split()}
-        return MambaConfig(head_dim=self.ssm_head_dim, **shared)
+        return MambaConfig(head_dim=self.ssm_head_dim, inner_size=self.ssm_inner_size, **shared)
 
 
 @fast
@@ -117,22 +135,26 @@ class LowRank(nn.Module):
 
 
 class Layer(nn.Module):
-    state_names = ('k', 'v', *Mamba2Mixer.state_names)
+    """kind: a letter of HybridConfig.layers. A branch that the layer has not is None."""
 
-    def __init__(self, config):
+    def __init__(self, config, kind):
         super().__init__()
         D, eps = config.n_embd, config.norm_eps
         self.parallel = config.layout == 'parallel'
-        branches = 3 if self.parallel else 2
         first_scale = (2 * config.n_layer) ** -0.25             # DeepNet's alpha
         self.input_layernorm = RMSNorm(D, eps)
-        self.mamba = Mamba2Mixer(config.ssm, 1)
-        self.self_attn = Attention(config.attention)
+        self.mamba = Mamba2Mixer(config.ssm, 1) if kind != 'a' else None
+        self.self_attn = Attention(config.attention) if kind != 'm' else None
+        self.state_names = ('k', 'v') if kind != 'm' else ()
+        if kind != 'a':
+            self.state_names += self.mamba.state_names
         self.mlp = SwiGLU(D, config.intermediate_size)
+        branches = (kind != 'a') + (kind != 'm') + self.parallel
         self.branch_norms = None
         if config.branch_norm:
             self.branch_norms = nn.ModuleList(RMSNorm(D, eps, in_stream=True) for _ in range(branches))
-        self.controller = nn.Linear(D, branches) if config.gate else None
+        # of one branch there is nothing to weigh
+        self.controller = nn.Linear(D, branches) if config.gate and branches > 1 else None
         self.residual_scale = nn.Parameter(torch.full((D,), first_scale))
         if not self.parallel:
             self.pre_mlp_layernorm = RMSNorm(D, eps)
@@ -142,7 +164,11 @@ class Layer(nn.Module):
 
     def forward(self, x, rope, kv_step=None, cache=None):
         h = self.input_layernorm(x)
-        outputs = [self.mamba(h, cache), self.self_attn(h, rope, kv_step, cache)]
+        outputs = []
+        if self.mamba is not None:
+            outputs.append(self.mamba(h, cache))
+        if self.self_attn is not None:
+            outputs.append(self.self_attn(h, rope, kv_step, cache))
         if self.parallel:
             outputs.append(self.mlp(h))
         x = x + self.residual_scale * self.drop(mix(h, outputs, self.branch_norms, self.controller))
@@ -165,9 +191,11 @@ class Hybrid(LanguageModel):
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
             # the stream starts at size 1, as `scale` supposes
             embed_norm=RMSNorm(config.n_embd, config.norm_eps, in_stream=True),
-            layers=nn.ModuleList(Layer(config) for _ in range(config.n_layer)),
+            layers=nn.ModuleList(Layer(config, kind) for kind in config.kinds),
             norm=RMSNorm(config.n_embd, config.norm_eps),
         ))
+        if not config.embed_norm:
+            del self.model['embed_norm']
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -187,16 +215,22 @@ class Hybrid(LanguageModel):
     def embedding(self):
         return self.model.embed_tokens
 
+    def embed(self, idx):
+        """idx (B, T) → the stream before the first layer (B, T, D)."""
+        x = self.model.embed_tokens(idx)
+        return self.model.embed_norm(x) if self.config.embed_norm else x
+
     def mixing_flops(self, T):
         config = self.config
         attention = 4 * config.n_head * config.head_dim * min(T / 2, config.window or T)
-        return config.n_layer * (attention + Mamba2Mixer.flops(config.ssm, T))
+        ssm = Mamba2Mixer.flops(config.ssm, T)
+        return sum((kind != 'm') * attention + (kind != 'a') * ssm for kind in config.kinds)
 
     def hidden_states(self, idx, state=None, window=0):
         """idx (B, T) → normalised hidden states (B, T, D); the state, whose caches are read and
         written; no losses."""
         rope, kv_step = prepare_attention(self.attention, idx, state, window)
-        x = self.model.embed_norm(self.model.embed_tokens(idx))  # (B, T, D)
+        x = self.embed(idx)                                     # (B, T, D)
         for i, layer in enumerate(self.model.layers):
             x = self.run_layer(i, layer, state, x, rope, kv_step)
         return self.model.norm(x), state, []

@@ -21,8 +21,7 @@ Parameters have the names and shapes of transformers' MambaForCausalLM / Mamba2F
 reference's Mamba3; initialisation is that of the reference (state-spaces/mamba), on which quality
 depends more than on most things here.
 
-What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner,
-where it can.
+What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner.
 """
 import math
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.kernels import fast
-from mambino.language_model import GatedRMSNorm, LanguageModel, RMSNorm, SwiGLU, check_at_least_one, gated_heads
+from mambino.language_model import Gate, GatedRMSNorm, LanguageModel, RMSNorm, SwiGLU, check_at_least_one, gated_heads
 
 
 @dataclass
@@ -45,10 +44,13 @@ class MambaConfig:
     intermediate_size: int = 0  # inner width of a SwiGLU after each mixer; 0: none
     state_size: int = 0         # N; 0: 128, of Mamba-1 16
     expand: int = 2             # E = expand * n_embd
+    inner_size: int = 0         # E, where it is no multiple of n_embd; 0: by expand
     conv_kernel: int = 4        # K
     head_dim: int = 64          # P, Mamba-2 and -3
     n_groups: int = 1           # G, Mamba-2 and -3: heads that share B and C
     time_step_rank: int = 0     # R, Mamba-1: rank of dt; 0: n_embd / 16, rounded up
+    part_norm_eps: float = 0.0  # Mamba-1: above 0, dt, B and C are normed (FalconMamba, Zuo et al. 2024)
+    gated_norm: bool = True     # Mamba-2: RMSNorm after the gate; False: the gate alone
     chunk_size: int = 64        # Q, Mamba-2 and -3: cost grows with Q in chunks, with 1/Q between them
     mimo_rank: int = 1          # R, Mamba-3: columns of B and C; more write more into the same state
     rope_fraction: float = 0.5  # Mamba-3: part of a state's channels that are turned
@@ -62,11 +64,12 @@ class MambaConfig:
             raise ValueError(f'version={self.version}: Mamba comes as version {" or ".join(map(str, MIXERS))}')
         self.state_size = self.state_size or (16 if self.version == 1 else 128)
         self.time_step_rank = self.time_step_rank or -(-self.n_embd // 16)
-        check_at_least_one(self, 'vocab_size block_size n_layer n_embd state_size expand')
+        self.inner_size = self.inner_size or self.expand * self.n_embd
+        check_at_least_one(self, 'vocab_size block_size n_layer n_embd state_size expand inner_size')
         check_at_least_one(self, 'conv_kernel head_dim n_groups time_step_rank chunk_size mimo_rank')
         if self.intermediate_size < 0:
             raise ValueError(f'intermediate_size={self.intermediate_size} must be 0 (no MLP) or more')
-        E, turned = self.expand * self.n_embd, self.state_size * self.rope_fraction
+        E, turned = self.inner_size, self.state_size * self.rope_fraction
         if self.version != 1 and (E % self.head_dim or E // self.head_dim % self.n_groups):
             raise ValueError(f'expand * n_embd = {E} must be a multiple of head_dim * n_groups = '
                              f'{self.head_dim} * {self.n_groups}')
@@ -86,8 +89,7 @@ def causal_conv1d(x, weight, bias, state=None):
     inputs before x, None for zeros → (B, T, E), new state."""
     B, T, E = x.shape
     K = weight.shape[-1]
-    if state is None:
-        state = x.new_zeros(B, K - 1, E)
+    state = x.new_zeros(B, K - 1, E) if state is None else state
     x = torch.cat((state.to(x.dtype), x), 1)                    # (B, K-1 + T, E)
     y = F.conv1d(x.mT, weight.to(x.dtype), bias.to(x.dtype), groups=E).mT  # (B, T, E)
     return F.silu(y), x[:, T:].clone()                          # a copy: a view would keep all of x
@@ -161,9 +163,9 @@ class Mamba1Mixer(nn.Module):
 
     def __init__(self, config, n_residual):
         super().__init__()
-        D, E = config.n_embd, config.expand * config.n_embd
+        D, E = config.n_embd, config.inner_size
         N, R = config.state_size, config.time_step_rank
-        self.split = [R, N, N]
+        self.split, self.part_norm_eps = [R, N, N], config.part_norm_eps
         self.in_proj = nn.Linear(D, 2 * E, bias=False)          # rows [x; z]
         self.conv1d = Conv1d(E, config.conv_kernel)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)       # rows [dt; B; C]
@@ -172,24 +174,25 @@ class Mamba1Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(E))
         self.out_proj = nn.Linear(E, D, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -R ** -0.5, R ** -0.5)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(dt_bias_init(E))
+        self.dt_proj.bias.data.copy_(dt_bias_init(E))
         out_proj_init(self.out_proj, n_residual)
 
     @staticmethod
     def flops(config, T):
         """Forward operations a token, in sequences of T, of all that is no matrix."""
-        E, N = config.expand * config.n_embd, config.state_size
+        E, N = config.inner_size, config.state_size
         return 2 * config.conv_kernel * E + 7 * E * N
 
     def forward(self, x, cache=None):
         state = cache or {}
         x, z = self.in_proj(x).chunk(2, dim=-1)                 # (B, T, E) each
         x, conv = self.conv1d(x, state.get('conv'))
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        parts = self.x_proj(x).split(self.split, dim=-1)
+        if self.part_norm_eps:
+            parts = [F.rms_norm(part, part.shape[-1:], None, self.part_norm_eps) for part in parts]
+        dt, B, C = parts
         A = -torch.exp(self.A_log.float())
-        y, ssm = mamba1_scan(x, self.dt_proj(dt), self.dt_proj.bias, A, B, C, self.D, z,
-                             state.get('ssm'))
+        y, ssm = mamba1_scan(x, self.dt_proj(dt), self.dt_proj.bias, A, B, C, self.D, z, state.get('ssm'))
         if cache is not None:
             cache.update(conv=conv, ssm=ssm)
         return self.out_proj(y)
@@ -231,9 +234,7 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
     # 2. what each chunk adds to the state
     added = torch.einsum('bcjhn,bchj,bcjhp->bchpn', B, L[..., -1, :], X).float()
     # 3. the state before each chunk, one after another
-    if state is None:
-        state = x.new_zeros(batch, H, P, B.shape[-1], dtype=torch.float32)
-    h = state.float()
+    h = x.new_zeros(batch, H, P, B.shape[-1], dtype=torch.float32) if state is None else state.float()
     before = []
     for c in range(X.shape[1]):
         before.append(h)
@@ -266,7 +267,7 @@ class Mamba2Mixer(nn.Module):
 
     def __init__(self, config, n_residual):
         super().__init__()
-        D, E = config.n_embd, config.expand * config.n_embd
+        D, E = config.n_embd, config.inner_size
         N, G = config.state_size, config.n_groups
         H = E // config.head_dim
         self.head_dim = config.head_dim
@@ -278,14 +279,14 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(dt_bias_init(H))
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log_())
         self.D = nn.Parameter(torch.ones(H))
-        self.norm = GatedRMSNorm(E, G, config.norm_eps)
+        self.norm = GatedRMSNorm(E, G, config.norm_eps) if config.gated_norm else Gate()
         self.out_proj = nn.Linear(E, D, bias=False)
         out_proj_init(self.out_proj, n_residual)
 
     @staticmethod
     def flops(config, T):
         """Forward operations a token, in sequences of T, of all that is no matrix."""
-        E, GN = config.expand * config.n_embd, config.n_groups * config.state_size
+        E, GN = config.inner_size, config.n_groups * config.state_size
         Q = min(config.chunk_size, T)
         return 2 * config.conv_kernel * (E + 2 * GN) + 4 * E * config.state_size + Q * (E + GN)
 
@@ -355,7 +356,7 @@ class Mamba3Mixer(nn.Module):
 
     def __init__(self, config, n_residual):
         super().__init__()
-        D, E, P = config.n_embd, config.expand * config.n_embd, config.head_dim
+        D, E, P = config.n_embd, config.inner_size, config.head_dim
         R, G, N, H = config.mimo_rank, config.n_groups, config.state_size, E // P
         self.head_dim, self.chunk_size, self.columns = P, config.chunk_size, (R, G, N)
         self.interleaved = R == 1                               # which pairs are turned, as the reference has it
@@ -365,19 +366,18 @@ class Mamba3Mixer(nn.Module):
         self.B_bias, self.C_bias = (nn.Parameter(torch.ones(H, R, N)) for _ in 'BC')
         self.B_norm, self.C_norm = (RMSNorm(N, config.norm_eps) for _ in 'BC')
         self.D = nn.Parameter(torch.ones(H))
-        self.mimo_x = self.mimo_z = self.mimo_o = self.norm = None
+        self.mimo_x = self.mimo_z = self.mimo_o = None
         if R > 1:
             self.mimo_x, self.mimo_o = (nn.Parameter(torch.full((H, R, P), 1 / R)) for _ in 'xo')
             self.mimo_z = nn.Parameter(torch.ones(H, R, P))
-        if config.head_norm:
-            self.norm = RMSNorm(E, config.norm_eps)             # of each head; see gated_heads
+        self.norm = RMSNorm(E, config.norm_eps) if config.head_norm else None   # of each head; see gated_heads
         self.out_proj = nn.Linear(E, D, bias=False)
         out_proj_init(self.out_proj, n_residual)
 
     @staticmethod
     def flops(config, T):
         """Forward operations a token, in sequences of T, of all that is no matrix."""
-        E, N, R = config.expand * config.n_embd, config.state_size, config.mimo_rank
+        E, N, R = config.inner_size, config.state_size, config.mimo_rank
         Q = min(config.chunk_size, T * R)                       # rows of a chunk
         return R * (4 * E * N + Q * (E + E // config.head_dim * N))
 

@@ -85,6 +85,13 @@ class GatedRMSNorm(RMSNorm):
         return gated_rms_norm(y, z, self.weight, self.eps, self.groups, product_dtype(y))
 
 
+class Gate(nn.Module):
+    """y silu(z), in the place of GatedRMSNorm. (B, T, E) both."""
+
+    def forward(self, y, z):
+        return (y.float() * F.silu(z.float())).to(product_dtype(y))
+
+
 @fast
 def gated_heads(y, z, mimo_z=None, mimo_o=None, norm=None, eps=1e-5):
     """y silu(z), of rank R the sum of mimo_o y silu(mimo_z z), heads normed before if norm (E) has weights. y

@@ -12,7 +12,7 @@ import torch.nn as nn
 import model_gpt
 import model_hybrid
 import model_mamba
-from mambino.language_model import GatedRMSNorm, RMSNorm, SwiGLU
+from mambino.language_model import Gate, GatedRMSNorm, RMSNorm, SwiGLU
 from mambino.weights.checkpoint import MODELS
 
 CONTAINERS = {nn.ModuleDict, nn.ModuleList, nn.Dropout}  # dropout: none in a finished model
@@ -22,7 +22,7 @@ PARTS = {
     model_gpt.MoE, model_gpt.Experts,
     model_mamba.Mamba, model_mamba.Block, model_mamba.Mamba1Mixer, model_mamba.Mamba2Mixer,
     model_mamba.Mamba3Mixer,
-    model_mamba.Conv1d, model_mamba.TimeStep, GatedRMSNorm,
+    model_mamba.Conv1d, model_mamba.TimeStep, GatedRMSNorm, Gate,
     model_hybrid.Hybrid, model_hybrid.Layer, model_hybrid.LowRank,
 }
 

@@ -33,7 +33,7 @@ from mambino.export.classes import check_modules, kind_of, look_up
 from mambino.kernels import substituted
 from mambino.language_model import swiglu
 from mambino.weights import checkpoint
-from model_gpt import GPT, MoE
+from model_gpt import GPT, MoE, rope_frequencies
 from model_hybrid import Hybrid
 from model_mamba import Mamba
 
@@ -208,7 +208,7 @@ def mamba_hidden_states(net, ids, state, rope, caches):
 
 
 def hybrid_hidden_states(net, ids, state, rope, caches):
-    x = net.model.embed_norm(net.model.embed_tokens(ids))                       # (B, t, D)
+    x = net.embed(ids)                                                          # (B, t, D)
     for i, layer in enumerate(net.model.layers):
         x = net.run_layer(i, layer, state, x, rope, caches)
     return net.model.norm(x)
@@ -237,12 +237,12 @@ class Graph(nn.Module):
         del state['pos']
         # {'conv.0': (K-1, E), …}, in the order of the list
         self.sizes = {name: u.shape[1:] for name, u in state.items()}
-        self.attends = 'k.0' in state
+        self.first_cache = next((name for name in state if name.startswith('k.')), '')
+        self.attends = bool(self.first_cache)
         self.window = net.config.window if self.attends else 0
         self.kept = self.window
         if self.attends:
-            P = net.config.head_dim
-            inv_freq = net.config.rope_theta ** (-torch.arange(0, P, 2, dtype=torch.float32) / P)
+            inv_freq = rope_frequencies(getattr(net, 'attention', net.config))
             # another library's power would round otherwise
             self.register_buffer('inv_freq', inv_freq, persistent=False)
         loops = dict(selective_scan=selective_scan, ssd=ssd)
@@ -280,7 +280,7 @@ class Graph(nn.Module):
         state = dict(zip(self.sizes, past))
         rope = caches = None
         if self.attends:
-            S = state['k.0'].shape[2]
+            S = state[self.first_cache].shape[2]
             if self.window:
                 present.append(seen + t)
             positions = torch.arange(t, device=ids.device) + (seen if self.window else S)

@@ -223,13 +223,12 @@ def mamba_block(block, i, x, y):
 def hybrid_layer(layer, i, *_):
     norms = list(layer.branch_norms or [])
     yield from calls(layer.input_layernorm, i, 'x', 'h')
-    yield from calls(layer.mamba, i, 'h', 'a')
-    yield from calls(layer.self_attn, i, 'h', 'b')
-    if layer.parallel:
-        yield from calls(layer.mlp, i, 'h', 'c')
-        yield from mix(['a', 'b', 'c'], norms, layer.controller, layer.residual_scale)
-    else:
-        yield from mix(['a', 'b'], norms, layer.controller, layer.residual_scale)
+    branches = dict(a=layer.mamba, b=layer.self_attn, c=layer.mlp if layer.parallel else None)
+    branches = {y: branch for y, branch in branches.items() if branch is not None}
+    for y, branch in branches.items():
+        yield from calls(branch, i, 'h', y)
+    yield from mix([*branches], norms, layer.controller, layer.residual_scale)
+    if not layer.parallel:
         yield from calls(layer.pre_mlp_layernorm, i, 'x', 'h')
         yield from calls(layer.mlp, i, 'h', 'a')
         norms = [layer.mlp_norm] if layer.mlp_norm else []
@@ -263,7 +262,8 @@ def mamba(net, *_):
 
 def hybrid(net, *_):
     yield from rope(net.attention)
-    yield from calls(net.model.embed_norm, 0, 'x', 'x')
+    if net.config.embed_norm:
+        yield from calls(net.model.embed_norm, 0, 'x', 'x')
     yield from stack(net.model.layers, net.model.norm, net.lm_head)
 
 

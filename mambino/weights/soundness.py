@@ -120,8 +120,8 @@ def check_config(config, config_class):
         wanted = fields[name].type
         fits = number(value) if wanted is float else whole(value) if wanted is int else type(value) is wanted
         need(fits, f'config.{name} is {brief(value)}')
-        positive = name in ('norm_eps', 'rope_theta')
-        need(not positive or value > 0, f'config.{name} is {brief(value)}')
+        need(name != 'norm_eps' or value > 0, f'config.{name} is {brief(value)}')
+        need(name != 'rope_theta' or value >= 0, f'config.{name} is {brief(value)}')
     need(0 <= config.get('dropout', 0.0) < 1, f'config.dropout is {brief(config.get("dropout"))}')
     for name in ('vocab_size', 'block_size', 'n_layer', 'n_embd'):
         need(name in config, f'config.{name} is missing')

@@ -26,6 +26,7 @@ MODELS = {
     "hybrid-parallel": (Hybrid, dict(HYBRID_SIZE, layout="parallel", n_kv_head=2, qk_norm=True, n_groups=2)),
     "hybrid-plain-full": (Hybrid, dict(HYBRID_SIZE, gate=False, branch_norm=False, window=0)),
     "hybrid-low-rank": (Hybrid, dict(HYBRID_SIZE, low_rank=8, tie_embeddings=False)),
+    "hybrid-pattern": (Hybrid, dict(HYBRID_SIZE, layers="ma", embed_norm=False, gated_norm=False, ssm_inner_size=48)),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
