@@ -276,7 +276,7 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
 
 @pytest.mark.parametrize('name, changes, says', [
     ('llama', dict(model_type='unheard_of'), 'model_type="unheard_of": supported are llama, '),
-    ('llama', dict(model_type='falcon_h1'), 'model_type="falcon_h1": its embeddings are not normed'),
+    ('llama', dict(model_type='lfm2'), 'model_type="lfm2": its layers without attention are short'),
     ('llama', dict(model_type='mambino_hybrid', gate='yes'), 'gate="yes": must be true or false'),
     ('llama', dict(model_type='mambino_hybrid', layout=3), 'layout=3: must be a string'),
     ('llama', dict(model_type='mambino_hybrid', layout='serial'), "layout='serial' must be"),
@@ -315,8 +315,6 @@ HALF = {'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.
     ('mamba2', dict(time_step_limit=[0.0, 0.1]), r'time_step_limit=\[0.0, 0.1\]'),
     ('mamba2', dict(time_step_limit=[0.001, {'__float__': 'Infinity'}]),
      r'time_step_limit=\[0.001, Infinity\]'),
-    ('mamba2', dict(rms_norm=False), 'rms_norm=false'),
-    ('mamba2', dict(norm_before_gate=True), 'norm_before_gate=true'),
     ('mamba2', dict(head_dim=7), 'head_dim'),
 ])
 def test_what_our_models_cannot_be(name, changes, says, copy, refusal):

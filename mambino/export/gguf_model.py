@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from mambino.export.classes import check_classes, check_modules, look_up, look_up_alike
-from mambino.language_model import SwiGLU
+from mambino.language_model import Gate, SwiGLU
 from model_gpt import GPT, MoE
 from model_hybrid import Hybrid, LowRank
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer
@@ -77,7 +77,8 @@ def mamba2_tensors(prefix, mixer):
     yield prefix + 'ssm_dt.bias', mixer.dt_bias
     yield prefix + 'ssm_a', -torch.exp(mixer.A_log)[:, None]                    # (H, 1)
     yield prefix + 'ssm_d', mixer.D[:, None]
-    yield prefix + 'ssm_norm.weight', mixer.norm.weight.view(mixer.groups, -1)  # (G, E/G)
+    if type(mixer.norm) is not Gate:
+        yield prefix + 'ssm_norm.weight', mixer.norm.weight.view(mixer.groups, -1)  # (G, E/G)
 
 
 def mamba1_tensors(prefix, mixer):
@@ -206,11 +207,19 @@ def mamba1_settings(c):
     if c.expand != 2:
         raise ValueError(f'llama.cpp computes Mamba-1 only with expand=2, not {c.expand}; --format=hf '
                          'takes any')
-    return 'mamba', ssm_settings(c, c.expand * c.n_embd, c.time_step_rank)
+    settings = ssm_settings(c, c.inner_size, c.time_step_rank)
+    if not c.part_norm_eps:
+        return 'mamba', settings
+    if c.part_norm_eps != c.norm_eps:
+        raise ValueError(f'llama.cpp norms dt, B and C with the eps of all norms, {c.norm_eps}, and this model with '
+                         f'{c.part_norm_eps}; --format=hf takes both')
+    return 'mamba', settings | {'ssm.dt_b_c_rms': True}
 
 
 def mamba2_settings(c):
-    inner = c.expand * c.n_embd
+    if not c.gated_norm:
+        raise ValueError('llama.cpp has no Mamba-2 without the norm after its gate')
+    inner = c.inner_size
     return 'mamba2', ssm_settings(c, inner, inner // c.head_dim) | {'ssm.group_count': c.n_groups}
 
 
@@ -249,6 +258,8 @@ def convert_hybrid(net):
         'branch_norm=True': c.branch_norm,
         'qk_norm=True': c.qk_norm,
         f'window={c.window}': window_of(c),
+        f'layers={c.layers}': set(c.kinds) != {'b'},
+        'rope_theta=0': not c.rope_theta,
     }
     if any(lacking.values()):
         names = ', '.join(name for name, is_there in lacking.items() if is_there)
@@ -256,13 +267,14 @@ def convert_hybrid(net):
                          'own modelling file')
     check_classes([layer.mamba for layer in net.model.layers], {Mamba2Mixer}, TOOL)
     check_classes([layer.mlp for layer in net.model.layers], {SwiGLU}, TOOL)
-    inner = c.expand * c.n_embd
+    inner = c.ssm_inner_size
     settings = attention_settings(c) | ssm_settings(c, inner, inner // c.ssm_head_dim)
     settings['ssm.group_count'] = c.n_groups
 
     def tensors():
         for name, tensor in outer_tensors(net, net.model.norm, untied=True):
-            yield name, net.model.embed_norm(tensor) if name == 'token_embd.weight' else tensor
+            is_normed = name == 'token_embd.weight' and c.embed_norm
+            yield name, net.model.embed_norm(tensor) if is_normed else tensor
         for i, layer in enumerate(net.model.layers):
             prefix = f'blk.{i}.'
             half_scale = layer.residual_scale[:, None] / 2

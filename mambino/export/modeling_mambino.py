@@ -7,6 +7,7 @@ It is plain PyTorch, made to be read; parameters have Mambino's names and shapes
 
     layout='parallel'    x + scale * sum_b gate_b(x) norm_b(branch_b(norm(x))), b over SSM, attention, MLP
     layout='sequential'  the same with SSM and attention alone, then an MLP in a residual step of its own
+    layers='mmab'        … of the SSM (m), of attention (a), or of both (b), layer by layer; '' is all b
 
 B batch, T time, D width, E inner width, H heads, K key/value heads, P head size, G groups, N state size, S keys."""
 from collections import OrderedDict
@@ -26,7 +27,8 @@ class MambinoConfig(PretrainedConfig):
     fields = dict(layout='sequential', gate=True, branch_norm=True, low_rank=0, block_size=1024, vocab_size=256,
                   n_layer=2, n_embd=64, n_head=4, n_kv_head=4, head_dim=16, window=0, qk_norm=False,
                   rope_theta=10000.0, intermediate_size=192, norm_eps=1e-5, state_size=16, expand=2,
-                  ssm_head_dim=16, n_groups=1, conv_kernel=4, chunk_size=64)
+                  ssm_head_dim=16, n_groups=1, conv_kernel=4, chunk_size=64, layers='', embed_norm=True,
+                  ssm_inner_size=0, gated_norm=True)
 
     def __init__(self, tie_word_embeddings=True, **settings):
         for name, default in self.fields.items():
@@ -91,14 +93,14 @@ def ssd(x, dt, A, B, C, state, chunk_size):
 class Mamba2(nn.Module):
     def __init__(self, c):
         super().__init__()
-        D, E, GN = c.n_embd, c.expand * c.n_embd, c.n_groups * c.state_size
+        D, E, GN = c.n_embd, c.ssm_inner_size or c.expand * c.n_embd, c.n_groups * c.state_size
         self.config, self.H = c, E // c.ssm_head_dim
         self.rows, self.parts = [E, E + 2 * GN, self.H], [E, GN, GN]
         self.in_proj = projection(c, D, sum(self.rows))         # rows [z; x, B, C; dt]
         self.conv1d = nn.Conv1d(E + 2 * GN, E + 2 * GN, c.conv_kernel, groups=E + 2 * GN)
         self.dt_bias, self.A_log = (nn.Parameter(torch.zeros(self.H)) for _ in range(2))
         self.D = nn.Parameter(torch.ones(self.H))
-        self.norm = RMSNorm(E, c.norm_eps, c.n_groups)
+        self.norm = RMSNorm(E, c.norm_eps, c.n_groups) if c.gated_norm else nn.Identity()
         self.out_proj = projection(c, E, D)
 
     def forward(self, x, real, state):
@@ -159,15 +161,17 @@ class MLP(nn.Module):
 
 
 class Layer(GradientCheckpointingLayer):
-    def __init__(self, c):
+    def __init__(self, c, kind):
         super().__init__()
         self.parallel = c.layout == 'parallel'
-        branches = 3 if self.parallel else 2
+        branches = (kind != 'a') + (kind != 'm') + self.parallel
         self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
-        self.mamba, self.self_attn, self.mlp = Mamba2(c), Attention(c), MLP(c)
+        self.mamba = Mamba2(c) if kind != 'a' else None
+        self.self_attn = Attention(c) if kind != 'm' else None
+        self.mlp = MLP(c)
         Norm = RMSNorm if c.branch_norm else nn.Identity
         self.branch_norms = nn.ModuleList(Norm(c.n_embd, c.norm_eps) for _ in range(branches))
-        self.controller = nn.Linear(c.n_embd, branches) if c.gate else None
+        self.controller = nn.Linear(c.n_embd, branches) if c.gate and branches > 1 else None
         self.residual_scale = nn.Parameter(torch.ones(c.n_embd))
         if not self.parallel:
             self.pre_mlp_layernorm = RMSNorm(c.n_embd, c.norm_eps)
@@ -178,7 +182,9 @@ class Layer(GradientCheckpointingLayer):
         if self.gradient_checkpointing and self.training:
             state = dict(state)                                 # it is computed twice, each time from the same state
         h = self.input_layernorm(x)
-        outputs = [self.mamba(h, real, state), self.self_attn(h, rope, mask, state)]
+        outputs = [] if self.mamba is None else [self.mamba(h, real, state)]
+        if self.self_attn is not None:
+            outputs.append(self.self_attn(h, rope, mask, state))
         if self.parallel:
             outputs.append(self.mlp(h))
         outputs = [norm(y) for norm, y in zip(self.branch_norms, outputs)]
@@ -202,14 +208,14 @@ class MambinoModel(MambinoPreTrainedModel):
     def __init__(self, c):
         super().__init__(c)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
-        self.embed_norm = RMSNorm(c.n_embd, c.norm_eps)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layer))
+        self.embed_norm = RMSNorm(c.n_embd, c.norm_eps) if c.embed_norm else nn.Identity()
+        self.layers = nn.ModuleList(Layer(c, kind) for kind in ((c.layers or 'b') * c.n_layer)[:c.n_layer])
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.post_init()
 
     def masks(self, attention_mask, T, state, device):
         """What attention may see (B or 1, 1, T, S); which new tokens are real (B, T, 1), or 1 for all."""
-        cached = state.layers[0]['k'].shape[2] if state.seen else 0
+        cached = max([layer['k'].shape[2] for layer in state.layers if 'k' in layer], default=0)
         query = torch.arange(T, device=device)[:, None]         # counted from the first new token
         key = torch.arange(-cached, T, device=device)
         mask = key <= query                                     # (T, S)
@@ -237,7 +243,8 @@ class MambinoModel(MambinoPreTrainedModel):
             raise ValueError('padding after the text is in the state: to go on from it, pad on the left, '
                              'padding_side="left"')
         mask, real = self.masks(attention_mask, T, state, input_ids.device)
-        inv_freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=input_ids.device).float() / c.head_dim)
+        exponents = -torch.arange(0, c.head_dim, 2, device=input_ids.device).float() / c.head_dim
+        inv_freq = c.rope_theta ** exponents if c.rope_theta else 0 * exponents     # 0: no positions
         angles = torch.arange(state.seen, state.seen + T, device=input_ids.device).float()[:, None, None] * inv_freq
         rope = angles.cos(), angles.sin()                       # (T, 1, P/2); padding may shift all
         x = self.embed_norm(self.embed_tokens(input_ids))       # (B, T, D)

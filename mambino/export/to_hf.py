@@ -8,8 +8,10 @@ Each model becomes the class of transformers that computes exactly the same:
 
     GPT                 Llama; with a window Mistral, with qk_norm Qwen3; with experts Mixtral,
                         with both Qwen3Moe
-    Mamba               Mamba, Mamba2; Mamba-3, of which it has no class, modeling_mamba3.py
-    plain hybrid        FalconH1, into whose matrices goes what the class lacks
+    Mamba               Mamba, with part_norm_eps FalconMamba, Mamba2; Mamba-3, of which it has no
+                        class, modeling_mamba3.py
+    plain hybrid        FalconH1; of SSM or attention layer by layer GraniteMoeHybrid: what these
+                        lack goes into the matrices
     any other hybrid    modeling_mambino.py
 
 A modelling file of ours is copied into the folder, and opened with trust_remote_code=True.
@@ -33,6 +35,7 @@ import shutil
 import torch
 
 from mambino import chat
+from mambino.export import hf_hybrid
 from mambino.export.classes import check_classes, check_modules, look_up, look_up_alike
 from mambino.export.compare import difference, greedy, silent, some_ids, some_texts
 from mambino.export.special_tokens import FLAGS, PAD, note_of, special_tokens
@@ -129,8 +132,11 @@ def split_experts(weights, block, gate, up, down):
 
 
 def convert_mamba(net, weights):
+    c = net.config
     mixer_keys = look_up_alike(MAMBA_KEYS, [block.mixer for block in net.backbone.layers], TOOL)
-    return mixer_keys(net.config), weights
+    if c.inner_size != c.expand * c.n_embd:
+        raise ValueError(f'{TOOL} has no Mamba of inner_size={c.inner_size}, only of expand * n_embd')
+    return mixer_keys(c), weights
 
 
 def mamba_keys(c):
@@ -145,20 +151,25 @@ def mamba_keys(c):
 
 
 def mamba1_keys(c):
-    return mamba_keys(c) | dict(
-        architectures=['MambaForCausalLM'], model_type='mamba',
-        intermediate_size=c.expand * c.n_embd, time_step_rank=c.time_step_rank)
+    keys = mamba_keys(c) | dict(intermediate_size=c.inner_size, time_step_rank=c.time_step_rank)
+    if not c.part_norm_eps:
+        return keys | dict(architectures=['MambaForCausalLM'], model_type='mamba')
+    return keys | dict(
+        architectures=['FalconMambaForCausalLM'], model_type='falcon_mamba', mixer_rms_eps=c.part_norm_eps)
 
 
 def mamba2_keys(c):
+    if not c.gated_norm:
+        raise ValueError(f'{TOOL} has no Mamba-2 without the norm after its gate')
     return mamba_keys(c) | dict(
         architectures=['Mamba2ForCausalLM'], model_type='mamba2',
-        num_heads=c.expand * c.n_embd // c.head_dim, head_dim=c.head_dim, n_groups=c.n_groups,
+        num_heads=c.inner_size // c.head_dim, head_dim=c.head_dim, n_groups=c.n_groups,
         chunk_size=c.chunk_size, rms_norm=True, norm_before_gate=False)
 
 
 def mamba3_keys(c):
-    return own_keys(c, 'mambino_mamba', ('conv_kernel', 'time_step_rank'))
+    of_others = ('conv_kernel', 'time_step_rank', 'inner_size', 'part_norm_eps', 'gated_norm')
+    return own_keys(c, 'mambino_mamba', of_others)
 
 
 def own_keys(c, model_type, left_out=()):
@@ -176,44 +187,12 @@ def own_keys(c, model_type, left_out=()):
 
 def convert_hybrid(net, weights):
     c = net.config
-    check_classes([layer.mamba for layer in net.model.layers], {Mamba2Mixer}, TOOL)
-    lacking = c.gate or c.branch_norm or c.window or c.qk_norm or c.low_rank
-    if c.layout == 'sequential' and not lacking:
-        return hybrid_as_falcon_h1(c, weights)
+    mixers = [layer.mamba for layer in net.model.layers if layer.mamba is not None]
+    check_classes(mixers, {Mamba2Mixer}, TOOL)
+    convert = hf_hybrid.class_of(c)
+    if convert:
+        return convert(c, weights, attention_keys(c))
     return own_keys(c, 'mambino_hybrid'), weights
-
-
-def hybrid_as_falcon_h1(c, weights):
-    """A hybrid without what FalconH1 lacks. Of two branches it takes the sum, not the scaled mean,
-    and it norms no embeddings: the scales go into the rows of the matrices before them, the norm
-    into the table of the embeddings, which is then no longer that of the head."""
-    folded = {}
-    for name, tensor in weights.items():
-        layer = name.rpartition('.layers.')[2].partition('.')[0]
-        if name.endswith(('residual_scale', 'embed_norm.weight')):
-            continue
-        if name.endswith(('out_proj.weight', 'o_proj.weight')):
-            tensor = tensor * (weights[f'model.layers.{layer}.residual_scale'] / 2)[:, None]
-        elif name.endswith('down_proj.weight'):
-            tensor = tensor * weights[f'model.layers.{layer}.mlp_residual_scale'][:, None]
-        elif name == 'model.embed_tokens.weight':
-            rms = torch.rsqrt(tensor.square().mean(-1, keepdim=True) + c.norm_eps)
-            tensor = tensor * rms * weights['model.embed_norm.weight']
-        name = name.replace('.mlp.', '.feed_forward.')
-        name = name.replace('pre_mlp_layernorm', 'pre_ff_layernorm')
-        folded['model.final_layernorm.weight' if name == 'model.norm.weight' else name] = tensor
-    if c.tie_embeddings:
-        folded['lm_head.weight'] = weights['model.embed_tokens.weight']
-    inner = c.expand * c.n_embd
-    multipliers = 'lm_head embedding key attention_in attention_out ssm_in ssm_out'.split()
-    keys = attention_keys(c) | dict(
-        architectures=['FalconH1ForCausalLM'], model_type='falcon_h1', tie_word_embeddings=False,
-        mamba_d_ssm=inner, mamba_expand=c.expand, mamba_n_heads=inner // c.ssm_head_dim,
-        mamba_d_head=c.ssm_head_dim, mamba_n_groups=c.n_groups, mamba_d_state=c.state_size,
-        mamba_d_conv=c.conv_kernel, mamba_chunk_size=c.chunk_size, mamba_conv_bias=True,
-        mamba_proj_bias=False, projectors_bias=False, mamba_rms_norm=True, mamba_norm_before_gate=False,
-        mlp_multipliers=[1.0, 1.0], ssm_multipliers=[1.0] * 5)
-    return keys | {f'{name}_multiplier': 1.0 for name in multipliers}, folded
 
 
 CONVERT = {GPT: convert_gpt, Mamba: convert_mamba, Hybrid: convert_hybrid}

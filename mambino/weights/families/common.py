@@ -39,7 +39,8 @@ def number(theirs, key, default=None, kind=int):
     value = default if theirs.get(key) is None else theirs[key]
     if value is None:
         raise ValueError(f'{key} is missing')
-    if type(value) not in (int, float) or not abs(value) <= LARGEST or value != kind(value):
+    largest = LARGEST if kind is int else 1e30
+    if type(value) not in (int, float) or not abs(value) <= largest or value != kind(value):
         refuse(key, value, 'must be a whole number' if kind is int else 'must be a number')
     return kind(value)
 

@@ -9,12 +9,17 @@ import math
 import torch
 
 from mambino.weights.checkpoint import MambaConfig
-from mambino.weights.families.common import Family, common_fields, number, own_fields, refuse
+from mambino.weights.families.common import Family, check_only, common_fields, number, own_fields, refuse
 
 ONLY = {  # as in common.py
     'use_bias': ([False], 'the projections of our Mamba have no biases'),
     'use_conv_bias': ([True], 'the convolution of our Mamba has a bias'),
+}
+ONLY2 = ONLY | {
     'time_step_limit': ([[0, math.inf]], 'our Mamba-2 does not limit its time steps'),
+}
+# of an original checkpoint; transformers' classes have no such keys
+ONLY_ORIGINAL = {
     'rms_norm': ([True], 'our Mamba norms by RMSNorm'),
     'norm_before_gate': ([False], 'our Mamba-2 gates first, then norms'),
 }
@@ -57,7 +62,6 @@ IGNORED3 = {
 SOFTPLUS = ('its A is softplus of the token\'s v, that of our Mamba-3 is 1 + v, below zero '
             '1 / (1 - v), as in state-spaces/mamba since June 2026')
 ONLY3 = {
-    'rms_norm': ONLY['rms_norm'],
     'is_mimo': ([False, True], 'must be true or false'),
     'head_norm': ([False, True], 'must be true or false'),
     'A_floor': ([1e-4], 'the A of our Mamba-3 is at most -1e-4'),
@@ -80,7 +84,7 @@ def from_original(theirs):
     multiple = number(theirs, 'pad_vocab_size_multiple', 8)
     padded_vocab_size = -(-number(theirs, 'vocab_size') // multiple) * multiple
     is_rms_norm = layer == 'Mamba3' or ssm.get('rmsnorm', True)
-    return {
+    renamed = {
         **{known[key]: value for key, value in ssm.items() if key in known},
         'n_groups': ssm.get('ngroups', 1),
         'model_type': ORIGINAL[layer],
@@ -91,6 +95,8 @@ def from_original(theirs):
         'tie_word_embeddings': theirs.get('tie_embeddings', True),
         'rms_norm': theirs.get('rms_norm', True) and is_rms_norm,
     }
+    check_only(renamed, ONLY_ORIGINAL)
+    return renamed
 
 
 def mamba_fields(theirs):
@@ -110,6 +116,10 @@ def mamba1_fields(theirs):
     if theirs.get('time_step_rank') != 'auto':                              # else ours is the same rule
         ours['time_step_rank'] = number(theirs, 'time_step_rank', 0)
     return ours
+
+
+def falcon_mamba_fields(theirs):
+    return mamba1_fields(theirs) | dict(part_norm_eps=number(theirs, 'mixer_rms_eps', 1e-6, float))
 
 
 def mamba2_fields(theirs):
@@ -189,11 +199,12 @@ def formula_of_a(theirs):
             'or "softplus", which is refused')
 
 
+MAMBA1 = dict(state_size=16, tie_word_embeddings=True)     # what a missing key stands for
 FAMILIES = {
-    'mamba': Family(
-        'mamba', mamba1_fields, dict(state_size=16, tie_word_embeddings=True), ONLY, split_mlp),
+    'mamba': Family('mamba', mamba1_fields, MAMBA1, ONLY, split_mlp),
+    'falcon_mamba': Family('mamba', falcon_mamba_fields, MAMBA1, ONLY),
     'mamba2': Family(
-        'mamba', mamba2_fields, dict(state_size=128, head_dim=64, n_groups=8), ONLY, split_mlp),
+        'mamba', mamba2_fields, dict(state_size=128, head_dim=64, n_groups=8), ONLY2, split_mlp),
     'mambino_mamba': Family('mamba', mambino_fields),
     'state-spaces/mamba3': Family(
         'mamba', mamba3_fields,
