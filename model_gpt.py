@@ -81,8 +81,6 @@ class GPTConfig:
             raise ValueError(f'head_dim={self.head_dim}, which is n_embd / n_head, must be even: RoPE turns pairs')
         self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 3 // 64) * 64
         check_at_least_one(self, 'head_dim intermediate_size')
-        if not self.rope_theta > 0:
-            raise ValueError(f'rope_theta={self.rope_theta} must be above 0')
         if self.window < 0:
             raise ValueError(f'window={self.window} must be 0 (no window) or more')
         for name in ('n_expert', 'capacity_factor', 'aux_loss', 'z_loss'):
@@ -96,8 +94,8 @@ class GPTConfig:
             raise ValueError('qk_norm_whole means nothing without qk_norm')
         if self.rope_scaling not in ('', 'linear', 'llama3', 'yarn'):
             raise ValueError(f"rope_scaling={self.rope_scaling!r} must be linear, llama3 or yarn")
-        if not (self.rope_factor > 0 < self.rope_amplitude and 0 < self.rope_slow < self.rope_fast):
-            raise ValueError('rope_factor, rope_amplitude and rope_slow must be more than 0, rope_fast more')
+        if not (min(self.rope_theta, self.rope_factor, self.rope_amplitude) > 0 < self.rope_slow < self.rope_fast):
+            raise ValueError('rope_theta, _factor, _amplitude and _slow must be above 0, rope_fast above rope_slow')
         if self.rope_scaling in ('llama3', 'yarn'):
             check_at_least_one(self, 'rope_length')
         if not 0 <= self.rope_dim <= self.head_dim or self.rope_dim % 2:

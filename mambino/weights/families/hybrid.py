@@ -13,7 +13,7 @@ import torch
 
 from mambino.weights.checkpoint import HybridConfig
 from mambino.weights.families.common import Family, common_fields, number, own_fields, refuse
-from mambino.weights.families.gpt import rope_theta_of
+from mambino.weights.families.gpt import rope_fields, rope_of
 
 ONLY = {  # as in common.py
     'attention_bias': ([False], 'our attention has no biases'),
@@ -73,6 +73,13 @@ def plain_fields(theirs):
     if ours['ssm_head_dim'] * heads != inner:
         refuse('mamba_n_heads', heads, f'must divide the inner width of the SSM, {inner}, into heads of mamba_d_head')
     return ours
+
+
+def rope_theta_of(theirs):
+    fields = rope_fields(theirs)
+    if len(fields) > 1:
+        refuse(*rope_of(theirs), 'the rotary positions of our hybrid are not stretched')
+    return fields['rope_theta']
 
 
 def falcon_h1_fields(theirs):
