@@ -64,6 +64,7 @@ CASES = [
     'gpt adamw --gradient_checkpointing=True',
     'gpt muon --n_layer=3 --n_expert=4 --aux_loss=0 --capacity_factor=0',
     'mamba adamw --version=1',
+    'mamba muon --version=3 --mimo_rank=2',
     'mamba muon --n_layer=1',
     'hybrid adamw --n_layer=1',
     'hybrid muon --tie_embeddings=False',
