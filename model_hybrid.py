@@ -1,4 +1,4 @@
-"""A hybrid of Mamba-2, local attention and SwiGLU, mixed token by token.
+"""A hybrid of Mamba-2 or Mamba-3, local attention and SwiGLU, mixed token by token.
 
     config = HybridConfig(vocab_size=4096, n_layer=6, n_head=6, n_embd=384)
     logits, loss = Hybrid(config)(idx, targets)      # training
@@ -33,11 +33,12 @@ import torch.nn as nn
 from mambino.kernels import fast
 from mambino.language_model import LanguageModel, RMSNorm, SwiGLU
 from model_gpt import Attention, GPTConfig, prepare_attention
-from model_mamba import Mamba2Mixer, MambaConfig
+from model_mamba import MIXERS, MambaConfig
 
 
 @dataclass
 class HybridConfig:
+    version: int = 2            # SSM: Mamba-2, or 3
     layout: str = 'sequential'  # or 'parallel'; see above
     gate: bool = True  # weights of the branches by token; False: each counts the same
     branch_norm: bool = True    # RMSNorm on each branch before mixing (Hymba, Dong et al. 2024)
@@ -60,7 +61,9 @@ class HybridConfig:
     gated_norm: bool = True     # SSM: RMSNorm after the gate; False: the gate alone
     ssm_head_dim: int = 64      # SSM: P
     n_groups: int = 1           # SSM: G
-    conv_kernel: int = 4        # SSM
+    conv_kernel: int = 4        # SSM: Mamba-2's
+    mimo_rank: int = 1          # SSM: Mamba-3's R
+    rope_fraction: float = 0.5  # SSM: Mamba-3's
     chunk_size: int = 64        # SSM
     low_rank: int = 0           # rank of the projections; 0: full matrices
     norm_eps: float = 1e-5
@@ -70,6 +73,8 @@ class HybridConfig:
     def __post_init__(self):
         if self.layout not in ('parallel', 'sequential'):
             raise ValueError(f"layout={self.layout!r} must be 'parallel' or 'sequential'")
+        if self.version not in (2, 3):
+            raise ValueError(f"version={self.version}: a hybrid's recurrence is that of Mamba-2 or 3")
         if self.low_rank < 0:
             raise ValueError(f'low_rank={self.low_rank} must be 0 (full matrices) or more')
         if set(self.layers) - set('mab'):
@@ -101,9 +106,12 @@ class HybridConfig:
 
     @property
     def ssm(self):
-        names = 'n_layer n_embd state_size expand gated_norm n_groups conv_kernel chunk_size norm_eps'
+        names = ('version n_layer n_embd state_size expand gated_norm n_groups conv_kernel chunk_size '
+                 'mimo_rank rope_fraction norm_eps')
         shared = {name: getattr(self, name) for name in names.split()}
-        return MambaConfig(head_dim=self.ssm_head_dim, inner_size=self.ssm_inner_size, **shared)
+        # Mamba-3 beside attention finds far less in long texts without it (Lahoti et al. 2026, table 4)
+        head_norm = self.version == 3
+        return MambaConfig(head_dim=self.ssm_head_dim, inner_size=self.ssm_inner_size, head_norm=head_norm, **shared)
 
 
 @fast
@@ -143,7 +151,7 @@ class Layer(nn.Module):
         self.parallel = config.layout == 'parallel'
         first_scale = (2 * config.n_layer) ** -0.25             # DeepNet's alpha
         self.input_layernorm = RMSNorm(D, eps)
-        self.mamba = Mamba2Mixer(config.ssm, 1) if kind != 'a' else None
+        self.mamba = MIXERS[config.version](config.ssm, 1) if kind != 'a' else None
         self.self_attn = Attention(config.attention) if kind != 'm' else None
         self.state_names = ('k', 'v') if kind != 'm' else ()
         if kind != 'a':
@@ -223,7 +231,7 @@ class Hybrid(LanguageModel):
     def mixing_flops(self, T):
         config = self.config
         attention = 4 * config.n_head * config.head_dim * min(T / 2, config.window or T)
-        ssm = Mamba2Mixer.flops(config.ssm, T)
+        ssm = MIXERS[config.version].flops(config.ssm, T)
         return sum((kind != 'm') * attention + (kind != 'a') * ssm for kind in config.kinds)
 
     def hidden_states(self, idx, state=None, window=0):

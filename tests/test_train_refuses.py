@@ -122,6 +122,8 @@ BAD = {  # flags, words of the message, what breaks things beforehand
     'mimo_rank': ('--out_dir=new --model=mamba --mimo_rank=4', 'mimo_rank=4 version=3'),
     'mimo_rank of another': ('--out_dir=new --mimo_rank=4', 'mimo_rank gpt leave it out'),
     'no mimo_rank': ('--out_dir=new --model=mamba --version=3 --mimo_rank=0', 'mimo_rank=0 more than 0'),
+    'hybrid of Mamba-1': ('--out_dir=new --model=hybrid --version=1', 'version=1 hybrid 2 3'),
+    'mimo_rank of a hybrid': ('--out_dir=new --model=hybrid --mimo_rank=4', 'mimo_rank=4 version=3'),
     'half a channel': ('--out_dir=new --model=mamba --version=3 --state_size=15', 'state_size=15 even'),
     'rope_fraction': ('--out_dir=new --model=mamba --version=3 --rope_fraction=1.5', 'rope_fraction=1.5 all'),
     'layout': ('--out_dir=new --model=hybrid --layout=diagonal', 'layout diagonal'),
