@@ -95,7 +95,7 @@ class GPTConfig:
         if self.rope_scaling not in ('', 'linear', 'llama3', 'yarn'):
             raise ValueError(f"rope_scaling={self.rope_scaling!r} must be linear, llama3 or yarn")
         if not (min(self.rope_theta, self.rope_factor, self.rope_amplitude) > 0 < self.rope_slow < self.rope_fast):
-            raise ValueError('rope_theta, _factor, _amplitude and _slow must be above 0, rope_fast above rope_slow')
+            raise ValueError('rope_theta, rope_factor, rope_amplitude, rope_slow must be more than 0, rope_fast more')
         if self.rope_scaling in ('llama3', 'yarn'):
             check_at_least_one(self, 'rope_length')
         if not 0 <= self.rope_dim <= self.head_dim or self.rope_dim % 2:

@@ -17,7 +17,7 @@ import model_gpt
 import model_hybrid
 import model_mamba
 from mambino.kernels import cpu, native
-from mambino.language_model import GatedRMSNorm, RMSNorm, SwiGLU
+from mambino.language_model import Gate, GatedRMSNorm, RMSNorm, SwiGLU
 from mambino.weights import quantize
 from mambino.weights.dense import Dense
 
@@ -158,14 +158,16 @@ def mamba1(mixer, i, x, y):
     sized((bias, (E,)), (mixer.dt_proj.bias, (E,)), (mixer.D, (E,)))
     yield 'width', D
     yield ('mamba1_step', 'threads', 'precision', 'rows', E, N, weight.shape[-1], R, in_proj, *parts, weight, bias,
-           mixer.dt_proj.bias, mixer.A_log, mixer.D, conv, State(f'ssm.{i}', (N, E)), x, y)
+           mixer.dt_proj.bias, mixer.A_log, mixer.D, float(mixer.part_norm_eps), conv, State(f'ssm.{i}', (N, E)), x, y)
 
 
 def mamba2(mixer, i, x, y):
     norm = mixer.norm
-    require(type(norm) is GatedRMSNorm, type(norm))
+    require(type(norm) in (GatedRMSNorm, Gate), type(norm))
     weight, bias, conv = convolution(mixer.conv1d, i)                       # of E + 2 G N channels
-    H, E, G = len(mixer.A_log), len(norm.weight), norm.groups
+    H, E, G = len(mixer.A_log), mixer.split[0], mixer.groups
+    norm_weight, eps = (norm.weight, float(norm.eps)) if type(norm) is GatedRMSNorm else (None, 0.0)
+    sized((norm_weight, (E,)))
     P, N = E // H, (len(weight) - E) // (2 * G)
     require(P % cpu.LANES == N % cpu.LANES == 0, 'head_dim or state_size')
     require(P and N and E == H * P and H % G == 0 and len(weight) == E + 2 * G * N, 'heads')
@@ -173,8 +175,8 @@ def mamba2(mixer, i, x, y):
     sized((mixer.dt_bias, (H,)), (mixer.D, (H,)))
     yield 'width', in_proj.columns
     yield ('mamba2_step', 'threads', 'precision', 'rows', H, G, P, N, weight.shape[-1], in_proj,
-           matrix(mixer.out_proj, in_proj.columns, E), weight, bias, mixer.dt_bias, mixer.A_log, mixer.D, norm.weight,
-           float(norm.eps), conv, State(f'ssm.{i}', (H, P, N)), x, y)
+           matrix(mixer.out_proj, in_proj.columns, E), weight, bias, mixer.dt_bias, mixer.A_log, mixer.D, norm_weight,
+           eps, conv, State(f'ssm.{i}', (H, P, N)), x, y)
 
 
 def mix(branches, norms, controller, scale):

@@ -198,7 +198,7 @@ static inline void head_step(I P, I N, float dt, float decay, float D, const flo
 }
 
 // a Mamba-2's mixer, v and out (B, D): conv (B, K - 1, H P + 2 G N) and h (B, H, P, N) are updated.
-// P and N are multiples of L
+// P and N are multiples of L. norm: null for the gate alone
 API mamba2_step(I threads, I precision, I B, I H, I G, I P, I N, I K, const Matrix *in_proj,
                 const Matrix *out_proj, const float *weight, const float *bias,
                 const float *dt_bias, const float *A_log, const float *D, const float *norm,
@@ -234,7 +234,14 @@ API mamba2_step(I threads, I precision, I B, I H, I G, I P, I N, I K, const Matr
         }
     };
     auto gate = [&](I lo, I hi) {
-        norm_forward(lo, hi, 0, G, E / G, eps, y, x, sx, norm, y, rstd);
+        if (norm)
+            return norm_forward(lo, hi, 0, G, E / G, eps, y, x, sx, norm, y, rstd);
+        for (I b = lo; b < hi; b++) {
+            for (I e = 0; e < E; e += L) {
+                vec z = load(x + b * sx + e);
+                store(y + b * E + e, load(y + b * E + e) * z * sigmoid(z));
+            }
+        }
     };
     I shared = B * H * P * N < 32768 ? 1 : threads;
     if (B >= 4 * threads) {  // a row is one thread's: nothing goes from core to core
@@ -258,11 +265,12 @@ API mamba2_step(I threads, I precision, I B, I H, I G, I P, I N, I K, const Matr
     linear<1>(threads, {out_proj}, B, y, {out});
 }
 
-// a Mamba-1's mixer, v and out (B, D): conv (B, K - 1, E) and h (B, N, E) are updated
+// a Mamba-1's mixer, v and out (B, D): conv (B, K - 1, E) and h (B, N, E) are updated. part_eps: dt, B
+// and C are normed, 0: they are not
 API mamba1_step(I threads, I precision, I B, I E, I N, I K, I R, const Matrix *in_proj,
                 const Matrix *x_proj, const Matrix *dt_proj, const Matrix *out_proj,
                 const float *weight, const float *conv_bias, const float *bias, const float *A_log,
-                const float *D, float *conv, void *h, const float *v, float *out) {
+                const float *D, float part_eps, float *conv, void *h, const float *v, float *out) {
     I sbc = R + 2 * N, sz = 2 * E;
     Room room(B * (5 * E + sbc + R));
     float *both = room.get();
@@ -281,6 +289,17 @@ API mamba1_step(I threads, I precision, I B, I E, I N, I K, I R, const Matrix *i
         conv_steps(lo, hi, E, K, both, 2 * E, taps, conv_bias, conv, x);
     });
     linear<1>(threads, {x_proj}, B, x, {parts});  // rows of [dt; B; C]
+    for (I b = 0; part_eps && b < B; b++) {
+        float *part = parts + b * sbc;
+        for (I n : {R, N, N}) {
+            float squares = 0;
+            for (I i = 0; i < n; i++)
+                squares += part[i] * part[i];
+            float scale = 1 / std::sqrt(squares / n + part_eps);
+            for (I i = 0; i < n; i++)
+                *part++ *= scale;
+        }
+    }
     for (I b = 0; b < B; b++)
         memcpy(low + b * R, parts + b * sbc, 4 * R);
     linear<1>(threads, {dt_proj}, B, low, {raw});

@@ -33,6 +33,8 @@ FALCON_H1 = dict(
 GRANITE = dict(
     rms_norm_eps=1e-6, max_position_embeddings=2048, shared_intermediate_size=1024, num_local_experts=8,
     mamba_n_heads=128, mamba_d_head='auto', mamba_n_groups=1, mamba_d_state=256, mamba_d_conv=4, mamba_expand=2)
+MULTIPLIERS = [f'{name}_multiplier' for name in (
+    'embedding', 'lm_head', 'residual', 'attention', 'attention_in', 'attention_out', 'key', 'ssm_in', 'ssm_out')]
 LETTERS = {     # of a layer in config.json, and in HybridConfig.layers
     'linear_attention': 'm',
     'mamba': 'm',
@@ -49,6 +51,10 @@ def mambino_fields(theirs):
 
 def plain_fields(theirs):
     """What Falcon-H1, Granite 4 and Bamba have in common: branches that are added as they are, a Mamba-2."""
+    for key in (*MULTIPLIERS, 'logits_scaling'):
+        multiplier(theirs, key)
+    numbers(theirs, 'mlp_multipliers', 2)
+    numbers(theirs, 'ssm_multipliers', 5)
     ours = common_fields(theirs) | dict(
         layout='sequential', gate=False, branch_norm=False, embed_norm=False, window=0,
         n_head=number(theirs, 'num_attention_heads'),
@@ -120,8 +126,8 @@ def numbers(theirs, key, n):
 
 def multiplier(theirs, key):
     value = number(theirs, key, 1.0, float)
-    if key in ('embedding_multiplier', 'logits_scaling') and value <= 0:
-        refuse(key, value, 'must be above 0')
+    if key in ('embedding_multiplier', 'logits_scaling') and value == 0:
+        refuse(key, value, 'must not be 0')
     return value
 
 

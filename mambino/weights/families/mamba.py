@@ -119,7 +119,10 @@ def mamba1_fields(theirs):
 
 
 def falcon_mamba_fields(theirs):
-    return mamba1_fields(theirs) | dict(part_norm_eps=number(theirs, 'mixer_rms_eps', 1e-6, float))
+    eps = number(theirs, 'mixer_rms_eps', 1e-6, float)
+    if eps <= 0:
+        refuse('mixer_rms_eps', eps, 'must be above 0')
+    return mamba1_fields(theirs) | dict(part_norm_eps=eps)
 
 
 def mamba2_fields(theirs):
