@@ -2,13 +2,14 @@
 import copy
 import json
 import os
+import sys
 
 import pytest
 import torch
 from helpers.adapters import LORA, PREFIX, adapted, saved, trained
 from helpers.models import CONFIG, PEERS, V, assert_close, perturb, tokens
 
-from mambino.export import to_peft
+from mambino.export import to_hf, to_peft
 from mambino.weights import adapters, from_peft, loading
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded', 'one_thread')
@@ -77,10 +78,37 @@ def test_peft_reads_what_is_written(peft, tmp_path, monkeypatch, peer, kind, tar
         assert_close(again(idx)[0], want)
 
 
+@pytest.mark.filterwarnings('error:.*missing adapter keys.*', 'error:.*unexpected.*')
+@pytest.mark.parametrize('name, targets', [
+    ('hybrid', ''), ('hybrid-parallel', 'out_proj,o_proj,down_proj,controller'), ('hybrid-low-rank', '')])
+def test_a_hybrid_by_its_modelling_file(peft, tmp_path, monkeypatch, name, targets):
+    from transformers import AutoModelForCausalLM, dynamic_module_utils
+    monkeypatch.setattr(dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'modules'))
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    base, net = adapted(name, targets=targets)
+    ckpt = saved(net, dict(LORA, targets=targets), base)
+    os.mkdir(tmp_path / 'base')
+    to_hf.write(base, None, tmp_path / 'base')
+    to_peft.write(net, None, tmp_path, ckpt=ckpt, base=tmp_path / 'base')
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'base', dtype=torch.float32, trust_remote_code=True)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    idx = tokens(2, 40)
+    with torch.no_grad():
+        want = theirs(idx).logits
+        assert (want - base(idx)[0]).abs().max() > 0.1
+        assert_close(net(idx)[0], want)
+        monkeypatch.setattr(loading, 'base_of', lambda ckpt: dict(weights=base.state_dict()))
+        assert to_peft.verify(net, None, tmp_path, ckpt=ckpt)['ok']
+        theirs.save_pretrained(tmp_path / 'again')
+        again = adapters.attach_adapter(copy.deepcopy(base), from_peft.read_peft(tmp_path / 'again'))
+        assert_close(again(idx)[0], want)
+
+
 def test_what_peft_cannot_have_is_said(tmp_path):
     for name, kind, settings, word in (
             ('mamba2', 'prefix', {}, 'first state'),
-            ('hybrid', 'lora', {}, 'hybrid'),
+            ('hybrid', 'prefix', {}, 'first state'),
+            ('hybrid-plain-full', 'lora', {}, 'FalconH1.*scales.*--format=hf'),
             ('mamba1', 'lora', dict(targets='out_proj'), 'out_proj'),
             ('mamba1', 'lora', dict(targets='dt_proj'), 'would not see')):
         base, net = adapted(name, kind, **settings)

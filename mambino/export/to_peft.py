@@ -32,6 +32,7 @@ NO_LORA = {
         'out_proj': 'peft refuses a LoRA on',
         'dt_proj': 'transformers would not see a LoRA on',
     },
+    'hybrid': {},                   # by its own modelling file
 }
 
 
@@ -56,8 +57,8 @@ def prefix(ckpt):
     """→ (peft's settings, {its name: tensor}) of a prefix's checkpoint."""
     config = ckpt['config']
     if ckpt['kind'] != 'gpt':
-        raise ValueError('peft has no format for a Mamba\'s prefix, a learned first state: use it '
-                         'with sample.py, or tune with --adapter=lora')
+        raise ValueError('peft has no format for the prefix of a Mamba or a hybrid, a learned first state: use '
+                         'it with sample.py, or tune with --adapter=lora')
     width = config['n_kv_head'] * config['head_dim']
     settings = dict(peft_type='PREFIX_TUNING', num_virtual_tokens=ckpt['adapter']['length'],
                     token_dim=width, num_transformer_submodules=1,
@@ -86,7 +87,11 @@ def write(net, tok, folder, quantize='', *, ckpt, base, **_):
                          'load its adapter: export the merged model')
     with torch.device('meta'):
         # ValueError if transformers has no such base
-        to_hf.to_transformers(build(ckpt['kind'], ckpt['config']))
+        theirs, _ = to_hf.to_transformers(build(ckpt['kind'], ckpt['config']))
+    if theirs['model_type'] == 'falcon_h1':
+        raise ValueError('transformers has its base as FalconH1, into whose matrices our scales of the branches are '
+                         'folded, so that its adapter would be another one there: export the merged model, '
+                         '--format=hf')
     settings, tensors = ADAPTERS[adapter['type']](ckpt)
     settings |= dict(task_type='CAUSAL_LM', base_model_name_or_path=str(base), inference_mode=True)
     save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors, {'format': 'pt'})
@@ -108,7 +113,9 @@ def verify(net, tok, folder, quantize='', *, ckpt, **_):
     base.load_state_dict(loading.base_of(ckpt)['weights'])
     with tempfile.TemporaryDirectory() as base_folder:
         to_hf.write(base, None, base_folder)
-        opened = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+        own = os.path.exists(os.path.join(base_folder, to_hf.MODELING))
+        opened = transformers.AutoModelForCausalLM.from_pretrained(
+            base_folder, dtype=torch.float32, trust_remote_code=own)
         opened = peft.PeftModel.from_pretrained(opened, folder).eval()
     T = min(48, base.config.block_size)
     idx = torch.randint(base.config.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
