@@ -151,6 +151,15 @@ def test_onnx_int8_and_weights_beside_the_file(tmp_path, capfd, monkeypatch, nee
     assert check['ok'] and 1e-4 < check['logits'] <= check['limit'], check
 
 
+def test_onnx_int8_of_experts(tmp_path, needs_onnx):
+    """All of a layer's experts are one matrix: onnxruntime has no int8 for stacks of them."""
+    net = perturb(build('gpt-experts', n_layer=1, n_embd=64, intermediate_size=64), 0.02)
+    to_onnx.write(net, None, tmp_path, 'int8')
+    assert os.path.getsize(tmp_path / 'step.onnx') < 0.6 * 4 * net.num_params()
+    check = to_onnx.verify(net, None, tmp_path, 'int8')
+    assert check['ok'] and 1e-4 < check['logits'] <= check['limit'], check
+
+
 def test_what_is_refused(tmp_path, monkeypatch):
     net = model('gpt')
     with pytest.raises(ValueError, match='int8'):

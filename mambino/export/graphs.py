@@ -178,10 +178,10 @@ class EveryExpert(nn.Module):
         weights, chosen = probs.topk(self.k)                                    # (B, t, k)
         weights = weights / weights.sum(-1, keepdim=True)
         weights = torch.zeros_like(probs).scatter(-1, chosen, weights)          # (B, t, experts)
-        gate_up = x[:, None] @ self.experts.gate_up_proj.mT                     # (B, experts, t, 2I)
-        gate, up = gate_up.chunk(2, -1)
-        y = swiglu(gate, up) @ self.experts.down_proj.mT                        # (B, experts, t, D)
-        return (y * weights.transpose(1, 2)[..., None]).sum(1), None
+        gate_up = x @ self.experts.gate_up_proj.flatten(0, 1).T                 # (B, t, experts 2I)
+        gate, up = gate_up.unflatten(-1, (weights.shape[-1], -1)).chunk(2, -1)
+        h = swiglu(gate, up) * weights[..., None]                               # (B, t, experts, I)
+        return h.flatten(2) @ self.experts.down_proj.mT.flatten(0, 1), None     # which sums, too
 
 
 def with_every_expert(net):
