@@ -113,7 +113,7 @@ def verify(net, tok, folder, quantize='', *, ckpt, **_):
     base.load_state_dict(loading.base_of(ckpt)['weights'])
     with tempfile.TemporaryDirectory() as base_folder:
         to_hf.write(base, None, base_folder)
-        own = os.path.exists(os.path.join(base_folder, to_hf.MODELING))
+        own = to_hf.has_own_code(base_folder)
         opened = transformers.AutoModelForCausalLM.from_pretrained(
             base_folder, dtype=torch.float32, trust_remote_code=own)
         opened = peft.PeftModel.from_pretrained(opened, folder).eval()
