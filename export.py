@@ -25,7 +25,8 @@ import sys
 from mambino.configurator import configure, fail
 from mambino.console import end_quietly
 
-out_dir = 'out'         # folder of train.py's checkpoints (the best is taken), or a checkpoint file
+out_dir = 'out'         # folder of train.py's checkpoints (the best is taken), or a checkpoint file;
+                        # or hf:folder, a model as transformers saved it
 format = 'hf'           # hf, gguf, onnx, torchscript, safetensors, native, peft; several: hf,gguf
 to = ''                 # the folder to write; '': out_dir's name and the formats, such as out-hf
 quantize = ''           # 'int8' or 'int4' weights; '' keeps all 32 bits
@@ -59,8 +60,8 @@ from mambino.export.folders import (
     size_of,
 )
 from mambino.weights import adapters
-from mambino.weights.checkpoint import load_checkpoint, refuse_quantized, tokenizer_of
-from mambino.weights.loading import model_of
+from mambino.weights.checkpoint import refuse_quantized, tokenizer_of
+from mambino.weights.loading import contents_of, model_of
 
 # A format is a module with write, which fills a folder; verify, which opens it with the tool it is
 # for; opening, the lines that open it; and PACKAGES, what pip must install for that.
@@ -78,7 +79,7 @@ FORMATS = {
 def main():
     formats = list(dict.fromkeys(name.strip() for name in format.split(',') if name.strip()))
     check_settings(formats, quantize)
-    ckpt = refuse_quantized(load_checkpoint(out_dir), out_dir)
+    ckpt = refuse_quantized(contents_of(out_dir), out_dir)
     folder = to or '-'.join([name_of(out_dir), *formats, *filter(None, [quantize])])
     check_folder(folder, out_dir, 'native' in formats, force)
     if 'peft' in formats and not ckpt.get('adapter'):

@@ -28,7 +28,8 @@ from mambino.configurator import configure, fail, require
 from mambino.console import end_quietly
 
 # --- what to generate
-out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file
+out_dir = 'out'         # folder of train.py's checkpoints (its best one is taken), or a checkpoint file;
+                        # or hf:folder, a model as transformers saved it
 start = '\n'            # the prompt; FILE:path: that file is it, LINES:path: each line is one;
                         # <|endoftext|> starts a new document
 heal = True             # a prompt may end inside a token, as 'def ' does: its last ids are taken back,
@@ -89,8 +90,15 @@ from mambino.sample.score import show_score
 from mambino.sample.sessions import Session, check_state, open_session
 from mambino.sample.terminal import Dialogue, Options, converse, say, show_beams, show_samples
 from mambino.sample.text import encode_prompt, prompts_of, stops_of, without_mark
-from mambino.weights.checkpoint import load_checkpoint, tokenizer_of
-from mambino.weights.loading import attach_adapters, fingerprint_of, load_adapters, model_of, prepare_model
+from mambino.weights.loading import (
+    attach_adapters,
+    contents_of,
+    fingerprint_of,
+    load_adapters,
+    model_of,
+    prepare_model,
+    require_tokenizer,
+)
 from mambino.weights.quantize import PRECISIONS
 
 
@@ -152,12 +160,9 @@ if (interactive or score == '-') and sys.stdin is None:
 
 # --- load
 failures.end_in_a_line('lower --batch_size, --num_samples or --beams, use --quantize=int8 or a shorter text')
-ckpt = load_checkpoint(out_dir)
+ckpt = contents_of(out_dir)
 extra = load_adapters(adapters)                     # [(checkpoint, weight), …]
-tok = tokenizer_of(ckpt)
-if tok is None:
-    fail(f'{out_dir}: trained on a bare .bin without a tokenizer, so there is nothing to read or '
-         'write text with')
+tok = require_tokenizer(ckpt, out_dir)
 where = choose_device(device)
 
 # --- the text so far, and what comes next

@@ -21,8 +21,9 @@ from mambino.configurator import configure, fail, require
 from mambino.console import end_quietly
 
 # --- what and where
-out_dir = ''            # the model that answers where a request names none; '': the one trained last.
-                        # All runs in the current folder are served beside it
+out_dir = ''            # the model that answers where a request names none, or hf:folder, one as
+                        # transformers saved it; '': the one trained last. All runs in the current
+                        # folder are served beside it
 host = '127.0.0.1'      # whom it listens to: this machine alone; 0.0.0.0: everybody who knows the api_key
 port = 8000             # 0: any that is free
 page = True             # the page at /; False: the API alone

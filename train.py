@@ -48,7 +48,7 @@ data_dtype = 'int32'        # only for a bare .bin: 'int32', or nanoGPT's 'uint1
 init_from = 'auto'          # 'auto': go on with out_dir's run if it has one; 'resume': it must
                             # have one; 'scratch': begin anew; another out_dir, or hf:folder (of
                             # transformers): begin with the weights there, to fine-tune them
-eval_only = False           # evaluate out_dir's checkpoint, and end
+eval_only = False           # evaluate out_dir's checkpoint, or a model that init_from names, and end
 report = None               # --report: write what there is to see of out_dir's run, while it is going
                             # on too, and end: its curves, settings and samples, as
                             # out_dir/report.html; or as the file named here, .html or .png
@@ -105,7 +105,8 @@ tokens_per_step = 0         # batch_size * block_size * gradient_accumulation_st
 optimizer = ''              # 'adamw', or 'muon': Muon on the hidden matrices and AdamW on the rest;
                             # '': muon for a new model of no named size on a CPU, else adamw
 learning_rate = 0.0         # the peak; 0: by the optimizer, and far less for a model to tune
-max_iters = 0               # steps in all; 0: by the machine
+max_iters = 0               # steps in all; 0: by the machine. A model of hf:folder needs none to be used:
+                            # sample.py, export.py and serve.py take --out_dir=hf:folder
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
@@ -274,7 +275,7 @@ if eval_only:
     except batches.Changed as changed:
         fail(f'{changed}: was changed while it was read; run the same command again')
     values = [f'{name} {value:.4f}' for name, value in result.items() if value is not None]
-    say(f'{out_dir}, step {progress.step}:', *values)
+    say(f'{init_from if is_new else out_dir}, step {progress.step}:', *values)
     leave()
 if progress.step:
     say(f'going on from {latest} at step {progress.step}')

@@ -148,13 +148,13 @@ def test_no_model_yet(tmp_path):
 def slow_loading(monkeypatch):
     """From here on loading waits for the event that is returned; the list has each that began."""
     may_go, begun = threading.Event(), []
-    load = libraries.load_checkpoint
+    load = libraries.contents_of
 
     def loaded(path):
         begun.append(os.path.basename(path))
         assert may_go.wait(20)
         return load(path)
-    monkeypatch.setattr(libraries, 'load_checkpoint', loaded)
+    monkeypatch.setattr(libraries, 'contents_of', loaded)
     return may_go, begun
 
 

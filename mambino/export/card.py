@@ -19,13 +19,16 @@ def card(name, net, ckpt, openings, checks):
     """The text for a folder of this name. ckpt: the checkpoint that net, the model in it, was made
     of."""
     c = ckpt['config']
+    is_trained = ckpt['metadata']['step'] > 0                                   # else it came from elsewhere
     lines = []
     if 'hf' in openings:                                                        # what the hub reads
         lines += ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---']
     lines += [f'# {name}', '']
+    origin = 'as it came from elsewhere, written by Mambino'
+    if is_trained:
+        origin = f'trained on windows of {c["block_size"]} tokens with Mambino'
     lines += [f'A {ckpt["kind"]} language model of {net.num_params() / 1e6:.1f}M parameters: '
-              f'{c["n_layer"]} layers of width {c["n_embd"]}, a vocabulary of {c["vocab_size"]}, '
-              f'trained on windows of {c["block_size"]} tokens with Mambino.', '']
+              f'{c["n_layer"]} layers of width {c["n_embd"]}, a vocabulary of {c["vocab_size"]}, {origin}.', '']
     if ckpt.get('adapter'):
         base = os.path.basename(name_of(ckpt['adapter']['base']))
         merged = '' if 'peft' in openings else ', merged into its weights'
@@ -34,8 +37,9 @@ def card(name, net, ckpt, openings, checks):
     for format_name, opening in openings.items():
         language = 'sh' if opening.startswith('python ') else 'python'
         lines += [f'{format_name}:', '', f'```{language}', opening, '```', '']
-    lines += ['## Training', '', *training(ckpt), '']
-    lines += ['## Evaluation', '', 'On the val split, by steps:', '', *evaluation(ckpt), '']
+    if is_trained:
+        lines += ['## Training', '', *training(ckpt), '']
+        lines += ['## Evaluation', '', 'On the val split, by steps:', '', *evaluation(ckpt), '']
     results = [f'- {format_name}: {summary(check)}' for format_name, check in checks.items()]
     lines += ['## Checks', '', *results, '']
     return '\n'.join(lines)

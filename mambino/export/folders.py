@@ -13,7 +13,8 @@ from mambino.configurator import fail
 
 def name_of(path):
     """out_dir as a name for what is made of it, to which more can be added: without the file in
-    it."""
+    it, and hf: before it."""
+    path = path.removeprefix('hf:')
     path = os.path.normpath(os.path.dirname(path) if os.path.isfile(path) else path)
     return os.path.abspath(path) if os.path.basename(path) in ('', '.', '..') else path
 
@@ -28,14 +29,16 @@ def partial_of(folder):
 
 def check_folder(folder, source, is_checkpoint, force):
     """Ends the program in a line if the folder holds what may not be lost. source: the checkpoint's
-    folder, or its file; is_checkpoint: whether one will be written; force: whether files of the
-    same names may be written over."""
+    folder, or its file, or hf:folder; is_checkpoint: whether one will be written; force: whether files of
+    the same names may be written over."""
+    is_in_danger = is_checkpoint or source.startswith('hf:')
+    source = source.removeprefix('hf:')
     source = os.path.dirname(source) if os.path.isfile(source) else source
     partial = partial_of(folder)
     if os.path.lexists(folder) and not os.path.isdir(folder):
         fail(f'{folder}: is a file; name a folder with --to')
-    if is_checkpoint and os.path.realpath(folder) == os.path.realpath(source):
-        fail(f'{folder}: is where the model itself lies, whose best.pt would be lost; name another '
+    if is_in_danger and os.path.realpath(folder) == os.path.realpath(source):
+        fail(f'{folder}: is where the model itself lies, whose files would be lost; name another '
              'folder with --to')
     try:
         if os.path.isdir(folder) and os.listdir(folder) and not force:

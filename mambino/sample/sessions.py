@@ -150,6 +150,7 @@ def path_of(out_dir, name, setting='session'):
     if not is_name(name):
         fail(f'{setting}={name}: a name of letters, digits, ".", "-", "_" and spaces, at most 100 or '
              f'{LONGEST} bytes, that begins with a letter or digit')
+    out_dir = out_dir.removeprefix('hf:')
     # a checkpoint's file; a folder that has vanished is none
     is_file = os.path.isfile(out_dir) or (out_dir.endswith('.pt') and not os.path.isdir(out_dir))
     folder = os.path.dirname(out_dir) if is_file else out_dir

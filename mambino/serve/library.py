@@ -27,8 +27,16 @@ from mambino.serve.scheduler import Scheduler
 from mambino.serve.tickets import settle
 from mambino.serve.told import NoModel, told
 from mambino.serve.turns import Turns
-from mambino.weights.checkpoint import load_checkpoint, tokenizer_of
-from mambino.weights.loading import attach_adapters, fingerprint_of, load_adapters, model_of, prepare_model
+from mambino.weights.checkpoint import tokenizer_of
+from mambino.weights.from_hf import WEIGHTS
+from mambino.weights.loading import (
+    attach_adapters,
+    contents_of,
+    fingerprint_of,
+    load_adapters,
+    model_of,
+    prepare_model,
+)
 
 FILES = ('best.pt', 'ckpt.pt')      # of a run, the first one that is there answers
 AGAIN = 10          # seconds after which a model that could not be loaded is tried again
@@ -96,6 +104,8 @@ class Library:
         own = self.own_id()
         if own:
             checkpoint = self.out_dir if os.path.isfile(self.out_dir) else checkpoint_in(self.out_dir)
+            if self.out_dir.startswith('hf:'):
+                checkpoint = weights_in(self.out_dir.removeprefix('hf:'))
             if checkpoint:
                 runs[own] = run_of(own, self.out_dir, checkpoint)
         runs = {name: run for name, run in runs.items() if run}
@@ -110,7 +120,7 @@ class Library:
         """The id of out_dir's model; '' if none was named."""
         if not self.out_dir:
             return ''
-        return os.path.basename(os.path.abspath(self.out_dir))
+        return os.path.basename(os.path.abspath(self.out_dir.removeprefix('hf:')))
 
     def default(self):
         """The id of the model that answers where none is named; '' if there is none."""
@@ -227,14 +237,14 @@ class Library:
         try:
             with told(kind=NoModel):
                 where = choose_device(self.device)
-                ckpt = load_checkpoint(run['out_dir'])
+                ckpt = contents_of(run['out_dir'])
                 extra = load_adapters(adapters)
                 mark = fingerprint_of(ckpt, extra)
                 ckpt.pop('optimizers', None)
                 tok = tokenizer_of(ckpt)
                 if tok is None:
-                    raise NoModel(f'{run["id"]}: was trained on a bare .bin without a tokenizer, so there is nothing '
-                                  'to read or write text with', 400)
+                    raise NoModel(f'{run["id"]}: was trained on a bare .bin without a tokenizer, or its folder has no '
+                                  'tokenizer.json, so there is nothing to read or write text with', 400)
                 self.make_room(where, bytes_of(ckpt['weights']))
                 net = attach_adapters(model_of(ckpt), extra, adapters)
                 about = describe(ckpt, net, where, self.dtype, self.quantize)
@@ -332,6 +342,12 @@ def checkpoint_in(folder):
     return ''
 
 
+def weights_in(folder):
+    """The path of the weights, or their index, in a folder of transformers; '' if there are none."""
+    paths = (os.path.join(folder, name) for name in WEIGHTS)
+    return next(filter(os.path.isfile, paths), '')
+
+
 def is_inside(path, home):
     """Whether no link leads a path out of a folder."""
     return os.path.realpath(path).startswith(os.path.join(home, ''))
@@ -363,4 +379,5 @@ def describe(ckpt, net, device, dtype, quantize):
         dtype = choose_dtype(dtype, device)
     precision = quantize or ckpt.get('quantized') or dtype
     trained = ckpt['counters'].get('step', 0)
-    return f'{kind}, {size} parameters, {precision} on {device}, trained for {trained:,} steps'
+    origin = f'trained for {trained:,} steps' if trained else 'as it came from elsewhere'
+    return f'{kind}, {size} parameters, {precision} on {device}, {origin}'

@@ -16,7 +16,7 @@ ANYWHERE = ('0.0.0.0', '::')
 def check_folder(folder, out_dir):
     """Ends the program in a line where out_dir is not there; it names the folder that may have been
     meant."""
-    if not out_dir or os.path.exists(out_dir):
+    if not out_dir or os.path.exists(out_dir.removeprefix('hf:')):
         return
     runs = sorted(name for name in os.listdir(folder)
                   if any(os.path.isfile(os.path.join(folder, name, file)) for file in ('best.pt', 'ckpt.pt')))

@@ -87,6 +87,8 @@ def find_origin(settings, explicit):
     goes_on = os.path.exists(latest)
     if init_from == 'scratch':              # the same command again, after a kill, goes on
         goes_on = checkpoint.begun_by(latest, remembered(explicit))
+    if settings['eval_only'] and names_model and is_meant_alone(out_dir, explicit):
+        return fine_tune(settings, explicit)
     if settings['eval_only'] or init_from == 'resume' or goes_on:
         return resume(settings, explicit)
     if init_from != 'scratch' and checkpoint.is_export(best_of(out_dir)):
@@ -94,6 +96,13 @@ def find_origin(settings, explicit):
     if names_model:
         return fine_tune(settings, explicit)
     return Origin()
+
+
+def is_meant_alone(out_dir, explicit):
+    """Whether an evaluation that names another model, by init_from, is of that one: out_dir has none, or is
+    not named itself and holds no adapter, whose base the other would be."""
+    paths = [path for path in (best_of(out_dir), latest_of(out_dir), out_dir) if os.path.isfile(path)]
+    return not paths or 'out_dir' not in explicit and not checkpoint.has_adapter(paths[0])
 
 
 def resume(settings, explicit):
@@ -140,6 +149,9 @@ def fine_tune(settings, explicit):
     if not os.path.exists(init_from.removeprefix('hf:')):
         fail(f'init_from={init_from}: no such folder; it must be auto, resume or scratch, or the out_dir of another '
              f'run, or hf: and a folder of transformers{runs_here()}')
+    if not (settings['max_iters'] or settings['eval_only']) and 'max_iters' in named_flags():
+        fail('max_iters=0 stands for as many steps as suit the machine: leave it out for these. To use a model as it '
+             f'is no step is needed: sample.py, export.py and serve.py take --out_dir={shlex.quote(init_from)}')
     base = loading.load_base(init_from)
     settings['model'] = base['kind']
     settings['block_size'] = settings['block_size'] or base['block_size']

@@ -126,6 +126,14 @@ def is_export(path):
         return False
 
 
+def has_adapter(path):
+    """Whether a checkpoint is there that holds an adapter."""
+    try:
+        return bool(torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('adapter'))
+    except Exception:           # not there, or damaged
+        return False
+
+
 def is_complete(settings, counters):
     """Whether a run of these settings has made its steps, or has lost its patience."""
     patience = settings.get('patience') or 0
@@ -150,6 +158,8 @@ def load_checkpoint(path, read_shards=True):
     places, and `shards` is the folder to read them from."""
     if os.path.isdir(path):
         names = [name for name in ('best.pt', 'ckpt.pt') if os.path.exists(os.path.join(path, name))]
+        if not names and os.path.exists(os.path.join(path, 'config.json')):
+            fail(f'{path}: holds no checkpoint of train.py; a model that transformers saved is named hf:{path}')
         if not names:
             fail(f'{path}: holds no checkpoint; train one with: python train.py --out_dir={shlex.quote(path)}')
         path = os.path.join(path, names[0])

@@ -1,13 +1,14 @@
 """Opens a model from anywhere: a run of train.py, an adapter beside its base, rounded weights, a folder
 of transformers.
 
-    net = model_of(load_checkpoint('out'))      # in eval mode on the CPU; an adapter's with its base
+    net = model_of(contents_of('out'))          # in eval mode on the CPU; an adapter's with its base
     net, context = prepare_model(net, 'cuda', dtype='auto', precision='int8')   # to generate with
     base = load_base('hf:folder')               # {'kind', 'config', 'weights', …}: to train on from
 
-    out_dir ──► load_checkpoint ──► build ──► weights, rounded or not ──► net
+    out_dir ──► contents_of ──► build ──► weights, rounded or not ──► net
                                       └─ an adapter: its base by load_base, then attach_adapter
 """
+import math
 import os
 import re
 import sys
@@ -25,6 +26,38 @@ from mambino.weights.from_peft import load_adapter
 from mambino.weights.quantize import quantize_model
 
 # --- one model ------------------------------------------------------------------------------------
+
+def contents_of(source):
+    """The contents of a checkpoint in an out_dir; or of hf:folder, as transformers saved it, what a
+    checkpoint would say before the first step."""
+    if not source.startswith('hf:'):
+        return load_checkpoint(source)
+    base = load_base(source)
+    return dict(
+        kind=base['kind'],
+        config=base['config'],
+        weights=base['weights'],
+        optimizers=[],
+        scaler=None,
+        rng=None,
+        counters=dict(step=0, tokens_seen=0, best_loss=math.inf, bad_evals=0, evaluated=-1, seconds=0.0),
+        settings=dict(dataset=source.removeprefix('hf:')),  # where texts find the tokenizer
+        tokenizer=base['tokenizer'].state() if base['tokenizer'] else None,
+        metadata=dict(step=0, tokens_seen=0, seconds=0.0, device='cpu', recent=[]),
+    )
+
+
+def require_tokenizer(ckpt, source):
+    """The tokenizer in a checkpoint's contents; without one the program ends in a line."""
+    tok = tokenizer_of(ckpt)
+    if tok is None and source.startswith('hf:'):
+        fail(f'{source}: has no tokenizer.json, so there is nothing to read or write text with; save it there with '
+             'transformers: tokenizer.save_pretrained(folder)')
+    if tok is None:
+        fail(f'{source}: trained on a bare .bin without a tokenizer, so there is nothing to read or '
+             'write text with')
+    return tok
+
 
 def model_of(ckpt):
     """The model in a checkpoint, in eval mode on the CPU; an adapter's with its base."""
