@@ -1,14 +1,18 @@
 """The Mamba-like and hybrid models that people have: each, with the flags of its published configs and
 small sizes, gives transformers' logits here, by steps what forward gives, and can be trained; others
 are refused by what differs."""
+import shutil
+
 import pytest
 import torch
-from helpers.models import assert_close, theirs, tokens
+from helpers.models import HYBRID_SIZE, assert_close, perturb, theirs, tokens
 
+from mambino.export import to_hf
 from mambino.sample import decode
-from mambino.weights import checkpoint, tensor_files
+from mambino.train import memory
+from mambino.weights import adapters, checkpoint, from_peft, tensor_files
 from mambino.weights import from_hf as hf
-from model_hybrid import HybridConfig
+from model_hybrid import Hybrid, HybridConfig
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
@@ -53,6 +57,12 @@ FAMILIES = {
         time_step_limit=[0.0, float('inf')], intermediate_size=128, tie_word_embeddings=False)),
 }
 
+OTHERS = {      # not of Mamba, but with constants in its matrices as well
+    'granite-3': ('Granite', dict(
+        IDS, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        attention_multiplier=0.015625, embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=8.0)),
+}
+
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
@@ -62,7 +72,7 @@ def folders(tmp_path_factory):
     def folder(name):
         if name not in made:
             torch.manual_seed(0)
-            made[name] = tmp_path_factory.mktemp(name), theirs(*FAMILIES[name])
+            made[name] = tmp_path_factory.mktemp(name), theirs(*{**FAMILIES, **OTHERS}[name])
             made[name][1].save_pretrained(made[name][0])
         return made[name]
     return folder
@@ -190,3 +200,71 @@ def test_the_original_code_has_the_keys_that_transformers_ignores():
     for key, value in (('rmsnorm', False), ('norm_before_gate', True)):
         with pytest.raises(ValueError, match=key.replace('rmsnorm', 'rms_norm')):
             hf.to_ours(original | dict(ssm_cfg={'layer': 'Mamba2', key: value}))
+
+
+# --- adapters that peft tuned there ---------------------------------------------------------------
+
+def tuned_by_peft(folder, to, targets):
+    """A LoRA on the model in a folder, no weight of which is 0, saved; → what the two compute."""
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = peft.LoraConfig(task_type='CAUSAL_LM', r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(to)
+    return lambda idx: model(idx).logits
+
+
+ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+MLP = ['gate_proj', 'up_proj', 'down_proj']
+
+
+@pytest.mark.parametrize('name, targets', [
+    ('falcon-h1-0.5b', [*ATTENTION, *MLP, 'mamba.in_proj']),
+    ('granite-4-hybrid', [*ATTENTION, 'input_linear', 'output_linear']),
+    ('granite-3', [*ATTENTION, *MLP]),
+])
+@torch.no_grad()
+def test_an_adapter_of_their_model_fits_ours(name, targets, folders, tmp_path):
+    folder, _ = folders(name)
+    tuned = tuned_by_peft(folder, tmp_path, targets)
+    net, idx = loaded(folder), tokens(2, 40)
+    before, want = net(idx)[0], tuned(idx)
+    assert (want - before).abs().max() > 0.01 * want.std()
+    adapters.attach_adapter(net, from_peft.read_peft(tmp_path))
+    assert_close(net(idx)[0], want, 1e-5 * want.std().clamp(max=1).item())
+
+
+@pytest.mark.parametrize('pattern, targets', [
+    ('', [*ATTENTION, *MLP, 'mamba.in_proj']),
+    ('ma', [*ATTENTION, 'output_linear']),
+])
+@torch.no_grad()
+def test_an_adapter_of_an_exported_hybrid_fits_the_run(pattern, targets, tmp_path):
+    """Scales are in the rows there, and beside the matrices here."""
+    sizes = dict(HYBRID_SIZE, vocab_size=97, gate=False, branch_norm=False, window=0, layers=pattern)
+    net, idx = perturb(Hybrid(HybridConfig(**sizes))).eval(), tokens(2, 40)
+    (tmp_path / 'base').mkdir()
+    to_hf.write(net, None, tmp_path / 'base')
+    want = tuned_by_peft(tmp_path / 'base', tmp_path / 'lora', targets)(idx)
+    assert (want - net(idx)[0]).abs().max() > 0.01
+    read = from_peft.read_peft(tmp_path / 'lora')
+    shutil.rmtree(tmp_path / 'base')
+    with pytest.raises(ValueError, match='config.json is not there'):
+        adapters.attach_adapter(net, read)
+    to_hf.write(net, None, tmp_path / 'lora')
+    read['adapter']['base'] = str(tmp_path / 'lora')
+    assert_close(adapters.attach_adapter(net, read)(idx)[0], want, 1e-5)
+
+
+# --- what knows of layers of several kinds --------------------------------------------------------
+
+def test_the_memory_of_layers_of_several_kinds():
+    sizes = dict(HYBRID_SIZE, vocab_size=97, block_size=32)
+    total = {}
+    for layers in ('m', 'a', 'mma'):
+        config = dict(sizes, layers=layers, n_layer=6)
+        parts = memory.estimate('hybrid', config, 2, 32, device='cpu', dtype='float32')
+        weights = sum(p.nbytes for p in Hybrid(HybridConfig(**config)).parameters())
+        assert abs(parts['weights'] - weights) < 100
+        total[layers] = parts['total']
+    assert abs(total['mma'] - (4 * total['m'] + 2 * total['a']) / 6) < 100

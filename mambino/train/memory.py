@@ -19,6 +19,7 @@ import dataclasses
 import math
 import sys
 from bisect import bisect_right
+from collections import Counter
 from functools import partial
 
 from mambino import machine
@@ -80,7 +81,7 @@ def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer=
     workload = Workload(
         kind, tuple(config.items()), batch, T, device, dtype, optimizer, checkpointing, accumulate,
         tuple((adapter or {}).items()))
-    sizes = extrapolate(config['n_layer'], 1, 2, partial(with_layers, workload))
+    sizes = of_all_layers(workload, config)
     at_peak = max(STRETCHES, key=sizes.get)
     total = sizes[at_peak] + sizes['gradients'] * copies
     gradients_there = accumulate or at_peak in ('step', 'bottom', 'embedding')
@@ -106,6 +107,21 @@ def estimate(kind, config, batch, T, device='cuda', dtype='bfloat16', optimizer=
         parts['weights'] -= elsewhere
     parts['total'] = sum(parts.values())
     return {name: int(size) for name, size in parts.items()}
+
+
+def of_all_layers(workload, config):
+    """The peaks of a workload's model. One of layers of several kinds takes the mean of models that have each kind
+    alone, by their shares: all are linear in layers."""
+    n_layer = config['n_layer']
+    kinds = getattr(checkpoint.MODELS[workload.kind][1](**config), 'kinds', '')
+    if len(set(kinds)) < 2:
+        return extrapolate(n_layer, 1, 2, partial(with_layers, workload))
+    sizes = Counter()
+    for kind in sorted(set(kinds)):
+        alike = dataclasses.replace(workload, config=tuple(dict(config, layers=kind).items()))
+        peaks = extrapolate(n_layer, 1, 2, partial(with_layers, alike))
+        sizes.update({name: size * kinds.count(kind) / n_layer for name, size in peaks.items()})
+    return sizes
 
 
 def with_layers(workload, n_layer):

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mambino.configurator import fail
-from mambino.weights import checkpoint, quantize
+from mambino.weights import checkpoint, peft_scales, quantize
 
 # of train.py, that make an adapter
 SETTINGS = 'adapter', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'prefix_length'
@@ -311,6 +311,8 @@ def attach_adapter(net, ckpt, weight=1.0, name=''):
     """Adds the adapter of a checkpoint to a model of its base, in place; returns the model. LoRAs
     add up, each times its weight. ValueError if it was made for another base, or does not go with
     what is attached already."""
+    if ckpt.get('is_peft'):
+        ckpt = peft_scales.to_ours(net, ckpt)
     spec = ckpt['adapter']
     wanted_base = spec['base_fingerprint']
     actual_base = base_fingerprint(net)

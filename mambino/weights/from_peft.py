@@ -58,7 +58,7 @@ def read_peft(folder):
                          'begun beside the base as it is, and PREFIX_TUNING without projection')
     base = dict(base=theirs.get('base_model_name_or_path') or '', base_at='', base_fingerprint=None)
     check_adapter(spec | base)
-    return dict(adapter=spec | base, weights=weights)
+    return dict(adapter=spec | base, weights=weights, is_peft=True)
 
 
 def unknown_settings(theirs):

@@ -1,0 +1,94 @@
+"""A LoRA that peft tuned on transformers' class, for our model of it, where constants that the class
+multiplies by are in our matrices, or scales of ours are in those of the class.
+
+    adapter = to_ours(net, adapter)     # what from_peft.read_peft returned
+
+    theirs   factor (W + B A)           its config.json says the factor
+    ours     scale (W' + B' A)          scale W' = factor W, so B' = factor / scale B
+"""
+import math
+import os
+
+import torch
+
+from mambino.weights.families import hybrid
+from mambino.weights.families.common import number
+from mambino.weights.families.gpt import head_dim_of
+from mambino.weights.tensor_files import read_json
+from model_hybrid import Hybrid
+
+INPUT = '.shared_mlp.input_linear.'     # Granite 4's: rows of gate and up
+
+
+def to_ours(net, adapter):
+    """An adapter in our names and scales. ValueError where nothing tells what it was tuned on."""
+    spec = adapter['adapter']
+    if spec['type'] != 'lora':
+        return adapter
+    path = os.path.join(spec['base'], 'config.json')
+    theirs = read_json(path) if os.path.exists(path) else {}
+    model_type = theirs.get('model_type')
+    if type(net) is Hybrid and not theirs:
+        raise ValueError(f'an adapter of peft for a hybrid says how its rows are scaled by the config.json of its '
+                         f'base, and {path} is not there: put the base there, or its path into '
+                         'base_model_name_or_path of adapter_config.json')
+    if model_type not in FACTORS:
+        return adapter
+    factors = FACTORS[model_type](theirs)
+    weights = split_input(adapter['weights'])
+    weights = {hybrid.our_name(name): tensor for name, tensor in weights.items()}
+    for name in weights:
+        path, _, part = name.rpartition('.lora_')
+        if part == 'B.weight':
+            factor = torch.as_tensor(factors.get('.'.join(path.split('.')[-2:]), 1.0), dtype=torch.float64)
+            factor = factor / scale_of(net, path)
+            weights[name] = (weights[name] * (factor[:, None] if factor.ndim else factor)).float()
+    targets = ','.join(sorted({name.rpartition('.lora_')[0] for name in weights}))
+    return adapter | dict(adapter=spec | dict(targets=targets), weights=weights)
+
+
+def split_input(weights):
+    """A LoRA on the rows of gate and up is one on each."""
+    result = {}
+    for name, tensor in weights.items():
+        if INPUT not in name:
+            result[name] = tensor
+            continue
+        halves = tensor.chunk(2) if name.endswith('.lora_B.weight') else (tensor, tensor)
+        for matrix, half in zip(('gate_proj', 'up_proj'), halves):
+            result[name.replace(INPUT, f'.mlp.{matrix}.')] = half.clone()
+    return result
+
+
+def scale_of(net, path):
+    """What a hybrid multiplies the rows of a matrix by before they enter the stream."""
+    if type(net) is not Hybrid or not path.endswith(('.o_proj', '.out_proj', '.down_proj')):
+        return 1.0
+    layer = net.get_submodule('.'.join(path.split('.')[:3]))                # model.layers.3
+    if path.endswith('.down_proj'):
+        return layer.mlp_residual_scale.detach().double()
+    branches = (layer.mamba is not None) + (layer.self_attn is not None)
+    return layer.residual_scale.detach().double() / branches
+
+
+def granite(theirs):
+    """Of its dense models, which are ours by the GPT; see families/gpt.py."""
+    return {'self_attn.q_proj': number(theirs, 'attention_multiplier', 1.0, float) * math.sqrt(head_dim_of(theirs))}
+
+
+def with_residual(factors):
+    """Their factors, and the one of what is added to the stream."""
+    def factors_of(theirs):
+        residual = number(theirs, 'residual_multiplier', 1.0, float)
+        result = factors(theirs)
+        for matrix in ('self_attn.o_proj', 'mamba.out_proj', 'mlp.down_proj'):
+            result[matrix] = result.get(matrix, 1.0) * residual
+        return result
+    return factors_of
+
+
+FACTORS = {     # {model_type: config.json → {end of a path: factor, of all rows or by row}}
+    'granite': with_residual(granite),
+    'granitemoehybrid': with_residual(hybrid.granite_factors),
+    'falcon_h1': with_residual(hybrid.falcon_h1_factors),
+}
