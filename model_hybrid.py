@@ -22,18 +22,20 @@ size the gate costs nothing and gains nothing.
 `scale` is learned, per channel, and starts at DeepNet's (2 n_layer)^-1/4 (Wang et al. 2022, for
 decoders): the depth then leaves the size of an update unchanged. `low_rank=r` makes every
 projection a product of two thin matrices. `layers='mmma'` gives three layers the SSM alone, each
-fourth attention alone, as Granite 4 and Bamba have it. The parts come from model_gpt.py and
-model_mamba.py; the letters of the shapes are theirs.
+fourth attention alone, as Granite 4 and Bamba have it; 'ddda' has Gated DeltaNet in the SSM's place,
+as Qwen3.5 and OLMo Hybrid have it. The other parts come from model_gpt.py and model_mamba.py; the
+letters of the shapes are theirs.
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from mambino.kernels import fast
-from mambino.language_model import LanguageModel, RMSNorm, SwiGLU
+from mambino.language_model import LanguageModel, RMSNorm, SwiGLU, gated_heads
 from model_gpt import Attention, GPTConfig, prepare_attention
-from model_mamba import MIXERS, MambaConfig
+from model_mamba import MIXERS, Conv1d, MambaConfig, causal_conv1d, dt_bias_init
 
 
 @dataclass
@@ -42,7 +44,7 @@ class HybridConfig:
     layout: str = 'sequential'  # or 'parallel'; see above
     gate: bool = True  # weights of the branches by token; False: each counts the same
     branch_norm: bool = True    # RMSNorm on each branch before mixing (Hymba, Dong et al. 2024)
-    layers: str = ''            # by turns 'm' SSM alone, 'a' attention alone, 'b' both; '': both
+    layers: str = ''            # by turns 'm' SSM, 'd' DeltaNet, 'a' attention alone, 'b' SSM and attention; '': 'b'
     embed_norm: bool = True     # RMSNorm on the embeddings; False: they enter as they are
     block_size: int = 1024
     vocab_size: int = 50304
@@ -60,6 +62,8 @@ class HybridConfig:
     ssm_inner_size: int = 0     # SSM: E, where it is no multiple of n_embd; 0: expand * n_embd
     gated_norm: bool = True     # SSM: RMSNorm after the gate; False: the gate alone
     ssm_head_dim: int = 64      # SSM: P
+    key_heads: int = 0          # DeltaNet: G, heads that share queries and keys; 0: each has its own
+    delta_max: float = 1.0      # DeltaNet: the largest β; above 1 it may turn a state over (Grazzi et al. 2025)
     n_groups: int = 1           # SSM: G
     conv_kernel: int = 4        # SSM: Mamba-2's
     mimo_rank: int = 1          # SSM: Mamba-3's R
@@ -77,8 +81,9 @@ class HybridConfig:
             raise ValueError(f"version={self.version}: a hybrid's recurrence is that of Mamba-2 or 3")
         if self.low_rank < 0:
             raise ValueError(f'low_rank={self.low_rank} must be 0 (full matrices) or more')
-        if set(self.layers) - set('mab'):
-            raise ValueError(f"layers={self.layers!r} must be of 'm' (SSM), 'a' (attention), 'b' (both)")
+        if set(self.layers) - set('mdab'):
+            raise ValueError(f"layers={self.layers!r} must be of 'm' (SSM), 'd' (DeltaNet), 'a' (attention), 'b' (SSM "
+                             'and attention)')
         if self.rope_theta < 0:
             raise ValueError(f'rope_theta={self.rope_theta} must be above 0, or 0 (no positions)')
         attention = self.attention
@@ -89,6 +94,12 @@ class HybridConfig:
         except ValueError as error:
             raise ValueError(str(error).replace('head_dim', 'ssm_head_dim')) from None
         self.state_size, self.ssm_inner_size = ssm.state_size, ssm.inner_size
+        heads = self.ssm_inner_size // self.ssm_head_dim
+        self.key_heads = self.key_heads or heads
+        if self.key_heads < 0 or heads % self.key_heads:
+            raise ValueError(f'key_heads={self.key_heads} must divide the {heads} heads of ssm_head_dim')
+        if not 0 < self.delta_max <= 2:
+            raise ValueError(f'delta_max={self.delta_max} must be above 0, and 2 at most: beyond, states grow')
 
     @property
     def kinds(self):
@@ -142,6 +153,78 @@ class LowRank(nn.Module):
         return self.up(self.down(x))
 
 
+# --- Gated DeltaNet -------------------------------------------------------------------------------
+
+def unit(u):
+    """u (..., N) of length 1."""
+    return u * torch.rsqrt(u.square().sum(-1, keepdim=True) + 1e-6)
+
+
+@fast
+def delta_scan(qkv, log_decay, beta, groups, head_dim, chunk_size=64, state=None):
+    """The gated delta rule (Yang et al. 2025, eq. 10): what the state, decayed, answers to a key is moved by β
+    towards the value, so that it forgets what it overwrites.
+
+        S_t = α_t S_{t-1} + β_t (v_t - α_t S_{t-1} k_t) k_t^T,      y_t = S_t q_t / √N,      q, k of length 1
+
+    qkv (B, T, 2GN + HP), log_decay log α and beta (B, T, H) fp32, state (B, H, P, N) or None → y (B, T, H, P), the
+    last state."""
+    H, GN = beta.shape[-1], (qkv.shape[-1] - beta.shape[-1] * head_dim) // 2
+    q, k, v = qkv.float().split((GN, GN, H * head_dim), dim=-1)
+    q, k = (unit(u.unflatten(-1, (groups, -1))).repeat_interleave(H // groups, 2) for u in (q, k))  # (B, T, H, N)
+    q, v = q * q.shape[-1] ** -0.5, v.unflatten(-1, (H, head_dim))      # v (B, T, H, P)
+    S = v.new_zeros(*v[:, 0].shape, q.shape[-1]) if state is None else state
+    ys = []
+    for t in range(v.shape[1]):
+        S = log_decay[:, t].exp()[..., None, None] * S
+        error = v[:, t] - (S @ k[:, t, ..., None])[..., 0]              # (B, H, P)
+        S = S + (beta[:, t, :, None] * error)[..., None] * k[:, t, :, None]
+        ys.append((S @ q[:, t, ..., None])[..., 0])
+    return torch.stack(ys, 1), S
+
+
+class DeltaMixer(nn.Module):
+    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, 2GN + E), 'ssm': (B, H, P, N)}, None for zeros, is
+    replaced."""
+    state_names = ('conv', 'ssm')
+
+    def __init__(self, config):
+        super().__init__()
+        D, E, P, G = config.n_embd, config.ssm_inner_size, config.ssm_head_dim, config.key_heads
+        GN, H = G * config.state_size, E // P
+        self.head_dim, self.groups, self.chunk_size, self.delta_max = P, G, config.chunk_size, config.delta_max
+        self.split = [E, 2 * GN + E, H, H]
+        self.in_proj = nn.Linear(D, sum(self.split), bias=False)        # rows [z; q, k, v; β; α]
+        self.conv1d = Conv1d(2 * GN + E, config.conv_kernel)
+        self.conv1d.bias = None                                         # as in others' models
+        self.dt_bias = nn.Parameter(dt_bias_init(H))
+        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log_())
+        self.norm = RMSNorm(P, config.norm_eps)          # of each head; see gated_heads
+        self.out_proj = nn.Linear(E, D, bias=False)
+
+    @staticmethod
+    def flops(config, T):
+        """Forward operations a token, in sequences of T, of all that is no matrix."""
+        E, GN = config.ssm_inner_size, config.key_heads * config.state_size
+        Q = min(config.chunk_size, T)
+        return 2 * config.conv_kernel * (E + 2 * GN) + 6 * E * config.state_size + 2 * Q * (E + GN)
+
+    def forward(self, x, cache=None):
+        state = cache or {}
+        z, qkv, beta, dt = self.in_proj(x).split(self.split, dim=-1)
+        weight = self.conv1d.weight                                     # (2GN + E, 1, K)
+        qkv, conv = causal_conv1d(qkv, weight, weight.new_zeros(len(weight)), state.get('conv'))
+        log_decay = -torch.exp(self.A_log.float()) * F.softplus(dt.float() + self.dt_bias)
+        y, ssm = delta_scan(qkv, log_decay, self.delta_max * beta.float().sigmoid(), self.groups, self.head_dim,
+                            self.chunk_size, state.get('ssm'))
+        if cache is not None:
+            cache.update(conv=conv, ssm=ssm)
+        z = z.unflatten(-1, (-1, self.head_dim))                        # (B, T, H, P)
+        return self.out_proj(gated_heads(y[:, :, None], z, norm=self.norm.weight, eps=self.norm.eps))
+
+
+# --- the model ------------------------------------------------------------------------------------
+
 class Layer(nn.Module):
     """kind: a letter of HybridConfig.layers. A branch that the layer has not is None."""
 
@@ -151,13 +234,15 @@ class Layer(nn.Module):
         self.parallel = config.layout == 'parallel'
         first_scale = (2 * config.n_layer) ** -0.25             # DeepNet's alpha
         self.input_layernorm = RMSNorm(D, eps)
-        self.mamba = MIXERS[config.version](config.ssm, 1) if kind != 'a' else None
-        self.self_attn = Attention(config.attention) if kind != 'm' else None
-        self.state_names = ('k', 'v') if kind != 'm' else ()
+        self.mamba = None
+        if kind != 'a':
+            self.mamba = DeltaMixer(config) if kind == 'd' else MIXERS[config.version](config.ssm, 1)
+        self.self_attn = Attention(config.attention) if kind in 'ab' else None
+        self.state_names = ('k', 'v') if kind in 'ab' else ()
         if kind != 'a':
             self.state_names += self.mamba.state_names
         self.mlp = SwiGLU(D, config.intermediate_size)
-        branches = (kind != 'a') + (kind != 'm') + self.parallel
+        branches = (kind != 'a') + (kind in 'ab') + self.parallel
         self.branch_norms = None
         if config.branch_norm:
             self.branch_norms = nn.ModuleList(RMSNorm(D, eps, in_stream=True) for _ in range(branches))
@@ -231,8 +316,8 @@ class Hybrid(LanguageModel):
     def mixing_flops(self, T):
         config = self.config
         attention = 4 * config.n_head * config.head_dim * min(T / 2, config.window or T)
-        ssm = MIXERS[config.version].flops(config.ssm, T)
-        return sum((kind != 'm') * attention + (kind != 'a') * ssm for kind in config.kinds)
+        ssm, delta = MIXERS[config.version].flops(config.ssm, T), DeltaMixer.flops(config, T)
+        return sum(dict(a=attention, m=ssm, d=delta, b=attention + ssm)[kind] for kind in config.kinds)
 
     def hidden_states(self, idx, state=None, window=0):
         """idx (B, T) → normalised hidden states (B, T, D); the state, whose caches are read and

@@ -81,6 +81,10 @@ mimo_rank = 1               # Mamba-3: inputs that a head writes into its state 
 rope_fraction = 0.5         # Mamba-3: part of the state that turns, which keeps count of what repeats; 1.0: all
 head_norm = False           # Mamba-3: normalise each head before its gate; in a hybrid it always is
 layout = ''                 # hybrid: 'sequential' or 'parallel', see model_hybrid.py
+layers = ''                 # hybrid: what its layers mix by, by turns: 'b' Mamba and attention, 'm' or 'a' one
+                            # of the two, 'd' Gated DeltaNet; 'ddda' is attention in each fourth; '' is b
+key_heads = 0               # hybrid's DeltaNet: heads of queries and keys; 0: each head has its own
+delta_max = 1.0             # hybrid's DeltaNet: up to 2 lets a state turn over, which counts parity
 gate = True                 # hybrid: token-adaptive branch weights
 branch_norm = True          # hybrid: normalise each branch
 low_rank = 0                # hybrid: rank of the projections, 0 is full

@@ -11,8 +11,10 @@ import torch
 
 from mambino.kernels import (  # noqa: F401, to offer their kernels
     anywhere,
+    anywhere_delta,
     anywhere_mamba3,
     cpu,
+    cpu_delta,
     cpu_mamba,
     cuda,
     fused,

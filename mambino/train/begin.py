@@ -204,7 +204,7 @@ POSITIVE = (
     'eval_interval', 'log_interval', 'n_groups', 'mimo_rank', 'rope_theta', 'lora_rank',
     'lora_alpha', 'prefix_length')
 NOT_NEGATIVE = (
-    'vocab_size', 'n_layer', 'n_embd', 'block_size', 'n_head', 'n_kv_head', 'state_size', 'n_expert',
+    'vocab_size', 'n_layer', 'n_embd', 'block_size', 'n_head', 'n_kv_head', 'state_size', 'n_expert', 'key_heads',
     'max_iters', 'intermediate_size', 'low_rank', 'batch_size', 'gradient_accumulation_steps',
     'tokens_per_step', 'learning_rate', 'weight_decay', 'grad_clip', 'lr_decay_iters', 'min_lr', 'eval_iters',
     'patience', 'sample_interval', 'profile', 'capacity_factor', 'aux_loss', 'z_loss', 'save_minutes')

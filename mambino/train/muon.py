@@ -11,6 +11,7 @@ some rows of each matrix; it gets the others for as long as it takes.
 import torch
 import torch.nn as nn
 
+from model_hybrid import DeltaMixer
 from model_mamba import Mamba2Mixer, Mamba3Mixer
 
 
@@ -19,7 +20,7 @@ def row_kinds(net):
     gets an update of its own.
 
     A Mamba-2's in_proj stacks the matrices of z, x, B, C and dt; a Mamba-3's also those of A, trap and the
-    angles."""
+    angles; a DeltaNet's those of z, q, k, v and what is said of each head."""
     kinds = {}
     for module in net.modules():
         # a low-rank one is no such stack
@@ -32,6 +33,10 @@ def row_kinds(net):
             kinds[module.in_proj.weight] = [E, E, GN, GN, H]
         elif isinstance(module, Mamba3Mixer):
             kinds[module.in_proj.weight] = module.split
+        elif isinstance(module, DeltaMixer):
+            E, qkv, H, _ = module.split
+            GN = (qkv - E) // 2
+            kinds[module.in_proj.weight] = [E, GN, GN, E, H, H]
     return kinds
 
 
