@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from helpers.models import SSM_SIZE, V, assert_close, perturb, tokens
 
-from mambino.export import to_hf
-from mambino.export.compare import greedy
+from mambino.export import to_gguf, to_hf, to_onnx, to_torchscript
+from mambino.export.compare import greedy, silent
+from mambino.export.graph_scans import mamba3_scan
 from mambino.weights import checkpoint
 from mambino.weights import from_hf as hf
 from mambino.weights.fitting import model_of_shapes
 from model_mamba import Mamba, MambaConfig
+from model_mamba import mamba3_scan as defined_scan
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
@@ -356,4 +358,77 @@ def test_what_transformers_cannot_have_is_said(tmp_path):
         net = built('siso', version=version, head_norm=False)
         with pytest.raises(ValueError, match='no MLP after the mixers.*intermediate_size=40.*onnx'):
             to_hf.write(net, None, tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+# --- graphs ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('R, interleaved', [(1, True), (1, False), (3, False)])
+def test_the_scan_of_graphs(R, interleaved):
+    """From a state, by chunks, scripted, and as one chunk, which torch.export has."""
+    T, H, P, G, N, A = 50, 4, 6, 2, 8, 3
+    x, (B, C) = torch.randn(2, T, H, P), torch.randn(2, 2, T, R, G, N)
+    dt, decay, trap = torch.rand(2, T, H), -2 * torch.rand(2, T, H), torch.rand(2, T, H)
+    rate, biases = 3 * torch.randn(2, T, A), torch.randn(2, H, R, N)
+    mimo_x = torch.randn(H, R, P) if R > 1 else None
+    state = [torch.randn(2, H, P, N), torch.rand(2, H, A).double(), torch.randn(2, R, H, N),
+             torch.randn(2, H, P)]
+    inputs = x, B, C, dt, decay, trap, rate, *biases, torch.randn(H), mimo_x, interleaved
+    wanted = defined_scan.definition(*inputs, 16, list(state))
+    with silent():
+        scripted = torch.jit.script(mamba3_scan)
+    for scan, Q in ((mamba3_scan, 16), (scripted, 16), (mamba3_scan, T)):
+        y, after = scan(*inputs, Q, list(state))
+        assert_close(y, wanted[0], 1e-4)
+        for name, ours, want in zip('htbx', after, wanted[1]):
+            off = (ours - want).abs()
+            off = torch.minimum(off, math.tau - off) if name == 't' else off    # angles
+            assert ours.dtype == want.dtype and off.max() <= 1e-4, name
+
+
+@torch.no_grad()
+def test_torchscript(tmp_path):
+    net = built('mimo', n_layer=1, intermediate_size=40, head_norm=True)
+    to_torchscript.write(net, None, tmp_path)
+    check = to_torchscript.verify(net, None, tmp_path)
+    assert check['ok'] and check['greedy'] == '64 of 64', check
+
+
+@torch.no_grad()
+def test_onnx(tmp_path, monkeypatch):
+    """Both files, and with int8 matrices, of which the rows of dt, A, trap and angles stay as they are."""
+    for package in ('onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+    onnx, serde = pytest.importorskip('onnx'), pytest.importorskip('onnx_ir').serde
+    net = built('siso', n_layer=1, n_embd=64)
+    model = serde.serialize_model(to_onnx.exported_step(net, None))
+    monkeypatch.setattr(to_onnx, 'exported_step', lambda *_: serde.deserialize_model(model))
+    to_onnx.write(net, None, tmp_path)
+    check = to_onnx.verify(net, None, tmp_path)
+    assert check['ok'] and check['greedy'] == '64 of 64', check
+    inputs = onnx.load(tmp_path / 'step.onnx').graph.input
+    assert [value.name for value in inputs] == [
+        'input_ids', 'past_ssm.0', 'past_turn.0', 'past_last_b.0', 'past_last_x.0']
+    types = [value.type.tensor_type.elem_type for value in inputs]
+    assert types[1:] == [onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, *[onnx.TensorProto.FLOAT] * 2]
+    to_onnx.write(net, None, tmp_path, 'int8')
+    check = to_onnx.verify(net, None, tmp_path, 'int8')
+    assert check['ok'] and check['logits'] > 1e-4, check
+    mixer = net.backbone.layers[0].mixer
+    scalars = mixer.in_proj.weight[-sum(mixer.split[4:]):]
+    for name in to_onnx.FILES:
+        kept = [torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+                for tensor in onnx.load(tmp_path / name).graph.initializer]
+        assert sum(u.shape == scalars.T.shape and torch.equal(u, scalars.T) for u in kept) == 1
+        assert not any(u.dtype == torch.float and u.shape == mixer.out_proj.weight.T.shape for u in kept)
+
+
+def test_what_llama_cpp_cannot_have_is_said(tmp_path):
+    pytest.importorskip('gguf')
+    with pytest.raises(ValueError, match='llama.cpp has no Mamba-3; --format=hf .* --format=onnx'):
+        to_gguf.write(built('siso'), None, tmp_path)
+    for version in (1, 2):
+        net = built('siso', version=version, head_norm=False, expand=2)
+        with pytest.raises(ValueError, match='no MLP after the mixers.*intermediate_size=40.*onnx'):
+            to_gguf.write(net, None, tmp_path)
     assert not os.listdir(tmp_path)

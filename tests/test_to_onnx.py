@@ -11,7 +11,7 @@ import torch
 from helpers.models import V, assert_close, build, every_model, perturb, tokens
 
 from mambino import tokenizer
-from mambino.export import graphs, to_onnx, to_torchscript
+from mambino.export import graph_scans, graphs, to_onnx, to_torchscript
 from mambino.export.compare import silent
 from mambino.kernels import registry, substituted
 from mambino.language_model import rms_norm
@@ -60,7 +60,7 @@ def test_a_long_step_of_mamba2_is_cut_in_chunks():
     A, h = -torch.rand(4) * 16, torch.randn(2, 4, 8, 16)
     with silent():
         scripted = torch.jit.script(graphs.ssd)
-    one_chunk = graphs.ssd_chunk(x, dt, A, B, C, h)
+    one_chunk = graph_scans.ssd_chunk(x, dt, A, B, C, h)
     for got in (graphs.ssd(x, dt, A, B, C, 16, h), one_chunk, scripted(x, dt, A, B, C, 16, h)):
         for result, defined in zip(got, ssd.definition(x, dt, A, B, C, 16, h)):
             assert_close(result, defined)
@@ -181,7 +181,7 @@ def test_nothing_stays_swapped(tmp_path):
 
     def fail_within(*_):
         if registry._substitutes is not None:  # else it is the first step, for the sizes
-            assert registry._substitutes.keys() == {'attention', 'selective_scan', 'ssd'}
+            assert registry._substitutes.keys() == {'attention', 'selective_scan', 'ssd', 'mamba3_scan'}
             assert logging.root.manager.disable == logging.WARNING and not torch.is_grad_enabled()
             raise ZeroDivisionError
     net, before = model('mamba1'), switches()

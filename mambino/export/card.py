@@ -24,10 +24,11 @@ def card(name, net, ckpt, openings, checks):
     if 'hf' in openings:                                                        # what the hub reads
         lines += ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---']
     lines += [f'# {name}', '']
+    kind = f'Mamba-{c.get("version", 2)}' if ckpt['kind'] == 'mamba' else ckpt['kind']
     origin = 'as it came from elsewhere, written by Mambino'
     if is_trained:
         origin = f'trained on windows of {c["block_size"]} tokens with Mambino'
-    lines += [f'A {ckpt["kind"]} language model of {net.num_params() / 1e6:.1f}M parameters: '
+    lines += [f'A {kind} language model of {net.num_params() / 1e6:.1f}M parameters: '
               f'{c["n_layer"]} layers of width {c["n_embd"]}, a vocabulary of {c["vocab_size"]}, {origin}.', '']
     if ckpt.get('adapter'):
         base = os.path.basename(name_of(ckpt['adapter']['base']))

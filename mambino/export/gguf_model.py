@@ -2,7 +2,7 @@
 written as those that compute the same:
 
     GPT      llama, also with experts; qwen3, qwen3moe with QK-norm; mimo2 with a sliding window
-    Mamba    mamba, mamba2
+    Mamba    mamba, mamba2; of a Mamba-3, and of an MLP after each mixer, it has nothing
     hybrid   falcon-h1: SSM and attention side by side, then an MLP; scales and the embedding's norm
              are folded into weights
 
@@ -21,7 +21,7 @@ from mambino.export.classes import check_classes, check_modules, look_up, look_u
 from mambino.language_model import Gate, SwiGLU
 from model_gpt import GPT, MoE
 from model_hybrid import Hybrid, LowRank
-from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer
+from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, Mamba3Mixer
 
 TOOL = 'llama.cpp'
 
@@ -223,11 +223,19 @@ def mamba2_settings(c):
     return 'mamba2', ssm_settings(c, inner, inner // c.head_dim) | {'ssm.group_count': c.n_groups}
 
 
+def mamba3_settings(c):
+    raise ValueError('llama.cpp has no Mamba-3; --format=hf writes one with its own modelling file, '
+                     '--format=onnx for onnxruntime')
+
+
 def convert_mamba(net):
     c = net.config
     mixers = [block.mixer for block in net.backbone.layers]
     mixer_settings, mixer_tensors = look_up_alike(MAMBA_MIXERS, mixers, TOOL)
     architecture, own_settings = mixer_settings(c)
+    if c.intermediate_size:
+        raise ValueError('llama.cpp has no MLP after the mixers of a Mamba, this one has, of '
+                         f'intermediate_size={c.intermediate_size}; --format=onnx takes it')
     settings = {
         'block_count': c.n_layer,
         'context_length': c.block_size,         # as the other formats say; its state does not grow beyond
@@ -295,4 +303,5 @@ CONVERT = {GPT: convert_gpt, Mamba: convert_mamba, Hybrid: convert_hybrid}
 MAMBA_MIXERS = {
     Mamba1Mixer: (mamba1_settings, mamba1_tensors),
     Mamba2Mixer: (mamba2_settings, mamba2_tensors),
+    Mamba3Mixer: (mamba3_settings, None),
 }

@@ -10,7 +10,7 @@ S of tokens in a cache there are here anew:
 
     caches of keys and values   grow by concatenation; cache.KVStep plans them
     attention                   reads a key head once for all the query heads that it serves
-    selective_scan, ssd         with loops that stay loops; those of the definitions would be unrolled
+    scans                       with loops that stay loops, see graph_scans.py
     MoE                         every expert computes every token; how many are its own depends on data
 
     ids (B, t) ──► embedding ──► layers ──► norm ──► logits (B, t, V)
@@ -19,7 +19,9 @@ S of tokens in a cache there are here anew:
     position (1,) int64   tokens seen so far; only with a sliding window, whose caches do not tell it
     k, v (B, G, S, P)     of each layer with attention; of a window the last tokens. Keys are rotated
     conv (B, K-1, E)      of each layer with a Mamba: the last inputs of its convolution
-    ssm                   the state of its recurrence: (B, N, E) of Mamba-1, (B, H, P, N) of Mamba-2
+    ssm                   the state of its recurrence: (B, N, E) of Mamba-1, else (B, H, P, N)
+    turn (B, H, A) fp64   of a Mamba-3, which has no conv: the sum of all turns; of the last token
+    last_b, last_x        (B, R, H, N), (B, H, P)
 
 Letters of the shapes as in the models' files.
 """
@@ -27,15 +29,15 @@ import copy
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from mambino.export.classes import check_modules, kind_of, look_up
+from mambino.export.graph_scans import mamba3_scan, selective_scan, ssd
 from mambino.kernels import substituted
 from mambino.language_model import swiglu
 from mambino.weights import checkpoint
 from model_gpt import GPT, MoE, rope_frequencies
 from model_hybrid import Hybrid
-from model_mamba import Mamba
+from model_mamba import Mamba, Mamba3Mixer
 
 TOOL = 'a graph'
 NAMES = {   # of a layer's state: what it is called where it goes in, and where it comes out
@@ -43,73 +45,10 @@ NAMES = {   # of a layer's state: what it is called where it goes in, and where 
     'v': ('past_key_values.{}.value', 'present.{}.value'),
     'conv': ('past_conv.{}', 'present_conv.{}'),
     'ssm': ('past_ssm.{}', 'present_ssm.{}'),
+    'turn': ('past_turn.{}', 'present_turn.{}'),
+    'last_b': ('past_last_b.{}', 'present_last_b.{}'),
+    'last_x': ('past_last_x.{}', 'present_last_x.{}'),
 }
-
-
-# --- operations with a loop, in the part of Python that TorchScript keeps -------------------------
-
-def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor):
-    """See model_mamba.selective_scan."""
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting():
-            return exported_scan(x, dt, A, B, C, state)
-    A = A.t().contiguous()                                                      # (N, E)
-    h = state
-    ys: list[Tensor] = []
-    for t in range(x.shape[1]):
-        h = torch.exp(dt[:, t, None] * A) * h + B[:, t, :, None] * (dt[:, t] * x[:, t])[:, None]
-        ys.append((C[:, t, None] @ h)[:, 0])
-    return torch.stack(ys, 1), h
-
-
-def exported_scan(x, dt, A, B, C, state):
-    """The same for torch.export, which would unroll the loop."""
-    A = A.t().contiguous()
-
-    def step(h, inputs):
-        dt_x, dt, B, C = inputs                                                 # (B, E) or (B, N)
-        h = torch.exp(dt[:, None] * A) * h + B[:, :, None] * dt_x[:, None]
-        return h, (C[:, None] @ h)[:, 0]
-    inputs = tuple(u.transpose(0, 1) for u in (dt * x, dt, B, C))               # time first
-    h, y = torch._higher_order_ops.scan(step, state.contiguous(), inputs)
-    return y.transpose(0, 1), h
-
-
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, state: Tensor):
-    """See model_mamba.ssd. An exported graph has one chunk of all tokens: chunks of symbolic sizes
-    make an export take three times as long."""
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting():
-            return ssd_chunk(x, dt, A, B, C, state)
-    ys: list[Tensor] = []
-    for i in range(0, x.shape[1], chunk_size):
-        end = i + chunk_size
-        y, state = ssd_chunk(x[:, i:end], dt[:, i:end], A, B[:, i:end], C[:, i:end], state)
-        ys.append(y)
-    return torch.cat(ys, 1), state
-
-
-def ssd_chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor):
-    """One chunk of all Q tokens: x (B, Q, H, P), dt (B, Q, H), A (H), B, C (B, Q, G, N),
-    h (B, H, P, N) → y (B, Q, H, P), h."""
-    Q = x.shape[1]
-    G = B.shape[2]
-    R = A.shape[0] // G                                                         # heads a group
-    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2)                 # (B, H, Q), see segsum
-    hidden = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    decay = (sums[..., :, None] - sums[..., None, :]).float()                   # (B, H, Q, Q)
-    decay = decay.masked_fill(hidden, -float('inf')).exp().unflatten(1, (G, R))
-    from_start = sums.float().exp().unflatten(1, (G, R))[..., None]             # (B, G, R, Q, 1)
-    to_end = (sums[..., -1:] - sums).float().exp().unflatten(1, (G, R))[..., None]
-    over_chunk = sums[..., -1].float().exp()[..., None, None]                   # (B, H, 1, 1)
-
-    B = B.transpose(1, 2)[:, :, None]                                           # (B, G, 1, Q, N)
-    C = C.transpose(1, 2)[:, :, None]
-    dt_x = (x * dt[..., None]).transpose(1, 2).unflatten(1, (G, R))             # (B, G, R, Q, P)
-    y = (C @ B.transpose(3, 4) * decay) @ dt_x                                  # within the chunk
-    y = y + C @ h.unflatten(1, (G, R)).transpose(3, 4) * from_start             # from before it
-    added = (dt_x * to_end).transpose(3, 4) @ B                                 # (B, G, R, P, N)
-    return y.flatten(1, 2).transpose(1, 2), h * over_chunk + added.flatten(1, 2)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -184,13 +123,33 @@ class EveryExpert(nn.Module):
         return h.flatten(2) @ self.experts.down_proj.mT.flatten(0, 1), None     # which sums, too
 
 
-def with_every_expert(net):
-    """A copy of the model, with the same parameters, whose MoE are EveryExpert."""
+class Apart(nn.Module):
+    """A linear as two, of which one computes its last rows: those are no matrix to round."""
+
+    def __init__(self, linear, rows):
+        super().__init__()
+        rounded, scalars = linear.weight.split((len(linear.weight) - rows, rows))
+        self.rounded, self.scalars = (nn.Linear(1, 1, bias=False) for _ in range(2))
+        self.rounded.weight, self.scalars.weight = nn.Parameter(rounded), nn.Parameter(scalars)
+
+    def forward(self, x):
+        return torch.cat((self.rounded(x), self.scalars(x)), -1)
+
+
+def as_a_graph(net):
+    """A copy of the model, with the same parameters, whose MoE are EveryExpert, and the projections
+    into its Mamba-3 Apart."""
     net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
     for module in list(net.modules()):
         for name, child in module.named_children():
             if type(child) is MoE:
                 setattr(module, name, EveryExpert(child))
+        if type(module) is Mamba3Mixer:
+            scalars = sum(module.split[4:])                                     # dt, A, trap, angles
+            if type(module.in_proj) is nn.Linear:
+                module.in_proj = Apart(module.in_proj, scalars)
+            else:
+                module.in_proj.up = Apart(module.in_proj.up, scalars)
     return net
 
 
@@ -231,12 +190,13 @@ class Graph(nn.Module):
             raise ValueError('a learned prefix is a state before the first token, which a graph cannot '
                              'begin with; export the model without it, or tune with LoRA, which is '
                              'merged into the weights')
-        self.net = with_every_expert(net)
+        self.net = as_a_graph(net)
         self.hidden_states = look_up(HIDDEN_STATES, net, TOOL)
         _, state = net.step(torch.zeros(1, 1, dtype=torch.long))
         del state['pos']
         # {'conv.0': (K-1, E), …}, in the order of the list
         self.sizes = {name: u.shape[1:] for name, u in state.items()}
+        self.dtypes = {name: u.dtype for name, u in state.items()}
         self.first_cache = next((name for name in state if name.startswith('k.')), '')
         self.attends = bool(self.first_cache)
         self.window = net.config.window if self.attends else 0
@@ -245,7 +205,7 @@ class Graph(nn.Module):
             inv_freq = rope_frequencies(getattr(net, 'attention', net.config))
             # another library's power would round otherwise
             self.register_buffer('inv_freq', inv_freq, persistent=False)
-        loops = dict(selective_scan=selective_scan, ssd=ssd)
+        loops = dict(selective_scan=selective_scan, ssd=ssd, mamba3_scan=mamba3_scan)
         if scripted:
             loops = {name: torch.jit.script(loop) for name, loop in loops.items()}
         self.operations = dict(loops, attention=attention)
@@ -269,7 +229,7 @@ class Graph(nn.Module):
             if name[0] in 'kv':
                 G, _, P = size
                 size = G, 0, P
-            past.append(torch.zeros(B, *size))
+            past.append(torch.zeros(B, *size, dtype=self.dtypes[name]))
         return past
 
     def forward(self, ids, past):

@@ -15,7 +15,8 @@ take time and memory with the square of the tokens of a step: a text of thousand
 through step.onnx, some hundred at once.
 
 int8: onnxruntime's dynamic quantisation of the matrix products, weights by column, activations as
-they come; the projections that time steps are made of alone and routers stay in fp32. In the hidden
+they come; the projections that time steps are made of alone and routers stay in fp32, and so do the
+rows of a Mamba-3's for dt, A, trap and angles. In the hidden
 layers of a small model that moves logits by some percent of the largest.
 """
 import importlib
@@ -28,7 +29,8 @@ from mambino.export.compare import compare_steps, silent
 
 PACKAGES = 'onnx onnxscript onnxruntime'
 FILES = 'step.onnx', 'model.onnx'
-EXACT = ('x_proj', 'dt_proj', 'gate', 'controller')     # modules that int8 leaves alone
+EXACT = ('x_proj', 'dt_proj', 'scalars', 'gate', 'controller')  # modules that int8 leaves alone
+DTYPES = {'tensor(int64)': torch.long, 'tensor(float)': torch.float32, 'tensor(double)': torch.float64}
 LIMIT = {'': 1e-4, 'int8': 0.1}                         # of the largest logit
 # bytes of weights in the file itself, whose limit is 2 GB; more lie beside it in ….data
 LARGEST = 1.8e9
@@ -88,7 +90,8 @@ def begin_with_nothing(model):
             sizes = [n if isinstance(n, int) else 0 for n in past.shape[1:]]
             sizes = constant(f'{past.name}.sizes', sizes)
             shape = ir.node('Concat', [batch.outputs[0], sizes], dict(axis=0))
-            fill = ir.node('ConstantOfShape', [shape.outputs[0]])
+            zero = ir.tensor([0], dtype=past.dtype)
+            fill = ir.node('ConstantOfShape', [shape.outputs[0]], dict(value=zero))
             nodes += [shape, fill]
             zeros = fill.outputs[0]
         ir.convenience.replace_all_uses_with(past, zeros)
@@ -174,8 +177,7 @@ def verify(net, tok, folder, quantize='', **_):
         past = []
         for tensor in pasts:
             size = [B if n == 'batch' else n if isinstance(n, int) else 0 for n in tensor.shape]
-            dtype = torch.long if tensor.type == 'tensor(int64)' else torch.float32
-            past.append(torch.zeros(size, dtype=dtype).numpy())
+            past.append(torch.zeros(size, dtype=DTYPES[tensor.type]).numpy())
         return past
 
     def run_step(ids, past):

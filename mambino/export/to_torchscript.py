@@ -37,6 +37,7 @@ class Step(torch.nn.Module):
         self.traced = traced
         self.has_position = past[0].dtype == torch.long
         self.sizes: list[list[int]] = [list(u.shape) for u in past]
+        self.doubles: list[bool] = [u.dtype == torch.double for u in past]
 
     def forward(self, ids: torch.Tensor, past: list[torch.Tensor]):
         return self.traced(ids, past)
@@ -48,7 +49,8 @@ class Step(torch.nn.Module):
             if self.has_position and i == 0:
                 past.append(torch.zeros(1, dtype=torch.long))
             else:
-                past.append(torch.zeros([B] + size[1:]))
+                dtype = torch.double if self.doubles[i] else torch.float
+                past.append(torch.zeros([B] + size[1:], dtype=dtype))
         return past
 
 
