@@ -6,13 +6,15 @@
 
     messages ──► template (ChatML, or the tokenizer's own) ──► text, marks ──► ids
 
-A template is Jinja, as transformers has it, and the ids are those that its apply_chat_template gives.
-Only the marks that the template writes become mark ids: a mark written in a message is ordinary text.
+A template is Jinja, as transformers has it, and the ids are those that its apply_chat_template
+gives. Only the marks that the template writes become mark ids: a mark written in a message is
+ordinary text.
 
 Learned are the answers, messages of the role assistant, each with the mark that ends it and nothing
-behind that. Where an answer begins and ends is what the template says by {% generation %}, else what
-comes to the text when the conversation grows by that answer. A template may write earlier messages
-anew when there are later ones; an answer of which that is not the same text is read, not learned.
+behind that. Where an answer begins and ends is what the template says by {% generation %}, else
+what comes to the text when the conversation grows by that answer. A template may write earlier
+messages anew when there are later ones; an answer of which that is not the same text is read, not
+learned.
 """
 import functools
 import json
@@ -41,12 +43,13 @@ PROBE = [{'role': 'user', 'content': 'What is it?'}, {'role': ANSWERS, 'content'
 
 def encode_chat(tok, messages, tools=None):
     """(N,) int32 ids of a whole conversation. The answers, each with the mark that ends it, are
-    learned; all else is stored as −1 − id. ValueError says what this tokenizer or its template cannot
-    do with it.
+    learned; all else is stored as −1 − id. ValueError says what this tokenizer or its template
+    cannot do with it.
 
     messages: dicts with a role and a content: a text, None for none, or a list of parts, {'type':
-    'text', 'text': …}; what else they have, as tool_calls, the template gets. tools: for it too. With no
-    answer at the end, what comes behind the last is read alone; with none at all everything is."""
+    'text', 'text': …}; what else they have, as tool_calls, the template gets. tools: for it too.
+    With no answer at the end, what comes behind the last is read alone; with none at all everything
+    is."""
     messages = plain(tok, messages)
     if getattr(tok, 'fast', None) and template_of(tok) == CHATML:
         return in_chatml(tok, messages)
@@ -85,9 +88,9 @@ def encode_prompt_of(tok, messages, tools=None):
 
 
 def encode_turn(tok, messages):
-    """list of ids that come behind the last answer in messages, of which the last waits for one: the mark
-    that ends that answer, what comes then, and the beginning of the next answer. None where the template
-    writes anew what stands before."""
+    """list of ids that come behind the last answer in messages, of which the last waits for one:
+    the mark that ends that answer, what comes then, and the beginning of the next answer. None
+    where the template writes anew what stands before."""
     messages = plain(tok, messages)
     last = max(i for i, message in enumerate(messages) if message['role'] == ANSWERS)
     asked = written(tok, messages[:last], True).text
@@ -110,8 +113,8 @@ def visible(ids):
 
 
 def template_of(tok):
-    """The Jinja template of a tokenizer's conversations: its own; else ChatML, where it has the marks.
-    ValueError says what to do where there is none."""
+    """The Jinja template of a tokenizer's conversations: its own; else ChatML, where it has the
+    marks. ValueError says what to do where there is none."""
     own = tok.config.get('chat_template')
     if own:
         return own
@@ -122,8 +125,8 @@ def template_of(tok):
 
 
 def end_ids(tok):
-    """list of the ids that end an answer: the mark of the template, if it has one, end-of-text, and what
-    else the tokenizer's maker says."""
+    """list of the ids that end an answer: the mark of the template, if it has one, end-of-text, and
+    what else the tokenizer's maker says."""
     try:
         ids = encode_chat(tok, PROBE)
     except ValueError:
@@ -135,8 +138,8 @@ def end_ids(tok):
 
 
 def trouble(tok):
-    """list of lines on what conversations lose by the template of this tokenizer, or may surprise by;
-    [] for most. ValueError as template_of."""
+    """list of lines on what conversations lose by the template of this tokenizer, or may surprise
+    by; [] for most. ValueError as template_of."""
     template = template_of(tok)
     lines = []
     if 'strftime_now' in template:
@@ -269,8 +272,8 @@ def one_of(marks):
 
 
 def taken_apart(text, marks):
-    """The Written of a rendered text: what is around a forged mark goes, and so do the signs of where
-    answers are."""
+    """The Written of a rendered text: what is around a forged mark goes, and so do the signs of
+    where answers are."""
     signs = '|'.join((BEGIN, END, FORGED, FORGED_END))
     names = one_of(marks).pattern
     parts = []
@@ -335,8 +338,8 @@ def text_before(tok, messages, tools):
 
 
 def end_behind(whole, start, content):
-    """Where the answer ends that a Written conversation ends with, and that begins at `start`: with the
-    first mark behind its content; without one, with its content."""
+    """Where the answer ends that a Written conversation ends with, and that begins at `start`: with
+    the first mark behind its content; without one, with its content."""
     content = content.strip()
     at = whole.text.rfind(content, start)
     behind = at + len(content) if at >= 0 and content else start

@@ -45,8 +45,8 @@ def fail(message):
 
 
 def typed(text):
-    """A text with our commands as this one was typed: python train.py, or mambino train where pip has made that
-    command (mambino/__main__.py)."""
+    """A text with our commands as this one was typed: python train.py, or mambino train where pip
+    has made that command (mambino/__main__.py)."""
     command = os.environ.get('MAMBINO_COMMAND')
     if not command:
         return text
@@ -55,8 +55,8 @@ def typed(text):
 
 
 def shown(text):
-    r"""A text from outside as a terminal may have it: control characters, which could move its cursor
-    or hide what it shows, as \x1b, and so what is no character at all."""
+    r"""A text from outside as a terminal may have it: control characters, which could move its
+    cursor or hide what it shows, as \x1b, and so what is no character at all."""
     if text.isprintable():
         return text
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
@@ -155,8 +155,8 @@ def find_settings(namespace):
 
 
 def read_source(path):
-    """The text of a Python file: of the encoding that it declares, else UTF-8; or, as Windows' editors
-    write, with a byte order mark, UTF-16 too. SyntaxError for bytes that are neither."""
+    """The text of a Python file: of the encoding that it declares, else UTF-8; or, as Windows'
+    editors write, with a byte order mark, UTF-16 too. SyntaxError for bytes that are neither."""
     with open(path, 'rb') as f:
         source = f.read()
     if source.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

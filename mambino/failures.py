@@ -1,5 +1,5 @@
-"""What an error tells of memory that does not suffice, and of a card that computes no more; and scripts that have
-nothing to save and end in a line then.
+"""What an error tells of memory that does not suffice, and of a card that computes no more; and
+scripts that have nothing to save and end in a line then.
 
     failures.end_in_a_line('lower --batch_size')    # from here on, for what nobody has caught
 """
@@ -30,9 +30,9 @@ def is_lost(error):
 
 
 def end_in_a_line(advice):
-    """From here on an error that nobody expects and that tells of memory, or of a card that fails, ends the
-    program in a line, with status 2: at once, since what PyTorch does at an end may wait for that card for
-    good. advice: what takes less memory."""
+    """From here on an error that nobody expects and that tells of memory, or of a card that fails,
+    ends the program in a line, with status 2: at once, since what PyTorch does at an end may wait
+    for that card for good. advice: what takes less memory."""
     before = sys.excepthook
 
     def end(kind, error, trace):

@@ -79,8 +79,8 @@ def create(path):
 
 
 def open_plain(path, flags=os.O_RDONLY, mode='rb'):
-    """A file of bytes, opened. OSError for what is none: a pipe that lies in its place from somebody else
-    would be waited for, for ever."""
+    """A file of bytes, opened. OSError for what is none: a pipe that lies in its place from
+    somebody else would be waited for, for ever."""
     number = os.open(path, flags | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0), 0o666)
     kind = os.fstat(number).st_mode
     if stat.S_ISREG(kind):
@@ -201,8 +201,8 @@ def sha256(path):
 
 
 def stamp_of(file):
-    """What of a file, a path or the number of an open one, stays as long as nobody writes into it, or puts
-    another in its place. OSError if it is not there."""
+    """What of a file, a path or the number of an open one, stays as long as nobody writes into it,
+    or puts another in its place. OSError if it is not there."""
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
@@ -238,8 +238,8 @@ def hold(folder):
 
 
 def take(path):
-    """→ (the number of a lock file, to be left open; whether it is locked for this process, None where
-    there are no locks). Held if another process has it."""
+    """→ (the number of a lock file, to be left open; whether it is locked for this process, None
+    where there are no locks). Held if another process has it."""
     while True:
         number = open_lock(path)
         is_locked = lock(number)
@@ -260,8 +260,8 @@ def own_identity():
 
 @contextmanager
 def alone_in(folder):
-    """Meanwhile no other process is in here with the same folder: it is waited for. Where the system has
-    no such locks, nothing is."""
+    """Meanwhile no other process is in here with the same folder: it is waited for. Where the
+    system has no such locks, nothing is."""
     number = None
     if os.name == 'posix':
         import fcntl

@@ -1,11 +1,12 @@
-"""An HTML file that needs nothing but itself: no network, no other file; in the light or dark of its reader.
+"""An HTML file that needs nothing but itself: no network, no other file; in the light or dark of
+its reader.
 
     with files.whole('out/report.html') as f:
         for piece in standalone.page('out', body=pieces, style=CSS, script=JAVASCRIPT):
             f.write(piece.encode())
 
-What it shows of others, names and texts, must come through `escaped`. Beside that its own policy allows
-neither a request nor any script but this one.
+What it shows of others, names and texts, must come through `escaped`. Beside that its own policy
+allows neither a request nor any script but this one.
 """
 import base64
 import hashlib
@@ -32,8 +33,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 
 
 def escaped(text):
-    """A text from outside as HTML shows it, letter by letter; control characters are named, but for ends of
-    lines and tabs."""
+    """A text from outside as HTML shows it, letter by letter; control characters are named, but for
+    ends of lines and tabs."""
     lines = str(text).split('\n')
     return '\n'.join(html.escape('\t'.join(map(shown, line.split('\t')))) for line in lines)
 

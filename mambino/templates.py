@@ -4,7 +4,8 @@ runs it, and with bounds on what it may build and how long it may take.
     text = render(template, dict(messages=[…], add_generation_prompt=True, bos_token='<s>'))
 
 What an answer is, where a template says so by {% generation %} … {% endgeneration %}, is between
-BEGIN and END in the text; who renders removes them. Whatever goes wrong is a ValueError of one line.
+BEGIN and END in the text; who renders removes them. Whatever goes wrong is a ValueError of one
+line.
 """
 import datetime
 import functools
@@ -77,9 +78,9 @@ def size_of(value):
 
 
 def measured(value):
-    """(items, characters, levels) of a container and what is in it, one inside another, as often as it is
-    there: a few lists that each hold the one before twice have very many. Known of each from then on,
-    since no template changes one."""
+    """(items, characters, levels) of a container and what is in it, one inside another, as often as
+    it is there: a few lists that each hold the one before twice have very many. Known of each from
+    then on, since no template changes one."""
     known = BUDGET.sizes.get(id(value))
     if known:
         return known[1:]
@@ -99,8 +100,8 @@ def measured(value):
 
 
 def take_all(value, in_text=False, indent=0):
-    """Takes all that is in a container. in_text: with the characters of its texts, as where text is made of
-    it; indent: for each line of that and each level."""
+    """Takes all that is in a container. in_text: with the characters of its texts, as where text is
+    made of it; indent: for each line of that and each level."""
     if isinstance(value, CONTAINERS):
         items, characters, levels = measured(value)
         BUDGET.take(items * (1 + indent * levels) + (characters if in_text else 0))
@@ -188,8 +189,8 @@ def joined(parts):
 # --- Jinja, bounded -------------------------------------------------------------------------------
 
 class Generator(CodeGenerator):
-    """Jinja's compiler, whose ~ and whose lists count what they build, and whose comparisons and parts of texts
-    see what time it is."""
+    """Jinja's compiler, whose ~ and whose lists count what they build, and whose comparisons and
+    parts of texts see what time it is."""
 
     def visit_Concat(self, node, frame):
         self.write('environment.concat((')

@@ -1,14 +1,14 @@
-"""Breaks at random what the four scripts read, and looks whether each of them ends as it promises: with
-status 0, or with status 2 and a line that says why; no traceback, no crash, no endless wait, and nothing
-that a file brought is run.
+"""Breaks at random what the four scripts read, and looks whether each of them ends as it promises:
+with status 0, or with status 2 and a line that says why; no traceback, no crash, no endless wait,
+and nothing that a file brought is run.
 
     python tests/fuzz.py --cases=5000 --seed=1              # all kinds, in turns
     python tests/fuzz.py --cases=300 --kinds=checkpoints,sessions
     python tests/fuzz.py --seed=1 --only=checkpoints.17     # that one again, with all that it says
 
-torch is imported once; every case is a fork of this process (Linux, macOS). Case n of a kind is the same
-whatever the others are: its numbers come from (seed, kind, n). The runs that are broken are those of
-tests/data/before.
+torch is imported once; every case is a fork of this process (Linux, macOS). Case n of a kind is the
+same whatever the others are: its numbers come from (seed, kind, n). The runs that are broken are
+those of tests/data/before.
 """
 import gc
 import json

@@ -1,12 +1,13 @@
-"""Sends the API at random what no client should send, and looks whether it answers as it promises: never
-a status of 500, never a wait without end, every refusal in the shape of errors, and in the end no row taken.
+"""Sends the API at random what no client should send, and looks whether it answers as it promises:
+never a status of 500, never a wait without end, every refusal in the shape of errors, and in the
+end no row taken.
 
     python tests/fuzz_api.py --cases=5000 --seed=1
     python tests/fuzz_api.py --seed=1 --only=17         # that one again, with what came
 
-The app is asked in this process, by the bytes of a request: method, path, headers, body in pieces, and a
-client that leaves. Case n is the same whatever the others are: its numbers come from (seed, n). The models
-are the runs of tests/data/before.
+The app is asked in this process, by the bytes of a request: method, path, headers, body in pieces,
+and a client that leaves. Case n is the same whatever the others are: its numbers come from (seed,
+n). The models are the runs of tests/data/before.
 """
 import asyncio
 import collections
@@ -61,8 +62,8 @@ HEADERS = [
 
 
 class Case(NamedTuple):
-    """A request. pieces: of its body; leaves: after so many messages of the answer its client is gone,
-    -1: never."""
+    """A request. pieces: of its body; leaves: after so many messages of the answer its client is
+    gone, -1: never."""
     method: str
     path: str
     headers: list

@@ -1,12 +1,13 @@
-"""Generation on a real NVIDIA card: graphs against the model's own step, in numbers, tokens and time.
+"""Generation on a real NVIDIA card: graphs against the model's own step, in numbers, tokens and
+time.
 
     python tests/gpu_decode.py              # all cases, the most telling first: some two minutes on an H100
     python tests/gpu_decode.py gpt int8     # those whose names contain one of these
 
-Of each case a line: how far the logits of graphs are from net.step's over tokens in which a cache grows, how many
-tokens are the same, tokens a second of Rows (drawn with top_k=200, read by the host) with graphs and without, and
-milliseconds of making a graph. At the end `all right`, or which cases are not; exit status 1 then. On a machine
-without a card it ends in a line.
+Of each case a line: how far the logits of graphs are from net.step's over tokens in which a cache
+grows, how many tokens are the same, tokens a second of Rows (drawn with top_k=200, read by the
+host) with graphs and without, and milliseconds of making a graph. At the end `all right`, or which
+cases are not; exit status 1 then. On a machine without a card it ends in a line.
 """
 import os
 import sys
@@ -58,8 +59,9 @@ def made(name):
 
 @torch.no_grad()
 def compare(net, B=3, T=54, n=20):
-    """Both ways along the same tokens → (the largest deviation as a share of the largest logit, the share of tokens
-    whose likeliest next one is the same). From 54 tokens to 74 a cache grows once."""
+    """Both ways along the same tokens → (the largest deviation as a share of the largest logit, the
+    share of tokens whose likeliest next one is the same). From 54 tokens to 74 a cache grows
+    once."""
     prompt = torch.randint(net.config.vocab_size, (B, T), device='cuda')
     _, state = net.step(prompt)
     other = {name: value.clone() for name, value in state.items()}

@@ -1,11 +1,11 @@
-"""Kills runs of train.py at their file operations and at random, says the same command again, and compares what they
-leave with a run that nobody disturbed, bit by bit.
+"""Kills runs of train.py at their file operations and at random, says the same command again, and
+compares what they leave with a run that nobody disturbed, bit by bit.
 
     python tests/kills.py --kills=300               # some minutes; says what was tried, and every difference
 
-A kill is before one operation on a file of out_dir: to open it for writing, to write, to flush, rename or remove it.
-Else a disk is full from then on, a signal comes, a second trainer starts, or nobody reads stdout any more. Runs are
-forked from this process, which has imported torch already.
+A kill is before one operation on a file of out_dir: to open it for writing, to write, to flush,
+rename or remove it. Else a disk is full from then on, a signal comes, a second trainer starts, or
+nobody reads stdout any more. Runs are forked from this process, which has imported torch already.
 """
 import argparse
 import collections
@@ -98,8 +98,8 @@ def train(*lines, at=0, count='', way='kill', wait=True):
 
 
 def watch(at, count, way):
-    """Counts the operations on files of out_dir in this process, into the file `count`, and disturbs it before the one
-    numbered `at`."""
+    """Counts the operations on files of out_dir in this process, into the file `count`, and
+    disturbs it before the one numbered `at`."""
     done = 0
 
     def next_operation():

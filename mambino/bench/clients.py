@@ -2,10 +2,11 @@
 
     python -m mambino.bench.clients ours=127.0.0.1:8000/out-mine llama.cpp=127.0.0.1:8080/any
 
-Each argument is a name, where a server listens, and the model to ask for; all speak OpenAI's completions.
-So many clients at once ask each of them for a prompt of `words` words, no two alike, and read the stream
-of `tokens` tokens to its end. The servers take turns, one round each, so that a machine whose speed
-drifts is unfair to none; a ratio is the median of those within a round, of the first server to this one.
+Each argument is a name, where a server listens, and the model to ask for; all speak OpenAI's
+completions. So many clients at once ask each of them for a prompt of `words` words, no two alike,
+and read the stream of `tokens` tokens to its end. The servers take turns, one round each, so that a
+machine whose speed drifts is unfair to none; a ratio is the median of those within a round, of the
+first server to this one.
 """
 import asyncio
 import json

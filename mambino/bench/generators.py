@@ -1,9 +1,9 @@
 """The contenders of the section generate: ours, transformers and llama.cpp continue a prompt.
 
 contenders.py imports this file from where it stands, whatever checkout the project is from. Each
-contender is a function run(model, ids, n, clock): reads ids (B, T), then makes n tokens more than the
-first, greedily, and returns the seconds that the prompt took and those of the n. clock: a function
-without arguments, time.perf_counter or time.process_time.
+contender is a function run(model, ids, n, clock): reads ids (B, T), then makes n tokens more than
+the first, greedily, and returns the seconds that the prompt took and those of the n. clock: a
+function without arguments, time.perf_counter or time.process_time.
 """
 import os
 import time
@@ -49,8 +49,8 @@ def generate_transformers(model, ids, n, clock):
 def generate_llama(server, ids, n, clock):
     """Its own timings count, which leave the request and its answer out. It takes none of the
     processor's time, and those of sequences that do not fit into one batch overlap: then it is the
-    time of a request for one token, and that of n more after a prompt of one token, whose reading is
-    one step like theirs."""
+    time of a request for one token, and that of n more after a prompt of one token, whose reading
+    is one step like theirs."""
     prompts = ids.tolist()
     if clock is time.perf_counter and ids.numel() <= BATCH:
         timings = [answer['timings'] for answer in server.complete(prompts, n + 1)]
@@ -95,8 +95,8 @@ def prepared(model, way):
 
 
 def generate(job, settings):
-    """Facts, warm-up and turn of a contender; the model is job's `kind` and `fields`, its prompts are
-    `prompts`. The first is continued; the others are read alone."""
+    """Facts, warm-up and turn of a contender; the model is job's `kind` and `fields`, its prompts
+    are `prompts`. The first is continued; the others are read alone."""
     torch.manual_seed(0)
     way = job['dtype']
     prompts = job['prompts']

@@ -257,9 +257,9 @@ class LinearCrossEntropy(Function):
 
 @constant
 def loss_chunk(V, kind='cpu'):
-    """Tokens whose logits are alive at once. On a CPU a thousand; fewer where V is huge (256 MB of logits),
-    more where it is small. A card has them in fp32 in a 64th of its memory, 1 GB at most: each chunk reads
-    and writes the gradient of the head."""
+    """Tokens whose logits are alive at once. On a CPU a thousand; fewer where V is huge (256 MB of
+    logits), more where it is small. A card has them in fp32 in a 64th of its memory, 1 GB at most:
+    each chunk reads and writes the gradient of the head."""
     if kind != 'cuda':
         return max(256, min(1024, (1 << 26) // V), (1 << 22) // V)
     logits = min(1 << 30, card_memory() // 64) // 4
@@ -284,8 +284,8 @@ def linear_cross_entropy(x, weight, targets, chunk=0):
 
 @kernel
 def experts_swiglu(x, pairs, gate_up, down):
-    """Shapes do not depend on data: an expert has as many slots as it may take tokens; where all may go to
-    one, whole blocks of rows."""
+    """Shapes do not depend on data: an expert has as many slots as it may take tokens; where all
+    may go to one, whole blocks of rows."""
     if cpu.applies(x):
         return NotImplemented
     if pairs.capacity < len(x):
@@ -325,9 +325,10 @@ def out_of_slots(y, slot):
 
 
 def experts_by_blocks(x, pairs, gate_up, down):
-    """All pairs: an expert's rows are filled up to whole blocks, each a product with a copy of the expert's
-    matrices (the blocks of MegaBlocks, Gale et al. 2022). How many blocks are in use depends on the data, how
-    many there are does not: half of an even share each, they are E more than all rows fill."""
+    """All pairs: an expert's rows are filled up to whole blocks, each a product with a copy of the
+    expert's matrices (the blocks of MegaBlocks, Gale et al. 2022). How many blocks are in use
+    depends on the data, how many there are does not: half of an even share each, they are E more
+    than all rows fill."""
     n, D = x.shape
     E, n_pairs = len(gate_up), len(pairs.token)
     M = max(16, 1 << max(1, n_pairs // (2 * E)).bit_length() - 1)   # rows of a block

@@ -1,9 +1,9 @@
-"""The Mamba recurrences by mamba-ssm's kernels and the convolution by causal-conv1d's, on NVIDIA cards where
-they can be imported and give the right numbers.
+"""The Mamba recurrences by mamba-ssm's kernels and the convolution by causal-conv1d's, on NVIDIA
+cards where they can be imported and give the right numbers.
 
-mamba-ssm's Triton parts are enough; its CUDA extension need not have been built. Its scan of Mamba-2 is an
-operation to torch.compile, which does not look into it and fuses what stands around it. Letters of the
-shapes as in anywhere.py.
+mamba-ssm's Triton parts are enough; its CUDA extension need not have been built. Its scan of
+Mamba-2 is an operation to torch.compile, which does not look into it and fuses what stands around
+it. Letters of the shapes as in anywhere.py.
 """
 import functools
 import importlib
@@ -53,10 +53,10 @@ def import_past_init(package, module):
 
 
 def fused(device='cuda', names=tuple(FUSED)):
-    """({name: functions}, notes) of the kernels of others that can be imported and, on a small example on
-    this device, give what the definitions give, gradients too. One that is there and does not work is left
-    out, with a note. One answer for all devices of a kind: 'cuda', 'cuda:1' and a torch.device are the
-    same."""
+    """({name: functions}, notes) of the kernels of others that can be imported and, on a small
+    example on this device, give what the definitions give, gradients too. One that is there and
+    does not work is left out, with a note. One answer for all devices of a kind: 'cuda', 'cuda:1'
+    and a torch.device are the same."""
     kind = torch.device(device).type
     answers = {name: tried(name, kind) for name in names if OPERATIONS[name] in DEFINITIONS}
     found = {name: functions for name, (functions, _) in answers.items() if functions}
@@ -108,9 +108,10 @@ def half_precision(kind):
 
 
 def examples(name, device):
-    """Small inputs of the operation that a fused kernel computes, those that products make in the precision
-    of a run, and what it takes beside them. Of other sizes than a model's: what Triton finds to be fastest
-    for an example must not be kept for a run. In one head dt A adds up to some -3,000 in a chunk."""
+    """Small inputs of the operation that a fused kernel computes, those that products make in the
+    precision of a run, and what it takes beside them. Of other sizes than a model's: what Triton
+    finds to be fastest for an example must not be kept for a run. In one head dt A adds up to some
+    -3,000 in a chunk."""
     B, T, H, P, N = 2, 300 if name == 'ssd' else 96, 4, 32, 16
     shapes = {
         'ssd': [(B, T, H * P + 2 * N), (B, T, H), (H,), (H,), (H,)],  # xBC, dt, dt_bias, A, D
@@ -127,8 +128,8 @@ def examples(name, device):
 
 
 def check(name, functions, device):
-    """Raises if a fused kernel fails, or differs from the definition in fp32 by more than TOLERANCE, in its
-    result or a gradient."""
+    """Raises if a fused kernel fails, or differs from the definition in fp32 by more than
+    TOLERANCE, in its result or a gradient."""
     of_kernel = {'ssd': fused_mamba2, 'scan': fused_mamba1, 'conv': fused_conv}[name]
     inputs, sizes = examples(name, device)
     tolerance = TOLERANCE[inputs[0].dtype]
@@ -145,8 +146,8 @@ def check(name, functions, device):
 
 
 def is_overtaken(name):
-    """Whether our own Triton kernels are asked before, and have not failed: then nothing is said of this one,
-    and it need not be tried."""
+    """Whether our own Triton kernels are asked before, and have not failed: then nothing is said of
+    this one, and it need not be tried."""
     own = {'ssd': triton_kernels.SSD, 'scan': triton_kernels.SCAN, 'conv': triton_kernels.CONV}[name]
     comes_first = ORDER.index('triton_kernels') < ORDER.index('fused')
     return comes_first and triton_kernels.has_triton() and own not in run_notes

@@ -1,5 +1,5 @@
-"""native.cpp as a library: compiled once, in some seconds, kept in __pycache__ (where that cannot be written, in
-the user's cache), called with tensors.
+"""native.cpp as a library: compiled once, in some seconds, kept in __pycache__ (where that cannot
+be written, in the user's cache), called with tensors.
 
     launch('swiglu_forward', n, work, gate, up, y)  # items 0 to n, on as many threads as pay
 
@@ -109,8 +109,8 @@ def own_cache():
 
 
 def trusted(path):
-    """Whether a file or folder is this user's or root's, and nobody else can write to it: what is in
-    a library is run."""
+    """Whether a file or folder is this user's or root's, and nobody else can write to it: what is
+    in a library is run."""
     about = os.lstat(path)
     return about.st_uid in (0, os.getuid()) and not about.st_mode & 0o022 and not stat.S_ISLNK(about.st_mode)
 
@@ -129,8 +129,8 @@ def kept(name):
 
 
 def made(name):
-    """The library, compiled now, once: into the first folder where it can be kept or, where there is none,
-    for this process alone. OSError says why there is none."""
+    """The library, compiled now, once: into the first folder where it can be kept or, where there
+    is none, for this process alone. OSError says why there is none."""
     global trouble
     for folder in (folder_of(os.getuid()), own_cache()):
         try:
@@ -214,8 +214,8 @@ def compile_to(folder, name):
 
 
 def compile_and_try(path):
-    """native.cpp → a library at a path that runs here, of the first target that makes one. Returns ''
-    or, where that is none for this processor although the compiler knows it, a word about it.
+    """native.cpp → a library at a path that runs here, of the first target that makes one. Returns
+    '' or, where that is none for this processor although the compiler knows it, a word about it.
     CompilerError if there is none."""
     said, note = '', ''
     for target in TARGETS:
@@ -232,8 +232,8 @@ def compile_and_try(path):
 
 
 def run_compiler(target_path, target):
-    """native.cpp → a library at a path, for a target. Returns '', or what the compiler complains of;
-    OSError where it cannot write, CompilerError where it takes too long."""
+    """native.cpp → a library at a path, for a target. Returns '', or what the compiler complains
+    of; OSError where it cannot write, CompilerError where it takes too long."""
     environment = {**os.environ, 'TMPDIR': os.path.dirname(target_path), 'LC_ALL': 'C'}
     command = [compiler(), *FLAGS, *target, SOURCE, '-o', target_path]
     try:
@@ -344,8 +344,8 @@ def expect(operation, *shapes):
 
 
 def launch(name, n, work, *args):
-    """Calls a function of native.cpp on items 0 to n, shared by thread_count(n, work) threads. Where
-    tensors have no data nothing is called."""
+    """Calls a function of native.cpp on items 0 to n, shared by thread_count(n, work) threads.
+    Where tensors have no data nothing is called."""
     if not all(has_data(argument) for argument in args):
         return
     values = [converted(name, argument) for argument in args]
@@ -365,8 +365,9 @@ def launch(name, n, work, *args):
 # --- sorting ----------------------------------------------------------------------------------------
 
 def sort_above(x, least):
-    """x (B, V), fp32 and nowhere below 0, as x.sort(descending=True, stable=True) has it, but only what is no
-    less than least (B, 1) → values, indices, (B, k) both; where a row has fewer, zeros."""
+    """x (B, V), fp32 and nowhere below 0, as x.sort(descending=True, stable=True) has it, but only
+    what is no less than least (B, 1) → values, indices, (B, k) both; where a row has fewer,
+    zeros."""
     x, least = x.contiguous(), least.contiguous()
     expect('sort_above', (least, (len(x), 1)))
     V = x.shape[1]
@@ -410,8 +411,8 @@ def matrix_of(codes, scales, columns):
 
 
 def few(x, of_prompts=16):
-    """Whether rows x (..., K) are so few that a matrix is best read as it is stored: so many of prompts, (B,
-    T, K), or 32 otherwise, of which a plan of sample/decode may have as many."""
+    """Whether rows x (..., K) are so few that a matrix is best read as it is stored: so many of
+    prompts, (B, T, K), or 32 otherwise, of which a plan of sample/decode may have as many."""
     most = of_prompts if x.ndim > 2 and x.shape[-2] > 1 else 32
     return x.numel() <= most * x.shape[-1]
 

@@ -1,11 +1,12 @@
-"""Large pages of memory for tensors that are read whole, again and again: a finished model's weights, for
-each token.
+"""Large pages of memory for tensors that are read whole, again and again: a finished model's
+weights, for each token.
 
     gather(net.parameters())
 
-A processor keeps the addresses of some thousand pages. On pages of 4 KB it looks up an address for each 4 KB
-that it reads, which costs a third to a half of the time; on pages of 2 MB hardly any. Linux gathers the small
-pages of a large one where it is told to; the tensors have their addresses and numbers as before.
+A processor keeps the addresses of some thousand pages. On pages of 4 KB it looks up an address for
+each 4 KB that it reads, which costs a third to a half of the time; on pages of 2 MB hardly any.
+Linux gathers the small pages of a large one where it is told to; the tensors have their addresses
+and numbers as before.
 """
 import ctypes
 import functools
@@ -41,9 +42,9 @@ def madvise():
 
 
 def gather(tensors):
-    """Has the memory of these tensors, contiguous and on the CPU, in large pages, where half of one is
-    theirs. Takes 0.4 ms for each page of 2 MB (a virtual machine that must first get it from its host, some),
-    and hardly anything where it has been done. Returns how many there are."""
+    """Has the memory of these tensors, contiguous and on the CPU, in large pages, where half of one
+    is theirs. Takes 0.4 ms for each page of 2 MB (a virtual machine that must first get it from its
+    host, some), and hardly anything where it has been done. Returns how many there are."""
     size = large_page()
     if not size:
         return 0

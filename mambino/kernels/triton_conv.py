@@ -1,4 +1,5 @@
-"""A Mamba's short convolution as kernels of our own in Triton, which torch brings along for NVIDIA cards.
+"""A Mamba's short convolution as kernels of our own in Triton, which torch brings along for NVIDIA
+cards.
 
 With w_k (E) the tap k of K and b (E) the bias, x the inputs and before them the state:
 
@@ -6,15 +7,16 @@ With w_k (E) the tap k of K and b (E) the bias, x the inputs and before them the
     d_t = dy_t silu'(pre_t)                     dx_t = sum_k w_k d_{t+K-1-k}
     dw_k = sum_t d_t x_{t-K+1+k}                db = sum_t d_t
 
-A program takes a block of channels and a span of tokens of one sequence, and walks over them in time: of
-x, and backwards of d, a thread keeps the last K-1 of its channels in registers. So each value is read once,
-and by few programs again, from a cache, where spans meet. x is read where it lies, as a part of what
-in_proj gives. The backward pass makes pre again; nothing is kept for it but what the operation was
-given. dx_t comes K-1 steps after t: what comes before token 0 is the gradient of the state.
+A program takes a block of channels and a span of tokens of one sequence, and walks over them in
+time: of x, and backwards of d, a thread keeps the last K-1 of its channels in registers. So each
+value is read once, and by few programs again, from a cache, where spans meet. x is read where it
+lies, as a part of what in_proj gives. The backward pass makes pre again; nothing is kept for it but
+what the operation was given. dx_t comes K-1 steps after t: what comes before token 0 is the
+gradient of the state.
 
-Each program writes its sums of dw and db, a second kernel adds those up. There are no atomics, so the same
-numbers come each time. Bytes, with u those of x: 2 u forward, 3 u backward, and 2 (K+1) fp32 values a channel and
-span. All is computed in fp32.
+Each program writes its sums of dw and db, a second kernel adds those up. There are no atomics, so
+the same numbers come each time. Bytes, with u those of x: 2 u forward, 3 u backward, and 2 (K+1)
+fp32 values a channel and span. All is computed in fp32.
 
 Letters of the shapes: B batch, T time, E channels, K taps.
 """
@@ -115,8 +117,8 @@ def conv_backward_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, dx_ptr,
                     x_b: tl.int64, x_t, dy_b: tl.int64, dy_t,
                     K: tl.constexpr, ALIGN: tl.constexpr, HAS_STATE: tl.constexpr,
                     BLOCK_E: tl.constexpr, STEPS: tl.constexpr):
-    """The d of a span and of the K-1 tokens after it. The sums are of those whose d is the last of a dx,
-    and at the beginning of all."""
+    """The d of a span and of the K-1 tokens after it. The sums are of those whose d is the last of
+    a dx, and at the beginning of all."""
     E = E * ALIGN
     x_t = x_t * ALIGN
     dy_t = dy_t * ALIGN

@@ -1,5 +1,5 @@
-"""Offers a Mamba's recurrences and convolution by Triton kernels of our own: triton_scan.py, triton_ssd.py,
-triton_conv.py.
+"""Offers a Mamba's recurrences and convolution by Triton kernels of our own: triton_scan.py,
+triton_ssd.py, triton_conv.py.
 
 Triton comes with torch for Linux; where it is missing, nothing here applies. A kernel is tried in
 the sizes and the precision in which it is first wanted: it must run, and on a small example give
@@ -26,8 +26,8 @@ def has_triton():
 
 
 def compare(definition, compute, inputs, has_state=True):
-    """Raises if a kernel differs from the definition in fp32 in its results or a gradient. The last state
-    has a gradient if there is a first one."""
+    """Raises if a kernel differs from the definition in fp32 in its results or a gradient. The last
+    state has a gradient if there is a first one."""
     tolerance = TOLERANCE[inputs[0].dtype]
     grads_of = []
     results = []
@@ -48,8 +48,9 @@ def compare(definition, compute, inputs, has_state=True):
 
 
 def attempt_with(make, definition, compute, has_state=True):
-    """What `works` tries: compare with inputs drawn by make(randn). What is compiled for it should be what a
-    run takes: so T is a multiple of 16, as a run's is, and there is a state only if the run has one."""
+    """What `works` tries: compare with inputs drawn by make(randn). What is compiled for it should
+    be what a run takes: so T is a multiple of 16, as a run's is, and there is a state only if the
+    run has one."""
     def attempt():
         with torch.enable_grad(), torch.autocast('cuda', enabled=False):
             generator = torch.Generator().manual_seed(0)
@@ -66,8 +67,8 @@ def scan(x, dt, dt_bias, A, B, C, D, z, state=None):
 
 @constant
 def scan_works(kind, E, N, strides, dtype, has_state):
-    """Whether the kernels of triton_scan.py work in these sizes, tried once. strides: the places from one
-    step to the next in x, dt, B, C and z, for which they are compiled."""
+    """Whether the kernels of triton_scan.py work in these sizes, tried once. strides: the places
+    from one step to the next in x, dt, B, C and z, for which they are compiled."""
     def make(randn):
         batch, T = 2, 112
         widths = E, E, N, N, E

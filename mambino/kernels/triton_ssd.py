@@ -24,8 +24,8 @@ else 0, and G_ij = M_ij dt_j (dy_i x_j), which is the gradient of C_i B_j:
 The sums over the heads of a group are taken in registers, and by PyTorch over the few programs that
 share its heads. There are no atomics, so the same numbers come each time. C B^T of a group is kept
 for the gradient; weights (Q, Q), B and C of each head are never in memory. Bytes, with u those of x
-(B, T, H, P) and s = N / Q u those of the states: 3 u + 2 s forward, 8 u + 5 s backward. For 8 x 1,024
-tokens, 24 heads of 64, N = 128, Q = 64, in bf16: u 25 MB, s 50 MB, 0.63 GB in all.
+(B, T, H, P) and s = N / Q u those of the states: 3 u + 2 s forward, 8 u + 5 s backward. For 8 x
+1,024 tokens, 24 heads of 64, N = 128, Q = 64, in bf16: u 25 MB, s 50 MB, 0.63 GB in all.
 
 Products are of the precision of x (fp32: exact, unless PyTorch's own may be TF32), sums fp32.
 Letters of the shapes: B batch, T time, H heads, G groups, R heads a group, P head size, N state
@@ -75,8 +75,8 @@ def states_kernel(values_ptr, keys_ptr, steps_ptr, sums_ptr, first_ptr, states_p
                   P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
                   BACKWARDS: tl.constexpr, HAS_FIRST: tl.constexpr,
                   BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """Values x and keys B give S; backwards in time, dy and C give U, and beside it, from S (starts),
-    what goes from S to U."""
+    """Values x and keys B give S; backwards in time, dy and C give U, and beside it, from S
+    (starts), what goes from S to U."""
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     p = tl.arange(0, BLOCK_P)
@@ -240,8 +240,9 @@ def keys_kernel(x_ptr, dy_ptr, keys_ptr, others_ptr, steps_ptr, sums_ptr, states
                 T, H, R, HEADS, x_b: tl.int64, x_t, dy_t,
                 P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, OF_B: tl.constexpr,
                 BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
-    """For keys C, with others B and states S: dC, and what passes over the chunk's start to each token.
-    For keys B, with others C and states U: dB, and what leaves each token over the chunk's end."""
+    """For keys C, with others B and states S: dC, and what passes over the chunk's start to each
+    token. For keys B, with others C and states U: dB, and what leaves each token over the chunk's
+    end."""
     c = tl.program_id(0)
     splits = tl.cdiv(R, HEADS)
     g = tl.program_id(1) // splits
@@ -314,8 +315,8 @@ class Cut:
         self.sizes['PRECISION'] = 'ieee' if exact else 'tf32'
 
     def states(self, values, keys, steps, sums, first, starts=None):
-        """(states of the chunks (B, chunks, H, P, N), the last one in fp32, what goes across the chunks)
-        of states_kernel; from starts backwards in time."""
+        """(states of the chunks (B, chunks, H, P, N), the last one in fp32, what goes across the
+        chunks) of states_kernel; from starts backwards in time."""
         shape = self.batch, self.chunks, self.H, self.sizes['P'], self.N
         states = values.new_empty(shape)
         last = values.new_empty(self.batch, *shape[2:], dtype=torch.float32)
@@ -343,9 +344,9 @@ def parts_of(xBC, H, G, P):
 @torch.library.custom_op('mambino::triton_ssd', mutates_args=())
 def ssd(xBC: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, state: Tensor | None,
         groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mamba2_scan of these arguments → y (B, T, H, P) in xBC's precision, the last state (B, H, P, N)
-    in fp32, and for the gradient the states of chunks (B, chunks, H, P, N), steps and sums (B, H,
-    chunks Q), and C B^T (B, chunks, G, Q, Q)."""
+    """mamba2_scan of these arguments → y (B, T, H, P) in xBC's precision, the last state (B, H, P,
+    N) in fp32, and for the gradient the states of chunks (B, chunks, H, P, N), steps and sums (B,
+    H, chunks Q), and C B^T (B, chunks, G, Q, Q)."""
     xBC = rows(xBC)
     H = dt.shape[-1]
     cut = Cut(xBC, H, groups, head_dim)

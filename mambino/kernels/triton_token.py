@@ -1,12 +1,14 @@
-"""One token of each row by kernels of our own in Triton: what one_token.py computes by several of PyTorch's.
+"""One token of each row by kernels of our own in Triton: what one_token.py computes by several of
+PyTorch's.
 
-A generated token reads each weight once, in matrix products that PyTorch has; what stands between them are
-a few thousand numbers, whose time is that of starting kernels. So each of these operations is one kernel: it
-reads its inputs once, computes in fp32, writes its result once. A recurrence's state is read and written in
-place. What is not a token, has gaps or other sizes is the caller's to refuse (one_token.py).
+A generated token reads each weight once, in matrix products that PyTorch has; what stands between
+them are a few thousand numbers, whose time is that of starting kernels. So each of these operations
+is one kernel: it reads its inputs once, computes in fp32, writes its result once. A recurrence's
+state is read and written in place. What is not a token, has gaps or other sizes is the caller's to
+refuse (one_token.py).
 
-Letters of the shapes: B batch, E inner width, H heads, R heads a group, G groups, P head size, N state size,
-K taps, D width.
+Letters of the shapes: B batch, E inner width, H heads, R heads a group, G groups, P head size, N
+state size, K taps, D width.
 """
 import torch
 import triton
@@ -92,8 +94,8 @@ def mix_kernel(h_ptr, controller_ptr, bias_ptr, y0_ptr, y1_ptr, y2_ptr, norm0_pt
 
 
 def mix(h, controller, bias, outputs, norms, eps):
-    """A hybrid's mix: h and two or three outputs (rows, D) without gaps, controller (branches, D), bias (branches), a
-    norm's weight (D) for each → (rows, D) fp32."""
+    """A hybrid's mix: h and two or three outputs (rows, D) without gaps, controller (branches, D),
+    bias (branches), a norm's weight (D) for each → (rows, D) fp32."""
     rows, D = h.shape
     mixed = torch.empty(rows, D, device=h.device)
     is_three = len(outputs) == 3
@@ -183,10 +185,11 @@ def attention_sum_kernel(part_ptr, top_ptr, sum_ptr, y_ptr, SPLITS, R: tl.conste
 
 
 def attention(q, k, v, pos):
-    """One query of each head over slots 0 to pos of its cache, all if pos is beyond: q (B, G, R, P) without gaps, k, v
-    (B, G, S, P), a head's slots without gaps, pos (B) int64 → (B, G, R, P).
+    """One query of each head over slots 0 to pos of its cache, all if pos is beyond: q (B, G, R, P)
+    without gaps, k, v (B, G, S, P), a head's slots without gaps, pos (B) int64 → (B, G, R, P).
 
-    Slots are split over programs, so that a few rows, too, fill a card (Dao et al. 2023, Flash-Decoding)."""
+    Slots are split over programs, so that a few rows, too, fill a card (Dao et al. 2023,
+    Flash-Decoding)."""
     B, G, R, P = q.shape
     S = k.shape[2]
     BLOCK_S = 64
@@ -249,8 +252,8 @@ def conv_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, E, x_row, state_r
 
 
 def conv(x, weight, bias, state):
-    """causal_conv1d: x (B, E), a row without gaps, weight (E, 1, K), bias (E), state (B, K-1, E), which is
-    written to → (B, E)."""
+    """causal_conv1d: x (B, E), a row without gaps, weight (E, 1, K), bias (E), state (B, K-1, E),
+    which is written to → (B, E)."""
     B, E = x.shape
     y = torch.empty(B, E, dtype=x.dtype, device=x.device)
     BLOCK = block_of(E, 256)
@@ -283,8 +286,8 @@ def mamba1_kernel(x_ptr, dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, st
 
 
 def mamba1(x, dt, dt_bias, A, B, C, D, z, state):
-    """mamba1_scan: x, dt, z (B, E), B, C (B, N), rows without gaps, dt_bias, D (E), A (E, N), fp32, state (B, N, E)
-    fp32, which is written to → (B, E) of x's dtype."""
+    """mamba1_scan: x, dt, z (B, E), B, C (B, N), rows without gaps, dt_bias, D (E), A (E, N), fp32,
+    state (B, N, E) fp32, which is written to → (B, E) of x's dtype."""
     rows, E = x.shape
     N = A.shape[1]
     y = torch.empty(rows, E, dtype=x.dtype, device=x.device)
@@ -321,8 +324,8 @@ def mamba2_kernel(xBC_ptr, dt_ptr, bias_ptr, A_ptr, D_ptr, state_ptr, y_ptr, H, 
 
 
 def mamba2(xBC, dt, dt_bias, A, D, state, groups):
-    """mamba2_scan: xBC (B, E + 2GN), dt (B, H), rows without gaps, dt_bias, A, D (H) fp32, state (B, H, P, N) fp32,
-    which is written to → (B, H, P) fp32."""
+    """mamba2_scan: xBC (B, E + 2GN), dt (B, H), rows without gaps, dt_bias, A, D (H) fp32, state
+    (B, H, P, N) fp32, which is written to → (B, H, P) fp32."""
     rows, H, P, N = state.shape
     y = torch.empty(rows, H, P, device=xBC.device)
     BLOCK_P = block_of(P, 16)

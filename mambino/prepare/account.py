@@ -4,9 +4,10 @@ judged as a whole.
     account.book(report, account.whole([entry]))       # a source that was read in one
     total = account.settle(tasks, reports)             # one report for all: parts are put together
 
-An entry: {'file', 'kind', 'documents', 'copies', 'dropped', 'taken', 'lost', 'facts', 'notes', 'skip': why it
-could not be read or '', 'suspect': [score, why], 'sample': the text's beginning, 'chars', 'separators',
-'part': None or [number, of how many]; then 'rows': [begin, end] in its task's .rows}.
+An entry: {'file', 'kind', 'documents', 'copies', 'dropped', 'taken', 'lost', 'facts', 'notes',
+'skip': why it could not be read or '', 'suspect': [score, why], 'sample': the text's beginning,
+'chars', 'separators', 'part': None or [number, of how many]; then 'rows': [begin, end] in its
+task's .rows}.
 """
 import json
 import re
@@ -119,8 +120,8 @@ def add(report, more):
 
 
 def settle(tasks, reports):
-    """One report for all tasks, with 'dropped': {key of a task: [(begin, end) of rows]} of the files
-    that turned out bad when all their parts were known.
+    """One report for all tasks, with 'dropped': {key of a task: [(begin, end) of rows]} of the
+    files that turned out bad when all their parts were known.
     """
     total = new_report() | {'dropped': {}}
     parts = []  # (key of the task, entry) of one file

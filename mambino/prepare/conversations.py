@@ -37,8 +37,8 @@ WEIGHTS = 'answers have a weight of 0, and are read only'
 
 
 def role_of(name):
-    """What a role is called here: 'human' is a user, 'gpt' an assistant. One that is not known keeps
-    its name, in which there is nothing but letters, digits and signs between them."""
+    """What a role is called here: 'human' is a user, 'gpt' an assistant. One that is not known
+    keeps its name, in which there is nothing but letters, digits and signs between them."""
     words = ''.join(c if c.isalnum() or c in '_.-' else ' ' for c in name).split()
     return ROLE_OF.get(name.strip().lower()) or ' '.join(words)[:LONGEST_ROLE] or 'unknown'
 
@@ -48,8 +48,9 @@ def is_known(name):
 
 
 def normalised(turns, odd):
-    """[{'role', 'content'}] of (role, content, weight), up to the last answer; None where there is no
-    answer, or it is too long. An answer of weight 0 is read only, and has that weight beside its content.
+    """[{'role', 'content'}] of (role, content, weight), up to the last answer; None where there is
+    no answer, or it is too long. An answer of weight 0 is read only, and has that weight beside its
+    content.
     """
     messages = []
     for name, content, weight in turns:

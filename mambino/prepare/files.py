@@ -26,8 +26,8 @@ class Bomb(Skip):
 
 
 class Notes(list):
-    """What is worth knowing of a file that is taken: lines; and how much of it was read and how much
-    was not, in numbers that the parts of a large file can be summed by.
+    """What is worth knowing of a file that is taken: lines; and how much of it was read and how
+    much was not, in numbers that the parts of a large file can be summed by.
     """
 
     def __init__(self):
@@ -44,7 +44,8 @@ class Notes(list):
 
 def judge(taken, lost):
     """(why a file is better left out or '', lines for its notes) from its Notes.taken and lost. Of
-    parts that lost the same, '... (first: line 7)' and '... (first: line 90)', the first one counts.
+    parts that lost the same, '... (first: line 7)' and '... (first: line 90)', the first one
+    counts.
     """
     bad = sum(lost.values())
     same = {}
@@ -83,8 +84,8 @@ def bomb_of(size):
 
 
 class Limited(io.RawIOBase):
-    """The bytes of an open file that is being unpacked: Bomb where they are more than a file of so many
-    bytes may hold.
+    """The bytes of an open file that is being unpacked: Bomb where they are more than a file of so
+    many bytes may hold.
     """
 
     def __init__(self, f, size):
@@ -216,8 +217,8 @@ def extension_of(path):
 
 
 def packing_of(path):
-    """How a file is packed, by its first bytes: a key of PACKED; '' where it is not. Skip where nobody
-    unpacks that here.
+    """How a file is packed, by its first bytes: a key of PACKED; '' where it is not. Skip where
+    nobody unpacks that here.
     """
     with open(path, 'rb') as f:
         return packing_in(f.read(10), path)

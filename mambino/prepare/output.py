@@ -146,8 +146,8 @@ def take_lock(work):
 
 
 def close_work(work, lock):
-    """Deletes it: first what says that something is done, the lock last, which tells whose the folder is.
-    What cannot be deleted, the next run will find there.
+    """Deletes it: first what says that something is done, the lock last, which tells whose the
+    folder is. What cannot be deleted, the next run will find there.
     """
     done = [JOURNAL, *(name for name in os.listdir(work) if name.endswith('.json')), vocabulary.STAMP]
     for name in [*done, *(set(os.listdir(work)) - {LOCK, *done})]:
@@ -163,8 +163,8 @@ def close_work(work, lock):
 
 
 def publish(work, folder, meta, tok):
-    """Puts the finished dataset in its place, after making sure that it is on the disk. Where the system
-    can, the old one and the new one change places at once, so that there always is one.
+    """Puts the finished dataset in its place, after making sure that it is on the disk. Where the
+    system can, the old one and the new one change places at once, so that there always is one.
     """
     new = os.path.join(work, 'dataset')
     old = os.path.join(work, 'old')
@@ -318,8 +318,8 @@ class Output:
             self.state['sizes'][name] = os.path.getsize(os.path.join(self.folder, name))
 
     def close_half(self, name, base):
-        """Puts the end-of-text id behind a split that is half of one document; it is not learned behind
-        a conversation."""
+        """Puts the end-of-text id behind a split that is half of one document; it is not learned
+        behind a conversation."""
         path = os.path.join(self.folder, name)
         is_learned = not base.get('conversations')
         self.state['learned'][name] += is_learned

@@ -5,8 +5,9 @@
     for result in pool.map_tasks(function, tasks, window=16, in_order=False): ...    # as they come
     pool.stop()
 
-No more tasks than the window holds are under way or waiting to be fetched, so that memory is bounded
-however many there are. A function is one of a module, and its arguments and results can be pickled.
+No more tasks than the window holds are under way or waiting to be fetched, so that memory is
+bounded however many there are. A function is one of a module, and its arguments and results can be
+pickled.
 """
 import collections
 import functools
@@ -48,8 +49,8 @@ def processes():
 
 
 def map_tasks(function, tasks, window, in_order=True):
-    """Yields function(task) for each task, in order or as they are done; at most `window` of them are
-    under way or waiting to be fetched.
+    """Yields function(task) for each task, in order or as they are done; at most `window` of them
+    are under way or waiting to be fetched.
     """
     if _engine == 'local' and _processes == 1:
         yield from map(function, tasks)
@@ -81,7 +82,8 @@ def new_pool(n):
 
 def on_pool(function):
     """(function that starts a task in one of the processes; function that waits for what that
-    returned, for the result; function that waits for the first of several to be done, and returns it)
+    returned, for the result; function that waits for the first of several to be done, and returns
+    it)
     """
     global _pool
     if _pool is None:

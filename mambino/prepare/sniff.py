@@ -124,8 +124,8 @@ def kind_of(kind, path, notes):
 
 
 def known_kind(path):
-    """The kind of a file whose name says nothing; None unless its content surely is of one that is no
-    plain text. An archive may be part of a program, so it is none.
+    """The kind of a file whose name says nothing; None unless its content surely is of one that is
+    no plain text. An archive may be part of a program, so it is none.
     """
     try:
         with open(path, 'rb') as f:
@@ -138,8 +138,8 @@ def known_kind(path):
 
 
 def remedy_for(path):
-    """'a Kindle book: convert it to epub': what a file is and what can be done about it; '' where nothing
-    can.
+    """'a Kindle book: convert it to epub': what a file is and what can be done about it; '' where
+    nothing can.
     """
     try:
         with open_bytes(path) as f:
@@ -234,8 +234,8 @@ def kind_of_zip(path, named):
 
 
 def kind_of_ole(head, path):
-    """'xlsx' for a workbook of Excel before 2007. Skip for the other files of that Office: the names are
-    in their directory.
+    """'xlsx' for a workbook of Excel before 2007. Skip for the other files of that Office: the
+    names are in their directory.
     """
     with open_bytes(path) as f:
         sector = 1 << min(head[30], 16)

@@ -15,10 +15,10 @@ however often and through however many links they lead to a file. So the same fi
 dataset.
 
 A folder that is named is walked for its own sake: neither its name, nor a .gitignore above it, nor
-that it lies in another input changes what is found in it. A link that is named is followed; one that
-is found in a folder is not, for it may lead to anything on this machine. Where it leads to what is
-among the inputs, that is read for its own sake. In Hugging Face's cache the files lie in blobs/, under
-hashes, and the links to them in snapshots/ have their names: those are followed.
+that it lies in another input changes what is found in it. A link that is named is followed; one
+that is found in a folder is not, for it may lead to anything on this machine. Where it leads to
+what is among the inputs, that is read for its own sake. In Hugging Face's cache the files lie in
+blobs/, under hashes, and the links to them in snapshots/ have their names: those are followed.
 """
 import difflib
 import glob
@@ -120,8 +120,8 @@ SAVED_WITH = ('state.json', 'dataset_info.json')  # what Hugging Face's save_to_
 def find(inputs, exclude='', gitignore=True, max_file_mb=256.0):
     """What there is to read in `inputs`: files, folders, patterns, hf: specifications. `exclude`
     holds .gitignore patterns, separated by commas, relative to each folder among them, and adds to
-    JUNK and SECRETS. Returns (list of Source, list of {'file', 'reason'}); a folder that is left out is
-    one entry. Ends the program where an input leads nowhere.
+    JUNK and SECRETS. Returns (list of Source, list of {'file', 'reason'}); a folder that is left
+    out is one entry. Ends the program where an input leads nowhere.
     """
     files = {}    # real path -> spelling
     folders = {}
@@ -279,8 +279,8 @@ def look(path, limit):
 
 
 def last_change(status):
-    """When a file was last changed, in ns. cp -p and rsync bring the time of its content with it, and
-    the one of its entry tells."""
+    """When a file was last changed, in ns. cp -p and rsync bring the time of its content with it,
+    and the one of its entry tells."""
     return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -349,8 +349,8 @@ def is_saved(names):
 
 
 def is_cached(folder, real):
-    """Whether the file at `real` lies in Hugging Face's cache, and `folder` is among the snapshots of the same
-    dataset there. Both are real paths."""
+    """Whether the file at `real` lies in Hugging Face's cache, and `folder` is among the snapshots
+    of the same dataset there. Both are real paths."""
     root, snapshots, _ = (folder + os.sep).rpartition(f'{os.sep}snapshots{os.sep}')
     return bool(snapshots) and os.path.dirname(real) == os.path.join(root, 'blobs') and os.path.isfile(real)
 

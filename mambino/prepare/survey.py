@@ -1,5 +1,5 @@
-"""What the tables among the sources hold, looked at before they are read: the files of a folder choose
-their text column together, and a large one is cut into parts that are read side by side.
+"""What the tables among the sources hold, looked at before they are read: the files of a folder
+choose their text column together, and a large one is cut into parts that are read side by side.
 
     sources, plans, skipped = survey.survey(sources, options)    # a plan for each that is left
 
@@ -27,8 +27,8 @@ FEW = 5           # files of one object each: less are settings
 
 
 def survey(sources, options):
-    """(the sources that can be read, a plan for each of them, [{'file', 'reason'}] of the others). Ends
-    the program where --text_column asks for what none of them has.
+    """(the sources that can be read, a plan for each of them, [{'file', 'reason'}] of the others).
+    Ends the program where --text_column asks for what none of them has.
     """
     found = look_at_all(sources, options)
     decide_singles(sources, found, options)
@@ -96,8 +96,8 @@ def look_apart(kind, path, options):
 # Choosing
 
 def decide_singles(sources, found, options):
-    """A file of one object is a table if there are some of its kind in the folder, each a row, or if
-    it has what --text_column asks for; else it is a text.
+    """A file of one object is a table if there are some of its kind in the folder, each a row, or
+    if it has what --text_column asks for; else it is a text.
     """
     folders = {}
     for i, looked in found.items():

@@ -31,8 +31,8 @@ class Side:
         self.rows = []     # the rows with which they end
 
     def add(self, ids, learned, size, i, last):
-        """ids int32 of the row i, with which a document ends if last; learned: how many of them are; size:
-        bytes of what it says."""
+        """ids int32 of the row i, with which a document ends if last; learned: how many of them
+        are; size: bytes of what it says."""
         self.arrays.append(ids)
         self.tokens += len(ids)
         self.learned += learned
@@ -52,8 +52,8 @@ _tokenizers = {}  # what a task says of it → Tokenizer
 
 def encode(task):
     """The ids of a block. task: folder, key, block; rows: those that are used, and `use`, TRAIN or
-    VAL for each; tokenizer: (path, sha256, what else from_state takes, as JSON); opening,
-    closing: lists of ids before and after each document; cut: None or (number of a row, characters, or
+    VAL for each; tokenizer: (path, sha256, what else from_state takes, as JSON); opening, closing:
+    lists of ids before and after each document; cut: None or (number of a row, characters, or
     messages, in it): where val begins. Returns {TRAIN: Side.result(), VAL: Side.result(), 'kinds':
     tokens by kind, and by side 'bytes', 'learned' tokens, 'talks' and of these 'mended'; 'refused':
     [(kind, characters, why)] of conversations that have no ids}.
@@ -119,9 +119,9 @@ def tokenizer_of(known_by):
 
 
 def talk_ids(tok, messages, closing):
-    """((N,) int32 ids of a conversation as a document of its own, whether what the system says had to be
-    put before the first question): what its template writes, closed as every document is. ValueError
-    says why there are none."""
+    """((N,) int32 ids of a conversation as a document of its own, whether what the system says had
+    to be put before the first question): what its template writes, closed as every document is.
+    ValueError says why there are none."""
     mended = None
     try:
         ids = encode_chat(tok, messages)
@@ -154,8 +154,8 @@ def without_answers(ids, messages):
 # The way back
 
 def readable(tok, ids, begins):
-    """The text of ids, (N,) int32, as a person can read it: with the names of the marks in it. begins:
-    whether they begin a text."""
+    """The text of ids, (N,) int32, as a person can read it: with the names of the marks in it.
+    begins: whether they begin a text."""
     pieces = []
     held = []
     table = tok.table or ()

@@ -1,5 +1,5 @@
-"""A conversation at the terminal: what a line means to the model, by its chat template, is read behind
-what was read before.
+"""A conversation at the terminal: what a line means to the model, by its chat template, is read
+behind what was read before.
 
     talk = Conversation(tok, session, system='Be brief.')
     ids = talk.ids_of('Hello!')         # to be read next
@@ -7,8 +7,8 @@ what was read before.
     talk.answered()                     # and is one of the messages
 
 Where the template leaves earlier messages as they are, nothing is read twice. Where it writes them
-anew, as those do that forget what was thought, all is read anew, which is said once. Where it takes no
-system message, that is put before the question, as prepare.py does with a dataset's.
+anew, as those do that forget what was thought, all is read anew, which is said once. Where it takes
+no system message, that is put before the question, as prepare.py does with a dataset's.
 """
 import sys
 
@@ -18,8 +18,8 @@ from mambino.sample.text import chat_marks, chat_turn
 
 
 def check_chat(tok):
-    """The ids that end an answer. Of a model that was not tuned on conversations that is said; one that
-    cannot have any ends the program in a line."""
+    """The ids that end an answer. Of a model that was not tuned on conversations that is said; one
+    that cannot have any ends the program in a line."""
     if not tok.config.get('chat_template'):
         chat_marks(tok)
         print('note: this model was not tuned on conversations: to it the marks of ChatML mean nothing yet',

@@ -7,7 +7,8 @@ of a text. Nothing is printed here.
     rows.keep([0, 2])                                       # row 1 is done
     rows.advance(ids[[0, 2]])                               # one `step` of the model for the others
 
-Prompts are read with states as they are computed; rows keep theirs in the precision net.state_dtype.
+Prompts are read with states as they are computed; rows keep theirs in the precision
+net.state_dtype.
 
 A row is a state of the model and the logits of its next token; rows come and go between steps, and
 none depends on its neighbours:
@@ -44,11 +45,11 @@ def resized(cache, size):
 
 
 def step(net, idx, state=None, last=False, out=None):
-    """decode.step(net, idx (B, t), state, last, out=out), beyond block_size with a window of that length
-    for a model that has none.
+    """decode.step(net, idx (B, t), state, last, out=out), beyond block_size with a window of that
+    length for a model that has none.
 
-    Rotary positions are relative, so this is what it was trained on; and its state stops growing. An
-    empty state takes t ≤ block_size."""
+    Rotary positions are relative, so this is what it was trained on; and its state stops growing.
+    An empty state takes t ≤ block_size."""
     if state is None and net.initial_state:
         state = net.initial_state(len(idx))
     size = net.config.block_size
@@ -194,8 +195,8 @@ class Rows:
         return ids
 
     def possible(self, scores):
-        """Scores (B, V or more) of the tokenizer's ids, penalized; of a row that still has to spell its
-        prompt only those that can, see healing.py."""
+        """Scores (B, V or more) of the tokenizer's ids, penalized; of a row that still has to spell
+        its prompt only those that can, see healing.py."""
         scores = self.penalized(scores)
         if not any(self.rests):
             return scores
@@ -257,8 +258,8 @@ def generate(net, prompt, num_samples, max_new_tokens, vocab_size, repetition_pe
     """Yields (num_samples,) ids again and again: the next token of each continuation of prompt (T ≥
     1 ids).
 
-    max_new_tokens=0: without end. sampling: see next_token.sample_token. The prompt is read once, its state
-    shared by all samples."""
+    max_new_tokens=0: without end. sampling: see next_token.sample_token. The prompt is read once,
+    its state shared by all samples."""
     rows = Rows(net, vocab_size, repetition_penalty)
     rows.add([prefill(net, prompt)] * num_samples)
     for n in count(1):
@@ -281,8 +282,8 @@ def beam_search(net, prompt, beams, max_new_tokens, vocab_size, is_end, length_p
     now, is better than the worst that ended (transformers' early_stopping=False).
 
     heal: from what prefill returned to what is still to be spelled of the prompt, see healing.py.
-    Tokens that only spell it have their scores as any, but are none of max_new_tokens; and a beam is
-    chosen by how likely the rest is to follow, too."""
+    Tokens that only spell it have their scores as any, but are none of max_new_tokens; and a beam
+    is chosen by how likely the rest is to follow, too."""
     rows = Rows(net, vocab_size, repetition_penalty)
     read = prefill(net, prompt)
     rows.add([read], [heal(read)] if heal else [])
@@ -326,7 +327,8 @@ def token_logits(net, ids, before):
     """Yields (logits (t, V), ids (t,)) of ids, a list, array or tensor, chunk after chunk: what the
     model expects of each after all that stand before it, the first one after the ids `before`.
 
-    With a net.state_dtype token by token, as they are generated: the state is rounded after each."""
+    With a net.state_dtype token by token, as they are generated: the state is rounded after
+    each."""
     ids = torch.as_tensor(ids, dtype=torch.long)
     *read, last = before
     state = kept_as(prefill(net, read)[1], net.state_dtype) if read else None

@@ -1,19 +1,20 @@
-"""The next token on an NVIDIA card by one launch: a CUDA graph of net.step, in place of hundreds of kernels
-that Python starts one after another.
+"""The next token on an NVIDIA card by one launch: a CUDA graph of net.step, in place of hundreds of
+kernels that Python starts one after another.
 
     logits, state = graphs.step(net, idx, state)    # of decode.step, for one token of each row on a card
 
-A card reads the weights of 50M parameters in 0.05 ms; to start its 500 to 1,400 kernels takes Python 3 to
-9. So what a token computes is recorded once on the memory where the state's tensors lie, and replayed:
+A card reads the weights of 50M parameters in 0.05 ms; to start its 500 to 1,400 kernels takes
+Python 3 to 9. So what a token computes is recorded once on the memory where the state's tensors
+lie, and replayed:
 
     state ──► the same memory as before? ──► the first few tokens: kernel by kernel, into that memory
                         │                                  then: recorded, kept by the addresses
                         └──► idx, positions ──► replay ──► logits, the state written to
 
-A graph is good as long as the model is what and where it was, and for any state that lies where its own
-lay. Positions are numbers on the card, so that no kernel's size depends on them (cache.DeviceKVStep); a
-cache that is full grows by net.step, lies elsewhere, and gets a graph of its own. What cannot be recorded
-is said once and computed by net.step from then on.
+A graph is good as long as the model is what and where it was, and for any state that lies where its
+own lay. Positions are numbers on the card, so that no kernel's size depends on them
+(cache.DeviceKVStep); a cache that is full grows by net.step, lies elsewhere, and gets a graph of
+its own. What cannot be recorded is said once and computed by net.step from then on.
 
 Letters of the shapes: B rows, V vocabulary, S cache slots.
 """
@@ -48,7 +49,8 @@ def stream_of(device):
 
 
 class Graph:
-    """The kernels that a function launches, recorded, not run: they read and write where its tensors lie.
+    """The kernels that a function launches, recorded, not run: they read and write where its
+    tensors lie.
 
     pool: of the memory for what is in between; graphs that never run at once share one. Raises what
     the function does, or CUDA if it launches what cannot be recorded."""
@@ -80,8 +82,8 @@ class Graph:
 
 
 def uncached_autocast(device):
-    """The autocast that is on, if one is, without its cache of rounded weights: what is rounded while a
-    graph is recorded is there when it is replayed, and at no other time."""
+    """The autocast that is on, if one is, without its cache of rounded weights: what is rounded
+    while a graph is recorded is there when it is replayed, and at no other time."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False)
@@ -90,8 +92,8 @@ def uncached_autocast(device):
 # --- a token --------------------------------------------------------------------------------------
 
 def compute(net, idx, pos, state, window, out):
-    """One token of each row, idx (B, 1) after positions pos (B,) on the card; the state's tensors are
-    written to → logits (B, 1, V), which are in `out` (B, V) if there is one."""
+    """One token of each row, idx (B, 1) after positions pos (B,) on the card; the state's tensors
+    are written to → logits (B, 1, V), which are in `out` (B, V) if there is one."""
     logits, after = net.step(idx, {**state, 'pos': pos}, window=window)
     for name, tensor in state.items():
         if name != 'pos' and after[name] is not tensor:
@@ -103,8 +105,8 @@ def compute(net, idx, pos, state, window, out):
 
 
 class Token:
-    """A graph of `compute` on the memory of one state, and where it finds tokens and positions. It keeps
-    none of the state's memory alive."""
+    """A graph of `compute` on the memory of one state, and where it finds tokens and positions. It
+    keeps none of the state's memory alive."""
 
     def __init__(self, net, B, state, window, out, device, pool):
         self.idx = torch.zeros(B, 1, dtype=torch.long, device=device)
@@ -132,8 +134,8 @@ class Token:
 # --- rows: what is drawn, and where they lie -------------------------------------------------------
 
 def placed_in(room, parts):
-    """Tensors {name: (B, …)}, copied into the first rows of what the room has of this name, if they fit; the
-    others become the room's. → {name: (B, …)} in the room."""
+    """Tensors {name: (B, …)}, copied into the first rows of what the room has of this name, if they
+    fit; the others become the room's. → {name: (B, …)} in the room."""
     placed, news = {}, []
     for name, new in parts.items():
         old = room.get(name)
@@ -148,8 +150,8 @@ def placed_in(room, parts):
 
 
 class Repeated:
-    """A function that is called again and again on the same memory of a card: a graph, after some times that
-    are none."""
+    """A function that is called again and again on the same memory of a card: a graph, after some
+    times that are none."""
 
     def __init__(self):
         self.key = self.graph = self.given = None
@@ -159,8 +161,9 @@ class Repeated:
         self.is_able = True         # to make a graph
 
     def __call__(self, key, function, given, device):
-        """function(given (B,)), a tensor or None, which is good until the next call. given: of any device, None if
-        it is not asked for. key: all that the function depends on beside it, None if that is different each time."""
+        """function(given (B,)), a tensor or None, which is good until the next call. given: of any
+        device, None if it is not asked for. key: all that the function depends on beside it, None
+        if that is different each time."""
         if key is None or key != self.key:
             self.key, self.graph, self.calls = key, None, 0
             self.given = None if given is None else torch.empty(given.shape, dtype=given.dtype, device=device)
@@ -186,8 +189,8 @@ def layers_of(net):
 
 
 class Request:
-    """What a step is of: settings (B, window, autocast's dtype, whether logits are new), and memory. It keeps
-    none of it alive."""
+    """What a step is of: settings (B, window, autocast's dtype, whether logits are new), and
+    memory. It keeps none of it alive."""
 
     def __init__(self, settings, tensors, slots):
         self.settings = settings
@@ -322,8 +325,8 @@ models = Plans(Graphs)
 
 def step(net, idx, state, window=0, out=None):
     """One token of each row, idx (B, 1), after a state on the card → logits (B, 1, V), state, whose
-    tensors are those that were given, written to; None where that is net.step's. out: (B, V) for the
-    logits, in their precision."""
+    tensors are those that were given, written to; None where that is net.step's. out: (B, V) for
+    the logits, in their precision."""
     if net.training or net.between_layers is not None or torch.is_grad_enabled():
         return None
     try:

@@ -5,18 +5,19 @@
     rows = Rows(net, tok.vocab_size)
     rows.add([prompt], [look_ahead(net, tok, prompt, owed)])    # draws ' main', ' test', …, never '('
 
-A model knows 'def main' as 'def', ' main': in all that it was trained on, no name came after a space
-alone. So the last ids of a prompt are taken back, as many as a token could reach across the prompt's
-end, and their bytes are owed: of the next ids only those can be drawn that spell what is owed, until
-all of it is there.
+A model knows 'def main' as 'def', ' main': in all that it was trained on, no name came after a
+space alone. So the last ids of a prompt are taken back, as many as a token could reach across the
+prompt's end, and their bytes are owed: of the next ids only those can be drawn that spell what is
+owed, until all of it is there.
 
     'def ' ──► 'def', ' ' ──► 'def' is read, b' ' owed ──► ' main': b' ' is spelled, 'main' is new
 
-What is drawn are the sequences of ids whose text goes on with the prompt, and no others, each as likely
-as it is to the model among them. An id that spells all that is owed has the model's probability; one
-that spells a part of it, that times the probability that the rest is spelled behind it, which is looked
-up beforehand: ' ' may be ten times as likely as ' list', but what comes behind it is hardly ever 'list'.
-Temperature, top-k, min-p, top-p choose from these probabilities: what cannot be is taken out before.
+What is drawn are the sequences of ids whose text goes on with the prompt, and no others, each as
+likely as it is to the model among them. An id that spells all that is owed has the model's
+probability; one that spells a part of it, that times the probability that the rest is spelled
+behind it, which is looked up beforehand: ' ' may be ten times as likely as ' list', but what comes
+behind it is hardly ever 'list'. Temperature, top-k, min-p, top-p choose from these probabilities:
+what cannot be is taken out before.
 
 Where an id has no bytes of its own, or a text does not come back from its ids (unknown words, a
 tokenizer that knows small letters only), nothing is taken back.
@@ -76,8 +77,8 @@ class Spelling:
         return owed
 
     def next_ids(self, owed):
-        """Two lists of ids that may come next: those that begin with all that is owed, and those that
-        are a beginning of it behind which the rest can be spelled."""
+        """Two lists of ids that may come next: those that begin with all that is owed, and those
+        that are a beginning of it behind which the rest can be spelled."""
         first, last = self.beginning_with(owed)
         possible = self.possible(owed)
         parts = []
@@ -89,10 +90,11 @@ class Spelling:
 
 
 class Rest:
-    """What is still owed of a prompt at one place: the ids that may come there, and what they leave.
+    """What is still owed of a prompt at one place: the ids that may come there, and what they
+    leave.
 
-    ids (n,) int64. scores (n,): the log of the probability that what is left behind each is spelled as
-    well. following: {id: Rest} of those that leave something."""
+    ids (n,) int64. scores (n,): the log of the probability that what is left behind each is spelled
+    as well. following: {id: Rest} of those that leave something."""
 
     def __init__(self, spelling, owed):
         self.spelling = spelling
@@ -168,11 +170,11 @@ def spelling_of(tok):
 
 
 def take_back(tok, ids, text, keep_one=False):
-    """→ (the ids that are read, the bytes that are owed) of a text's ids; (ids, b'') where nothing is
-    to be healed, or nothing can be.
+    """→ (the ids that are read, the bytes that are owed) of a text's ids; (ids, b'') where nothing
+    is to be healed, or nothing can be.
 
-    ids: they may begin with others than the text's, such as end-of-text, which are never taken back.
-    keep_one: at least one is read."""
+    ids: they may begin with others than the text's, such as end-of-text, which are never taken
+    back. keep_one: at least one is read."""
     ids = list(ids)
     taken = last_words(tok, ids[1:] if keep_one else ids)
     if not taken or not text:

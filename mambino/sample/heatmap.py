@@ -1,5 +1,5 @@
-"""A text in the colours of how little each token was expected, in a file: who points at a token sees what else the
-model thought of.
+"""A text in the colours of how little each token was expected, in a file: who points at a token
+sees what else the model thought of.
 
     heat = Heat(tok, ids, scores)           # scores: of score.token_scores, with top=5
     write_heatmap('book.html', 'book.txt', lines, heat)
@@ -76,8 +76,8 @@ class Heat:
         self.scores = scores                # [(logprob, [(id, logprob), …]), …], of the first ids
 
     def characters(self):
-        """Yields what each token adds to the text. Of a character of several tokens it is the last that has
-        it; the others have nothing."""
+        """Yields what each token adds to the text. Of a character of several tokens it is the last
+        that has it; the others have nothing."""
         stream = self.tok.stream()
         for i in self.ids[:len(self.scores)]:
             yield stream.feed(i)
@@ -94,8 +94,8 @@ class Heat:
             yield f'<span{marked}>{standalone.escaped(characters)}</span>'
 
     def numbers(self):
-        """What the page's script knows: {'tokens': [[id, logprob, id, logprob, …], …], 'names': {id: text}}; the
-        first logprob of each to the last bit of a float32."""
+        """What the page's script knows: {'tokens': [[id, logprob, id, logprob, …], …], 'names':
+        {id: text}}; the first logprob of each to the last bit of a float32."""
         tokens = []
         known = set()
         for i, (logprob, likeliest) in zip(self.ids, self.scores):

@@ -1,4 +1,5 @@
-"""The next token of rows, from what the model gives for it: temperature, top-k, min-p, top-p, and chance.
+"""The next token of rows, from what the model gives for it: temperature, top-k, min-p, top-p, and
+chance.
 
     ids = sample_token(logits, temperature=0.8, top_k=200, generator=generators)    # (B,)
     ids = choose(logits, u, temperature=0.8, top_k=200)     # the same at u (B,), which waits for no card
@@ -43,8 +44,8 @@ def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def chances(logits, temperature, top_k, top_p, min_p):
-    """→ (sums (B, k) of what the candidates' probabilities are in proportion to, their ids (B, k), or None
-    for all). logits (B, V) fp32."""
+    """→ (sums (B, k) of what the candidates' probabilities are in proportion to, their ids (B, k),
+    or None for all). logits (B, V) fp32."""
     index = None
     if 0 < top_k < logits.shape[-1]:
         logits, index = fast_topk(logits, top_k)            # what follows costs k, not V
@@ -108,7 +109,8 @@ def nucleus_candidates(weights, enough):
     """The largest of weights (B, V) in order, at least so many that they sum up to `enough` (B, 1),
     and their indices.
 
-    Sorting all is what a CPU is slow at; those that are not very small do, or mostly some hundred."""
+    Sorting all is what a CPU is slow at; those that are not very small do, or mostly some
+    hundred."""
     if cpu.applies(weights):
         # all that are smaller sum up to half of what may be missing, at most
         least = (weights.sum(-1, keepdim=True) - enough) / (2 * weights.shape[-1])

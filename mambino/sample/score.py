@@ -5,9 +5,9 @@
         for logprob, likeliest in piece: …
 
 The figures are those of train.py's evaluation: of the same text and model the very numbers of
---eval_only. The text is read in windows of block_size tokens, each by itself, and the first token is
-given. A second line has the figures where every token is predicted from all that stands before it,
-behind end-of-text or the ids that begin a text; with a net.state_dtype token by token, as it is
+--eval_only. The text is read in windows of block_size tokens, each by itself, and the first token
+is given. A second line has the figures where every token is predicted from all that stands before
+it, behind end-of-text or the ids that begin a text; with a net.state_dtype token by token, as it is
 generated.
 
     text ──► ids ──► windows ──► nats ──► loss, perplexity, bits/byte
@@ -32,8 +32,8 @@ ROWS = 8                # windows at once
 
 def show_score(net, tok, path, precision, page=''):
     """Prints how well the model predicts a text, as a document of its own, and the tokens that it
-    expected least. precision: the context in which train.py evaluates; page: an HTML file to write, which shows
-    it token by token."""
+    expected least. precision: the context in which train.py evaluates; page: an HTML file to write,
+    which shows it token by token."""
     text = read_text(path, f'score={path}')
     try:
         ids = tok.encode(text).tolist()
@@ -93,8 +93,8 @@ def as_evaluated(net, tok, ids, size):
 
 
 def windows_of(tok, ids, size):
-    """(the ids that are read in windows, how many of them are no targets, the bytes of the others) of
-    the ids of a text of so many bytes."""
+    """(the ids that are read in windows, how many of them are no targets, the bytes of the others)
+    of the ids of a text of so many bytes."""
     opening = tok.opening()
     given = max(1, len(opening))
     sequence = [*opening, *ids]
@@ -104,22 +104,22 @@ def windows_of(tok, ids, size):
 
 
 def token_scores(net, tok, ids, top=0):
-    """Yields lists of (logprob, [(id, logprob), …]), one for each of a text's ids and piece after piece:
-    the id itself and so many likeliest in its place, with all the text before it."""
+    """Yields lists of (logprob, [(id, logprob), …]), one for each of a text's ids and piece after
+    piece: the id itself and so many likeliest in its place, with all the text before it."""
     for logits, targets in token_logits(net, ids, tok.context()):
         yield logprobs_of(logits, targets, top, tok.vocab_size)
 
 
 def total_nats(logprobs):
-    """The nats of all tokens of a text. Rounded once, so that the sum is the same to the last bit however the
-    text came in pieces, and wherever it is shown."""
+    """The nats of all tokens of a text. Rounded once, so that the sum is the same to the last bit
+    however the text came in pieces, and wherever it is shown."""
     return -math.fsum(logprobs)
 
 
 def surprises(net, tok, ids, kept=(), most=0):
-    """(nats of all ids, [(nats, position), …] of those that were expected least), each with all
-    the text before it. kept: a list that gets the token_scores of so many first ids, each with the likeliest in
-    its place."""
+    """(nats of all ids, [(nats, position), …] of those that were expected least), each with all the
+    text before it. kept: a list that gets the token_scores of so many first ids, each with the
+    likeliest in its place."""
     logprobs = array('d')
     began = time.perf_counter()
     for piece in token_scores(net, tok, ids, TOP if most else 0):

@@ -31,8 +31,8 @@ ESCAPES = {r'\n': '\n', r'\t': '\t', r'\\': '\\'}     # in the setting `stop`
 
 def read_text(path, setting):
     """The text of a file, or of standard input for '-', opened as prepare.py opens it; what was
-    guessed or is damaged is said on stderr. What is no text, or has no end, ends the program in a line
-    that begins with `setting`."""
+    guessed or is damaged is said on stderr. What is no text, or has no end, ends the program in a
+    line that begins with `setting`."""
     notes = Notes()
     try:
         if path != '-' and not is_readable(os.stat(path).st_mode):
@@ -71,8 +71,8 @@ def prompts_of(start):
 
 
 def encode_prompt(tok, text, setting='start', begins=True):
-    """Ids of a prompt, see prompt_ids. An empty or unusable text ends the program in a line that names
-    the setting it came from."""
+    """Ids of a prompt, see prompt_ids. An empty or unusable text ends the program in a line that
+    names the setting it came from."""
     if not text:
         fail(f'{setting} is empty: give a prompt, as in --{setting}="Once upon a time"; a newline alone '
              'will do')
@@ -83,9 +83,9 @@ def encode_prompt(tok, text, setting='start', begins=True):
 
 
 def prompt_ids(tok, text, begins=True):
-    """Ids of a prompt; ValueError if the tokenizer has none for it. begins: whether it begins a text,
-    else it goes on with one; <|endoftext|> at its beginning always begins a new one. A text that begins
-    has at least one id."""
+    """Ids of a prompt; ValueError if the tokenizer has none for it. begins: whether it begins a
+    text, else it goes on with one; <|endoftext|> at its beginning always begins a new one. A text
+    that begins has at least one id."""
     ids = tok.bos if begins else []
     if text.startswith('<|endoftext|>'):
         ids = tok.context() if begins else [tok.eot, *tok.opening()]
@@ -112,8 +112,8 @@ def without_mark(prompt):
 
 
 def stops_of(setting):
-    r"""The texts of the setting `stop`: 'a|b' → ['a', 'b'], r'\n' → a newline, r'\|' → a bar, r'\\' → a
-    backslash, '<|end|>' → itself. Bars alone end the program in a line."""
+    r"""The texts of the setting `stop`: 'a|b' → ['a', 'b'], r'\n' → a newline, r'\|' → a bar, r'\\'
+    → a backslash, '<|end|>' → itself. Bars alone end the program in a line."""
     stops = [re.sub(r'\\.', lambda match: ESCAPES.get(match[0], match[0]), part, flags=re.DOTALL)
              for part in split_list(setting, '|', MARK)]
     stops = [stop for stop in stops if stop]
@@ -135,10 +135,10 @@ def chat_marks(tok):
 
 
 def chat_turn(tok, messages, first):
-    """The ids of messages, of which the last waits for an answer, and of the beginning of that; by the
-    chat template of the tokenizer. first: else only of what comes behind the last answer in them, or
-    behind one that is not among them; None where the template writes anew what stands before.
-    ValueError: it refuses them. messages: as chat.py has them, or [(role, text), …]."""
+    """The ids of messages, of which the last waits for an answer, and of the beginning of that; by
+    the chat template of the tokenizer. first: else only of what comes behind the last answer in
+    them, or behind one that is not among them; None where the template writes anew what stands
+    before. ValueError: it refuses them. messages: as chat.py has them, or [(role, text), …]."""
     messages = [message if isinstance(message, dict) else dict(role=message[0], content=message[1])
                 for message in messages]
     if first:
@@ -170,9 +170,9 @@ class Writer:
     """Turns one sample's ids into text, whole characters only, and ends it at end-of-text or before
     a stop string.
 
-    before: ids of what the text continues. owed: bytes behind them that stand in the prompt, but are
-    still to be spelled by ids (healing.py): the text begins behind them. end_ids: ids that end it,
-    besides end-of-text. keep: whether `text` is wanted at the end."""
+    before: ids of what the text continues. owed: bytes behind them that stand in the prompt, but
+    are still to be spelled by ids (healing.py): the text begins behind them. end_ids: ids that end
+    it, besides end-of-text. keep: whether `text` is wanted at the end."""
 
     def __init__(self, tok, stops=(), before=(), end_ids=(), keep=True, owed=b''):
         self.stops = stops

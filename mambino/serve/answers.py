@@ -8,8 +8,8 @@
 
     model's thread ──► Mailbox ──► Answers ──► Choice ──► text and logprobs that are new
 
-The model's thread wakes the event loop once for all that it has sent meanwhile, and a request gets all
-that is there for it at once: what a token costs beside the model is small.
+The model's thread wakes the event loop once for all that it has sent meanwhile, and a request gets
+all that is there for it at once: what a token costs beside the model is small.
 """
 import asyncio
 import weakref
@@ -71,8 +71,8 @@ def mailbox():
 
 
 class Answers:
-    """See the top of the file. deadline: in the event loop's time, when the answers end as they are.
-    streams: tokens are wanted as they come, else when one of the answers is over."""
+    """See the top of the file. deadline: in the event loop's time, when the answers end as they
+    are. streams: tokens are wanted as they come, else when one of the answers is over."""
 
     def __init__(self, scheduler, jobs, deadline, streams=True):
         self.deadline = deadline
@@ -138,8 +138,8 @@ class Answers:
         self.wake.set()
 
     async def events(self):
-        """[(index of the job, event), …] of all that came meanwhile; [] after a silence; None at the
-        end. Gone if the client has."""
+        """[(index of the job, event), …] of all that came meanwhile; [] after a silence; None at
+        the end. Gone if the client has."""
         while not self.is_gone:
             if self.inbox:
                 events, self.inbox = self.inbox, []
@@ -159,8 +159,8 @@ class Answers:
 
 
 class Choice:
-    """One answer while it grows. echo: the text of its prompt if that stands before it. lists: whether
-    its logprobs are wanted. strips: white space at its beginning is none of it."""
+    """One answer while it grows. echo: the text of its prompt if that stands before it. lists:
+    whether its logprobs are wanted. strips: white space at its beginning is none of it."""
 
     def __init__(self, tok, job, echo='', lists=False, strips=False):
         self.echo = echo

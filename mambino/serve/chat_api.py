@@ -2,9 +2,9 @@
 
     curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
-A model that was tuned on conversations has their template in its tokenizer, and is asked by that. A base
-model has none; it gets the conversation as people write one down, goes on behind the last line, and ends
-where it would begin the user's next one:
+A model that was tuned on conversations has their template in its tokenizer, and is asked by that. A
+base model has none; it gets the conversation as people write one down, goes on behind the last
+line, and ends where it would begin the user's next one:
 
     The system message, if there is one.
 
@@ -13,9 +13,9 @@ where it would begin the user's next one:
     User: Sing a song
     Assistant:
 
-A tokenizer that cannot write these names, as one of single characters may, has the contents alone, each
-on a line, and an answer is a line. The conversation is written anew for each request; what the scheduler
-keeps of earlier ones makes that cheap.
+A tokenizer that cannot write these names, as one of single characters may, has the contents alone,
+each on a line, and an answer is a line. The conversation is written anew for each request; what the
+scheduler keeps of earlier ones makes that cheap.
 """
 import asyncio
 import functools
@@ -98,8 +98,8 @@ def question_of(tok, messages, heal, param):
 
 
 def rendered(tok, messages):
-    """ids by the tokenizer's template. Where that takes no system message, it is put before the first
-    question, as prepare.py does with a dataset's, and sample.py with what is typed."""
+    """ids by the tokenizer's template. Where that takes no system message, it is put before the
+    first question, as prepare.py does with a dataset's, and sample.py with what is typed."""
     try:
         return chat.encode_prompt_of(tok, messages)
     except ValueError:

@@ -5,10 +5,11 @@
     edits = Edits(most, vocab_size, device)     # penalties and biases of rows
     scores = edits.applied(scores)
 
-Each row gets the very token that next_token.sample_token draws with its settings from its generator.
-That function takes one setting for all rows. Here rows are in four groups, by what has to be done: the
-likeliest; some likeliest; a nucleus; all. In a group temperatures, min-p and top-p are columns beside the
-rows, and of the likeliest as many are looked up as the row that wants most of them.
+Each row gets the very token that next_token.sample_token draws with its settings from its
+generator. That function takes one setting for all rows. Here rows are in four groups, by what has
+to be done: the likeliest; some likeliest; a nucleus; all. In a group temperatures, min-p and top-p
+are columns beside the rows, and of the likeliest as many are looked up as the row that wants most
+of them.
 
 Letters of the shapes: B rows, n rows of a group, V vocabulary, k candidates.
 """
@@ -42,8 +43,8 @@ class Group:
             self.top_k = torch.tensor([job.top_k for job in jobs], device=device)[:, None]  # (n, 1)
 
     def draw(self, logits, u):
-        """A token for each row of logits (n, V), fp32; u: (n,) of [0, 1), which the likeliest need not → (n,), and
-        whether there was one, (n,). In the order of sample_token."""
+        """A token for each row of logits (n, V), fp32; u: (n,) of [0, 1), which the likeliest need
+        not → (n,), and whether there was one, (n,). In the order of sample_token."""
         if self.way == 'likeliest':
             best, ids = fast_topk(logits, 1)
             return ids[:, 0], best[:, 0].isfinite()
@@ -86,8 +87,8 @@ class Choice:
         self.groups = [Group(way, some, [jobs[row] for row in some], device) for way, some in rows.items()]
 
     def draw(self, scores, generators):
-        """A token for each row of scores (B, V), fp32, each from its own generator → (B,) int64, and
-        whether there was one, (B,) bool."""
+        """A token for each row of scores (B, V), fp32, each from its own generator → (B,) int64,
+        and whether there was one, (B,) bool."""
         return self.pick(scores, self.chances(generators))
 
     def chances(self, generators):
@@ -124,9 +125,9 @@ def way_of(job, vocab_size):
 
 
 class Edits:
-    """What rows do to the scores of ids: divide them (repetition_penalty, of ids in prompt and answer; CTRL,
-    Keskar et al. 2019), take from them (presence, frequency, of ids in the answer so far), add to them
-    (logit_bias). A row that does nothing has ones and zeros."""
+    """What rows do to the scores of ids: divide them (repetition_penalty, of ids in prompt and
+    answer; CTRL, Keskar et al. 2019), take from them (presence, frequency, of ids in the answer so
+    far), add to them (logit_bias). A row that does nothing has ones and zeros."""
 
     def __init__(self, most, vocab_size, device='cpu'):
         self.vocab_size = vocab_size

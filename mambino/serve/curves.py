@@ -1,5 +1,5 @@
-"""What a chart is sent of the numbers of a run: few points of many, and of a run that goes on the new
-ones alone.
+"""What a chart is sent of the numbers of a run: few points of many, and of a run that goes on the
+new ones alone.
 
     feed = Feed(['loss', 'val_loss'], smoothing=0.6)
     feed.update(log)        # (True, [points, points]) at first, and when the file was written anew
@@ -32,8 +32,8 @@ class Smoothing:
 
 
 def thinned(xs, ys, most=POINTS):
-    """[[x, y], …], at most so many: of each stretch its lowest and its highest point, in their order, so
-    that no peak is lost."""
+    """[[x, y], …], at most so many: of each stretch its lowest and its highest point, in their
+    order, so that no peak is lost."""
     n = len(ys)
     if n <= most:
         return [[x, y] for x, y in zip(xs, ys)]
@@ -78,8 +78,8 @@ class Feed:
 
 
 def along(log, name, x):
-    """([x], [values]) of a number over 'step', 'tokens' or 'hours': an evaluation tells its step alone,
-    so between two steps that tell it the way is straight."""
+    """([x], [values]) of a number over 'step', 'tokens' or 'hours': an evaluation tells its step
+    alone, so between two steps that tell it the way is straight."""
     steps, values = log.curve(name)
     if x == 'step':
         return steps, values

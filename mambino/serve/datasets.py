@@ -66,8 +66,8 @@ def meta_of(name):
 
 
 def facts_of(name):
-    """{'name', 'train', 'val', 'documents', 'tokenizer', 'vocab_size', 'bytes', 'sources', 'skipped',
-    'conversations'} of a dataset."""
+    """{'name', 'train', 'val', 'documents', 'tokenizer', 'vocab_size', 'bytes', 'sources',
+    'skipped', 'conversations'} of a dataset."""
     meta = meta_of(name)
     folder = folder_of(name)
     splits = meta['splits']
@@ -102,8 +102,8 @@ def windows(name, n=3, seed=0, length=WINDOW):
 
 
 def lengths(name):
-    """[(the least length, documents), …] of both splits, in powers of two; documents without a token
-    count as of one."""
+    """[(the least length, documents), …] of both splits, in powers of two; documents without a
+    token count as of one."""
     found = []
     for split in ('train', 'val'):
         try:
@@ -130,8 +130,8 @@ class Entry(NamedTuple):
 
 
 def listing(folder):
-    """([Entry, …] of a folder, folders first, without hidden ones; how many more there are). OSError if it
-    cannot be read."""
+    """([Entry, …] of a folder, folders first, without hidden ones; how many more there are).
+    OSError if it cannot be read."""
     entries = []
     with os.scandir(folder) as found:
         for entry in found:

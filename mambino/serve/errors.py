@@ -1,4 +1,5 @@
-"""What a client is told that cannot have what it asked for, in the shape that OpenAI's clients read.
+"""What a client is told that cannot have what it asked for, in the shape that OpenAI's clients
+read.
 
     raise Refused('max_tokens is -1; it must be at least 1', param='max_tokens')    # status 400
     body = await body_of(request)       # a dict; Refused for all that is none
@@ -6,8 +7,8 @@
 
     {"error": {"message": "max_tokens is -1; …", "type": "invalid_request_error", "param": "max_tokens", "code": null}}
 
-The clients try again by themselves after 408, 409, 429 and 5xx: a request that can never be answered is
-refused with 400.
+The clients try again by themselves after 408, 409, 429 and 5xx: a request that can never be
+answered is refused with 400.
 """
 import contextlib
 import gc
@@ -75,8 +76,8 @@ def add_handlers(app):
 
 @contextlib.contextmanager
 def uncollected():
-    """Meanwhile no garbage is looked for: of a body of a million lists that takes ten times as long as to
-    read it, and all others wait."""
+    """Meanwhile no garbage is looked for: of a body of a million lists that takes ten times as long
+    as to read it, and all others wait."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -87,8 +88,8 @@ def uncollected():
 
 
 async def body_of(request):
-    """The JSON object in a request's body; Refused if it is none, or if a text in it holds half of a
-    surrogate pair, which is no character."""
+    """The JSON object in a request's body; Refused if it is none, or if a text in it holds half of
+    a surrogate pair, which is no character."""
     raw = await request.body()
     try:
         with uncollected():

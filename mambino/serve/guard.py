@@ -143,8 +143,8 @@ class Guard:
         return hosts is None or '*' in hosts or name in (*THIS_MACHINE, *hosts) or host.lower() in hosts
 
     def is_same(self, origin, host):
-        """Whether an Origin is this server's own, by its Host header, or as a proxy before it is called. Its
-        port counts: at another one is another server."""
+        """Whether an Origin is this server's own, by its Host header, or as a proxy before it is
+        called. Its port counts: at another one is another server."""
         _, _, place = origin.lower().partition('://')
         return place == host.lower() or place in (self.rules.hosts or ())
 
@@ -265,9 +265,9 @@ async def read_body(receive, headers, most):
 
 
 async def all_of(receive, most):
-    """The bytes of a body; None where they are more than `most`, which are read all the same and kept
-    nowhere: a client that still sends would see that it is cut off, and not why. ClientDisconnect if it
-    leaves."""
+    """The bytes of a body; None where they are more than `most`, which are read all the same and
+    kept nowhere: a client that still sends would see that it is cut off, and not why.
+    ClientDisconnect if it leaves."""
     body = bytearray()
     size = 0
     while True:

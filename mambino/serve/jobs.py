@@ -3,8 +3,8 @@
     prompt = text_prompt(tok, 'Once upon a time', heal=True)
     jobs = jobs_of(served, values, [prompt], count=3, max_tokens=100)       # prompt by prompt, count of each
 
-A text is a prompt as sample.py reads it, and the seeds are sample.py's: number i of a request with a
-seed is what `sample.py --seed=… --num_samples=…` draws for its sample i.
+A text is a prompt as sample.py reads it, and the seeds are sample.py's: number i of a request with
+a seed is what `sample.py --seed=… --num_samples=…` draws for its sample i.
 """
 import random
 from typing import NamedTuple
@@ -83,8 +83,8 @@ def check_listed(values, prompts, count, more):
 
 
 def jobs_of(served, values, prompts, count, **more):
-    """The Jobs of prompts, `count` for each. values: what parameters.read returned; more: fields of all
-    jobs besides."""
+    """The Jobs of prompts, `count` for each. values: what parameters.read returned; more: fields of
+    all jobs besides."""
     check_listed(values, prompts, count, more)
     tok = served.tok
     seed = values.seed
@@ -114,8 +114,8 @@ def jobs_of(served, values, prompts, count, **more):
 
 
 def marks_among(tok, stops):
-    """Ids of the special tokens that are named among texts to stop at: the ids have no text that could
-    be found."""
+    """Ids of the special tokens that are named among texts to stop at: the ids have no text that
+    could be found."""
     if not stops:
         return ()
     marks = marks_in(tok.text, '')

@@ -9,9 +9,10 @@
     start ──► a process of its own session ──► what it says ──► out-mine/train.log
         └──► out-mine/started.json: pid, host, since, command, and where in the log it begins
 
-Who runs is read from files alone, a run's lock and started.json, so that a server that was killed and
-started again sees the same. Names that come from the page make paths nowhere else but in the current
-folder, as out-…, and in data/. What cannot be done is Refused, with a sentence for the person.
+Who runs is read from files alone, a run's lock and started.json, so that a server that was killed
+and started again sees the same. Names that come from the page make paths nowhere else but in the
+current folder, as out-…, and in data/. What cannot be done is Refused, with a sentence for the
+person.
 """
 import glob
 import json
@@ -82,8 +83,8 @@ def exporting(out_dir):
 
 
 def input_path(text):
-    """A path, a pattern or hf:name for prepare.py, as it stands on its command line: never a flag. Refused
-    where nothing is."""
+    """A path, a pattern or hf:name for prepare.py, as it stands on its command line: never a flag.
+    Refused where nothing is."""
     text = text.strip()
     if len(text) > 2 and text[0] == text[-1] and text[0] in '"\'':     # as file managers copy a path
         text = text[1:-1]
@@ -210,8 +211,8 @@ def trainings():
 def start(task, arguments, request=''):
     """Starts a task; returns its record. Refused if it is at work already.
 
-    request: a word that the page makes for each form that it shows; a second click says the same one,
-    and starts nothing."""
+    request: a word that the page makes for each form that it shows; a second click says the same
+    one, and starts nothing."""
     check_words(arguments)
     folder = os.path.dirname(task.log)
     try:

@@ -5,8 +5,8 @@
     server.run(door)                        # until a signal
     server.leave()                          # ends the process, with the status that the signal has
 
-At SIGTERM and Ctrl-C nobody new comes in, at_end() ends what is being answered, the answers say so, and
-the process is free to go a second later.
+At SIGTERM and Ctrl-C nobody new comes in, at_end() ends what is being answered, the answers say so,
+and the process is free to go a second later.
 """
 import asyncio
 import errno
@@ -34,8 +34,8 @@ WAITING = 1024              # connections that the system keeps until they are t
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which waits for ever neither for the rest of a head nor for a client that does not take what
-    is sent to it, and says what is no HTTP in the shape of all errors."""
+    """uvicorn's, which waits for ever neither for the rest of a head nor for a client that does not
+    take what is sent to it, and says what is no HTTP in the shape of all errors."""
 
     timer = None
     write_timer = None
@@ -140,8 +140,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def leave(self):
-        """Ends the process, whatever threads are in the middle of: a step of a model is not waited for,
-        and Python would tear down what they work with."""
+        """Ends the process, whatever threads are in the middle of: a step of a model is not waited
+        for, and Python would tear down what they work with."""
         if self.signal == signal.SIGINT:
             print('\ninterrupted', file=sys.stderr, flush=True)
             self.status = 130

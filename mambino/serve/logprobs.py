@@ -4,9 +4,10 @@
     listing.add(i, logprob)                 # of each token, as the scheduler sends them
     entries = listing.take(len(text))       # those whose text is there, for as_completion, as_chat
 
-Each id has a name that no other has, so that a client can look the chosen token up among the likeliest:
-its text; 'bytes:\\\\xe2\\\\x82' where it is a part of a character; 'token_id:7' where another id has the
-same text. An entry stays back until its text is shown, as the beginning of what may become a stop does.
+Each id has a name that no other has, so that a client can look the chosen token up among the
+likeliest: its text; 'bytes:\\\\xe2\\\\x82' where it is a part of a character; 'token_id:7' where
+another id has the same text. An entry stays back until its text is shown, as the beginning of what
+may become a stop does.
 """
 import functools
 from typing import NamedTuple
@@ -91,8 +92,8 @@ def finite(logprob):
 
 
 def as_completion(tok, entries):
-    """The logprobs of /v1/completions. In each place the chosen token is among the likeliest, as the
-    very same number."""
+    """The logprobs of /v1/completions. In each place the chosen token is among the likeliest, as
+    the very same number."""
     names = names_of(tok)
     tops = []
     for entry in entries:

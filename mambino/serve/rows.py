@@ -12,8 +12,8 @@
     remove(1) [ a  | d  | c  |    |    |  ]     live = 3
 
 The live rows are always the first ones, so that of each number of rows there is one plan (see
-sample/decode.py), on a card one graph, for good: its addresses never change. On a CPU the memory of a
-row is the system's until the row is first used, and that of a cache's slot until then.
+sample/decode.py), on a card one graph, for good: its addresses never change. On a CPU the memory of
+a row is the system's until the row is first used, and that of a cache's slot until then.
 
 Letters of the shapes: R rows, B live rows, S cache slots, V vocabulary.
 """
@@ -32,8 +32,8 @@ PART = 0.8              # of the free memory that rows may take
 
 
 def untouched(shape, dtype, device, large=False):
-    """Zeros; on a CPU none of their memory is taken before it is written to. large: it is taken in large
-    pages then, which are read sooner (see kernels/pages.py)."""
+    """Zeros; on a CPU none of their memory is taken before it is written to. large: it is taken in
+    large pages then, which are read sooner (see kernels/pages.py)."""
     count = math.prod(shape)
     if device.type != 'cpu' or not count:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -107,8 +107,8 @@ class Rows:
         self.prefixes = {}                          # {B: the first B rows of the state}
 
     def has_room(self, tokens):
-        """Whether one more row, of so many tokens at the end, can be added; caches grow for it. What no
-        memory could hold is taken where nothing else is there."""
+        """Whether one more row, of so many tokens at the end, can be added; caches grow for it.
+        What no memory could hold is taken where nothing else is there."""
         if self.live >= self.room:
             return False
         slots = self.slots_for(tokens)

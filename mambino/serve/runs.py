@@ -35,9 +35,11 @@ LARGEST = 1e300         # of a number that can be drawn
 # --- numbers --------------------------------------------------------------------------------------
 
 class Metrics:
-    """The numbers of a metrics.jsonl, which grows; one that a run that goes on has cut is read anew.
+    """The numbers of a metrics.jsonl, which grows; one that a run that goes on has cut is read
+    anew.
 
-    generation: how often it was read anew, by which a reader knows that what it has is of before."""
+    generation: how often it was read anew, by which a reader knows that what it has is of
+    before."""
 
     def __init__(self, path):
         self.path = path
@@ -54,8 +56,8 @@ class Metrics:
         self.generation += 1
 
     def refresh(self):
-        """Reads what was written since; returns whether all was read anew. A last line without its end is
-        left for later."""
+        """Reads what was written since; returns whether all was read anew. A last line without its
+        end is left for later."""
         with self.lock:
             before = self.generation
             try:
@@ -335,8 +337,9 @@ known = {}              # path → (stamp of the file, facts)
 
 
 def facts_of(out_dir):
-    """{'kind', 'parameters', 'step', 'tokens', 'seconds', 'settings', 'is_complete', 'talks', …} of a run's
-    last checkpoint, whose weights stay on the disk; {} if there is none that can be read."""
+    """{'kind', 'parameters', 'step', 'tokens', 'seconds', 'settings', 'is_complete', 'talks', …} of
+    a run's last checkpoint, whose weights stay on the disk; {} if there is none that can be
+    read."""
     for name in ('ckpt.pt', 'best.pt'):
         path = os.path.abspath(os.path.join(out_dir, name))
         try:

@@ -9,12 +9,12 @@
                   │ between its layers                ▲          state and tokens ──► kept
                   └── the running rows have a step ───┘
 
-All live rows have a step at once (batch.py), each draws its own token, and whoever is done
-makes room for the next. What takes longer than a step, a prompt or a function of `call`, is computed as
+All live rows have a step at once (batch.py), each draws its own token, and whoever is done makes
+room for the next. What takes longer than a step, a prompt or a function of `call`, is computed as
 ever, but between its layers the running rows have their turn whenever it took as long as a step of
-theirs: so either side goes on at half of its speed at least, and a token never waits for a whole prompt.
-Where many prompts wait that could all have rows they get more: all begin sooner, and steps together are
-cheaper.
+theirs: so either side goes on at half of its speed at least, and a token never waits for a whole
+prompt. Where many prompts wait that could all have rows they get more: all begin sooner, and steps
+together are cheaper.
 """
 import math
 import queue
@@ -47,8 +47,8 @@ class Stopped(BaseException):
 
 
 class Scheduler:
-    """See the top of the file. context: in which the model computes. out_dir, fingerprint: where sessions
-    are kept, and of which model. turns: shared by the schedulers of several models."""
+    """See the top of the file. context: in which the model computes. out_dir, fingerprint: where
+    sessions are kept, and of which model. turns: shared by the schedulers of several models."""
 
     def __init__(self, net, tok, room, context=None, out_dir='', fingerprint='', turns=None):
         self.net = net
@@ -111,9 +111,9 @@ class Scheduler:
             settle(item[1], error=RuntimeError('the model has stopped'))
 
     def call(self, function):
-        """→ a Future of what function() returns, called in the model's thread between steps. One that is
-        a generator function is gone through, a piece between steps: its value is what it returns. A
-        Future that is cancelled stops it."""
+        """→ a Future of what function() returns, called in the model's thread between steps. One
+        that is a generator function is gone through, a piece between steps: its value is what it
+        returns. A Future that is cancelled stops it."""
         future = Future()
         self.hand_in((function, future))
         return future
@@ -313,8 +313,9 @@ class Scheduler:
             self.mark = None
 
     def note_aside(self):
-        """What was computed beside the rows since the mark, they are owed: as much time, or less where
-        several prompts could have rows, too, and the steps that wait for them are worth more."""
+        """What was computed beside the rows since the mark, they are owed: as much time, or less
+        where several prompts could have rows, too, and the steps that wait for them are worth
+        more."""
         seconds = time.perf_counter() - self.mark
         prompts = min(len(self.waiting) + len(self.readings), self.rows.room - self.rows.live)
         self.owed_seconds += seconds * (min(1, self.rows.live / (RUSH * prompts)) if prompts > 1 else 1)

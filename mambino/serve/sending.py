@@ -6,9 +6,9 @@
     answers.streams? ──► yes: EventStream, events as they come
                      ──► no: collect, shape.whole() when all is there
 
-A shape says what a request's answers look like in one of OpenAI's APIs. A stream begins at once and says
-`: ping` in long silences, so that nobody in between takes the connection for dead; what goes wrong then
-is an event, too.
+A shape says what a request's answers look like in one of OpenAI's APIs. A stream begins at once and
+says `: ping` in long silences, so that nobody in between takes the connection for dead; what goes
+wrong then is an event, too.
 """
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
@@ -58,8 +58,8 @@ def event_of(value, is_long=False):
 
 
 async def opened(library, name, make):
-    """→ (the Served of this name, make(served)); that is made in a thread, since a long text may have to
-    be encoded."""
+    """→ (the Served of this name, make(served)); that is made in a thread, since a long text may
+    have to be encoded."""
     served = await library.fetch(name)
     return served, await run_in_threadpool(make, served)
 

@@ -4,9 +4,10 @@
     kept.add(ids, state, logits)                    # after all of ids
     length, state, logits = kept.longest(ids)       # of those that ids begin with; (0, None, None)
 
-A recurrent state cannot be cut back to an earlier token: what is found is what was kept, at the end of
-a prompt and of an answer. So a conversation is read on from the last answer, and a prompt that is asked
-for again is not read at all. What was used least recently leaves when there is no more room.
+A recurrent state cannot be cut back to an earlier token: what is found is what was kept, at the end
+of a prompt and of an answer. So a conversation is read on from the last answer, and a prompt that
+is asked for again is not read at all. What was used least recently leaves when there is no more
+room.
 """
 import hashlib
 from array import array
@@ -23,8 +24,8 @@ class Entry(NamedTuple):
 
 
 def trimmed(state, window):
-    """A state (1, …) whose caches have no more slots than tokens, if they are no rings; a copy where
-    anything was cut. window: the model's, 0 if it has none."""
+    """A state (1, …) whose caches have no more slots than tokens, if they are no rings; a copy
+    where anything was cut. window: the model's, 0 if it has none."""
     length = int(state['pos'].max())
     if window or not any(is_cache(name) and value.shape[2] > length for name, value in state.items()):
         return state
@@ -51,8 +52,8 @@ class Kept:
         self.bytes = 0
 
     def add(self, ids, state, logits):
-        """Keeps a state after ids, which nobody writes into any more; not one that is larger than all the
-        room there is."""
+        """Keeps a state after ids, which nobody writes into any more; not one that is larger than
+        all the room there is."""
         size = size_of(state, logits) + 200
         if size > self.limit:
             return
@@ -78,8 +79,8 @@ class Kept:
             self.drop(next(iter(self.entries)))
 
     def longest(self, ids):
-        """→ (how many of ids, the state after them, logits): not to be written into; (0, None, None) if
-        none is kept."""
+        """→ (how many of ids, the state after them, logits): not to be written into; (0, None,
+        None) if none is kept."""
         lengths = sorted(length for length in self.lengths if length <= len(ids))
         for key in reversed(list(digests(ids, lengths))):
             if key in self.entries:

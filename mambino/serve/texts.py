@@ -5,9 +5,9 @@
     GET  /tokenizer_info                                → {"eos_token": "<|endoftext|>", …}
     POST /score {"text": "Once upon a time", "top": 5}  → each token's logprob, perplexity, bits/byte
 
-Every one takes `model`. Text is text: no mark written in it becomes an id, but where it is nothing else
-(lm-eval asks so for the id of end-of-text). The numbers of /score are those of `sample.py --score`, to
-the last bit.
+Every one takes `model`. Text is text: no mark written in it becomes an id, but where it is nothing
+else (lm-eval asks so for the id of end-of-text). The numbers of /score are those of `sample.py
+--score`, to the last bit.
 """
 import asyncio
 import functools
@@ -135,8 +135,8 @@ def template_of(tok):
 # --- scores ---------------------------------------------------------------------------------------
 
 async def in_model(request, served, pieces, seconds):
-    """What the generator pieces() returns, which the model's thread goes through between the steps of
-    others. It is given up where the client leaves, or after so many seconds."""
+    """What the generator pieces() returns, which the model's thread goes through between the steps
+    of others. It is given up where the client leaves, or after so many seconds."""
     def work():
         generator = pieces()
         while True:
@@ -168,8 +168,8 @@ async def leaving(request):
 
 
 def scores(served, ids, top, text):
-    """A generator: of a text's ids [(logprob, [(id, logprob), …]), …], each with all the text before
-    it, and (nats, how many targets, their bytes) in windows, as train.py evaluates."""
+    """A generator: of a text's ids [(logprob, [(id, logprob), …]), …], each with all the text
+    before it, and (nats, how many targets, their bytes) in windows, as train.py evaluates."""
     net, tok = served.net, served.tok
     tokens = []
     for piece in token_scores(net, tok, ids, top):

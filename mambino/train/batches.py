@@ -11,8 +11,8 @@ is a pure function of (seed, s): step i takes sequences i*S to (i+1)*S - 1, and 
 step knows the data. A resumed run needs no loader state, and any number of processes that share the
 S sequences among them see, together, the same batch.
 
-A token stored as −1 − id is read as id and not learned, a prompt before its answer: where it is a target it does not
-count.
+A token stored as −1 − id is read as id and not learned, a prompt before its answer: where it is a
+target it does not count.
 
 A mixture deals these sequence numbers out to its datasets, in rounds of 10,000 that hold exactly
 each one's share in a shuffled order. The n-th that falls to a dataset is its own sequence number n:
@@ -50,8 +50,8 @@ class Changed(Exception):
 @dataclass
 class Dataset:
     """Its files are what they were when they were opened first: other ones that take their names
-    are not read, and what is written into them is Changed. A touch, or the very same text put back, is
-    no change."""
+    are not read, and what is written into them is Changed. A touch, or the very same text put back,
+    is no change."""
     name: str                       # as --dataset says it: the folder in data/, or its path
     paths: dict                     # split → file
     dtype: str                      # of the files
@@ -93,8 +93,8 @@ class Dataset:
         return {self.name: n * block_size / max(1, self.tokens['train'])}
 
     def read(self, split):
-        """The tokens of a split. Mapped anew each time: a memmap that stays keeps every page it ever
-        read. Changed if somebody has written into the file."""
+        """The tokens of a split. Mapped anew each time: a memmap that stays keeps every page it
+        ever read. Changed if somebody has written into the file."""
         if not self.tokens[split]:
             return np.zeros(0, self.dtype)
         if split not in self.files:
@@ -108,8 +108,8 @@ class Dataset:
         return np.memmap(self.files[split][0], dtype=self.dtype, mode='r')
 
     def is_same_text(self, split):
-        """Whether the file at a split's path, which has another stamp than the one that is read, has its
-        very bytes: then it is read from here on."""
+        """Whether the file at a split's path, which has another stamp than the one that is read,
+        has its very bytes: then it is read from here on."""
         path, digest = self.paths[split], self.digests.get(split, '')
         try:
             stamp = stamp_of(path)
@@ -157,8 +157,8 @@ class Dataset:
         return sizes if self.tokenizer.table else None
 
     def check(self, ids, split):
-        """The lowest number of these ids, below 0 where some are not learned. Ends the program if an id
-        is not in the vocabulary."""
+        """The lowest number of these ids, below 0 where some are not learned. Ends the program if
+        an id is not in the vocabulary."""
         if not len(ids):
             return 0
         lowest, highest = int(ids.min()), int(ids.max())
@@ -321,8 +321,8 @@ def newest_dataset(root='data'):
 
 def open_dataset(text, vocab_size=0, dtype='int32', root='data'):
     """The dataset data/<text>, or the folder `text`, or a mixture of such: 'code:0.6,docs:0.4' (any
-    weights above 0), or 'code,docs' (as much of each as it has tokens, as if they were one). A comma
-    in a name is written as \\,. Whatever is wrong ends the program in a line."""
+    weights above 0), or 'code,docs' (as much of each as it has tokens, as if they were one). A
+    comma in a name is written as \\,. Whatever is wrong ends the program in a line."""
     items = [(text, None)]
     # else a folder may have any name
     if not os.path.isdir(os.path.join(root, text)) and not os.path.isdir(text):

@@ -6,8 +6,8 @@
 
     metrics.jsonl ──► lines ──► [(x, y), …] ──► thinned ──► Frame ──► SVG
 
-Nothing is needed but Python, and torch is not imported: a curve is there at once, also of a run that is
-still being trained.
+Nothing is needed but Python, and torch is not imported: a curve is there at once, also of a run
+that is still being trained.
 """
 import math
 from typing import NamedTuple
@@ -20,8 +20,8 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 20, 20, 50       # margins of a picture
 # --- reading --------------------------------------------------------------------------------------
 
 def read_lines(path):
-    """([the values of each line, {'step': …}], how many lines could not be read) of a log. OSError if it
-    is not there."""
+    """([the values of each line, {'step': …}], how many lines could not be read) of a log. OSError
+    if it is not there."""
     with open(path, 'rb') as f:
         lines = f.read().split(b'\n')
     sound = []
@@ -50,8 +50,8 @@ def mean(values):
 
 
 def thinned(points, most, join=mean):
-    """At most so many points: each stands for neighbours, at the mean of their x. join: what becomes of
-    their y, as max."""
+    """At most so many points: each stands for neighbours, at the mean of their x. join: what
+    becomes of their y, as max."""
     if len(points) <= most:
         return points
     joined = []
@@ -62,8 +62,8 @@ def thinned(points, most, join=mean):
 
 
 def bounds(curves):
-    """((least x, greatest x), (least y, greatest y)) of all points of some curves; of the highest values
-    those of a beginning are left out of sight where they would press the rest flat."""
+    """((least x, greatest x), (least y, greatest y)) of all points of some curves; of the highest
+    values those of a beginning are left out of sight where they would press the rest flat."""
     xs = [at for points in curves for at, _ in points]
     ys = sorted(value for points in curves for _, value in points)
     low, high = ys[0], ys[-1]

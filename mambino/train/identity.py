@@ -28,8 +28,8 @@ STRETCHES = 1024
 
 
 def identity_of(data):
-    """[{'name', 'weight', 'train', 'val'}] of each dataset in `data`, the last two hex digests, by which
-    it knows its own files again."""
+    """[{'name', 'weight', 'train', 'val'}] of each dataset in `data`, the last two hex digests, by
+    which it knows its own files again."""
     parts = []
     for part, weight in zip(data.parts, data.weights):
         part.digests = {split: digest(part, split) for split in ('train', 'val')}
@@ -38,8 +38,8 @@ def identity_of(data):
 
 
 def digest(part, split):
-    """The sha256 of a .bin, or what stands for it. A file that is not the one its meta.json speaks of
-    ends the program in a line."""
+    """The sha256 of a .bin, or what stands for it. A file that is not the one its meta.json speaks
+    of ends the program in a line."""
     told = told_digest(part.meta, split)
     ids = part.read(split)
     if ids.nbytes > WHOLE:
@@ -115,8 +115,9 @@ def same_text(parts, root='data'):
 
 
 def require_same_text(ckpt, data, settings, is_named):
-    """Ends the program if a run would go on with other text than before, and nobody said so. ckpt: of
-    the run. settings: all of train.py's. is_named: whether the command line names the dataset."""
+    """Ends the program if a run would go on with other text than before, and nobody said so. ckpt:
+    of the run. settings: all of train.py's. is_named: whether the command line names the
+    dataset."""
     out_dir, latest = settings['out_dir'], latest_of(settings['out_dir'])
     name, old_name = data.name, ckpt['settings']['dataset']
     known = known_parts(ckpt)
@@ -156,8 +157,8 @@ def record(data, settings):
 
 
 def measure_changes(ckpt, now):
-    """Why the losses of a checkpoint cannot be compared with those to come, in words; [] if they can.
-    now: as `record` gives it."""
+    """Why the losses of a checkpoint cannot be compared with those to come, in words; [] if they
+    can. now: as `record` gives it."""
     then = ckpt.get('data')
     parts = known_parts(ckpt)
     if parts is None:           # of an older version, which counted batches

@@ -5,8 +5,9 @@ is computed.
     loader.seek(tokens_seen, micro_batch=8)     # the step after so many tokens: 4 micro-batches
     x, y, weight = loader.next()                # (8, T) each; how much their mean loss counts
 
-Where some tokens are not learned, micro-batches have different numbers of targets. The weights make the sum of their
-losses, and so the gradient, that of all targets of a step alike, however it is cut; where all are learned they are 1.
+Where some tokens are not learned, micro-batches have different numbers of targets. The weights make
+the sum of their losses, and so the gradient, that of all targets of a step alike, however it is
+cut; where all are learned they are 1.
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,8 +37,8 @@ class Loader:
         self.coming = self.thread.submit(self.fetch, self.step_start, self.offset)
 
     def next(self):
-        """x, y (micro_batch, T) int64 on the device, and the weight of their loss; begins to fetch those
-        that come after."""
+        """x, y (micro_batch, T) int64 on the device, and the weight of their loss; begins to fetch
+        those that come after."""
         batch = self.coming.result()
         self.offset += self.micro_batch
         if self.offset == self.sequences:

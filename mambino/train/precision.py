@@ -1,5 +1,5 @@
-"""The precision that a run trains in. Where `dtype` leaves it to a CPU it is measured, with the very
-model, before the run begins:
+"""The precision that a run trains in. Where `dtype` leaves it to a CPU it is measured, with the
+very model, before the run begins:
 
     choose(settings, explicit, origin, net)     # settings['dtype'] is float32, bfloat16 or float16 then
 
@@ -8,7 +8,8 @@ model, before the run begins:
 
 No rule would do: whether 16 bits are worth it depends on the processor (AMX, AVX512-BF16 or
 neither), on how wide the model's products are, and on the kernels between them. A GPU computes in
-what its hardware has; a run that goes on keeps its precision, or it would not end with the same bits.
+what its hardware has; a run that goes on keeps its precision, or it would not end with the same
+bits.
 """
 import time
 from contextlib import contextmanager
@@ -34,9 +35,9 @@ SLOWER = 1.25       # times slower than another precision: worth a note where a 
 
 
 def choose(settings, explicit, origin, net):
-    """Gives train.py's setting `dtype` its value if it was left to the machine, and says what is worth
-    knowing. origin: as begin.find_origin returned it. net: as begin.build_model did, on the CPU; it
-    stays as it is, and so do the random numbers."""
+    """Gives train.py's setting `dtype` its value if it was left to the machine, and says what is
+    worth knowing. origin: as begin.find_origin returned it. net: as begin.build_model did, on the
+    CPU; it stays as it is, and so do the random numbers."""
     device, dtype = settings['device'], settings['dtype']
     is_measured = device == 'cpu' and not settings['eval_only'] and not is_soon_done(settings, net)
     if dtype == 'auto':
@@ -80,8 +81,8 @@ def faster(ratio):
 
 
 def note_if_slower(settings, origin, net):
-    """A word where a run was begun on another processor, and the precision it keeps is the slower one
-    here."""
+    """A word where a run was begun on another processor, and the precision it keeps is the slower
+    one here."""
     processor = origin.ckpt['metadata'].get('processor')
     is_elsewhere = processor and processor != machine.processor_name()
     if not processes.summed(bool(processes.RANK == 0 and is_elsewhere))[0]:     # as the first process sees it
@@ -145,8 +146,8 @@ def measure(net, T, sequences):
 
 
 def preemptions():
-    """How often a thread of this process had to leave its core to another program; 0 where the system
-    does not say."""
+    """How often a thread of this process had to leave its core to another program; 0 where the
+    system does not say."""
     try:
         from resource import RUSAGE_SELF, getrusage
         return getrusage(RUSAGE_SELF).ru_nivcsw

@@ -2,8 +2,9 @@
 
     net = build_with('gpt', config, weights)        # ValueError says what does not fit
 
-A config is a few numbers, and a model of its sizes may need more memory and time than any machine has.
-So the names and shapes of its parameters, which take no memory, are first compared with the weights.
+A config is a few numbers, and a model of its sizes may need more memory and time than any machine
+has. So the names and shapes of its parameters, which take no memory, are first compared with the
+weights.
 """
 import torch
 from torch.overrides import TorchFunctionMode
@@ -40,8 +41,8 @@ def check_fit(kind, config, weights, quantized=''):
 
 
 def parameters_of(kind, config, weights, quantized=''):
-    """{name: tensor without memory} of such a model. ValueError where the config cannot be, or is of
-    other layers than the weights."""
+    """{name: tensor without memory} of such a model. ValueError where the config cannot be, or is
+    of other layers than the weights."""
     layers = {name.partition('.layers.')[2].partition('.')[0] for name in weights if '.layers.' in name}
     n_layer = MODELS[kind][1](**config).n_layer
     if n_layer != len(layers):
@@ -62,8 +63,8 @@ def model_of_shapes(kind, config, quantized=''):
 
 
 class Undrawn(TorchFunctionMode):
-    """Within, nothing is drawn, nor computed of what was: for some of it torch imports its compiler, where
-    tensors have no memory, which takes seconds."""
+    """Within, nothing is drawn, nor computed of what was: for some of it torch imports its
+    compiler, where tensors have no memory, which takes seconds."""
     SAME_SHAPE = {
         'normal_', 'uniform_', 'kaiming_uniform_', 'exp', 'expm1', 'log', 'log_', 'clamp', 'mul', 'add', 'neg', 'div_'}
 

@@ -1,5 +1,5 @@
-"""A CUDA card that is pretended: tensors say they are on cuda:0 and take every CUDA branch of a program, and are
-computed by the CPU.
+"""A CUDA card that is pretended: tensors say they are on cuda:0 and take every CUDA branch of a
+program, and are computed by the CPU.
 
     @on_card                                            # of helpers.card_process: in a process of its own
     def test_a_step_waits_for_nothing():
@@ -12,16 +12,17 @@ computed by the CPU.
             assert card.launches < 100                  # kernels started; the replay of a graph is one
             assert card.peak_bytes < 2**30              # of what is alive on the card, in blocks of 512 bytes
 
-What it finds: tensors of two devices, operations that CUDA lacks, unequal dtypes, where the host waits for the
-card, other numbers than the CPU's in code that only CUDA runs, what is read before its copy has come, what a graph
-cannot capture. What it cannot: kernels, their speed, Triton, the compiler (a compiled function is the function itself),
-streams that race, what is freed under a graph. With inner='meta' tensors have no memory and no numbers: for large
-models.
+What it finds: tensors of two devices, operations that CUDA lacks, unequal dtypes, where the host
+waits for the card, other numbers than the CPU's in code that only CUDA runs, what is read before
+its copy has come, what a graph cannot capture. What it cannot: kernels, their speed, Triton, the
+compiler (a compiled function is the function itself), streams that race, what is freed under a
+graph. With inner='meta' tensors have no memory and no numbers: for large models.
 
     program ──► Card.run: every operation ──► rules (card_rules.py), fused kernels (card_fused.py) ──► a CPU tensor
                      └─► waits, launches, bytes (card_memory.py), graphs (card_graph.py)
 
-card_device.py gives torch the device, card_torch.py changes what of torch asks for a card of its own.
+card_device.py gives torch the device, card_torch.py changes what of torch asks for a card of its
+own.
 """
 import collections
 import contextlib
@@ -115,8 +116,8 @@ class Card:
             fault(name)
 
     def plant(self, error, operation=None, nth=1, is_lost=False):
-        """The nth launch from now on, of this operation only if it is named, raises an error. is_lost: from then on
-        whatever is asked of the card fails."""
+        """The nth launch from now on, of this operation only if it is named, raises an error.
+        is_lost: from then on whatever is asked of the card fails."""
         left = nth
 
         def fault(name):
@@ -363,8 +364,9 @@ class Through(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretended(gigabytes=12, capability=(8, 6), name='NVIDIA GeForce RTX 3060', inner='cpu', compiles=True):
-    """Within, torch has one card, of these GiB; yields the Card. inner: 'cpu', or 'meta' for tensors without memory, of
-    which every number is 1. compiles: torch.compile gives back what it is given; else it fails as without Triton."""
+    """Within, torch has one card, of these GiB; yields the Card. inner: 'cpu', or 'meta' for
+    tensors without memory, of which every number is 1. compiles: torch.compile gives back what it
+    is given; else it fails as without Triton."""
     card_device.install()
     card = Card(gigabytes, capability, name, inner, compiles)
     before, card_tensor.current = card_tensor.current, card

@@ -1,7 +1,9 @@
-"""What is one kernel on a card and has none on a CPU, in CPU tensors: by torch.ops.aten's names and arguments.
+"""What is one kernel on a card and has none on a CPU, in CPU tensors: by torch.ops.aten's names and
+arguments.
 
-So that a program on a pretended card keeps for its backward pass what it keeps on a real one, and as many kernels
-start. Letters of the shapes: B batch, H heads, T queries, S keys, P head size; of experts: E experts, n rows.
+So that a program on a pretended card keeps for its backward pass what it keeps on a real one, and
+as many kernels start. Letters of the shapes: B batch, H heads, T queries, S keys, P head size; of
+experts: E experts, n rows.
 """
 import math
 
@@ -112,8 +114,9 @@ def rms_norm_backward(grad, x, shape, rstd, weight, mask):
 # --- experts --------------------------------------------------------------------------------------
 
 def grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
-    """a (n, D) by rows, b (E, D, M): rows up to offs[e] by b[e] → (n, M); a (D, n), b (n, M): the columns of each
-    group by its rows → (E, D, M). As CUDA's kernel it takes bf16, and strides of 16 bytes."""
+    """a (n, D) by rows, b (E, D, M): rows up to offs[e] by b[e] → (n, M); a (D, n), b (n, M): the
+    columns of each group by its rows → (E, D, M). As CUDA's kernel it takes bf16, and strides of 16
+    bytes."""
     if not a.dtype == b.dtype == torch.bfloat16:
         raise RuntimeError(f'Expected bfloat16 for grouped_mm, got {a.dtype} and {b.dtype}')
     if offs.dtype != torch.int32:

@@ -1,4 +1,5 @@
-"""CUDA graphs of a pretended card: what is captured is noted and not done; a replay does it again, in the same tensors.
+"""CUDA graphs of a pretended card: what is captured is noted and not done; a replay does it again,
+in the same tensors.
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -6,9 +7,9 @@
     x.copy_(tokens)                     # into the memory that was captured
     graph.replay()                      # one launch; now y is that of these tokens
 
-Errors as on a card are a capture that waits for the card, that reads the CPU's pageable memory, or that is made on the
-default stream. A replay that reads memory which the program has freed is an error here; a card would read whatever is
-there now.
+Errors as on a card are a capture that waits for the card, that reads the CPU's pageable memory, or
+that is made on the default stream. A replay that reads memory which the program has freed is an
+error here; a card would read whatever is there now.
 """
 import contextlib
 
@@ -41,8 +42,8 @@ def all_of(storage, like):
 
 
 def uses(key):
-    """How many tensors there are of the storage at this address, whose Python object counts as one in some versions
-    of torch."""
+    """How many tensors there are of the storage at this address, whose Python object counts as one
+    in some versions of torch."""
     one = torch.empty(0)
     own = torch._C._storage_Use_Count(one.untyped_storage()._cdata) - 1
     return torch._C._storage_Use_Count(key) - own

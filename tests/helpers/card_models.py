@@ -1,5 +1,5 @@
-"""Small models of every kind, trained for some steps and asked for some tokens, on any device: what they give on a
-pretended card must be what a CPU gives.
+"""Small models of every kind, trained for some steps and asked for some tokens, on any device: what
+they give on a pretended card must be what a CPU gives.
 
     assert_as_on_a_cpu('gpt', dtype='bfloat16')
 """
@@ -129,8 +129,9 @@ LOGITS = {'float32': 2e-5, 'bfloat16': 0.05, 'float16': 0.03, 'muon': 1e-3}
 
 def assert_as_on_a_cpu(name, dtype='float32', capability=(8, 6), compiles=True, may_wait=(), prepare=None,
                        notes=(), **options):
-    """Losses and logits are a CPU's; products are of the precision; the host waits in training at places that begin
-    so, alone; of others' kernels those are left out that are named in notes. prepare: is called with the card."""
+    """Losses and logits are a CPU's; products are of the precision; the host waits in training at
+    places that begin so, alone; of others' kernels those are left out that are named in notes.
+    prepare: is called with the card."""
     expected = run(name, 'cpu', **options)
     with pretended(capability=capability, compiles=compiles) as card:
         if prepare:

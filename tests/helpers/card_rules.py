@@ -1,5 +1,5 @@
-"""What a card does with each of torch's operations: which of them it has, where the host waits for it, how many kernels
-start.
+"""What a card does with each of torch's operations: which of them it has, where the host waits for
+it, how many kernels start.
 
     operation = describe(torch.ops.aten.add_.Tensor)    # an Operation, the same one each time
 """
@@ -35,9 +35,10 @@ ANYWHERE = {'aten', 'prims', 'higher_order', 'profiler'}
 
 @dataclass(frozen=True)
 class Operation:
-    """name: without its overload. is_view: what it returns lies in what it is given. writes: (index, name) of the
-    arguments it writes to. returns_written: it returns those. made_of: the Python function that it is, of
-    torch.library.custom_op; None of torch's own. is_missing: CUDA does not have it."""
+    """name: without its overload. is_view: what it returns lies in what it is given. writes:
+    (index, name) of the arguments it writes to. returns_written: it returns those. made_of: the
+    Python function that it is, of torch.library.custom_op; None of torch's own. is_missing: CUDA
+    does not have it."""
     function: object
     name: str
     is_view: bool

@@ -1,8 +1,9 @@
 """Runs of the scripts in processes of their own, made in a tenth of the time.
 
-A process that has imported what a script imports, torch most of all, forks one or more for each run: python alone would
-take a second for prepare.py and three for train.py, torchrun six. A process that is to be killed or told to stop does
-it to itself, at a place of the program and not at a time of the clock: it executes some statements before it begins.
+A process that has imported what a script imports, torch most of all, forks one or more for each
+run: python alone would take a second for prepare.py and three for train.py, torchrun six. A process
+that is to be killed or told to stop does it to itself, at a place of the program and not at a time
+of the clock: it executes some statements before it begins.
 """
 import atexit
 import functools
@@ -95,9 +96,9 @@ def server(script):
 
 
 def run(script, folder, argv, before='', world=1, port=0):
-    """So many processes run a script in a folder, each after the statements `before`, which know `rank`. port: of the
-    TCPStore where they meet, as those that torchrun starts. Returns (their exit statuses, what they said: [out, err] of
-    the first, and so on)."""
+    """So many processes run a script in a folder, each after the statements `before`, which know
+    `rank`. port: of the TCPStore where they meet, as those that torchrun starts. Returns (their
+    exit statuses, what they said: [out, err] of the first, and so on)."""
     process = server(script)
     with tempfile.TemporaryDirectory() as texts:
         job = [str(folder), texts, {**os.environ, **ENVIRONMENT}, port, world, argv, before]

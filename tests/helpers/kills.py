@@ -1,5 +1,5 @@
-"""prepare.py in a process that is forked from this one, which costs a fraction of a second; killed, or without
-room on the disk, at the n-th change that it makes to the file system.
+"""prepare.py in a process that is forked from this one, which costs a fraction of a second; killed,
+or without room on the disk, at the n-th change that it makes to the file system.
 
     python tests/helpers/kills.py        # at every change, in a folder of its own
 """
@@ -46,8 +46,8 @@ def forked(folder, argv, before=lambda: None):
 
 
 def at_change(n, act):
-    """A function for `before`: from the n-th change to the file system on, act() is called in its place; if that is
-    interrupt(), at the n-th alone.
+    """A function for `before`: from the n-th change to the file system on, act() is called in its
+    place; if that is interrupt(), at the n-th alone.
     """
     count = [0]
 
@@ -115,8 +115,9 @@ def prepare_inputs(folder):
 
 
 def try_change(folder, states, before, wanted, n, act):
-    """data/x is of the folder `before`, and is to be of `wanted`; that is stopped at its n-th change. Then data/x is
-    whole, and the same command makes it that of `wanted`. Returns whether there were as many changes."""
+    """data/x is of the folder `before`, and is to be of `wanted`; that is stopped at its n-th
+    change. Then data/x is whole, and the same command makes it that of `wanted`. Returns whether
+    there were as many changes."""
     argv = [wanted, '--out=x', '--tokenizer=byte']
     status, said = forked(folder, argv, at_change(n, act))
     now = state_of(os.path.join(folder, 'x'))

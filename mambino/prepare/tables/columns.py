@@ -102,8 +102,8 @@ def usually(profile, candidates):
 
 
 def best_of(named, candidates):
-    """[the first of some names with a third of the words that the best one has]; None where it holds
-    no more than a word or two, and another column is prose.
+    """[the first of some names with a third of the words that the best one has]; None where it
+    holds no more than a word or two, and another column is prose.
     """
     named = [name for name in named if not is_category(candidates[name], 0.02)]
     if not named:
@@ -136,8 +136,8 @@ def paired_by(suffix, profile, candidates):
     by_name = {name.lower().removesuffix(suffix): name for name in ending}
 
     def get(name, also=None):
-        """The column that is called so, if it has text, or nothing at all so far; `also`: or if that
-        is true of it.
+        """The column that is called so, if it has text, or nothing at all so far; `also`: or if
+        that is true of it.
         """
         column = by_name.get(name)
         if column is None:
@@ -175,8 +175,8 @@ def paired_by(suffix, profile, candidates):
 
 
 def empty(profile, candidates):
-    """[a column with one of COLUMNS for its name that has nothing in it]: this table has no text yet,
-    rather than one elsewhere.
+    """[a column with one of COLUMNS for its name that has nothing in it]: this table has no text
+    yet, rather than one elsewhere.
     """
     named = by_rank(profile, COLUMNS)
     return next(([name] for name in named if not profile[name]['text'] and not profile[name]['other']), None)
@@ -216,8 +216,8 @@ def by_rank(candidates, names):
 
 
 def ends_as_usual(name):
-    """Whether the last word of a name is one of COLUMNS: review_text, pageContent, meta.body; and it is
-    not the text of a choice.
+    """Whether the last word of a name is one of COLUMNS: review_text, pageContent, meta.body; and
+    it is not the text of a choice.
     """
     words = [word.lower() for word in re.findall(r'[A-Z]?[a-z]+|[A-Z]+', name)]
     return bool(words) and words[-1] in COLUMNS and not CHOICES & {*words[:-1]}
@@ -265,9 +265,9 @@ def inner_names(profile):
 # What a person asks for
 
 def wanted(profile, setting):
-    """(names of the columns that --text_column=... names, '') or (None, why not). A column of exactly
-    that name comes first, then several with commas between them; small and capital letters may
-    differ.
+    """(names of the columns that --text_column=... names, '') or (None, why not). A column of
+    exactly that name comes first, then several with commas between them; small and capital letters
+    may differ.
     """
     if setting == AS_IT_STANDS:
         return [setting], ''
@@ -318,8 +318,8 @@ def add_all(profiles):
 # The files of a folder
 
 def choose_together(profiles):
-    """{key: (columns, why not)} for the profiles of files that lie together, {key: profile}: the best
-    columns of them all, for those that have them; then those of the files that are left.
+    """{key: (columns, why not)} for the profiles of files that lie together, {key: profile}: the
+    best columns of them all, for those that have them; then those of the files that are left.
     """
     choices = {}
     left = dict(profiles)

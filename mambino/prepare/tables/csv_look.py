@@ -39,8 +39,8 @@ def may_be_json(path):
 
 
 def look_in_text(path, options):
-    """look() for a file that is called a text: None unless it begins with names of columns, one of them
-    usual for a text, and rows that fit below.
+    """look() for a file that is called a text: None unless it begins with names of columns, one of
+    them usual for a text, and rows that fit below.
     """
     try:
         with open_bytes(path) as f:
@@ -61,8 +61,8 @@ def look_in_text(path, options):
 
 
 def look(path, options):
-    """{'kind', 'format', 'plan', 'facts', 'profile', 'rows'} of a csv file, as json_look.look has them;
-    of one that is no table a plan to read it as a text. Skip for one that cannot be read.
+    """{'kind', 'format', 'plan', 'facts', 'profile', 'rows'} of a csv file, as json_look.look has
+    them; of one that is no table a plan to read it as a text. Skip for one that cannot be read.
     """
     notes = Notes()
     encoding = encoding_of(path, notes, options, 'csv')
@@ -94,8 +94,8 @@ def look(path, options):
 # Parts of a large file
 
 def cut(path, encoding, dialect, part_bytes):
-    """[[first byte, last byte + 1], ...] of about so many bytes, each beginning with a row; [] for a
-    file that is better read in one.
+    """[[first byte, last byte + 1], ...] of about so many bytes, each beginning with a row; [] for
+    a file that is better read in one.
     """
     size = os.path.getsize(path)
     is_one = dialect.width == 1 and dialect.quote  # each line might be a row
@@ -113,9 +113,9 @@ def cut(path, encoding, dialect, part_bytes):
 
 
 def row_start(f, before, at, encoding, dialect):
-    """The first byte behind `at` with which a row begins, 0 where that is not sure. Sure is: many rows
-    as they should be from there on; or some, and as many quotes as close between there and `before`,
-    where a row begins.
+    """The first byte behind `at` with which a row begins, 0 where that is not sure. Sure is: many
+    rows as they should be from there on; or some, and as many quotes as close between there and
+    `before`, where a row begins.
     """
     f.seek(at)
     data = f.read(PROBE)

@@ -81,8 +81,8 @@ def look(path, named, options):
 
 
 def later_columns(path, dicts, wanted):
-    """The columns that --text_column asks for and that these rows do not have, but others of the file
-    may: their names stand in it.
+    """The columns that --text_column asks for and that these rows do not have, but others of the
+    file may: their names stand in it.
     """
     names = {wanted, *(name.strip() for name in split_list(wanted, ','))} if wanted else set()
     sought = [name for name in names if not any(name in row for row in dicts)]
@@ -100,8 +100,8 @@ def later_columns(path, dicts, wanted):
 
 
 def encoding_at(path, options):
-    """(encoding, Notes of it, whether only the beginning was looked at). A packed file is not unpacked
-    twice for that, where its beginning is plain UTF-8: the reader counts what is not.
+    """(encoding, Notes of it, whether only the beginning was looked at). A packed file is not
+    unpacked twice for that, where its beginning is plain UTF-8: the reader counts what is not.
     """
     notes = Notes()
     if is_packed(path):
@@ -190,8 +190,8 @@ def no_rows(head, named):
 # Some rows
 
 def line_rows(path, encoding):
-    """Yields some rows of a file that has one in each line: of its beginning, and of places all over
-    it where that is quick.
+    """Yields some rows of a file that has one in each line: of its beginning, and of places all
+    over it where that is quick.
     """
     size = 0
     taken = 0
@@ -303,8 +303,8 @@ def as_dict(row, names):
 # Parts
 
 def parts_of(path, encoding):
-    """[[first byte, last byte + 1], ...] of a file that is read in parts, each beginning with a line;
-    [] for one that is not.
+    """[[first byte, last byte + 1], ...] of a file that is read in parts, each beginning with a
+    line; [] for one that is not.
     """
     size = os.path.getsize(path)
     if size < 2 * PART_BYTES or is_packed(path) or is_wide(encoding):

@@ -25,8 +25,8 @@ DECODER = json.JSONDecoder(strict=False)  # a tab within a string is a tab
 
 
 def is_too_costly(text, memory=1e9):
-    """Whether the value in a text may take more bytes of memory than that: '[{},{},{}]' takes 24 times its
-    length.
+    """Whether the value in a text may take more bytes of memory than that: '[{},{},{}]' takes 24
+    times its length.
     """
     if len(text) < COSTLY:
         return False
@@ -77,8 +77,8 @@ class Values:
             self.read()
 
     def value(self, longest=LONGEST_ROW):
-        """The value that begins here. Broken where there is none; EOFError where the text ends within
-        it, or it is longer than that.
+        """The value that begins here. Broken where there is none; EOFError where the text ends
+        within it, or it is longer than that.
         """
         while True:
             error = None
@@ -129,8 +129,8 @@ class Values:
     # Rows
 
     def each(self, is_array=False):
-        """Yields the values of an array, or of several arrays, or values that just follow each other.
-        Skip('truncated') where the text ends within one.
+        """Yields the values of an array, or of several arrays, or values that just follow each
+        other. Skip('truncated') where the text ends within one.
         """
         inside = False
         try:
@@ -160,8 +160,8 @@ class Values:
             yield value
 
     def inside(self, paths, keyed=False):
-        """Yields the values of the lists that stand at these paths of an object, tuples of its keys;
-        keyed: of the objects that stand there, which are rows by their keys.
+        """Yields the values of the lists that stand at these paths of an object, tuples of its
+        keys; keyed: of the objects that stand there, which are rows by their keys.
         """
         try:
             if self.peek() == '{':

@@ -23,9 +23,9 @@ NO_JSON = {'kind': 'text', 'plan': {'said': ['no JSON in it: taken as plain text
 
 
 def look(kind, path, options, look_apart=None):
-    """{'kind', 'format', 'plan', 'profile', 'rows', 'facts'} of a file that is a table: what it is by
-    its content, and how its columns look. None for the others. kind: by its name; look_apart: how to
-    look at those of APART, if not right here.
+    """{'kind', 'format', 'plan', 'profile', 'rows', 'facts'} of a file that is a table: what it is
+    by its content, and how its columns look. None for the others. kind: by its name; look_apart:
+    how to look at those of APART, if not right here.
     """
     if sniff.kind_of(kind, path, Notes()) not in (kind, *APART):
         return None  # called as a table, or a text, and none: its own reader tells
@@ -83,8 +83,9 @@ def plan_of(looked, chosen, options):
 
 
 def decide(kind, looked, chosen, reason, options):
-    """(kind, plan) of a file that was looked at. kind: by its name; chosen: the names of its columns, or
-    None, and `reason` why there are none. Skip(reason) where it is neither a table nor a text.
+    """(kind, plan) of a file that was looked at. kind: by its name; chosen: the names of its
+    columns, or None, and `reason` why there are none. Skip(reason) where it is neither a table nor
+    a text.
     """
     if chosen and (options['text_column'] or not is_setting(kind, looked, chosen)):
         return looked['kind'], plan_of(looked, chosen, options)
@@ -113,8 +114,9 @@ def alone(kind, path, options, look_apart=None):
 # Small files that are called no table
 
 def is_setting(kind, looked, chosen):
-    """Whether a file is too little like a table, and too little called one, to be taken for one though
-    it has columns that could be read: few rows, or a list in an object without a name for its text.
+    """Whether a file is too little like a table, and too little called one, to be taken for one
+    though it has columns that could be read: few rows, or a list in an object without a name for
+    its text.
     """
     layout = looked['plan'].get('layout')
     if kind not in ('data', 'text') or layout in ('lines', 'values'):
@@ -125,8 +127,8 @@ def is_setting(kind, looked, chosen):
 
 
 def setting_plan(looked, chosen):
-    """The plan of a file that is_setting and is read as it stands: where that leaves a list of many rows
-    in its JSON, it says so.
+    """The plan of a file that is_setting and is read as it stands: where that leaves a list of many
+    rows in its JSON, it says so.
     """
     if looked['rows'] < SAID or looked['plan'].get('keyed'):
         return {}
@@ -135,8 +137,8 @@ def setting_plan(looked, chosen):
 
 
 def plain_plan(kind, looked, reason, options):
-    """The plan of a file without a clear text column that is read as it stands, settings in JSON, say;
-    None where it is not. reason: why there is none.
+    """The plan of a file without a clear text column that is read as it stands, settings in JSON,
+    say; None where it is not. reason: why there is none.
     """
     rows = looked['rows']
     is_small = kind == 'data' and rows < (FEW if options['text_column'] else MANY)

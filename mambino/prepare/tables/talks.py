@@ -35,8 +35,8 @@ def mode_of(setting, why_no_talks):
 
 
 def speakers(chosen, profile, options):
-    """[[column, who speaks there: system, user, assistant, or MESSAGES and IN_TURNS for both]] of the columns
-    that are read; [] where they are no conversation, or are not to be one."""
+    """[[column, who speaks there: system, user, assistant, or MESSAGES and IN_TURNS for both]] of
+    the columns that are read; [] where they are no conversation, or are not to be one."""
     mode = options.get('conversations')
     if mode not in (AUTO, ALWAYS) or not chosen or chosen == [AS_IT_STANDS]:
         return []
@@ -68,8 +68,8 @@ def in_columns(chosen, profile, is_asked, mode):
 
 
 def is_answered(column):
-    """Whether a column has conversations with answers. Where all speakers are known here, some answers
-    will do: rows that have none are lost then, and are told."""
+    """Whether a column has conversations with answers. Where all speakers are known here, some
+    answers will do: rows that have none are lost then, and are told."""
     if not columns.talks(column) or not column['answers']:
         return False
     return column['answers'] > 0.5 * column['talks'] or column['known'] > 0.5 * column['talks']
@@ -104,8 +104,8 @@ def speaker_in(name, profile):
 
 
 def said_of(chosen, found, profile, options):
-    """What is shown of it: {'as': 'conversations'}; or why they are read as a text; {} for other texts.
-    found: of speakers."""
+    """What is shown of it: {'as': 'conversations'}; or why they are read as a text; {} for other
+    texts. found: of speakers."""
     mode = options.get('conversations')
     if found:
         names = [name.lower() for name, _ in found]

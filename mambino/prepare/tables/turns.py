@@ -35,9 +35,9 @@ DECODER = json.JSONDecoder(strict=False)  # a tab within a string is a tab
 
 
 def turns_of(value, odd=None):
-    """[(who, what, weight)] of a conversation; None for anything else. Of a tree all turns; odd: only
-    those on the way down that takes the first reply each time, and what is left out is counted there.
-    An answer of weight 0 is not to be learned."""
+    """[(who, what, weight)] of a conversation; None for anything else. Of a tree all turns; odd:
+    only those on the way down that takes the first reply each time, and what is left out is counted
+    there. An answer of weight 0 is not to be learned."""
     if isinstance(value, dict):
         value = [value] if replies_to(value) else turns_in(value)
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(turn, dict) for turn in value):
@@ -89,8 +89,8 @@ def rank(reply):
 
 
 def own_turns(turn, odd=None):
-    """[(who, what, weight)] of one turn, or one for each of the speakers in it; None for no turn. What is
-    '' for a turn that says nothing; a call of a tool is none."""
+    """[(who, what, weight)] of one turn, or one for each of the speakers in it; None for no turn.
+    What is '' for a turn that says nothing; a call of a tool is none."""
     role = next((turn[name] for name in ROLES if isinstance(turn.get(name), str)), None)
     names = [name for name in SAYINGS if name in turn]
     has_calls = any(turn.get(name) for name in CALLS)
@@ -147,8 +147,9 @@ def are_texts(value):
 
 
 def written(text):
-    """What a text says that is JSON, or a list as Python writes it, with objects in it: tables in csv
-    have conversations so; or that is 'Human: ...' and 'Assistant: ...'. None for any other text."""
+    """What a text says that is JSON, or a list as Python writes it, with objects in it: tables in
+    csv have conversations so; or that is 'Human: ...' and 'Assistant: ...'. None for any other
+    text."""
     if not isinstance(text, str) or len(text) > LONGEST_WRITTEN:
         return None
     text = text.strip()
@@ -175,8 +176,8 @@ def spoken_in(text):
 
 
 def look(value):
-    """(whether a cell is a conversation, whether it is written as a text, has an answer, a question,
-    and known roles alone)."""
+    """(whether a cell is a conversation, whether it is written as a text, has an answer, a
+    question, and known roles alone)."""
     inner = written(value)
     turns = turns_of(value if inner is None else inner, Counter())
     if turns is None:

@@ -48,9 +48,9 @@ TABLES = ('jsonl', 'json', 'csv')  # of these, rows before a damaged place can b
 # The encoding
 
 def encoding_of(path, notes, options=None, kind='text', max_bytes=0):
-    """The encoding of a text, a name for open_text. options['encoding'], if there, is obeyed. What is
-    not plain UTF-8 is put down as notes.facts['encoding'], and what was guessed or does not fit in
-    notes. kind: of readers.READERS; max_bytes: of a packed file. Skip('binary') for no text.
+    """The encoding of a text, a name for open_text. options['encoding'], if there, is obeyed. What
+    is not plain UTF-8 is put down as notes.facts['encoding'], and what was guessed or does not fit
+    in notes. kind: of readers.READERS; max_bytes: of a packed file. Skip('binary') for no text.
     """
     def parts():
         try:
@@ -63,8 +63,8 @@ def encoding_of(path, notes, options=None, kind='text', max_bytes=0):
 
 
 def encoding_of_bytes(parts, notes, said='', kind='text'):
-    """The same for bytes: `parts` is a function that yields them, from the beginning each time. said:
-    the encoding they are in, as the user says.
+    """The same for bytes: `parts` is a function that yields them, from the beginning each time.
+    said: the encoding they are in, as the user says.
     """
     head = next(parts(), b'')
     name = marked(head)
@@ -88,8 +88,8 @@ def marked(head):
 
 
 def trusted(parts, name, head, notes):
-    """The encoding of bytes that begin with its mark. What is no UTF-8 there may be lines that a program
-    has appended.
+    """The encoding of bytes that begin with its mark. What is no UTF-8 there may be lines that a
+    program has appended.
     """
     wrong = count_wrong(parts, name)
     if name == 'utf-8-sig' and wrong.share > MOST_WRONG:
@@ -164,8 +164,8 @@ def reads_like(name, lines, head):
 
 
 def damaged_utf8(parts, head, evidence, notes):
-    """The encoding of bytes of which the most are UTF-8; None where they are not. What is not may be
-    lines of another encoding, or damage.
+    """The encoding of bytes of which the most are UTF-8; None where they are not. What is not may
+    be lines of another encoding, or damage.
     """
     if evidence.good >= FEW_LETTERS and evidence.bad <= cut_off(head, evidence.tail):
         count_wrong(parts, 'utf-8').say(notes)

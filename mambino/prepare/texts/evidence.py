@@ -1,5 +1,5 @@
-"""What can be seen in the bytes of a text before its encoding is known. All of a file is looked at, at
-the speed of C; `parts` stands for a function that yields its bytes from the beginning.
+"""What can be seen in the bytes of a text before its encoding is known. All of a file is looked at,
+at the speed of C; `parts` stands for a function that yields its bytes from the beginning.
 
     look_through(parts())        # (it is UTF-8, there may be escapes in it)
     evidence = gather(parts())   # what is UTF-8 and what is not, and lines of both
@@ -135,8 +135,8 @@ def gather(parts):
 
 
 def whole_words(parts):
-    """The bytes again, in blocks that begin and end where no character of any encoding is cut. Where
-    many have neither a blank nor a newline, some are left out.
+    """The bytes again, in blocks that begin and end where no character of any encoding is cut.
+    Where many have neither a blank nor a newline, some are left out.
     """
     rest = b''
     is_cut = False
@@ -153,8 +153,8 @@ def whole_words(parts):
 
 
 def cut_off(head, tail):
-    """How many places are no UTF-8 for the sole reason that a text was cut within a letter, where it
-    begins or ends. head, tail: its first and last bytes."""
+    """How many places are no UTF-8 for the sole reason that a text was cut within a letter, where
+    it begins or ends. head, tail: its first and last bytes."""
     begins_within = len(head) - len(head.lstrip(INSIDE))
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     decoder.decode(tail[-4:])

@@ -1,4 +1,5 @@
-"""The likely encoding of bytes that say nothing of it: the one in which they are most like a language.
+"""The likely encoding of bytes that say nothing of it: the one in which they are most like a
+language.
 
     best = guess.of_lines([b'l\\x92\\xe9t\\xe9 dernier'])     # Guess('cp1252', 4.7), or None
     guess.of_wide(b'h\\0i\\0')                             # 'utf-16-le', or None
@@ -8,8 +9,9 @@
                                        marks, symbols      what they cost
     the fewest bits ──► few enough for a language? ──► the guess
 
-Bits are the logarithm of how unlikely something is: a letter that one in eight times follows another
-costs three. The rarer of two encodings costs a few bits more, so that it needs some letters to win.
+Bits are the logarithm of how unlikely something is: a letter that one in eight times follows
+another costs three. The rarer of two encodings costs a few bits more, so that it needs some letters
+to win.
 """
 import codecs
 import collections
@@ -114,8 +116,8 @@ class Guess(NamedTuple):
 # Languages
 
 class Language:
-    """What is common in a language. pairs: {two letters: bits of the second after the first}; unusual:
-    {a letter: bits of one that does not follow it otherwise}; letters: its alphabet.
+    """What is common in a language. pairs: {two letters: bits of the second after the first};
+    unusual: {a letter: bits of one that does not follow it otherwise}; letters: its alphabet.
     """
 
     def __init__(self, joint):
@@ -196,8 +198,8 @@ def characters(encoding):
 
 
 def shape_of(pairs):
-    """(bits of what depends on no language, [(letter, letter after it, how often)] in small letters) of
-    [(character, character after it, how often)].
+    """(bits of what depends on no language, [(letter, letter after it, how often)] in small
+    letters) of [(character, character after it, how often)].
     """
     bits = 0
     letters = []
@@ -313,8 +315,8 @@ def han_bits(char, name):
 # The guess
 
 def of_lines(lines, context=b''):
-    """The Guess for lines that are not UTF-8; None where they are no language in any encoding. context:
-    more of the file, in which the words of ASCII tell the language.
+    """The Guess for lines that are not UTF-8; None where they are no language in any encoding.
+    context: more of the file, in which the words of ASCII tell the language.
     """
     words, segments = split(lines)
     text = (context + b' ' + b' '.join(lines[:CONTEXT_LINES])).decode('ascii', 'replace')

@@ -5,8 +5,8 @@ FLOPs.
 
 The micro-step is counted with one and with two layers; what a layer adds is added for the rest.
 
-Beside an H100 (torch 2.11), from which only the shares of attention and scan were taken, milliseconds
-of the card by the model and as measured:
+Beside an H100 (torch 2.11), from which only the shares of attention and scan were taken,
+milliseconds of the card by the model and as measured:
 
     GPT, eager, 16 x 1,024                                   96     98
     GPT without qk_norm, compiled, 32 x 1,024               128    133 in 42 graphs; 124 with RoPE mended
@@ -16,9 +16,9 @@ of the card by the model and as measured:
 
 So a GPT's figures are good to 5%, and a Mamba-2 takes 15 to 40% longer than the model says: it does
 not know that memory is read in pieces. That machine took 35 microseconds to launch a kernel, where
-the model has 9: eager its steps were longer than the card's work. Beside the code that Inductor makes
-for a card, bytes of a layer: GPT 2.74 GB, Inductor's 2.62; Mamba-2 without Triton 3.68, Inductor's 4.31
-of an older version of it."""
+the model has 9: eager its steps were longer than the card's work. Beside the code that Inductor
+makes for a card, bytes of a layer: GPT 2.74 GB, Inductor's 2.62; Mamba-2 without Triton 3.68,
+Inductor's 4.31 of an older version of it."""
 from dataclasses import dataclass
 from functools import lru_cache
 
