@@ -24,6 +24,11 @@ SIZES = {                                   # multiples of 16, which the kernels
     'hybrid': dict(n_embd=64, state_size=32, ssm_head_dim=32),
 }
 
+MAMBA3 = {
+    'mamba3': dict(version=3, n_embd=32, head_dim=16, state_size=32, chunk_size=32),
+    'mamba3-mimo': dict(version=3, n_embd=32, head_dim=32, state_size=64, mimo_rank=4, head_norm=True),
+}
+
 
 @pytest.fixture(scope='module')
 def libraries(tmp_path_factory):
@@ -51,7 +56,8 @@ def library(libraries, lanes, monkeypatch):
 
 def model(name):
     torch.manual_seed(0)
-    return perturb(build(name, **SIZES[name]), 0.05)
+    net = build('mamba2', **MAMBA3[name]) if name in MAMBA3 else build(name, **SIZES[name])
+    return perturb(net, 0.05)
 
 
 @LANES
@@ -60,7 +66,7 @@ def test_lanes(library, lanes):
 
 
 @LANES
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('name', [*SIZES, *MAMBA3])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_loss_and_gradients_are_pytorchs(library, name, dtype):
     net = model(name)
@@ -80,7 +86,7 @@ def test_loss_and_gradients_are_pytorchs(library, name, dtype):
 
 
 @LANES
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('name', [*SIZES, *MAMBA3])
 @pytest.mark.parametrize('precision', ['', 'bfloat16', 'int8', 'int4'])
 def test_generation_is_pytorchs(library, name, precision):
     net = model(name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mambino import kernels
-from mambino.kernels import cpu, cpu_mamba, native
+from mambino.kernels import cpu, cpu_mamba, cpu_mamba3, native
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
@@ -156,7 +156,7 @@ def test_a_changed_header_is_compiled_anew(tmp_path, monkeypatch):
 
 
 # Of each operation its tensors, by the letters of their sizes, and itself. A size in brackets may be any.
-SIZES = dict(B=2, T=5, E=32, H=2, G=1, P=16, N=16, W=64, V=24, R=8)
+SIZES = dict(B=2, T=5, E=32, H=2, G=1, P=16, N=16, W=64, V=24, R=8, A=4, M=32)
 OPERATIONS = {
     "rms_norm": ("(B)(T)E E", lambda x, weight: cpu.rms_norm(x, weight, 1e-5)),
     "gated_rms_norm": ("BTE BTE E", lambda y, z, weight: cpu.gated_rms_norm(y, z, weight, 1e-5, 2)),
@@ -166,6 +166,9 @@ OPERATIONS = {
     "mamba1_scan": ("BTE BTE E EN BTN BTN E BTE BNE", cpu_mamba.mamba1_scan),
     "mamba2_scan": ("BTW BTH H H H BHPN",
                     lambda xBC, dt, bias, A, D, state: cpu_mamba.mamba2_scan(xBC, dt, bias, A, D, 1, 16, 16, state)),
+    "mamba3_scan": ("BT(A) BTHP BTRGM BTRGM BTH BTH BTH HRM HRM H HRP BHPM BHA BRHM BHP",
+                    lambda rate, x, B, C, dt, decay, trap, *rest: cpu_mamba3.mamba3_scan(
+                        x, B, C, dt, decay, trap, rate, *rest[:4], True, 16, rest[4:])),
     "cross_entropy_": ("T(V) T", lambda logits, targets: cpu.cross_entropy_(logits, (targets * 0).long())),
 }
 

@@ -1,4 +1,4 @@
-"""The models' operations, sooner: on this CPU by native.cpp (cpu.py, cpu_mamba.py), on NVIDIA by kernels of
+"""The models' operations, sooner: on this CPU by native.cpp (cpu.py and cpu_mamba*.py), on NVIDIA by kernels of
 our own (triton_kernels.py), mamba-ssm (fused.py), flex_attention and torch.compile (cuda.py), on any GPU for
 single tokens by few kernels (one_token.py), and anywhere by PyTorch that saves memory and passes
 (anywhere.py). What the operations are stands in the models' files, marked `@fast`; nothing there depends on
@@ -16,6 +16,7 @@ from mambino.kernels import (  # noqa: F401, to offer their kernels
     cpu,
     cpu_delta,
     cpu_mamba,
+    cpu_mamba3,
     cuda,
     fused,
     native,

@@ -16,6 +16,7 @@
 #include "cpp/convolution.h"
 #include "cpp/mamba1.h"
 #include "cpp/mamba2.h"
+#include "cpp/mamba3.h"
 #include "cpp/delta.h"          // the gated delta rule
 #include "cpp/attention.h"
 #include "cpp/threads.h"

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 
 ENABLED = os.environ.get('MAMBINO_KERNELS') != '0'
 ORDER = (   # files of kernels, as asked
-    'cpu', 'cpu_mamba', 'cpu_delta', 'one_token', 'triton_kernels', 'fused', 'cuda', 'anywhere', 'anywhere_mamba3',
-    'anywhere_delta')
+    'cpu', 'cpu_mamba', 'cpu_mamba3', 'cpu_delta', 'one_token', 'triton_kernels', 'fused', 'cuda', 'anywhere',
+    'anywhere_mamba3', 'anywhere_delta')
 KERNELS = {}                            # {name of an operation: its kernels, in that order}
 DEFINITIONS = {}                        # {name of an operation: its definition}
 DESCRIPTIONS = []                       # functions: kind of device, is_compiled → (kernels, notes), in words

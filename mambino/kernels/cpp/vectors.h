@@ -83,6 +83,14 @@ static inline dvec wide(const float *p) {
     return __builtin_convertvector(half, dvec);
 }
 
+static inline void narrow(float *p, dvec v) {  // L / 2 of them
+    float half __attribute__((vector_size(2 * L)));
+    half = __builtin_convertvector(v, decltype(half));
+    memcpy(p, &half, sizeof half);
+}
+
+static inline dvec rounded(dvec v) { return v + 6755399441055744. - 6755399441055744.; }
+
 static inline void add(float *p, vec v, int n = L) { store(p, load(p, n) + v, n); }
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
 
@@ -250,4 +258,17 @@ static inline vec softplus(vec x, vec &slope) {  // and its derivative, sigmoid(
     vec e = expv(x > 0.f ? -x : x);
     slope = (x > 0.f ? all(1.f) : e) / (1.f + e);
     return (x > 0.f ? x : all(0.f)) + log1pv(e);
+}
+
+// of |x| to 2 pi, to 1e-7: polynomials on a quarter turn (Moshier's), which is swapped and negated
+static inline void sincos(vec x, vec &sine, vec &cosine) {
+    vec shifted = x * 0.63661977f + 12582912.f, n = shifted - 12582912.f;
+    ivec quarter = (ivec)shifted;
+    vec r = x - n * 1.5703125f - n * 4.837512969970703e-4f - n * 7.549789948768648e-8f;
+    vec z = r * r;
+    vec s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * r + r;
+    vec c = (z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f;
+    c = c * z * z - 0.5f * z + 1.f;
+    sine = (vec)((ivec)((quarter & 1) != 0 ? c : s) ^ (quarter & 2) << 30);
+    cosine = (vec)((ivec)((quarter & 1) != 0 ? s : c) ^ (quarter + 1 & 2) << 30);
 }
