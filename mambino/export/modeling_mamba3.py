@@ -30,6 +30,7 @@ class MambinoMambaConfig(PretrainedConfig):
     def __init__(self, tie_word_embeddings=True, **settings):
         for name, default in self.fields.items():
             setattr(self, name, settings.pop(name, default))
+        self.inner_size = self.expand * self.n_embd
         super().__init__(tie_word_embeddings=tie_word_embeddings, **settings)
 
 
@@ -92,7 +93,7 @@ class Mamba3(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        D, E, P, N, R = c.n_embd, c.expand * c.n_embd, c.head_dim, c.state_size, c.mimo_rank
+        D, E, P, N, R = c.n_embd, c.inner_size, c.head_dim, c.state_size, c.mimo_rank
         H = E // P
         self.H, self.columns, self.interleaved = H, (R, c.n_groups, N), R == 1
         self.chunk_size = max(1, c.chunk_size // R)             # tokens
@@ -139,7 +140,7 @@ class Mamba3(nn.Module):
         now, before = trap * dt, (1 - trap) * dt                            # (B, T, H)
         weight = now + F.pad(before[:, 1:], (0, 0, 0, 1))                   # the last one's next is not there yet
         x, last_x = self.in_columns(x, self.mimo_x), x[:, -1]               # (B, T, R, H, P)
-        if state:
+        if 'ssm' in state:
             turn = state['turn']
             last = self.in_columns(state['last_x'][:, None], self.mimo_x)[:, 0]
             added = torch.einsum('brhp,brhn->bhpn', last, state['last_b'])

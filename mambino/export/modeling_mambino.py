@@ -1,4 +1,4 @@
-"""Mambino's hybrid of Mamba-2, attention and SwiGLU for transformers, which has no such class.
+"""Mambino's hybrid of Mamba-2 or -3, attention and SwiGLU for transformers, which has no such class.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.generate(**tokenizer('Once upon a time', return_tensors='pt'), max_new_tokens=100)
@@ -11,6 +11,7 @@ It is plain PyTorch, made to be read; parameters have Mambino's names and shapes
 
 B batch, T time, D width, E inner width, H heads, K key/value heads, P head size, G groups, N state size, S keys."""
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .modeling_mamba3 import Mamba3
 
 
 class MambinoConfig(PretrainedConfig):
@@ -28,7 +31,7 @@ class MambinoConfig(PretrainedConfig):
                   n_layer=2, n_embd=64, n_head=4, n_kv_head=4, head_dim=16, window=0, qk_norm=False,
                   rope_theta=10000.0, intermediate_size=192, norm_eps=1e-5, state_size=16, expand=2,
                   ssm_head_dim=16, n_groups=1, conv_kernel=4, chunk_size=64, layers='', embed_norm=True,
-                  ssm_inner_size=0, gated_norm=True)
+                  ssm_inner_size=0, gated_norm=True, version=2, mimo_rank=1, rope_fraction=0.5)
 
     def __init__(self, tie_word_embeddings=True, **settings):
         for name, default in self.fields.items():
@@ -120,6 +123,15 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y).to(z.dtype))
 
 
+def mamba3(c):
+    """Mamba-3's mixer, with norms of its heads, by the hybrid's settings and in its projections."""
+    settings = vars(c) | dict(head_dim=c.ssm_head_dim, inner_size=c.ssm_inner_size, head_norm=True)
+    mixer = Mamba3(SimpleNamespace(**settings))
+    mixer.in_proj = projection(c, c.n_embd, sum(mixer.rows))
+    mixer.out_proj = projection(c, c.ssm_inner_size, c.n_embd)
+    return mixer
+
+
 def rotate(x, cos, sin):
     """Rotary positions; pairs are (i, i + P/2), as in Llama. x (B, T, H, P)"""
     a, b = x.float().chunk(2, -1)
@@ -166,7 +178,7 @@ class Layer(GradientCheckpointingLayer):
         self.parallel = c.layout == 'parallel'
         branches = (kind != 'a') + (kind != 'm') + self.parallel
         self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
-        self.mamba = Mamba2(c) if kind != 'a' else None
+        self.mamba = None if kind == 'a' else mamba3(c) if c.version == 3 else Mamba2(c)
         self.self_attn = Attention(c) if kind != 'm' else None
         self.mlp = MLP(c)
         Norm = RMSNorm if c.branch_norm else nn.Identity

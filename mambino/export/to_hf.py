@@ -49,9 +49,10 @@ from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, Mamba3Mixer
 PACKAGES = 'transformers'
 TOOL = 'transformers'
 WEIGHTS = 'model.safetensors'
+MAMBA3 = 'modeling_mamba3.py'
 MODELING = {    # {a model_type of ours: the file of its classes, what their names begin with}
     'mambino_hybrid': ('modeling_mambino.py', 'Mambino'),
-    'mambino_mamba': ('modeling_mamba3.py', 'MambinoMamba'),
+    'mambino_mamba': (MAMBA3, 'MambinoMamba'),
 }
 # (experts, QK-norm, window): the class's name without …ForCausalLM, and its model_type
 GPT_CLASSES = {
@@ -188,8 +189,8 @@ def own_keys(c, model_type, left_out=()):
 def convert_hybrid(net, weights):
     c = net.config
     mixers = [layer.mamba for layer in net.model.layers if layer.mamba is not None]
-    check_classes(mixers, {Mamba2Mixer}, TOOL)
-    convert = hf_hybrid.class_of(c)
+    check_classes(mixers, {Mamba2Mixer, Mamba3Mixer}, TOOL)
+    convert = hf_hybrid.class_of(c) if c.version == 2 else None
     if convert:
         return convert(c, weights, attention_keys(c))
     return own_keys(c, 'mambino_hybrid'), weights
@@ -266,9 +267,10 @@ def write(net, tok, folder, quantize='', **_):
     write_json(folder, 'generation_config.json', generation)
     save_safetensors(os.path.join(folder, WEIGHTS), weights, {'format': 'pt'})
     if keys['model_type'] in MODELING:
-        file, _ = MODELING[keys['model_type']]
         here = os.path.dirname(os.path.abspath(__file__))
-        shutil.copyfile(os.path.join(here, file), os.path.join(folder, file))
+        own, _ = MODELING[keys['model_type']]
+        for file in dict.fromkeys((own, MAMBA3)):                               # the hybrid's imports the other
+            shutil.copyfile(os.path.join(here, file), os.path.join(folder, file))
     if tok:
         write_tokenizer(tok, folder, net.config.block_size, special)
 

@@ -40,7 +40,7 @@ def lora(ckpt):
     """→ (peft's settings, {its name: tensor}) of a LoRA's checkpoint."""
     adapter = ckpt['adapter']
     paths = {name.rpartition('.lora_')[0] for name in ckpt['weights']}
-    is_own = ckpt['kind'] == 'mamba' and ckpt['config']['version'] == 3         # of a modelling file of ours
+    is_own = ckpt['kind'] == 'mamba' and ckpt['config'].get('version') == 3         # of a modelling file of ours
     for matrix, why in {} if is_own else NO_LORA[ckpt['kind']].items():
         if any(path.endswith(matrix) for path in paths):
             raise ValueError(f'{why} the {matrix} of a Mamba: export the merged model, or leave it '
