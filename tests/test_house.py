@@ -68,9 +68,12 @@ def imports_of(path, modules):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f'{path}:{node.lineno}: a relative import'
-            names = [f'{node.module}.{alias.name}' for alias in node.names]
-            names = [name if name in modules else node.module for name in names]
+            # modelling files are copied, side by side, to where no package is
+            is_copied = node.level == 1 and '/modeling_' in path
+            assert node.level == 0 or is_copied, f'{path}:{node.lineno}: a relative import'
+            module = f'{module_of(path).rpartition(".")[0]}.{node.module}' if is_copied else node.module
+            names = [f'{module}.{alias.name}' for alias in node.names]
+            names = [name if name in modules else module for name in names]
         else:
             continue
         for name in names:
