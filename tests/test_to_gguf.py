@@ -10,7 +10,7 @@ import torch
 from helpers.models import perturb
 
 from mambino import chat, tokenizer
-from mambino.export import compare, gguf_tokenizer, llama_server, to_gguf, to_hf
+from mambino.export import compare, gguf_model, gguf_tokenizer, llama_server, to_gguf, to_hf
 from mambino.tokenizer_json import CHAR_TO_BYTE
 from model_gpt import GPT, GPTConfig
 from model_hybrid import Hybrid, HybridConfig
@@ -190,7 +190,8 @@ def test_a_conversation_is_that_of_a_hugging_face_folder(bpe, tmp_path):
     assert tokens[turn] == '<|im_end|>' and config['eos_token_id'] == [bpe.eot, turn]
     assert theirs.pad_token == '<|pad|>' and theirs.pad_token_id not in config['eos_token_id']
     context = setting(reader, f'{setting(reader, "general.architecture")}.context_length')
-    assert theirs.model_max_length == context == net.config.block_size
+    # both say, each in its word, that there is no longest text
+    assert theirs.model_max_length > 10**20 and context == gguf_model.ANY_LENGTH
 
 
 @pytest.mark.parametrize('net, says', [
@@ -270,6 +271,25 @@ def test_llama_cpp_keeps_the_spaces(bpe, tmp_path):
     with llama_server.LlamaServer(tmp_path / 'model-f32.gguf', n_ctx=128) as server:
         answer, = server.complete([bpe.encode(text).tolist()], 1)
     assert answer['prompt'] == text
+
+
+@pytest.mark.parametrize('name, longest', [('mamba2', 1 << 20), ('window', 1 << 20), ('gpt', 128), ('hybrid', 300)])
+def test_a_text_that_llama_cpp_goes_on_with(name, longest, bpe, tmp_path):
+    """A state that does not grow takes any number of tokens; else it is as many as attention sees all of."""
+    pytest.importorskip('xllamacpp')
+    net = build(name) if name != 'hybrid' else perturb(Hybrid(HybridConfig(**SIZES, **{**PLAIN, 'window': 300})).eval())
+    assert to_gguf.to_llama_cpp(net).settings['context_length'] == longest
+    to_gguf.write(net, bpe, tmp_path, '')
+    with llama_server.LlamaServer(tmp_path / 'model-f32.gguf', n_ctx=400, exact=True) as server:
+        answer, = server.complete([[1, 2, 3]], 350)
+    assert len(answer['tokens']) == min(350, longest - 3)
+    ids = [1, 2, 3, *answer['tokens']]
+    with torch.no_grad():
+        logits = net.step(torch.tensor([ids[:-1]]))[0][0, 2:]           # (tokens, V)
+    ends = [token['id'] for token in json.loads(bpe.text)['added_tokens'] if token['content'] != '<|im_start|>']
+    logits[:, ends] = -torch.inf                                        # which it was told not to choose
+    chosen = logits.gather(1, torch.tensor(ids[3:])[:, None])[:, 0]
+    assert (logits.max(1).values - chosen).max() < 1e-3                 # of equal ones any
 
 
 def test_llama_cpp_refuses_what_it_cannot_open(tmp_path):

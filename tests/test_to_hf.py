@@ -264,10 +264,12 @@ def test_tokenizers(kind, tmp_path):
     assert hf.load_hf(tmp_path)[3].vocab_size == tok.vocab_size
     if kind != 'foreign':
         assert hf.load_hf(tmp_path)[3].sha256() == tok.sha256()
-    assert theirs.model_max_length == net.config.block_size
     settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
     # else that of transformers 4 returns token_type_ids, and generate() refuses them
     assert settings['model_input_names'] == ['input_ids', 'attention_mask'] == list(theirs('the fox'))
+    assert 'model_max_length' not in settings       # of a Mamba; of attention that sees all of a window it is that
+    written('llama', tmp_path, tok, vocab_size=tok.vocab_size)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).model_max_length == net.config.block_size
 
 
 def test_ids_that_stand_for_nothing_are_never_drawn(tmp_path):

@@ -63,6 +63,13 @@ def check_modules(net, tool):
                              'been taught what it computes')
 
 
+def longest_text(config):
+    """Tokens of the longest text that a model is for: those of a training window, where attention sees all
+    of them; None where its state does not grow, and beyond a window nothing is other than within."""
+    sees_all = getattr(config, 'window', None) == 0
+    return config.block_size if sees_all else None
+
+
 def kind_of(net):
     """'gpt', 'mamba', …: what a model's checkpoint calls its class. ValueError if no checkpoint has
     it."""

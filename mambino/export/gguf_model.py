@@ -24,6 +24,7 @@ from model_hybrid import Hybrid, LowRank
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, Mamba3Mixer
 
 TOOL = 'llama.cpp'
+ANY_LENGTH = 1 << 20     # the context that its converter writes for a Mamba; its server stops at what is said there
 
 
 class LlamaCpp(NamedTuple):
@@ -133,7 +134,7 @@ def window_of(config):
 def attention_settings(c):
     return {
         'block_count': c.n_layer,
-        'context_length': c.block_size,
+        'context_length': max(c.block_size, c.window),  # attention sees all of it
         'embedding_length': c.n_embd,
         'vocab_size': c.vocab_size,
         'feed_forward_length': c.intermediate_size,
@@ -170,6 +171,7 @@ def convert_gpt(net):
     note = ''
     if architecture == 'mimo2':
         settings |= {
+            'context_length': ANY_LENGTH,       # beyond the window nothing is seen
             'attention.sliding_window': window,
             'attention.sliding_window_pattern': [1] * c.n_layer,
             'rope.freq_base_swa': float(c.rope_theta),
@@ -238,7 +240,7 @@ def convert_mamba(net):
                          f'intermediate_size={c.intermediate_size}; --format=onnx takes it')
     settings = {
         'block_count': c.n_layer,
-        'context_length': c.block_size,         # as the other formats say; its state does not grow beyond
+        'context_length': ANY_LENGTH,           # its state does not grow
         'embedding_length': c.n_embd,
         'vocab_size': c.vocab_size,
         'feed_forward_length': 0,

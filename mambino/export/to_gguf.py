@@ -66,7 +66,7 @@ def write(net, tok, folder, quantize='', vocabulary=vocabulary, **_):
     n = net.num_params()
     size = f'{n / 1e6:.0f}M' if n >= 1e6 else f'{n / 1e3:.0f}K'
     settings = {'general.name': f'mambino-{type(net).__name__.lower()}-{size}',
-                'general.description': model.note or 'written by Mambino',
+                'general.description': model.note or f'trained on windows of {net.config.block_size} tokens by Mambino',
                 'general.file_type': FILE_TYPES[quantize],
                 'general.quantization_version': gguf.GGML_QUANT_VERSION}
     settings |= {f'{model.architecture}.{key}': value for key, value in model.settings.items()}

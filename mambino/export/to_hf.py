@@ -36,7 +36,7 @@ import torch
 
 from mambino import chat
 from mambino.export import hf_hybrid
-from mambino.export.classes import check_classes, check_modules, look_up, look_up_alike
+from mambino.export.classes import check_classes, check_modules, longest_text, look_up, look_up_alike
 from mambino.export.compare import difference, greedy, silent, some_ids, some_texts
 from mambino.export.special_tokens import FLAGS, PAD, note_of, special_tokens
 from mambino.export.to_safetensors import save_safetensors
@@ -208,9 +208,9 @@ def write_json(folder, name, value):
         f.write('\n')
 
 
-def write_tokenizer(tok, folder, block_size, special):
+def write_tokenizer(tok, folder, longest, special):
     """tokenizer.json, without what would add tokens that our training never saw, and how
-    transformers is to use it."""
+    transformers is to use it. longest: tokens of a text, None: any number."""
     spec = json.loads(tok.text)
     processor = spec.get('post_processor')
     if not tok.bos:
@@ -222,9 +222,11 @@ def write_tokenizer(tok, folder, block_size, special):
     if any(spec.get(name) != value for name, value in changed.items()):
         write_json(folder, 'tokenizer.json', spec | changed)
     template = tok.config.get('chat_template')
-    said = dict(special.names, tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
+    said = dict(special.names, tokenizer_class='PreTrainedTokenizerFast',
                 split_special_tokens=not template, clean_up_tokenization_spaces=False, padding_side='left',
                 model_input_names=['input_ids', 'attention_mask'])      # no token_type_ids, which generate() refuses
+    if longest:
+        said['model_max_length'] = longest
     if special.is_new:                  # the tokenizer.json stays what it was, and so do those who know it by that
         said['added_tokens_decoder'] = {str(special.pad): {'content': PAD, **FLAGS}}
     if tok.config.get('additional_special_tokens'):
@@ -272,7 +274,7 @@ def write(net, tok, folder, quantize='', **_):
         for file in dict.fromkeys((own, MAMBA3)):                               # the hybrid's imports the other
             shutil.copyfile(os.path.join(here, file), os.path.join(folder, file))
     if tok:
-        write_tokenizer(tok, folder, net.config.block_size, special)
+        write_tokenizer(tok, folder, longest_text(net.config), special)
 
 
 def has_own_code(folder):

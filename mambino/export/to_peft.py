@@ -17,6 +17,7 @@ import tempfile
 import torch
 
 from mambino.export import to_hf
+from mambino.export.classes import longest_text
 from mambino.export.compare import difference
 from mambino.export.special_tokens import special_tokens
 from mambino.export.to_safetensors import save_safetensors
@@ -100,7 +101,7 @@ def write(net, tok, folder, quantize='', *, ckpt, base, **_):
         json.dump(settings, f, indent=2, sort_keys=True)
     if tok and tok.config.get('chat_template'):     # which its base may not have
         special = special_tokens(tok, net.config.vocab_size)
-        to_hf.write_tokenizer(tok, folder, net.config.block_size, special)
+        to_hf.write_tokenizer(tok, folder, longest_text(net.config), special)
 
 
 @torch.no_grad()
