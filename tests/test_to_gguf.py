@@ -36,12 +36,19 @@ NETS = {
     'mamba2-groups': lambda: Mamba(MambaConfig(**SIZES, expand=3, head_dim=32, n_groups=2, state_size=20,
                                                tie_embeddings=False)),
     'hybrid': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, n_kv_head=2)),
+    'hybrid-no-norms': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, embed_norm=False, gated_norm=False,
+                                                   ssm_inner_size=192, ssm_head_dim=32)),
+    'hybrid-layers': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, layers='ma', n_kv_head=2, rope_theta=0.0)),
+    'hybrid-layers-rope': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, layers='am', rope_theta=500.0,
+                                                      tie_embeddings=False)),
+    'falcon-mamba': lambda: Mamba(MambaConfig(**SIZES, version=1, norm_eps=1e-3, part_norm_eps=1e-3)),
     'hybrid-thin': lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, low_rank=16, ssm_head_dim=32, n_groups=2,
                                                tie_embeddings=False)),
 }
 ARCHITECTURES = {'gpt': 'llama', 'qk-norm': 'qwen3', 'experts': 'llama', 'experts-qk-norm': 'qwen3moe',
                  'window': 'mimo2', 'window-qk-norm': 'qwen3', 'mamba1': 'mamba', 'mamba2': 'mamba2',
-                 'hybrid': 'falcon-h1'}
+                 'hybrid': 'falcon-h1', 'hybrid-no-norms': 'falcon-h1', 'hybrid-layers': 'granitehybrid',
+                 'falcon-mamba': 'mamba'}
 TEXT = ("The quick brown fox isn't naïve; it jumps over 1234 lazy dogs, we'll see: Ελλάδα, 日本語 🙂 ½ "
         "e\u0301 ...  \n\n\tfoo(bar) == {baz}\n")
 
@@ -200,6 +207,12 @@ def test_a_conversation_is_that_of_a_hugging_face_folder(bpe, tmp_path):
     (lambda: Hybrid(HybridConfig(**SIZES, **{**PLAIN, 'window': 32}, layout='parallel')),
      'layout=parallel, window=32'),
     (lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, qk_norm=True)), 'qk_norm=True'),
+    (lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, layers='ab')), 'layers=ab'),
+    (lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, layers='m')), 'layers=m'),
+    (lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, layers='ma', gated_norm=False)), 'gated_norm=False'),
+    (lambda: Hybrid(HybridConfig(**SIZES, **PLAIN, rope_theta=0.0)), 'rope_theta=0'),
+    (lambda: Mamba(MambaConfig(**SIZES, version=1, part_norm_eps=1e-6)), 'with the eps of all norms'),
+    (lambda: Mamba(MambaConfig(**SIZES, gated_norm=False)), 'without the norm after its gate'),
 ])
 def test_models_that_llama_cpp_does_not_compute(net, says, tmp_path):
     with pytest.raises(ValueError, match=says):

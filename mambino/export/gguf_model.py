@@ -3,8 +3,8 @@ written as those that compute the same:
 
     GPT      llama, also with experts; qwen3, qwen3moe with QK-norm; mimo2 with a sliding window
     Mamba    mamba, mamba2; of a Mamba-3, and of an MLP after each mixer, it has nothing
-    hybrid   falcon-h1: SSM and attention side by side, then an MLP; scales and the embedding's norm
-             are folded into weights
+    hybrid   falcon-h1: SSM and attention side by side, then an MLP; granitehybrid: one of both in
+             each layer; scales and the embedding's norm are folded into weights
 
     model = to_llama_cpp(net)       # its architecture, settings, tensors; ValueError if there is none
 
@@ -259,46 +259,55 @@ def convert_mamba(net):
 
 
 def convert_hybrid(net):
-    """FalconH1, if the branches are only added up: then their scale is one of the rows of their
-    last matrices."""
+    """FalconH1, or Granite's hybrid where each layer has one branch, if branches are only added up:
+    then their scale is one of the rows of their last matrices."""
     c = net.config
+    alternates = 'a' in c.kinds and 'b' not in c.kinds
     lacking = {
         f'layout={c.layout}': c.layout != 'sequential',
-        'gate=True': c.gate,
+        'gate=True': c.gate and not alternates,
         'branch_norm=True': c.branch_norm,
         'qk_norm=True': c.qk_norm,
         f'window={c.window}': window_of(c),
-        f'layers={c.layers}': set(c.kinds) != {'b'},
-        'rope_theta=0': not c.rope_theta,
+        f'layers={c.layers}': not alternates and set(c.kinds) != {'b'},
+        'rope_theta=0': not c.rope_theta and not alternates,
+        'gated_norm=False and one branch a layer': alternates and 'm' in c.kinds and not c.gated_norm,
     }
     if any(lacking.values()):
         names = ', '.join(name for name, is_there in lacking.items() if is_there)
         raise ValueError(f'llama.cpp has no hybrid with {names}; --format=hf writes this one with its '
                          'own modelling file')
-    check_classes([layer.mamba for layer in net.model.layers], {Mamba2Mixer}, TOOL)
-    check_classes([layer.mlp for layer in net.model.layers], {SwiGLU}, TOOL)
+    layers = net.model.layers
+    check_classes([layer.mamba for layer in layers if layer.mamba is not None], {Mamba2Mixer}, TOOL)
+    check_classes([layer.mlp for layer in layers], {SwiGLU}, TOOL)
     inner = c.ssm_inner_size
     settings = attention_settings(c) | ssm_settings(c, inner, inner // c.ssm_head_dim)
     settings['ssm.group_count'] = c.n_groups
+    if alternates:
+        settings['attention.head_count_kv'] = [c.n_kv_head * (kind == 'a') for kind in c.kinds]
+        settings['rope.freq_base'] = float(c.rope_theta or 1e4)
+        settings['rope.scaling.finetuned'] = c.rope_theta > 0               # where False, it turns none
 
     def tensors():
         for name, tensor in outer_tensors(net, net.model.norm, untied=True):
             is_normed = name == 'token_embd.weight' and c.embed_norm
             yield name, net.model.embed_norm(tensor) if is_normed else tensor
-        for i, layer in enumerate(net.model.layers):
+        for i, layer in enumerate(layers):
             prefix = f'blk.{i}.'
-            half_scale = layer.residual_scale[:, None] / 2
+            scale = layer.residual_scale[:, None] / (1 if alternates else 2)
             mlp_scale = layer.mlp_residual_scale[:, None]
             yield prefix + 'attn_norm.weight', layer.input_layernorm.weight
-            yield from attention_tensors(prefix, layer.self_attn, False)
-            yield prefix + 'attn_output.weight', half_scale * matrix(layer.self_attn.o_proj)
-            yield from mamba2_tensors(prefix, layer.mamba)
-            yield prefix + 'ssm_out.weight', half_scale * matrix(layer.mamba.out_proj)
-            # without .weight: so llama.cpp calls it here
-            yield prefix + 'ffn_norm', layer.pre_mlp_layernorm.weight
+            if layer.self_attn is not None:
+                yield from attention_tensors(prefix, layer.self_attn, alternates)
+                yield prefix + 'attn_output.weight', scale * matrix(layer.self_attn.o_proj)
+            if layer.mamba is not None:
+                yield from mamba2_tensors(prefix, layer.mamba)
+                yield prefix + 'ssm_out.weight', scale * matrix(layer.mamba.out_proj)
+            # in FalconH1 without .weight: so llama.cpp calls it there
+            yield prefix + 'ffn_norm' + '.weight' * alternates, layer.pre_mlp_layernorm.weight
             yield from swiglu_tensors(prefix, layer.mlp)
             yield prefix + 'ffn_down.weight', mlp_scale * matrix(layer.mlp.down_proj)
-    return LlamaCpp('falcon-h1', settings, tensors)
+    return LlamaCpp('granitehybrid' if alternates else 'falcon-h1', settings, tensors)
 
 
 CONVERT = {GPT: convert_gpt, Mamba: convert_mamba, Hybrid: convert_hybrid}
