@@ -20,15 +20,17 @@ def class_of(c):
         return None
     if set(c.kinds) == {'b'} and not c.gate and c.rope_theta:
         return as_falcon_h1
-    # a cache of GraniteMoeHybrid needs a layer with attention, and its inner width is a multiple of D
-    if 'a' in c.kinds and 'b' not in c.kinds and c.gated_norm and c.ssm_inner_size == c.expand * c.n_embd:
+    # its cache needs a layer with attention, its inner width is a multiple of D
+    of_its_width = c.ssm_inner_size == c.expand * c.n_embd
+    if 'a' in c.kinds and set(c.kinds) <= {'a', 'm'} and c.gated_norm and of_its_width:
         return as_granite
     return None
 
 
 def folded(c, weights, names):
-    """The weights without scales and norm of embeddings, which go into others. names: {part of a name: theirs}."""
-    share = 2 if set(c.kinds) == {'b'} else 1                   # our layers take the mean of their branches
+    """The weights without scales and norm of embeddings, which go into others. names: {part of a
+    name: theirs}."""
+    share = 2 if set(c.kinds) == {'b'} else 1       # our layers take the mean of their branches
     result = {}
     for name, tensor in weights.items():
         layer = name.rpartition('.layers.')[2].partition('.')[0]
@@ -52,8 +54,8 @@ def folded(c, weights, names):
 def mamba_keys(c):
     return dict(
         tie_word_embeddings=c.tie_embeddings and not c.embed_norm,
-        mamba_expand=c.expand, mamba_n_heads=c.ssm_inner_size // c.ssm_head_dim, mamba_d_head=c.ssm_head_dim,
-        mamba_n_groups=c.n_groups, mamba_d_state=c.state_size, mamba_d_conv=c.conv_kernel,
+        mamba_expand=c.expand, mamba_n_heads=c.ssm_inner_size // c.ssm_head_dim,
+        mamba_d_head=c.ssm_head_dim, mamba_n_groups=c.n_groups, mamba_d_state=c.state_size, mamba_d_conv=c.conv_kernel,
         mamba_chunk_size=c.chunk_size, mamba_conv_bias=True, mamba_proj_bias=False)
 
 
@@ -74,10 +76,12 @@ def as_falcon_h1(c, weights, keys):
 def as_granite(c, weights, keys):
     letters = dict(m='linear_attention', a='full_attention')
     keys = keys | mamba_keys(c) | dict(
-        architectures=['GraniteMoeHybridForCausalLM'], model_type='granitemoehybrid', num_local_experts=0,
-        num_experts_per_tok=0, shared_intermediate_size=c.intermediate_size,
-        layer_types=[letters[kind] for kind in c.kinds], position_embedding_type='rope' if c.rope_theta else 'nope',
-        attention_multiplier=c.head_dim ** -0.5, embedding_multiplier=1.0, logits_scaling=1.0, residual_multiplier=1.0)
+        architectures=['GraniteMoeHybridForCausalLM'], model_type='granitemoehybrid',
+        num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=c.intermediate_size,
+        layer_types=[letters[kind] for kind in c.kinds],
+        position_embedding_type='rope' if c.rope_theta else 'nope',
+        attention_multiplier=c.head_dim ** -0.5, embedding_multiplier=1.0, logits_scaling=1.0,
+        residual_multiplier=1.0)
     if not c.rope_theta:
         del keys['rope_theta'], keys['rope_parameters']
     weights = folded(c, weights, {

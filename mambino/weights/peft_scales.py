@@ -29,9 +29,10 @@ def to_ours(net, adapter):
     theirs = read_json(path) if os.path.exists(path) else {}
     model_type = theirs.get('model_type')
     if type(net) is Hybrid and not theirs:
-        raise ValueError(f'an adapter of peft for a hybrid says how its rows are scaled by the config.json of its '
-                         f'base, and {path} is not there: put the base there, or its path into '
-                         'base_model_name_or_path of adapter_config.json')
+        raise ValueError(
+            f'how the rows of a hybrid\'s adapter are scaled says the config.json of its base, and '
+            f'{path} is not there: put the base there, or its path into base_model_name_or_path of '
+            'adapter_config.json')
     if model_type not in FACTORS:
         return adapter
     factors = FACTORS[model_type](theirs)
@@ -40,8 +41,8 @@ def to_ours(net, adapter):
     for name in weights:
         path, _, part = name.rpartition('.lora_')
         if part == 'B.weight':
-            factor = torch.as_tensor(factors.get('.'.join(path.split('.')[-2:]), 1.0), dtype=torch.float64)
-            factor = factor / scale_of(net, path)
+            factor = factors.get('.'.join(path.split('.')[-2:]), 1.0)
+            factor = torch.as_tensor(factor, dtype=torch.float64) / scale_of(net, path)
             weights[name] = (weights[name] * (factor[:, None] if factor.ndim else factor)).float()
     targets = ','.join(sorted({name.rpartition('.lora_')[0] for name in weights}))
     return adapter | dict(adapter=spec | dict(targets=targets), weights=weights)
@@ -73,7 +74,8 @@ def scale_of(net, path):
 
 def granite(theirs):
     """Of its dense models, which are ours by the GPT; see families/gpt.py."""
-    return {'self_attn.q_proj': number(theirs, 'attention_multiplier', 1.0, float) * math.sqrt(head_dim_of(theirs))}
+    scale = number(theirs, 'attention_multiplier', 1.0, float)
+    return {'self_attn.q_proj': scale * math.sqrt(head_dim_of(theirs))}
 
 
 def with_residual(factors):

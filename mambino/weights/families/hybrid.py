@@ -1,7 +1,7 @@
 """The families of transformers' models that our hybrid computes, and what export.py wrote of hybrids
 with a modelling file of their own.
 
-Falcon-H1, Granite 4 and Bamba multiply what goes into or comes out of their matrices by constants;
+Falcon-H1 and Granite 4 multiply what goes into or comes out of their matrices by constants;
 these go into the matrices here:
 
     factors(theirs)         {end of a tensor's name, ours: what its rows count}, of config.json
@@ -26,15 +26,18 @@ ONLY = {  # as in common.py
     'mamba_norm_before_gate': ([False, True], 'must be true or false'),
     'num_local_experts': ([0], 'our hybrid has no experts'),
 }
+SSM = dict(     # what missing keys stand for
+    mamba_n_heads=128, mamba_d_head='auto', mamba_n_groups=1, mamba_d_state=256, mamba_d_conv=4,
+    mamba_expand=2)
 FALCON_H1 = dict(
-    num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=8192, mamba_d_ssm=1024, mamba_n_heads=128,
-    mamba_d_head='auto', mamba_n_groups=1, mamba_d_state=256, mamba_d_conv=4, mamba_expand=2, mamba_rms_norm=False,
-    mamba_norm_before_gate=True)
+    SSM, num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=8192, mamba_d_ssm=1024,
+    mamba_rms_norm=False, mamba_norm_before_gate=True)
 GRANITE = dict(
-    rms_norm_eps=1e-6, max_position_embeddings=2048, shared_intermediate_size=1024, num_local_experts=8,
-    mamba_n_heads=128, mamba_d_head='auto', mamba_n_groups=1, mamba_d_state=256, mamba_d_conv=4, mamba_expand=2)
+    SSM, rms_norm_eps=1e-6, max_position_embeddings=2048, shared_intermediate_size=1024,
+    num_local_experts=8)
 MULTIPLIERS = [f'{name}_multiplier' for name in (
-    'embedding', 'lm_head', 'residual', 'attention', 'attention_in', 'attention_out', 'key', 'ssm_in', 'ssm_out')]
+    'embedding', 'lm_head', 'residual', 'attention', 'attention_in', 'attention_out', 'key', 'ssm_in',
+    'ssm_out')]
 LETTERS = {     # of a layer in config.json, and in HybridConfig.layers
     'linear_attention': 'm',
     'mamba': 'm',
@@ -50,7 +53,7 @@ def mambino_fields(theirs):
 
 
 def plain_fields(theirs):
-    """What Falcon-H1, Granite 4 and Bamba have in common: branches that are added as they are, a Mamba-2."""
+    """What Falcon-H1 and Granite 4 have in common: branches that are added as they are, a Mamba-2."""
     for key in (*MULTIPLIERS, 'logits_scaling'):
         multiplier(theirs, key)
     numbers(theirs, 'mlp_multipliers', 2)
@@ -77,7 +80,8 @@ def plain_fields(theirs):
     if theirs['mamba_d_head'] != 'auto':
         ours['ssm_head_dim'] = number(theirs, 'mamba_d_head')
     if ours['ssm_head_dim'] * heads != inner:
-        refuse('mamba_n_heads', heads, f'must divide the inner width of the SSM, {inner}, into heads of mamba_d_head')
+        refuse('mamba_n_heads', heads, f'must divide the inner width of the SSM, {inner}, into heads '
+                                       'of mamba_d_head')
     return ours
 
 
@@ -177,7 +181,7 @@ def our_name(name):
 
 
 def scale(weights, name, factor):
-    """weights[name] times a number, or times a number a row, in place; no such name is none's fault."""
+    """weights[name] times a number, or times a number a row, in place, if it is there."""
     if name in weights:
         factor = torch.as_tensor(factor, dtype=torch.float64)
         rows = factor[:, None] if factor.ndim else factor
@@ -185,15 +189,16 @@ def scale(weights, name, factor):
 
 
 def to_our_weights(weights, theirs):
-    """In place: our names, the factors of FACTORS in the matrices, those of embeddings and logits in the embedding
-    and in the last norm or head, and scales of what is added to the stream."""
+    """In place: our names, the factors of FACTORS in the matrices, those of embeddings and logits in
+    the embedding and in the last norm or head, and scales of what is added to the stream."""
     for name in list(weights):
         weights[our_name(name)] = weights.pop(name)
     for name in list(weights):
         if name.endswith('.shared_mlp.input_linear.weight'):                # rows [gate; up]
             prefix = name.replace('.shared_mlp.input_linear.weight', '.mlp.')
             gate, up = weights.pop(name).chunk(2)
-            weights[prefix + 'gate_proj.weight'], weights[prefix + 'up_proj.weight'] = gate.clone(), up.clone()
+            weights[prefix + 'gate_proj.weight'] = gate.clone()
+            weights[prefix + 'up_proj.weight'] = up.clone()
     factors = FACTORS[theirs['model_type']](theirs)
     for name in list(weights):
         scale(weights, name, factors.get('.'.join(name.split('.')[-3:-1]), 1.0))
@@ -208,7 +213,7 @@ def to_our_weights(weights, theirs):
         scale(weights, 'lm_head.weight', head)
 
     residual = multiplier(theirs, 'residual_multiplier')
-    branches = 2 if theirs['model_type'] == 'falcon_h1' else 1              # our layers take their mean
+    branches = 2 if theirs['model_type'] == 'falcon_h1' else 1      # our layers take their mean
     for name in [name for name in weights if name.endswith('.input_layernorm.weight')]:
         prefix = name.removesuffix('input_layernorm.weight')
         ones = torch.ones_like(weights[name])
@@ -221,22 +226,24 @@ FAMILIES = {
     'falcon_h1': Family('hybrid', falcon_h1_fields, FALCON_H1, ONLY, to_our_weights),
     'granitemoehybrid': Family('hybrid', granite_fields, GRANITE, ONLY, to_our_weights),
 }
-DELTA = 'its linear attention is a Gated DeltaNet, which our models have not'
+QWEN3_5 = 'its attention has a gate of its own, its norms count by 1 + weight; those of our hybrid do not'
+CONVOLUTIONS = 'its layers without attention are short gated convolutions, which our models have not'
 REFUSED = {     # {model_type: what differs}
     'bamba': 'its rotary positions turn half of a head, those of our hybrid whole heads',
-    'jamba': 'its SSM is a Mamba-1 with norms inside, beside experts in every second layer; that of our hybrid is '
-             'a Mamba-2, and it has no experts',
+    'jamba': 'its SSM is a Mamba-1 with norms inside, beside experts in every second layer; our hybrid '
+             'has a Mamba-2, and no experts',
     'kimi_linear': 'its linear attention is a delta rule with a gate a channel, which our models have not',
-    'lfm2': 'its layers without attention are short gated convolutions, which our models have not',
-    'lfm2_moe': 'its layers without attention are short gated convolutions, which our models have not',
-    'lfm3': 'its layers without attention are short gated convolutions, which our models have not',
+    'lfm2': CONVOLUTIONS,
+    'lfm2_moe': CONVOLUTIONS,
+    'lfm3': CONVOLUTIONS,
     'minimax': 'its linear attention is lightning attention, which our models have not',
-    'nemotron_h': 'each of its layers is a Mamba-2, an attention or an MLP with squared ReLU alone; those of our '
-                  'hybrid have a SwiGLU each',
-    'olmo_hybrid': DELTA,
-    'qwen3_5': DELTA,
-    'qwen3_5_moe': DELTA,
-    'qwen3_next': DELTA,
+    'nemotron_h': 'each of its layers is a Mamba-2, an attention or an MLP with squared ReLU alone; '
+                  'those of our hybrid have a SwiGLU each',
+    'olmo_hybrid': 'its layers of attention norm what attention and MLP give, those of our hybrid what '
+                   'they read',
+    'qwen3_5': QWEN3_5,
+    'qwen3_5_moe': f'{QWEN3_5}; it has experts',
+    'qwen3_next': f'{QWEN3_5}; it has experts',
     'recurrent_gemma': 'its recurrence is an RG-LRU, which our models have not',
     'xlstm': 'its recurrence is an mLSTM, which our models have not',
     'zamba': 'its attention layers share one set of weights, and read the embeddings once more',
