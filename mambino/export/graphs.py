@@ -109,13 +109,15 @@ class EveryExpert(nn.Module):
     def __init__(self, moe):
         super().__init__()
         self.k = moe.config.n_expert_active
+        self.norm_topk = moe.config.norm_topk
         self.gate = moe.gate
         self.experts = moe.experts
 
     def forward(self, x):
         probs = self.gate(x).softmax(-1)                                        # (B, t, experts)
         weights, chosen = probs.topk(self.k)                                    # (B, t, k)
-        weights = weights / weights.sum(-1, keepdim=True)
+        if self.norm_topk:
+            weights = weights / weights.sum(-1, keepdim=True)
         weights = torch.zeros_like(probs).scatter(-1, chosen, weights)          # (B, t, experts)
         gate_up = x @ self.experts.gate_up_proj.flatten(0, 1).T                 # (B, t, experts 2I)
         gate, up = gate_up.unflatten(-1, (weights.shape[-1], -1)).chunk(2, -1)
@@ -202,9 +204,10 @@ class Graph(nn.Module):
         self.window = net.config.window if self.attends else 0
         self.kept = self.window
         if self.attends:
-            inv_freq = rope_frequencies(getattr(net, 'attention', net.config))
+            config = getattr(net, 'attention', net.config)                   # of a hybrid
+            self.amplitude = config.rope_amplitude
             # another library's power would round otherwise
-            self.register_buffer('inv_freq', inv_freq, persistent=False)
+            self.register_buffer('inv_freq', rope_frequencies(config), persistent=False)
         loops = dict(selective_scan=selective_scan, ssd=ssd, mamba3_scan=mamba3_scan)
         if scripted:
             loops = {name: torch.jit.script(loop) for name, loop in loops.items()}
@@ -245,7 +248,7 @@ class Graph(nn.Module):
                 present.append(seen + t)
             positions = torch.arange(t, device=ids.device) + (seen if self.window else S)
             angles = positions.float()[:, None, None] * self.inv_freq           # (t, 1, P/2)
-            rope = angles.cos(), angles.sin()
+            rope = angles.cos() * self.amplitude, angles.sin() * self.amplitude
             caches = Caches(t, S, self.window, self.kept, ids.device)
         with substituted(**self.operations):
             logits = self.net.lm_head(self.hidden_states(self.net, ids, state, rope, caches))

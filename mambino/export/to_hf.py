@@ -7,7 +7,7 @@ transformers itself.
 Each model becomes the class of transformers that computes exactly the same:
 
     GPT                 Llama; with a window Mistral, with qk_norm Qwen3; with experts Mixtral,
-                        with both Qwen3Moe
+                        with both Qwen3Moe; Qwen2, SmolLM3, Olmo2, Phi3, Olmoe: see hf_gpt.py
     Mamba               Mamba, with part_norm_eps FalconMamba, Mamba2; Mamba-3, of which it has no
                         class, modeling_mamba3.py
     plain hybrid        FalconH1; of SSM or attention layer by layer GraniteMoeHybrid: what these
@@ -38,10 +38,10 @@ from mambino import chat
 from mambino.export import hf_hybrid
 from mambino.export.classes import check_classes, check_modules, longest_text, look_up, look_up_alike
 from mambino.export.compare import difference, greedy, silent, some_ids, some_texts
+from mambino.export.hf_gpt import attention_keys, convert_gpt
 from mambino.export.special_tokens import FLAGS, PAD, note_of, special_tokens
 from mambino.export.to_safetensors import save_safetensors
 from mambino.tokenizer_json import beginning_only, marks_of, names_in_reach
-from mambino.weights.families.gpt import EXPERTS
 from model_gpt import GPT
 from model_hybrid import Hybrid
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, Mamba3Mixer
@@ -53,17 +53,6 @@ MAMBA3 = 'modeling_mamba3.py'
 MODELING = {    # {a model_type of ours: the file of its classes, what their names begin with}
     'mambino_hybrid': ('modeling_mambino.py', 'Mambino'),
     'mambino_mamba': (MAMBA3, 'MambinoMamba'),
-}
-# (experts, QK-norm, window): the class's name without …ForCausalLM, and its model_type
-GPT_CLASSES = {
-    (False, False, False): ('Llama', 'llama'),
-    (False, False, True): ('Mistral', 'mistral'),
-    (False, True, False): ('Qwen3', 'qwen3'),
-    (False, True, True): ('Qwen3', 'qwen3'),
-    (True, False, False): ('Mixtral', 'mixtral'),
-    (True, False, True): ('Mixtral', 'mixtral'),
-    (True, True, False): ('Qwen3Moe', 'qwen3_moe'),
-    (True, True, True): ('Qwen3Moe', 'qwen3_moe'),
 }
 
 
@@ -79,57 +68,6 @@ def to_transformers(net):
     keys, weights = look_up(CONVERT, net, TOOL)(net, weights)
     shared = dict(vocab_size=net.config.vocab_size, tie_word_embeddings=net.config.tie_embeddings)
     return {**shared, **keys}, weights
-
-
-def convert_gpt(net, weights):
-    c = net.config
-    name, model_type = GPT_CLASSES[c.n_expert > 0, c.qk_norm, c.window > 0]
-    keys = attention_keys(c) | dict(architectures=[name + 'ForCausalLM'], model_type=model_type)
-    if name != 'Llama':
-        keys['sliding_window'] = c.window or None
-    if c.qk_norm:
-        layer_type = 'sliding_attention' if c.window else 'full_attention'
-        keys |= dict(use_sliding_window=c.window > 0, max_window_layers=0,
-                     layer_types=[layer_type] * c.n_layer)
-    if c.n_expert:
-        keys |= dict(num_experts_per_tok=c.n_expert_active, num_local_experts=c.n_expert,
-                     router_aux_loss_coef=c.aux_loss)
-        weights = split_experts(weights, *EXPERTS[model_type])
-    if name == 'Qwen3Moe':
-        keys |= dict(num_experts=c.n_expert, moe_intermediate_size=c.intermediate_size,
-                     norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
-    return keys, weights
-
-
-def attention_keys(c):
-    rope = dict(rope_type='default', rope_theta=c.rope_theta)                   # as transformers 5 has it
-    return dict(
-        hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, intermediate_size=c.intermediate_size,
-        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
-        rope_parameters=rope, hidden_act='silu', attention_bias=False, mlp_bias=False)
-
-
-def split_experts(weights, block, gate, up, down):
-    """Our stacks of experts as a matrix each, which is how transformers' classes have them on the
-    disk: in this block of a layer, and under these names."""
-    split = {}
-    for name, tensor in weights.items():
-        layer, _, part = name.partition('.mlp.')
-        experts = f'{layer}.{block}.experts'
-        if part == 'experts.gate_up_proj':
-            for e, gate_up in enumerate(tensor):                                # (2 I, D)
-                gate_matrix, up_matrix = gate_up.chunk(2)
-                split[f'{experts}.{e}.{gate}.weight'] = gate_matrix
-                split[f'{experts}.{e}.{up}.weight'] = up_matrix
-        elif part == 'experts.down_proj':
-            for e, matrix in enumerate(tensor):                                 # (D, I)
-                split[f'{experts}.{e}.{down}.weight'] = matrix
-        elif part:
-            split[f'{layer}.{block}.{part}'] = tensor
-        else:
-            split[name] = tensor
-    return split
 
 
 def convert_mamba(net, weights):
