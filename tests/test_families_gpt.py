@@ -56,7 +56,7 @@ FAMILIES = {
     'granite-3': ('Granite', dict(GRANITE, tie_word_embeddings=True)),
     'granite-biases': ('Granite', dict(GRANITE, **BIASES)),
     'qwen3-moe': ('Qwen3Moe', dict(EXPERTS, moe_intermediate_size=40, head_dim=16)),
-    'olmoe': ('Olmoe', EXPERTS),
+    'olmoe': ('Olmoe', dict(EXPERTS, num_key_value_heads=4)),
 }
 
 

@@ -1,7 +1,8 @@
 """Our models in llama.cpp's terms. It has no models of its own design, only those of others; ours are
 written as those that compute the same:
 
-    GPT      llama, also with experts; qwen3, qwen3moe with QK-norm; mimo2 with a sliding window
+    GPT      llama, also with experts; qwen3, qwen3moe with QK-norm; mimo2 with a sliding window;
+             qwen2, olmo2, olmoe, smollm3
     Mamba    mamba, mamba2; of a Mamba-3, and of an MLP after each mixer, it has nothing
     hybrid   falcon-h1: SSM and attention side by side, then an MLP; granitehybrid: one of both in
              each layer; scales and the embedding's norm are folded into weights
@@ -11,15 +12,18 @@ written as those that compute the same:
 Letters of the shapes: D model width, E inner width, H heads, P head size, N state size, G groups, K
 taps of the convolution, I inner width of an MLP, V vocabulary.
 """
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from mambino.export.classes import check_classes, check_modules, look_up, look_up_alike
+from mambino.export.peers import Peer, features, peer_of
 from mambino.language_model import Gate, SwiGLU
-from model_gpt import GPT, MoE
+from model_gpt import GPT, Layer, MoE, NormAfterLayer, rope_frequencies
 from model_hybrid import Hybrid, LowRank
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, Mamba3Mixer
 
@@ -60,12 +64,16 @@ def in_pairs(weight, P):
 
 
 def attention_tensors(prefix, attention, rope_in_pairs):
-    q, k = matrix(attention.q_proj), matrix(attention.k_proj)
-    if rope_in_pairs:
-        q, k = in_pairs(q, attention.head_dim), in_pairs(k, attention.head_dim)
-    yield prefix + 'attn_q.weight', q
-    yield prefix + 'attn_k.weight', k
-    yield prefix + 'attn_v.weight', matrix(attention.v_proj)
+    def ordered(rows):
+        return in_pairs(rows, attention.head_dim) if rope_in_pairs else rows
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    yield prefix + 'attn_q.weight', ordered(matrix(q))
+    yield prefix + 'attn_k.weight', ordered(matrix(k))
+    yield prefix + 'attn_v.weight', matrix(v)
+    if getattr(q, 'bias', None) is not None:                    # a thin product has none
+        yield prefix + 'attn_q.bias', ordered(q.bias)
+        yield prefix + 'attn_k.bias', ordered(k.bias)
+        yield prefix + 'attn_v.bias', v.bias
     if attention.qk_norm:
         yield prefix + 'attn_q_norm.weight', attention.q_norm.weight
         yield prefix + 'attn_k_norm.weight', attention.k_norm.weight
@@ -96,6 +104,10 @@ def mamba1_tensors(prefix, mixer):
 def swiglu_tensors(prefix, mlp):
     yield prefix + 'ffn_gate.weight', matrix(mlp.gate_proj)
     yield prefix + 'ffn_up.weight', matrix(mlp.up_proj)
+    if getattr(mlp.gate_proj, 'bias', None) is not None:
+        yield prefix + 'ffn_gate.bias', mlp.gate_proj.bias
+        yield prefix + 'ffn_up.bias', mlp.up_proj.bias
+        yield prefix + 'ffn_down.bias', mlp.down_proj.bias
 
 
 def moe_tensors(prefix, moe):
@@ -157,10 +169,61 @@ def ssm_settings(c, inner, rank):
     }
 
 
+# by llama.cpp's name: what of a GPT its models have. Of RoPE, llama alone has any frequencies
+ARCHITECTURES = (
+    Peer('qwen2', '', 'qkv_bias', 'rope_scaling'),
+    Peer('llama', '', '', 'qkv_bias o_bias mlp_bias rope_scaling rope_amplitude rope_dim n_expert'),
+    Peer('qwen3', '', 'qk_norm', 'rope_scaling'),
+    Peer('qwen3moe', '', 'qk_norm n_expert', 'rope_scaling'),
+    Peer('olmo2', '', 'norm_after qk_norm qk_norm_whole', 'rope_scaling'),
+    Peer('olmoe', '', 'qk_norm qk_norm_whole n_expert norm_topk=False', 'rope_scaling'),
+    Peer('smollm3', '', 'rope_layers', ''),
+)
+IN_PAIRS = 'llama', 'smollm3'       # rotary pairs are neighbours there
+NORMS = {   # of a layer: their names there
+    Layer: dict(input_layernorm='attn_norm', post_attention_layernorm='ffn_norm'),
+    NormAfterLayer: dict(post_attention_layernorm='post_attention_norm',
+                         post_feedforward_layernorm='post_ffw_norm'),
+}
+
+
 def gpt_architecture(c, window):
-    if c.qk_norm:
-        return 'qwen3moe' if c.n_expert else 'qwen3'
-    return 'mimo2' if window and not c.n_expert else 'llama'
+    if window and features(c) == {'window'}:
+        return 'mimo2'
+    if c.rope_scaling == 'llama3' and not features(c) - {'window', 'qkv_bias', 'rope_scaling'}:
+        return 'llama'
+    name = peer_of(c, ARCHITECTURES, TOOL, but=['window']).name
+    if name == 'smollm3' and c.rope_layers != '1110':
+        raise ValueError(f'{TOOL} leaves RoPE out in each fourth layer (arch smollm3), not by '
+                         f'rope_layers={c.rope_layers}; --format=hf takes any')
+    if name == 'olmoe' and c.n_kv_head != c.n_head:
+        raise ValueError(f'{TOOL} has as many key heads as heads in such a model (arch olmoe), not '
+                         f'n_kv_head={c.n_kv_head}; --format=hf takes any')
+    if name != 'llama' and c.rope_scaling == 'llama3':
+        raise ValueError(f'{TOOL} has no rope_scaling=llama3 in such a model (arch {name}); '
+                         '--format=hf takes it')
+    return name
+
+
+def rope_settings(c):
+    """How llama.cpp stretches RoPE by itself, where it has no table of frequencies."""
+    settings = {'rope.scaling.type': c.rope_scaling, 'rope.scaling.factor': float(c.rope_factor)}
+    if c.rope_scaling == 'yarn':
+        grown = 0.1 * math.log(c.rope_factor) + 1       # by so much it raises cos and sin itself
+        settings |= {
+            'rope.scaling.original_context_length': c.rope_length,
+            'rope.scaling.attn_factor': float(c.rope_amplitude / grown),
+            'rope.scaling.yarn_beta_fast': float(c.rope_fast),
+            'rope.scaling.yarn_beta_slow': float(c.rope_slow),
+        }
+    return settings
+
+
+def rope_factors(c):
+    """By how much longer each pair (P/2) takes for a turn than theta^(-2i/P) says; what does not turn
+    takes long."""
+    plain = rope_frequencies(replace(c, rope_scaling='', rope_dim=0))
+    return plain / rope_frequencies(c).clamp(min=1e-30)
 
 
 def convert_gpt(net):
@@ -188,16 +251,26 @@ def convert_gpt(net):
             'expert_used_count': c.n_expert_active,
             'expert_feed_forward_length': c.intermediate_size,
         }
+    has_table = architecture == 'llama' and bool(c.rope_scaling or c.rope_dim)
+    if has_table or c.rope_amplitude != 1:
+        settings['rope.scaling.attn_factor'] = float(c.rope_amplitude)
+    if c.rope_scaling and not has_table:
+        settings |= rope_settings(c)
     mlp_tensors = look_up_alike(MLPS, [layer.mlp for layer in net.model.layers], TOOL)
+    norms = look_up_alike(NORMS, list(net.model.layers), TOOL)
 
     def tensors():
         yield from outer_tensors(net, net.model.norm, untied=architecture == 'mimo2')
+        if has_table:
+            yield 'rope_freqs.weight', rope_factors(c)
         for i, layer in enumerate(net.model.layers):
             prefix = f'blk.{i}.'
-            yield prefix + 'attn_norm.weight', layer.input_layernorm.weight
-            yield from attention_tensors(prefix, layer.self_attn, architecture == 'llama')
+            for ours, theirs in norms.items():
+                yield f'{prefix}{theirs}.weight', getattr(layer, ours).weight
+            yield from attention_tensors(prefix, layer.self_attn, architecture in IN_PAIRS)
             yield prefix + 'attn_output.weight', layer.self_attn.o_proj.weight
-            yield prefix + 'ffn_norm.weight', layer.post_attention_layernorm.weight
+            if c.o_bias:
+                yield prefix + 'attn_output.bias', layer.self_attn.o_proj.bias
             yield from mlp_tensors(prefix, layer.mlp)
             if not c.n_expert:
                 yield prefix + 'ffn_down.weight', layer.mlp.down_proj.weight

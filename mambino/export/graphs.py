@@ -204,7 +204,7 @@ class Graph(nn.Module):
         self.window = net.config.window if self.attends else 0
         self.kept = self.window
         if self.attends:
-            config = getattr(net, 'attention', net.config)                   # of a hybrid
+            config = getattr(net, 'attention', net.config)                      # of a hybrid
             self.amplitude = config.rope_amplitude
             # another library's power would round otherwise
             self.register_buffer('inv_freq', rope_frequencies(config), persistent=False)

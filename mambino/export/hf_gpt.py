@@ -2,20 +2,10 @@
 
     keys, weights = convert_gpt(net, weights)       # ValueError if there is none
 """
-from typing import NamedTuple
-
 import torch
 
+from mambino.export.peers import Peer, peer_of
 from mambino.weights.families.gpt import EXPERTS, turned_first
-
-
-class Peer(NamedTuple):
-    """A class of transformers, by what of a GPT it always has, and what it may have."""
-    name: str               # without …ForCausalLM
-    model_type: str
-    has: str
-    may: str
-
 
 PEERS = (       # the first that suits is taken
     Peer('Qwen2', 'qwen2', 'qkv_bias', 'window rope_scaling'),
@@ -31,39 +21,12 @@ PEERS = (       # the first that suits is taken
     Peer('Olmoe', 'olmoe', 'n_expert qk_norm qk_norm_whole',
          'qkv_bias o_bias rope_scaling norm_topk=False'),
 )
-PLAIN = ('window', 'qkv_bias', 'o_bias', 'mlp_bias', 'rope_scaling', 'qk_norm', 'qk_norm_whole',
-         'norm_after', 'n_expert')
-
-
-def features(c):
-    """The names of what a GPT has beside a plain Llama."""
-    names = {name for name in PLAIN if getattr(c, name)}
-    if '0' in c.rope_layers[:c.n_layer]:
-        names.add('rope_layers')
-    if 0 < c.rope_dim < c.head_dim:
-        names.add('rope_dim')
-    if c.rope_amplitude != 1 and c.rope_scaling != 'yarn':
-        names.add('rope_amplitude')
-    if c.n_expert and not c.norm_topk:
-        names.add('norm_topk=False')
-    return names
-
-
-def peer_of(c):
-    """The class that computes what a GPT of this config does. ValueError if there is none."""
-    names = features(c)
-    for peer in PEERS:
-        has, may = set(peer.has.split()), set(peer.may.split())
-        if has <= names <= has | may:
-            return peer
-    raise ValueError(f'transformers has no model with {", ".join(sorted(names))} together; '
-                     '--format=native keeps it as it is')
 
 
 def convert_gpt(net, weights):
     """→ (config.json's keys, {name: tensor})."""
     c = net.config
-    peer = peer_of(c)
+    peer = peer_of(c, PEERS, 'transformers')
     keys = attention_keys(c) | dict(
         architectures=[peer.name + 'ForCausalLM'], model_type=peer.model_type)
     has_bias = c.qkv_bias or c.o_bias
