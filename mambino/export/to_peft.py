@@ -72,6 +72,15 @@ def prefix(ckpt):
     return settings, {'prompt_embeddings': embeddings}
 
 
+def refuse_fused(weights, names, architecture):
+    """ValueError if the base has no matrix of its own, {name: tensor}, for one of the LoRAs."""
+    for name in weights:
+        path = name.rpartition('.lora_')[0]
+        if f'{path}.weight' not in names:
+            raise ValueError(f'{architecture} has {path.rpartition(".")[2]} as a part of another matrix: '
+                             'export the merged model, or leave it out of --lora_targets')
+
+
 ADAPTERS = {'lora': lora, 'prefix': prefix}
 
 
@@ -89,11 +98,13 @@ def write(net, tok, folder, quantize='', *, ckpt, base, **_):
                          'load its adapter: export the merged model')
     with torch.device('meta'):
         # ValueError if transformers has no such base
-        theirs, _ = to_hf.to_transformers(build(ckpt['kind'], ckpt['config']))
+        theirs, names = to_hf.to_transformers(build(ckpt['kind'], ckpt['config']))
     if theirs['model_type'] == 'falcon_h1':
         raise ValueError('transformers has its base as FalconH1, into whose matrices our scales of the branches are '
                          'folded, so that its adapter would be another one there: export the merged model, '
                          '--format=hf')
+    if adapter['type'] == 'lora':
+        refuse_fused(ckpt['weights'], names, theirs['architectures'][0])
     settings, tensors = ADAPTERS[adapter['type']](ckpt)
     settings |= dict(task_type='CAUSAL_LM', base_model_name_or_path=str(base), inference_mode=True)
     save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors, {'format': 'pt'})
