@@ -268,7 +268,8 @@ def test_tokenizers(kind, tmp_path):
     # else that of transformers 4 returns token_type_ids, and generate() refuses them
     assert settings['model_input_names'] == ['input_ids', 'attention_mask'] == list(theirs('the fox'))
     assert 'model_max_length' not in settings       # of a Mamba; of attention that sees all of a window it is that
-    written('llama', tmp_path, tok, vocab_size=tok.vocab_size)
+    net = written('llama', tmp_path, tok, vocab_size=tok.vocab_size)
+    assert ('Missing [UNK]' in to_hf.verify(net, tok, tmp_path)['note']) == (kind == 'char')
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).model_max_length == net.config.block_size
 
 

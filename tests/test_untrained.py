@@ -9,8 +9,9 @@ from helpers.models import perturb
 from helpers.runs import refused, script, write_text
 
 from mambino import chat, tokenizer
-from mambino.export import to_hf
+from mambino.export import graphs, to_hf
 from mambino.export.compare import greedy
+from mambino.export.special_tokens import special_tokens
 from mambino.weights import checkpoint, loading
 from model_gpt import GPT, GPTConfig
 
@@ -66,6 +67,20 @@ def test_it_is_exported(base, capsys):
     refused(capsys, 'base', 'model itself')
     # and it can be tuned from there
     assert loading.load_base('base-native-hf')['tokenizer_path'] == 'base'
+
+
+def test_no_format_loses_the_ends_and_the_template(base):
+    net, tok = base
+    facts = graphs.metadata(net, tok)
+    ends = special_tokens(tok, net.config.vocab_size).ends()
+    assert facts['chat_template'] == tok.config['chat_template'] and chat.end_ids(tok)[0] in ends
+    assert facts['ends'].split() == [str(i) for i in ends] and str(tok.eot) in facts['ends'].split()
+    assert script('export.py', '--out_dir=hf:base --format=safetensors --verify=False') == 0
+    with open('base-safetensors/weights.safetensors', 'rb') as f:
+        said = json.loads(f.read(int.from_bytes(f.read(8), 'little')))['__metadata__']
+    assert json.loads(said['tokenizer_config'])['chat_template'] == tok.config['chat_template']
+    plain = tokenizer.build_tokenizer('byte')
+    assert not {'chat_template', 'ends'} & {*graphs.metadata(net, plain)}
 
 
 def test_it_is_served(base):

@@ -32,6 +32,7 @@ import torch.nn as nn
 
 from mambino.export.classes import check_modules, kind_of, look_up
 from mambino.export.graph_scans import mamba3_scan, selective_scan, ssd
+from mambino.export.special_tokens import special_tokens
 from mambino.kernels import substituted
 from mambino.language_model import swiglu
 from mambino.weights import checkpoint
@@ -282,4 +283,7 @@ def metadata(net, tok):
     values |= {'kind': kind_of(net), 'eot': tok.eot if tok else ''}
     if tok and tok.bos:
         values['bos'] = ' '.join(map(str, tok.bos))     # what every text begins with
+    if tok and tok.config.get('chat_template'):         # of a model that knows conversations
+        values['chat_template'] = tok.config['chat_template']
+        values['ends'] = ' '.join(map(str, special_tokens(tok, net.config.vocab_size).ends()))
     return {name: str(value) for name, value in values.items()}

@@ -326,6 +326,8 @@ def verify(net, tok, folder, quantize='', **_):
     misfits = sorted(map(str, misfits))
     name = type(opened).__name__
     note = f'opened as {name}'
+    if tok and tok.kind == 'char':
+        note += '; a character that its training text did not have is an error there, "Missing [UNK] token"'
     if tok and marks_in_texts(tok):
         note += '; it takes the name of a special token in a text for that token'
     if tok and tok.config.get('chat_template'):

@@ -3,7 +3,7 @@
     python export.py --format=safetensors
     weights = safetensors.torch.load_file('weights.safetensors')
 
-    metadata    {'kind', 'config', 'tokenizer'}, the last two as JSON:
+    metadata    {'kind', 'config', 'tokenizer', 'tokenizer_config'}, all but the first as JSON:
                 checkpoint.build(kind, config).load_state_dict(weights)
 
 The file is written without the package of that name: 8 bytes for the length of a header, the header
@@ -48,6 +48,7 @@ def write(net, tok, folder, quantize='', **_):
     metadata = dict(format='pt', kind=kind_of(net), config=json.dumps(checkpoint.config_of(net)))
     if tok:
         metadata['tokenizer'] = tok.text
+        metadata['tokenizer_config'] = json.dumps(tok.config)       # its marks, and a template of conversations
     weights = net.state_dict()
     if net.config.tie_embeddings:                                               # it lies there once
         del weights['lm_head.weight']
