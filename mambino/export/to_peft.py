@@ -99,10 +99,10 @@ def write(net, tok, folder, quantize='', *, ckpt, base, **_):
     with torch.device('meta'):
         # ValueError if transformers has no such base
         theirs, names = to_hf.to_transformers(build(ckpt['kind'], ckpt['config']))
-    if theirs['model_type'] == 'falcon_h1':
-        raise ValueError('transformers has its base as FalconH1, into whose matrices our scales of the branches are '
-                         'folded, so that its adapter would be another one there: export the merged model, '
-                         '--format=hf')
+    if ckpt['kind'] == 'hybrid' and theirs['model_type'] not in to_hf.MODELING:
+        raise ValueError(f'transformers has its base as {theirs["architectures"][0]}, into whose matrices our scales of '
+                         'the branches are folded, so that its adapter would be another one there: export the merged '
+                         'model, --format=hf')
     if adapter['type'] == 'lora':
         refuse_fused(ckpt['weights'], names, theirs['architectures'][0])
     settings, tensors = ADAPTERS[adapter['type']](ckpt)
