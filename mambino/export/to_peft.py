@@ -100,9 +100,10 @@ def write(net, tok, folder, quantize='', *, ckpt, base, **_):
         # ValueError if transformers has no such base
         theirs, names = to_hf.to_transformers(build(ckpt['kind'], ckpt['config']))
     if ckpt['kind'] == 'hybrid' and theirs['model_type'] not in to_hf.MODELING:
-        raise ValueError(f'transformers has its base as {theirs["architectures"][0]}, into whose matrices our scales of '
-                         'the branches are folded, so that its adapter would be another one there: export the merged '
-                         'model, --format=hf')
+        name = theirs['architectures'][0]
+        raise ValueError(f'transformers has its base as {name}, into whose matrices our scales of the branches are '
+                         'folded, so that its adapter would be another one there: export the merged model, '
+                         '--format=hf')
     if adapter['type'] == 'lora':
         refuse_fused(ckpt['weights'], names, theirs['architectures'][0])
     settings, tensors = ADAPTERS[adapter['type']](ckpt)
