@@ -56,6 +56,7 @@ class HybridConfig:
     window: int = 256  # last tokens that attention sees; 0: all, and the state grows
     qk_norm: bool = False
     rope_theta: float = 10000.0  # 0: no positions but those that the SSM tells (NoPE)
+    rope_dim: int = 0           # numbers of a head that turn, see GPTConfig; 0: all
     intermediate_size: int = 0  # inner width of SwiGLU; 0: 8/3 n_embd, rounded up to 64s
     state_size: int = 64        # SSM: N
     expand: int = 2             # SSM: inner width / n_embd
@@ -108,7 +109,7 @@ class HybridConfig:
 
     @property
     def attention(self):
-        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm intermediate_size '
+        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_dim intermediate_size '
                  'norm_eps dropout')
         shared = {name: getattr(self, name) for name in names.split()}
         if not self.rope_theta:

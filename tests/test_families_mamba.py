@@ -49,6 +49,9 @@ FAMILIES = {
         tie_word_embeddings=False)),
     'granite-4-mamba': ('GraniteMoeHybrid', dict(
         GRANITE, layer_types=None, mamba_n_groups=4, use_cache=False)),
+    'bamba': ('Bamba', dict(
+        HYBRID, num_hidden_layers=4, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16,
+        rope_theta=1e4, tie_word_embeddings=False)),
     'falcon-mamba': ('FalconMamba', dict(
         MAMBA, layer_norm_epsilon=1e-5, mixer_rms_eps=1e-6, time_step_rank=4, tie_word_embeddings=False)),
     'falcon-mamba-eps': ('FalconMamba', dict(MAMBA, mixer_rms_eps=0.1)),
@@ -182,6 +185,7 @@ LINEAR = dict(rope_type='linear', factor=2.0, rope_theta=1e4)
     ('granite-4-hybrid', dict(layer_types=['mamba']), 'must name each layer'),
     ('granite-4-hybrid', dict(logits_scaling=0), 'logits_scaling=0.0: must not be 0'),
     ('granite-4-hybrid', dict(residual_multiplier='x'), 'residual_multiplier="x"'),
+    ('bamba', dict(attn_layer_indices=[4]), 'must be numbers of layers'),
     ('falcon-mamba', dict(use_bias=True), 'use_bias=true'),
     ('falcon-mamba', dict(use_conv_bias=False), 'use_conv_bias=false'),
     ('falcon-mamba', dict(mixer_rms_eps='x'), 'mixer_rms_eps="x"'),

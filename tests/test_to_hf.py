@@ -66,7 +66,7 @@ CASES = {  # the class that it must become, our model, its config
     'hybrid-parallel': ('Mambino', Hybrid, dict(HYBRID_SIZE, layout='parallel', n_kv_head=2, qk_norm=True,
                                                 n_groups=2, conv_kernel=3)),
     'hybrid-pattern': ('Mambino', Hybrid, dict(HYBRID_SIZE, layers='mab', embed_norm=False, gated_norm=False,
-                                               ssm_inner_size=48)),
+                                               ssm_inner_size=48, rope_dim=4, n_layer=3)),
     'hybrid-no-attention': ('Mambino', Hybrid, dict(PLAIN, layers='m')),
     'hybrid-plain-window': ('Mambino', Hybrid, dict(PLAIN, window=2, conv_kernel=1)),
     'hybrid-mamba3': ('Mambino', Hybrid, dict(HYBRID_SIZE, version=3, mimo_rank=2, window=0, low_rank=8)),

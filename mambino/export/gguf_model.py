@@ -344,6 +344,7 @@ def convert_hybrid(net):
         f'window={c.window}': window_of(c),
         f'layers={c.layers}': not alternates and set(c.kinds) != {'b'},
         'rope_theta=0': not c.rope_theta and not alternates,
+        f'rope_dim={c.rope_dim}': c.rope_dim,
         'gated_norm=False and one branch a layer': alternates and 'm' in c.kinds and not c.gated_norm,
     }
     if any(lacking.values()):

@@ -15,8 +15,8 @@ import torch
 
 def class_of(c):
     """The function that converts a hybrid of this config; None if no class computes the same."""
-    lacking = c.branch_norm or c.window or c.qk_norm or c.low_rank or c.layout != 'sequential'
-    if lacking:
+    lacking = c.branch_norm or c.window or c.qk_norm or c.low_rank or c.rope_dim
+    if lacking or c.layout != 'sequential' or c.version != 2:
         return None
     if set(c.kinds) == {'b'} and not c.gate and c.rope_theta:
         return as_falcon_h1

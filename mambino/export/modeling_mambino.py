@@ -31,7 +31,7 @@ class MambinoConfig(PretrainedConfig):
                   n_layer=2, n_embd=64, n_head=4, n_kv_head=4, head_dim=16, window=0, qk_norm=False,
                   rope_theta=10000.0, intermediate_size=192, norm_eps=1e-5, state_size=16, expand=2,
                   ssm_head_dim=16, n_groups=1, conv_kernel=4, chunk_size=64, layers='', embed_norm=True,
-                  ssm_inner_size=0, gated_norm=True, version=2, mimo_rank=1, rope_fraction=0.5)
+                  ssm_inner_size=0, gated_norm=True, rope_dim=0, version=2, mimo_rank=1, rope_fraction=0.5)
 
     def __init__(self, tie_word_embeddings=True, **settings):
         for name, default in self.fields.items():
@@ -255,8 +255,10 @@ class MambinoModel(MambinoPreTrainedModel):
             raise ValueError('padding after the text is in the state: to go on from it, pad on the left, '
                              'padding_side="left"')
         mask, real = self.masks(attention_mask, T, state, input_ids.device)
-        exponents = -torch.arange(0, c.head_dim, 2, device=input_ids.device).float() / c.head_dim
+        n = c.rope_dim or c.head_dim                            # numbers of a head that turn
+        exponents = -torch.arange(0, n, 2, device=input_ids.device).float() / n
         inv_freq = c.rope_theta ** exponents if c.rope_theta else 0 * exponents     # 0: no positions
+        inv_freq = F.pad(inv_freq, (0, (c.head_dim - n) // 2))
         angles = torch.arange(state.seen, state.seen + T, device=input_ids.device).float()[:, None, None] * inv_freq
         rope = angles.cos(), angles.sin()                       # (T, 1, P/2); padding may shift all
         x = self.embed_norm(self.embed_tokens(input_ids))       # (B, T, D)

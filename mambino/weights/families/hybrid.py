@@ -13,7 +13,7 @@ import torch
 
 from mambino.weights.checkpoint import HybridConfig
 from mambino.weights.families.common import Family, common_fields, number, own_fields, refuse
-from mambino.weights.families.gpt import rope_fields, rope_of
+from mambino.weights.families.gpt import head_dim_of, rope_fields, rope_of, turned_first
 
 ONLY = {  # as in common.py
     'attention_bias': ([False], 'our attention has no biases'),
@@ -38,6 +38,7 @@ GRANITE = dict(
 MULTIPLIERS = [f'{name}_multiplier' for name in (
     'embedding', 'lm_head', 'residual', 'attention', 'attention_in', 'attention_out', 'key', 'ssm_in',
     'ssm_out')]
+BAMBA = dict(SSM, num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=262144)
 LETTERS = {     # of a layer in config.json, and in HybridConfig.layers
     'linear_attention': 'm',
     'mamba': 'm',
@@ -105,6 +106,18 @@ def granite_fields(theirs):
     return ours | dict(layers=layers_of(theirs))
 
 
+def bamba_fields(theirs):
+    """Half of a head turns, whatever its config.json says."""
+    rope = theirs.get('rope_parameters')
+    rope = {**rope, 'partial_rotary_factor': None} if isinstance(rope, dict) else rope
+    ours = plain_fields({**theirs, 'rope_parameters': rope, 'partial_rotary_factor': None})
+    attends = theirs.get('attn_layer_indices') or []
+    if not isinstance(attends, list) or not all(i in range(ours['n_layer']) for i in attends):
+        refuse('attn_layer_indices', attends, 'must be numbers of layers')
+    letters = ('a' if i in attends else 'm' for i in range(ours['n_layer']))
+    return ours | dict(layers=''.join(letters), rope_dim=head_dim_of(theirs) // 2)
+
+
 def layers_of(theirs):
     """Each layer's letter."""
     types = theirs.get('layer_types') or theirs.get('layers_block_type')
@@ -159,12 +172,18 @@ def falcon_h1_factors(theirs):
 
 def granite_factors(theirs):
     """As falcon_h1_factors."""
-    ours = granite_fields(theirs)
-    head_dim = ours['head_dim'] or ours['n_embd'] // ours['n_head']
-    return {'self_attn.q_proj': multiplier(theirs, 'attention_multiplier') * math.sqrt(head_dim)}
+    return {'self_attn.q_proj': multiplier(theirs, 'attention_multiplier') * math.sqrt(head_dim_of(theirs))}
 
 
-FACTORS = {'falcon_h1': falcon_h1_factors, 'granitemoehybrid': granite_factors}
+def no_factors(theirs):
+    return {}
+
+
+FACTORS = {
+    'falcon_h1': falcon_h1_factors,
+    'granitemoehybrid': granite_factors,
+    'bamba': no_factors,
+}
 NAMES = {       # parts of theirs, and ours
     '.feed_forward.': '.mlp.',
     '.pre_ff_layernorm.': '.pre_mlp_layernorm.',
@@ -212,6 +231,13 @@ def to_our_weights(weights, theirs):
     else:
         scale(weights, 'lm_head.weight', head)
 
+    if theirs['model_type'] == 'bamba':
+        P = head_dim_of(theirs)
+        order = turned_first(P, P // 2)
+        for name in weights:
+            if name.endswith(('q_proj.weight', 'k_proj.weight')):
+                weights[name] = weights[name].unflatten(0, (-1, P))[:, order].flatten(0, 1)
+
     residual = multiplier(theirs, 'residual_multiplier')
     branches = 2 if theirs['model_type'] == 'falcon_h1' else 1      # our layers take their mean
     for name in [name for name in weights if name.endswith('.input_layernorm.weight')]:
@@ -225,11 +251,11 @@ FAMILIES = {
     'mambino_hybrid': Family('hybrid', mambino_fields),
     'falcon_h1': Family('hybrid', falcon_h1_fields, FALCON_H1, ONLY, to_our_weights),
     'granitemoehybrid': Family('hybrid', granite_fields, GRANITE, ONLY, to_our_weights),
+    'bamba': Family('hybrid', bamba_fields, BAMBA, ONLY, to_our_weights),
 }
 QWEN3_5 = 'its attention has a gate of its own, its norms count by 1 + weight; those of our hybrid do not'
 CONVOLUTIONS = 'its layers without attention are short gated convolutions, which our models have not'
 REFUSED = {     # {model_type: what differs}
-    'bamba': 'its rotary positions turn half of a head, those of our hybrid whole heads',
     'jamba': 'its SSM is a Mamba-1 with norms inside, beside experts in every second layer; our hybrid '
              'has a Mamba-2, and no experts',
     'kimi_linear': 'its linear attention is a delta rule with a gate a channel, which our models have not',
