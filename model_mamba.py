@@ -347,7 +347,7 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
         h = h + now * torch.einsum('brhp,brhn->bhpn', x[:, t] * mimo_x, b)
         ys.append(torch.einsum('bhpn,brhn->brhp', h, c) + D[:, None] * x[:, t] * mimo_x)
         last_b, last_x = b, x[:, t, 0]
-    return torch.stack(ys, 1), (h, turn, last_b, last_x)
+    return torch.stack(ys, 1), (h, turn, last_b, last_x.clone())    # a view would keep all of x
 
 
 class Mamba3Mixer(nn.Module):

@@ -22,6 +22,9 @@ from mambino.weights import quantize
 from mambino.weights.dense import Dense
 
 
+MOST_RANKS = 16     # native.cpp's, of a Mamba-3
+
+
 class Unknown(Exception):
     """Something of a model, or of a state, that has no place in a plan."""
 
@@ -37,9 +40,11 @@ def require(condition, subject):
 # elements = B D, precision: in which the state is kept.
 
 class State(NamedTuple):
-    """A tensor of the state: its name, and its shape after B; None stands for a cache's slots."""
+    """A tensor of the state: its name, its shape after B, in which None stands for a cache's slots, and its dtype
+    where that is no setting (cache.ROUNDED)."""
     name: str
     shape: tuple
+    dtype: torch.dtype = torch.float32
 
 
 class Slots(NamedTuple):
@@ -179,6 +184,31 @@ def mamba2(mixer, i, x, y):
            eps, conv, State(f'ssm.{i}', (H, P, N)), x, y)
 
 
+def mamba3(mixer, i, x, y):
+    H, R, N = mixer.B_bias.shape
+    E, RGN, P, A = mixer.split[0], mixer.split[2], mixer.head_dim, mixer.split[-1]
+    G, norm = RGN // (R * N), mixer.norm
+    require(P % cpu.LANES == N % cpu.LANES == 0, 'head_dim or state_size')
+    require(E == H * P and RGN == R * G * N and H % G == 0 and 0 < 2 * A <= N and R <= MOST_RANKS, 'heads')
+    require(mixer.split == [E, E, RGN, RGN, H, H, H, A], 'rows of in_proj')
+    norms = [mixer.B_norm, mixer.C_norm, *([] if norm is None else [norm])]
+    require(all(type(each) is RMSNorm for each in norms) and mixer.B_norm.eps == mixer.C_norm.eps, 'norms')
+    sized((mixer.B_norm.weight, (N,)), (mixer.C_norm.weight, (N,)), (norm and norm.weight, (E,)))
+    sized((mixer.dt_bias, (H,)), (mixer.D, (H,)), (mixer.C_bias, (H, R, N)))
+    mimo = mixer.mimo_x, mixer.mimo_z, mixer.mimo_o
+    sized(*[(scales, (H, R, P)) for scales in mimo])
+    require(len({scales is None for scales in mimo}) == 1 and (R == 1 or mimo[0] is not None), 'mimo')
+    in_proj = matrix(mixer.in_proj, sum(mixer.split)),
+    D = in_proj[0].columns
+    head_norm = (norm.weight, float(norm.eps)) if norm else (None, 0.0)
+    yield 'width', D
+    yield ('mamba3_step', 'threads', 'precision', 'rows', H, G, P, N, R, A, int(mixer.interleaved), *in_proj, None,
+           matrix(mixer.out_proj, D, E), mixer.dt_bias, mixer.B_bias, mixer.C_bias, mixer.B_norm.weight,
+           mixer.C_norm.weight, float(mixer.B_norm.eps), mixer.D, *mimo, *head_norm, State(f'ssm.{i}', (H, P, N)),
+           State(f'turn.{i}', (H, A), torch.float64), State(f'last_b.{i}', (R, H, N)), State(f'last_x.{i}', (H, P)),
+           x, y)
+
+
 def mix(branches, norms, controller, scale):
     """x += scale * the branches, up to three: normed if there are norms, and weighted if there is a
     controller, which reads h."""
@@ -220,6 +250,10 @@ def mamba_block(block, i, x, y):
     yield from calls(block.norm, i, x, 'h')
     yield from calls(block.mixer, i, 'h', 'a')
     yield 'add_step', 'elements', x, 'a', y
+    if block.mlp is not None:
+        yield from calls(block.norm2, i, y, 'h')
+        yield from calls(block.mlp, i, 'h', 'a')
+        yield 'add_step', 'elements', y, 'a', y
 
 
 def hybrid_layer(layer, i, *_):
@@ -276,6 +310,7 @@ PARTS = {
     model_gpt.Attention: attention,
     model_mamba.Mamba1Mixer: mamba1,
     model_mamba.Mamba2Mixer: mamba2,
+    model_mamba.Mamba3Mixer: mamba3,
     model_gpt.Layer: gpt_layer,
     model_gpt.NormAfterLayer: gpt_norm_after_layer,
     model_mamba.Block: mamba_block,

@@ -5,17 +5,14 @@
 // of them is fp32.
 #pragma once
 #include <algorithm>
-#include <memory>
 #include <utility>
 #include <vector>
 
 #include "caches.h"
 #include "elementwise.h"
+#include "mamba3_step.h"
 #include "matrices.h"
-
-struct Room : std::unique_ptr<float[]> {  // for n numbers; a vector would write zeros into it
-    Room(I n) : std::unique_ptr<float[]>(new float[n]) {}
-};
+#include "states.h"
 
 API mlp_step(I threads, I tokens, const Matrix *gate, const Matrix *up_, const Matrix *down,
              const float *x, float *y) {
@@ -120,45 +117,6 @@ static void conv_steps(I lo, I hi, I E, I K, const float *x, I sx, const Room &t
             store(y + b * E + e, out * sigmoid(out), n);
         }
     }
-}
-
-// --- states: 2 L numbers in two registers, of bf16 the even ones and the odd ones, which no
-// instruction need put in order
-
-constexpr I AHEAD = 1024;  // bytes: what is read of a state is fetched so much earlier
-
-static inline void get(const float *p, vec &a, vec &b) {
-    a = as<vec>(p);
-    b = as<vec>(p + L);
-}
-
-static inline void put(float *p, vec a, vec b) {
-    memcpy(p, &a, sizeof a);
-    memcpy(p + L, &b, sizeof b);
-}
-
-static inline void get(const bf16 *p, vec &a, vec &b) {
-    uvec both = as<uvec>(p);
-    a = (vec)(both << 16);
-    b = (vec)(both & 0xffff0000u);
-}
-
-// of sound numbers, and of what comes of them: a NaN of theirs has no lower bits
-static inline void put(bf16 *p, vec a, vec b) {
-    uvec both = nearest_bits(a) >> 16 | (nearest_bits(b) & 0xffff0000u);
-    memcpy(p, &both, sizeof both);
-}
-
-static inline float sound(float a) { return a == a ? a : NAN; }
-
-// n sound numbers as `get` has those of a state that is kept in bf16
-static void even_first(I n, float *x) {
-    for (I i = 0; i < n; i += L) {
-        vec v = load(x + i);
-        store(x + i, v == v ? v : all(NAN));
-    }
-    for (I i = 0; i + 2 * L <= n; i += 2 * L)
-        evens_first(2 * L, x + i);
 }
 
 // h (P, N) of a head = decay h + (dt u) B; y (P) = h C + D u, in one pass over h. Bs, Cs (N), for
@@ -414,6 +372,7 @@ API replay(I n, const I *a) {
         case 6: a += invoke(mix_step, a); break;
         case 7: a += invoke(rope_step, a); break;
         case 8: a += invoke(linear_step, a); break;
+        case 9: a += invoke(mamba3_step, a); break;
         }
     }
 }
