@@ -26,6 +26,8 @@ KINDS = dict(
     mamba1=('mamba', dict(version=1)),
     mamba2=('mamba', MAMBA),
     groups=('mamba', dict(MAMBA, n_groups=2)),
+    mamba3=('mamba', dict(MAMBA, version=3, intermediate_size=48)),
+    mimo=('mamba', dict(MAMBA, version=3, mimo_rank=4, n_groups=2, head_norm=True)),
     hybrid=('hybrid', HYBRID),
     parallel=('hybrid', dict(HYBRID, window=0, layout='parallel', gate=False, branch_norm=False)),
     mixed=('hybrid', dict(HYBRID, layout='parallel', qk_norm=True)),

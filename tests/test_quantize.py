@@ -23,6 +23,7 @@ MODELS = {
     "gpt-experts": ("gpt", dict(SIZE, n_head=3, n_expert=4, n_expert_active=2, intermediate_size=80)),
     "mamba1": ("mamba", dict(SIZE, version=1)),
     "mamba2": ("mamba", dict(SIZE, n_embd=64, head_dim=16, state_size=16, n_groups=2, conv_kernel=3)),
+    "mamba3": ("mamba", dict(SIZE, version=3, n_embd=64, head_dim=16, state_size=16, intermediate_size=80)),
     "hybrid": ("hybrid", dict(SIZE, n_head=3, ssm_head_dim=16, state_size=32, window=5)),
     "hybrid-parallel": ("hybrid", dict(SIZE, n_head=3, ssm_head_dim=16, state_size=16, layout="parallel",
                                        low_rank=24, tie_embeddings=False)),

@@ -71,7 +71,8 @@ def rounded(linear):
     return native.matrix_of(linear.codes, linear._buffers.get('scales'), linear.columns)
 
 
-MATRICES = {nn.Linear: dense, Dense: dense, model_mamba.TimeStep: dense, quantize.Linear: rounded}
+MATRICES = {nn.Linear: dense, Dense: dense, model_mamba.TimeStep: dense, quantize.Linear: rounded,
+            quantize.PartlyExact: rounded}
 
 
 def matrix(module, rows=None, columns=None, adds_bias=False):
@@ -85,6 +86,16 @@ def matrix(module, rows=None, columns=None, adds_bias=False):
         raise Unknown(error) from None
     require(rows in (None, made.rows) and columns in (None, made.columns), 'size of a matrix')
     return made
+
+
+def in_two(module, rows, exact_rows):
+    """The native.Matrix of a module that multiplies by one, and that of its last rows where these are kept apart, or
+    None: there are then `rows` before `exact_rows`, and else their sum."""
+    if type(module) is not quantize.PartlyExact:
+        return matrix(module, rows + exact_rows), None
+    address(module.exact)
+    sized((module.exact, (exact_rows, module.columns)))
+    return matrix(module, rows), native.matrix_of(module.exact, None, module.columns)
 
 
 def sized(*tensors):
@@ -198,11 +209,11 @@ def mamba3(mixer, i, x, y):
     mimo = mixer.mimo_x, mixer.mimo_z, mixer.mimo_o
     sized(*[(scales, (H, R, P)) for scales in mimo])
     require(len({scales is None for scales in mimo}) == 1 and (R == 1 or mimo[0] is not None), 'mimo')
-    in_proj = matrix(mixer.in_proj, sum(mixer.split)),
-    D = in_proj[0].columns
+    in_proj, scalars = in_two(mixer.in_proj, 2 * (E + RGN), 3 * H + A)
+    D = in_proj.columns
     head_norm = (norm.weight, float(norm.eps)) if norm else (None, 0.0)
     yield 'width', D
-    yield ('mamba3_step', 'threads', 'precision', 'rows', H, G, P, N, R, A, int(mixer.interleaved), *in_proj, None,
+    yield ('mamba3_step', 'threads', 'precision', 'rows', H, G, P, N, R, A, int(mixer.interleaved), in_proj, scalars,
            matrix(mixer.out_proj, D, E), mixer.dt_bias, mixer.B_bias, mixer.C_bias, mixer.B_norm.weight,
            mixer.C_norm.weight, float(mixer.B_norm.eps), mixer.D, *mimo, *head_norm, State(f'ssm.{i}', (H, P, N)),
            State(f'turn.{i}', (H, A), torch.float64), State(f'last_b.{i}', (R, H, N)), State(f'last_x.{i}', (H, P)),

@@ -33,7 +33,7 @@ from mambino.sample.healing import look_ahead
 from mambino.weights.checkpoint import save_checkpoint
 
 LONGEST = 200           # bytes of a name: a file's has at most 255, and a temporary one is longer
-PRECISIONS = torch.float32, torch.bfloat16, torch.float16       # of a state
+PRECISIONS = {torch.float32, torch.bfloat16, torch.float16}     # of a state
 CONTENTS = {'fingerprint', 'tokens', 'unread', 'state', 'generator'}    # of the file, at least
 
 
@@ -361,7 +361,8 @@ def check_state(net, session, path):
     if session.logits is not None:
         parts['logits'] = session.logits
     for name, value in parts.items():
-        if value.dtype not in PRECISIONS or not value.isfinite().all():
+        exact = {expected[name].dtype} if name in expected else set()           # a Mamba-3's angles have more
+        if value.dtype not in exact | PRECISIONS or not value.isfinite().all():
             refuse(path, f'its {name} is not of finite numbers')
         if name in state:
             state[name] = value.to(expected[name].dtype)

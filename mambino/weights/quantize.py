@@ -16,7 +16,8 @@ half the time. Nothing but weights is rounded, and they are rounded once:
                 which more depends, are int8
 
 It takes the matrices of the projections, of experts, the embedding and the head. Norms,
-convolutions, A, D, the projections of dt, biases and routers are small, and stay as they are. A
+convolutions, A, D, the projections of dt, of all of Mamba-3's scalars (the last rows of its
+in_proj), biases and routers are small, and stay as they are. A
 state dict holds what is below, as it is used: `codes`, and `scales` beside them.
 
 Letters of the shapes: N rows, K columns, E experts; a group is 64 columns.
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from mambino.kernels import cpu, native
 from mambino.language_model import product_dtype, swiglu
 from model_gpt import Experts, experts_swiglu
-from model_mamba import TimeStep
+from model_mamba import Mamba3Mixer, TimeStep
 
 PRECISIONS = ('bfloat16', 'int8', 'int4')
 GROUP = 64                              # columns that share a scale and a zero in int4
@@ -208,6 +209,29 @@ class Linear(Matrix):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class PartlyExact(Linear):
+    """A Linear without a bias whose last rows are as they were, `exact` (n, K) fp32. x (…, K) → (…, rows + n)."""
+
+    def __init__(self, shape, precision, n):
+        super().__init__((shape[0] - n, shape[1]), precision)
+        self.register_buffer('exact', torch.zeros(n, shape[1]))
+
+    def fill(self, weight):
+        self.exact.copy_(weight[self.rows:])
+        return super().fill(weight[:self.rows])
+
+    @property
+    def weight(self):
+        return torch.cat((super().weight, self.exact))
+
+    def forward(self, x):
+        if x.dtype == torch.float32 and x.numel() and cpu.applies(x) and native.few(x):
+            exact = native.linear(x, self.exact, None)
+        else:
+            exact = F.linear(x, self.exact.to(x.dtype))
+        return torch.cat((super().forward(x), exact), -1)
+
+
 class Embedding(Matrix):
     """nn.Embedding, for generation."""
 
@@ -284,6 +308,7 @@ def replace_matrices(net, precision, fill):
     embedding = net.embedding()
     tied = net.lm_head.weight is embedding.weight
     careful = 'int8' if precision == 'int4' else precision      # of the embedding and the head
+    exact_rows = rows_of_scalars(net)
 
     for parent in list(net.modules()):
         for name, module in list(parent.named_children()):
@@ -296,6 +321,10 @@ def replace_matrices(net, precision, fill):
                 if fill:
                     new.gate_up_proj.fill(module.gate_up_proj)
                     new.down_proj.fill(module.down_proj)
+            elif module in exact_rows:
+                new = PartlyExact(module.weight.shape, precision, exact_rows[module])
+                if fill:
+                    new.fill(module.weight)
             elif is_rounded(module, name, tied):
                 new = Linear(module.weight.shape, careful if name == 'lm_head' else precision, module.bias)
                 if fill:
@@ -309,6 +338,13 @@ def replace_matrices(net, precision, fill):
         net.lm_head._buffers = net.embedding()._buffers     # the same, wherever they are moved to
     net.quantized = precision
     return net.eval()
+
+
+def rows_of_scalars(net):
+    """{matrix: how many of its last rows make a Mamba-3's dt, A, trap and angles}: what they say of one token all
+    later ones are decayed and turned by."""
+    mixers = [module for module in net.modules() if isinstance(module, Mamba3Mixer)]
+    return {getattr(mixer.in_proj, 'up', mixer.in_proj): sum(mixer.split[4:]) for mixer in mixers}
 
 
 def is_rounded(module, name, tied):
