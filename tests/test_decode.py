@@ -119,7 +119,7 @@ def test_a_plan_gives_the_numbers_of_the_model(kind, way, replays):
 
 
 @pytest.mark.parametrize('way', ['float32', 'int8', 'int4', 'bfloat16'])
-@pytest.mark.parametrize('kind', [kind for kind in KINDS if kind not in ('groups', 'mixed')])
+@pytest.mark.parametrize('kind', [kind for kind in KINDS if kind not in ('groups', 'mimo', 'mixed')])
 def test_sizes_that_fill_no_vector(kind, way, replays):
     """Widths that are no multiple of a vector or of a group, and rows up to the limit."""
     family, fields = KINDS[kind]

@@ -132,7 +132,7 @@ def test_optim_groups(name, muon):
     names, placed = {p: n for n, p in model.named_parameters()}, []
     for group in model.optim_groups(0.1, muon=muon):
         for n, p in ((names[p], p) for p in group["params"]):
-            plain = re.search(r"norm|bias$|A_log$|\.D$|scale$", n)
+            plain = re.search(r"norm|bias$|A_log$|\.D$|scale$|mimo_.$", n)
             hidden = p.ndim == 2 and "layers." in n and not plain
             assert group["weight_decay"] == (0 if plain else 0.1), n
             assert group["kind"] == "adamw" or (group["kind"] == "muon" and muon and hidden), n

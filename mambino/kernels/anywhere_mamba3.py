@@ -374,4 +374,4 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     last_b = turned(last_b, angles.cos()[:, None], angles.sin()[:, None])
     if interleaved:
         h, last_b = in_pairs(h), in_pairs(last_b)
-    return y, (h, turn, last_b, x[:, -1].float())
+    return y, (h, turn, last_b, x[:, -1].float().clone())
