@@ -21,7 +21,6 @@ from mambino.language_model import Gate, GatedRMSNorm, RMSNorm, SwiGLU
 from mambino.weights import quantize
 from mambino.weights.dense import Dense
 
-
 MOST_RANKS = 16     # native.cpp's, of a Mamba-3
 
 

@@ -10,23 +10,6 @@ constexpr double WHOLE_TURN = 6.283185307179586;
 constexpr float PI = 3.14159265f;
 constexpr int MOST_RANKS = 16;
 
-// of 0 to 2 pi, to 1e-7: polynomials on an eighth of a turn to both sides of the next quarter
-static inline void sincos(vec x, vec &sine, vec &cosine) {
-    vec shifted = x * 0.636619772f + 12582912.f;
-    vec quarters = shifted - 12582912.f;
-    ivec k = (ivec)shifted;
-    vec r = x - quarters * 1.5703125f;  // pi / 2 in three parts
-    r -= quarters * 4.8375129699707031e-4f;
-    r -= quarters * 7.5497899548918e-8f;
-    vec r2 = r * r;
-    vec s = r + r * r2 * ((r2 * -1.9515295891e-4f + 8.3321608736e-3f) * r2 - 1.6666654611e-1f);
-    vec c = (r2 * 2.443315711809948e-5f - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f;
-    c = c * r2 * r2 - 0.5f * r2 + 1.f;
-    ivec odd = (k & 1) != 0;
-    sine = (vec)((ivec)(odd ? c : s) ^ (k & 2) << 30);
-    cosine = (vec)((ivec)(odd ? s : c) ^ ((k + 1) & 2) << 30);
-}
-
 static inline vec tanhv(vec x) {
     vec x2 = x * x;
     vec p = all(2.1869488e-2f);
