@@ -1,5 +1,6 @@
 """Mamba-3 in and out: the original checkpoints of state-spaces/mamba give the numbers of the paper's
 recurrence; what is exported opens in its own tool with ours; all else is refused in one line."""
+import copy
 import json
 import math
 import os
@@ -7,12 +8,13 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.adapters import LORA, saved, trained
 from helpers.models import SSM_SIZE, V, assert_close, perturb, tokens
 
-from mambino.export import to_gguf, to_hf, to_onnx, to_torchscript
+from mambino.export import to_gguf, to_hf, to_onnx, to_peft, to_torchscript
 from mambino.export.compare import greedy, silent
 from mambino.export.graph_scans import mamba3_scan
-from mambino.weights import checkpoint
+from mambino.weights import adapters, checkpoint, from_peft, loading
 from mambino.weights import from_hf as hf
 from mambino.weights.fitting import model_of_shapes
 from model_mamba import Mamba, MambaConfig
@@ -351,6 +353,29 @@ def test_trained_there_and_read_back(name, opened, tmp_path):
 def test_auto_model_is_the_model_without_its_head(opened):
     net, idx = built('siso'), tokens(2, 30)
     assert_close(opened(net, 'AutoModel')(idx).last_hidden_state, net.hidden_states(idx)[0])
+
+
+@torch.no_grad()
+def test_peft_tunes_it(opened, tmp_path, monkeypatch):
+    """Any of its matrices: what peft refuses on the out_proj of transformers' Mambas is none of this class."""
+    peft = pytest.importorskip('peft')
+    base = built('siso')
+    net, settings = copy.deepcopy(base), dict(LORA, targets='in_proj,out_proj,down_proj')
+    adapters.add_lora(net, settings['targets'])
+    for p in trained(net).values():
+        p.add_(0.1 * torch.randn_like(p))
+    ckpt = saved(net, settings, base)
+    (tmp_path / 'lora').mkdir()
+    to_peft.write(net, None, tmp_path / 'lora', ckpt=ckpt, base=tmp_path)
+    theirs, idx = peft.PeftModel.from_pretrained(opened(base), tmp_path / 'lora').eval(), tokens(2, 40)
+    want = theirs(idx).logits
+    assert (want - base(idx)[0]).abs().max() > 0.1
+    assert_close(net(idx)[0], want)
+    monkeypatch.setattr(loading, 'base_of', lambda ckpt: dict(weights=base.state_dict()))
+    assert to_peft.verify(net, None, tmp_path / 'lora', ckpt=ckpt)['ok']
+    theirs.save_pretrained(tmp_path / 'again')
+    again = adapters.attach_adapter(copy.deepcopy(base), from_peft.read_peft(tmp_path / 'again'))
+    assert_close(again(idx)[0], want)
 
 
 def test_what_transformers_cannot_have_is_said(tmp_path):
