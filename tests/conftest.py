@@ -185,7 +185,7 @@ def way(request, monkeypatch):
     with MAMBINO_KERNELS=0."""
     import torch
 
-    from mambino.kernels import cpu, cpu_mamba, native, registry
+    from mambino.kernels import cpu, cpu_mamba, cpu_mamba3, native, registry
 
     def as_many_as_items(n, work):
         """Threads are used however small the work."""
@@ -197,6 +197,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(registry, 'ENABLED', False)
     monkeypatch.setattr(cpu, 'thread_count', as_many_as_items)
     monkeypatch.setattr(cpu_mamba, 'thread_count', as_many_as_items)
+    monkeypatch.setattr(cpu_mamba3, 'thread_count', as_many_as_items)
     monkeypatch.setattr(native, 'thread_count', as_many_as_items)
     if request.param == 'compiled' and native.library() is None:
         pytest.skip('no C++ compiler here: native.cpp is not tested')

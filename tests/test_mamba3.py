@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.models import assert_close, assert_same, random_dt
 
+from mambino.language_model import gated_heads
 from model_mamba import mamba3_scan, ssd
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
@@ -236,3 +237,36 @@ def test_turns_add_up_over_a_long_text(way):
     want = (inputs[6].double()[:, :, None] * inputs[3].double()[..., None]).sum(1)
     assert_close(turn.cos(), want.cos(), 1e-9)
     assert_close(turn.sin(), want.sin(), 1e-9)
+
+
+# --- the gate
+
+@every_way
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("R, P", [(1, 16), (1, 48), (4, 16), (2, 12)])
+def test_gated_heads(R, P, normed):
+    torch.set_num_threads(2)
+    B, T, H = 2, 5, 3
+    inputs = [torch.randn(B, T, R, H, P), torch.randn(B, T, 2 * H, P)]
+    inputs += [torch.randn(H, R, P) for _ in "zo"] * (R > 1) + [torch.rand(H * P) + 0.5] * normed
+
+    def scales(rest):
+        return (rest[0], rest[1]) if R > 1 else (None, None), rest[-1] if normed else None
+
+    def run(y, z, *rest):
+        (mimo_z, mimo_o), norm = scales(rest)
+        return [gated_heads(y, z[:, :, H:], mimo_z, mimo_o, norm, 1e-3)]
+
+    def reference(y, z, *rest):
+        (mimo_z, mimo_o), norm = scales(rest)
+        total = 0
+        for r in range(R):
+            u, gate = y[:, :, r], z[:, :, H:]
+            if normed:
+                u = u / (u.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.view(H, P)
+            if R > 1:
+                u, gate = u * mimo_o[:, r], gate * mimo_z[:, r]
+            total = total + u * gate * torch.sigmoid(gate)
+        return [total.flatten(2)]
+
+    assert_same(run, reference, inputs)

@@ -169,6 +169,7 @@ OPERATIONS = {
     "mamba3_scan": ("BT(A) BTHP BTRGM BTRGM BTH BTH BTH HRM HRM H HRP BHPM BHA BRHM BHP",
                     lambda rate, x, B, C, dt, decay, trap, *rest: cpu_mamba3.mamba3_scan(
                         x, B, C, dt, decay, trap, rate, *rest[:4], True, 16, rest[4:])),
+    "gated_heads": ("(B)(T)RHP BTHP HRP HRP E", cpu_mamba3.gated_heads),
     "cross_entropy_": ("T(V) T", lambda logits, targets: cpu.cross_entropy_(logits, (targets * 0).long())),
 }
 

@@ -1,5 +1,5 @@
-"""Mamba-3's recurrence on this CPU, by native.cpp: as cpu_mamba.py has Mamba-2's, and with its letters; R
-is the rank of B and C, A the number of angles. B and C of each head, with its bias and turned, are never all
+"""Mamba-3's recurrence and its gate on this CPU, by native.cpp: as cpu_mamba.py has Mamba-2's, and with its
+letters; R is the rank of B and C, A the number of angles. B and C of each head, with its bias and turned, are never all
 in memory: they are made again for the backward pass.
 """
 import math
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from mambino.kernels.cpu import LANES, applies, compute, kind_of
 from mambino.kernels.cpu_mamba import Mamba2, even_rows_of_one_kind
-from mambino.kernels.native import expect, launch
+from mambino.kernels.native import expect, launch, thread_count
 from mambino.kernels.registry import kernel
 
 
@@ -129,3 +129,48 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     last_b = B[:, -1].float().repeat_interleave(H // B.shape[3], 2) + B_bias.transpose(0, 1)    # (B, R, H, N)
     last_b = rotated(last_b, turn[:, None].float(), interleaved)
     return y, (h, turn, last_b, x[:, -1].float().clone())
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+class GatedHeads(Function):
+
+    @staticmethod
+    def forward(ctx, y, z, mimo_z, mimo_o, norm, eps):
+        B, T, R, H, P = y.shape
+        y, z = even_rows_of_one_kind(y, z.flatten(2))
+        y = y.contiguous()
+        expect('gated_heads', (z, (B, T, H * P)), *((u, (H, R, P)) for u in (mimo_z, mimo_o) if u is not None))
+        if norm is not None:
+            expect('gated_heads', (norm, (H * P,)))
+        if mimo_z is None and R != 1:
+            raise ValueError(f'gated_heads: rank {R} without scales')
+        scales = [None if u is None else u.contiguous() for u in (mimo_z, mimo_o, norm)]
+        out = y.new_empty(B, T, H * P)
+        ctx.sizes = R, H, P, float(eps), z.stride(-2)
+        launch(f'heads_forward{kind_of(y)}', B * T, 2 * y.numel(), *ctx.sizes, *scales, y, z, out)
+        ctx.save_for_backward(y, z, *scales)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, z, *scales = ctx.saved_tensors
+        B, T, R, H, P = y.shape
+        work = 4 * y.numel()
+        threads = thread_count(B * T, work)                     # each adds up its own
+        grad_y, grad_z = torch.empty_like(y), y.new_empty(B, T, H, P)
+        mimo_z, mimo_o = y.new_zeros(2, threads, H, R, P, dtype=torch.float32)
+        norm = y.new_zeros(threads, H * P, dtype=torch.float32)
+        launch(f'heads_backward{kind_of(y)}', B * T, work, *ctx.sizes, *scales, y, z, grad.to(y.dtype).contiguous(),
+               grad_y, grad_z, mimo_z, mimo_o, norm)
+        return grad_y, grad_z, *(None if scale is None else grads.sum(0)
+                                 for scale, grads in zip(scales, (mimo_z, mimo_o, norm))), None
+
+
+@kernel
+def gated_heads(y, z, mimo_z=None, mimo_o=None, norm=None, eps=1e-5):
+    scales = [u for u in (mimo_z, mimo_o, norm) if u is not None]
+    if y.shape[-1] % LANES or (mimo_z is None) != (mimo_o is None) or not applies(y, *scales):
+        return NotImplemented
+    return compute(GatedHeads, y, z, mimo_z, mimo_o, norm, eps)

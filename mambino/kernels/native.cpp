@@ -13,6 +13,7 @@
 #include "cpp/vectors.h"        // L numbers at once: load, store, sum, exp, sigmoid, softplus
 #include "cpp/products.h"       // matrix products, transposes
 #include "cpp/elementwise.h"    // SwiGLU, RoPE, norms, the loss
+#include "cpp/heads.h"          // the gate of heads
 #include "cpp/convolution.h"
 #include "cpp/mamba1.h"
 #include "cpp/mamba2.h"
