@@ -214,6 +214,14 @@ def test_every_refused_family_is_refused_by_its_own_reason():
             hf.to_ours(dict(model_type=family))
 
 
+def test_granite_says_what_becomes_of_its_multipliers(folders, capsys):
+    hf.say_once.cache_clear()
+    hf.load_hf(folders('granite-3')[0])
+    assert 'its multipliers become part of the weights' in capsys.readouterr().err
+    hf.load_hf(folders('qwen2.5')[0])
+    assert 'note' not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('changes, says', [
     (dict(rope_scaling='ntk'), 'rope_scaling='),
     (dict(rope_scaling='yarn'), 'rope_length=0 must be at least 1'),

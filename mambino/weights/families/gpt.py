@@ -308,6 +308,13 @@ def fold_multipliers(weights, theirs):
             weights[name] = tensor * factor
 
 
+def folded_note(theirs):
+    if all(number(theirs, key, 1.0, float) == 1 for key in MULTIPLIERS):
+        return ''
+    return ('its multipliers become part of the weights: a LoRA of peft that was made beside Granite itself does not '
+            'fit this model, nor one of this model Granite')
+
+
 class Experts(NamedTuple):
     """Where a layer's experts are on the disk, and what the three matrices of one are called."""
     block: str
@@ -357,7 +364,8 @@ FAMILIES = {
     'phi3': Family(
         'gpt', phi3_fields, dict(rms_norm_eps=1e-5),
         NO_BIASES | dict(partial_rotary_factor=ANY), split_fused),
-    'granite': Family('gpt', granite_fields, dict(rms_norm_eps=1e-6), ONLY, fold_multipliers),
+    'granite': Family(
+        'gpt', granite_fields, dict(rms_norm_eps=1e-6), ONLY, fold_multipliers, folded_note),
     'mixtral': Family(
         'gpt', mixtral_fields,
         dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
