@@ -19,11 +19,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mambino.kernels import cpu
-from mambino.kernels.registry import kernel
+from mambino.kernels.registry import DEFINITIONS, kernel
 
 # bytes of all heads' B in fp32 that a piece may have, if it is not one chunk; what is no CPU wants much to do at once
 PIECE = {'cpu': 1 << 22}
-PIECE_ELSEWHERE = 1 << 26
+PIECE_ELSEWHERE = 1 << 25
 
 
 def trapezoid(dt, trap):
@@ -375,3 +375,33 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     if interleaved:
         h, last_b = in_pairs(h), in_pairs(last_b)
     return y, (h, turn, last_b, x[:, -1].float().clone())
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+class GatedHeads(Function):
+    """The definition, of which backward has what went in alone, and makes the rest again."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, eps = args
+        ctx.save_for_backward(*tensors)
+        ctx.eps = eps
+        return DEFINITIONS['gated_heads'](*args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tensors = [u if u is None else u.detach().requires_grad_() for u in ctx.saved_tensors]
+        leaves = [u for u in tensors if u is not None]
+        with torch.enable_grad():
+            out = DEFINITIONS['gated_heads'](*tensors, ctx.eps)
+        grads = iter(torch.autograd.grad(out, leaves, grad))
+        return *(u if u is None else next(grads) for u in tensors), None
+
+
+@kernel
+def gated_heads(y, z, mimo_z=None, mimo_o=None, norm=None, eps=1e-5):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return NotImplemented
+    return GatedHeads.apply(y, z, mimo_z, mimo_o, norm, eps)

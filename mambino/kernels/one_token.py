@@ -3,7 +3,8 @@
     project                 matrices that lie behind one another as one
     norms, rope, swiglu, mix    one kernel of our own each (triton_token.py), else PyTorch's fused ones
     attention               heads that share keys are queries side by side: keys are not repeated
-    causal_conv1d, scans    the recurrence's single step, without chunks: one kernel of our own, else several
+    causal_conv1d, scans    the recurrence's single step, without chunks: one kernel of our own, else several;
+                            of Mamba-3, some twenty of PyTorch's
     experts_swiglu          products with all experts, or with copies of those that are wanted: no number
                             of the data decides a shape, so the host waits for nothing
 
@@ -14,6 +15,8 @@ CPU has its own, cpu.py and cpu_mamba.py.
 Letters of the shapes: B batch, E inner width or experts, D model width, I inner width of an expert, H
 heads, G groups or key heads, R heads a group, P head size, N state size, S cache slots, K taps.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -275,6 +278,47 @@ def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=N
     def fast(xBC, dt, dt_bias, A, D, state):
         return triton_token().mamba2(xBC[:, 0], dt[:, 0], dt_bias, A, D, state, G)[:, None]
     return ours("Mamba-2's scan", plain, fast, xBC, dt, dt_bias, A, D, state=state), state
+
+
+@kernel
+def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=None, interleaved=True, chunk_size=64,
+                state=None):
+    if not applies(x) or any(u is None for u in state) or state[0].dtype != torch.float32:
+        return NotImplemented
+    h, turn, last_b, last_x = state
+    (batch, _, H, P), R, G, A = x.shape, B.shape[2], B.shape[3], rate.shape[-1]
+    now = trap * dt                                             # (B, 1, H)
+    decay = log_decay.exp()
+    before = (dt - now) * decay
+    turn.addcmul_(rate, dt.mT).remainder_(math.tau)             # (B, H, A); in its own precision, fp64
+    angles = turn.float()[:, None]
+    cos, sin = angles.cos(), angles.sin()                       # (B, 1, H, A)
+
+    # B and C at once: with their biases, and turned
+    biases = torch.stack((B_bias, C_bias)).transpose(1, 2).unflatten(2, (G, -1))    # (2, R, G, H/G, N)
+    both = torch.stack((B[:, 0], C[:, 0]))[:, :, :, :, None] + biases[:, None]
+    both = both.flatten(3, 4)                                   # (2, B, R, H, N)
+    pairs = both.unflatten(-1, (-1, 2)) if interleaved else both.unflatten(-1, (2, -1)).mT
+    first, second = pairs[..., :A, :].unbind(-1)                # (2, B, R, H, A), which lie in both
+    turned = torch.addcmul(first * cos, second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)
+    b, c = both                                                 # (B, R, H, N)
+
+    # the last token's input and this one's as one product of 2R columns
+    inputs = torch.stack((last_x * before[:, 0, :, None], x[:, 0] * now[:, 0, :, None]), 1)[:, :, None]
+    if mimo_x is not None:
+        inputs = inputs * mimo_x.transpose(0, 1)                # (B, 2, R, H, P)
+    columns = torch.stack((last_b, b), 1).flatten(1, 2)         # (B, 2R, H, N)
+    with exactly(x):
+        added = inputs.flatten(1, 2).permute(0, 2, 3, 1) @ columns.transpose(1, 2)  # (B, H, P, N)
+        torch.addcmul(added, h, decay.mT[..., None], out=h)
+        y = h @ c.permute(0, 2, 3, 1)                           # (B, H, P, R)
+    last_b.copy_(b)
+    last_x.copy_(x[:, 0])
+    own = last_x[:, None] if mimo_x is None else last_x[:, None] * mimo_x.transpose(0, 1)   # (B, R, H, P)
+    y = torch.addcmul(y.permute(0, 3, 1, 2), own, D[:, None])
+    return y[:, None], state
 
 
 # --- experts --------------------------------------------------------------------------------------
