@@ -218,7 +218,7 @@ def cuts(x, B, chunk_size):
     L = max(1, limit // (4 * len(x) * Q * R * H * N)) * Q
     whole = T - T % Q
     spans = [(begin, min(whole, begin + L), Q) for begin in range(0, whole, L)]
-    return spans + [(whole, T, T - whole)] * (whole < T)
+    return spans + [(whole, T, T - whole)] if whole < T else spans
 
 
 def scan_forward(x, B, C, dt, log_decay, own, s, rate, B_bias, C_bias, D, mimo_x, h, turn, chunk_size, dtype):

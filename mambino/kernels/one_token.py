@@ -286,7 +286,7 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     if not applies(x) or any(u is None for u in state) or state[0].dtype != torch.float32:
         return NotImplemented
     h, turn, last_b, last_x = state
-    (batch, _, H, P), R, G, A = x.shape, B.shape[2], B.shape[3], rate.shape[-1]
+    G, A = B.shape[3], rate.shape[-1]
     now = trap * dt                                             # (B, 1, H)
     decay = log_decay.exp()
     before = (dt - now) * decay
