@@ -47,6 +47,25 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope='module')
+def own_code(tmp_path_factory):
+    """The modelling files that transformers opens lie in no cache of whoever runs this, and no other file's
+    tests find the folder of these.
+    """
+    transformers = pytest.importorskip('transformers')
+
+    def forget():
+        for name in [name for name in sys.modules if name.split('.')[0] == 'transformers_modules']:
+            del sys.modules[name]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path_factory.mktemp('modules')))
+    patch.setattr(sys, 'path', list(sys.path))
+    forget()
+    yield
+    forget()
+    patch.undo()
+
+
 @pytest.fixture
 def quiet_and_seeded(one_thread):
     """One thread, since tensors this small only lose by more; random numbers that are the same each

@@ -2,7 +2,6 @@
 import copy
 import json
 import os
-import sys
 
 import pytest
 import torch
@@ -81,10 +80,8 @@ def test_peft_reads_what_is_written(peft, tmp_path, monkeypatch, peer, kind, tar
 @pytest.mark.filterwarnings('error:.*missing adapter keys.*', 'error:.*unexpected.*')
 @pytest.mark.parametrize('name, targets', [
     ('hybrid', ''), ('hybrid-parallel', 'out_proj,o_proj,down_proj,controller'), ('hybrid-low-rank', '')])
-def test_a_hybrid_by_its_modelling_file(peft, tmp_path, monkeypatch, name, targets):
-    from transformers import AutoModelForCausalLM, dynamic_module_utils
-    monkeypatch.setattr(dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'modules'))
-    monkeypatch.setattr(sys, 'path', list(sys.path))
+def test_a_hybrid_by_its_modelling_file(peft, tmp_path, monkeypatch, own_code, name, targets):
+    from transformers import AutoModelForCausalLM
     base, net = adapted(name, targets=targets)
     ckpt = saved(net, dict(LORA, targets=targets), base)
     os.mkdir(tmp_path / 'base')
