@@ -247,7 +247,7 @@ def test_rounding_costs_what_it_costs_a_mamba2(precision):
         got = quantize.quantize_model(net, precision)(ids)[0]
         return float((got - want).norm() / want.norm())
     with torch.no_grad():
-        assert lost(3) < 1.2 * lost(2)
+        assert lost(3) < 1.5 * lost(2)
 
 
 def test_a_prefix_is_read_as_a_state():
