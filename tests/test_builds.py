@@ -1,5 +1,6 @@
 """native.cpp as it is compiled for lesser processors: vectors of 8 and of 4 numbers in the place of 16."""
 import ctypes
+import itertools
 import platform
 import subprocess
 
@@ -86,8 +87,8 @@ def test_loss_and_gradients_are_pytorchs(library, name, dtype):
 
 
 @LANES
-@pytest.mark.parametrize('name', [*SIZES, *MAMBA3])
-@pytest.mark.parametrize('precision', ['', 'bfloat16', 'int8', 'int4'])
+@pytest.mark.parametrize('precision, name', [
+    *itertools.product(['', 'bfloat16', 'int8', 'int4'], SIZES), *itertools.product([''], MAMBA3)])
 def test_generation_is_pytorchs(library, name, precision):
     net = model(name)
     if precision:
