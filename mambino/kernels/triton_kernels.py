@@ -184,4 +184,4 @@ def describe(kind, is_compiled):
     if kind != 'cuda' or not has_triton() or compile_trouble(kind):
         return [], []
     said = [notes[name] for name in (SCAN, SSD, CONV) if name in notes]
-    return ["Triton kernels of our own for Mamba's scans and convolution"], said
+    return ["Triton kernels of our own for the scans of Mamba-1 and Mamba-2 and their convolution"], said
