@@ -221,7 +221,8 @@ class DeltaMixer(nn.Module):
         if cache is not None:
             cache.update(conv=conv, ssm=ssm)
         z = z.unflatten(-1, (-1, self.head_dim))                        # (B, T, H, P)
-        return self.out_proj(gated_heads(y[:, :, None], z, norm=self.norm.weight, eps=self.norm.eps))
+        weight = self.norm.weight.repeat(len(self.A_log))               # (E), the same for all heads
+        return self.out_proj(gated_heads(y[:, :, None], z, norm=weight, eps=self.norm.eps))
 
 
 # --- the model ------------------------------------------------------------------------------------

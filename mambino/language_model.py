@@ -94,11 +94,11 @@ class Gate(nn.Module):
 
 @fast
 def gated_heads(y, z, mimo_z=None, mimo_o=None, norm=None, eps=1e-5):
-    """y silu(z), of rank R the sum of mimo_o y silu(mimo_z z), heads normed before if there is a norm, (E), or (P) for
-    all of them. y (B, T, R, H, P), z (B, T, H, P), mimo_z, mimo_o (H, R, P) → (B, T, E)."""
+    """y silu(z), of rank R the sum of mimo_o y silu(mimo_z z), heads normed before if norm (E) has
+    weights. y (B, T, R, H, P), z (B, T, H, P), mimo_z, mimo_o (H, R, P) → (B, T, E)."""
     y, z = y.float(), z.float()[:, :, None]                     # (B, T, 1, H, P)
     if norm is not None:
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.view(-1, y.shape[-1])
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm.view(y.shape[3:])
     if mimo_z is not None:
         y, z = y * mimo_o.transpose(0, 1), z * mimo_z.transpose(0, 1)
     return (y * F.silu(z)).sum(2).flatten(2)

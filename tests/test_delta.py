@@ -4,13 +4,14 @@ import torch
 from helpers.models import assert_close, assert_same, perturb, random_dt, tokens
 
 import model_hybrid
-from mambino.kernels import cpu, cpu_delta
+from mambino.kernels import cpu_delta, native
+from mambino.sample import decode
 from mambino.train.muon import row_kinds
 from model_hybrid import Hybrid, HybridConfig, delta_scan
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 every_way = pytest.mark.usefixtures("way")
-SIZES = dict(n_layer=4, n_embd=32, n_head=4, vocab_size=97, layers="ddda", state_size=16, ssm_head_dim=16,
+SIZES = dict(n_layer=4, n_embd=32, n_head=2, vocab_size=97, layers="ddda", state_size=16, ssm_head_dim=16,
              chunk_size=16)
 
 
@@ -108,7 +109,7 @@ def test_a_model_of_it_steps_as_it_computes():
     assert {name.partition(".")[0] for name in state} == {"pos", "conv", "ssm", "k", "v"}
 
 
-@pytest.mark.skipif(not cpu.portable, reason="")
+@pytest.mark.skipif(not native.library(), reason="there is no compiler")
 def test_sizes_that_fit_no_vector_are_computed_all_the_same():
     inputs = case("usual", 1, 20, 2, 2, 8, 8)[:3]
     assert cpu_delta.delta_scan(*inputs, 2, 8) is NotImplemented
@@ -129,3 +130,19 @@ def test_muon_knows_the_kinds_of_its_rows():
 
 def test_operation_is_known_to_kernels():
     assert model_hybrid.delta_scan.definition.__name__ == "delta_scan"
+
+
+@pytest.mark.skipif(not native.library(), reason="there is no compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, changes", [(1, {}), (3, dict(key_heads=2, delta_max=2.0)), (2, dict(ssm_head_dim=32))])
+def test_the_plan_of_a_token(rows, changes, dtype):
+    net = perturb(Hybrid(HybridConfig(**SIZES | changes)), 0.05).eval()
+    net.state_dtype = dtype
+    idx = tokens(rows, 9)
+    _, state = decode.step(net, idx)
+    theirs = {name: value.clone() for name, value in state.items()}
+    for t in tokens(4, rows, 1):
+        want, theirs = net.step(t, theirs)
+        got, state = decode.step(net, t, state)
+        assert_close(got, want, 1e-4 if dtype == torch.float32 else 2e-2)
+    assert decode.recipes[net].plans

@@ -32,7 +32,7 @@ from mambino.sample.watched import Plans, Watched
 
 FUNCTIONS = (           # by the numbers that `replay` of native.cpp knows them by
     'norm_forward', 'add_step', 'mlp_step', 'attention_step', 'mamba1_step', 'mamba2_step', 'mix_step',
-    'rope_step', 'linear_step', 'mamba3_step')
+    'rope_step', 'linear_step', 'mamba3_step', 'delta_step')
 ROWS = 32               # at most; with more, PyTorch's matrix products are quicker
 LARGE = 4 << 20         # bytes of a tensor of the state from which large pages pay
 PLANS = 4               # that are kept of a model: conversations by turns; a model's `plans` says otherwise

@@ -219,6 +219,24 @@ def mamba3(mixer, i, x, y):
            x, y)
 
 
+def delta(mixer, i, x, y):
+    conv1d, norm = mixer.conv1d, mixer.norm
+    require(type(conv1d) is model_mamba.Conv1d and conv1d.bias is None and type(norm) is RMSNorm, 'parts')
+    H, P, G = len(mixer.A_log), len(norm.weight), mixer.groups
+    W, _, taps = conv1d.weight.shape
+    E, N = H * P, (W - H * P) // (2 * G)
+    require(P % cpu.LANES == N % cpu.LANES == 0, 'head_dim or state_size')
+    require(P and N and P == mixer.head_dim and H % G == 0 and W == E + 2 * G * N, 'heads')
+    require(mixer.split == [E, W, H, H], 'rows of in_proj')
+    in_proj = matrix(mixer.in_proj, E + W + 2 * H)
+    D = in_proj.columns
+    sized((conv1d.weight, (W, 1, taps)), (mixer.dt_bias, (H,)))
+    yield 'width', D
+    yield ('delta_step', 'threads', 'precision', 'rows', H, G, P, N, taps, in_proj, matrix(mixer.out_proj, D, E),
+           conv1d.weight, torch.zeros(W), mixer.dt_bias, mixer.A_log, float(mixer.delta_max), norm.weight,
+           float(norm.eps), State(f'conv.{i}', (taps - 1, W)), State(f'ssm.{i}', (H, P, N)), x, y)
+
+
 def mix(branches, norms, controller, scale):
     """x += scale * the branches, up to three: normed if there are norms, and weighted if there is a
     controller, which reads h."""
@@ -321,6 +339,7 @@ PARTS = {
     model_mamba.Mamba1Mixer: mamba1,
     model_mamba.Mamba2Mixer: mamba2,
     model_mamba.Mamba3Mixer: mamba3,
+    model_hybrid.DeltaMixer: delta,
     model_gpt.Layer: gpt_layer,
     model_gpt.NormAfterLayer: gpt_norm_after_layer,
     model_mamba.Block: mamba_block,

@@ -1,6 +1,8 @@
 // One token of each of a few sequences through a layer of the gated delta rule.
 #pragma once
-#include "steps.h"
+#include "elementwise.h"
+#include "matrices.h"
+#include "states.h"
 
 // h (P, N) of a head: what it answers to k, decayed, goes by beta towards v; y (P) = h q, in one pass over h. k, q
 // (N), of length 1 and 1 / sqrt(N), for bf16 `even_first`; P and N are multiples of L
