@@ -8,7 +8,7 @@ from helpers.adapters import LORA, PREFIX, adapted, saved, trained
 from helpers.models import MODELS, V, assert_close, build, perturb, tokens
 
 from mambino.language_model import linear_cross_entropy
-from mambino.train.begin import SIZES
+from mambino.train.sizes import SIZES
 from mambino.weights import adapters, checkpoint
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded', 'one_thread')

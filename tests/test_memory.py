@@ -19,6 +19,7 @@ MODELS = {
     'gpt': ('gpt', dict(SMALL, n_head=4)),
     'mamba2': ('mamba', SMALL),
     'mamba1': ('mamba', dict(SMALL, version=1, n_layer=3)),
+    'mamba3': ('mamba', dict(SMALL, version=3, mimo_rank=2, intermediate_size=512)),
     'hybrid': ('hybrid', dict(SMALL, n_head=4, n_layer=2)),
 }
 
@@ -96,6 +97,7 @@ def measured(
     ('gpt', dict(batch=1, T=64, optimizer='muon', dtype='bfloat16')),  # the peak is in Muon's step
     ('mamba2', dict(batch=4, T=256, accumulate=False)),
     ('mamba1', dict(batch=16, T=256)),
+    ('mamba3', dict(batch=4, T=256, dtype='bfloat16')),
     ('hybrid', dict(batch=6, T=256, dtype='bfloat16')),
     ('gpt', dict(batch=16, T=256, checkpointing=True)),
 ])

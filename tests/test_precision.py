@@ -16,6 +16,7 @@ MODELS = {
     'experts': ('gpt', dict(SMALL, n_head=2, n_expert=4)),
     'mamba2': ('mamba', SMALL),
     'mamba1': ('mamba', dict(SMALL, version=1)),
+    'mamba3': ('mamba', dict(SMALL, version=3)),
     'hybrid': ('hybrid', dict(SMALL, n_head=2)),
 }
 NEW = SimpleNamespace(ckpt=None)

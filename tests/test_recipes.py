@@ -13,7 +13,7 @@ from helpers.runs import ROOT, TINY, load, train
 from mambino import machine
 from mambino.kernels import anywhere
 from mambino.train import counting, memory
-from mambino.train.begin import SIZES
+from mambino.train.sizes import SIZES
 from mambino.weights import checkpoint
 from mambino.weights.fitting import model_of_shapes
 
@@ -39,13 +39,15 @@ def config_of(settings):
     config = dict(
         SIZES[kind, settings['size']], vocab_size=16384, block_size=settings['block_size']
     )
+    if 'version' in settings:
+        config['version'] = settings['version']
     if kind == 'gpt':
         config['qk_norm'] = settings['qk_norm']
     return config if kind == 'mamba' else dict(config, n_head=config['n_embd'] // 64)
 
 
 def test_recipes_are_all_there():
-    assert len(FOR_CARDS) == 18 and len(RECIPES) == 25
+    assert len(FOR_CARDS) == 19 and len(RECIPES) == 26
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -60,9 +62,9 @@ def test_a_recipe_is_numbers(name):
 def test_recipe_is_of_its_size(name):
     settings = settings_of(name)
     kind, gigabytes = re.fullmatch(r'(\w+)_(\d+)gb\.py', name).groups()
-    assert (settings['model'], settings['vram']) == (kind, gigabytes)
+    assert (settings['model'] + str(settings.get('version', '')), settings['vram']) == (kind, gigabytes)
     with torch.device('meta'):
-        parameters = checkpoint.build(kind, config_of(settings)).num_params()
+        parameters = checkpoint.build(settings['model'], config_of(settings)).num_params()
     assert parameters == pytest.approx(int(settings['size'].removesuffix('m')) * 1e6, rel=0.1)
     assert settings['max_iters'] * settings['tokens_per_step'] == pytest.approx(
         20 * parameters, rel=0.1

@@ -264,7 +264,7 @@ def test_compile(here, capsys):
     )
 
 
-@pytest.mark.parametrize('model', ['mamba', 'gpt', 'hybrid'])
+@pytest.mark.parametrize('model', ['mamba', 'mamba --version=3', 'gpt', 'hybrid'])
 def test_bfloat16_trains(here, model):
     train(f'--model={model} --dtype=bfloat16 --learning_rate=1e-2')
     losses = metrics(key='loss')
