@@ -183,6 +183,16 @@ def test_cut_anywhere_and_continued(cuts, R):
         assert_close(got, want, 1e-5 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+def test_a_state_is_continued_in_fp32_within_autocast(way):
+    inputs = usual(5, R=2) + state_of(2, 4, 2, 16, 32, 8)
+    want = flat(*scan(False, *inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = flat(*scan(False, *inputs))
+    for u, v in zip(got, want):
+        assert torch.equal(u, v)
+
+
 @every_way
 @pytest.mark.parametrize("R", [1, 2, 4])
 def test_a_token_says_nothing_of_the_next(R):

@@ -113,6 +113,7 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     h, turn, last_b, last_x = state or (None,) * 4
     expect('mamba3_scan', (dt, (batch, T, H)), (trap, (batch, T, H)))
     if last_b is not None:
+        h = x.new_zeros(batch, H, P, N, dtype=torch.float32) if h is None else h
         expect('mamba3_scan', (h, (batch, H, P, N)), (turn, (batch, H, rate.shape[-1])), (last_b, (batch, R, H, N)),
                (last_x, (batch, H, P)), (ones, (H, R, P)))
     now = trap * dt                                             # the weight of a token's input, (B, T, H)
@@ -120,8 +121,9 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     if last_b is None:
         turn = x.new_zeros(batch, H, rate.shape[-1], dtype=torch.float64)
     else:
-        last = torch.einsum('bhp,hrp,brhn->bhpn', last_x.float(), ones, last_b.float()) * later[:, 0, :, None, None]
-        h = last if h is None else h + last
+        # no product, which autocast would round: (B, R, H, P) by (B, R, H, N)
+        rows = last_x.float()[:, None] * ones.transpose(0, 1) * later[:, :1, :, None]
+        h = h + (rows[..., None] * last_b.float()[..., None, :]).sum(1)
     weight = now + F.pad(later[:, 1:], (0, 0, 0, 1))
     y, h, turn = compute(Mamba3, x, B, C, log_decay, weight, now, dt, rate, B_bias, C_bias, D,
                          ones if R > 1 else mimo_x, h, turn, interleaved, chunk_size)
