@@ -111,7 +111,7 @@ def test_rows_are_matrices_of_their_own(rows):
         ),
         (
             Mamba(MambaConfig(version=3, n_layer=2, n_embd=32, state_size=8, head_dim=16, mimo_rank=3, vocab_size=20)),
-            [64, 64, 24, 24, 4, 4, 4, 2],
+            [64, 64, 8, 8, 8, 8, 8, 8, 4, 4, 4, 2],
         ),
         (
             Hybrid(

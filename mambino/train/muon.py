@@ -32,7 +32,9 @@ def row_kinds(net):
             GN = (module.in_proj.out_features - 2 * E - H) // 2
             kinds[module.in_proj.weight] = [E, E, GN, GN, H]
         elif isinstance(module, Mamba3Mixer):
-            kinds[module.in_proj.weight] = module.split
+            E, _, RGN, _, *scalars = module.split
+            R = module.columns[0]                   # of B and of C each rank is a kind of its own
+            kinds[module.in_proj.weight] = [E, E, *[RGN // R] * 2 * R, *scalars]
         elif isinstance(module, DeltaMixer):
             E, qkv, H, _ = module.split
             GN = (qkv - E) // 2
