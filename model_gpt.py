@@ -55,6 +55,7 @@ class GPTConfig:
     norm_after: bool = False    # norms behind attention and MLP in the place of those before
     qk_norm: bool = False       # RMSNorm on heads' queries and keys (Dehghani et al. 2023)
     qk_norm_whole: bool = False     # on those of all heads at once
+    attention_gate: bool = False    # what attention gives times sigmoid(g_proj(x)) (Qiu et al. 2025)
     qkv_bias: bool = False      # of the projections to queries, keys and values
     o_bias: bool = False        # of the one that leaves attention
     mlp_bias: bool = False      # of SwiGLU's three
@@ -186,17 +187,16 @@ class Attention(nn.Module):
         """i: of the layer."""
         super().__init__()
         D, P = config.n_embd, config.head_dim
-        self.heads = config.n_head
-        self.head_dim = P
+        self.heads, self.head_dim = config.n_head, P
         self.window = config.window
         self.dropout = config.dropout
-        self.qk_norm = config.qk_norm
-        self.qk_norm_whole = config.qk_norm_whole
+        self.qk_norm, self.qk_norm_whole = config.qk_norm, config.qk_norm_whole
         self.turns = config.turns(i)
         self.q_proj = nn.Linear(D, config.n_head * P, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, config.n_kv_head * P, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, config.n_kv_head * P, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.n_head * P, D, bias=config.o_bias)
+        self.g_proj = nn.Linear(D, config.n_head * P, bias=False) if config.attention_gate else None
         if config.qk_norm:
             self.q_norm = RMSNorm(config.n_head * P if config.qk_norm_whole else P, config.norm_eps)
             self.k_norm = RMSNorm(config.n_kv_head * P if config.qk_norm_whole else P, config.norm_eps)
@@ -207,9 +207,7 @@ class Attention(nn.Module):
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         if self.qk_norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(-1, (-1, self.head_dim))                # (B, T, H, P)
-        k = k.unflatten(-1, (-1, self.head_dim))                # (B, T, G, P)
-        v = v.unflatten(-1, (-1, self.head_dim))                # (B, T, G, P)
+        q, k, v = (u.unflatten(-1, (-1, self.head_dim)) for u in (q, k, v))     # (B, T, H or G, P)
         if self.qk_norm and not self.qk_norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.turns:
@@ -220,6 +218,8 @@ class Attention(nn.Module):
             y = attention(q, k, v, self.window, self.dropout if self.training else 0.0)
         else:
             y = attention(q, keys, values, mask=kv_step.mask)
+        if self.g_proj is not None:
+            y = y * torch.sigmoid(self.g_proj(x))               # (B, T, H P)
         return self.o_proj(y)
 
 

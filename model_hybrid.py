@@ -55,6 +55,7 @@ class HybridConfig:
     head_dim: int = 0           # 0: n_embd / n_head
     window: int = 256  # last tokens that attention sees; 0: all, and the state grows
     qk_norm: bool = False
+    attention_gate: bool = False    # what attention gives times sigmoid(g_proj(x)), as in Qwen3.5
     rope_theta: float = 10000.0  # 0: no positions but those that the SSM tells (NoPE)
     rope_dim: int = 0           # numbers of a head that turn, see GPTConfig; 0: all
     intermediate_size: int = 0  # inner width of SwiGLU; 0: 8/3 n_embd, rounded up to 64s
@@ -109,8 +110,8 @@ class HybridConfig:
 
     @property
     def attention(self):
-        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm rope_dim intermediate_size '
-                 'norm_eps dropout')
+        names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm attention_gate rope_dim '
+                 'intermediate_size norm_eps dropout')
         shared = {name: getattr(self, name) for name in names.split()}
         if not self.rope_theta:
             return GPTConfig(rope_layers='0', **shared)

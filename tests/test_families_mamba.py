@@ -193,7 +193,7 @@ LINEAR = dict(rope_type='linear', factor=2.0, rope_theta=1e4)
     ('mamba-codestral', dict(time_step_limit=[0.0, 0.1]), 'does not limit its time steps'),
     ('falcon-mamba', dict(model_type='nemotron_h'), 'MLP with squared ReLU'),
     ('falcon-mamba', dict(model_type='jamba'), 'Mamba-1 with norms inside'),
-    ('falcon-mamba', dict(model_type='qwen3_next'), 'a gate of its own'),
+    ('falcon-mamba', dict(model_type='olmo_hybrid'), 'norm what attention and MLP give'),
     ('falcon-mamba', dict(model_type='zamba2'), 'share sets of weights'),
 ])
 def test_what_differs_is_said(name, changes, says, to_ours):

@@ -23,7 +23,7 @@ PARTS = {
     model_mamba.Mamba, model_mamba.Block, model_mamba.Mamba1Mixer, model_mamba.Mamba2Mixer,
     model_mamba.Mamba3Mixer,
     model_mamba.Conv1d, model_mamba.TimeStep, GatedRMSNorm, Gate,
-    model_hybrid.Hybrid, model_hybrid.Layer, model_hybrid.LowRank,
+    model_hybrid.Hybrid, model_hybrid.Layer, model_hybrid.LowRank, model_hybrid.DeltaMixer,
 }
 
 

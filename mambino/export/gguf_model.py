@@ -341,6 +341,7 @@ def convert_hybrid(net):
         'gate=True': c.gate and not alternates,
         'branch_norm=True': c.branch_norm,
         'qk_norm=True': c.qk_norm,
+        'attention_gate=True': c.attention_gate,
         f'window={c.window}': window_of(c),
         f'layers={c.layers}': not alternates and set(c.kinds) != {'b'},
         'rope_theta=0': not c.rope_theta and not alternates,

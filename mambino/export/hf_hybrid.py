@@ -5,18 +5,24 @@
 
     FalconH1            SSM and attention side by side in each layer, then an MLP
     GraniteMoeHybrid    one of both, layer by layer, then an MLP; no experts
+    Qwen3_5             Gated DeltaNet or attention, layer by layer, then an MLP
 
-Neither scales its residual steps by channel, nor norms its embeddings: the scales go into the rows of
+None scales its residual steps by channel, nor norms its embeddings: the scales go into the rows of
 the matrices before them, the norm into the table of the embeddings, which is then no longer that of
 the head.
 """
 import torch
 
+from mambino.weights.families.gpt import turned_first
 
 def class_of(c):
     """The function that converts a hybrid of this config; None if no class computes the same."""
-    lacking = c.branch_norm or c.window or c.qk_norm or c.low_rank or c.rope_dim
-    if lacking or c.layout != 'sequential' or c.version != 2:
+    if c.branch_norm or c.window or c.low_rank or c.layout != 'sequential':
+        return None
+    # its attention always norms queries and keys; its cache needs one layer of each kind
+    if set(c.kinds) == {'a', 'd'} and c.qk_norm and c.rope_theta and c.delta_max == 1:
+        return as_qwen3_5
+    if c.qk_norm or c.rope_dim or c.attention_gate or c.version != 2:
         return None
     if set(c.kinds) == {'b'} and not c.gate and c.rope_theta:
         return as_falcon_h1
@@ -92,4 +98,37 @@ def as_granite(c, weights, keys):
         prefix = name.removesuffix('.mlp.gate_proj.weight')
         gate_up = weights.pop(name), weights.pop(f'{prefix}.mlp.up_proj.weight')
         weights[f'{prefix}.shared_mlp.input_linear.weight'] = torch.cat(gate_up)
+    return keys, weights
+
+
+def as_qwen3_5(c, weights, keys):
+    """Its attention is gated: without a gate here that of zeros halves what comes, and its last matrix is
+    doubled. Its norms multiply by 1 + weight."""
+    P = c.head_dim
+    share = (c.rope_dim or P) / P
+    keys = keys | dict(
+        tie_word_embeddings=c.tie_embeddings and not c.embed_norm, partial_rotary_factor=share,
+        architectures=['Qwen3_5ForCausalLM'], model_type='qwen3_5_text', linear_conv_kernel_dim=c.conv_kernel,
+        linear_key_head_dim=c.state_size, linear_value_head_dim=c.ssm_head_dim, linear_num_key_heads=c.key_heads,
+        linear_num_value_heads=c.ssm_inner_size // c.ssm_head_dim,
+        layer_types=[dict(d='linear_attention', a='full_attention')[kind] for kind in c.kinds])
+    keys['rope_parameters'] = keys['rope_parameters'] | dict(partial_rotary_factor=share)
+    weights = folded(c, weights, {'.pre_mlp_layernorm.': '.post_attention_layernorm.', '.mamba.': '.linear_attn.'})
+    order = turned_first(P, c.rope_dim or P).argsort()
+    for name, tensor in list(weights.items()):
+        if name.endswith(('.q_proj.weight', '.k_proj.weight', '.q_norm.weight', '.k_norm.weight')):
+            tensor = weights[name] = tensor.unflatten(0, (-1, P))[:, order].flatten(0, 1)
+        if name.endswith(('layernorm.weight', '.q_norm.weight', '.k_norm.weight')) or name == 'model.norm.weight':
+            weights[name] = tensor - 1
+        elif name.endswith('.q_proj.weight'):
+            gate = weights.pop(name.replace('q_proj', 'g_proj'), torch.zeros_like(tensor))
+            heads = tensor.unflatten(0, (-1, P)), gate.unflatten(0, (-1, P))    # (H, P, D) each
+            weights[name] = torch.stack(heads, 1).flatten(0, 2)
+        elif name.endswith('.o_proj.weight') and not c.attention_gate:
+            weights[name] = 2 * tensor
+        elif name.endswith('.in_proj.weight'):
+            E, H = c.ssm_inner_size, c.ssm_inner_size // c.ssm_head_dim
+            rows = weights.pop(name).split((E, E + 2 * c.key_heads * c.state_size, H, H))
+            for part, of_part in zip(('z', 'qkv', 'b', 'a'), rows):
+                weights[name.replace('in_proj', f'in_proj_{part}')] = of_part
     return keys, weights

@@ -20,6 +20,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .modeling_delta import GatedDeltaNet
 from .modeling_mamba3 import Mamba3
 
 
@@ -31,7 +32,8 @@ class MambinoConfig(PretrainedConfig):
                   n_layer=2, n_embd=64, n_head=4, n_kv_head=4, head_dim=16, window=0, qk_norm=False,
                   rope_theta=10000.0, intermediate_size=192, norm_eps=1e-5, state_size=16, expand=2,
                   ssm_head_dim=16, n_groups=1, conv_kernel=4, chunk_size=64, layers='', embed_norm=True,
-                  ssm_inner_size=0, gated_norm=True, rope_dim=0, version=2, mimo_rank=1, rope_fraction=0.5)
+                  ssm_inner_size=0, gated_norm=True, rope_dim=0, version=2, mimo_rank=1, rope_fraction=0.5,
+                  key_heads=0, delta_max=1.0, attention_gate=False)
 
     def __init__(self, tie_word_embeddings=True, **settings):
         for name, default in self.fields.items():
@@ -147,6 +149,7 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = (projection(c, D, c.n_kv_head * P) for _ in 'kv')
         Norm = RMSNorm if c.qk_norm else nn.Identity
         self.q_norm, self.k_norm = Norm(P, c.norm_eps), Norm(P, c.norm_eps)
+        self.g_proj = projection(c, D, c.n_head * P) if c.attention_gate else None
 
     def forward(self, x, rope, mask, state):
         """x (B, T, D) → (B, T, D); mask (B or 1, 1, T, S) over the state's keys and the new ones."""
@@ -159,7 +162,8 @@ class Attention(nn.Module):
         first = max(0, k.shape[2] - c.window + 1) if c.window else 0    # the next sees window - 1
         state['k'], state['v'] = k[:, :, first:], v[:, :, first:]
         k, v = (u.repeat_interleave(c.n_head // c.n_kv_head, 1) for u in (k, v))
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return self.o_proj(y if self.g_proj is None else y * self.g_proj(x).sigmoid())
 
 
 class MLP(nn.Module):
@@ -176,10 +180,11 @@ class Layer(GradientCheckpointingLayer):
     def __init__(self, c, kind):
         super().__init__()
         self.parallel = c.layout == 'parallel'
-        branches = (kind != 'a') + (kind != 'm') + self.parallel
+        branches = (kind != 'a') + (kind in 'ab') + self.parallel
         self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
-        self.mamba = None if kind == 'a' else mamba3(c) if c.version == 3 else Mamba2(c)
-        self.self_attn = Attention(c) if kind != 'm' else None
+        recurrences = dict(a=lambda c: None, d=lambda c: GatedDeltaNet(c, projection))
+        self.mamba = recurrences.get(kind, mamba3 if c.version == 3 else Mamba2)(c)
+        self.self_attn = Attention(c) if kind in 'ab' else None
         self.mlp = MLP(c)
         Norm = RMSNorm if c.branch_norm else nn.Identity
         self.branch_norms = nn.ModuleList(Norm(c.n_embd, c.norm_eps) for _ in range(branches))

@@ -6,7 +6,7 @@
 from typing import NamedTuple
 
 PLAIN = ('window', 'qkv_bias', 'o_bias', 'mlp_bias', 'rope_scaling', 'qk_norm', 'qk_norm_whole',
-         'norm_after', 'n_expert')      # fields that are 0, False or '' of a plain Llama
+         'norm_after', 'attention_gate', 'n_expert')      # fields that are 0, False or '' of a plain Llama
 
 
 class Peer(NamedTuple):

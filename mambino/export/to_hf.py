@@ -43,13 +43,14 @@ from mambino.export.special_tokens import FLAGS, PAD, note_of, special_tokens
 from mambino.export.to_safetensors import save_safetensors
 from mambino.tokenizer_json import beginning_only, marks_of, names_in_reach
 from model_gpt import GPT
-from model_hybrid import Hybrid
+from model_hybrid import DeltaMixer, Hybrid
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, Mamba3Mixer
 
 PACKAGES = 'transformers'
 TOOL = 'transformers'
 WEIGHTS = 'model.safetensors'
 MAMBA3 = 'modeling_mamba3.py'
+DELTA = 'modeling_delta.py'
 MODELING = {    # {a model_type of ours: the file of its classes, what their names begin with}
     'mambino_hybrid': ('modeling_mambino.py', 'Mambino'),
     'mambino_mamba': (MAMBA3, 'MambinoMamba'),
@@ -127,8 +128,8 @@ def own_keys(c, model_type, left_out=()):
 def convert_hybrid(net, weights):
     c = net.config
     mixers = [layer.mamba for layer in net.model.layers if layer.mamba is not None]
-    check_classes(mixers, {Mamba2Mixer, Mamba3Mixer}, TOOL)
-    convert = hf_hybrid.class_of(c) if c.version == 2 else None
+    check_classes(mixers, {Mamba2Mixer, Mamba3Mixer, DeltaMixer}, TOOL)
+    convert = hf_hybrid.class_of(c)
     if convert:
         return convert(c, weights, attention_keys(c))
     return own_keys(c, 'mambino_hybrid'), weights
@@ -209,7 +210,7 @@ def write(net, tok, folder, quantize='', **_):
     if keys['model_type'] in MODELING:
         here = os.path.dirname(os.path.abspath(__file__))
         own, _ = MODELING[keys['model_type']]
-        for file in dict.fromkeys((own, MAMBA3)):                               # the hybrid's imports the other
+        for file in [own] if own == MAMBA3 else [own, MAMBA3, DELTA]:           # the hybrid's imports the others
             shutil.copyfile(os.path.join(here, file), os.path.join(folder, file))
     if tok:
         write_tokenizer(tok, folder, longest_text(net.config), special)

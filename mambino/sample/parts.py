@@ -133,7 +133,7 @@ def experts(moe, i, x, y):
 
 def attention(layer, i, x, y):
     P = layer.head_dim
-    require(P % cpu.LANES == 0, 'head_dim')
+    require(P % cpu.LANES == 0 and layer.g_proj is None, 'head_dim or gate')
     projections = layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj
     q, k = (matrix(projection, adds_bias=True) for projection in projections[:2])
     H, G, D = q.rows // P, k.rows // P, q.columns

@@ -28,7 +28,7 @@ import torch
 from mambino import tokenizer
 from mambino.configurator import fail
 from mambino.weights.checkpoint import config_of
-from mambino.weights.families import gpt, hybrid, mamba, refused
+from mambino.weights.families import delta, gpt, hybrid, mamba, refused
 from mambino.weights.families.common import ONLY, check_only, refuse
 from mambino.weights.fitting import model_of_shapes
 from mambino.weights.tensor_files import read_bin, read_json, read_safetensors
@@ -41,8 +41,8 @@ WEIGHTS = (
     'pytorch_model.bin.index.json',
 )
 
-FAMILIES = {**gpt.FAMILIES, **hybrid.FAMILIES, **mamba.FAMILIES}            # {model_type: Family}
-REFUSED = {**refused.REFUSED, **hybrid.REFUSED, **mamba.REFUSED}            # {model_type: what differs}
+FAMILIES = {**gpt.FAMILIES, **hybrid.FAMILIES, **delta.FAMILIES, **mamba.FAMILIES}      # {model_type: Family}
+REFUSED = {**refused.REFUSED, **hybrid.REFUSED, **delta.REFUSED, **mamba.REFUSED}      # {model_type: what differs}
 EMBEDDING = {
     'mamba': 'backbone.embeddings.weight',
     'gpt': 'model.embed_tokens.weight',
@@ -57,6 +57,7 @@ def family_of(theirs):
     be represented."""
     if 'model_type' not in theirs and 'd_model' in theirs:
         theirs = mamba.from_original(theirs)
+    theirs = delta.text_of(theirs)
     model_type = theirs.get('model_type')
     if model_type in list(REFUSED):                         # a list: it may be anything JSON has
         refuse('model_type', model_type, REFUSED[model_type])
@@ -145,6 +146,8 @@ def load_hf(folder):
         say_once(path, family.note(theirs))
     weights = read_weights(folder)
     to_our_names(weights)
+    if theirs['model_type'] in delta.FAMILIES:
+        delta.text_names(weights)
     if net.config.tie_embeddings or theirs.get('tie_word_embeddings'):
         tie_head(weights, kind, path)
     try:

@@ -111,7 +111,8 @@ def theirs(kind, settings, dtype=torch.float32):
     transformers = pytest.importorskip('transformers')
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = getattr(transformers, kind + 'Config')(**{'vocab_size': V, 'num_hidden_layers': 2, **settings})
+    text = 'Text' if hasattr(transformers, kind + 'TextConfig') else ''     # of a family that reads images, too
+    config = getattr(transformers, kind + text + 'Config')(**{'vocab_size': V, 'num_hidden_layers': 2, **settings})
     model = perturb(getattr(transformers, kind + 'ForCausalLM')(config)).eval()
     for p in model.parameters():  # not model.to(dtype), which would round the frequencies of rotary positions for good
         p.data = p.data.to(dtype)

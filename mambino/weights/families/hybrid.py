@@ -253,7 +253,6 @@ FAMILIES = {
     'granitemoehybrid': Family('hybrid', granite_fields, GRANITE, ONLY, to_our_weights),
     'bamba': Family('hybrid', bamba_fields, BAMBA, ONLY, to_our_weights),
 }
-QWEN3_5 = 'its attention has a gate of its own, its norms count by 1 + weight; those of our hybrid do not'
 CONVOLUTIONS = 'its layers without attention are short gated convolutions, which our models have not'
 REFUSED = {     # {model_type: what differs}
     'jamba': 'its SSM is a Mamba-1 with norms inside, beside experts in every second layer; our hybrid '
@@ -267,9 +266,6 @@ REFUSED = {     # {model_type: what differs}
                   'those of our hybrid have a SwiGLU each',
     'olmo_hybrid': 'its layers of attention norm what attention and MLP give, those of our hybrid what '
                    'they read',
-    'qwen3_5': QWEN3_5,
-    'qwen3_5_moe': f'{QWEN3_5}; it has experts',
-    'qwen3_next': f'{QWEN3_5}; it has experts',
     'recurrent_gemma': 'its recurrence is an RG-LRU, which our models have not',
     'xlstm': 'its recurrence is an mLSTM, which our models have not',
     'zamba': 'its attention layers share one set of weights, and read the embeddings once more',
