@@ -62,10 +62,6 @@ CASES = {  # the class that it must become, our model, its config
     'falcon-no-norms': ('FalconH1', Hybrid, dict(PLAIN, embed_norm=False, gated_norm=False, ssm_inner_size=48)),
     'granite': ('GraniteMoeHybrid', Hybrid, dict(PLAIN, layers='mam', rope_theta=0.0, gate=True, n_kv_head=2)),
     'granite-rope': ('GraniteMoeHybrid', Hybrid, dict(PLAIN, layers='am', embed_norm=False, n_groups=2, **UNTIED)),
-    'qwen3.5': ('Qwen3_5', Hybrid, dict(
-        PLAIN, layers='dda', n_layer=3, qk_norm=True, n_kv_head=2, attention_gate=True, rope_dim=4, embed_norm=False,
-        key_heads=2, **UNTIED)),
-    'qwen3.5-no-gate': ('Qwen3_5', Hybrid, dict(PLAIN, layers='ad', qk_norm=True, conv_kernel=3, ssm_inner_size=48)),
     'hybrid': ('Mambino', Hybrid, HYBRID_SIZE),
     'hybrid-parallel': ('Mambino', Hybrid, dict(HYBRID_SIZE, layout='parallel', n_kv_head=2, qk_norm=True,
                                                 n_groups=2, conv_kernel=3)),
@@ -73,14 +69,10 @@ CASES = {  # the class that it must become, our model, its config
                                                ssm_inner_size=48, rope_dim=4, n_layer=3)),
     'hybrid-no-attention': ('Mambino', Hybrid, dict(PLAIN, layers='m')),
     'hybrid-plain-window': ('Mambino', Hybrid, dict(PLAIN, window=2, conv_kernel=1)),
-    'hybrid-delta': ('Mambino', Hybrid, dict(
-        HYBRID_SIZE, layers='da', attention_gate=True, key_heads=2, delta_max=2.0)),
-    'hybrid-delta-low-rank': ('Mambino', Hybrid, dict(
-        PLAIN, layers='dmb', n_layer=3, low_rank=8, attention_gate=True, **UNTIED)),
     'hybrid-mamba3': ('Mambino', Hybrid, dict(HYBRID_SIZE, version=3, mimo_rank=2, window=0, low_rank=8)),
     'hybrid-low-rank': ('Mambino', Hybrid, dict(HYBRID_SIZE, low_rank=8, window=0, expand=3, **UNTIED)),
 }
-FOLDED = 'FalconH1', 'GraniteMoeHybrid', 'Qwen3_5'     # of which scales go into matrices
+FOLDED = 'FalconH1', 'GraniteMoeHybrid'     # of which scales go into matrices
 FILE = 'model.safetensors'
 
 

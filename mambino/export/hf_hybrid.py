@@ -15,6 +15,7 @@ import torch
 
 from mambino.weights.families.gpt import turned_first
 
+
 def class_of(c):
     """The function that converts a hybrid of this config; None if no class computes the same."""
     if c.branch_norm or c.window or c.low_rank or c.layout != 'sequential':

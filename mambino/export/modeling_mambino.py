@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .modeling_delta import GatedDeltaNet
-from .modeling_mamba3 import Mamba3
+from .modeling_mamba3 import Mamba3, RMSNorm
 
 
 class MambinoConfig(PretrainedConfig):
@@ -62,20 +62,6 @@ def projection(c, inner, outer):
         return nn.Linear(inner, outer, bias=False)
     return nn.Sequential(OrderedDict(down=nn.Linear(inner, c.low_rank, bias=False),
                                      up=nn.Linear(c.low_rank, outer, bias=False)))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over each of so many groups of the last dimension, in fp32."""
-
-    def __init__(self, dim, eps, groups=1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps, self.groups = eps, groups
-
-    def forward(self, x):
-        y = x.float().unflatten(-1, (self.groups, -1))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y.flatten(-2) * self.weight).to(x.dtype)
 
 
 def ssd(x, dt, A, B, C, state, chunk_size):

@@ -10,8 +10,8 @@ Each model becomes the class of transformers that computes exactly the same:
                         with both Qwen3Moe; Qwen2, SmolLM3, Olmo2, Phi3, Olmoe: see hf_gpt.py
     Mamba               Mamba, with part_norm_eps FalconMamba, Mamba2; Mamba-3, of which it has no
                         class, modeling_mamba3.py
-    plain hybrid        FalconH1; of SSM or attention layer by layer GraniteMoeHybrid: what these
-                        lack goes into the matrices
+    plain hybrid        FalconH1; of SSM or attention layer by layer GraniteMoeHybrid, of Gated
+                        DeltaNet or attention Qwen3_5: what these lack goes into the matrices
     any other hybrid    modeling_mambino.py
 
 A modelling file of ours is copied into the folder, and opened with trust_remote_code=True.
