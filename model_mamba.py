@@ -332,7 +332,7 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     x = x.float()[:, :, None]                                   # (B, T, 1, H, P)
     mimo_x = torch.ones_like(x[0, 0]) if mimo_x is None else mimo_x.transpose(0, 1)     # (R, H, P)
     B, C = (u.float().repeat_interleave(x.shape[3] // u.shape[3], 3) for u in (B, C))   # (B, T, R, H, N)
-    h, turn, last_b, last_x = state
+    h, turn, last_b, last_x = state or [None] * 4
     if last_b is None:
         turn, last_b, last_x = exact(rate[:, :1] * 0), torch.zeros_like(B[:, 0]), torch.zeros_like(x[:, 0, 0])
     h = 0 if h is None else h
