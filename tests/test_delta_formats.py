@@ -1,12 +1,13 @@
-"""A hybrid of Gated DeltaNet in other tools' formats: transformers' own class, or a modelling file."""
+"""A hybrid of Gated DeltaNet in other tools' formats: transformers' own class or a modelling file, and graphs."""
 import pytest
 import torch
 from helpers.models import HYBRID_SIZE, assert_close, perturb, tokens
 
-from mambino.export import to_hf
+from mambino.export import graph_scans, to_gguf, to_hf
+from mambino.export.graphs import FullGraph, Graph
 from mambino.weights import from_hf
 from mambino.weights.tensor_files import read_safetensors
-from model_hybrid import Hybrid, HybridConfig
+from model_hybrid import Hybrid, HybridConfig, delta_scan
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
 
@@ -71,3 +72,40 @@ def test_padding_leaves_the_state_of_the_modelling_file(tmp_path, transformers):
     padded = torch.cat((torch.zeros(1, 7, dtype=torch.long), idx), 1)
     mask = torch.cat((torch.zeros(1, 7, dtype=torch.long), torch.ones_like(idx)), 1)
     assert_close(opened(padded, attention_mask=mask).logits[:, 7:], net(idx)[0], 1e-5)
+
+
+@pytest.mark.parametrize('scripted', [False, True])
+@torch.no_grad()
+def test_a_graph_computes_the_same(scripted):
+    net, idx = build('norms'), tokens(2, 40)
+    want = net(idx)[0]
+    graph = Graph(net, scripted)
+    logits, past = graph(idx[:, :23], graph.empty(2))
+    pieces = [logits]
+    for t in range(23, 40):
+        logits, past = graph(idx[:, t:t + 1], past)
+        pieces.append(logits)
+    assert_close(torch.cat(pieces, 1), want, 1e-5)
+    assert_close(FullGraph(net)(idx), want, 1e-5)
+
+
+@torch.no_grad()
+def test_an_exported_graph_takes_any_number_of_tokens():
+    class Scan(torch.nn.Module):
+        def forward(self, qkv, log_decay, beta, state):
+            return graph_scans.delta_scan(qkv, log_decay, beta, 2, 8, 16, state)
+
+    def inputs(T):
+        return torch.randn(2, T, 80), -torch.rand(2, T, 4), torch.rand(2, T, 4), torch.randn(2, 4, 8, 12)
+    T = torch.export.Dim('T', min=2, max=99)
+    exported = torch.export.export(Scan(), inputs(5), dynamic_shapes=({1: T}, {1: T}, {1: T}, None)).module()
+    qkv, log_decay, beta, state = inputs(21)
+    for got, want in zip(exported(qkv, log_decay, beta, state),
+                         delta_scan.definition(qkv, log_decay, beta, 2, 8, 16, state)):
+        assert_close(got, want, 1e-5)
+
+
+def test_llama_cpp_is_refused(tmp_path):
+    pytest.importorskip('gguf')
+    with pytest.raises(ValueError, match='layers=ad: Gated DeltaNet is not written for llama.cpp'):
+        to_gguf.write(build('not gated'), None, tmp_path)

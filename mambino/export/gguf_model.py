@@ -335,6 +335,9 @@ def convert_hybrid(net):
     """FalconH1, or Granite's hybrid where each layer has one branch, if branches are only added up:
     then their scale is one of the rows of their last matrices."""
     c = net.config
+    if 'd' in c.kinds:
+        raise ValueError(f'layers={c.layers}: Gated DeltaNet is not written for llama.cpp; --format=hf, onnx and '
+                         'torchscript take it')
     alternates = 'a' in c.kinds and 'b' not in c.kinds
     lacking = {
         f'layout={c.layout}': c.layout != 'sequential',

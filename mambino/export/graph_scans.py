@@ -1,8 +1,8 @@
-"""The recurrences of Mamba-1, -2 and -3 for a graph, in the part of Python that TorchScript keeps: with
+"""The recurrences of Mamba-1, -2, -3 and Gated DeltaNet for a graph, in the part of Python that TorchScript keeps: with
 loops that stay loops, where those of the definitions would be unrolled. By torch.export they are one
 operation or one chunk.
 
-Letters of the shapes as in model_mamba.py.
+Letters of the shapes as in model_mamba.py and model_hybrid.py.
 """
 import math
 
@@ -150,3 +150,48 @@ def turned(u: Tensor, bias: Tensor, turns: Tensor, interleaved: bool):
     first = torch.cat((a * cos - b * sin, first[..., A:]), -1)
     second = torch.cat((a * sin + b * cos, second[..., A:]), -1)
     return torch.stack((first, second), pair).flatten(-2)
+
+
+def delta_scan(qkv: Tensor, log_decay: Tensor, beta: Tensor, groups: int, head_dim: int, chunk_size: int,
+               state: Tensor):
+    """See model_hybrid.delta_scan; token by token, since not every format that keeps a graph solves triangular
+    systems."""
+    H = beta.shape[-1]
+    GN = (qkv.shape[-1] - H * head_dim) // 2
+    q, k, v = qkv.float().split([GN, GN, H * head_dim], dim=-1)
+    q = per_head(q, groups, H) * (GN // groups) ** -0.5                         # (B, T, H, N)
+    k = per_head(k, groups, H)
+    v = v.unflatten(-1, [H, head_dim])                                          # (B, T, H, P)
+    decay = log_decay.exp()[..., None, None]                                    # (B, T, H, 1, 1)
+    beta = beta[..., None]
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():
+            return exported_delta_scan(q, k, v, decay, beta, state)
+    S = state
+    ys: list[Tensor] = []
+    for t in range(v.shape[1]):
+        S = decay[:, t] * S
+        change = beta[:, t] * (v[:, t] - (S @ k[:, t, :, :, None])[..., 0])     # (B, H, P)
+        S = S + change[..., None] * k[:, t, :, None]
+        ys.append((S @ q[:, t, :, :, None])[..., 0])
+    return torch.stack(ys, 1), S
+
+
+def per_head(u: Tensor, groups: int, H: int):
+    """(B, T, G N) → (B, T, H, N), of length 1."""
+    u = u.unflatten(-1, [groups, u.shape[-1] // groups])
+    u = u * torch.rsqrt(u.square().sum(-1, keepdim=True) + 1e-6)
+    return u.repeat_interleave(H // groups, 2)
+
+
+def exported_delta_scan(q, k, v, decay, beta, state):
+    """The same for torch.export, which would unroll the loop."""
+    def step(S, inputs):
+        q, k, v, decay, beta = inputs                                           # (B, H, N) or (B, H, P), …
+        S = decay * S
+        change = beta * (v - (S @ k[..., None])[..., 0])
+        S = S + change[..., None] * k[:, :, None]
+        return S, (S @ q[..., None])[..., 0]
+    inputs = tuple(u.transpose(0, 1) for u in (q, k, v, decay, beta))           # time first
+    S, y = torch._higher_order_ops.scan(step, state.contiguous(), inputs)
+    return y.transpose(0, 1), S

@@ -18,7 +18,7 @@ S of tokens in a cache there are here anew:
 
     position (1,) int64   tokens seen so far; only with a sliding window, whose caches do not tell it
     k, v (B, G, S, P)     of each layer with attention; of a window the last tokens. Keys are rotated
-    conv (B, K-1, E)      of each layer with a Mamba: the last inputs of its convolution
+    conv (B, K-1, E)      of each layer with a Mamba or DeltaNet: the last inputs of its convolution
     ssm                   the state of its recurrence: (B, N, E) of Mamba-1, else (B, H, P, N)
     turn (B, H, A) fp64   of a Mamba-3, which has no conv: the sum of all turns; of the last token
     last_b, last_x        (B, R, H, N), (B, H, P)
@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 
 from mambino.export.classes import check_modules, kind_of, look_up
-from mambino.export.graph_scans import mamba3_scan, selective_scan, ssd
+from mambino.export.graph_scans import delta_scan, mamba3_scan, selective_scan, ssd
 from mambino.export.special_tokens import special_tokens
 from mambino.kernels import substituted
 from mambino.language_model import swiglu
@@ -209,7 +209,7 @@ class Graph(nn.Module):
             self.amplitude = config.rope_amplitude
             # another library's power would round otherwise
             self.register_buffer('inv_freq', rope_frequencies(config), persistent=False)
-        loops = dict(selective_scan=selective_scan, ssd=ssd, mamba3_scan=mamba3_scan)
+        loops = dict(selective_scan=selective_scan, ssd=ssd, mamba3_scan=mamba3_scan, delta_scan=delta_scan)
         if scripted:
             loops = {name: torch.jit.script(loop) for name, loop in loops.items()}
         self.operations = dict(loops, attention=attention)
