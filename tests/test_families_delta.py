@@ -5,10 +5,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from helpers.adapters import tuned_by_peft
 from helpers.models import assert_close, theirs, tokens
 
 from mambino.sample import decode
-from mambino.weights import checkpoint
+from mambino.weights import adapters, checkpoint, from_peft
 from mambino.weights import from_hf as hf
 
 pytestmark = pytest.mark.usefixtures('quiet_and_seeded')
@@ -109,6 +110,20 @@ def test_of_a_model_that_reads_images_the_text_is_taken(folders, tmp_path, capsy
     idx = tokens(2, 20)
     assert_close(loaded(tmp_path)(idx)[0], model(idx).logits, 1e-5)
     assert 'what reads images is left out' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['qwen3.5', 'qwen3-next'])
+@torch.no_grad()
+def test_an_adapter_of_their_model_fits_ours(name, folders, tmp_path):
+    """Of queries each second head is a gate there, and the numbers that turn come first."""
+    folder, _ = folders(name)
+    targets = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'out_proj']
+    tuned = tuned_by_peft(folder, tmp_path, targets)
+    net, idx = loaded(folder), tokens(2, 40)
+    before, want = net(idx)[0], tuned(idx)
+    assert (want - before).abs().max() > 0.01 * want.std()
+    adapters.attach_adapter(net, from_peft.read_peft(tmp_path))
+    assert_close(net(idx)[0], want, 1e-5)
 
 
 def test_missing_keys_are_the_defaults_of_the_class(folders):

@@ -3,6 +3,7 @@ sizes, gives transformers' logits here, and by steps what forward gives; others 
 differs."""
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -192,6 +193,7 @@ def test_yarn_is_as_sharp_as_it_says(to_ours):
     ('llama-yarn', dict(rope_parameters=YARN | dict(truncate=False)), 'truncate=false'),
     ('smollm3', dict(no_rope_layers=[1, 2, 1, 1, 1]), 'must be 5 ones and zeros'),
     ('smollm3', dict(SLIDES, layer_types=None), 'all the same window'),
+    ('smollm3', dict(no_rope_layers=None, num_hidden_layers=2**31 - 1), 'more layers than any model'),
     ('smollm3', dict(layer_types=['sliding_attention'] * 5), 'all the same window'),
     ('qwen2.5', dict(SLIDES, max_window_layers=1, layer_types=None), 'max_window_layers=1'),
     ('granite-3', dict(logits_scaling=0), 'logits_scaling=0: must not be 0'),
@@ -220,6 +222,18 @@ def test_granite_says_what_becomes_of_its_multipliers(folders, capsys):
     assert 'its multipliers become part of the weights' in capsys.readouterr().err
     hf.load_hf(folders('qwen2.5')[0])
     assert 'note' not in capsys.readouterr().err
+
+
+def test_a_tensor_without_a_dimension_is_said(folders, tmp_path, capsys):
+    safetensors = pytest.importorskip('safetensors.torch')
+    folder, _ = folders('olmoe')
+    weights = safetensors.load_file(folder / 'model.safetensors')
+    weights['model.layers.0.mlp.gate.weight'] = torch.tensor(1.0)
+    shutil.copyfile(folder / 'config.json', tmp_path / 'config.json')
+    safetensors.save_file(weights, tmp_path / 'model.safetensors')
+    with pytest.raises(SystemExit):
+        hf.load_hf(tmp_path)
+    assert 'not of the shapes that belong together' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('changes, says', [

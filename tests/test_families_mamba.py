@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.adapters import tuned_by_peft
 from helpers.models import HYBRID_SIZE, assert_close, perturb, theirs, tokens
 
 from mambino.export import to_hf
@@ -52,6 +53,9 @@ FAMILIES = {
     'bamba': ('Bamba', dict(
         HYBRID, num_hidden_layers=4, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16,
         rope_theta=1e4, tie_word_embeddings=False)),
+    'bamba-turned': ('Bamba', dict(
+        HYBRID, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, tie_word_embeddings=False,
+        rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=1.0))),
     'falcon-mamba': ('FalconMamba', dict(
         MAMBA, layer_norm_epsilon=1e-5, mixer_rms_eps=1e-6, time_step_rank=4, tie_word_embeddings=False)),
     'falcon-mamba-eps': ('FalconMamba', dict(MAMBA, mixer_rms_eps=0.1)),
@@ -185,6 +189,8 @@ LINEAR = dict(rope_type='linear', factor=2.0, rope_theta=1e4)
     ('granite-4-hybrid', dict(layer_types=['mamba']), 'must name each layer'),
     ('granite-4-hybrid', dict(logits_scaling=0), 'logits_scaling=0.0: must not be 0'),
     ('granite-4-hybrid', dict(residual_multiplier='x'), 'residual_multiplier="x"'),
+    ('granite-4-hybrid', dict(num_hidden_layers=2**31 - 1, layer_types=None), 'more layers than any model'),
+    ('bamba', dict(num_hidden_layers=2**31 - 1), 'more layers than any model'),
     ('bamba', dict(attn_layer_indices=[4]), 'must be numbers of layers'),
     ('falcon-mamba', dict(use_bias=True), 'use_bias=true'),
     ('falcon-mamba', dict(use_conv_bias=False), 'use_conv_bias=false'),
@@ -212,17 +218,6 @@ def test_the_original_code_has_the_keys_that_transformers_ignores():
 
 # --- adapters that peft tuned there ---------------------------------------------------------------
 
-def tuned_by_peft(folder, to, targets):
-    """A LoRA on the model in a folder, no weight of which is 0, saved; → what the two compute."""
-    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = peft.LoraConfig(
-        task_type='CAUSAL_LM', r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
-    model = peft.get_peft_model(model, config).eval()
-    model.save_pretrained(to)
-    return lambda idx: model(idx).logits
-
-
 ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 MLP = ['gate_proj', 'up_proj', 'down_proj']
 
@@ -231,6 +226,7 @@ MLP = ['gate_proj', 'up_proj', 'down_proj']
     ('falcon-h1-0.5b', [*ATTENTION, *MLP, 'mamba.in_proj']),
     ('granite-4-hybrid', [*ATTENTION, 'input_linear', 'output_linear']),
     ('granite-3', [*ATTENTION, *MLP]),
+    ('bamba', [*ATTENTION, *MLP, 'mamba.in_proj']),
 ])
 @torch.no_grad()
 def test_an_adapter_of_their_model_fits_ours(name, targets, folders, tmp_path):
@@ -246,11 +242,13 @@ def test_an_adapter_of_their_model_fits_ours(name, targets, folders, tmp_path):
 @pytest.mark.parametrize('pattern, targets', [
     ('', [*ATTENTION, *MLP, 'mamba.in_proj']),
     ('ma', [*ATTENTION, 'output_linear']),
+    ('da', ['k_proj', 'v_proj', 'o_proj', 'down_proj', 'out_proj']),
 ])
 @torch.no_grad()
 def test_an_adapter_of_an_exported_hybrid_fits_the_run(pattern, targets, tmp_path):
     """Scales are in the rows there, and beside the matrices here."""
-    sizes = dict(HYBRID_SIZE, vocab_size=97, gate=False, branch_norm=False, window=0, layers=pattern)
+    sizes = dict(HYBRID_SIZE, vocab_size=97, gate=False, branch_norm=False, window=0, layers=pattern,
+                 qk_norm='d' in pattern)
     net, idx = perturb(Hybrid(HybridConfig(**sizes))).eval(), tokens(2, 40)
     (tmp_path / 'base').mkdir()
     to_hf.write(net, None, tmp_path / 'base')

@@ -29,7 +29,7 @@ from mambino import tokenizer
 from mambino.configurator import fail
 from mambino.weights.checkpoint import config_of
 from mambino.weights.families import delta, gpt, hybrid, mamba, refused
-from mambino.weights.families.common import ONLY, check_only, refuse
+from mambino.weights.families.common import ONLY, check_only, number, refuse
 from mambino.weights.fitting import model_of_shapes
 from mambino.weights.tensor_files import read_bin, read_json, read_safetensors
 
@@ -66,6 +66,9 @@ def family_of(theirs):
     family = FAMILIES[model_type]
     theirs = {**family.defaults, **theirs}
     check_only(theirs, {**ONLY, **family.only})
+    key = 'n_layer' if model_type.startswith('mambino') else 'num_hidden_layers'
+    if number(theirs, key, 1) > MOST_LAYERS:                # before there is a letter for each
+        refuse(key, theirs[key], 'more layers than any model has')
     return family, theirs
 
 
@@ -134,10 +137,7 @@ def load_hf(folder):
     try:
         family, theirs = family_of(read_json(path))
         kind, config = family.kind, family.fields(theirs)
-        layers = config.get('n_layer', 0)
-        net = model_of_shapes(kind, config | dict(n_layer=min(layers, MOST_LAYERS)))
-        if layers > MOST_LAYERS:
-            raise ValueError(f'{layers} layers are more than any model has')
+        net = model_of_shapes(kind, config)
     except (ValueError, ArithmeticError) as error:
         fail(f'{path}: {error}')
     except (AttributeError, KeyError, TypeError) as error:      # of values of another type
@@ -153,7 +153,7 @@ def load_hf(folder):
     try:
         if family.convert:
             family.convert(weights, theirs)
-    except (KeyError, RuntimeError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(f'{folder}: the tensors are not complete or not of the shapes that belong together: '
              f'{str(error).splitlines()[0]}')
     check_shapes(weights, net.state_dict(), folder)

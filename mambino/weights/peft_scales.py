@@ -5,15 +5,17 @@ multiplies by are in our matrices, or scales of ours are in those of the class.
 
     theirs   factor (W + B A)           its config.json says the factor
     ours     scale (W' + B' A)          scale W' = factor W, so B' = factor / scale B
+
+Where the numbers of a head that turn come first there, the rows of B change their order, too.
 """
 import math
 import os
 
 import torch
 
-from mambino.weights.families import hybrid
+from mambino.weights.families import delta, gpt, hybrid
 from mambino.weights.families.common import number
-from mambino.weights.families.gpt import head_dim_of
+from mambino.weights.families.gpt import head_dim_of, turned_first
 from mambino.weights.tensor_files import read_json
 from model_hybrid import Hybrid
 
@@ -27,7 +29,7 @@ def to_ours(net, adapter):
     if spec['type'] != 'lora':
         return adapter
     path = os.path.join(spec['base'], 'config.json')
-    theirs = read_json(path) if os.path.exists(path) else {}
+    theirs = delta.text_of(read_json(path)) if os.path.exists(path) else {}
     model_type = theirs.get('model_type')
     if type(net) is Hybrid and not theirs:
         raise ValueError(
@@ -40,9 +42,15 @@ def to_ours(net, adapter):
                          'tune this model itself, train.py --adapter=lora')
     if model_type not in FACTORS:
         return adapter
-    factors = FACTORS[model_type](theirs)
+    factors = FACTORS[model_type]({**FAMILIES[model_type].defaults, **theirs})
     weights = split_input(adapter['weights'])
-    weights = {hybrid.our_name(name): tensor for name, tensor in weights.items()}
+    weights = {our_name(name): tensor for name, tensor in weights.items()}
+    if model_type in QWEN:
+        weights = split_gates(weights, net.config.head_dim)
+        if not net.config.attention_gate:                   # theirs has one that halves, and a doubled matrix
+            factors = {'self_attn.o_proj': 0.5}
+    if model_type in TURNED_FIRST:
+        order_heads(weights, net.config.head_dim, net.config.rope_dim)
     for name in weights:
         path, _, part = name.rpartition('.lora_')
         if part == 'B.weight':
@@ -64,6 +72,35 @@ def split_input(weights):
         for matrix, half in zip(('gate_proj', 'up_proj'), halves):
             result[name.replace(INPUT, f'.mlp.{matrix}.')] = half.clone()
     return result
+
+
+def our_name(name):
+    """Of a matrix, of Qwen's text model, too."""
+    name = name.replace('model.language_model.', 'model.').replace('.linear_attn.', '.mamba.')
+    return hybrid.our_name(name)
+
+
+def split_gates(weights, P):
+    """A LoRA on the rows of Qwen's queries, of which each second head is a gate, is one on each."""
+    result = {}
+    for name, tensor in weights.items():
+        if '.q_proj.' not in name:
+            result[name] = tensor
+            continue
+        halves = tensor, tensor
+        if name.endswith('.lora_B.weight'):                                 # (H 2 P, r)
+            halves = (half.flatten(0, 1) for half in tensor.unflatten(0, (-1, 2, P)).unbind(1))
+        for matrix, half in zip(('q_proj', 'g_proj'), halves):
+            result[name.replace('q_proj', matrix)] = half.clone()
+    return result
+
+
+def order_heads(weights, P, turned):
+    """The rows of queries and keys in our order, in place; see turned_first. turned: 0 for all P."""
+    order = turned_first(P, turned or P)
+    for name, tensor in weights.items():
+        if name.endswith(('.q_proj.lora_B.weight', '.k_proj.lora_B.weight')):
+            weights[name] = tensor.unflatten(0, (-1, P))[:, order].flatten(0, 1)
 
 
 def scale_of(net, path):
@@ -94,7 +131,11 @@ def with_residual(factors):
     return factors_of
 
 
+FAMILIES = {**gpt.FAMILIES, **hybrid.FAMILIES, **delta.FAMILIES}
+QWEN = set(delta.FAMILIES)
+TURNED_FIRST = {'bamba', *QWEN}
 FACTORS = {     # {model_type: config.json → {end of a path: factor, of all rows or by row}}
+    **dict.fromkeys(TURNED_FIRST, hybrid.no_factors),
     'granite': with_residual(granite),
     'granitemoehybrid': with_residual(hybrid.granite_factors),
     'falcon_h1': with_residual(hybrid.falcon_h1_factors),

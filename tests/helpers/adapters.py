@@ -1,6 +1,7 @@
 """Adapters with weights that are not 0, and the checkpoints that train.py would make of them."""
 import copy
 
+import pytest
 import torch
 
 from helpers.models import build, perturb
@@ -33,3 +34,14 @@ def saved(net, spec, base):
     state = adapters.AdapterState(net, spec).state_dict()
     weights = {name: tensor.clone() for name, tensor in state.items()}
     return dict(kind=kind, config=checkpoint.config_of(net), adapter=spec, weights=weights)
+
+
+def tuned_by_peft(folder, to, targets):
+    """A LoRA on the model in a folder, no weight of which is 0, saved; → what the two compute."""
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = peft.LoraConfig(
+        task_type='CAUSAL_LM', r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(to)
+    return lambda idx: model(idx).logits

@@ -43,7 +43,7 @@ def layers_of(theirs):
     n_layer, types = number(theirs, 'num_hidden_layers'), theirs.get('layer_types')
     if types is None:
         interval = max(1, number(theirs, 'full_attention_interval'))
-        return (('d' * (interval - 1) + 'a') * n_layer)[:n_layer]
+        return ''.join('a' if (i + 1) % interval == 0 else 'd' for i in range(n_layer))
     if not isinstance(types, list) or len(types) != n_layer:
         refuse('layer_types', types, 'must name each layer')
     for layer_type in types:

@@ -311,8 +311,8 @@ def fold_multipliers(weights, theirs):
 def folded_note(theirs):
     if all(number(theirs, key, 1.0, float) == 1 for key in MULTIPLIERS):
         return ''
-    return ('its multipliers become part of the weights: a LoRA of peft that was made beside Granite itself does not '
-            'fit this model, nor one of this model Granite')
+    return ('its multipliers become part of the weights: an adapter of this model, exported for peft, does not fit '
+            'Granite itself')
 
 
 class Experts(NamedTuple):

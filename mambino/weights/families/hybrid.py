@@ -13,7 +13,7 @@ import torch
 
 from mambino.weights.checkpoint import HybridConfig
 from mambino.weights.families.common import Family, common_fields, number, own_fields, refuse
-from mambino.weights.families.gpt import head_dim_of, rope_fields, rope_of, turned_first
+from mambino.weights.families.gpt import head_dim_of, rope_fields, rope_of, turned_first, turned_numbers
 
 ONLY = {  # as in common.py
     'attention_bias': ([False], 'our attention has no biases'),
@@ -106,8 +106,12 @@ def granite_fields(theirs):
     return ours | dict(layers=layers_of(theirs))
 
 
+def bamba_turned(theirs):
+    """How many numbers of a head turn: half of them, whatever config.json says beside rope_parameters."""
+    return turned_numbers({**theirs, 'partial_rotary_factor': 0.5})
+
+
 def bamba_fields(theirs):
-    """Half of a head turns, whatever its config.json says."""
     rope = theirs.get('rope_parameters')
     rope = {**rope, 'partial_rotary_factor': None} if isinstance(rope, dict) else rope
     ours = plain_fields({**theirs, 'rope_parameters': rope, 'partial_rotary_factor': None})
@@ -115,7 +119,8 @@ def bamba_fields(theirs):
     if not isinstance(attends, list) or not all(i in range(ours['n_layer']) for i in attends):
         refuse('attn_layer_indices', attends, 'must be numbers of layers')
     letters = ('a' if i in attends else 'm' for i in range(ours['n_layer']))
-    return ours | dict(layers=''.join(letters), rope_dim=head_dim_of(theirs) // 2)
+    turned = bamba_turned(theirs)
+    return ours | dict(layers=''.join(letters), rope_dim=0 if turned == head_dim_of(theirs) else turned)
 
 
 def layers_of(theirs):
@@ -233,7 +238,7 @@ def to_our_weights(weights, theirs):
 
     if theirs['model_type'] == 'bamba':
         P = head_dim_of(theirs)
-        order = turned_first(P, P // 2)
+        order = turned_first(P, bamba_turned(theirs))
         for name in weights:
             if name.endswith(('q_proj.weight', 'k_proj.weight')):
                 weights[name] = weights[name].unflatten(0, (-1, P))[:, order].flatten(0, 1)
