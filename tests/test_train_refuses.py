@@ -126,6 +126,11 @@ BAD = {  # flags, words of the message, what breaks things beforehand
     'mimo_rank of a hybrid': ('--out_dir=new --model=hybrid --mimo_rank=4', 'mimo_rank=4 version=3'),
     'half a channel': ('--out_dir=new --model=mamba --version=3 --state_size=15', 'state_size=15 even'),
     'rope_fraction': ('--out_dir=new --model=mamba --version=3 --rope_fraction=1.5', 'rope_fraction=1.5 all'),
+    'DeltaNet': ('--out_dir=new --model=hybrid --delta_max=2', 'delta_max layers=b d leave it out'),
+    'key_heads': ('--out_dir=new --model=hybrid --layers=ma --key_heads=1', 'key_heads layers=ma'),
+    'no SSM': ('--out_dir=new --model=hybrid --layers=da --version=3', 'version layers=da m or b'),
+    'no attention': ('--out_dir=new --model=hybrid --layers=d --window=8', 'window layers=d a or b'),
+    'n_groups of Mamba-1': ('--out_dir=new --model=mamba --version=1 --n_groups=2', 'n_groups Mamba-1'),
     'layout': ('--out_dir=new --model=hybrid --layout=diagonal', 'layout diagonal'),
     'no vocab_size': (
         '--out_dir=new',

@@ -21,6 +21,13 @@ from mambino.weights.fitting import Undrawn
 # The model's settings that only training reads: they may change from run to run.
 OF_TRAINING = ('dropout', 'capacity_factor', 'aux_loss', 'z_loss')
 
+OF_LAYERS = {       # of a hybrid: letters of `layers`, and the settings of these alone
+    'mb': ('version', 'n_groups', 'mimo_rank', 'rope_fraction'),
+    'mbd': ('state_size',),
+    'd': ('key_heads', 'delta_max'),
+    'ab': ('n_head', 'n_kv_head', 'window', 'qk_norm', 'rope_theta'),
+}
+
 
 def named_flags():
     """Names of the settings that the command line itself names, not a config file."""
@@ -79,7 +86,20 @@ def model_config(settings, explicit, origin, data):
     if data.vocab_size > 1000:
         # a rounder matrix, and at least one id more: an export can make it what fills up texts
         config['vocab_size'] = math.ceil((data.vocab_size + bool(data.tokenizer)) / 64) * 64
+    refuse_idle(kind, config, flags)
     return config
+
+
+def refuse_idle(kind, config, flags):
+    """Ends the program at a flag that says something of parts that a new model has not."""
+    if kind == 'mamba' and config['version'] == 1 and 'n_groups' in flags:
+        fail('n_groups means nothing to a Mamba-1; leave it out')
+    layers = config.get('layers') or 'b'
+    for letters, names in OF_LAYERS.items() if kind == 'hybrid' else ():
+        named = [name for name in names if name in flags]
+        if named and not set(letters) & set(layers):
+            fail(f'{named[0]} means nothing to a hybrid of layers={layers}, only where it has {" or ".join(letters)}; '
+                 'leave it out')
 
 
 class AdamW(torch.optim.AdamW):
