@@ -1,5 +1,7 @@
 """The GPT-like models that people have, on their way out: read, tuned a few steps, and written as the
 class of transformers, or the model of llama.cpp, that computes the same; what none has is refused."""
+import copy
+
 import pytest
 import torch
 from helpers.models import V, assert_close, tokens
@@ -7,7 +9,7 @@ from test_families_gpt import FAMILIES, loaded, saved
 
 from mambino.export import compare, gguf_model, graphs, to_gguf, to_hf, to_peft
 from mambino.train.building import build_optimizers
-from mambino.weights import adapters
+from mambino.weights import adapters, from_peft
 from mambino.weights import from_hf as hf
 from model_gpt import GPT, GPTConfig
 
@@ -133,6 +135,30 @@ def test_graphs(name, tuned):
     graph = graphs.Graph(net)
     got = compare.step_by_step(idx, graph.empty, graph)
     assert_close(got, want, 1e-5 * want.std().item())
+
+
+@torch.no_grad()
+def test_a_prefix_of_peft_has_its_keys_in_our_order(tuned, tmp_path):
+    """Of Phi-4-mini's heads the numbers that turn come first there; both ways."""
+    peft = pytest.importorskip('peft')
+    net = tuned('phi-4-partial')
+    to_hf.write(net, None, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=7)).eval()
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.normal_(std=0.5)
+    model.save_pretrained(tmp_path / 'prefix')
+    idx = tokens(2, 40)
+    want = model(idx).logits
+    adapter = from_peft.read_peft(tmp_path / 'prefix')
+    tuned_net = adapters.attach_adapter(copy.deepcopy(net), adapter)
+    assert (want - net(idx)[0]).abs().max() > 0.1
+    assert_close(tuned_net(idx)[0], want, 1e-5)
+    ckpt = dict(kind='gpt', config=vars(net.config), adapter=adapter['adapter'],
+                weights=adapters.adapter_state(tuned_net, 'prefix'))
+    to_peft.write(tuned_net, None, tmp_path, ckpt=ckpt, base='base')
+    again = from_peft.read_peft(tmp_path)
+    assert all(torch.equal(again['weights'][name], tensor) for name, tensor in adapter['weights'].items())
 
 
 def test_an_adapter_of_fused_matrices_is_refused(tuned, tmp_path):

@@ -59,6 +59,8 @@ FAMILIES = {
     'falcon-mamba': ('FalconMamba', dict(
         MAMBA, layer_norm_epsilon=1e-5, mixer_rms_eps=1e-6, time_step_rank=4, tie_word_embeddings=False)),
     'falcon-mamba-eps': ('FalconMamba', dict(MAMBA, mixer_rms_eps=0.1)),
+    'falcon-mamba-width': ('FalconMamba', dict(MAMBA | dict(expand=16), intermediate_size=128)),
+    'mamba-width': ('Mamba', dict(MAMBA, intermediate_size=96)),
     'mamba-codestral': ('Mamba2', dict(
         MAMBA, num_heads=8, head_dim=16, n_groups=4, chunk_size=16, norm_before_gate=True, rms_norm=True,
         time_step_limit=[0.0, float('inf')], intermediate_size=128, tie_word_embeddings=False)),

@@ -23,6 +23,7 @@ from mambino.export.special_tokens import special_tokens
 from mambino.export.to_safetensors import save_safetensors
 from mambino.weights import adapters, loading
 from mambino.weights.checkpoint import build
+from mambino.weights.families.gpt import turned_first
 
 PACKAGES = 'peft'
 LIMIT = 1e-4
@@ -68,6 +69,10 @@ def prefix(ckpt):
                     encoder_hidden_size=width, prefix_projection=False)
     caches = [ckpt['weights'][f'prefix.{name}.{i}'][0]                          # (K, n, P) each
               for i in range(config['n_layer']) for name in 'kv']
+    turned = config.get('rope_dim', 0)
+    if turned:                                                                  # they come first there
+        order = turned_first(config['head_dim'], turned).argsort()
+        caches[::2] = [keys[..., order] for keys in caches[::2]]
     embeddings = torch.stack(caches).permute(2, 0, 1, 3).flatten(1)  # (n, 2 n_layer K P)
     return settings, {'prompt_embeddings': embeddings}
 

@@ -6,7 +6,8 @@ multiplies by are in our matrices, or scales of ours are in those of the class.
     theirs   factor (W + B A)           its config.json says the factor
     ours     scale (W' + B' A)          scale W' = factor W, so B' = factor / scale B
 
-Where the numbers of a head that turn come first there, the rows of B change their order, too.
+Where the numbers of a head that turn come first there, the rows of B change their order, too, and so do
+the keys of a prefix.
 """
 import math
 import os
@@ -27,7 +28,8 @@ def to_ours(net, adapter):
     """An adapter in our names and scales. ValueError where nothing tells what it was tuned on."""
     spec = adapter['adapter']
     if spec['type'] != 'lora':
-        return adapter
+        turned = getattr(net.config, 'rope_dim', 0)
+        return adapter | dict(weights=ordered_keys(adapter['weights'], turned)) if turned else adapter
     path = os.path.join(spec['base'], 'config.json')
     theirs = delta.text_of(read_json(path)) if os.path.exists(path) else {}
     model_type = theirs.get('model_type')
@@ -101,6 +103,12 @@ def order_heads(weights, P, turned):
     for name, tensor in weights.items():
         if name.endswith(('.q_proj.lora_B.weight', '.k_proj.lora_B.weight')):
             weights[name] = tensor.unflatten(0, (-1, P))[:, order].flatten(0, 1)
+
+
+def ordered_keys(weights, turned):
+    """A prefix, {'prefix.k.0': (1, K, n, P), …}, with the numbers of its keys in our order."""
+    return {name: tensor[..., turned_first(tensor.shape[-1], turned)] if name.startswith('prefix.k.') else tensor
+            for name, tensor in weights.items()}
 
 
 def scale_of(net, path):

@@ -113,6 +113,9 @@ def mamba_fields(theirs):
 
 def mamba1_fields(theirs):
     ours = mamba_fields(theirs) | dict(version=1)
+    D = max(1, ours['n_embd'])
+    inner = number(theirs, 'intermediate_size', ours['expand'] * D)         # which counts, not expand
+    ours |= dict(inner_size=inner) if inner % D else dict(expand=inner // D)
     if theirs.get('time_step_rank') != 'auto':                              # else ours is the same rule
         ours['time_step_rank'] = number(theirs, 'time_step_rank', 0)
     return ours
