@@ -11,7 +11,7 @@ from helpers.models import HYBRID_SIZE, assert_close, perturb, theirs, tokens
 from mambino.export import to_hf
 from mambino.sample import decode
 from mambino.train import memory
-from mambino.weights import adapters, checkpoint, from_peft, peft_scales, tensor_files
+from mambino.weights import adapters, checkpoint, from_peft, tensor_files
 from mambino.weights import from_hf as hf
 from model_hybrid import Hybrid, HybridConfig
 
@@ -263,15 +263,6 @@ def test_an_adapter_of_an_exported_hybrid_fits_the_run(pattern, targets, tmp_pat
     to_hf.write(net, None, tmp_path / 'lora')
     read['adapter']['base'] = str(tmp_path / 'lora')
     assert_close(adapters.attach_adapter(net, read)(idx)[0], want, 1e-5)
-
-
-@pytest.mark.parametrize('model_type, matrix', [('bamba', 'k_proj'), ('qwen3_next', 'o_proj'), ('qwen3_5', 'o_proj')])
-def test_an_adapter_of_rows_in_another_order_is_refused(model_type, matrix, tmp_path):
-    (tmp_path / 'config.json').write_text(f'{{"model_type": "{model_type}"}}')
-    adapter = dict(adapter=dict(type='lora', base=str(tmp_path)),
-                   weights={f'model.layers.0.self_attn.{matrix}.lora_A.weight': torch.zeros(2, 32)})
-    with pytest.raises(ValueError, match=f'tuned on a {model_type}, whose matrices'):
-        peft_scales.to_ours(Hybrid(HybridConfig(**HYBRID_SIZE, vocab_size=97)), adapter)
 
 
 # --- what knows of layers of several kinds --------------------------------------------------------

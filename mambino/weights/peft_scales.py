@@ -20,7 +20,6 @@ from mambino.weights.families.gpt import head_dim_of, turned_first
 from mambino.weights.tensor_files import read_json
 from model_hybrid import Hybrid
 
-REORDERED = {'qwen3_5', 'qwen3_5_text', 'qwen3_next'}
 INPUT = '.shared_mlp.input_linear.'     # Granite 4's: rows of gate and up
 
 
@@ -38,10 +37,6 @@ def to_ours(net, adapter):
             f'how the rows of a hybrid\'s adapter are scaled says the config.json of its base, and '
             f'{path} is not there: put the base there, or its path into base_model_name_or_path of '
             'adapter_config.json')
-    turned = any(name.rpartition('.lora_')[0].endswith(('.q_proj', '.k_proj')) for name in adapter['weights'])
-    if model_type in REORDERED or model_type == 'bamba' and turned:
-        raise ValueError(f'it was tuned on a {model_type}, whose matrices have their rows in another order than ours: '
-                         'tune this model itself, train.py --adapter=lora')
     if model_type not in FACTORS:
         return adapter
     factors = FACTORS[model_type]({**FAMILIES[model_type].defaults, **theirs})
