@@ -254,6 +254,7 @@ def test_a_prefix_is_read_as_a_state():
     """A prompt's first token, by a plan or not, goes on from the learned angles."""
     base, ids = model('mamba3'), tokens(20, 1)
     net = add_prefix(copy.deepcopy(base), 6, ids[0, :6])
+    assert {value.dtype for name, value in net.empty_state(1).items() if 'turn' in name} == {torch.float64}
     want = base(ids)[0][:, 6:]
     assert (net(ids[:, 6:])[0] - want).abs().max() < 1e-5
     _, state, _ = prefill(net, ids[0, 6:10].tolist())

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from mambino.configurator import fail
 from mambino.weights import checkpoint, peft_scales, quantize
+from model_mamba import exact
 
 # of train.py, that make an adapter
 SETTINGS = 'adapter', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'prefix_length'
@@ -184,6 +185,8 @@ class Prefix(nn.Module):
         for kind, layers in self.state.items():
             for layer, value in layers.items():
                 value = value.repeat(B, *[1] * (value.ndim - 1))    # a copy: steps write into caches
+                if kind == 'turn':
+                    value = exact(value)                # as a step leaves it
                 if kind in 'kv' and window:             # a ring; beyond the prefix it is still empty
                     value = F.pad(value, (0, 0, 0, window - self.length))
                 state[f'{kind}.{layer}'] = value
