@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from helpers.models import assert_close, random_dt
+from torch._subclasses import FakeTensorMode
 
-from mambino.kernels import anywhere_mamba3, one_token, registry
+from mambino.kernels import anywhere_mamba3, cpu_mamba3, native, one_token, registry
 from mambino.kernels.cpu import portable
 from mambino.language_model import gated_heads
 from mambino.train.counting import LiveBytes
@@ -87,6 +88,44 @@ def test_in_a_compiled_function(R):
     assert_close(y, want, 1e-5)
     for got, grad in zip(torch.autograd.grad(y, args, weights), torch.autograd.grad(want, args, weights)):
         assert_close(got, grad, 1e-5 * grad.abs().max())
+
+
+def test_a_compiler_is_told_the_strides_of_all_gradients():
+    """It fails where they are others, as those of a learned state's turns in more than one chunk."""
+    x, B, C, dt, log_decay, trap, rate, *weights = inputs(37)
+    h, turn = torch.randn(2, H, P, N), torch.zeros(2, H, A, dtype=torch.float64)
+    given = x, B, C, dt, log_decay, trap, trap, rate, *weights
+    options = 16, torch.float32
+    y, *_, starts, turns = anywhere_mamba3.scan_operation(*given, h, turn, *options)
+    args = torch.randn_like(y), torch.randn_like(h), torch.randn_like(turn), *given, starts, turns, *options
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        told = anywhere_mamba3.backward_operation(*args)
+    for got, expected in zip(anywhere_mamba3.backward_operation(*args), told, strict=True):
+        assert got.stride() == expected.stride() and got.dtype == expected.dtype
+
+
+@pytest.mark.parametrize('operation', [anywhere_mamba3.mamba3_scan, cpu_mamba3.mamba3_scan])
+@pytest.mark.skipif(native.library() is None, reason='no C++ compiler')
+def test_a_rank_without_scales(operation):
+    """Those of None are ones; a gate of None has none."""
+    *args, _ = inputs(5, R=3)
+    want, after = mamba3_scan.definition(*args)
+    y, state = operation(*args)
+    assert_close(y, want, 1e-5 * want.abs().max().item())
+    one = [u[:, :1] if i < 7 else u for i, u in enumerate(args)]
+    assert_close(operation(*one, state=state)[0], mamba3_scan.definition(*one, state=after)[0], 1e-4)
+    assert_close(gated_heads(y, args[0]), gated_heads.definition(y, args[0]), 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('given', ['no state', 'no scales'])
+def test_one_token_leaves_to_others_what_it_has_not(given, monkeypatch):
+    monkeypatch.setattr(one_token, 'applies', lambda x: True)
+    *args, mimo_x = inputs(1, 2)
+    state = None
+    if given == 'no scales':
+        mimo_x, state = None, scan(*inputs(5, 2))[1]
+    assert one_token.mamba3_scan(*args, mimo_x, state=state) is NotImplemented
 
 
 @torch.no_grad()

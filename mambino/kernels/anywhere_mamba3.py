@@ -199,7 +199,7 @@ class Piece:
         at_end_of_all = grad_turn + turning(last, grad_end, A).sum(-2)
         from_start = at_end_of_all[:, :, None] - turning(before, of_states, A).sum(-2)
         turns = from_start[..., None, :] - (turns.cumsum(3) - turns)
-        grad_turn = from_start[:, :, 0]
+        grad_turn = from_start[:, :, 0].clone()                 # of the strides that a compiler is told
         grad_c, grad_b = (turned(u.unflatten(3, (-1, R)), self.cos, -self.sin) for u in (grad_q, grad_k))
         grad_c += own_blocks @ self.b
         grad_b += own_blocks.mT @ self.c
@@ -347,6 +347,8 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
                 chunk_size=64, state=None):
     batch, T, H, P = x.shape
     R, _, N = B.shape[2:]
+    if mimo_x is None and R > 1:
+        mimo_x = D.new_ones(H, R, P)
     dtype = product_dtype(x)
     h, turn, last_b, last_x = state or (None, None, None, None)
     if interleaved:                                             # to q · k the order of channels is all one

@@ -145,8 +145,6 @@ class GatedHeads(Function):
         expect('gated_heads', (z, (B, T, H * P)), *((u, (H, R, P)) for u in (mimo_z, mimo_o) if u is not None))
         if norm is not None:
             expect('gated_heads', (norm, (H * P,)))
-        if mimo_z is None and R != 1:
-            raise ValueError(f'gated_heads: rank {R} without scales')
         scales = [None if u is None else u.contiguous() for u in (mimo_z, mimo_o, norm)]
         out = y.new_empty(B, T, H * P)
         ctx.sizes = R, H, P, float(eps), z.stride(-2)

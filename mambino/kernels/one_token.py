@@ -283,7 +283,9 @@ def mamba2_scan(xBC, dt, dt_bias, A, D, groups, head_dim, chunk_size=64, state=N
 @kernel
 def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=None, interleaved=True, chunk_size=64,
                 state=None):
-    if not applies(x) or any(u is None for u in state) or state[0].dtype != torch.float32:
+    if not applies(x) or state is None or any(u is None for u in state) or state[0].dtype != torch.float32:
+        return NotImplemented
+    if mimo_x is None and B.shape[2] > 1:
         return NotImplemented
     h, turn, last_b, last_x = state
     G, A = B.shape[3], rate.shape[-1]
