@@ -4,7 +4,7 @@ import torch
 from helpers.models import assert_close, assert_same, perturb, random_dt, tokens
 
 import model_hybrid
-from mambino.kernels import cpu_delta, native
+from mambino.kernels import cpu_delta, native, portable
 from mambino.sample import decode
 from mambino.train.muon import row_kinds
 from model_hybrid import Hybrid, HybridConfig, delta_scan
@@ -64,6 +64,19 @@ def test_as_transformers_has_it():
     got, state = delta_scan(qkv, log_decay, beta, H, P, 64, S)
     assert_close(got, want, 1e-5)
     assert_close(state, last.mT, 1e-5)
+
+
+def test_rounded_products_cost_chunks_no_more_than_tokens():
+    """Of keys that are alike a chunk's system multiplies what is rounded in it."""
+    H, G, P, N, T = 2, 2, 32, 32, 128
+    qkv = torch.randn(1, 1, 2 * G * N + H * P) + 0.1 * torch.randn(1, T, 2 * G * N + H * P)
+    qkv[..., 2 * G * N:] = torch.randn(1, T, H * P)
+    inputs = qkv, torch.full((1, T, H), -0.001), torch.full((1, T, H), 2.0), G, P
+    want = delta_scan.definition(*inputs)
+    with torch.autocast("cpu", torch.bfloat16), portable():
+        chunks, tokens = delta_scan(*inputs), delta_scan.definition(*inputs)
+    for got, other, exact in zip(chunks, tokens, want):
+        assert (got - exact).norm() < 2 * (other - exact).norm()
 
 
 @every_way

@@ -25,7 +25,8 @@ def delta_scan(qkv, log_decay, beta, groups, head_dim, chunk_size=64, state=None
     q, k = (u.view(batch, -1, Q, groups, GN // groups).transpose(2, 3).float() for u in (q, k))     # (B, c, G, Q, N)
     q, k = (u * torch.rsqrt(u.square().sum(-1, keepdim=True) + EPS) for u in (q, k))
     q = q * q.shape[-1] ** -0.5
-    gram = (k @ k.mT).repeat_interleave(H // groups, 2)         # (B, c, H, Q, Q)
+    with torch.autocast(qkv.device.type, enabled=False):        # the system's solution makes its rounding larger
+        gram = (k @ k.mT).repeat_interleave(H // groups, 2)     # (B, c, H, Q, Q)
     inside = (q @ k.mT).repeat_interleave(H // groups, 2)
     q, k = (u.repeat_interleave(H // groups, 2) for u in (q, k))    # (B, c, H, Q, N)
     v = v.view(batch, -1, Q, H, P).transpose(2, 3).float()      # (B, c, H, Q, P)
