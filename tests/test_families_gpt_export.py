@@ -161,6 +161,18 @@ def test_a_prefix_of_peft_has_its_keys_in_our_order(tuned, tmp_path):
     assert all(torch.equal(again['weights'][name], tensor) for name, tensor in adapter['weights'].items())
 
 
+def test_an_adapter_of_folded_multipliers_has_another_base(tuned, tmp_path):
+    """Beside Granite itself it would be another adapter, and nobody would see it."""
+    saved('granite-3', tmp_path / 'granite')
+    net = adapters.add_lora(copy.deepcopy(tuned('granite-3')), 'q_proj')
+    spec = dict(type='lora', rank=8, alpha=16.0, dropout=0.0, targets='q_proj')
+    ckpt = dict(kind='gpt', config=vars(net.config), adapter=spec, weights=adapters.adapter_state(net, 'default'))
+    for base in (tmp_path / 'granite', f'hf:{tmp_path}/granite'):
+        with pytest.raises(ValueError, match='granite is a granite, .* name with --base the folder'):
+            to_peft.write(net, None, tmp_path, ckpt=ckpt, base=base)
+    to_peft.write(net, None, tmp_path, ckpt=ckpt, base=tmp_path)
+
+
 def test_an_adapter_of_fused_matrices_is_refused(tuned, tmp_path):
     """Phi-3 has q, k and v in one matrix, gate and up in another."""
     net = adapters.add_lora(tuned('phi-4-partial'), 'q_proj,o_proj')

@@ -21,9 +21,10 @@ from mambino.export.classes import longest_text
 from mambino.export.compare import difference
 from mambino.export.special_tokens import special_tokens
 from mambino.export.to_safetensors import save_safetensors
-from mambino.weights import adapters, loading
+from mambino.weights import adapters, loading, peft_scales
 from mambino.weights.checkpoint import build
 from mambino.weights.families.gpt import turned_first
+from mambino.weights.tensor_files import read_json
 
 PACKAGES = 'peft'
 LIMIT = 1e-4
@@ -86,6 +87,15 @@ def refuse_fused(weights, names, architecture):
                              'export the merged model, or leave it out of --lora_targets')
 
 
+def refuse_base(base, model_type):
+    """ValueError if a base is of another family than the model that --format=hf writes, with other rows."""
+    path = os.path.join(str(base).removeprefix('hf:'), 'config.json')
+    family = read_json(path).get('model_type') if os.path.exists(path) else None
+    if family in list(peft_scales.FACTORS) and family != model_type:
+        raise ValueError(f'{base} is a {family}, whose matrices have other factors or another order of rows than our '
+                         'model of it: name with --base the folder that --format=hf writes of this model')
+
+
 ADAPTERS = {'lora': lora, 'prefix': prefix}
 
 
@@ -110,6 +120,7 @@ def write(net, tok, folder, quantize='', *, ckpt, base, **_):
                          'folded, so that its adapter would be another one there: export the merged model, '
                          '--format=hf')
     if adapter['type'] == 'lora':
+        refuse_base(base, theirs['model_type'])
         refuse_fused(ckpt['weights'], names, theirs['architectures'][0])
     settings, tensors = ADAPTERS[adapter['type']](ckpt)
     settings |= dict(task_type='CAUSAL_LM', base_model_name_or_path=str(base), inference_mode=True)
