@@ -166,6 +166,8 @@ def test_configs_of_older_transformers(to_ours):
     assert to_ours('phi-4-partial', ['rope_parameters'], **partial)['rope_dim'] == 12
     assert to_ours('smollm3', ['rope_parameters', 'no_rope_layers'])['rope_layers'] == '1110'
     assert to_ours('smollm3', ['rope_parameters'])['rope_theta'] == 2e6
+    for full, window in ((-1, 20), (0, 20), (2, 0)):
+        assert to_ours('qwen2-window', ['layer_types'], max_window_layers=full)['window'] == window
 
 
 def test_yarn_is_as_sharp_as_it_says(to_ours):

@@ -241,7 +241,7 @@ def window_of(theirs):
         full = number(theirs, 'max_window_layers', 28)
         if not layer_types and 0 < full < number(theirs, 'num_hidden_layers'):
             refuse('max_window_layers', full, 'our layers have all the same window, or none')
-        if set(layer_types) == {'full_attention'} or (full and not layer_types):
+        if set(layer_types) == {'full_attention'} or (full > 0 and not layer_types):
             return 0
     expected = 'sliding_attention' if window else 'full_attention'
     if layer_types and set(layer_types) != {expected}:
