@@ -4,6 +4,7 @@ import torch
 from helpers.models import assert_close, assert_same, perturb, random_dt, tokens
 
 import model_hybrid
+from mambino.cache import kept_as
 from mambino.kernels import cpu_delta, native, portable
 from mambino.sample import decode
 from mambino.train.muon import row_kinds
@@ -150,12 +151,25 @@ def test_operation_is_known_to_kernels():
 @pytest.mark.parametrize("rows, changes", [(1, {}), (3, dict(key_heads=2, delta_max=2.0)), (2, dict(ssm_head_dim=32))])
 def test_the_plan_of_a_token(rows, changes, dtype):
     net = perturb(Hybrid(HybridConfig(**SIZES | changes)), 0.05).eval()
-    net.state_dtype = dtype
     idx = tokens(rows, 9)
-    _, state = decode.step(net, idx)
+    state = kept_as(decode.step(net, idx)[1], dtype)
     theirs = {name: value.clone() for name, value in state.items()}
     for t in tokens(4, rows, 1):
         want, theirs = net.step(t, theirs)
         got, state = decode.step(net, t, state)
         assert_close(got, want, 1e-4 if dtype == torch.float32 else 2e-2)
-    assert decode.recipes[net].plans
+    assert decode.recipes[net].plans and state["ssm.0"].dtype == dtype
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["dt_bias", "A_log"])
+def test_a_nan_of_a_weight_stays_one(name):
+    """Of any bits: neither a step nor a rounded state takes it for a number."""
+    net = perturb(Hybrid(HybridConfig(**SIZES)), 0.05).eval()
+    _, state = net.step(tokens(2, 5))
+    state = kept_as(state, torch.bfloat16)
+    weight = getattr(net.model.layers[0].mamba, name).data
+    weight[:] = torch.tensor([0x7fffffff], dtype=torch.int32).view(torch.float32)
+    assert decode.ready(net, tokens(2, 1), state, 0) is not None
+    logits, after = decode.step(net, tokens(2, 1), state)
+    assert after["ssm.0"].isnan().all() and not logits.isfinite().any()

@@ -111,7 +111,7 @@ struct DeltaChunk {  // what both passes need of a chunk, for one head
     void solve_transposed(float *g) {
         for (I end = q; end > 0; end -= std::min(end, BLOCK)) {
             I i = std::max<I>(0, end - BLOCK);
-            gemm(end - i, P, q - end, g + i * P, P, &A[end * Q + i], 1, Q, g + end * P, P, 1);
+            gemm(end - i, P, q - end, g + i * P, P, A.data() + end * Q + i, 1, Q, g + end * P, P, 1);
             for (I t = end - 2; t >= i; t--)
                 for (I j = t + 1; j < end; j++)
                     for (I p = 0; p < P; p += L)

@@ -91,9 +91,9 @@ API delta_step(I threads, I precision, I B, I H, I G, I P, I N, I K, const Matri
             const float *q = mixed + b * W + g * N, *k = q + G * N;
             const float *u = mixed + b * W + 2 * G * N + head * P;
             const float *scalars = x + b * sx + E + W;
-            float dt = softplus(all(scalars[H + head] + dt_bias[head]))[0];
-            float decay = std::exp(-dt * std::exp(A_log[head]));
-            float beta = most * sigmoid(all(scalars[head]))[0];
+            float dt = softplus(all(sound(scalars[H + head] + dt_bias[head])))[0];
+            float decay = sound(std::exp(-dt * std::exp(A_log[head])));
+            float beta = most * sigmoid(all(sound(scalars[head])))[0];
             if (precision == BF16)
                 delta_head(P, N, decay, beta, u, k, q, (bf16 *)h + i * P * N, y + i * P);
             else
