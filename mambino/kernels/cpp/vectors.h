@@ -209,7 +209,7 @@ static inline vec dot(vec s, pairs a, pairs b) {
 // --- functions, to 2 units in the last place: a polynomial on one octave, the octave put into the
 // exponent's bits
 
-static inline vec exp2v(vec x) {  // 2^x for x <= 127; a NaN stays one
+static inline vec exp2v(vec x) {  // 2^x for x <= 127; a NaN stays one if its lower 9 bits are 0
     x = x < -125.f ? all(-125.f) : x;
     vec shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
     vec p = all(1.535336188319500e-4f);
