@@ -34,14 +34,11 @@ def built(name, **changes):
 
 
 @pytest.fixture
-def opened(tmp_path, monkeypatch):
+def opened(tmp_path, own_code):
     """A function: our model → transformers' of the folder it is written to."""
     transformers = pytest.importorskip('transformers')
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    cache = str(tmp_path / 'modules')
-    monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', cache)
-    monkeypatch.syspath_prepend(tmp_path)
 
     def write_and_open(net, cls='AutoModelForCausalLM'):
         to_hf.write(net, None, tmp_path)

@@ -77,15 +77,9 @@ FILE = 'model.safetensors'
 
 
 @pytest.fixture(autouse=True, scope='module')
-def quiet(tmp_path_factory):
+def quiet(own_code):
     """No progress bars, and no modelling files in the cache of whoever runs this."""
     transformers.utils.logging.set_verbosity_error()
-    patch = pytest.MonkeyPatch()
-    cache = str(tmp_path_factory.mktemp('modules'))
-    patch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', cache)
-    patch.setattr(sys, 'path', list(sys.path))
-    yield
-    patch.undo()
 
 
 def build(name, vocab_size=V, **changes):
