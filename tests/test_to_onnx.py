@@ -181,7 +181,7 @@ def test_nothing_stays_swapped(tmp_path):
 
     def fail_within(*_):
         if registry._substitutes is not None:  # else it is the first step, for the sizes
-            assert registry._substitutes.keys() == {'attention', 'selective_scan', 'ssd', 'mamba3_scan'}
+            assert registry._substitutes.keys() == {'attention', 'selective_scan', 'ssd', 'mamba3_scan', 'delta_scan'}
             assert logging.root.manager.disable == logging.WARNING and not torch.is_grad_enabled()
             raise ZeroDivisionError
     net, before = model('mamba1'), switches()
