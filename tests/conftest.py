@@ -59,7 +59,9 @@ def own_code(tmp_path_factory):
             del sys.modules[name]
     patch = pytest.MonkeyPatch()
     patch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path_factory.mktemp('modules')))
-    patch.setattr(sys, 'path', list(sys.path))
+    # without the folders of others' files, where theirs would be found first
+    others = [path for path in sys.path if os.path.isdir(os.path.join(path, 'transformers_modules'))]
+    patch.setattr(sys, 'path', [path for path in sys.path if path not in others])
     forget()
     yield
     forget()
