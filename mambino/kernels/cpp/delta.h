@@ -22,18 +22,15 @@ struct Delta {  // a task: x has rows of [q (G, N), k (G, N), v (H, P)], sx apar
 };
 
 template <class T>
-struct DeltaChunk {  // what both passes need of a chunk, for one head
+struct DeltaChunk : Decays {  // what both passes need of a chunk, for one head
     static constexpr I BLOCK = 6;  // rows that are solved for at once
     static constexpr float EPS = 1e-6f;
     I q, Q, P, N;
-    std::vector<float> qn, kn, kT, r_q, r_k, qk, kk, grow, to_end, high, low, decay, M, A, proj, rest, u;
-    std::vector<double> s;
-    float kept;
+    std::vector<float> qn, kn, kT, r_q, r_k, qk, kk, decay, M, A, proj, rest, u;
 
     DeltaChunk(I Q, I P, I N)
-        : Q(Q), P(P), N(N), qn(Q * N), kn(Q * N), kT(N * Q), r_q(Q), r_k(Q), qk(Q * Q), kk(Q * Q),
-          grow(Q), to_end(Q), high(Q), low(Q), decay(Q * Q), M(Q * Q), A(Q * Q), proj(Q * P),
-          rest(Q * P), u(Q * P), s(Q) {}
+        : Decays(Q), Q(Q), P(P), N(N), qn(Q * N), kn(Q * N), kT(N * Q), r_q(Q), r_k(Q), qk(Q * Q),
+          kk(Q * Q), decay(Q * Q), M(Q * Q), A(Q * Q), proj(Q * P), rest(Q * P), u(Q * P) {}
 
     // rows (q, N) over their length, times `scale`
     void normed(float *to, float *r, const T *rows, I sx, float scale) {
@@ -63,27 +60,14 @@ struct DeltaChunk {  // what both passes need of a chunk, for one head
         double total = 0;
         for (I i = 0; i < q; i++)
             s[i] = total += a[i * sr];
-        for (I i = 0; i < Q; i++) {
-            grow[i] = i < q ? s[i] : 0;
-            to_end[i] = i < q ? total - s[i] : 0;
-            high[i] = grow[i];
-            low[i] = i < q ? s[i] - high[i] : 0;
-        }
-        for (I i = 0; i < Q; i += L) {
-            store(&grow[i], expv(load(&grow[i])));
-            store(&to_end[i], expv(load(&to_end[i])));
-        }
-        kept = std::exp(total);
-        for (I i = 0; i < q; i++) {
-            for (I j = 0; j <= i; j += L) {
-                vec d = expv(high[i] - load(&high[j]) + (low[i] - load(&low[j])));
-                d = LANE + (int)j <= (int)i ? d : vec{};
-                store(&decay[i * Q + j], d);
-                store(&M[i * Q + j], d * load(&qk[i * Q + j]));
-                vec below = LANE + (int)j < (int)i ? d * load(&kk[i * Q + j]) : vec{};
-                store(&A[i * Q + j], below * -beta[i * sr]);
-            }
-        }
+        add_up(q);
+        each(q, [&](I i, I j, vec d) {
+            d = LANE + (int)j <= (int)i ? d : vec{};
+            store(&decay[i * Q + j], d);
+            store(&M[i * Q + j], d * load(&qk[i * Q + j]));
+            vec below = LANE + (int)j < (int)i ? d * load(&kk[i * Q + j]) : vec{};
+            store(&A[i * Q + j], below * -beta[i * sr]);
+        });
         gemm(q, P, N, proj.data(), P, kn.data(), N, 1, h, P);
         for (I t = 0; t < q; t++) {
             for (I p = 0; p < P; p += L) {
@@ -168,17 +152,6 @@ static void delta_by_chunks(I lo, I hi, Delta m, const float *state, T *starts, 
         for (I i = 0; i < heads; i++)
             transpose(last + (b * m.H + first + i) * size, N, &h[i * size], P, N, P, N);
     }
-}
-
-// of products (t + 1), row t's of a matrix of exp(s_t - s_j): what they add to the gradient of s
-static void count(I t, const std::vector<float> &products, std::vector<double> &gs) {
-    dvec total{};
-    for (I j = 0; j <= t; j += L / 2) {
-        dvec both = wide(&products[j]);
-        total += both;
-        store(&gs[j], load(&gs[j]) - both);
-    }
-    gs[t] += sum(total);
 }
 
 // to (rows, N) at `sx`, or unless null the copy at `sc`: the gradient of rows of which `normed` made n,

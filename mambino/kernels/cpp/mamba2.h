@@ -9,6 +9,7 @@
 #pragma once
 #include <algorithm>
 
+#include "decays.h"
 #include "products.h"
 
 struct Ssd {  // a task: x has rows of [x (H, P), B (G, N), C (G, N)], sx apart; raw ones of (H), sr
@@ -36,22 +37,20 @@ static void turn_states(const Ssd &m, I b, I first, const float *from, float *to
 }
 
 template <class T>
-struct Chunk {  // what both passes need of a chunk, for one head
+struct Chunk : Decays {  // what both passes need of a chunk, for one head
     typedef typename Operands<T>::number number;
     typedef typename Operands<T>::unit unit;
     I q, Q, P, N;
-    std::vector<float> raw, dt, slope, high, low, from, grow, to_end, S, decay;
+    std::vector<float> raw, dt, slope, S, decay;
     std::vector<number> B, C, W, xdt, xe;
     std::vector<unit> BT;
     std::vector<unit> Broom, Croom, Wroom, room;  // for what is stacked
-    std::vector<double> s;
     const unit *stacked_B;
-    float kept;
 
     Chunk(I Q, I P, I N)
-        : Q(Q), P(P), N(N), raw(Q), dt(Q), slope(Q), high(Q), low(Q), from(Q), grow(Q), to_end(Q),
-          S(Q * Q), decay(Q * Q), B(Q * N), C(Q * N), W(Q * Q), xdt(Q * P), xe(Q * P), BT(N * Q),
-          Broom(Q * N), Croom(Q * N), Wroom(Q * Q), room(std::max(Q, N) * P), s(Q) {}
+        : Decays(Q), Q(Q), P(P), N(N), raw(Q), dt(Q), slope(Q), S(Q * Q), decay(Q * Q), B(Q * N),
+          C(Q * N), W(Q * Q), xdt(Q * P), xe(Q * P), BT(N * Q), Broom(Q * N), Croom(Q * N),
+          Wroom(Q * Q), room(std::max(Q, N) * P) {}
 
     static const unit *units(const std::vector<number> &rows) { return (const unit *)rows.data(); }
 
@@ -63,32 +62,6 @@ struct Chunk {  // what both passes need of a chunk, for one head
         stacked_B = stacked(Broom, B.data(), q, N);
         transpose(BT.data(), Q, units(B), K, q, K, Q);
         gemm(q, Q, N, S.data(), Q, units(C), K, 1, BT.data(), Q, 0, CAUSAL);
-    }
-
-    // s_i - s_j: of large sums fp32 loses the small ones, so that each is kept as two numbers' sum
-    vec difference(I i, vec upper, vec lower) const { return high[i] - upper + (low[i] - lower); }
-
-    // exp(s_i - s_j), j <= i, and W; above the diagonal both stay 0. Rows below a block of columns
-    // have it as exp(s_i - s_end) exp(s_end - s_j), of the block's end
-    void decays() {
-        for (I j = 0; j < q; j += L) {
-            I end = j + L;
-            vec upper = load(&high[j]), lower = load(&low[j]);
-            for (I i = j; i < std::min(end, q); i++)
-                put(i, j, LANE + (int)j <= (int)i ? expv(difference(i, upper, lower)) : vec{});
-            if (end >= q)
-                break;
-            vec to_last = expv(difference(end - 1, upper, lower));
-            for (I i = end; i < q; i += L)
-                store(&from[i], expv(-difference(end - 1, load(&high[i]), load(&low[i]))));
-            for (I i = end; i < q; i++)
-                put(i, j, to_last * from[i]);
-        }
-    }
-
-    void put(I i, I j, vec d) {
-        store(&decay[i * Q + j], d);
-        store(&W[i * Q + j], d * load(&S[i * Q + j]));
     }
 
     // prefetches `next`, the rows of the next head
@@ -103,18 +76,13 @@ struct Chunk {  // what both passes need of a chunk, for one head
         double total = 0;
         for (I i = 0; i < q; i++)
             s[i] = total += (double)dt[i] * A;
-        for (I i = 0; i < Q; i++) {
-            grow[i] = i < q ? s[i] : 0;
-            to_end[i] = i < q ? total - s[i] : 0;
-            high[i] = grow[i];
-            low[i] = i < q ? s[i] - high[i] : 0;
-        }
-        for (I i = 0; i < Q; i += L) {
-            store(&grow[i], expv(load(&grow[i])));
-            store(&to_end[i], expv(load(&to_end[i])));
-        }
-        kept = std::exp(total);
-        decays();
+        add_up(q);
+        each(q, [&](I i, I j, vec d) {  // exp(s_i - s_j) and W; above the diagonal both stay 0
+            if (i < j + L)
+                d = LANE + (int)j <= (int)i ? d : vec{};
+            store(&decay[i * Q + j], d);
+            store(&W[i * Q + j], d * load(&S[i * Q + j]));
+        });
         for (I i = 0; i < q; i++) {
             prefetch(next + i * sx, P);
             for (I p = 0; p < P; p += L) {
@@ -233,13 +201,7 @@ static void backward_by_chunks(I lo, I hi, I batch, Ssd m, const T *starts, cons
                         store(&products[j], d * load(&k.W[t * Q + j]));
                         add(&gS[t * Q + j], d * load(&k.decay[t * Q + j]));
                     }
-                    dvec total{};
-                    for (I j = 0; j <= t; j += L / 2) {
-                        dvec both = wide(&products[j]);
-                        total += both;
-                        store(&gs[j], load(&gs[j]) - both);
-                    }
-                    gs[t] += sum(total);
+                    count(t, products, gs);
                 }
                 gemm(q, P, q, gu.data(), P, stacked(k.Wroom, k.W.data(), q, Q), 1, Q,
                      stacked(k.room, grad.data(), q, P), P, 0, UPPER);

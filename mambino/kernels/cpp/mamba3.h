@@ -114,13 +114,7 @@ struct Mamba3Backward {
                 store(&products[j], d * load(&k.W[t * Q + j]));
                 store(&gS[t * Q + j], d * load(&k.decay[t * Q + j]));
             }
-            dvec total{};
-            for (I j = 0; j <= t; j += L / 2) {
-                dvec both = wide(&products[j]);
-                total += both;
-                store(&gs[j], load(&gs[j]) - both);
-            }
-            gs[t] += sum(total);
+            count(t, products, gs);
         }
         gemm(q, P, q, gu.data(), P, stacked(Wroom, k.W.data(), q, Q), 1, Q,
              stacked(k.room, grad.data(), q, P), P, 0, UPPER);

@@ -73,26 +73,21 @@ struct Mamba3 {  // a task: x has rows of (H, P), sx apart; B, C (R, G, N), the 
     }
 };
 
-constexpr double TAU = 6.283185307179586;
-
 template <class T>
-struct Turned {
+struct Turned : Decays {
     typedef typename Operands<T>::number number;
     typedef typename Operands<T>::unit unit;
     const Mamba3 &m;
     I R, P, N, A, Q, tokens, q;  // tokens of this chunk, and its rows
-    std::vector<float> B, C, cosine, sine, high, low, from, grow, to_end, S, decay, X;
+    std::vector<float> B, C, cosine, sine, S, decay, X;
     std::vector<number> k, qs, W, xs, xe;
     std::vector<unit> kT, kroom, room;
-    std::vector<double> sums;
     const unit *stacked_k;
-    float kept;
 
     explicit Turned(const Mamba3 &m)
-        : m(m), R(m.R), P(m.P), N(m.N), A(m.angles()), Q(m.rows()), B(Q * N), C(Q * N), cosine(Q * A),
-          sine(Q * A), high(Q), low(Q), from(Q), grow(Q), to_end(Q), S(Q * Q), decay(Q * Q), X(Q * P),
-          k(Q * N), qs(Q * N), W(Q * Q), xs(Q * P), xe(Q * P), kT(N * Q), kroom(Q * N),
-          room(std::max(Q, N) * P), sums(Q) {}
+        : Decays(m.rows()), m(m), R(m.R), P(m.P), N(m.N), A(m.angles()), Q(m.rows()), B(Q * N), C(Q * N),
+          cosine(Q * A), sine(Q * A), S(Q * Q), decay(Q * Q), X(Q * P), k(Q * N), qs(Q * N), W(Q * Q),
+          xs(Q * P), xe(Q * P), kT(N * Q), kroom(Q * N), room(std::max(Q, N) * P) {}
 
     static const unit *units(const std::vector<number> &rows) { return (const unit *)rows.data(); }
 
@@ -161,20 +156,14 @@ struct Turned {
         for (I i = 0; i < q; i++) {
             if (i % R == 0)
                 total += m.a[(token + i / R) * m.H + e];
-            sums[i] = total;
+            s[i] = total;
         }
-        for (I i = 0; i < Q; i++) {
-            grow[i] = i < q ? sums[i] : 0;
-            to_end[i] = i < q ? total - sums[i] : 0;
-            high[i] = grow[i];
-            low[i] = i < q ? sums[i] - high[i] : 0;
-        }
-        for (I i = 0; i < Q; i += L) {
-            store(&grow[i], expv(load(&grow[i])));
-            store(&to_end[i], expv(load(&to_end[i])));
-        }
-        kept = std::exp(total);
-        decays();
+        add_up(q);
+        each(q, [&](I i, I j, vec d) {  // exp(s_i - s_j) and W; from the own token on both stay 0
+            d = earlier(i, j, d);
+            store(&decay[i * Q + j], d);
+            store(&W[i * Q + j], d * load(&S[i * Q + j]));
+        });
         inputs(token, e);
     }
 
@@ -196,32 +185,5 @@ struct Turned {
         }
     }
 
-    // s_i - s_j: of large sums fp32 loses the small ones, so that each is kept as two numbers' sum
-    vec difference(I i, vec upper, vec lower) const { return high[i] - upper + (low[i] - lower); }
-
-    // exp(s_i - s_j) and W; from the own token on both stay 0. Rows below a block of columns have it
-    // as exp(s_i - s_end) exp(s_end - s_j), of the block's end
-    void decays() {
-        for (I j = 0; j < q; j += L) {
-            I end = j + L;
-            vec upper = load(&high[j]), lower = load(&low[j]);
-            for (I i = j; i < std::min(end, q); i++)
-                put(i, j, expv(difference(i, upper, lower)));
-            if (end >= q)
-                break;
-            vec to_last = expv(difference(end - 1, upper, lower));
-            for (I i = end; i < q; i += L)
-                store(&from[i], expv(-difference(end - 1, load(&high[i]), load(&low[i]))));
-            for (I i = end; i < q; i++)
-                put(i, j, to_last * from[i]);
-        }
-    }
-
     vec earlier(I i, I j, vec d) const { return LANE + (int)j < (int)own(i) ? d : vec{}; }
-
-    void put(I i, I j, vec d) {
-        d = earlier(i, j, d);
-        store(&decay[i * Q + j], d);
-        store(&W[i * Q + j], d * load(&S[i * Q + j]));
-    }
 };

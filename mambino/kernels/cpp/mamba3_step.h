@@ -6,7 +6,6 @@
 #include "matrices.h"
 #include "states.h"
 
-constexpr double WHOLE_TURN = 6.283185307179586;
 constexpr float PI = 3.14159265f;
 constexpr int MOST_RANKS = 16;
 
@@ -30,7 +29,7 @@ static inline void go_on_turning(I A, bool interleaved, const float *rate, float
         int n = std::min<I>(L, A - j);
         for (int l = 0; l < n; l++) {
             double sum = turn[j + l] + (double)rate[j + l] * dt;
-            sum -= std::floor(sum / WHOLE_TURN) * WHOLE_TURN;
+            sum -= std::floor(sum / TAU) * TAU;
             turn[j + l] = sum;
             angle[l] = sum;
         }

@@ -223,6 +223,7 @@ static inline vec exp2v(vec x) {  // 2^x for x <= 127; a NaN stays one if its lo
 }
 
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr double TAU = 6.283185307179586;  // a whole turn
 
 static inline vec expv(vec x) {
     x = x > 87.f ? all(87.f) : x;
