@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.adapters import tuned_by_peft
+from helpers.families import loaded, written_once
 from helpers.models import assert_close, theirs, tokens
 
 from mambino.sample import decode
@@ -40,22 +41,12 @@ def folders(tmp_path_factory):
     transformers = pytest.importorskip('transformers')
     if not hasattr(transformers, 'Qwen3_5Config'):
         pytest.skip('this transformers has no Qwen3.5')
-    made = {}
 
-    def folder(name):
-        if name not in made:
-            torch.manual_seed(0)
-            made[name] = tmp_path_factory.mktemp(name), theirs(*FAMILIES[name])
-            made[name][1].save_pretrained(made[name][0])
-        return made[name]
-    return folder
-
-
-def loaded(folder):
-    kind, config, weights, _ = hf.load_hf(folder)
-    net = checkpoint.build(kind, config).eval()
-    net.load_state_dict(weights)
-    return net
+    def save(name, folder):
+        model = theirs(*FAMILIES[name])
+        model.save_pretrained(folder)
+        return model
+    return written_once(tmp_path_factory, save)
 
 
 @pytest.mark.parametrize('name', FAMILIES)

@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
+from helpers import families
 from helpers.models import V, assert_close, theirs, tokens
 
 from mambino.sample import decode
-from mambino.weights import checkpoint, dense, quantize
+from mambino.weights import dense, quantize
 from mambino.weights import from_hf as hf
 from model_gpt import GPT, GPTConfig
 
@@ -70,24 +71,14 @@ def saved(name, folder):
 
 
 def loaded(folder):
-    kind, config, weights, _ = hf.load_hf(folder)
-    net = checkpoint.build(kind, config | dict(capacity_factor=0)).eval()
-    net.load_state_dict(weights)
-    return net
+    """With places for all tokens in each expert, as transformers' models have."""
+    return families.loaded(folder, capacity_factor=0)
 
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """folders(name) → what transformers saved of this family, and its model; written once."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            path = tmp_path_factory.mktemp(name)
-            torch.manual_seed(0)
-            made[name] = path, saved(name, path)
-        return made[name]
-    return folder
+    return families.written_once(tmp_path_factory, saved)
 
 
 @pytest.mark.parametrize('name', FAMILIES)

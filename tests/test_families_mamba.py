@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers.adapters import tuned_by_peft
+from helpers.families import loaded, written_once
 from helpers.models import HYBRID_SIZE, assert_close, perturb, theirs, tokens
 
 from mambino.export import to_hf
@@ -76,22 +77,12 @@ OTHERS = {      # not of Mamba, but with constants in its matrices as well
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """folders(name) → what transformers saved of this family, and its model; written once."""
-    made = {}
 
-    def folder(name):
-        if name not in made:
-            torch.manual_seed(0)
-            made[name] = tmp_path_factory.mktemp(name), theirs(*{**FAMILIES, **OTHERS}[name])
-            made[name][1].save_pretrained(made[name][0])
-        return made[name]
-    return folder
-
-
-def loaded(folder):
-    kind, config, weights, _ = hf.load_hf(folder)
-    net = checkpoint.build(kind, config).eval()
-    net.load_state_dict(weights)
-    return net
+    def save(name, folder):
+        model = theirs(*{**FAMILIES, **OTHERS}[name])
+        model.save_pretrained(folder)
+        return model
+    return written_once(tmp_path_factory, save)
 
 
 @pytest.mark.parametrize('name', FAMILIES)

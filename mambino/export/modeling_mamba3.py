@@ -263,14 +263,8 @@ class MambinoMambaModel(MambinoMambaPreTrainedModel):
         return BaseModelOutputWithPast(self.norm_f(x), past_key_values=state if keep else None)
 
 
-class MambinoMambaForCausalLM(MambinoMambaPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {'lm_head.weight': 'backbone.embeddings.weight'}
-
-    def __init__(self, c):
-        super().__init__(c)
-        self.backbone = MambinoMambaModel(c)
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        self.post_init()
+class Generates:
+    """What a model with a head makes of its body, whose State cannot be cut to fewer tokens."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -288,9 +282,20 @@ class MambinoMambaForCausalLM(MambinoMambaPreTrainedModel, GenerationMixin):
     def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None,
                 use_cache=None, logits_to_keep=0, position_ids=None, **others):
         """input_ids (B, T), after those of past_key_values → logits (B, T, V), or the last ones'."""
-        out = self.backbone(input_ids, attention_mask, past_key_values, use_cache, position_ids)
+        body = getattr(self, self.base_model_prefix)
+        out = body(input_ids, attention_mask, past_key_values, use_cache, position_ids)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **others)
         return CausalLMOutputWithPast(loss, logits, past_key_values=out.past_key_values)
+
+
+class MambinoMambaForCausalLM(Generates, MambinoMambaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {'lm_head.weight': 'backbone.embeddings.weight'}
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.backbone = MambinoMambaModel(c)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.post_init()

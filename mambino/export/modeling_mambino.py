@@ -18,10 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .modeling_delta import GatedDeltaNet
-from .modeling_mamba3 import Mamba3, RMSNorm
+from .modeling_mamba3 import Generates, Mamba3, RMSNorm
 
 
 class MambinoConfig(PretrainedConfig):
@@ -261,7 +261,7 @@ class MambinoModel(MambinoPreTrainedModel):
         return BaseModelOutputWithPast(self.norm(x), past_key_values=state if keep else None)
 
 
-class MambinoForCausalLM(MambinoPreTrainedModel, GenerationMixin):
+class MambinoForCausalLM(Generates, MambinoPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
 
     def __init__(self, c):
@@ -269,22 +269,3 @@ class MambinoForCausalLM(MambinoPreTrainedModel, GenerationMixin):
         self.model = MambinoModel(c)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False                                            # forward makes a State of its own
-
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **_):
-        seen = past_key_values.seen if past_key_values is not None else 0
-        if not seen and attention_mask is not None and not bool(attention_mask[:, -1].all()):
-            raise ValueError('padding after the text: to generate, pad on the left, padding_side="left"')
-        return dict(input_ids=input_ids[:, seen:], past_key_values=past_key_values,
-                    attention_mask=attention_mask, use_cache=use_cache, logits_to_keep=1)
-
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None,
-                use_cache=None, logits_to_keep=0, position_ids=None, **others):
-        """input_ids (B, T), after those of past_key_values → logits (B, T, V), or the last ones'."""
-        out = self.model(input_ids, attention_mask, past_key_values, use_cache, position_ids)
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **others)
-        return CausalLMOutputWithPast(loss, logits, past_key_values=out.past_key_values)

@@ -62,6 +62,18 @@ def common_fields(theirs):
     )
 
 
+def attention_fields(theirs):
+    """The fields of attention, of an MLP and of norms, as all that have attention write them."""
+    return dict(
+        n_head=number(theirs, 'num_attention_heads'),
+        n_kv_head=number(theirs, 'num_key_value_heads', 0),
+        head_dim=number(theirs, 'head_dim', 0),
+        intermediate_size=number(theirs, 'intermediate_size'),
+        block_size=number(theirs, 'max_position_embeddings'),
+        norm_eps=number(theirs, 'rms_norm_eps', kind=float),
+    )
+
+
 def own_fields(config_class, theirs):
     """The fields of one of our configs, which a config.json that export.py wrote has under their own names."""
     theirs = {'tie_embeddings': theirs.get('tie_word_embeddings'), **theirs}

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from mambino.weights.families.common import Family, common_fields, number, refuse
+from mambino.weights.families.common import Family, attention_fields, common_fields, number, refuse
 
 BOOLEAN = [False, True], 'must be true or false'
 ONLY = {  # as in common.py
@@ -26,13 +26,7 @@ NO_BIASES = NO_MLP_BIAS | dict(attention_bias=NO_BIAS)
 
 def gpt_fields(theirs):
     """The fields of our GPTConfig."""
-    return common_fields(theirs) | rope_fields(theirs) | dict(
-        n_head=number(theirs, 'num_attention_heads'),
-        n_kv_head=number(theirs, 'num_key_value_heads', 0),
-        head_dim=number(theirs, 'head_dim', 0),
-        intermediate_size=number(theirs, 'intermediate_size'),
-        block_size=number(theirs, 'max_position_embeddings'),
-        norm_eps=number(theirs, 'rms_norm_eps', kind=float),
+    return common_fields(theirs) | attention_fields(theirs) | rope_fields(theirs) | dict(
         window=window_of(theirs),
         qkv_bias=bool(theirs.get('attention_bias')),
         o_bias=bool(theirs.get('attention_bias')),

@@ -12,7 +12,7 @@ import math
 import torch
 
 from mambino.weights.checkpoint import HybridConfig
-from mambino.weights.families.common import Family, common_fields, number, own_fields, refuse
+from mambino.weights.families.common import Family, attention_fields, common_fields, number, own_fields, refuse
 from mambino.weights.families.gpt import head_dim_of, rope_fields, rope_of, turned_first, turned_numbers
 
 ONLY = {  # as in common.py
@@ -59,14 +59,8 @@ def plain_fields(theirs):
         multiplier(theirs, key)
     numbers(theirs, 'mlp_multipliers', 2)
     numbers(theirs, 'ssm_multipliers', 5)
-    ours = common_fields(theirs) | dict(
+    ours = common_fields(theirs) | attention_fields(theirs) | dict(
         layout='sequential', gate=False, branch_norm=False, embed_norm=False, window=0,
-        n_head=number(theirs, 'num_attention_heads'),
-        n_kv_head=number(theirs, 'num_key_value_heads', 0),
-        head_dim=number(theirs, 'head_dim', 0),
-        intermediate_size=number(theirs, 'intermediate_size'),
-        block_size=number(theirs, 'max_position_embeddings'),
-        norm_eps=number(theirs, 'rms_norm_eps', kind=float),
         rope_theta=rope_theta_of(theirs),
         state_size=number(theirs, 'mamba_d_state'),
         expand=number(theirs, 'mamba_expand'),
