@@ -104,10 +104,9 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
 
     # sums of dt A up to each token. Differences of large sums would lose the small ones, so they
     # are taken in fp64; on a card, to which that is slow, where the products are exact enough to show it.
-    kind = cpu.device_kind(x)
-    exact = torch.float32 if kind == 'mps' else torch.float64
+    exact = cpu.exact_dtype(x)
     sums = (dt.to(exact) * A.to(exact)).cumsum(2).transpose(2, 3)  # (B, c, H, Q)
-    if kind == 'cuda' and x.dtype in (torch.bfloat16, torch.float16):
+    if cpu.device_kind(x) == 'cuda' and x.dtype in (torch.bfloat16, torch.float16):
         sums = sums.float()
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
     decay = (sums[..., :, None] - sums[..., None, :]).float()   # (B, c, H, Q, Q): from token j to i

@@ -43,11 +43,6 @@ def in_pairs(v):
     return v.unflatten(-1, (2, -1)).mT.flatten(-2)
 
 
-def exact_dtype(x):
-    """fp64, where the device has it: differences of large sums would lose the small."""
-    return torch.float32 if cpu.device_kind(x) == 'mps' else torch.float64
-
-
 def turned(v, cos, sin):
     """v (…, N), whose pairs (i, i + N/2), i < A, are turned by the angles of cos and sin (…, A)."""
     A = cos.shape[-1]
@@ -357,9 +352,9 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     own, s, w = trapezoid(dt, trap)
     h = dt.new_zeros(batch, H, P, N) if h is None else h.float()
     if last_b is None:
-        turn = dt.new_zeros(batch, H, rate.shape[-1], dtype=exact_dtype(dt))
+        turn = dt.new_zeros(batch, H, rate.shape[-1], dtype=cpu.exact_dtype(dt))
     else:
-        turn = turn.to(exact_dtype(turn))
+        turn = turn.to(cpu.exact_dtype(turn))
         last_x = last_x.float()[:, None]                        # (B, 1, H, P)
         if mimo_x is not None:
             last_x = last_x * mimo_x.transpose(0, 1)            # (B, R, H, P)

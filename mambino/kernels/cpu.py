@@ -43,6 +43,11 @@ def device_kind(x):
     return _estimated or x.device.type
 
 
+def exact_dtype(x):
+    """Of sums whose differences count: fp64, where x's device has it."""
+    return torch.float32 if device_kind(x) == 'mps' else torch.float64
+
+
 def applies(x, *parameters):
     """Whether an operation on x goes to native.cpp; its parameters must be fp32."""
     return (_allowed and x.device.type == 'cpu' and x.dtype != torch.float64
