@@ -1,7 +1,7 @@
 # A Mamba-3 of 50M parameters for a card of 8 GB: 24 layers of width 512.
 #   at rest      50M x 16 bytes (fp32 weight, gradient, two AdamW moments) = 0.8 GB
-#   activations  27 KB a token and layer in bf16: 4 x 1024 tokens x 24 layers = 2.4 GB
-#   at the peak  3.8 GB without gradient checkpointing, for a vocabulary of 16,384,
+#   activations  17 KB a token and layer in bf16: 8 x 1024 tokens x 24 layers = 3.4 GB
+#   at the peak  4.8 GB without gradient checkpointing, for a vocabulary of 16,384,
 #                of some 6.7 GB that such a card has free
 #                (all counted by mambino/train/memory.py, not measured)
 #   a step       128 sequences x 1024 tokens = 131,072 tokens

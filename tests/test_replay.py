@@ -14,7 +14,9 @@ KINDS = [
     ('gpt', dict(n_head=2, qk_norm=True)),
     ('mamba', dict(version=1)),
     ('mamba', dict(head_dim=16, state_size=16)),
+    ('mamba', dict(version=3, head_dim=16, state_size=16)),
     ('hybrid', dict(n_head=2, ssm_head_dim=16, state_size=16)),
+    ('hybrid', dict(n_head=2, ssm_head_dim=16, state_size=16, layers='d')),
 ]
 
 

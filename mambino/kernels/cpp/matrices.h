@@ -81,7 +81,17 @@ static inline uvec first_of(const uint32_t *p, I n) {  // at most L; the rest is
 #endif
 }
 
-static inline vec multiply(vec s, vec a, vec b) { return s + a * b; }
+// rounded once where the processor can: left to choose, gcc does so for some numbers of tokens and not for
+// others, and a row would depend on those beside it
+static inline vec multiply(vec s, vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)s);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)s);
+#else
+    return s + a * b;
+#endif
+}
 static inline ivec multiply(ivec s, ivec a, ivec b) { return dot(s, a, b); }
 static inline vec real(vec v) { return v; }
 static inline vec real(ivec v) { return __builtin_convertvector(v, vec); }
@@ -136,7 +146,7 @@ static inline void add_zeros(const uint32_t *levels, const Tokens &x, I token, v
         const float *codes = &x.sums[token * up(x.groups, L) + g];
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++)
-            f[m] += zeros * as<vec>(codes + m * up(x.groups, L));
+            f[m] = multiply(f[m], zeros, as<vec>(codes + m * up(x.groups, L)));
     }
 }
 
@@ -197,7 +207,7 @@ static inline void tile_of_bytes(const Matrix &a, I first, const Tokens &x, I to
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 ivec s = dot_bytes(low[r], high[r], v[0], v[M], v[2 * M], v[3 * M]);
-                f[r][m] += real(s) * scale[r];
+                f[r][m] = multiply(f[r][m], real(s), scale[r]);
             }
         }
         v += 3 * M;
@@ -278,7 +288,7 @@ static inline void tile(const Matrix &a, I first, const Tokens &x, I token, vec 
                 vec scale = (vec)((uvec{} + levels[r][g]) << 16);
 #pragma GCC unroll 4
                 for (int m = 0; m < M; m++) {
-                    f[r][m] += real(s[r][m]) * scale;
+                    f[r][m] = multiply(f[r][m], real(s[r][m]), scale);
                     s[r][m] = Lanes<F>{};
                 }
             }
