@@ -191,6 +191,13 @@ def save_theirs(kind, vocab_size, tokenizer='tiny'):
             initializer_range=0.2,
         ),
         Mamba2=dict(head_dim=16, num_heads=4, state_size=8, n_groups=2, initializer_range=0.2),
+        Mixtral=dict(
+            intermediate_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            initializer_range=0.5,
+        ),
     )[kind]
     config = getattr(transformers, kind + 'Config')(
         vocab_size=vocab_size,
@@ -243,6 +250,20 @@ def test_fine_tuning_a_model_of_transformers(here, capsys, kind, tokenizer, more
     )
     capsys.readouterr()
     assert script('sample.py', '--max_new_tokens=20 --device=cpu --start=e') == 0
+
+
+def test_tuned_experts_take_all_their_tokens(here, capsys):
+    model = save_theirs('Mixtral', batches.open_dataset('tiny').vocab_size)
+    with torch.no_grad():
+        x, y = first_batch()
+        loss = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()).item()
+    flags = '--init_from=hf:hf --max_iters=1 --aux_loss=0 --z_loss=0'
+    assert script('train.py', HF, flags) == 0
+    assert 'note: capacity_factor=0' in capsys.readouterr().out
+    assert metrics('out', 'loss')[1] == pytest.approx(loss, abs=1e-5)
+    assert script('train.py', HF, flags, '--capacity_factor=1 --out_dir=limited') == 0
+    assert 'note: capacity_factor' not in capsys.readouterr().out
+    assert abs(metrics('limited', 'loss')[1] - loss) > 1e-3
 
 
 @pytest.mark.parametrize(

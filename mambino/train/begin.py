@@ -161,6 +161,9 @@ def fine_tune(settings, explicit):
     for name in [name for name in was if name in named]:
         holder = f'{init_from} holds a model'
         refuse_change(holder, name, was[name], named[name], 'or choose another model to begin with')
+    if init_from.startswith('hf:') and base['config'].get('n_expert') and 'capacity_factor' not in explicit:
+        settings['capacity_factor'] = 0.0
+        processes.say('note: capacity_factor=0: the experts take all their tokens, as they did where they come from')
     return Origin(base=base)
 
 
