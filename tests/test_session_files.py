@@ -193,3 +193,18 @@ def test_sessions_of_a_folder_that_vanished_are_nobody_elses(tmp_path):
     copy = tmp_path / 'copy'
     copy.write_bytes(b'')               # a checkpoint's file of another name
     assert sessions.path_of(str(copy), 'tale') == str(tmp_path / 'sessions' / 'tale.pt')
+
+
+def test_a_session_moves_to_a_device_without_fp64(tmp_path, monkeypatch):
+    """And back: there a Mamba-3's angles are kept in fp32."""
+    def angles(state):
+        return {value.dtype for name, value in state.items() if 'turn' in name}
+    net = small_net('mamba3')
+    path = tmp_path / 'text.pt'
+    assert angles(saved(net, path)['state']) == {torch.float64}
+    monkeypatch.setattr(sessions, 'exact_dtype', lambda kind: torch.float32)
+    session = sessions.load_session(str(path), 'x', 'cpu', 50)
+    assert angles(session.state) == {torch.float32}
+    session.save(str(path), 'x')
+    monkeypatch.undo()
+    assert angles(opened(net, path).state) == {torch.float64}

@@ -104,7 +104,7 @@ def ssd(x, dt, A, B, C, chunk_size=64, state=None):
 
     # sums of dt A up to each token. Differences of large sums would lose the small ones, so they
     # are taken in fp64; on a card, to which that is slow, where the products are exact enough to show it.
-    exact = cpu.exact_dtype(x)
+    exact = cpu.exact_dtype(cpu.device_kind(x))
     sums = (dt.to(exact) * A.to(exact)).cumsum(2).transpose(2, 3)  # (B, c, H, Q)
     if cpu.device_kind(x) == 'cuda' and x.dtype in (torch.bfloat16, torch.float16):
         sums = sums.float()

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mambino.kernels.cpu import exact_dtype
+from mambino.kernels.cpu import device_kind, exact_dtype
 from mambino.kernels.registry import kernel
 
 EPS = 1e-6
@@ -34,7 +34,7 @@ def delta_scan(qkv, log_decay, beta, groups, head_dim, chunk_size=64, state=None
     log_decay, beta = (u.view(batch, -1, Q, H).transpose(2, 3) for u in (log_decay, beta))     # (B, c, H, Q)
 
     # of large sums fp32 would lose the small differences
-    sums = log_decay.to(exact_dtype(v)).cumsum(-1)
+    sums = log_decay.to(exact_dtype(device_kind(v))).cumsum(-1)
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=v.device).triu(1)
     decay = (sums[..., :, None] - sums[..., None, :]).float().masked_fill(hidden, -math.inf).exp()     # (B, c, H, Q, Q)
     from_start, to_end = sums.float().exp(), (sums[..., -1:] - sums).float().exp()

@@ -352,9 +352,9 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     own, s, w = trapezoid(dt, trap)
     h = dt.new_zeros(batch, H, P, N) if h is None else h.float()
     if last_b is None:
-        turn = dt.new_zeros(batch, H, rate.shape[-1], dtype=cpu.exact_dtype(dt))
+        turn = dt.new_zeros(batch, H, rate.shape[-1], dtype=cpu.exact_dtype(cpu.device_kind(dt)))
     else:
-        turn = turn.to(cpu.exact_dtype(turn))
+        turn = turn.to(cpu.exact_dtype(cpu.device_kind(turn)))
         last_x = last_x.float()[:, None]                        # (B, 1, H, P)
         if mimo_x is not None:
             last_x = last_x * mimo_x.transpose(0, 1)            # (B, R, H, P)

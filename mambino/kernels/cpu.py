@@ -43,9 +43,9 @@ def device_kind(x):
     return _estimated or x.device.type
 
 
-def exact_dtype(x):
-    """Of sums whose differences count: fp64, where x's device has it."""
-    return torch.float32 if device_kind(x) == 'mps' else torch.float64
+def exact_dtype(kind):
+    """Of sums whose differences count: fp64, where this kind of device has it."""
+    return torch.float32 if kind == 'mps' else torch.float64
 
 
 def applies(x, *parameters):

@@ -28,6 +28,7 @@ import torch
 from mambino import files
 from mambino.cache import kept_as
 from mambino.configurator import fail
+from mambino.kernels.cpu import exact_dtype
 from mambino.sample.generation import Rows, is_cache, prefill, step
 from mambino.sample.healing import look_ahead
 from mambino.weights.checkpoint import save_checkpoint
@@ -208,6 +209,13 @@ def make_room(path):
         fail(f'{path}: cannot be written: {error}')
 
 
+def moved(value, device):
+    """A part of a state, on a device; a Mamba-3's angles in fp32 where that has no fp64."""
+    if value.dtype == torch.float64:
+        value = value.to(exact_dtype(torch.device(device).type))
+    return value.to(device)
+
+
 def load_session(path, fingerprint, device, vocab_size):
     """The session in a file, which must be of the model with this fingerprint. Its state is still to
     be checked, by check_state."""
@@ -218,7 +226,7 @@ def load_session(path, fingerprint, device, vocab_size):
         session.generator.set_state(contents['generator'])
         session.tokens = array('i', contents['tokens'].tolist())
         session.unread = contents['unread']
-        session.state = {name: value if name == 'pos' else value.to(device)
+        session.state = {name: value if name == 'pos' else moved(value, device)
                          for name, value in contents['state'].items()}
         if contents.get('logits') is not None:          # an older version kept none
             session.logits = contents['logits'].to(device)

@@ -15,6 +15,8 @@ SMALL = {
     'window': ('gpt', dict(n_head=4, window=8, tie_embeddings=False)),
     'mamba1': ('mamba', dict(state_size=8, version=1)),
     'mamba2': ('mamba', dict(state_size=8, head_dim=16)),
+    'mamba3': ('mamba', dict(state_size=8, head_dim=16, version=3)),
+    'delta': ('hybrid', dict(state_size=8, n_head=4, ssm_head_dim=16, layers='da', block_size=16)),
     'hybrid': ('hybrid', dict(state_size=8, n_head=4, ssm_head_dim=16, window=0, block_size=16)),
 }
 # for SMALL, of all lengths
