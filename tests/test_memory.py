@@ -97,7 +97,7 @@ def measured(
     ('gpt', dict(batch=1, T=64, optimizer='muon', dtype='bfloat16')),  # the peak is in Muon's step
     ('mamba2', dict(batch=4, T=256, accumulate=False)),
     ('mamba1', dict(batch=16, T=256)),
-    ('mamba3', dict(batch=4, T=256, dtype='bfloat16')),
+    ('mamba3', dict(batch=4, T=256)),
     ('hybrid', dict(batch=6, T=256, dtype='bfloat16')),
     ('gpt', dict(batch=16, T=256, checkpointing=True)),
 ])

@@ -1,4 +1,4 @@
-"""native.cpp as a library: compiled once, in some seconds, kept in __pycache__ (where that cannot
+"""native.cpp as a library: compiled once, in half a minute, kept in __pycache__ (where that cannot
 be written, in the user's cache), called with tensors.
 
     launch('swiglu_forward', n, work, gate, up, y)  # items 0 to n, on as many threads as pay
