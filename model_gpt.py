@@ -15,8 +15,7 @@ an expert takes at most. Parameters have the names and shapes of transformers' L
 Qwen2ForCausalLM, with `norm_after`: Olmo2ForCausalLM, with `rope_layers`: SmolLM3ForCausalLM, with
 `n_expert`: MixtralForCausalLM), so `load_state_dict` works in both directions.
 
-What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner,
-where it can.
+What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner.
 """
 import math
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mambino.blocks import Blocks, check_objective
 from mambino.cache import kv_step_of
 from mambino.kernels import fast
 from mambino.language_model import LanguageModel, RMSNorm, SwiGLU, check_at_least_one, project, swiglu
@@ -67,10 +67,13 @@ class GPTConfig:
     aux_loss: float = 0.01      # weight of the loss that balances the experts
     z_loss: float = 0.001       # weight of the loss that keeps the router's logits small
     norm_topk: bool = True      # weights of a token's experts sum to 1, else to their share of all
+    objective: str = 'next'     # token; or 'masked', 'block': tokens that are hidden, see mambino/blocks.py
+    block_length: int = 0
     tie_embeddings: bool = True
     dropout: float = 0.0
 
     def __post_init__(self):
+        check_objective(self)
         self.n_kv_head = self.n_kv_head or self.n_head
         check_at_least_one(self, 'vocab_size block_size n_layer n_embd n_head n_kv_head')
         if self.n_head % self.n_kv_head:
@@ -82,9 +85,7 @@ class GPTConfig:
             raise ValueError(f'head_dim={self.head_dim}, which is n_embd / n_head, must be even: RoPE turns pairs')
         self.intermediate_size = self.intermediate_size or -(-8 * self.n_embd // 3 // 64) * 64
         check_at_least_one(self, 'head_dim intermediate_size')
-        if self.window < 0:
-            raise ValueError(f'window={self.window} must be 0 (no window) or more')
-        for name in ('n_expert', 'capacity_factor', 'aux_loss', 'z_loss'):
+        for name in ('window', 'n_expert', 'capacity_factor', 'aux_loss', 'z_loss'):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f'{name}={getattr(self, name)} must be 0 (none) or more')
         if self.n_expert and not 1 <= self.n_expert_active <= self.n_expert:
@@ -212,12 +213,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.turns:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
+        dropout = self.dropout if self.training else 0.0
         if kv_step is not None:
             keys, values = kv_step.append(cache, k, v)          # (B, S, G, P)
         if kv_step is None or kv_step.is_first:  # a first chunk attends as in training
-            y = attention(q, k, v, self.window, self.dropout if self.training else 0.0)
+            y = attention(q, k, v, self.window, dropout)
         else:
-            y = attention(q, keys, values, mask=kv_step.mask)
+            y = attention(q, keys, values, 0, dropout, kv_step.mask)
         if self.g_proj is not None:
             y = y * torch.sigmoid(self.g_proj(x))               # (B, T, H P)
         return self.o_proj(y)
@@ -226,12 +228,12 @@ class Attention(nn.Module):
 def prepare_attention(config, idx, state=None, window=0):
     """What the attention of every layer needs for idx (B, T), made once: rope tables, and with a
     state a KVStep."""
-    if state is None:
-        positions = torch.arange(idx.shape[1], device=idx.device)
-        kv_step = None
+    is_causal = config.objective == 'next'
+    if state is not None:
+        kv_step = kv_step_of(state['pos'], idx.shape[1], config.window or window, idx.device, is_causal)
     else:
-        kv_step = kv_step_of(state['pos'], idx.shape[1], config.window or window, idx.device)
-        positions = kv_step.positions
+        kv_step = None if is_causal else Blocks(idx, config.block_length, config.window)
+    positions = torch.arange(idx.shape[1], device=idx.device) if kv_step is None else kv_step.positions
     return rope_tables(positions, rope_frequencies(config, idx.device), config.rope_amplitude), kv_step
 
 
@@ -330,8 +332,7 @@ class MoE(nn.Module):
         return self.config.aux_loss * balance + self.config.z_loss * size
 
     def statistics(self, pairs):
-        dropped = (pairs.counts - pairs.capacity).clamp(min=0).sum(0, keepdim=True)
-        return torch.cat((pairs.counts, dropped))
+        return torch.cat((pairs.counts, (pairs.counts - pairs.capacity).clamp(min=0).sum(0, keepdim=True)))
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -446,5 +447,4 @@ class GPT(LanguageModel):
         pairs = routed[:, :-1]
         load = pairs / pairs.mean(1, keepdim=True)              # (n_layer, E)
         dropped = routed[:, -1].sum() / pairs.sum()
-        return dict(expert_load_max=load.max().item(), expert_load_min=load.min().item(),
-                    dropped=dropped.item())
+        return dict(expert_load_max=load.max().item(), expert_load_min=load.min().item(), dropped=dropped.item())

@@ -27,11 +27,13 @@ as Qwen3.5 and OLMo Hybrid have it. The other parts come from model_gpt.py and m
 letters of the shapes are theirs.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mambino.blocks import Mixer, both_ways, check_objective, way_back
 from mambino.kernels import fast
 from mambino.language_model import LanguageModel, RMSNorm, SwiGLU, gated_heads
 from model_gpt import Attention, GPTConfig, prepare_attention
@@ -72,11 +74,15 @@ class HybridConfig:
     rope_fraction: float = 0.5  # SSM: Mamba-3's
     chunk_size: int = 64        # SSM
     low_rank: int = 0           # rank of the projections; 0: full matrices
+    objective: str = 'next'     # token; or 'masked', 'block': tokens that are hidden, see mambino/blocks.py
+    block_length: int = 0
+    share_projections: bool = True  # masked, block: both directions of the SSM have one in_proj and one out_proj
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     dropout: float = 0.0
 
     def __post_init__(self):
+        check_objective(self)
         if self.layout not in ('parallel', 'sequential'):
             raise ValueError(f"layout={self.layout!r} must be 'parallel' or 'sequential'")
         if self.version not in (2, 3):
@@ -111,7 +117,7 @@ class HybridConfig:
     @property
     def attention(self):
         names = ('n_layer n_embd n_head n_kv_head head_dim window qk_norm attention_gate rope_dim '
-                 'intermediate_size norm_eps dropout')
+                 'intermediate_size objective block_size block_length norm_eps dropout')
         shared = {name: getattr(self, name) for name in names.split()}
         if not self.rope_theta:
             return GPTConfig(rope_layers='0', **shared)
@@ -185,9 +191,8 @@ def delta_scan(qkv, log_decay, beta, groups, head_dim, chunk_size=64, state=None
     return torch.stack(ys, 1), S
 
 
-class DeltaMixer(nn.Module):
-    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, 2GN + E), 'ssm': (B, H, P, N)}, None for zeros, is
-    replaced."""
+class DeltaMixer(Mixer):
+    """cache: {'conv': (B, K-1, 2GN + E), 'ssm': (B, H, P, N)}"""
     state_names = ('conv', 'ssm')
 
     def __init__(self, config):
@@ -211,9 +216,9 @@ class DeltaMixer(nn.Module):
         Q = min(config.chunk_size, T)
         return 2 * config.conv_kernel * (E + 2 * GN) + 6 * E * config.state_size + 2 * Q * (E + GN)
 
-    def forward(self, x, cache=None):
+    def recur(self, projected, cache=None):
         state = cache or {}
-        z, qkv, beta, dt = self.in_proj(x).split(self.split, dim=-1)
+        z, qkv, beta, dt = projected.split(self.split, dim=-1)
         weight = self.conv1d.weight                                     # (2GN + E, 1, K)
         qkv, conv = causal_conv1d(qkv, weight, weight.new_zeros(len(weight)), state.get('conv'))
         log_decay = -torch.exp(self.A_log.float()) * F.softplus(dt.float() + self.dt_bias)
@@ -223,7 +228,7 @@ class DeltaMixer(nn.Module):
             cache.update(conv=conv, ssm=ssm)
         z = z.unflatten(-1, (-1, self.head_dim))                        # (B, T, H, P)
         weight = self.norm.weight.repeat(len(self.A_log))               # (E), the same for all heads
-        return self.out_proj(gated_heads(y[:, :, None], z, norm=weight, eps=self.norm.eps))
+        return gated_heads(y[:, :, None], z, norm=weight, eps=self.norm.eps)
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -237,9 +242,10 @@ class Layer(nn.Module):
         self.parallel = config.layout == 'parallel'
         first_scale = (2 * config.n_layer) ** -0.25             # DeepNet's alpha
         self.input_layernorm = RMSNorm(D, eps)
-        self.mamba = None
+        self.mamba = self.back = None
         if kind != 'a':
-            self.mamba = DeltaMixer(config) if kind == 'd' else MIXERS[config.version](config.ssm, 1)
+            build = partial(DeltaMixer, config) if kind == 'd' else partial(MIXERS[config.version], config.ssm, 1)
+            self.mamba, self.back = build(), way_back(config, build)
         self.self_attn = Attention(config.attention) if kind in 'ab' else None
         self.state_names = ('k', 'v') if kind in 'ab' else ()
         if kind != 'a':
@@ -262,7 +268,7 @@ class Layer(nn.Module):
         h = self.input_layernorm(x)
         outputs = []
         if self.mamba is not None:
-            outputs.append(self.mamba(h, cache))
+            outputs.append(both_ways(self.mamba, self.back, h, kv_step if cache is None else None, cache))
         if self.self_attn is not None:
             outputs.append(self.self_attn(h, rope, kv_step, cache))
         if self.parallel:

@@ -30,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mambino.blocks import Blocks, Mixer, both_ways, check_objective, out_proj_init, way_back
 from mambino.kernels import fast
 from mambino.language_model import Gate, GatedRMSNorm, LanguageModel, RMSNorm, SwiGLU, check_at_least_one, gated_heads
 
@@ -55,11 +56,15 @@ class MambaConfig:
     mimo_rank: int = 1          # R, Mamba-3: columns of B and C; more write more into the same state
     rope_fraction: float = 0.5  # Mamba-3: part of a state's channels that are turned
     head_norm: bool = False     # Mamba-3: norm each head before its gate, which hybrids need
+    objective: str = 'next'     # token; or 'masked', 'block': tokens that are hidden, see mambino/blocks.py
+    block_length: int = 0
+    share_projections: bool = True  # masked, block: both directions have one in_proj and one out_proj
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     dropout: float = 0.0
 
     def __post_init__(self):
+        check_objective(self)
         if self.version not in MIXERS:
             raise ValueError(f'version={self.version}: Mamba comes as version {" or ".join(map(str, MIXERS))}')
         self.state_size = self.state_size or (16 if self.version == 1 else 128)
@@ -116,13 +121,6 @@ def dt_bias_init(n):
     return dt + torch.log(-torch.expm1(-dt))
 
 
-def out_proj_init(linear, n_residual):
-    """Kaiming-uniform over the root of the residual branches: what is added to the stream shrinks with depth."""
-    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-    with torch.no_grad():
-        linear.weight /= math.sqrt(n_residual)
-
-
 # --- Mamba-1 --------------------------------------------------------------------------------------
 
 @fast
@@ -157,8 +155,8 @@ class TimeStep(nn.Linear):
         return F.linear(x, self.weight)
 
 
-class Mamba1Mixer(nn.Module):
-    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, E), 'ssm': (B, N, E)}, None for zeros, is replaced."""
+class Mamba1Mixer(Mixer):
+    """cache: {'conv': (B, K-1, E), 'ssm': (B, N, E)}"""
     state_names = ('conv', 'ssm')
 
     def __init__(self, config, n_residual):
@@ -183,9 +181,9 @@ class Mamba1Mixer(nn.Module):
         E, N = config.inner_size, config.state_size
         return 2 * config.conv_kernel * E + 7 * E * N
 
-    def forward(self, x, cache=None):
+    def recur(self, projected, cache=None):
         state = cache or {}
-        x, z = self.in_proj(x).chunk(2, dim=-1)                 # (B, T, E) each
+        x, z = projected.chunk(2, dim=-1)                       # (B, T, E) each
         x, conv = self.conv1d(x, state.get('conv'))
         parts = self.x_proj(x).split(self.split, dim=-1)
         if self.part_norm_eps:
@@ -195,7 +193,7 @@ class Mamba1Mixer(nn.Module):
         y, ssm = mamba1_scan(x, self.dt_proj(dt), self.dt_proj.bias, A, B, C, self.D, z, state.get('ssm'))
         if cache is not None:
             cache.update(conv=conv, ssm=ssm)
-        return self.out_proj(y)
+        return y
 
 
 # --- Mamba-2 --------------------------------------------------------------------------------------
@@ -261,8 +259,8 @@ def split_heads(xBC, H, G, P):
     return x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
 
 
-class Mamba2Mixer(nn.Module):
-    """x (B, T, D) → (B, T, D). cache: {'conv': (B, K-1, E+2GN), 'ssm': (B, H, P, N)}, None for zeros, is replaced."""
+class Mamba2Mixer(Mixer):
+    """cache: {'conv': (B, K-1, E+2GN), 'ssm': (B, H, P, N)}"""
     state_names = ('conv', 'ssm')
 
     def __init__(self, config, n_residual):
@@ -290,16 +288,16 @@ class Mamba2Mixer(nn.Module):
         Q = min(config.chunk_size, T)
         return 2 * config.conv_kernel * (E + 2 * GN) + 4 * E * config.state_size + Q * (E + GN)
 
-    def forward(self, x, cache=None):
+    def recur(self, projected, cache=None):
         state = cache or {}
-        z, xBC, dt = self.in_proj(x).split(self.split, dim=-1)
+        z, xBC, dt = projected.split(self.split, dim=-1)
         xBC, conv = self.conv1d(xBC, state.get('conv'))
         A = -torch.exp(self.A_log.float())
         y, ssm = mamba2_scan(xBC, dt, self.dt_bias, A, self.D, self.groups, self.head_dim,
                              self.chunk_size, state.get('ssm'))
         if cache is not None:
             cache.update(conv=conv, ssm=ssm)
-        return self.out_proj(self.norm(y.flatten(2), z))        # y (B, T, H, P)
+        return self.norm(y.flatten(2), z)                       # y (B, T, H, P)
 
 
 # --- Mamba-3 --------------------------------------------------------------------------------------
@@ -350,8 +348,8 @@ def mamba3_scan(x, B, C, dt, log_decay, trap, rate, B_bias, C_bias, D, mimo_x=No
     return torch.stack(ys, 1), (h, turn, last_b, last_x.clone())    # a view would keep all of x
 
 
-class Mamba3Mixer(nn.Module):
-    """x (B, T, D) → (B, T, D). cache: mamba3_scan's state, None for zeros, is replaced."""
+class Mamba3Mixer(Mixer):
+    """cache: mamba3_scan's state"""
     state_names = ('ssm', 'turn', 'last_b', 'last_x')
 
     def __init__(self, config, n_residual):
@@ -381,8 +379,8 @@ class Mamba3Mixer(nn.Module):
         Q = min(config.chunk_size, T * R)                       # rows of a chunk
         return R * (4 * E * N + Q * (E + E // config.head_dim * N))
 
-    def forward(self, x, cache=None):
-        z, x, B, C, dt, A, trap, angles = self.in_proj(x).split(self.split, dim=-1)
+    def recur(self, projected, cache=None):
+        z, x, B, C, dt, A, trap, angles = projected.split(self.split, dim=-1)
         z, x = (u.unflatten(-1, (-1, self.head_dim)) for u in (z, x))   # (B, T, H, P)
         B, C = self.B_norm(B.unflatten(-1, self.columns)), self.C_norm(C.unflatten(-1, self.columns))
         dt, A = F.softplus(dt.float() + self.dt_bias), A.float()    # (B, T, H)
@@ -394,7 +392,7 @@ class Mamba3Mixer(nn.Module):
         if cache is not None:
             cache.update(zip(self.state_names, state))
         norm, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
-        return self.out_proj(gated_heads(y, z, self.mimo_z, self.mimo_o, norm, eps))
+        return gated_heads(y, z, self.mimo_z, self.mimo_o, norm, eps)
 
 
 MIXERS = {1: Mamba1Mixer, 2: Mamba2Mixer, 3: Mamba3Mixer}  # by MambaConfig.version
@@ -407,6 +405,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mixer = MIXERS[config.version](config, config.n_layer)
+        self.back = way_back(config, lambda: MIXERS[config.version](config, config.n_layer))
         self.state_names = self.mixer.state_names
         self.mlp = None
         if config.intermediate_size:
@@ -415,8 +414,8 @@ class Block(nn.Module):
             out_proj_init(self.mlp.down_proj, config.n_layer)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
-        x = x + self.drop(self.mixer(self.norm(x), cache))
+    def forward(self, x, blocks=None, cache=None):
+        x = x + self.drop(both_ways(self.mixer, self.back, self.norm(x), blocks, cache))
         return x if self.mlp is None else x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -444,7 +443,8 @@ class Mamba(LanguageModel):
 
     def hidden_states(self, idx, state=None, window=0):
         """idx (B, T) → normalised hidden states (B, T, D); the state, which is changed; no losses."""
+        blocks = None if state or self.config.objective == 'next' else Blocks(idx, self.config.block_length)
         x = self.backbone.embeddings(idx)                       # (B, T, D)
         for i, block in enumerate(self.backbone.layers):
-            x = self.run_layer(i, block, state, x)
+            x = self.run_layer(i, block, state, x, blocks)
         return self.backbone.norm_f(x), state, []

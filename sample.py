@@ -48,6 +48,11 @@ min_p = 0.0             # only tokens at least this times as likely as the likel
 repetition_penalty = 1.0  # above 1 what is in the text already becomes less likely;
                           # 1.1 to 1.3 is usual (CTRL, Keskar et al. 2019)
 seed = 1337             # each row has a generator of its own, from this and the row's number
+# --- models that fill holes (train.py --objective=masked, or block); [...20...] in a prompt is one of 20 tokens
+sampler = 'first'       # 'first': one after another, in random order, which is the model's distribution;
+                        # 'ancestral': many at once near the end; 'confidence', 'threshold': the surest
+                        # first, which is smoother, and not the model's distribution; 'remask': may take back
+steps = 0               # of a window, or a block; 0: one a token
 # --- beams: the likeliest text instead of a drawn one; temperature and the filters above play no part
 beams = 1               # continuations followed side by side; the best num_samples are shown
 length_penalty = 1.0    # a text's score is its logprob / tokens ** length_penalty:
@@ -86,10 +91,12 @@ from mambino import failures
 from mambino.cache import DTYPES
 from mambino.machine import autocast, choose_device, dtype_of_run
 from mambino.sample.conversation import check_chat
+from mambino.sample.filled import show_filled
 from mambino.sample.score import show_score
 from mambino.sample.sessions import Session, check_state, open_session
 from mambino.sample.terminal import Dialogue, Options, converse, say, show_beams, show_samples
 from mambino.sample.text import encode_prompt, prompts_of, stops_of, without_mark
+from mambino.sample.uncover import HOLE, SAMPLERS
 from mambino.weights.loading import (
     attach_adapters,
     contents_of,
@@ -122,6 +129,8 @@ require(globals(), {
     'above 0 and at most 1': dict(top_p=0 < top_p <= 1),
     'from 0 to 1': dict(min_p=0 <= min_p <= 1),
     'above 0 and at most 100; 1 is none': dict(repetition_penalty=0 < repetition_penalty <= 100),
+    f'one of {", ".join(SAMPLERS)}': dict(sampler=sampler in SAMPLERS),
+    f'from 0 to {MOST}': dict(steps=0 <= steps <= MOST),
     'from -10 to 10': dict(length_penalty=-10 <= length_penalty <= 10),
     'from 0 to 2**63 - 1': dict(seed=0 <= seed < 2**63),
     'a file that ends in .html, in a folder that is there': dict(html=is_page(html)),
@@ -163,6 +172,10 @@ failures.end_in_a_line('lower --batch_size, --num_samples or --beams, use --quan
 ckpt = contents_of(out_dir)
 extra = load_adapters(adapters)                     # [(checkpoint, weight), …]
 tok = require_tokenizer(ckpt, out_dir)
+fills = ckpt['config'].get('objective', 'next') != 'next'
+for name in ('beams', 'session', 'interactive', 'logprobs', 'score') if fills else ():
+    if used[name]:
+        fail(f'{name}: the model in {out_dir} fills holes, and does not go on from token to token: leave it out')
 where = choose_device(device)
 
 # --- the text so far, and what comes next
@@ -178,6 +191,9 @@ if goes_on and 'seed' in explicit:
     text.generator.manual_seed(seed)
 opening = start if 'start' in explicit or not (goes_on or interactive) else ''
 prompts = prompts_of(opening) if opening or not session else []
+if not fills and any(HOLE.search(prompt) for prompt in prompts):
+    fail(f'start: [...n...] is a hole in a text, and the model in {out_dir} has learned to go on alone: train one with '
+         '--objective=masked')
 
 # --- prepare the model
 net = attach_adapters(model_of(ckpt), extra, adapters)
@@ -199,7 +215,9 @@ with context:
         check_state(net, text, path)
     if fork:
         save()
-    if score:
+    if fills:
+        show_filled(net, tok, where, prompts, num_samples, seed, options, sampler, steps)
+    elif score:
         is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
         run_dtype = dtype_of_run(ckpt['settings'].get('dtype'), where)
         precision = autocast(where, run_dtype) if is_auto else nullcontext()

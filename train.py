@@ -88,6 +88,12 @@ delta_max = 1.0             # hybrid's DeltaNet: up to 2 lets a state turn over,
 gate = True                 # hybrid: token-adaptive branch weights
 branch_norm = True          # hybrid: normalise each branch
 low_rank = 0                # hybrid: rank of the projections, 0 is full
+objective = 'next'          # token; or tokens that are hidden (diffusion): 'masked', anywhere in a window, 'block', in
+                            # one block after another. What it writes is uncovered by steps, and holes can be filled
+block_length = 0            # block: tokens of a block; 0: 16
+share_projections = True    # masked, block: a Mamba's two directions have one in_proj and one out_proj
+max_weight = 0.0            # masked, block: in training a hidden token's loss counts at most so much; 0: as in
+                            # the bound that is evaluated
 # --- adapter: a small part that is trained beside a model that stays as it is, that of --init_from
 adapter = ''                # 'lora', or 'prefix': a learned beginning; '' trains all weights
 lora_rank = 8
@@ -167,7 +173,8 @@ from mambino.train import batches, begin, building, compiling, identity, memory,
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
 from mambino.train.log import no_log, open_log
-from mambino.train.metrics import Report, StatusLine, Trace, introduction, remedies
+from mambino.train.metrics import Report, StatusLine, Trace, in_words, introduction, remedies
+from mambino.train.objective import hiding
 from mambino.train.processes import leave, say, summed
 from mambino.train.progress import (
     Clock,
@@ -278,8 +285,7 @@ if eval_only:
         result = evaluate(net, data, block_size, rows, device, dtype)
     except batches.Changed as changed:
         fail(f'{changed}: was changed while it was read; run the same command again')
-    values = [f'{name} {value:.4f}' for name, value in result.items() if value is not None]
-    say(f'{init_from if is_new else out_dir}, step {progress.step}:', *values)
+    say(f'{init_from if is_new else out_dir}, step {progress.step}:', *in_words(result))
     leave()
 if progress.step:
     say(f'going on from {latest} at step {progress.step}')
@@ -313,7 +319,7 @@ journal = Report(
     peak_flops=machine.peak_flops(device, dtype) * world, device=device, remedies=remedies(settings))
 
 # --- what the loop needs
-loader = Loader(data, block_size, seed, device, sequences, rank, world)
+loader = Loader(data, block_size, seed, device, sequences, rank, world, hiding(net.config, max_weight))
 loader.seek(progress.tokens_seen, micro_batch)
 wrapped = net  # compiled, and joined to the other processes' gradients
 if compile:
@@ -364,11 +370,11 @@ while True:
         with machine.rounded_once(device, dtype):  # the weights, which do not change within a step
             for micro_step in range(loader.micro_steps):
                 with trace.part('data'):
-                    x, y, weight = loader.next()  # (B, T) each; the next ones are fetched meanwhile
+                    *batch, weight = loader.next()  # x, y (B, T) each; the next ones are fetched meanwhile
                 if world > 1:  # gradients travel once a step; with fsdp each time, as shares
                     wrapped.require_backward_grad_sync = micro_step + 1 == loader.micro_steps
                 with trace.part('forward'), machine.autocast(device, dtype, cache_weights):
-                    loss = wrapped(x, y)[1] * weight / loader.micro_steps
+                    loss = wrapped(*batch)[1] * weight / loader.micro_steps
                 with trace.part('backward'):
                     scaler.scale(loss).backward()
                 total_loss += loss.detach()
@@ -377,7 +383,7 @@ while True:
     except (RuntimeError, MemoryError) as error:
         is_exhausted = recovery.require_exhausted(error)  # else it is raised again
     if is_exhausted:  # the step again, in smaller micro-batches; the error, which holds tensors, is gone
-        loss = x = y = None
+        loss = batch = None
         recovery.take_smaller_micro_batches(settings, net, loader, progress.tokens_seen)
         continue
     with trace.part('optimizer'), recovery.no_way_back(progress, latest):

@@ -41,15 +41,16 @@ class KVStep:
     """One step of t tokens after positions pos (B,), int64 on the CPU, so that planning never waits
     for a GPU."""
 
-    def __init__(self, pos, t, window, device):
+    def __init__(self, pos, t, window, device, causal=True):
         if len(pos) and int(pos.min()) < 0:
             raise ValueError(f'a token at position {int(pos.min())}')
         self.pos = pos
         self.t = t
         self.window = window
         self.device = device
+        self.causal = causal            # else each new token sees all of them
         self.length = int(pos.max()) + t  # tokens of the longest row after this step
-        self.is_first = self.length == t                        # nothing came before
+        self.is_first = causal and self.length == t             # nothing came before
         self.new_positions = pos[:, None] + torch.arange(t)     # (B, t)
         self.positions = self.on_device(self.new_positions)
 
@@ -78,10 +79,13 @@ class KVStep:
             key = torch.cat((last - (last - torch.arange(window)) % window, query), 1)
         else:                                                   # the ring after writing one token
             key = query - (query - torch.arange(window)) % window
-        mask = (key[:, None] >= 0) & (key[:, None] <= query[:, :, None])  # (B, t, keys)
+        last_seen = query if self.causal else query[:, -1:].expand_as(query)
+        mask = (key[:, None] >= 0) & (key[:, None] <= last_seen[:, :, None])  # (B, t, keys)
         if window:
             mask &= key[:, None] > query[:, :, None] - window
-        return None if bool(mask.all()) else self.on_device(mask[:, None])
+        if window and not self.causal:
+            mask &= key[:, None] < query[:, :, None] + window
+        return None if self.causal and bool(mask.all()) else self.on_device(mask[:, None])
 
     def append(self, cache, k, v):
         """Writes k, v (B, t, G, P) to the caches {'k', 'v'}; returns keys and values (B, S, G, P)
@@ -152,6 +156,6 @@ class DeviceKVStep:
         self.mask.last = self.pos       # in other words: the slots up to there, or all
 
 
-def kv_step_of(pos, t, window, device):
+def kv_step_of(pos, t, window, device, causal=True):
     """What plans a step of t tokens after positions pos (B,); pos on a card: of one token."""
-    return KVStep(pos, t, window, device) if pos.device.type == 'cpu' else DeviceKVStep(pos, window)
+    return KVStep(pos, t, window, device, causal) if pos.device.type == 'cpu' else DeviceKVStep(pos, window)

@@ -131,12 +131,14 @@ class SwiGLU(nn.Module):
 
 
 @fast
-def linear_cross_entropy(x, weight, targets):
-    """Mean cross-entropy in nats of predicting targets (B, T) from x (B, T, D) by weight (V, D);
-    targets below 0 do not count."""
+def linear_cross_entropy(x, weight, targets, factors=None):
+    """Mean cross-entropy in nats of predicting targets (B, T) from x (B, T, D) by weight (V, D); targets below 0 do
+    not count. factors (B, T): the sum of the cross-entropies times these, instead."""
     logits = F.linear(x, weight).float()                        # (B, T, V)
     counted = targets >= 0
     losses = F.cross_entropy(logits.flatten(0, 1), targets.clamp(min=0).flatten(), reduction='none')
+    if factors is not None:
+        return (losses * (counted * factors).flatten()).sum()
     return (losses * counted.flatten()).sum() / counted.sum().clamp(min=1)
 
 
@@ -192,17 +194,20 @@ class LanguageModel(nn.Module):
         state.update({f'{name}.{i}': value for name, value in cache.items()})
         return y
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, factors=None):
         """Training: idx (B, T) int64 → (logits (B, T, V), None), or with targets (B, T) → (None,
-        mean loss in nats).
+        mean loss in nats), with factors (B, T) the sum of the losses times these.
 
         Targets of -1 do not count. With targets the logits are never all in memory. In training the
-        losses of routers are added."""
+        losses of routers are added. Of an objective in blocks idx are (2 B, T) tokens, clean ones first; the
+        logits, or the loss, are those of the others."""
         state = self.initial_state(len(idx)) if self.initial_state else None
         x, _, router_losses = self.hidden_states(idx, state)    # (B, T, D)
+        if self.config.block_length:
+            x = x[len(x) // 2:]
         if targets is None:
             return self.lm_head(x), None
-        return None, sum(router_losses, linear_cross_entropy(x, self.lm_head.weight, targets))
+        return None, sum(router_losses, linear_cross_entropy(x, self.lm_head.weight, targets, factors))
 
     @torch.no_grad()
     def step(self, idx, state=None, last=False, window=0):
@@ -240,7 +245,13 @@ class LanguageModel(nn.Module):
                        if p.ndim == 2 and not name.endswith('A_log'))
         if self.lm_head.weight is not self.embedding().weight:
             matrices -= self.embedding().weight.numel()  # an untied input embedding is a look-up
-        return 6 * matrices + 3 * self.mixing_flops(T)
+        mixing = self.mixing_flops(T)
+        if self.config.objective != 'next':                     # to both sides
+            mixing *= 2
+        if self.config.block_length:                            # the clean text, too, but for the head
+            matrices += matrices - self.lm_head.weight.numel()
+            mixing *= 2
+        return 6 * matrices + 3 * mixing
 
     def optim_groups(self, weight_decay, muon=False):
         return optim_groups(self, weight_decay, muon)

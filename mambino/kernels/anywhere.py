@@ -188,8 +188,8 @@ def causal_conv1d(x, weight, bias, state=None):
 # --- the loss -------------------------------------------------------------------------------------
 
 def cross_entropy_(logits, targets):
-    """The sum of the cross-entropies of logits (n, V), in nats; the logits become its gradient,
-    softmax less one-hot. A target below 0 does not count."""
+    """The cross-entropies (n) of logits (n, V), in nats; the logits become their gradient, softmax less
+    one-hot. Where a target is below 0, both are 0."""
     if cpu.applies(logits):
         return cpu.cross_entropy_(logits, targets)
     valid = (targets >= 0)[:, None]
@@ -198,14 +198,14 @@ def cross_entropy_(logits, targets):
         # each element by itself, so that a compiler reads the logits twice and writes the gradient, no more
         chosen = torch.arange(logits.shape[1], device=logits.device) == index
         logsumexp = logits.logsumexp(-1, keepdim=True)
-        total = torch.where(valid, logsumexp - torch.where(chosen, logits, 0).sum(-1, keepdim=True), 0).sum()
+        losses = torch.where(valid, logsumexp - torch.where(chosen, logits, 0).sum(-1, keepdim=True), 0)
         logits.copy_(((logits - logsumexp).exp() - chosen.float()) * valid)
-        return total
+        return losses[:, 0]
     p = torch.log_softmax(logits, -1)
-    total = -torch.where(valid, p.gather(1, index), 0).sum()
+    losses = -torch.where(valid, p.gather(1, index), 0)
     p.exp_().scatter_add_(1, index, torch.full_like(p[:, :1], -1))
     torch.mul(p, valid, out=logits)
-    return total
+    return losses[:, 0]
 
 
 class LinearCrossEntropy(Function):
@@ -214,12 +214,12 @@ class LinearCrossEntropy(Function):
     So the (tokens, V) logits never exist at once, and nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):
+    def forward(ctx, x, weight, targets, factors, chunk):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wants_grad = any(ctx.needs_input_grad)
         wants_weight = ctx.needs_input_grad[1]  # under an adapter the weight is frozen
-        count = (targets >= 0).sum().clamp(min=1)
+        count = (targets >= 0).sum().clamp(min=1) if factors is None else torch.ones((), device=x.device)
         total = torch.zeros((), device=x.device)
         with torch.autocast(device, enabled=False):
             rounded = weight.to(dtype)
@@ -230,9 +230,14 @@ class LinearCrossEntropy(Function):
                 logits = part @ rounded.t()                     # (chunk, V)
                 if not (logits.dtype in cpu.PRECISIONS and cpu.applies(logits)):
                     logits = logits.float()
-                total += cross_entropy_(logits, targets[i:i + chunk])
+                losses = cross_entropy_(logits, targets[i:i + chunk])
+                if factors is not None:
+                    losses = losses * factors[i:i + chunk]
+                total += losses.sum()
                 if not wants_grad:
                     continue
+                if factors is not None:
+                    logits *= factors[i:i + chunk, None]
                 grad = logits.to(dtype)
                 torch.mm(grad, rounded, out=grad_x[i:i + chunk])
                 if wants_weight and dtype == grad_weight.dtype:
@@ -251,7 +256,7 @@ class LinearCrossEntropy(Function):
         scale = grad / count
         if grad_weight is not None:
             grad_weight = grad_weight * scale
-        return grad_x.to(ctx.dtype) * scale, grad_weight, None, None
+        return grad_x.to(ctx.dtype) * scale, grad_weight, None, None, None
 
 
 @constant
@@ -273,10 +278,11 @@ def card_memory():
 
 
 @kernel
-def linear_cross_entropy(x, weight, targets, chunk=0):
+def linear_cross_entropy(x, weight, targets, factors=None, chunk=0):
     """chunk: tokens whose logits are alive at once; 0: as loss_chunk says."""
     chunk = chunk or loss_chunk(len(weight), cpu.device_kind(x))
-    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk)
+    factors = None if factors is None else factors.flatten()
+    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), factors, chunk)
 
 
 # --- experts --------------------------------------------------------------------------------------

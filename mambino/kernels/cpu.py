@@ -263,8 +263,8 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
 # --- the loss -------------------------------------------------------------------------------------
 
 def cross_entropy_(logits, targets):
-    """Sum of the cross-entropies, fp32, of logits (n, V) in fp32 or bf16, which become its gradient. A
-    target below 0 does not count; IndexError of one that is V or more."""
+    """The cross-entropies (n), fp32, of logits (n, V) in fp32 or bf16, which become their gradient. Where a
+    target is below 0, both are 0; IndexError of one that is V or more."""
     targets = targets.long().contiguous()
     expect('cross_entropy', (logits, (len(targets), logits.shape[-1])))
     if not logits.is_contiguous():
@@ -274,4 +274,4 @@ def cross_entropy_(logits, targets):
         raise IndexError(f'target {int(targets.max())} is outside the vocabulary of {logits.shape[1]}')
     launch(f'cross_entropy{kind_of(logits)}', len(targets), 2 * logits.numel(), logits.shape[1], logits,
            targets, losses)
-    return losses.sum()
+    return losses

@@ -65,6 +65,7 @@ class Recipe(Watched):
         self.width = net.config.n_embd
         self.watch(net)
         require(not self.disturbed(), 'hook or dropout')
+        require(net.config.objective == 'next', 'objective')
         require(all(p.dtype == torch.float32 for p in net.parameters()), 'dtype')
         require(type(net.embedding()) in EMBEDDINGS, type(net.embedding()))
         self.vocab_size = matrix(net.lm_head).rows

@@ -245,6 +245,9 @@ class Library:
                 if tok is None:
                     raise NoModel(f'{run["id"]}: was trained on a bare .bin without a tokenizer, or its folder has no '
                                   'tokenizer.json, so there is nothing to read or write text with', 400)
+                if ckpt['config'].get('objective', 'next') != 'next':
+                    raise NoModel(f'{run["id"]}: it fills holes, and does not go on from token to token: python '
+                                  f'sample.py --out_dir={run["out_dir"]} writes with it', 400)
                 self.make_room(where, bytes_of(ckpt['weights']))
                 net = attach_adapters(model_of(ckpt), extra, adapters)
                 about = describe(ckpt, net, where, self.dtype, self.quantize)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from mambino import machine
+from mambino.blocks import OBJECTIVES
 from mambino.configurator import checked, fail, require
 from mambino.sample.text import encode_prompt
 from mambino.train import batches, identity, processes
@@ -210,7 +211,8 @@ NOT_NEGATIVE = (
     'vocab_size', 'n_layer', 'n_embd', 'block_size', 'n_head', 'n_kv_head', 'state_size', 'n_expert', 'key_heads',
     'max_iters', 'intermediate_size', 'low_rank', 'batch_size', 'gradient_accumulation_steps',
     'tokens_per_step', 'learning_rate', 'weight_decay', 'grad_clip', 'lr_decay_iters', 'min_lr', 'eval_iters',
-    'patience', 'sample_interval', 'profile', 'capacity_factor', 'aux_loss', 'z_loss', 'save_minutes')
+    'patience', 'sample_interval', 'profile', 'block_length', 'max_weight', 'capacity_factor', 'aux_loss', 'z_loss',
+    'save_minutes')
 
 # What is larger cannot be meant, and would be counted, drawn or waited for without an end.
 AT_MOST = dict(
@@ -231,6 +233,7 @@ def check_settings(settings, origin):
         'empty, or one of ' + ', '.join(sizes): dict(
             size=not size or (settings['model'], size) in SIZES),
         'ddp or fsdp': dict(parallel=settings['parallel'] in ('ddp', 'fsdp')),
+        'one of ' + ', '.join(OBJECTIVES): dict(objective=settings['objective'] in OBJECTIVES),
         'empty, lora or prefix': dict(adapter=settings['adapter'] in ('', 'lora', 'prefix')),
         'empty, adamw or muon': dict(optimizer=settings['optimizer'] in ('', 'adamw', 'muon')),
         'empty, cosine or wsd': dict(schedule=settings['schedule'] in ('', 'cosine', 'wsd')),

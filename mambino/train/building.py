@@ -21,6 +21,7 @@ from mambino.weights.fitting import Undrawn
 # The model's settings that only training reads: they may change from run to run.
 OF_TRAINING = ('dropout', 'capacity_factor', 'aux_loss', 'z_loss')
 
+BLOCK_LENGTH = 16       # tokens
 OF_LAYERS = {       # of a hybrid: letters of `layers`, and the settings of these alone
     'mb': ('version', 'n_groups', 'mimo_rank', 'rope_fraction'),
     'mbd': ('state_size',),
@@ -82,10 +83,13 @@ def model_config(settings, explicit, origin, data):
         return config
     config = {name: value for name, value in settings.items()
               if name in fields[kind] and not is_unset(name, value)}
-    config['vocab_size'] = data.vocab_size
+    hides = settings['objective'] != 'next'
+    if settings['objective'] == 'block':
+        config.setdefault('block_length', BLOCK_LENGTH)
+    config['vocab_size'] = data.vocab_size + hides      # the last id is what stands for a hidden token
     if data.vocab_size > 1000:
         # a rounder matrix, and at least one id more: an export can make it what fills up texts
-        config['vocab_size'] = math.ceil((data.vocab_size + bool(data.tokenizer)) / 64) * 64
+        config['vocab_size'] = math.ceil((data.vocab_size + bool(data.tokenizer) + hides) / 64) * 64
     refuse_idle(kind, config, flags)
     return config
 

@@ -58,7 +58,7 @@ def compiled(net, loader, settings, tokens_seen):
         error, is_exhausted = '', False
         try:
             wrapped = kernels.compiled(net)
-            try_out(wrapped, *loader.peek(), settings['device'], settings['dtype'])
+            try_out(wrapped, loader.peek(), settings['device'], settings['dtype'])
         except Exception as caught:
             is_exhausted = recovery.is_exhausted(caught)
             error = f'{type(caught).__name__}: {caught}'
@@ -75,11 +75,11 @@ def compiled(net, loader, settings, tokens_seen):
         recovery.take_smaller_micro_batches(settings, net, loader, tokens_seen, is_agreed=True)
 
 
-def try_out(wrapped, x, y, device, dtype):
-    """Both passes through a compiled model, which compile them. x, y (B, T)."""
+def try_out(wrapped, batch, device, dtype):
+    """Both passes through a compiled model, which compile them. batch: what it is called with, as x, y (B, T)."""
     with warnings.catch_warnings(), machine.autocast(device, dtype):
         warnings.filterwarnings('ignore', message='.*TensorFloat32.*')      # fp32 is to be exact
-        loss = wrapped(x, y)[1]
+        loss = wrapped(*batch)[1]
     loss.backward()
 
 

@@ -18,6 +18,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambino import machine
+from mambino.blocks import with_clean
 from mambino.kernels import portable
 from mambino.train import stand_ins
 from mambino.train.building import build_optimizers
@@ -91,7 +92,8 @@ def simulate(workload, fake=True):
     with kernels, stands, torch.random.fork_rng(devices=[]), tensors, LiveBytes() as live:
         net = build(workload)
         sizes = dict(weights=live.now)
-        idx = torch.randint(net.config.vocab_size, (workload.batch, workload.T))
+        targets = torch.randint(net.config.vocab_size, (workload.batch, workload.T))
+        idx = with_clean(targets, net.config.block_length)
         optimizers = build_optimizers(net, workload.optimizer)
 
         before = live.now
@@ -115,7 +117,7 @@ def simulate(workload, fake=True):
         stays = device == 'cuda' and workload.dtype != 'float32'
         with torch.autocast('cpu', enabled=False) if stays else nullcontext():
             with machine.autocast('cpu', workload.dtype):
-                loss = net(idx, idx)[1]
+                loss = net(idx, targets)[1]
             sizes['activations'] = live.now - before
             live.enter('head')
             loss.backward()

@@ -4,6 +4,7 @@ is computed.
     loader = Loader(data, block_size, seed, device, sequences=32)
     loader.seek(tokens_seen, micro_batch=8)     # the step after so many tokens: 4 micro-batches
     x, y, weight = loader.next()                # (8, T) each; how much their mean loss counts
+    idx, targets, factors, weight = …           # where a model learns tokens that are hidden: see objective.py
 
 Where some tokens are not learned, micro-batches have different numbers of targets. The weights make
 the sum of their losses, and so the gradient, that of all targets of a step alike, however it is
@@ -14,13 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from mambino import machine
+from mambino.holes import draws
+from mambino.train.objective import spread
 
 
 class Loader:
     """This process's micro-batches in the order in which they are computed. sequences: its share of
     a step's."""
 
-    def __init__(self, data, block_size, seed, device, sequences, rank=0, world=1):
+    def __init__(self, data, block_size, seed, device, sequences, rank=0, world=1, hide=None):
+        self.hide = hide                # of objective.hiding
         self.data, self.block_size, self.seed, self.device = data, block_size, seed, device
         self.sequences, self.rank, self.world = sequences, rank, world
         self.counted = None, 0  # the step whose targets were counted last, and how many there are
@@ -37,8 +41,8 @@ class Loader:
         self.coming = self.thread.submit(self.fetch, self.step_start, self.offset)
 
     def next(self):
-        """x, y (micro_batch, T) int64 on the device, and the weight of their loss; begins to fetch
-        those that come after."""
+        """x, y (micro_batch, T) int64 on the device, or what `hide` makes of them, and the weight of their
+        loss; begins to fetch those that come after."""
         batch = self.coming.result()
         self.offset += self.micro_batch
         if self.offset == self.sequences:
@@ -48,15 +52,20 @@ class Loader:
         return batch
 
     def peek(self):
-        """The x, y that `next` will return."""
-        return self.coming.result()[:2]
+        """What `next` will return, but the weight."""
+        return self.coming.result()[:-1]
 
     def fetch(self, step_start, offset):
         first = step_start + self.rank * self.sequences + offset
         indices = np.arange(first, first + self.micro_batch)
-        x, y = self.data.batch(indices, self.block_size, self.seed)
+        batch = x, y = self.data.batch(indices, self.block_size, self.seed)
         weight = self.weight_of(y, step_start)
-        return machine.sent(x, self.device), machine.sent(y, self.device), weight
+        if self.hide is not None:
+            u = spread(self.seed, step_start, indices, self.sequences * self.world)
+            idx, targets, factors = self.hide(x, y, u, draws(self.seed, indices, self.block_size))
+            learned = max(1, int((y >= 0).sum())) * (self.block_size - 1) / self.block_size
+            batch = idx, targets, factors / learned
+        return *(machine.sent(tensor, self.device) for tensor in batch), weight
 
     def weight_of(self, y, step_start):
         """The share of a micro-batch's targets in those of its step, of all processes, times their

@@ -49,6 +49,17 @@ class StatusLine:
             say()
 
 
+def in_words(result):
+    """[what is said of each value that `evaluate` found]; of a bound, that it is one."""
+    is_bound = result.get('val_error') is not None
+    relation = '<= ' if is_bound else ''
+    words = [f'{name} {relation}{value:.4f}' for name, value in result.items()
+             if value is not None and name != 'val_error']
+    if is_bound:
+        words[0] += f' +- {result["val_error"]:.4f}'
+    return words
+
+
 class Report:
     """What a run says while it trains: to its user, and to the log.
 
@@ -139,8 +150,7 @@ class Report:
         one."""
         step = self.progress.step
         self.log(step, **result, **{f'drawn/{name}': share for name, share in drawn.items()})
-        values = {name.replace('_', ' '): value for name, value in result.items() if value is not None}
-        line = f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items())
+        line = f'step {step}: ' + ', '.join(words.replace('_', ' ') for words in in_words(result))
         self.status.end()
         say(line + (' (best)' if improved else ''))
         if drawn:

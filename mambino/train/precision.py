@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from mambino import machine
+from mambino.blocks import with_clean
 from mambino.train import processes
 from mambino.train.begin import BATCH_SIZE
 from mambino.train.recovery import release
@@ -118,6 +119,8 @@ def measure(net, T, sequences):
         with torch.random.fork_rng(devices=[]), first_layer_alone(net) as (layer, n_layer):
             def turn(rows, length, clock=time.perf_counter):
                 """{dtype: seconds of each stretch of a step}, and those of all together."""
+                K = net.config.block_length or 1
+                length = max(K, length - length % K)
                 idx = torch.randint(net.config.vocab_size, (rows, length), generator=generator)
                 start = time.perf_counter()
                 times = {dtype: stretches(net, layer, n_layer, idx, dtype, clock) for dtype in DTYPES}
@@ -200,7 +203,7 @@ def stretches(net, layer, n_layer, idx, dtype, clock):
     try:
         start = clock()
         with machine.autocast('cpu', dtype):
-            loss = net(idx, idx)[1]
+            loss = net(with_clean(idx, net.config.block_length), idx)[1]
         mark(1)
         loss.backward()
         mark(1 if len(marks) == 5 else n_layer)

@@ -236,6 +236,9 @@ def check_settings(settings, base):
     if settings['optimizer'] == 'muon':
         fail('optimizer=muon makes all singular values of an update equal, which is not for the thin '
              'matrices of an adapter: leave it out')
+    if settings['adapter'] == 'prefix' and base['config'].get('objective', 'next') != 'next':
+        fail('adapter=prefix is a state before the first token, and this model fills holes in windows that begin '
+             'anywhere: take --adapter=lora')
     if settings['adapter'] == 'prefix' and settings['gradient_checkpointing']:
         fail('gradient_checkpointing computes layers twice, which caches of a prefix do not allow: '
              'leave it out, or lower --batch_size')

@@ -109,8 +109,8 @@ def in_place(*functions, loss_chunk=0):
     before = {name: list(kernels) for name, kernels in KERNELS.items()}
     loss = next(k for k in KERNELS['linear_cross_entropy'] if k.__module__.endswith('.anywhere'))
 
-    def linear_cross_entropy(x, weight, targets):
-        return loss(x, weight, targets, chunk=loss_chunk)
+    def linear_cross_entropy(x, weight, targets, factors=None):
+        return loss(x, weight, targets, factors, chunk=loss_chunk)
     for function in (*functions, *([linear_cross_entropy] if loss_chunk else [])):
         KERNELS[function.__name__].insert(0, function)
     try:

@@ -1,0 +1,105 @@
+"""Shows texts that are filled, as they are uncovered where a person looks on.
+
+    show_filled(net, tok, device, prompts, num_samples=3, seed=1337, options=options, sampler='first', steps=0)
+
+On a terminal the (first) text is drawn again with each step, hidden tokens as ░; elsewhere what is printed is the
+text alone, once it is whole.
+"""
+import shutil
+import sys
+import time
+
+import torch
+
+from mambino.configurator import fail
+from mambino.sample.next_token import seed_of
+from mambino.sample.terminal import RULE
+from mambino.sample.text import Writer, without_mark
+from mambino.sample.uncover import Filler, with_holes
+
+HIDDEN = '░'
+PAUSE = 0.05            # seconds between two pictures, at least
+
+
+class Screen:
+    """A text on a terminal that is drawn again in its place."""
+
+    def __init__(self):
+        self.lines = 0                  # below the first
+        self.seconds = 0.0
+
+    def show(self, text, at_once=False):
+        now = time.monotonic()
+        if not at_once and now - self.seconds < PAUSE:
+            return
+        self.seconds = now
+        columns, rows = shutil.get_terminal_size()
+        lines = [line[i:i + columns] for line in text.split('\n') for i in range(0, max(1, len(line)), columns)]
+        lines = lines[-(rows - 1):]
+        up = f'\x1b[{self.lines}A' if self.lines else ''
+        sys.stdout.write(f'{up}\r\x1b[J' + '\n'.join(lines))
+        sys.stdout.flush()
+        self.lines = len(lines) - 1
+
+    def clear(self):
+        self.show('', at_once=True)
+
+
+def text_of(tok, ids, mask_id):
+    """A text whose hidden tokens are shown as such."""
+    pieces, run = [], []
+    for i in [*ids, mask_id]:
+        if i != mask_id:
+            run.append(i)
+            continue
+        pieces.append(tok.decode(run) if run else '')
+        run = []
+    return HIDDEN.join(pieces)
+
+
+def is_over(ids, begins, tok, mask_id):
+    """Whether a text has come to its end, behind which nothing is looked at."""
+    return tok.eot in ids[begins:ids.index(mask_id) if mask_id in ids else len(ids)]
+
+
+def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, steps):
+    """Fills the holes of each prompt, or goes on with it, num_samples times."""
+    sampling = {name: options.sampling[name] for name in ('temperature', 'top_k', 'top_p')}
+    filler = Filler(net, tok, device, sampler, steps, sampling)
+    tokens, begin = 0, time.perf_counter()
+    for number in range(len(prompts) * num_samples):
+        prompt = prompts[number // num_samples]
+        try:
+            ids = with_holes(tok, prompt, filler.mask_id)
+        except ValueError as error:
+            fail(f'start: {error}')
+        goes_on = filler.mask_id not in ids
+        if goes_on and not options.max_new_tokens:
+            fail('max_new_tokens=0: this model fills holes, whose number it must know: say how many tokens')
+        given = len(ids)
+        ids += [filler.mask_id] * (options.max_new_tokens if goes_on else 0)
+        tokens += ids.count(filler.mask_id)
+        screen = Screen() if options.stream and number == 0 and sys.stdout.isatty() else None
+        for filled in filler.fill(ids, torch.Generator().manual_seed(seed_of(seed, number))):
+            ids = filled
+            if screen:
+                screen.show(text_of(tok, ids, filler.mask_id))
+            if goes_on and is_over(ids, given, tok, filler.mask_id):
+                break
+        if screen:
+            screen.clear()
+        text = tok.decode(ids) if not goes_on else without_mark(prompt) + continuation(tok, ids, given, options.stops)
+        print((f'{RULE}\n' if number else '') + text, flush=True)
+    seconds = time.perf_counter() - begin
+    print(f'{tokens} tokens, {tokens / seconds:,.0f} tokens/s', file=sys.stderr)
+
+
+def continuation(tok, ids, given, stops):
+    """The text of what came behind the first `given` ids, to its end or a stop."""
+    writer = Writer(tok, stops, ids[:given])
+    for i in ids[given:]:
+        writer.feed(i)
+        if writer.done:
+            break
+    writer.close()
+    return writer.text

@@ -1,0 +1,34 @@
+"""What a run learns: the next token, or tokens that are hidden (masked diffusion).
+
+    hide = hiding(net.config, max_weight=0.0)       # None where the next token is learned
+    idx, targets, factors = hide(x, y, us, noise)   # what the model is called with
+
+    next        - log p(x_i | x_1 … x_{i-1})
+    masked      E_k  L/k  sum over the k hidden  - log p(x_i | the others of L)     (Sahoo et al. 2024, eq. 11)
+    block       the sum over blocks of that, given the text before (Arriola et al. 2025, eq. 8)
+
+The last two are no less than - log p(text): a bound. k is that of a number u from 0 to 1 for each sequence, evenly
+spread over a step's: see mambino/holes.py.
+"""
+import numpy as np
+import torch
+
+from mambino.holes import hidden
+
+
+def hiding(config, max_weight=0.0):
+    """A function that hides tokens as this model's objective says; None: it learns the next. max_weight: L/k counts
+    so much at most, which learns sooner (Hang et al. 2023); 0: as it is, a bound."""
+    if config.objective == 'next':
+        return None
+
+    def hide(x, y, us, noise):
+        return hidden(x, y, us, noise, config.vocab_size - 1, config.block_length, max_weight)
+    return hide
+
+
+def spread(seed, step_start, numbers, n):
+    """u (B,) of sequences of a step that begins with number step_start and has n: evenly spread, moved by one
+    random number for all."""
+    moved = np.random.default_rng((seed, 8, step_start)).random()
+    return torch.from_numpy((moved + (np.asarray(numbers) - step_start) / n) % 1).float()
