@@ -154,8 +154,8 @@ def test_ddp_equals_one_process(request, here, model, batch_size, more):
         assert a.keys() == b.keys() and list(a.values()) == pytest.approx(
             list(b.values()), abs=1e-5 if 'l' in key else 1e-4
         )
-    # there was a curve; a mixture's is flatter
-    assert metrics(key='loss')[20] < metrics(key='loss')[1] - (0.1 if 'dataset' in more else 0.2)
+    # there was a curve; a mixture's, and a bound's, is flatter
+    assert metrics(key='loss')[20] < metrics(key='loss')[1] - (0.1 if re.search('dataset|objective', more) else 0.2)
 
 
 # --- signals
