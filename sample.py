@@ -92,7 +92,7 @@ from mambino.cache import DTYPES
 from mambino.machine import autocast, choose_device, dtype_of_run
 from mambino.sample.conversation import check_chat
 from mambino.sample.filled import show_filled
-from mambino.sample.score import show_score
+from mambino.sample.score import show_bound, show_score
 from mambino.sample.sessions import Session, check_state, open_session
 from mambino.sample.terminal import Dialogue, Options, converse, say, show_beams, show_samples
 from mambino.sample.text import encode_prompt, prompts_of, stops_of, without_mark
@@ -173,8 +173,8 @@ ckpt = contents_of(out_dir)
 extra = load_adapters(adapters)                     # [(checkpoint, weight), …]
 tok = require_tokenizer(ckpt, out_dir)
 fills = ckpt['config'].get('objective', 'next') != 'next'
-for name in ('beams', 'session', 'interactive', 'logprobs', 'score') if fills else ():
-    if used[name]:
+for name in ('beams', 'session', 'interactive', 'logprobs', 'html') if fills else ():
+    if used.get(name, globals()[name]):
         fail(f'{name}: the model in {out_dir} fills holes, and does not go on from token to token: leave it out')
 where = choose_device(device)
 
@@ -215,13 +215,16 @@ with context:
         check_state(net, text, path)
     if fork:
         save()
-    if fills:
+    if fills and not score:
         show_filled(net, tok, where, prompts, num_samples, seed, options, sampler, steps)
     elif score:
         is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
         run_dtype = dtype_of_run(ckpt['settings'].get('dtype'), where)
         precision = autocast(where, run_dtype) if is_auto else nullcontext()
-        show_score(net, tok, score, precision, html)
+        if fills:
+            show_bound(net, tok, score, precision)
+        else:
+            show_score(net, tok, score, precision, html)
     elif interactive:
         end_ids = check_chat(tok) if chat else ()
         converse(Dialogue(net, tok, text, options, end_ids), ''.join(prompts), chat, save)

@@ -15,9 +15,10 @@ from mambino.blocks import Blocks
 from mambino.holes import DRAWS, draws, for_evaluation, hidden, learnable
 from mambino.language_model import linear_cross_entropy
 from mambino.sample.uncover import Filler, draw_each, grid, uncover
-from mambino.train.evaluation import with_losses
+from mambino.train import batches
+from mambino.train.evaluation import evaluate, with_losses
 from mambino.train.objective import hiding, spread
-from mambino.weights import checkpoint
+from mambino.weights import checkpoint, loading
 
 V, T = 12, 16                   # the last id stands for what is hidden
 MODELS = {
@@ -43,6 +44,11 @@ def build(name, **changes):
 
 def text(rows=2, length=T):
     return torch.randint(V - 1, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def read(path):
+    with open(path, encoding='utf-8') as f:
+        return f.read()
 
 
 def batch(rows=2):
@@ -297,9 +303,10 @@ def test_texts_are_filled(name, sampler):
     """What is given stays, the id of what is hidden is never drawn, the same seed fills the same."""
     class Tok:
         vocab_size = V - 1
+        eot = 0
     for K, length in ((0, 10), (0, 3 * T), (4, 10), (4, 2 * T)):
         net = build(name, objective='block' if K else 'masked', block_length=K)
-        filler = Filler(net, Tok, 'cpu', sampler, steps=3)
+        filler = Filler(net, Tok, 'cpu', sampler, steps=3, ends=False)
         given = text(1, length)[0].tolist()
         ids = [given[0]] + [V - 1 if i % 3 else i0 for i, i0 in enumerate(given[1:], 1)]
         texts = []
@@ -307,6 +314,7 @@ def test_texts_are_filled(name, sampler):
             pictures = list(filler.fill(ids, torch.Generator().manual_seed(5)))
             texts.append(pictures[-1])
             assert len(pictures) >= 1 and V - 1 not in pictures[-1] and len(pictures[-1]) == length
+            assert all(b != Tok.eot for a, b in zip(ids, pictures[-1]) if a == V - 1)
             assert all(b == a or a == V - 1 for a, b in zip(ids, pictures[-1]))
         assert texts[0] == texts[1]
 
@@ -364,11 +372,11 @@ def test_a_run_learns_and_says_that_its_loss_is_a_bound(there, capsys):
 
 
 def test_holes_of_a_prompt_are_filled(there, capsys):
-    for name, prompt, given in (('masked', 'the [...6...]en', ('the ', 'en')), ('block', 'the [...6...]', ('the ',))):
+    for name, prompt, given in (('masked', 'the [...6...]en', ('the ', 'en')), ('block', 'the [...6...]', ('the ', ''))):
         flags = f'--out_dir={name} --device=cpu --num_samples=2'
         assert script('sample.py', flags, f'--start="{prompt}"') == 0
         texts = capsys.readouterr().out.split('---------------\n')
-        texts[0] = texts[0][texts[0].index('the '):]        # behind the settings
+        texts[0] = texts[0].rpartition("'\n")[2]             # behind the settings
         assert len(texts) == 2
         for text in texts:
             assert text.startswith(given[0]) and text.removesuffix('\n').endswith(given[-1])
@@ -386,7 +394,7 @@ def test_holes_of_a_prompt_are_filled(there, capsys):
     ('sample.py --out_dir=next --start=a[...5...]b', 'learned to go on alone'),
     ('sample.py --out_dir=masked --beams=2 --stream=False', 'beams: the model in masked fills holes'),
     ('sample.py --out_dir=masked --session=x', 'session: the model in masked'),
-    ('sample.py --out_dir=masked --score=text.txt', 'score: the model in masked'),
+    ('sample.py --out_dir=masked --score=text.txt --html=a.html', 'html: the model in masked'),
     ('sample.py --out_dir=masked --start=a[...0...]b', 'a hole is of 1 to'),
     ('sample.py --out_dir=masked --max_new_tokens=0', 'max_new_tokens=0'),
     ('sample.py --out_dir=masked --sampler=best', 'sampler=best must be one of'),
@@ -405,6 +413,21 @@ def test_what_they_do_not_do_is_said_in_a_line(there, capsys, command, words):
     error = capsys.readouterr().err
     assert words in error and error.count('\n') == 1
     assert not os.path.exists('new/ckpt.pt')
+
+
+def test_a_text_is_scored_as_it_is_evaluated(there, capsys):
+    """A dataset that is this text alone has the same bound."""
+    ckpt = checkpoint.load_checkpoint('block')
+    ids = checkpoint.tokenizer_of(ckpt).encode(read('text.txt')).astype(np.int32)
+    os.makedirs('data/own', exist_ok=True)
+    for split in ('train', 'val'):
+        ids.tofile(f'data/own/{split}.bin')
+    assert script('sample.py', '--out_dir=block --device=cpu --score=text.txt') == 0
+    said = capsys.readouterr().out
+    data = batches.open_dataset('own', vocab_size=int(ids.max()) + 1)
+    want = evaluate(loading.model_of(ckpt), data, 16, 0, 'cpu', 'float32')
+    assert f'loss        <= {want["val_loss"]:.4f} +- 0.' in said
+    assert f'perplexity  <= {want["perplexity"]:,.2f}' in said
 
 
 def test_they_are_tuned_rounded_and_kept(there, capsys):

@@ -15,7 +15,7 @@ from mambino.configurator import fail
 from mambino.sample.next_token import seed_of
 from mambino.sample.terminal import RULE
 from mambino.sample.text import Writer, without_mark
-from mambino.sample.uncover import Filler, with_holes
+from mambino.sample.uncover import HOLE, Filler, with_holes
 
 HIDDEN = '░'
 PAUSE = 0.05            # seconds between two pictures, at least
@@ -65,15 +65,15 @@ def is_over(ids, begins, tok, mask_id):
 def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, steps):
     """Fills the holes of each prompt, or goes on with it, num_samples times."""
     sampling = {name: options.sampling[name] for name in ('temperature', 'top_k', 'top_p')}
-    filler = Filler(net, tok, device, sampler, steps, sampling)
     tokens, begin = 0, time.perf_counter()
     for number in range(len(prompts) * num_samples):
         prompt = prompts[number // num_samples]
+        goes_on = not HOLE.search(prompt)
+        filler = Filler(net, tok, device, sampler, steps, sampling, ends=goes_on)
         try:
             ids = with_holes(tok, prompt, filler.mask_id)
         except ValueError as error:
             fail(f'start: {error}')
-        goes_on = filler.mask_id not in ids
         if goes_on and not options.max_new_tokens:
             fail('max_new_tokens=0: this model fills holes, whose number it must know: say how many tokens')
         given = len(ids)

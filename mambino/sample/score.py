@@ -1,6 +1,7 @@
 """How likely a text is to a model, and what it expected least.
 
     show_score(net, tok, 'book.txt', nullcontext(), page='book.html')
+    show_bound(net, tok, 'book.txt', nullcontext())         # of a model that fills holes
     for piece in token_scores(net, tok, ids, top=5):        # the same, token by token
         for logprob, likeliest in piece: …
 
@@ -15,11 +16,17 @@ generated.
 """
 import heapq
 import math
+import statistics
 import sys
 import time
 from array import array
+from functools import partial
+
+import torch
 
 from mambino.configurator import fail
+from mambino.holes import DRAWS, for_evaluation, hidden, learnable
+from mambino.sample import generation
 from mambino.sample.generation import token_logits, window_losses
 from mambino.sample.heatmap import TOKENS, TOP, Heat, write_heatmap
 from mambino.sample.next_token import logprobs_of
@@ -34,6 +41,19 @@ def show_score(net, tok, path, precision, page=''):
     """Prints how well the model predicts a text, as a document of its own, and the tokens that it
     expected least. precision: the context in which train.py evaluates; page: an HTML file to write,
     which shows it token by token."""
+    ids, size = ids_of(tok, path)
+    kept = []
+    total, worst = surprises(net, tok, ids, kept, TOKENS if page else 0)
+    with precision:
+        evaluated = as_evaluated(net, tok, ids, size)
+    lines = '\n'.join(figures(net, tok, ids, size, total, worst, evaluated))
+    print(lines)
+    if page:
+        write_heatmap(page, 'standard input' if path == '-' else path, lines, Heat(tok, ids, kept))
+
+
+def ids_of(tok, path):
+    """The ids of a text, and its bytes."""
     text = read_text(path, f'score={path}')
     try:
         ids = tok.encode(text).tolist()
@@ -42,15 +62,37 @@ def show_score(net, tok, path, precision, page=''):
     if not ids:
         why = "has no ids in this model's tokenizer" if text else 'is empty'
         fail(f'score={path}: {why}, there is nothing to score')
-    kept = []
-    total, worst = surprises(net, tok, ids, kept, TOKENS if page else 0)
-    size = len(text.encode('utf-8'))
+    return ids, len(text.encode('utf-8'))
+
+
+@torch.no_grad()
+def show_bound(net, tok, path, precision):
+    """Prints the bound of a model that fills holes: how likely the text is to it at least."""
+    ids, size = ids_of(tok, path)
+    sequence, given, _ = windows_of(tok, ids, size)
+    x, y = generation.windows_of(sequence, given, net.config.block_size)
+    counted = learnable(y)
+    targets = int(counted.sum())
+    if not targets:
+        fail(f'score={path}: is too short, of a window its first token is given')
+    sizes = tok.sizes()
+    target_bytes = size * sizes[x[counted].numpy()].sum() / sizes[ids].sum()
+    device = next(net.parameters()).device
+    hide = partial(hidden, mask_id=net.config.vocab_size - 1, block_length=net.config.block_length)
+    draws = [0.0] * DRAWS
+    began = time.perf_counter()
     with precision:
-        evaluated = as_evaluated(net, tok, ids, size)
-    lines = '\n'.join(figures(net, tok, ids, size, total, worst, evaluated))
-    print(lines)
-    if page:
-        write_heatmap(page, 'standard input' if path == '-' else path, lines, Heat(tok, ids, kept))
+        for start in range(0, len(x), ROWS):
+            rows = slice(start, start + ROWS)
+            for i, piece in enumerate(for_evaluation(hide, x[rows], y[rows], 1)):
+                draws[i] += net(*(tensor.to(device) for tensor in piece))[1].item()
+            show_progress(min(start + ROWS, len(x)) * x.shape[1], x.numel(), time.perf_counter() - began, 'in windows')
+    nats, error = statistics.mean(draws), statistics.stdev(draws) / math.sqrt(DRAWS)
+    print(f'tokens      {len(ids):,}')
+    print(f'loss        <= {nats / targets:.4f} +- {error / targets:.4f} nats/token')
+    print(f'perplexity  <= {perplexity(nats / targets)}')
+    print(f'bits/byte   <= {nats / math.log(2) / target_bytes:.4f}')
+    print(f'a bound, by {DRAWS} draws of holes in windows of {net.config.block_size} tokens, as train.py evaluates')
 
 
 def figures(net, tok, ids, size, total, worst, evaluated):

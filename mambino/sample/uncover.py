@@ -125,10 +125,12 @@ def with_holes(tok, text, mask_id, begins=True):
 class Filler:
     """Fills texts of any length: as one window after another, or block after block."""
 
-    def __init__(self, net, tok, device, sampler='first', steps=0, sampling=None):
+    def __init__(self, net, tok, device, sampler='first', steps=0, sampling=None, ends=True):
+        """ends: whether a hole may be the end of the text."""
         self.net, self.device = net, device
         self.sampler, self.steps, self.sampling = sampler, steps, sampling or {}
         self.vocab_size = tok.vocab_size
+        self.never = [] if ends else [tok.eot]
         self.mask_id = net.config.vocab_size - 1
         self.T, self.K = net.config.block_size, net.config.block_length
 
@@ -175,4 +177,6 @@ class Filler:
         """Scores (K, V) of a window's or a block's tokens (K,), after a state, which stays as it is."""
         state = state and {name: value.clone() for name, value in state.items()}
         logits = self.net.step(z[None].to(self.device), state)[0]
-        return logits[0, :, :self.vocab_size].cpu()
+        scores = logits[0, :, :self.vocab_size].float().cpu()
+        scores[:, self.never] = -math.inf
+        return scores
