@@ -386,7 +386,7 @@ def test_holes_of_a_prompt_are_filled(there, capsys):
                       f'--sampler={sampler}') == 0
         assert len(capsys.readouterr().out) > 20
     with open('holes.txt', 'w') as f:
-        f.write('a[...3...]b')
+        f.write('a[...3...]e')
     assert script('sample.py', '--out_dir=masked --device=cpu --start=FILE:holes.txt') == 0
 
 
