@@ -261,8 +261,8 @@ def test_a_mixture_depends_on_seed_and_numbers_alone(mixture):
 
 
 def test_the_loss_of_a_mixture_is_the_one_on_what_it_draws(mixture, dataset):
-    # nats, targets, bytes
-    sums = [(2.0 * 100, 100, 400), (1.0 * 900, 900, 900), (3.0 * 50, 50, 100)]
+    # nats, targets, bytes, variance
+    sums = [(2.0 * 100, 100, 400, 0.0), (1.0 * 900, 900, 900, 0.0), (3.0 * 50, 50, 100, 0.0)]
     result, loss = val_result(mixture, sums), 0.55 * 2 + 0.15 * 1 + 0.3 * 3
     assert result.pop('bits_per_byte') == pytest.approx(
         loss / math.log(2) / (0.55 * 4 + 0.15 * 1 + 0.3 * 2)
@@ -271,9 +271,13 @@ def test_the_loss_of_a_mixture_is_the_one_on_what_it_draws(mixture, dataset):
     assert result == pytest.approx(
         {'val_loss': loss, 'val_loss/a': 2, 'val_loss/b': 1, 'val_loss/c': 3}
     )
-    assert val_result(mixture, [(nats, n, 0) for nats, n, _ in sums])['bits_per_byte'] is None
+    # variances of draws add up as the shares weigh them
+    drawn = val_result(mixture, [(nats, n, size, 4.0) for nats, n, size, _ in sums])
+    scales = [share * 1050 / n for share, n in zip((0.55, 0.15, 0.3), (100, 900, 50))]
+    assert drawn['val_error'] == pytest.approx(2 * math.hypot(*scales) / 1050)
+    assert val_result(mixture, [(nats, n, 0, 0.0) for nats, n, *_ in sums])['bits_per_byte'] is None
     assert val_result(
-        dataset(), [(0.7, 3, 11)]
+        dataset(), [(0.7, 3, 11, 0.0)]
     ) == dict(  # alone: to the last bit what it always was
         val_loss=0.7 / 3, perplexity=math.exp(0.7 / 3), bits_per_byte=0.7 / math.log(2) / 11
     )
@@ -407,7 +411,7 @@ def test_nothing_to_learn_is_a_line_and_no_nan(masked, capsys):
     loss = linear_cross_entropy(torch.randn(1, 8, 4), torch.randn(9, 4), torch.full((1, 8), IGNORE))
     assert loss == 0
     with pytest.raises(SystemExit):
-        val_result(masked, [(0.0, 0, 0)])
+        val_result(masked, [(0.0, 0, 0, 0.0)])
     assert 'nothing that is learned' in capsys.readouterr().err
 
 
