@@ -12,6 +12,7 @@ SCRIPTS = {name: name for name in ('prepare.py', 'train.py', 'sample.py', 'expor
 SCRIPTS['-m mambino.bench.plot'] = 'mambino/bench/plot.py'  # before the shorter name
 SCRIPTS['-m mambino.bench.clients'] = 'mambino/bench/clients.py'
 SCRIPTS['-m mambino.bench.gpu'] = 'mambino/bench/gpu/__main__.py'
+SCRIPTS['-m mambino.bench.parity'] = 'mambino/bench/parity.py'
 SCRIPTS['-m mambino.bench'] = 'mambino/bench/__main__.py'
 NAMES = '|'.join(map(re.escape, SCRIPTS))
 

@@ -1,0 +1,218 @@
+"""Samplers of models that fill holes, and the scripts with such models."""
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from helpers.holes import T, V, build, text
+from helpers.models import assert_close
+from helpers.runs import TINY, script, write_text
+
+from mambino.sample.uncover import Filler, draw_each, grid, uncover
+from mambino.train import batches
+from mambino.train.evaluation import evaluate
+from mambino.weights import checkpoint, loading
+
+# --- samplers
+
+STEPS = torch.tensor([[0.8, 0.15, 0.05], [0.1, 0.1, 0.8], [0.3, 0.6, 0.1]])       # a Markov chain
+FIRST = torch.tensor([0.5, 0.2, 0.3])
+LENGTH, HIDDEN = 5, 3
+TEXTS = torch.tensor(list(itertools.product(range(3), repeat=LENGTH)))              # all that can be
+CHANCES = FIRST[TEXTS[:, 0]] * STEPS[TEXTS[:, :-1], TEXTS[:, 1:]].prod(1)
+
+
+def posterior(z):
+    """The chain's own log-probabilities (LENGTH, 3) of each token, given what of z is not hidden."""
+    fits = ((z == HIDDEN) | (TEXTS == z)).all(1) * CHANCES
+    return torch.stack([torch.zeros(3).index_add(0, TEXTS[:, i], fits) for i in range(LENGTH)]).log()
+
+
+def statistic(sampler, steps, n=700):
+    """Chi-square of the pairs of neighbours in n texts, and its degrees of freedom."""
+    generator = torch.Generator().manual_seed(0)
+    holes = torch.ones(LENGTH, dtype=torch.bool)
+    counts = torch.zeros(3, 3)
+    for _ in range(n):
+        *_, z = uncover(posterior, torch.zeros(LENGTH, dtype=torch.long), holes, sampler, steps,
+                        lambda scores: draw_each(scores, generator=generator), generator, HIDDEN)
+        counts[z[1], z[2]] += 1         # one pair a text: independent
+    pairs = torch.zeros(9).index_add(0, TEXTS[:, 1] * 3 + TEXTS[:, 2], CHANCES) * n
+    return ((counts.flatten() - pairs) ** 2 / pairs).sum().item()
+
+
+def test_samplers_with_a_perfect_network():
+    """One by one they draw the chain; several at once do not know of each other."""
+    surely, never = 26.1, 60.0          # of 8 degrees of freedom: above the first once in a thousand
+    assert statistic('first', 0) < surely
+    assert statistic('ancestral', 60) < surely
+    assert statistic('remask', 60) < surely                     # what it takes back it draws again
+    assert statistic('first', 2) > never
+    assert statistic('ancestral', 2) > never
+    assert statistic('confidence', 0) > never                   # not the distribution, and called so
+
+
+def test_a_grid_falls_from_one_to_zero():
+    times = grid(8)
+    assert times[0] == 1 and times[-1] == 0 and all(a > b for a, b in zip(times, times[1:]))
+
+
+@pytest.mark.parametrize('sampler', ['ancestral', 'first', 'confidence', 'threshold', 'remask'])
+@pytest.mark.parametrize('name', ['mamba2', 'hybrid'])
+def test_texts_are_filled(name, sampler):
+    """What is given stays, the id of what is hidden is never drawn, the same seed fills the same."""
+    class Tok:
+        vocab_size = V - 1
+        eot = 0
+    for K, length in ((0, 10), (0, 3 * T), (4, 10), (4, 2 * T)):
+        net = build(name, objective='block' if K else 'masked', block_length=K)
+        filler = Filler(net, Tok, 'cpu', sampler, steps=3, ends=False)
+        given = text(1, length)[0].tolist()
+        ids = [given[0]] + [V - 1 if i % 3 else i0 for i, i0 in enumerate(given[1:], 1)]
+        texts = []
+        for _ in range(2):
+            pictures = list(filler.fill(ids, torch.Generator().manual_seed(5)))
+            texts.append(pictures[-1])
+            assert len(pictures) >= 1 and V - 1 not in pictures[-1] and len(pictures[-1]) == length
+            assert all(b != Tok.eot for a, b in zip(ids, pictures[-1]) if a == V - 1)
+            assert all(b == a or a == V - 1 for a, b in zip(ids, pictures[-1]))
+        assert texts[0] == texts[1]
+
+
+def test_draws_are_those_of_the_filters():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
+    generator = torch.Generator().manual_seed(0)
+    ids, own = draw_each(scores, temperature=0.5, top_k=3, generator=generator)
+    want = torch.tensor([4.0, 2.0, 0.0]).softmax(-1)
+    assert_close(ids.bincount(minlength=4) / 20000, torch.cat((want, torch.zeros(1))), 0.02)
+    assert_close(own, scores.double().softmax(-1).gather(1, ids[:, None])[:, 0], 1e-12)
+    assert draw_each(scores, temperature=0)[0].eq(0).all()
+    assert set(draw_each(scores, top_p=0.6, generator=generator)[0].tolist()) == {0}
+
+
+# --- the scripts
+
+def read(path):
+    with open(path, encoding='utf-8') as f:
+        return f.read()
+
+FLAGS = '--learning_rate=1e-2 --warmup_iters=2 --max_iters=20 --eval_interval=10 --optimizer=adamw'
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """masked/, block/ and next/, trained on a text in data/tiny."""
+    folder = tmp_path_factory.mktemp('runs')
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        write_text('text.txt')
+        assert script('prepare.py', 'text.txt --tokenizer=char --out=data/tiny') == 0
+        for name, flags in (('masked', '--model=hybrid --objective=masked'),
+                            ('block', '--model=mamba --objective=block --block_length=4'), ('next', '--model=mamba')):
+            assert script('train.py', TINY, FLAGS, f'--dataset=tiny --out_dir={name}', flags) == 0
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def there(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+
+
+def test_a_run_learns_and_says_that_its_loss_is_a_bound(there, capsys):
+    for name in ('masked', 'block'):
+        lines = [json.loads(line) for line in open(f'{name}/metrics.jsonl')]
+        losses = {line['step']: line['val_loss'] for line in lines if 'val_loss' in line}
+        assert losses[20] < losses[10] and all(0 < line['val_error'] < 0.2 for line in lines if 'val_loss' in line)
+        capsys.readouterr()
+        assert script('train.py', f'--eval_only --out_dir={name} --device=cpu --dtype=float32') == 0
+        said = capsys.readouterr().out
+        assert f'val_loss <= {min(losses.values()):.4f} +- 0.' in said and 'perplexity <= ' in said
+        assert script('train.py', TINY, FLAGS, f'--out_dir={name} --max_iters=22') == 0     # it goes on
+    assert script('train.py', TINY, FLAGS, '--out_dir=masked --max_iters=24 --objective=next') == 2
+    assert 'objective=masked, not next' in capsys.readouterr().err
+
+
+def test_holes_of_a_prompt_are_filled(there, capsys):
+    cases = ('masked', 'the [...6...]en', ('the ', 'en')), ('block', 'the [...6...]', ('the ', ''))
+    for name, prompt, given in cases:
+        flags = f'--out_dir={name} --device=cpu --num_samples=2'
+        assert script('sample.py', flags, f'--start="{prompt}"') == 0
+        texts = capsys.readouterr().out.split('---------------\n')
+        texts[0] = texts[0].rpartition("'\n")[2]             # behind the settings
+        assert len(texts) == 2
+        for whole in texts:
+            assert whole.startswith(given[0]) and whole.removesuffix('\n').endswith(given[-1])
+            assert len(whole) == len(prompt.replace('[...6...]', '......')) + 1
+    for sampler in ('ancestral', 'confidence', 'threshold', 'remask'):
+        assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=40 --steps=8 --start=the',
+                      f'--sampler={sampler}') == 0
+        assert len(capsys.readouterr().out) > 20
+    with open('holes.txt', 'w') as f:
+        f.write('a[...3...]e')
+    assert script('sample.py', '--out_dir=masked --device=cpu --start=FILE:holes.txt') == 0
+
+
+@pytest.mark.parametrize('command, words', [
+    ('sample.py --out_dir=next --start=a[...5...]b', 'learned to go on alone'),
+    ('sample.py --out_dir=masked --beams=2 --stream=False', 'beams: the model in masked fills holes'),
+    ('sample.py --out_dir=masked --session=x', 'session: the model in masked'),
+    ('sample.py --out_dir=masked --score=text.txt --html=a.html', 'html: the model in masked'),
+    ('sample.py --out_dir=masked --start=a[...0...]b', 'a hole is of 1 to'),
+    ('sample.py --out_dir=masked --max_new_tokens=0', 'max_new_tokens=0'),
+    ('sample.py --out_dir=masked --sampler=best', 'sampler=best must be one of'),
+    ('train.py --dataset=tiny --objective=mask --out_dir=new', 'objective=mask must be one of'),
+    ('train.py --dataset=tiny --objective=block --block_length=7 --out_dir=new', 'multiple of block_length=7'),
+    ('train.py --dataset=tiny --block_length=4 --out_dir=new', 'block_length=4'),
+    ('train.py --init_from=next --objective=masked --out_dir=new', 'objective=next, not masked'),
+    ('train.py --init_from=masked --adapter=prefix --dataset=tiny --out_dir=new', 'take --adapter=lora'),
+    ('export.py --out_dir=masked --format=gguf', 'native or safetensors can hold it'),
+    ('export.py --out_dir=block --format=native,onnx', 'format=onnx: the model in block fills holes'),
+])
+def test_what_they_do_not_do_is_said_in_a_line(there, capsys, command, words):
+    name, *flags = command.split()
+    more = TINY if name == 'train.py' else ''
+    assert script(name, *flags, more) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count('\n') == 1
+    assert not os.path.exists('new/ckpt.pt')
+
+
+def test_a_text_is_scored_as_it_is_evaluated(there, capsys):
+    """A dataset that is this text alone has the same bound."""
+    ckpt = checkpoint.load_checkpoint('block')
+    ids = checkpoint.tokenizer_of(ckpt).encode(read('text.txt')).astype(np.int32)
+    os.makedirs('data/own', exist_ok=True)
+    for split in ('train', 'val'):
+        ids.tofile(f'data/own/{split}.bin')
+    assert script('sample.py', '--out_dir=block --device=cpu --score=text.txt') == 0
+    said = capsys.readouterr().out
+    data = batches.open_dataset('own', vocab_size=int(ids.max()) + 1)
+    want = evaluate(loading.model_of(ckpt), data, 16, 0, 'cpu', 'float32')
+    assert f'loss        <= {want["val_loss"]:.4f} +- 0.' in said
+    assert f'perplexity  <= {want["perplexity"]:,.2f}' in said
+
+
+def test_they_are_tuned_rounded_and_kept(there, capsys):
+    assert script('train.py', TINY, '--init_from=block --adapter=lora --dataset=tiny --out_dir=lora --max_iters=2') == 0
+    assert script('sample.py', '--out_dir=lora --device=cpu --max_new_tokens=9') == 0
+    assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=9 --quantize=int8') == 0
+    assert script('export.py', '--out_dir=block --format=native --to=kept') == 0
+    assert script('sample.py', '--out_dir=kept --device=cpu --max_new_tokens=9') == 0
+
+
+def test_the_server_says_what_it_does_not_do(there):
+    pytest.importorskip('fastapi')
+    from mambino.serve.library import Library, NoModel
+    from mambino.serve.work import Room
+    library = Library('.', 'masked', 'cpu', 'float32', '', '', 0.0, Room(rows=2))
+    library.says = list
+    try:
+        with pytest.raises(NoModel, match='fills holes'):
+            library.get()
+    finally:
+        library.close()
