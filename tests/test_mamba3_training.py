@@ -4,6 +4,8 @@ import torch
 from helpers.models import V, assert_close, perturb, tokens
 from helpers.runs import load, refused, train
 
+from mambino.kernels import native
+from mambino.train.metrics import odd_size_lines
 from mambino.train.sizes import SIZES, named_size
 from mambino.weights.fitting import model_of_shapes
 from model_hybrid import Hybrid, HybridConfig
@@ -79,3 +81,13 @@ def test_no_decay_and_no_muon_for_what_is_no_matrix(net, muon):
         assert not in_proj or (group['kind'], group['weight_decay']) == ('muon' if muon else 'adamw', 0.1)
     for name in 'B_bias C_bias mimo_x mimo_z mimo_o dt_bias D'.split():
         assert kinds[name] == ('adamw', 0.0), name
+
+
+@pytest.mark.skipif(native.library() is None, reason='no C++ compiler')
+@pytest.mark.parametrize('config, words', [
+    (MambaConfig(version=3, state_size=36), 'state_size=36 is no multiple of 32'), (MambaConfig(version=3), ''),
+    (MambaConfig(state_size=24), '32 would train'), (MambaConfig(state_size=16), ''), (MambaConfig(version=1), ''),
+    (HybridConfig(state_size=24), 'note: '), (HybridConfig(state_size=24, layers='a'), '')])
+def test_a_size_that_is_slow_is_said(config, words):
+    lines = list(odd_size_lines(config))
+    assert len(lines) == bool(words) and all(words in line for line in lines)

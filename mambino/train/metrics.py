@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 
 from mambino import kernels, machine
+from mambino.kernels import native
+from mambino.kernels.cpu import LANES
 from mambino.language_model import whole_shape
 from mambino.train import processes
 from mambino.train.processes import say
@@ -222,11 +224,23 @@ def introduction(settings, net, data, adapter, micro_batch, memory_line, progres
            f'{kernels.describe_kernels(device, settings["compile"])}')
     if memory_line:
         yield memory_line
+    if device == 'cpu':
+        yield from odd_size_lines(net.config)
     steps_left = max(0, max_iters - progress.step)
     sequences = (progress.tokens_seen + steps_left * tokens_per_step) // T
     yield from data.mixture_lines(sequences, T, settings['seed'])
     if not settings['eval_only']:
         yield from epochs_lines(data.epochs(sequences, T, settings['seed']), settings)
+
+
+def odd_size_lines(config):
+    """A line, if need be, on a state whose size the operations compiled for this CPU do not have."""
+    N = getattr(config, 'state_size', 0)
+    step = LANES * (2 if getattr(config, 'version', 0) == 3 else 1)
+    has_heads = getattr(config, 'version', 1) != 1 and set(getattr(config, 'layers', '') or 'b') != {'a'}
+    if has_heads and N % step and native.library() is not None:
+        yield (f'note: state_size={N} is no multiple of {step}, as the operations compiled for this CPU need it: '
+               f'{-(-N // step) * step} would train several times as fast')
 
 
 def epochs_lines(epochs, settings):
