@@ -40,6 +40,7 @@ configure(globals())
 
 import torch
 
+from mambino.blocks import fills_holes
 from mambino.export import (
     to_gguf,
     to_hf,
@@ -83,7 +84,7 @@ def main():
     folder = to or '-'.join([name_of(out_dir), *formats, *filter(None, [quantize])])
     check_folder(folder, out_dir, 'native' in formats, force)
     foreign = [name for name in formats if name not in ('native', 'safetensors')]
-    if foreign and ckpt['config'].get('objective', 'next') != 'next':
+    if foreign and fills_holes(ckpt['config']):
         fail(f'format={foreign[0]}: the model in {out_dir} fills holes (objective={ckpt["config"]["objective"]}), and '
              'the tools of that format go on from token to token: native or safetensors can hold it')
     if 'peft' in formats and not ckpt.get('adapter'):

@@ -88,6 +88,7 @@ end_quietly()
 explicit = configure(globals())     # of the settings those that the user gave
 
 from mambino import failures
+from mambino.blocks import fills_holes
 from mambino.cache import DTYPES
 from mambino.machine import autocast, choose_device, dtype_of_run
 from mambino.sample.conversation import check_chat
@@ -172,10 +173,14 @@ failures.end_in_a_line('lower --batch_size, --num_samples or --beams, use --quan
 ckpt = contents_of(out_dir)
 extra = load_adapters(adapters)                     # [(checkpoint, weight), …]
 tok = require_tokenizer(ckpt, out_dir)
-fills = ckpt['config'].get('objective', 'next') != 'next'
-for name in ('beams', 'session', 'interactive', 'logprobs', 'html') if fills else ():
-    if used.get(name, globals()[name]):
-        fail(f'{name}: the model in {out_dir} fills holes, and does not go on from token to token: leave it out')
+fills = fills_holes(ckpt['config'])
+idle = dict(
+    beams=beams > 1, session=session, interactive=interactive, logprobs=logprobs, html=html,
+    repetition_penalty=repetition_penalty != 1, state_dtype=state_dtype != 'float32')
+for name in [name for name, is_used in idle.items() if fills and is_used]:
+    fail(f'{name}: the model in {out_dir} fills holes, and does not go on from token to token: leave it out')
+for name in [name for name in ('sampler', 'steps') if name in explicit and not fills]:
+    fail(f'{name}: the model in {out_dir} goes on from token to token, and fills no holes: leave it out')
 where = choose_device(device)
 
 # --- the text so far, and what comes next

@@ -169,12 +169,12 @@ import numpy as np
 import torch
 
 from mambino import machine
+from mambino.holes import hiding
 from mambino.train import batches, begin, building, compiling, identity, memory, precision, processes, recovery
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
 from mambino.train.log import no_log, open_log
 from mambino.train.metrics import Report, StatusLine, Trace, in_words, introduction, remedies
-from mambino.train.objective import hiding
 from mambino.train.processes import leave, say, summed
 from mambino.train.progress import (
     Clock,

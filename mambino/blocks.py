@@ -34,6 +34,11 @@ def check_objective(config):
         raise ValueError(f'block_size={config.block_size} must be a multiple of block_length={config.block_length}')
 
 
+def fills_holes(config):
+    """Whether a model of this config, as a checkpoint has it, fills holes; an older one has none."""
+    return config.get('objective', 'next') != 'next'
+
+
 def with_clean(idx, block_length):
     """What a model reads in training on idx (B, T) with holes, random ones say: in blocks as much clean text, too."""
     return torch.cat((idx, idx)) if block_length else idx
@@ -123,12 +128,12 @@ def way_back(config, build):
 def both_ways(mixer, back, x, blocks=None, cache=None):
     """mixer(x), x (B, T, D), plus, if there is one, what `back` makes of it from the last token to the first
     (Sahoo et al. 2024). A back without projections has the mixer's. With a cache, x is one block."""
+    def read(forth, reverse, u):
+        if blocks is None:
+            return forth(u, cache) + reverse(u.flip(1)).flip(1)
+        return blocks.forth(forth, u) + blocks.back(reverse, u)
     if back is None:
         return mixer(x, cache)
-    forth, reverse = (mixer, back) if back.in_proj is not None else (mixer.recur, back.recur)
-    u = x if back.in_proj is not None else mixer.in_proj(x)
-    if blocks is None:
-        y = forth(u, cache) + reverse(u.flip(1)).flip(1)
-    else:
-        y = blocks.forth(forth, u) + blocks.back(reverse, u)
-    return y if back.in_proj is not None else mixer.out_proj(y)
+    if back.in_proj is not None:
+        return read(mixer, back, x)
+    return mixer.out_proj(read(mixer.recur, back.recur, mixer.in_proj(x)))

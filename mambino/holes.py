@@ -1,6 +1,7 @@
 """Hides tokens of texts, for a model that learns to fill holes, and for the bound of what a text is worth to it.
 
-    idx, targets, factors = hidden(x, y, us, noise, mask_id, block_length)      # of a batch
+    hide = hiding(net.config)                           # None where the next token is learned
+    idx, targets, factors = hide(x, y, us, noise)       # of a batch: what the model is called with
     for piece in for_evaluation(hide, x, y, targets): …                         # the same each time
 
 In the papers each token is hidden by itself with probability t and counts 1/t (Sahoo et al. 2024, eq. 11); here
@@ -10,7 +11,9 @@ one varies less, and a block of one token is always hidden: it is learned as the
 The first token of a window is never hidden, nor are those that are not learned. Letters of the shapes: B batch,
 T time, K tokens in a block.
 """
+import statistics
 import zlib
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,6 +49,14 @@ def hidden(x, y, us, noise, mask_id, block_length=0, max_weight=0.0):
     return torch.cat((x, idx)) if block_length else idx, targets, factors
 
 
+def hiding(config, max_weight=0.0):
+    """`hidden` as this model's objective has it, hide(x, y, us, noise); None where the next token is learned.
+    max_weight: L/k counts so much at most, which learns sooner (Hang et al. 2023); 0: as it is, a bound."""
+    if config.objective == 'next':
+        return None
+    return partial(hidden, mask_id=config.vocab_size - 1, block_length=config.block_length, max_weight=max_weight)
+
+
 def draws(seed, numbers, T):
     """Noise (B, T) of sequences, by their numbers alone."""
     rows = [np.random.default_rng((seed, 7, int(number))).random(T, dtype=np.float32) for number in numbers]
@@ -63,6 +74,13 @@ def for_evaluation(hide, x, y, targets):
     seeds = [own_seed(row) for row in x]
     us = torch.tensor([np.random.default_rng(seed).random() for seed in seeds], dtype=torch.float32)
     for draw in range(DRAWS):
-        noise = torch.cat([draws(draw, [seed], x.shape[1]) for seed in seeds])
+        noise = draws(draw, seeds, x.shape[1])
         idx, hidden_ids, factors = hide(x, y, (us + draw / DRAWS) % 1, noise)
         yield idx, hidden_ids, factors / max(1, targets)
+
+
+def summed_up(means, targets):
+    """(nats, their variance by the draws) of so many targets, whose mean loss was drawn once or several times."""
+    nats = sum(means) / len(means) * targets
+    variance = statistics.variance(means) / len(means) * targets ** 2 if len(means) > 1 else 0.0
+    return nats, variance

@@ -10,10 +10,10 @@ from helpers.holes import MODELS, T, V, batch, build, text
 from helpers.models import assert_close
 
 from mambino.blocks import Blocks
-from mambino.holes import DRAWS, draws, for_evaluation, hidden, learnable
+from mambino.holes import DRAWS, draws, for_evaluation, hidden, hiding, learnable
 from mambino.language_model import linear_cross_entropy
 from mambino.train.evaluation import with_losses
-from mambino.train.objective import hiding, spread
+from mambino.train.objective import spread
 
 every_model = pytest.mark.parametrize('name', MODELS)
 

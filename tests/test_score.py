@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.sampling import open_run
+from helpers.sampling import open_run, small_net
 
 from mambino.sample import generation, score
 
@@ -37,3 +37,18 @@ def test_the_sum_is_that_of_score_to_the_last_bit(runs, text, monkeypatch):
     assert worst[0] == (-min(logprobs), logprobs.index(min(logprobs)))
     monkeypatch.setattr(generation, 'PREFILL', 64)
     assert len(list(score.token_scores(net, tok, ids))) == -(-len(ids) // 32)      # of a GPT with this block_size
+
+
+def test_a_score_keeps_nothing_for_gradients():
+    """Each window's would stay in memory."""
+    net = small_net('mamba2')
+    made = []
+    forward = type(net).forward
+
+    def watched(self, idx, targets=None, factors=None):
+        made.append(forward(self, idx, targets, factors)[1])
+        return None, made[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(net), 'forward', watched)
+        assert list(generation.window_losses(net, list(range(20))))
+    assert made and not any(loss.requires_grad for loss in made)

@@ -64,12 +64,11 @@ def is_over(ids, begins, tok, mask_id):
 
 def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, steps):
     """Fills the holes of each prompt, or goes on with it, num_samples times."""
-    sampling = {name: options.sampling[name] for name in ('temperature', 'top_k', 'top_p')}
     tokens, begin = 0, time.perf_counter()
     for number in range(len(prompts) * num_samples):
         prompt = prompts[number // num_samples]
         goes_on = not HOLE.search(prompt)
-        filler = Filler(net, tok, device, sampler, steps, sampling, ends=goes_on)
+        filler = Filler(net, tok, device, sampler, steps, options.sampling, ends=goes_on)
         try:
             ids = with_holes(tok, prompt, filler.mask_id)
         except ValueError as error:

@@ -348,8 +348,7 @@ def token_logits(net, ids, before):
         yield require_finite(logits[0]), targets[0]
 
 
-@torch.no_grad()
-def windows_of(ids, given, T):
+def cut_in_windows(ids, given, T):
     """x, y (windows, T) of a text: y is x one later, -1 for the first ids, `given` of them, and behind the end."""
     sequence = torch.tensor(ids)
     targets = sequence[1:].clone()
@@ -358,11 +357,12 @@ def windows_of(ids, given, T):
     return F.pad(sequence[:-1], (0, padding)).view(-1, T), F.pad(targets, (0, padding), value=-1).view(-1, T)
 
 
+@torch.no_grad()
 def window_losses(net, ids, given=1, rows=8):
     """Yields the nats of all ids but the first `given`, some windows after others, as train.py
     evaluates: windows of block_size tokens, each read on its own; `rows` at once."""
     device = next(net.parameters()).device
-    x, y = windows_of(ids, given, net.config.block_size)
+    x, y = cut_in_windows(ids, given, net.config.block_size)
     for idx, targets in zip(x.split(rows), y.split(rows)):
         loss = net(idx.to(device), targets.to(device))[1]
         yield require_finite(loss).item() * int((targets >= 0).sum())

@@ -68,7 +68,7 @@ def chances(logits, temperature, top_k, top_p, min_p):
 
 def place_of(u, cumulative):
     """Which of the candidates, whose sums are cumulative (B, k), is at u (B,) of [0, 1) → (B, 1)."""
-    u = u.clamp(max=1 - 2**-23)                             # less than all, rounded or not
+    u = u.clamp(max=1 - torch.finfo(u.dtype).eps)           # less than all, rounded or not
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
 
 

@@ -16,18 +16,15 @@ generated.
 """
 import heapq
 import math
-import statistics
 import sys
 import time
 from array import array
-from functools import partial
 
 import torch
 
 from mambino.configurator import fail
-from mambino.holes import DRAWS, for_evaluation, hidden, learnable
-from mambino.sample import generation
-from mambino.sample.generation import token_logits, window_losses
+from mambino.holes import DRAWS, for_evaluation, hiding, learnable, summed_up
+from mambino.sample.generation import cut_in_windows, token_logits, window_losses
 from mambino.sample.heatmap import TOKENS, TOP, Heat, write_heatmap
 from mambino.sample.next_token import logprobs_of
 from mambino.sample.text import read_text, token_text
@@ -70,7 +67,7 @@ def show_bound(net, tok, path, precision):
     """Prints the bound of a model that fills holes: how likely the text is to it at least."""
     ids, size = ids_of(tok, path)
     sequence, given, _ = windows_of(tok, ids, size)
-    x, y = generation.windows_of(sequence, given, net.config.block_size)
+    x, y = cut_in_windows(sequence, given, net.config.block_size)
     counted = learnable(y)
     targets = int(counted.sum())
     if not targets:
@@ -78,18 +75,19 @@ def show_bound(net, tok, path, precision):
     sizes = tok.sizes()
     target_bytes = size * sizes[x[counted].numpy()].sum() / sizes[ids].sum()
     device = next(net.parameters()).device
-    hide = partial(hidden, mask_id=net.config.vocab_size - 1, block_length=net.config.block_length)
-    draws = [0.0] * DRAWS
+    hide = hiding(net.config)
+    nats = variance = 0.0
     began = time.perf_counter()
     with precision:
         for start in range(0, len(x), ROWS):
             rows = slice(start, start + ROWS)
-            for i, piece in enumerate(for_evaluation(hide, x[rows], y[rows], 1)):
-                draws[i] += net(*(tensor.to(device) for tensor in piece))[1].item()
+            drawn = [net(*(tensor.to(device) for tensor in piece))[1].item()
+                     for piece in for_evaluation(hide, x[rows], y[rows], 1)]
+            own = summed_up(drawn, 1)
+            nats, variance = nats + own[0], variance + own[1]
             show_progress(min(start + ROWS, len(x)) * x.shape[1], x.numel(), time.perf_counter() - began, 'in windows')
-    nats, error = statistics.mean(draws), statistics.stdev(draws) / math.sqrt(DRAWS)
     print(f'tokens      {len(ids):,}')
-    print(f'loss        <= {nats / targets:.4f} +- {error / targets:.4f} nats/token')
+    print(f'loss        <= {nats / targets:.4f} +- {math.sqrt(variance) / targets:.4f} nats/token')
     print(f'perplexity  <= {perplexity(nats / targets)}')
     print(f'bits/byte   <= {nats / math.log(2) / target_bytes:.4f}')
     print(f'a bound, by {DRAWS} draws of holes in windows of {net.config.block_size} tokens, as train.py evaluates')

@@ -24,6 +24,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from mambino.sample.next_token import chances, place_of
 from mambino.sample.text import prompt_ids
 
 SAMPLERS = 'ancestral', 'first', 'confidence', 'threshold', 'remask'
@@ -33,27 +34,18 @@ MOST = 100_000      # tokens of a hole
 HOLE = re.compile(r'\[\.\.\.(\d+)\.\.\.\]')       # in a prompt: so many tokens are to be found
 
 
-def draw_each(scores, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def draw_each(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
     """Draws a token for each row of scores (n, V) → ids (n,), and the probability that the model itself, at
     temperature 1 and without filters, gives each."""
     exact = scores.double()
-    own = exact.softmax(-1)
     if temperature == 0:
-        ids = exact.argmax(-1)
-        return ids, own.gather(1, ids[:, None])[:, 0]
-    exact = exact / temperature
-    if 0 < top_k < exact.shape[1]:
-        exact = exact.masked_fill(exact < exact.topk(top_k).values[:, -1:], -math.inf)
-    p = exact.softmax(-1)
-    if top_p < 1:
-        values, order = p.sort(descending=True)
-        rest = values.cumsum(-1) - values >= top_p              # the token that reaches top_p stays
-        rest[:, 0] = False
-        p = p.scatter(1, order, values.masked_fill(rest, 0))
-    u = torch.rand(len(p), 1, generator=generator, dtype=torch.float64)
-    sums = p.cumsum(-1)
-    ids = torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)[:, 0]
-    return ids, own.gather(1, ids[:, None])[:, 0]
+        ids = exact.argmax(-1, keepdim=True)                    # (n, 1)
+    else:
+        cumulative, index = chances(exact, temperature, top_k, top_p, min_p)
+        u = torch.rand(len(exact), generator=generator, dtype=torch.float64)
+        place = place_of(u, cumulative)
+        ids = place if index is None else index.gather(1, place)
+    return ids[:, 0], exact.softmax(-1).gather(1, ids)[:, 0]
 
 
 def grid(steps):

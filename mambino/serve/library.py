@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from mambino import files
+from mambino.blocks import fills_holes
 from mambino.machine import autocast, available_memory, choose_device, choose_dtype, dtype_of_run
 from mambino.serve.observed import Observed
 from mambino.serve.scheduler import Scheduler
@@ -245,7 +246,7 @@ class Library:
                 if tok is None:
                     raise NoModel(f'{run["id"]}: was trained on a bare .bin without a tokenizer, or its folder has no '
                                   'tokenizer.json, so there is nothing to read or write text with', 400)
-                if ckpt['config'].get('objective', 'next') != 'next':
+                if fills_holes(ckpt['config']):
                     raise NoModel(f'{run["id"]}: it fills holes, and does not go on from token to token: python '
                                   f'sample.py --out_dir={run["out_dir"]} writes with it', 400)
                 self.make_room(where, bytes_of(ckpt['weights']))

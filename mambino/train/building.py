@@ -98,6 +98,10 @@ def refuse_idle(kind, config, flags):
     """Ends the program at a flag that says something of parts that a new model has not."""
     if kind == 'mamba' and config['version'] == 1 and 'n_groups' in flags:
         fail('n_groups means nothing to a Mamba-1; leave it out')
+    named = [name for name in ('max_weight', 'share_projections') if name in flags]
+    if named and config['objective'] == 'next':
+        fail(f'{named[0]} means nothing where the next token is learned, only with --objective=masked or block; '
+             'leave it out')
     layers = config.get('layers') or 'b'
     for letters, names in OF_LAYERS.items() if kind == 'hybrid' else ():
         named = [name for name in names if name in flags]

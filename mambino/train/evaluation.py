@@ -3,21 +3,19 @@
 Neither touches the training: evaluation draws no random numbers, a sample draws from a generator of
 its own."""
 import math
-import statistics
 from contextlib import nullcontext
 
 import torch
 
 from mambino import machine
 from mambino.configurator import fail
-from mambino.holes import for_evaluation, learnable
+from mambino.holes import for_evaluation, hiding, learnable, summed_up
 from mambino.sample.filled import continuation
 from mambino.sample.generation import Rows, prefill
 from mambino.sample.healing import look_ahead
 from mambino.sample.text import Writer, encode_prompt, healed
 from mambino.sample.uncover import Filler
 from mambino.train import processes, recovery
-from mambino.train.objective import hiding
 from mambino.train.processes import say, summed
 
 TOKENS = 4096   # at once: enough to keep a GPU busy, and without gradients less than a step of training
@@ -85,9 +83,8 @@ def with_losses(nats, variance, losses):
     if not losses:
         return nats, variance
     for means, (_, targets) in zip(torch.stack([means for means, _ in losses]).tolist(), losses):
-        nats += sum(means) / len(means) * targets
-        if len(means) > 1:
-            variance += statistics.variance(means) / len(means) * targets ** 2
+        own = summed_up(means, targets)
+        nats, variance = nats + own[0], variance + own[1]
     return nats, variance
 
 

@@ -4,7 +4,7 @@ is computed.
     loader = Loader(data, block_size, seed, device, sequences=32)
     loader.seek(tokens_seen, micro_batch=8)     # the step after so many tokens: 4 micro-batches
     x, y, weight = loader.next()                # (8, T) each; how much their mean loss counts
-    idx, targets, factors, weight = …           # where a model learns tokens that are hidden: see objective.py
+    idx, targets, factors, weight = …           # where a model learns tokens that are hidden: see holes.py
 
 Where some tokens are not learned, micro-batches have different numbers of targets. The weights make
 the sum of their losses, and so the gradient, that of all targets of a step alike, however it is
@@ -24,7 +24,7 @@ class Loader:
     a step's."""
 
     def __init__(self, data, block_size, seed, device, sequences, rank=0, world=1, hide=None):
-        self.hide = hide                # of objective.hiding
+        self.hide = hide                # of holes.hiding
         self.data, self.block_size, self.seed, self.device = data, block_size, seed, device
         self.sequences, self.rank, self.world = sequences, rank, world
         self.counted = None, 0  # the step whose targets were counted last, and how many there are

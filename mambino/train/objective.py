@@ -1,7 +1,6 @@
 """What a run learns: the next token, or tokens that are hidden (masked diffusion).
 
-    hide = hiding(net.config, max_weight=0.0)       # None where the next token is learned
-    idx, targets, factors = hide(x, y, us, noise)   # what the model is called with
+    us = spread(seed, step_start, numbers, n)       # of a step's sequences: how many tokens each hides
 
     next        - log p(x_i | x_1 … x_{i-1})
     masked      E_k  L/k  sum over the k hidden  - log p(x_i | the others of L)     (Sahoo et al. 2024, eq. 11)
@@ -12,19 +11,6 @@ spread over a step's: see mambino/holes.py.
 """
 import numpy as np
 import torch
-
-from mambino.holes import hidden
-
-
-def hiding(config, max_weight=0.0):
-    """A function that hides tokens as this model's objective says; None: it learns the next. max_weight: L/k counts
-    so much at most, which learns sooner (Hang et al. 2023); 0: as it is, a bound."""
-    if config.objective == 'next':
-        return None
-
-    def hide(x, y, us, noise):
-        return hidden(x, y, us, noise, config.vocab_size - 1, config.block_length, max_weight)
-    return hide
 
 
 def spread(seed, step_start, numbers, n):

@@ -30,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mambino.blocks import fills_holes
 from mambino.configurator import fail
 from mambino.weights import checkpoint, peft_scales, quantize
 from model_mamba import exact
@@ -236,7 +237,7 @@ def check_settings(settings, base):
     if settings['optimizer'] == 'muon':
         fail('optimizer=muon makes all singular values of an update equal, which is not for the thin '
              'matrices of an adapter: leave it out')
-    if settings['adapter'] == 'prefix' and base['config'].get('objective', 'next') != 'next':
+    if settings['adapter'] == 'prefix' and fills_holes(base['config']):
         fail('adapter=prefix is a state before the first token, and this model fills holes in windows that begin '
              'anywhere: take --adapter=lora')
     if settings['adapter'] == 'prefix' and settings['gradient_checkpointing']:
