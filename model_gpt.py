@@ -165,18 +165,18 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
     """softmax(q k^T / sqrt(P)) v, causal (Vaswani et al. 2017, eq. 1): the T queries are the last
     of S positions.
 
-    q (B, T, H, P), k, v (B, S, G, P), each key head for H/G query heads → (B, T, H P). window: each
-    token sees so many last tokens, itself included; 0: all. mask: (B, 1, T, S) bool, where keys are
-    in another order; True is seen."""
+    q (B, T, H, P), k, v (B, S, G, P), each key head for H/G query heads → (B, T, H P). window: each token sees so many
+    last tokens, itself included; 0: all. mask: (M, 1, T, S) bool, each of B/M sequences, where others are seen (True)."""
     B, T, H, P = q.shape
     S, G = k.shape[1:3]
     if mask is None:
         i = torch.arange(S - T, S, device=q.device)[:, None]
         j = torch.arange(S, device=q.device)
-        mask = (j <= i) & (j > i - (window or S))               # (T, S)
+        mask = ((j <= i) & (j > i - (window or S)))[None, None]  # (1, 1, T, S)
     k, v = (u.repeat_interleave(H // G, dim=2) for u in (k, v))  # (B, S, H, P)
     scores = torch.einsum('bthp,bshp->bhts', q, k).float() / math.sqrt(P)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)  # (B, H, T, S)
+    hidden = ~mask.repeat_interleave(B // len(mask), 0)         # (B, 1, T, S)
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1)  # (B, H, T, S)
     weights = F.dropout(weights, dropout).to(v.dtype)
     return torch.einsum('bhts,bshp->bthp', weights, v).flatten(2)
 

@@ -60,12 +60,12 @@ class Blocks:
         near = (i - j).abs() < (window or self.T)
         own = (i // self.K == j // self.K) & near               # (T, T)
         if not self.clean:
-            self.mask = own[None, None]
+            self.mask = own[None, None]                         # (1, 1, T, T)
             return
         before = (j // K < i // K) & near
         of_clean = torch.cat((before | own, torch.zeros_like(own)), 1)      # (T, 2 T)
         of_noisy = torch.cat((before, own), 1)
-        self.mask = torch.stack((of_clean, of_noisy)).repeat_interleave(self.clean, 0)[:, None]
+        self.mask = torch.stack((of_clean, of_noisy))[:, None]   # (2, 1, T, 2 T)
 
     def append(self, cache, k, v):
         """Keys and values (rows, T or 2 T, G, P) that queries attend to, of k, v (rows, T, G, P)."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.models import assert_same
 
+from mambino.blocks import Blocks
 from model_gpt import attention
 
 pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
@@ -41,6 +42,44 @@ def test_attention(threads, B, T, H, G, P, window, size):
                     lambda v: reference(q.detach().double(), k.detach().double(), v), [v])
     else:
         assert_same(lambda q, k, v: [attention(q, k, v, window)], reference, inputs)
+
+
+@every_way
+@pytest.mark.parametrize("B, T, K, H, G, P, window, dtype", [
+    (2, 128, 0, 2, 1, 64, 0, None), (4, 100, 4, 2, 2, 32, 0, None), (6, 192, 64, 4, 2, 16, 40, None),
+    (4, 65, 1, 2, 2, 16, 0, None), (4, 130, 13, 2, 1, 32, 0, torch.bfloat16)])
+def test_attention_among_blocks(B, T, K, H, G, P, window, dtype):
+    """Each sequence by the table of its share of the rows; bf16 no further from float64 than its definition."""
+    blocks = Blocks(torch.zeros(B, T, dtype=torch.long), K, window)
+    inputs = [torch.randn(B, T, H, P), torch.randn(B, T, G, P), torch.randn(B, T, G, P)]
+
+    def attended(q, k, v, operation=attention):
+        return [operation(q, *blocks.append(None, k, v), mask=blocks.mask)]
+
+    def defined(q, k, v):
+        return attended(q, k, v, attention.definition)
+
+    if dtype is None:
+        assert_same(attended, defined, inputs)
+        return
+    exact = defined(*(u.to(dtype).double() for u in inputs))[0]
+    got, of_definition = (f(*(u.to(dtype) for u in inputs))[0] for f in (attended, defined))
+    assert got.dtype == dtype
+    assert (got - exact).norm() <= 1.1 * (of_definition - exact).norm()
+
+
+@every_way
+def test_a_hidden_key_is_never_looked_at():
+    """Whatever it holds: nothing of it comes out, nor goes back to it."""
+    q, k, v = (torch.randn(2, 70, 2, 16) for _ in "qkv")
+    mask = torch.ones(2, 1, 70, 70, dtype=torch.bool)
+    mask[1, ..., 66] = False
+    k[1, 66], v[1, 66] = 1e4, 1e4
+    k.requires_grad_(), v.requires_grad_()
+    y = attention(q, k, v, mask=mask)
+    grads = torch.autograd.grad(y[1].sum(), (k, v))
+    assert y[1].abs().max() < 10
+    assert all(not grad[1, 66].any() for grad in grads)
 
 
 @every_way

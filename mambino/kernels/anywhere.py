@@ -46,6 +46,8 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
         return NotImplemented
     else:
         causal = mask is None and S == T
+        if mask is not None and 1 < len(mask) < len(q):
+            mask = mask.repeat_interleave(len(q) // len(mask), 0)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)                         # (B, T, H P)

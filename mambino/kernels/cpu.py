@@ -12,6 +12,7 @@ import functools
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +21,7 @@ from mambino.kernels.native import expect, launch, thread_count
 from mambino.kernels.registry import kernel
 
 PRECISIONS = (torch.float32, torch.bfloat16)    # of numbers that native.cpp reads and writes
+BLOCK = 64          # queries, and keys, that attention.h looks at together
 LANES = 16          # numbers that native.cpp computes side by side at most: what it takes is a multiple of it
 _allowed = True
 _estimated = None   # the kind of device that tensors on a CPU stand for
@@ -222,15 +224,21 @@ def multiplies(dtype):
 class Attention(Function):
 
     @staticmethod
-    def forward(ctx, q, k, v, window, dropout, seed):
-        q, k, v = (u.contiguous() for u in (q, k, v))           # (B, T, H, P), (B, T, G, P) twice
+    def forward(ctx, q, k, v, window, dropout, seed, mask):
+        q, k, v = (u.contiguous() for u in (q, k, v))           # (B, T, H, P), (B, S, G, P) twice
         B, T, H, P = q.shape
-        G = k.shape[2]
-        expect('attention', (k, (B, T, G, P)), (v, (B, T, G, P)))
-        if not G or H % G or window < 0:
-            raise ValueError(f'attention: {H} heads of {G} key heads, window {window}')
-        ctx.sizes = (T, H, G, P, window, P ** -0.5, dropout, seed)
-        ctx.work = q.numel() * min(T, window or T) // 30
+        S, G = k.shape[1:3]
+        expect('attention', (k, (B, S, G, P)), (v, (B, S, G, P)))
+        if not G or H % G or window < 0 or mask is None and S != T:
+            raise ValueError(f'attention: {H} heads of {G} key heads, window {window}, {T} tokens and {S}')
+        seen = kinds = None
+        share = 0
+        if mask is not None:
+            share = B // len(mask)
+            expect('attention', (mask, (len(mask), 1, T, S)), (q, (share * len(mask), T, H, P)))
+            seen, kinds = table_of(mask)
+        ctx.sizes = (T, S, H, G, P, window, P ** -0.5, dropout, seed, seen, kinds, share)
+        ctx.work = q.numel() * min(S, window or S) // 30
         y = q.new_empty(B, T, H * P)
         logsumexp = q.new_empty(B, H, T, dtype=torch.float32)
         launch(f'attention_forward{kind_of(q)}', B * G, ctx.work, *ctx.sizes, q, k, v, y, logsumexp)
@@ -244,20 +252,30 @@ class Attention(Function):
         grads = [torch.empty_like(u) for u in (q, k, v)]
         launch(f'attention_backward{kind_of(q)}', len(q) * k.shape[2], 2 * ctx.work, *ctx.sizes, q, k, v, y,
                logsumexp, grad_y.to(q.dtype).contiguous(), *grads)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def table_of(mask):
+    """What attention.h reads of a mask (M, 1, T, S): its numbers (M, T, S rounded up), fp32, and of its blocks
+    whether 0 none, 1 some or 2 all of them are seen."""
+    M, _, T, S = mask.shape
+    padded = F.pad(mask[:, 0], (0, -S % BLOCK, 0, -T % BLOCK))
+    blocks = padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))     # (M, T/BLOCK, BLOCK, S/BLOCK, BLOCK)
+    kinds = blocks.any(4).any(2).long() + blocks.all(4).all(2).long()
+    return padded[:, :T].float().contiguous(), kinds.contiguous()
 
 
 @kernel
 def attention(q, k, v, window=0, dropout=0.0, mask=None):
     B, T, H, P = q.shape
-    if mask is not None or k.shape[1] != T or P % LANES or not applies(q):
+    if P % LANES or not applies(q) or (k.shape[1] != T if mask is None else T < BLOCK):
         return NotImplemented
     seed = int(torch.randint(2**31, ())) if dropout else 0
     window = 0 if window >= T else window
     dtype = q.dtype
     if P % (2 * LANES) or len({q.dtype, k.dtype, v.dtype}) > 1 or not multiplies(dtype):
         q, k, v = (u.float() for u in (q, k, v))
-    return compute(Attention, q, k, v, window, float(dropout), seed).to(dtype)
+    return compute(Attention, q, k, v, window, float(dropout), seed, mask).to(dtype)
 
 
 # --- the loss -------------------------------------------------------------------------------------
