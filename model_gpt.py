@@ -14,7 +14,6 @@ an expert takes at most. Parameters have the names and shapes of transformers' L
 (with `window`: MistralForCausalLM, with `qk_norm`: Qwen3ForCausalLM, with `qkv_bias`:
 Qwen2ForCausalLM, with `norm_after`: Olmo2ForCausalLM, with `rope_layers`: SmolLM3ForCausalLM, with
 `n_expert`: MixtralForCausalLM), so `load_state_dict` works in both directions.
-
 What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner.
 """
 import math
@@ -69,6 +68,7 @@ class GPTConfig:
     norm_topk: bool = True      # weights of a token's experts sum to 1, else to their share of all
     objective: str = 'next'     # token; or 'masked', 'block': tokens that are hidden, see mambino/blocks.py
     block_length: int = 0
+    shifted: bool = False       # what a token sees speaks of the next one, as where it was learned first
     tie_embeddings: bool = True
     dropout: float = 0.0
 
@@ -165,8 +165,8 @@ def attention(q, k, v, window=0, dropout=0.0, mask=None):
     """softmax(q k^T / sqrt(P)) v, causal (Vaswani et al. 2017, eq. 1): the T queries are the last
     of S positions.
 
-    q (B, T, H, P), k, v (B, S, G, P), each key head for H/G query heads → (B, T, H P). window: each token sees so many
-    last tokens, itself included; 0: all. mask: (M, 1, T, S) bool, each of B/M sequences, where others are seen (True)."""
+    q (B, T, H, P), k, v (B, S, G, P), each key head for H/G query heads → (B, T, H P). window: each token sees so
+    many last ones, itself included; 0: all. mask: (M, 1, T, S) bool, each for B/M sequences; True is seen."""
     B, T, H, P = q.shape
     S, G = k.shape[1:3]
     if mask is None:

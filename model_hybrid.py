@@ -76,6 +76,7 @@ class HybridConfig:
     low_rank: int = 0           # rank of the projections; 0: full matrices
     objective: str = 'next'     # token; or 'masked', 'block': tokens that are hidden, see mambino/blocks.py
     block_length: int = 0
+    shifted: bool = False       # what a token sees speaks of the next one, as where it was learned first
     share_projections: bool = True  # masked, block: both directions of the SSM have one in_proj and one out_proj
     norm_eps: float = 1e-5
     tie_embeddings: bool = True

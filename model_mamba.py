@@ -20,7 +20,6 @@ state size, Q chunk, c chunks, K taps of the convolution, R rank of dt, of Mamba
 Parameters have the names and shapes of transformers' MambaForCausalLM / Mamba2ForCausalLM and of the
 reference's Mamba3; initialisation is that of the reference (state-spaces/mamba), on which quality
 depends more than on most things here.
-
 What is marked @fast is the definition of an operation; mambino/kernels/ computes the same sooner.
 """
 import math
@@ -58,6 +57,7 @@ class MambaConfig:
     head_norm: bool = False     # Mamba-3: norm each head before its gate, which hybrids need
     objective: str = 'next'     # token; or 'masked', 'block': tokens that are hidden, see mambino/blocks.py
     block_length: int = 0
+    shifted: bool = False       # what a token sees speaks of the next one, as where it was learned first
     share_projections: bool = True  # masked, block: both directions have one in_proj and one out_proj
     norm_eps: float = 1e-5
     tie_embeddings: bool = True

@@ -30,6 +30,8 @@ def check_objective(config):
     if (config.objective == 'block') != (config.block_length > 0):
         raise ValueError(f'block_length={config.block_length}: objective=block has blocks of 1 token or more, the '
                          'others have 0')
+    if config.shifted and config.objective == 'next':
+        raise ValueError('shifted is for objective=masked and block alone')
     if config.block_length and config.block_size % config.block_length:
         raise ValueError(f'block_size={config.block_size} must be a multiple of block_length={config.block_length}')
 
@@ -42,6 +44,21 @@ def fills_holes(config):
 def with_clean(idx, block_length):
     """What a model reads in training on idx (B, T) with holes, random ones say: in blocks as much clean text, too."""
     return torch.cat((idx, idx)) if block_length else idx
+
+
+def speaking(x, config):
+    """Of the hidden states x (rows, T, D) of what `with_clean` gives, those that speak of each token of the text with
+    holes (n, T, D): its own. Where `shifted`, those of the token before it, which of a block's first is clean; a
+    window's first token is then spoken of by none."""
+    K = config.block_length
+    noisy = x[len(x) // 2:] if K else x
+    if not config.shifted:
+        return noisy
+    before = noisy.roll(1, 1)
+    if K:
+        begins = torch.arange(x.shape[1], device=x.device) % K == 0
+        before = torch.where(begins[:, None], x[:len(x) // 2].roll(1, 1), before)
+    return before
 
 
 class Blocks:

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mambino.blocks import speaking
 from mambino.kernels import fast
 
 # kinds of devices that have autocast; asked here, since the compiler of torch 2.11 cannot ask in a graph
@@ -203,8 +204,8 @@ class LanguageModel(nn.Module):
         logits, or the loss, are those of the others."""
         state = self.initial_state(len(idx)) if self.initial_state else None
         x, _, router_losses = self.hidden_states(idx, state)    # (B, T, D)
-        if self.config.block_length:
-            x = x[len(x) // 2:]
+        if self.config.objective != 'next':
+            x = speaking(x, self.config)
         if targets is None:
             return self.lm_head(x), None
         return None, sum(router_losses, linear_cross_entropy(x, self.lm_head.weight, targets, factors))

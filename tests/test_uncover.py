@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -171,7 +172,12 @@ def test_holes_of_a_prompt_are_filled(there, capsys):
     ('train.py --dataset=tiny --objective=mask --out_dir=new', 'objective=mask must be one of'),
     ('train.py --dataset=tiny --objective=block --block_length=7 --out_dir=new', 'multiple of block_length=7'),
     ('train.py --dataset=tiny --block_length=4 --out_dir=new', 'block_length=4'),
-    ('train.py --init_from=next --objective=masked --out_dir=new', 'objective=next, not masked'),
+    ('train.py --init_from=masked --objective=next --out_dir=new', 'objective=masked, not next'),
+    ('train.py --init_from=masked --objective=block --out_dir=new', 'objective=masked, not block'),
+    ('train.py --init_from=next --objective=block --block_length=7 --out_dir=new', 'multiple of block_length=7'),
+    ('train.py --init_from=next --objective=masked --block_length=4 --out_dir=new', 'is for --objective=block'),
+    ('train.py --init_from=next --objective=masked --adapter=lora --out_dir=new', 'weights of its own'),
+    ('train.py --init_from=next --objective=masked --share_projections=True --out_dir=new', 'leave it out'),
     ('train.py --init_from=masked --adapter=prefix --dataset=tiny --out_dir=new', 'take --adapter=lora'),
     ('export.py --out_dir=masked --format=gguf', 'native or safetensors can hold it'),
     ('export.py --out_dir=block --format=native,onnx', 'format=onnx: the model in block fills holes'),
@@ -183,6 +189,25 @@ def test_what_they_do_not_do_is_said_in_a_line(there, capsys, command, words):
     error = capsys.readouterr().err
     assert words in error and error.count('\n') == 1
     assert not os.path.exists('new/ckpt.pt')
+
+
+def test_a_model_of_the_next_token_goes_on_with_holes(there, capsys):
+    begin = '--init_from=next --objective=block --block_length=1 --dataset=tiny --device=cpu --dtype=float32'
+    losses = []
+    for flags in ('--init_from=next --eval_only', f'{begin} --eval_only'):
+        assert script('train.py', flags, '--device=cpu --dtype=float32 --dataset=tiny') == 0
+        said = capsys.readouterr().out
+        losses.append(float(re.search(r'val_loss (?:<= )?([\d.]+)', said)[1]))
+    assert losses[0] < losses[1] < losses[0] + 0.2              # that of the hidden token's id, and no more
+    begin = begin.replace('length=1', 'length=4')
+    for steps in (6, 12):                                       # … and the run itself goes on
+        assert script('train.py', begin, f'--out_dir=from-next --max_iters={steps} --eval_interval=6') == 0
+    assert 'learns to fill holes from here on' in capsys.readouterr().out
+    lines = [json.loads(line) for line in open('from-next/metrics.jsonl')]
+    of_step = {line['step']: line['val_loss'] for line in lines if 'val_loss' in line}
+    assert of_step[12] < of_step[6]
+    assert script('sample.py', '--out_dir=from-next --device=cpu --num_samples=1 --start="the [...6...]en"') == 0
+    assert re.search(r'\nthe .{6}en\n$', capsys.readouterr().out, re.S)
 
 
 def test_a_text_is_scored_as_it_is_evaluated(there, capsys):

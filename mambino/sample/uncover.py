@@ -148,16 +148,17 @@ class Filler:
 
     def blocks(self, ids, generator):
         """Each block of K tokens, after the state that those before it leave."""
-        state = None
+        state = before = None
         for start in range(0, len(ids), self.K):
             block = ids[start:start + self.K]
             z = F.pad(block, (0, self.K - len(block)), value=self.mask_id)
-            for filled in self.uncovered(partial(self.scores, state=state), z, len(block), generator):
+            for filled in self.uncovered(partial(self.scores, state=state, before=before), z, len(block), generator):
                 ids = ids.clone()
                 ids[start:start + self.K] = filled[:len(block)]
                 yield ids
             if len(block) == self.K:
-                state = self.net.step(ids[None, start:start + self.K].to(self.device), state)[1]
+                logits, state = self.net.step(ids[None, start:start + self.K].to(self.device), state)
+                before = logits[:, -1:]
 
     def uncovered(self, scores, z, n, generator):
         holes = z == self.mask_id
@@ -165,10 +166,13 @@ class Filler:
         draw = partial(draw_each, generator=generator, **self.sampling)
         return uncover(scores, z, holes, self.sampler, self.steps, draw, generator, self.mask_id)
 
-    def scores(self, z, state=None):
-        """Scores (K, V) of a window's or a block's tokens (K,), after a state, which stays as it is."""
+    def scores(self, z, state=None, before=None):
+        """Scores (K, V) of a window's or a block's tokens (K,), after a state, which stays as it is; before (1, 1, V):
+        the logits that led to it."""
         state = state and {name: value.clone() for name, value in state.items()}
-        logits = self.net.step(z[None].to(self.device), state)[0]
+        logits = self.net.step(z[None].to(self.device), state)[0]   # (1, K, V)
+        if self.net.config.shifted:
+            logits = torch.cat((logits[:, :1] if before is None else before, logits[:, :-1]), 1)
         scores = logits[0, :, :self.vocab_size].float().cpu()
         scores[:, self.never] = -math.inf
         return scores

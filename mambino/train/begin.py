@@ -24,11 +24,12 @@ import numpy as np
 import torch
 
 from mambino import machine
-from mambino.blocks import OBJECTIVES
+from mambino.blocks import OBJECTIVES, fills_holes
 from mambino.configurator import checked, fail, require
 from mambino.sample.text import encode_prompt
 from mambino.train import batches, identity, processes
 from mambino.train.building import OF_TRAINING, is_unset, model_config, named_flags, require_room
+from mambino.train.from_next import begin_to_fill
 from mambino.train.progress import Progress, best_of, latest_of, remembered
 from mambino.train.sizes import SIZES, named_size, sizes_for
 from mambino.weights import adapters, checkpoint, fitting, loading, soundness
@@ -154,6 +155,8 @@ def fine_tune(settings, explicit):
         fail('max_iters=0 stands for as many steps as suit the machine: leave it out for these. To use a model as it '
              f'is no step is needed: sample.py, export.py and serve.py take --out_dir={shlex.quote(init_from)}')
     base = loading.load_base(init_from)
+    if settings['objective'] != 'next' and not fills_holes(base['config']):
+        base = begin_to_fill(base, settings, explicit)
     settings['model'] = base['kind']
     settings['block_size'] = settings['block_size'] or base['block_size']
     rank = base['config'].get('mimo_rank', 1)
