@@ -49,6 +49,7 @@ repetition_penalty = 1.0  # above 1 what is in the text already becomes less lik
                           # 1.1 to 1.3 is usual (CTRL, Keskar et al. 2019)
 seed = 1337             # each row has a generator of its own, from this and the row's number
 # --- models that fill holes (train.py --objective=masked, or block); [...20...] in a prompt is one of 20 tokens
+suffix = ''             # what follows a hole of max_new_tokens behind the prompt
 sampler = 'first'       # 'first': one after another, in random order, which is the model's distribution;
                         # 'ancestral': many at once near the end; 'confidence', 'threshold': the surest
                         # first, which is smoother, and not the model's distribution; 'remask': may take back
@@ -179,7 +180,7 @@ idle = dict(
     repetition_penalty=repetition_penalty != 1, state_dtype=state_dtype != 'float32')
 for name in [name for name, is_used in idle.items() if fills and is_used]:
     fail(f'{name}: the model in {out_dir} fills holes, and does not go on from token to token: leave it out')
-for name in [name for name in ('sampler', 'steps') if name in explicit and not fills]:
+for name in [name for name in ('suffix', 'sampler', 'steps') if name in explicit and not fills]:
     fail(f'{name}: the model in {out_dir} goes on from token to token, and fills no holes: leave it out')
 where = choose_device(device)
 
@@ -199,6 +200,11 @@ prompts = prompts_of(opening) if opening or not session else []
 if not fills and any(HOLE.search(prompt) for prompt in prompts):
     fail(f'start: [...n...] is a hole in a text, and the model in {out_dir} has learned to go on alone: train one with '
          '--objective=masked')
+if suffix and (not max_new_tokens or any(HOLE.search(prompt) for prompt in prompts)):
+    fail(f'suffix: it stands behind a hole of max_new_tokens={max_new_tokens}, and a prompt with [...n...] has its '
+         'own: leave one of them out')
+if suffix:
+    prompts = [f'{prompt}[...{max_new_tokens}...]{suffix}' for prompt in prompts]
 
 # --- prepare the model
 net = attach_adapters(model_of(ckpt), extra, adapters)

@@ -156,6 +156,19 @@ def test_holes_of_a_prompt_are_filled(there, capsys):
     with open('holes.txt', 'w') as f:
         f.write('a[...3...]e')
     assert script('sample.py', '--out_dir=masked --device=cpu --start=FILE:holes.txt') == 0
+    capsys.readouterr()
+    assert script('sample.py', '--out_dir=masked --device=cpu --start=a --suffix=en --max_new_tokens=3') == 0
+    assert re.search(r'\na.{3}en\n$', capsys.readouterr().out, re.S)
+
+
+@pytest.mark.parametrize('prompt, noted', [
+    ('a[...]e', '[...]'), ('a[...3]e', '[...3]'), ('a[..3..]e', '[..3..]'), ('a […3…] e', '[…3…]'),
+    ('a[...3...]e', ''), ('a[3]e', ''), ('a...e', '')])
+def test_what_may_be_meant_as_a_hole_is_said(there, capsys, prompt, noted, monkeypatch):
+    monkeypatch.setattr('mambino.tokenizer.CharTokenizer.encode', lambda tok, text, *_: np.zeros(len(text), np.int64))
+    assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=2', f'--start="{prompt}"') == 0
+    error = capsys.readouterr().err
+    assert (f'note: {noted} is text to this model' in error) == bool(noted) and error.count('note: ') == bool(noted)
 
 
 @pytest.mark.parametrize('command, words', [
@@ -168,6 +181,9 @@ def test_holes_of_a_prompt_are_filled(there, capsys):
     ('train.py --dataset=tiny --max_weight=5 --out_dir=new', 'max_weight means nothing'),
     ('sample.py --out_dir=masked --start=a[...0...]b', 'a hole is of 1 to'),
     ('sample.py --out_dir=masked --max_new_tokens=0', 'max_new_tokens=0'),
+    ('sample.py --out_dir=masked --max_new_tokens=0 --suffix=x', 'a hole of max_new_tokens=0'),
+    ('sample.py --out_dir=masked --start=a[...3...] --suffix=x', 'has its own: leave one of them out'),
+    ('sample.py --out_dir=next --suffix=x', 'suffix: the model in next goes on'),
     ('sample.py --out_dir=masked --sampler=best', 'sampler=best must be one of'),
     ('train.py --dataset=tiny --objective=mask --out_dir=new', 'objective=mask must be one of'),
     ('train.py --dataset=tiny --objective=block --block_length=7 --out_dir=new', 'multiple of block_length=7'),

@@ -5,6 +5,7 @@
 On a terminal the (first) text is drawn again with each step, hidden tokens as ░; elsewhere what is printed is the
 text alone, once it is whole.
 """
+import re
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ from mambino.sample.text import Writer, without_mark
 from mambino.sample.uncover import HOLE, Filler, with_holes
 
 HIDDEN = '░'
+NEARLY = re.compile(r'\[ *(?:\.{2,}|…) *[\w-]* *(?:\.{2,}|…)? *\]')     # what may be meant as a hole
 PAUSE = 0.05            # seconds between two pictures, at least
 
 
@@ -68,6 +70,9 @@ def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, 
     for number in range(len(prompts) * num_samples):
         prompt = prompts[number // num_samples]
         goes_on = not HOLE.search(prompt)
+        nearly = NEARLY.search(HOLE.sub('', prompt))
+        if nearly and number % num_samples == 0:
+            print(f'note: {nearly[0]} is text to this model; a hole of 20 tokens is [...20...]', file=sys.stderr)
         filler = Filler(net, tok, device, sampler, steps, options.sampling, ends=goes_on)
         try:
             ids = with_holes(tok, prompt, filler.mask_id)
