@@ -92,6 +92,8 @@ objective = 'next'          # token; or tokens that are hidden (diffusion): 'mas
                             # one block after another. What it writes is uncovered by steps, and holes can be filled
 block_length = 0            # block: tokens of a block; 0: 16
 share_projections = True    # masked, block: a Mamba's two directions have one in_proj and one out_proj
+carry_state = False         # a Mamba of the next token: windows follow one another, and each begins with the state in
+                            # which the one before ended, so that it learns to use what is far back
 max_weight = 0.0            # masked, block: in training a hidden token's loss counts at most so much; 0: as in
                             # the bound that is evaluated
 # --- adapter: a small part that is trained beside a model that stays as it is, that of --init_from
@@ -170,7 +172,7 @@ import torch
 
 from mambino import machine
 from mambino.holes import hiding
-from mambino.train import batches, begin, building, compiling, identity, memory, precision, processes, recovery
+from mambino.train import batches, begin, building, carried, compiling, identity, memory, precision, processes, recovery
 from mambino.train.evaluation import evaluate, show_sample
 from mambino.train.loader import Loader
 from mambino.train.log import no_log, open_log
@@ -240,6 +242,8 @@ origin = begin.find_origin(settings, explicit)  # a run that goes on, a model to
 begin.check_settings(settings, origin)
 data = begin.open_data(settings, explicit, origin)
 begin.fill_unset(settings, explicit, origin, data)  # sizes and steps that were left to the machine
+if settings['carry_state'] and not eval_only:
+    carried.check(settings, data)
 
 # --- the model, and how many sequences of a step it computes at once
 net, adapter_record = begin.build_model(settings, explicit, origin, data)
@@ -265,6 +269,9 @@ progress = begin.restore(origin, [] if eval_only else optimizers, scaler, out_di
 lr_of = partial(
     get_lr, schedule=schedule, peak=learning_rate, end_lr=min_lr, warmup_iters=warmup_iters,
     decay_iters=lr_decay_iters or max_iters, decay_fraction=decay_fraction)
+states = carried.Carried(net, data, block_size, sequences, device) if data.parts[0].streams else None
+if states and origin.ckpt:
+    states.restore(origin.ckpt)
 clock = Clock(progress, device_type)
 save = partial(
     save_run, clock=clock, net=net, optimizers=optimizers, scaler=scaler, progress=progress, settings=settings,
@@ -366,6 +373,8 @@ while True:
     torch.manual_seed(step_seed(seed, step, rank))
     total_loss = torch.zeros((), device=device)
     is_exhausted = False
+    if states:
+        states.begin(loader.step_start)
     try:
         with machine.rounded_once(device, dtype):  # the weights, which do not change within a step
             for micro_step in range(loader.micro_steps):
@@ -391,6 +400,8 @@ while True:
         update_weights(optimizers, scaler, norm)
         net.zero_grad(set_to_none=True)
     progress.advance(tokens_per_step)
+    if states:
+        states.end()
     health.add(total_loss, norm)
     trace.step()
     if logged:

@@ -171,6 +171,7 @@ class LanguageModel(nn.Module):
     and its parameters' names."""
     gradient_checkpointing = False  # True: only what goes into each layer is kept for the gradient
     initial_state = None            # B → the learned state before the first token (a prefix's)
+    carried = None                  # in training, the states between windows that follow one another
     between_layers = None           # called before each layer: a server gives others a turn there
     state_dtype = None              # in which generation keeps a text's state between tokens; None: as computed
 
@@ -202,8 +203,13 @@ class LanguageModel(nn.Module):
         Targets of -1 do not count. With targets the logits are never all in memory. In training the
         losses of routers are added. Of an objective in blocks idx are (2 B, T) tokens, clean ones first; the
         logits, or the loss, are those of the others."""
+        carried = self.carried if self.training else None
         state = self.initial_state(len(idx)) if self.initial_state else None
-        x, _, router_losses = self.hidden_states(idx, state)    # (B, T, D)
+        if carried is not None:
+            state = carried.take(len(idx))
+        x, state, router_losses = self.hidden_states(idx, state)    # (B, T, D)
+        if carried is not None:
+            carried.put(state)
         if self.config.objective != 'next':
             x = speaking(x, self.config)
         if targets is None:

@@ -14,11 +14,10 @@ from mambino.train.batches import (
     Dataset,
     Mixture,
     open_dataset,
-    quotas_of,
-    shuffled,
 )
 from mambino.train.evaluation import val_result
 from mambino.train.loader import Loader
+from mambino.train.order import quotas_of, shuffled
 
 
 @pytest.fixture

@@ -55,6 +55,8 @@ COMBOS = [
     'mamba muon 3 --version=3 --mimo_rank=2 --intermediate_size=48 --dropout=0.1',
     'gpt adamw 3 --objective=masked --dataset=tiny:3,more:1',
     'hybrid muon 3 --objective=block --block_length=4',
+    'mamba muon 3 --carry_state=True --batch_size=2',
+    'mamba adamw 1 --carry_state=True --version=3',
     'gpt adamw 3 --n_expert=4',
     'gpt muon 1 --n_expert=4 --gradient_checkpointing=True',
 ]
@@ -132,6 +134,7 @@ checkpoint.save_checkpoint = once""")
 @pytest.mark.parametrize('model, batch_size, more', [  # one and two micro-batches of a process
     pytest.param('gpt', 4, '', id='torchrun'), ('mamba', 2, ''), ('mamba', 4, '--version=3'),
     ('gpt', 2, '--dataset=tiny:3,more:1'), ('mamba', 2, '--objective=block --block_length=4'),
+    ('mamba', 2, '--carry_state=True'),
     # limits and the loss of balance are a micro-batch's own
     ('gpt', 4, '--n_expert=4 --capacity_factor=0 --aux_loss=0')])
 def test_ddp_equals_one_process(request, here, model, batch_size, more):

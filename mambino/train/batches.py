@@ -25,6 +25,7 @@ import os
 import re
 import shlex
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from mambino.configurator import fail, split_list
 from mambino.files import sha256, stamp_of
 from mambino.plain import parse_json, table, whole
 from mambino.train import processes
-from mambino.train.order import ROUND, deal, quotas_of, shuffled
+from mambino.train.order import ROUND, deal, quotas_of, starts, stream_starts
 
 IGNORE = -1     # a target that does not count
 READ_AT_ONCE = 100_000_000      # tokens of a split that are looked through when it is opened
@@ -62,6 +63,7 @@ class Dataset:
     files: dict = field(default_factory=dict)       # split → (its open file, its stamp)
     digests: dict = field(default_factory=dict)     # split → what it was, as identity.identity_of found it
     weights = (1.0,)                # by itself it is a mixture of one
+    streams = 0                     # sequences of a step that each go on where the last step's ended; 0: at random
 
     def __post_init__(self):
         # (V,) bytes of text an id stands for, see text_bytes(); None for a bare .bin
@@ -178,15 +180,9 @@ class Dataset:
         tokens = self.read('train')
         n = self.windows(block_size)
         slack = self.tokens['train'] - n * block_size  # how far the first window may start, + 1
-        epochs = sequences // n
-        starts = np.empty(len(sequences), np.int64)
-        for epoch in np.unique(epochs):
-            in_epoch = epochs == epoch
-            state = np.random.SeedSequence((seed, int(epoch), 1)).generate_state(1)
-            shift = int(state[0]) % min(slack, block_size)
-            window = shuffled(sequences[in_epoch] % n, n, (seed, int(epoch)))
-            starts[in_epoch] = window * block_size + shift
-        rows = np.stack([tokens[start:start + block_size + 1] for start in starts]).astype(np.int64)
+        order = partial(stream_starts, streams=self.streams) if self.streams else starts
+        begins = order(sequences, n, block_size, slack, seed)   # (B,)
+        rows = np.stack([tokens[start:start + block_size + 1] for start in begins]).astype(np.int64)
         self.check(rows.ravel(), 'train')
         return rows
 

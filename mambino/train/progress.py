@@ -202,6 +202,8 @@ def contents_of_run(net, scaler, progress, settings, tokenizer, adapter, data, b
         contents['adapter'] = adapter
     if begun is not None:
         contents['begun'] = begun
+    if net.carried is not None:
+        contents['carried'] = net.carried.saved()
     return contents
 
 

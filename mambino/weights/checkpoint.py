@@ -211,6 +211,7 @@ def load_checkpoint(path, read_shards=True):
 def check_tensors(ckpt):
     """ValueError if the tensors of a checkpoint are none, or claim more than its file holds."""
     soundness.check_tensors(ckpt['weights'], 'weights', floats=not ckpt.get('quantized'))
+    soundness.check_tensors(ckpt.get('carried') or {}, 'carried', floats=False)
     for i, saved in enumerate(ckpt['optimizers']):
         for number, state in saved['state'].items():
             soundness.check_tensors(state, f'optimizers.{i}.{number}', may_be=(int, float))

@@ -1,0 +1,90 @@
+"""The states between a run's windows, where these follow one another (`carry_state`): back-propagation through time
+that is cut at their ends (Williams & Peng 1990), so that a state of all that came before is what training knows.
+
+    carried = Carried(net, data, block_size, sequences, device)     # net's forward pass begins with them from here on
+    carried.begin(step_start)           # zeros where an epoch begins
+    net(idx, targets)                   # micro-batch after micro-batch, in order
+    carried.end()                       # the step is made; else it may begin again
+    contents['carried'] = carried.saved();  carried.restore(ckpt)
+
+Each sequence of a step is of a stream of its own, see order.stream_starts.
+"""
+import torch
+import torch.distributed as dist
+
+from mambino.configurator import fail
+from mambino.train import processes
+
+
+def check(settings, data):
+    """Ends the program in a line where states cannot be carried."""
+    obstacles = {
+        f'a {settings["model"]}': settings['model'] != 'mamba',
+        f'objective={settings["objective"]}': settings['objective'] != 'next',
+        f'adapter={settings["adapter"]}': settings['adapter'] == 'prefix',
+        'gradient_checkpointing': settings['gradient_checkpointing'] is True,
+        'compile': settings['compile'] is True,
+        'a mixture of datasets': len(data.parts) > 1}
+    for name in [name for name, stands in obstacles.items() if stands]:
+        fail(f'carry_state=True goes with one dataset and a Mamba that learns the next token, not with {name}: leave '
+             'one of the two out')
+    streams = settings['tokens_per_step'] // settings['block_size']
+    windows = data.windows(settings['block_size'])
+    if windows < streams:
+        fail(f'carry_state=True reads {streams} texts side by side, and dataset {data.name} has {windows} windows of '
+             f'{settings["block_size"]} tokens: lower --tokens_per_step or --block_size')
+    settings['gradient_checkpointing'] = settings['compile'] = False
+    data.streams = streams
+
+
+class Carried:
+    def __init__(self, net, data, block_size, sequences, device):
+        """sequences: of a step, this process's."""
+        self.streams, self.sequences, self.device = data.streams, sequences, device
+        self.windows = data.windows(block_size) // self.streams     # of a stream in an epoch
+        self.states = None                      # {name: (sequences, …)} before a step; None: zeros
+        self.read, self.ended = 0, []           # sequences of the step so far, and their states
+        net.carried = self
+
+    def begin(self, step_start):
+        """A step whose first sequence has this number."""
+        self.read, self.ended = 0, []
+        if step_start // self.streams % self.windows == 0:
+            self.states = None
+
+    def take(self, B):
+        """The state (B, …) before the next B sequences."""
+        rows = slice(self.read, self.read + B)
+        self.read += B
+        if self.states is None:
+            return {'pos': torch.zeros(B, dtype=torch.long)}
+        return {name: value[rows] for name, value in self.states.items()}
+
+    def put(self, state):
+        """… and after them."""
+        self.ended.append({name: value.detach() for name, value in state.items()})
+
+    def end(self):
+        self.states = {name: torch.cat([state[name] for state in self.ended]) for name in self.ended[0]}
+
+    def saved(self):
+        """{name: (streams, …)} on the CPU, of all processes; {} for zeros."""
+        saved = {}
+        for name, value in (self.states or {}).items():
+            pieces = [value]
+            if processes.WORLD > 1:
+                there = value.to(self.device).contiguous()
+                pieces = [torch.empty_like(there) for _ in range(processes.WORLD)]
+                dist.all_gather(pieces, there)
+            saved[name] = torch.cat(pieces).cpu()
+        return saved
+
+    def restore(self, ckpt):
+        saved = ckpt.get('carried') or {}
+        if saved and len(saved['pos']) != self.streams:
+            processes.say(f'note: the run had {len(saved["pos"])} texts side by side, and has {self.streams} now, '
+                          'which begin with no state again')
+            saved = {}
+        first = processes.RANK * self.sequences
+        own = {name: value[first:first + self.sequences] for name, value in saved.items()}
+        self.states = {name: value if name == 'pos' else value.to(self.device) for name, value in own.items()} or None
