@@ -1,0 +1,82 @@
+"""A small model that learns a task, and how often it is right: at the length it learned at, and beyond.
+
+    line = learn(Setting(kind='mamba', config={…}, task='recall', lr=3e-3, steps=600))     # {'right': {'8': 0.99}, …}
+"""
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from mambino.bench.evidence.tasks import TASKS, VOCABULARIES
+from mambino.sample.generation import is_cache
+from mambino.train.building import build_optimizers
+from mambino.weights import checkpoint
+
+TESTED = 256        # sequences, of each length or number of pairs
+
+
+@dataclass
+class Setting:
+    kind: str
+    config: dict
+    task: str
+    lr: float
+    steps: int
+    T: int = 128
+    batch: int = 64
+    seed: int = 1
+    asked: list = field(default_factory=list)       # pairs of recall, lengths of the others
+
+
+def batch_of(setting, generator, asked, n):
+    """(idx, targets) of a task, with so many pairs, or of so many tokens."""
+    make = TASKS[setting.task]
+    if setting.task == 'recall':
+        return make(n, setting.T, generator, pairs=asked)
+    return make(n, asked, generator)
+
+
+@torch.no_grad()
+def right(net, setting, asked):
+    """The share of the answers that are right."""
+    idx, targets = batch_of(setting, torch.Generator().manual_seed(0), asked, TESTED)
+    hits = counted = 0
+    for x, y in zip(idx.split(32), targets.split(32)):
+        guess = net(x)[0].argmax(-1)
+        hits += int(((guess == y) & (y >= 0)).sum())
+        counted += int((y >= 0).sum())
+    return hits / counted
+
+
+def state_bytes(net, T):
+    """Bytes that generation keeps of a text of T tokens, without the room for more."""
+    _, state = net.step(torch.zeros(1, T, dtype=torch.long))
+    used = [value[:, :, :T] if is_cache(name) else value for name, value in state.items() if name != 'pos']
+    return sum(value.numel() * value.element_size() for value in used)
+
+
+def learn(setting):
+    torch.manual_seed(setting.seed)
+    vocab = VOCABULARIES[setting.task]
+    net = checkpoint.build(setting.kind, dict(vocab_size=vocab, block_size=setting.T, **setting.config))
+    optimizers = build_optimizers(net, 'muon', setting.lr)
+    generator = torch.Generator().manual_seed(setting.seed)
+    begin = time.perf_counter()
+    learned = [n for n in setting.asked if setting.task == 'recall' or n <= setting.T]
+    for step in range(setting.steps):
+        asked = learned[step % len(learned)] if setting.task == 'recall' else setting.T
+        idx, targets = batch_of(setting, generator, asked, setting.batch)
+        height = min(1.0, (step + 1) / 50, 2.5 * (1 - step / setting.steps))       # up, level, and down at last
+        for group in (group for opt in optimizers for group in opt.param_groups):
+            group['lr'] = setting.lr * height
+        loss = net(idx, targets)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for opt in optimizers:
+            opt.step()
+            opt.zero_grad()
+    seconds = time.perf_counter() - begin
+    net.eval()
+    shares = {str(asked): right(net, setting, asked) for asked in setting.asked}
+    return dict(right=shares, loss=loss.item(), seconds=seconds, parameters=net.num_params(),
+                state=state_bytes(net, setting.T))

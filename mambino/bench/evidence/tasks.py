@@ -1,0 +1,68 @@
+"""Tasks that a program makes, of which it is known what a model must keep to solve them.
+
+    idx, targets = recall(64, 128, generator, pairs=8)      # (B, T) both; -1 where nothing is asked
+
+    recall      keys and values, then keys again: which value was it? (Arora et al. 2023, MQAR)
+    copy        a text, a sign, the text again (Jelassi et al. 2024)
+    induction   a sign and a letter somewhere, the sign again at the end: the letter (Olsson et al. 2022)
+    selective   some letters among noise, then these in order (Gu & Dao 2023)
+
+idx holds at each place what is read, targets what is to be said there. Ids: 0 a sign, 1 noise, then what counts.
+"""
+import torch
+
+SIGN, NOISE, FIRST = 0, 1, 2
+POWER = 0.01        # of recall: how much likelier a key is asked soon than late
+
+
+def drawn(n, most, count, generator):
+    """(n, count) different numbers below `most` in each row."""
+    return torch.rand(n, most, generator=generator).argsort(1)[:, :count]
+
+
+def recall(n, T, generator, pairs=8, vocab=1024):
+    half = (vocab - FIRST) // 2
+    keys = FIRST + drawn(n, half, pairs, generator)                             # (n, pairs)
+    values = FIRST + half + torch.randint(half, (n, pairs), generator=generator)
+    space = (T - 2 * pairs) // 2
+    if space < pairs:
+        raise ValueError(f'{pairs} pairs do not fit twice into {T} tokens')
+    gaps = torch.arange(1, space + 1, dtype=torch.double) ** (POWER - 1)
+    places = 2 * pairs + 2 * torch.multinomial(gaps.expand(n, -1), pairs, generator=generator)
+    idx = torch.randint(FIRST, vocab, (n, T), generator=generator)
+    idx[:, 0:2 * pairs:2], idx[:, 1:2 * pairs:2] = keys, values
+    idx.scatter_(1, places, keys)
+    return idx, torch.full((n, T), -1).scatter_(1, places, values)
+
+
+def copy(n, T, generator, vocab=32):
+    """T tokens are read: T/2 letters, a sign, and the letters but the last again."""
+    letters = torch.randint(FIRST, vocab, (n, T // 2), generator=generator)
+    idx = torch.cat((letters, torch.full((n, 1), SIGN), letters[:, :-1]), 1)
+    return idx, torch.cat((torch.full_like(letters, -1), letters), 1)
+
+
+def induction(n, T, generator, vocab=16):
+    idx = torch.randint(FIRST, vocab, (n, T), generator=generator)
+    at = torch.randint(T - 2, (n, 1), generator=generator)
+    letters = idx.gather(1, at + 1)                                             # (n, 1)
+    idx.scatter_(1, at, SIGN)
+    idx[:, -1] = SIGN
+    targets = torch.full((n, T), -1)
+    targets[:, -1:] = letters
+    return idx, targets
+
+
+def selective(n, T, generator, count=8, vocab=16):
+    """T tokens are read: noise with so many letters in it, then a sign for each of them."""
+    letters = torch.randint(FIRST, vocab, (n, count), generator=generator)
+    places = drawn(n, T - count, count, generator).sort(1).values
+    idx = torch.full((n, T), NOISE).scatter_(1, places, letters)
+    idx[:, -count:] = SIGN
+    targets = torch.full((n, T), -1)
+    targets[:, -count:] = letters
+    return idx, targets
+
+
+TASKS = {'recall': recall, 'copy': copy, 'induction': induction, 'selective': selective}
+VOCABULARIES = {'recall': 1024, 'copy': 32, 'induction': 16, 'selective': 16}
