@@ -242,8 +242,7 @@ origin = begin.find_origin(settings, explicit)  # a run that goes on, a model to
 begin.check_settings(settings, origin)
 data = begin.open_data(settings, explicit, origin)
 begin.fill_unset(settings, explicit, origin, data)  # sizes and steps that were left to the machine
-if settings['carry_state'] and not eval_only:
-    carried.check(settings, data)
+carried.check(settings, data)
 
 # --- the model, and how many sequences of a step it computes at once
 net, adapter_record = begin.build_model(settings, explicit, origin, data)
@@ -269,9 +268,7 @@ progress = begin.restore(origin, [] if eval_only else optimizers, scaler, out_di
 lr_of = partial(
     get_lr, schedule=schedule, peak=learning_rate, end_lr=min_lr, warmup_iters=warmup_iters,
     decay_iters=lr_decay_iters or max_iters, decay_fraction=decay_fraction)
-states = carried.Carried(net, data, block_size, sequences, device) if data.parts[0].streams else None
-if states and origin.ckpt:
-    states.restore(origin.ckpt)
+carried.prepare(net, data, settings, sequences, origin.ckpt)
 clock = Clock(progress, device_type)
 save = partial(
     save_run, clock=clock, net=net, optimizers=optimizers, scaler=scaler, progress=progress, settings=settings,
@@ -326,7 +323,7 @@ journal = Report(
     peak_flops=machine.peak_flops(device, dtype) * world, device=device, remedies=remedies(settings))
 
 # --- what the loop needs
-loader = Loader(data, block_size, seed, device, sequences, rank, world, hiding(net.config, max_weight))
+loader = Loader(data, block_size, seed, device, sequences, rank, world, hiding(net.config, max_weight), net.carried)
 loader.seek(progress.tokens_seen, micro_batch)
 wrapped = net  # compiled, and joined to the other processes' gradients
 if compile:
@@ -373,8 +370,6 @@ while True:
     torch.manual_seed(step_seed(seed, step, rank))
     total_loss = torch.zeros((), device=device)
     is_exhausted = False
-    if states:
-        states.begin(loader.step_start)
     try:
         with machine.rounded_once(device, dtype):  # the weights, which do not change within a step
             for micro_step in range(loader.micro_steps):
@@ -400,8 +395,6 @@ while True:
         update_weights(optimizers, scaler, norm)
         net.zero_grad(set_to_none=True)
     progress.advance(tokens_per_step)
-    if states:
-        states.end()
     health.add(total_loss, norm)
     trace.step()
     if logged:

@@ -56,7 +56,7 @@ def test_a_window_begins_with_the_state_in_which_the_last_one_ended(version):
         for rows in (slice(0, 3), slice(3, 4)):                     # micro-batches, of any size
             x = ids[rows, step * T:step * T + T]
             assert_close(net(x)[0], whole[rows, step * T:step * T + T], 1e-5)
-        carried.end()
+    carried.end()
     loss = torch.nn.functional.cross_entropy(whole[:, T:].flatten(0, 1), ids[:, T + 1:].flatten())
     assert not any(value.requires_grad for value in carried.states.values())
     carried.begin(4)
@@ -73,12 +73,14 @@ def test_an_epoch_begins_with_nothing_and_a_step_that_failed_begins_again():
     ids = torch.randint(20, (4, T))
     carried.begin(0)
     first = net(ids)[0]
-    carried.end()
     carried.begin(4)
     second = net(ids)[0]
     carried.begin(4)                                                # memory did not suffice, say
     assert torch.equal(net(ids)[0], second) and not torch.equal(first, second)
-    carried.end()
+    carried.begin(8)
+    net(ids[:2])                                                    # stopped within
+    saved = carried.saved()
+    assert torch.equal(saved['ssm.0'], carried.states['ssm.0']) and len(saved['pos']) == 4
     carried.begin(12)                                               # 3 steps make an epoch
     assert torch.equal(net(ids)[0], first)
 

@@ -2,9 +2,8 @@
 that is cut at their ends (Williams & Peng 1990), so that a state of all that came before is what training knows.
 
     carried = Carried(net, data, block_size, sequences, device)     # net's forward pass begins with them from here on
-    carried.begin(step_start)           # zeros where an epoch begins
+    carried.begin(step_start)           # zeros where an epoch begins; the same step again: from where it began
     net(idx, targets)                   # micro-batch after micro-batch, in order
-    carried.end()                       # the step is made; else it may begin again
     contents['carried'] = carried.saved();  carried.restore(ckpt)
 
 Each sequence of a step is of a stream of its own, see order.stream_starts.
@@ -17,7 +16,9 @@ from mambino.train import processes
 
 
 def check(settings, data):
-    """Ends the program in a line where states cannot be carried."""
+    """Ends the program in a line where states are to be carried and cannot be."""
+    if not settings['carry_state'] or settings['eval_only']:
+        return
     obstacles = {
         f'a {settings["model"]}': settings['model'] != 'mamba',
         f'objective={settings["objective"]}': settings['objective'] != 'next',
@@ -37,17 +38,27 @@ def check(settings, data):
     data.streams = streams
 
 
+def prepare(net, data, settings, sequences, ckpt):
+    """Gives a model that is to be trained so the states of its run. ckpt: of a run that goes on."""
+    if data.parts[0].streams:
+        Carried(net, data, settings['block_size'], sequences, settings['device']).restore(ckpt or {})
+
+
 class Carried:
     def __init__(self, net, data, block_size, sequences, device):
         """sequences: of a step, this process's."""
         self.streams, self.sequences, self.device = data.streams, sequences, device
         self.windows = data.windows(block_size) // self.streams     # of a stream in an epoch
         self.states = None                      # {name: (sequences, …)} before a step; None: zeros
+        self.begun = None                       # the number of the step's first sequence
         self.read, self.ended = 0, []           # sequences of the step so far, and their states
         net.carried = self
 
     def begin(self, step_start):
-        """A step whose first sequence has this number."""
+        """A step whose first sequence has this number; the one before is made, unless it is the same."""
+        if step_start != self.begun:
+            self.end()
+        self.begun = step_start
         self.read, self.ended = 0, []
         if step_start // self.streams % self.windows == 0:
             self.states = None
@@ -65,10 +76,14 @@ class Carried:
         self.ended.append({name: value.detach() for name, value in state.items()})
 
     def end(self):
-        self.states = {name: torch.cat([state[name] for state in self.ended]) for name in self.ended[0]}
+        """What the step left, if it is whole, is what the next one begins with."""
+        if self.ended and self.read == self.sequences:
+            self.states = {name: torch.cat([state[name] for state in self.ended]) for name in self.ended[0]}
+        self.ended = []
 
     def saved(self):
-        """{name: (streams, …)} on the CPU, of all processes; {} for zeros."""
+        """{name: (streams, …)} on the CPU, of all processes, after a step; {} for zeros."""
+        self.end()
         saved = {}
         for name, value in (self.states or {}).items():
             pieces = [value]

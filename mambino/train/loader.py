@@ -23,8 +23,9 @@ class Loader:
     """This process's micro-batches in the order in which they are computed. sequences: its share of
     a step's."""
 
-    def __init__(self, data, block_size, seed, device, sequences, rank=0, world=1, hide=None):
+    def __init__(self, data, block_size, seed, device, sequences, rank=0, world=1, hide=None, carried=None):
         self.hide = hide                # of holes.hiding
+        self.carried = carried          # the states between windows, which are told when a step begins
         self.data, self.block_size, self.seed, self.device = data, block_size, seed, device
         self.sequences, self.rank, self.world = sequences, rank, world
         self.counted = None, 0  # the step whose targets were counted last, and how many there are
@@ -44,6 +45,8 @@ class Loader:
         """x, y (micro_batch, T) int64 on the device, or what `hide` makes of them, and the weight of their
         loss; begins to fetch those that come after."""
         batch = self.coming.result()
+        if self.carried and self.offset == 0:
+            self.carried.begin(self.step_start)
         self.offset += self.micro_batch
         if self.offset == self.sequences:
             self.offset = 0
