@@ -369,7 +369,7 @@ def test_a_run_goes_out_and_comes_back(runs, capsys):
         exec(opening, {})                                       # as whoever reads it would type it
         begins = hf_holes.example(checkpoint.tokenizer_of(checkpoint.load_checkpoint(name)))[0]
         said = capsys.readouterr().out
-        assert said.startswith(begins) and len(said) > 30 and opening.count(repr(begins)) >= 1
+        assert said.startswith(begins) and len(said) >= 2 * len(begins) + 20      # and what it goes on with
         texts = []
         for source in (name, f'hf:{folder}'):
             assert script('sample.py', f'--out_dir={source} --device=cpu --start="the [...6...]" --seed=5') == 0

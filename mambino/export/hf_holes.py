@@ -78,13 +78,14 @@ def opening(name, net, tok):
                   'print(model.generate(ids))']
         return '\n'.join(['import torch', 'from transformers import AutoModelForMaskedLM', *lines])
     before, after = example(tok)
+    steps = max(1, (net.config.block_length or 40) // 2)        # two tokens at once
     lines += [
         f'tok = AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)',
-        f'before = tok({before!r})["input_ids"]',
-        f'after = tok({after!r}, add_special_tokens=False)["input_ids"]',
+        f"before = tok({before!r})['input_ids']",
+        f"after = tok({after!r}, add_special_tokens=False)['input_ids']",
         'ids = torch.tensor([before + 20 * [model.config.mask_token_id] + after])         # 20 tokens are to be found',
         'print(tok.decode(model.generate(ids)[0], skip_special_tokens=True))',
-        'more = model.generate(torch.tensor([before]), max_new_tokens=100, sampler="ancestral", steps=20)',
+        f"more = model.generate(torch.tensor([before]), max_new_tokens=100, sampler='ancestral', steps={steps})",
         'print(tok.decode(more[0], skip_special_tokens=True))']
     return '\n'.join(['import torch', 'from transformers import AutoModelForMaskedLM, AutoTokenizer', *lines])
 
