@@ -83,10 +83,10 @@ def main():
     ckpt = refuse_quantized(contents_of(out_dir), out_dir)
     folder = to or '-'.join([name_of(out_dir), *formats, *filter(None, [quantize])])
     check_folder(folder, out_dir, 'native' in formats, force)
-    foreign = [name for name in formats if name not in ('native', 'safetensors')]
+    foreign = [name for name in formats if name not in ('hf', 'native', 'safetensors')]
     if foreign and fills_holes(ckpt['config']):
         fail(f'format={foreign[0]}: the model in {out_dir} fills holes (objective={ckpt["config"]["objective"]}), and '
-             'the tools of that format go on from token to token: native or safetensors can hold it')
+             'the tools of that format go on from token to token: hf, native or safetensors can hold it')
     if 'peft' in formats and not ckpt.get('adapter'):
         fail(f'format=peft is for adapters, and {out_dir} holds a whole model: --format=hf, or '
              f'train one with: python train.py config/finetune_lora.py --init_from={out_dir}')

@@ -8,6 +8,7 @@ good it is.
 """
 import os
 
+from mambino.blocks import fills_holes
 from mambino.export.folders import name_of
 
 # settings to show
@@ -21,8 +22,10 @@ def card(name, net, ckpt, openings, checks):
     c = ckpt['config']
     is_trained = ckpt['metadata']['step'] > 0                                   # else it came from elsewhere
     lines = []
+    has_holes = fills_holes(c)
     if 'hf' in openings:                                                        # what the hub reads
-        lines += ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---']
+        tag = 'fill-mask' if has_holes else 'text-generation'
+        lines += ['---', 'library_name: transformers', f'pipeline_tag: {tag}', '---']
     lines += [f'# {name}', '']
     kind = f'Mamba-{c.get("version", 2)}' if ckpt['kind'] == 'mamba' else ckpt['kind']
     origin = 'as it came from elsewhere, written by Mambino'
@@ -34,13 +37,18 @@ def card(name, net, ckpt, openings, checks):
         base = os.path.basename(name_of(ckpt['adapter']['base']))
         merged = '' if 'peft' in openings else ', merged into its weights'
         lines += [f'It is a {ckpt["adapter"]["type"]} adapter on `{base}`{merged}.', '']
+    if has_holes:
+        where = f'blocks of {c["block_length"]} tokens, one after another' if c['block_length'] else 'a window'
+        lines += ['It does not go on from token to token: it fills holes, tokens that are hidden (masked diffusion), '
+                  f'in {where}. The last id, {c["vocab_size"] - 1}, stands for a hole; no text has it.', '']
     lines += ['## How to open it', '']
     for format_name, opening in openings.items():
         language = 'sh' if opening.startswith('python ') else 'python'
         lines += [f'{format_name}:', '', f'```{language}', opening, '```', '']
     if is_trained:
         lines += ['## Training', '', *training(ckpt), '']
-        lines += ['## Evaluation', '', 'On the val split, by steps:', '', *evaluation(ckpt), '']
+        said = 'On the val split, by steps' + ('; these are upper bounds:' if has_holes else ':')
+        lines += ['## Evaluation', '', said, '', *evaluation(ckpt), '']
     results = [f'- {format_name}: {summary(check)}' for format_name, check in checks.items()]
     lines += ['## Checks', '', *results, '']
     return '\n'.join(lines)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from mambino import chat
 
 PAD = '<|pad|>'
+MASK = '<|mask|>'
 FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
 PADS = (PAD, '<pad>', '[PAD]', '<|finetune_right_pad_id|>', '<|padding|>')      # as vocabularies call it
 
@@ -62,15 +63,24 @@ def pad_of(tok, names, ids, ends, vocab_size):
             return ids[name], False
     if tok.vocab_size < vocab_size:
         new = tok.vocab_size
-        if HFTokenizer.from_str(text_with(tok.text, new)).token_to_id(PAD) == new:
+        if HFTokenizer.from_str(text_with(tok.text, {new: PAD})).token_to_id(PAD) == new:
             return new, True
     return None, False
 
 
-def text_with(text, pad):
-    """A tokenizer.json with <|pad|> as the id `pad`."""
+def named_to_mask(tok, added, mask_id):
+    """{id: name} of all ids behind the tokenizer's: those that are `added` already, and the last, mask_id, which
+    stands for a hole. A vocabulary has no gaps, so what is between them has a name, too. {} where that cannot be."""
+    names = {i: added.get(i, f'<|unused_{i}|>') for i in range(tok.vocab_size, mask_id)} | {mask_id: MASK}
+    named = HFTokenizer.from_str(text_with(tok.text, names))
+    return names if all(named.token_to_id(name) == i for i, name in names.items()) else {}
+
+
+def text_with(text, names):
+    """A tokenizer.json with more tokens, {id: name}."""
     spec = json.loads(text)
-    spec['added_tokens'] = [*(spec.get('added_tokens') or []), dict(id=pad, content=PAD, **FLAGS)]
+    more = [dict(id=i, content=name, **FLAGS) for i, name in names.items()]
+    spec['added_tokens'] = [*(spec.get('added_tokens') or []), *more]
     return json.dumps(spec, ensure_ascii=False, indent=2)
 
 

@@ -13,6 +13,7 @@ Each model becomes the class of transformers that computes exactly the same:
     plain hybrid        FalconH1; of SSM or attention layer by layer GraniteMoeHybrid, of Gated
                         DeltaNet or attention Qwen3_5: what these lack goes into the matrices
     any other hybrid    modeling_mambino.py
+    what fills holes    modeling_holes.py: see hf_holes.py
 
 A modelling file of ours is copied into the folder, and opened with trust_remote_code=True.
 
@@ -35,11 +36,12 @@ import shutil
 import torch
 
 from mambino import chat
-from mambino.export import hf_hybrid
+from mambino.export import hf_holes, hf_hybrid
 from mambino.export.classes import check_classes, check_modules, longest_text, look_up, look_up_alike
 from mambino.export.compare import difference, greedy, silent, some_ids, some_texts
 from mambino.export.hf_gpt import attention_keys, convert_gpt
-from mambino.export.special_tokens import FLAGS, PAD, note_of, special_tokens
+from mambino.export.hf_holes import has_holes
+from mambino.export.special_tokens import FLAGS, MASK, PAD, named_to_mask, note_of, special_tokens
 from mambino.export.to_safetensors import save_safetensors
 from mambino.tokenizer_json import beginning_only, marks_of, names_in_reach
 from model_gpt import GPT
@@ -54,7 +56,9 @@ DELTA = 'modeling_delta.py'
 MODELING = {    # {a model_type of ours: the file of its classes, what their names begin with}
     'mambino_hybrid': ('modeling_mambino.py', 'Mambino'),
     'mambino_mamba': (MAMBA3, 'MambinoMamba'),
+    hf_holes.MODEL_TYPE: (hf_holes.FILE, 'MambinoHoles'),
 }
+ALONE = MAMBA3, hf_holes.FILE   # modelling files that import no other
 
 
 # --- which class, and what it is told -------------------------------------------------------------
@@ -66,7 +70,8 @@ def to_transformers(net):
     weights = {name: tensor.detach() for name, tensor in net.state_dict().items()}
     if net.config.tie_embeddings:
         del weights['lm_head.weight']
-    keys, weights = look_up(CONVERT, net, TOOL)(net, weights)
+    convert = hf_holes.convert_holes if has_holes(net) else look_up(CONVERT, net, TOOL)
+    keys, weights = convert(net, weights)
     shared = dict(vocab_size=net.config.vocab_size, tie_word_embeddings=net.config.tie_embeddings)
     return {**shared, **keys}, weights
 
@@ -147,9 +152,9 @@ def write_json(folder, name, value):
         f.write('\n')
 
 
-def write_tokenizer(tok, folder, longest, special):
+def write_tokenizer(tok, folder, longest, special, mask_id=None):
     """tokenizer.json, without what would add tokens that our training never saw, and how
-    transformers is to use it. longest: tokens of a text, None: any number."""
+    transformers is to use it. longest: tokens of a text, None: any number. mask_id: of what stands for a hole."""
     spec = json.loads(tok.text)
     processor = spec.get('post_processor')
     if not tok.bos:
@@ -166,8 +171,14 @@ def write_tokenizer(tok, folder, longest, special):
                 model_input_names=['input_ids', 'attention_mask'])      # no token_type_ids, which generate() refuses
     if longest:
         said['model_max_length'] = longest
-    if special.is_new:                  # the tokenizer.json stays what it was, and so do those who know it by that
-        said['added_tokens_decoder'] = {str(special.pad): {'content': PAD, **FLAGS}}
+    added = {special.pad: PAD} if special.is_new else {}
+    said.pop('mask_token', None)
+    if mask_id is not None and not template:    # with one its name in a text would be a hole
+        added = named_to_mask(tok, added, mask_id) or added
+    if mask_id in added:
+        said['mask_token'] = MASK
+    if added:                           # the tokenizer.json stays what it was, and so do those who know it by that
+        said['added_tokens_decoder'] = {str(i): {'content': name, **FLAGS} for i, name in added.items()}
     if tok.config.get('additional_special_tokens'):
         said['additional_special_tokens'] = tok.config['additional_special_tokens']
     if template:
@@ -179,14 +190,19 @@ def check_exact(net, tok, quantize):
     """ValueError if the model cannot be written exactly."""
     if quantize:
         raise ValueError(f'quantize={quantize}: a Hugging Face folder is written in fp32; quantise it '
-                         'where it is loaded (bitsandbytes, torchao), or choose --format=gguf or '
-                         '--format=native')
+                         'where it is loaded (bitsandbytes, torchao), or choose '
+                         + ('--format=native' if has_holes(net) else '--format=gguf or --format=native'))
     if net.initial_state is not None:
         raise ValueError('a learned prefix has no place in the weights of a Hugging Face folder; keep '
                          'it as an adapter, --format=peft')
-    if tok is not None and tok.vocab_size > net.config.vocab_size:
+    if tok is not None and tok.vocab_size > ids_of_texts(net):
         raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only '
-                         f'{net.config.vocab_size}')
+                         f'{ids_of_texts(net)}')
+
+
+def ids_of_texts(net):
+    """How many ids may stand for text: all but the last one, where that stands for a hole."""
+    return net.config.vocab_size - has_holes(net)
 
 
 def write(net, tok, folder, quantize='', **_):
@@ -194,7 +210,9 @@ def write(net, tok, folder, quantize='', **_):
     what comes nearest."""
     check_exact(net, tok, quantize)
     keys, weights = to_transformers(net)
-    special = special_tokens(tok, net.config.vocab_size) if tok else None
+    special = special_tokens(tok, ids_of_texts(net)) if tok else None
+    if tok and has_holes(net):
+        keys['text_size'] = tok.vocab_size
     ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
     if tok:
         ends = special.ends()
@@ -210,10 +228,10 @@ def write(net, tok, folder, quantize='', **_):
     if keys['model_type'] in MODELING:
         here = os.path.dirname(os.path.abspath(__file__))
         own, _ = MODELING[keys['model_type']]
-        for file in [own] if own == MAMBA3 else [own, MAMBA3, DELTA]:           # the hybrid's imports the others
+        for file in [own] if own in ALONE else [own, MAMBA3, DELTA]:
             shutil.copyfile(os.path.join(here, file), os.path.join(folder, file))
     if tok:
-        write_tokenizer(tok, folder, longest_text(net.config), special)
+        write_tokenizer(tok, folder, longest_text(net.config), special, keys.get('mask_token_id'))
 
 
 def has_own_code(folder):
@@ -221,9 +239,11 @@ def has_own_code(folder):
     return any(os.path.exists(os.path.join(folder, file)) for file, _ in MODELING.values())
 
 
-def opening(name, tok, folder, **_):
+def opening(name, net, tok, folder, **_):
     """The lines that open the folder of this name, for the card; `folder` is where its files lie
     now."""
+    if has_holes(net):
+        return hf_holes.opening(name, net, tok)
     trust = ', trust_remote_code=True' if has_own_code(folder) else ''
     if not tok:
         return ('from transformers import AutoModelForCausalLM\n'
@@ -297,30 +317,37 @@ def same_tokens(net, opened, prompt, n, vocab_size, limit):
     return len(theirs)
 
 
+def compare(net, opened, vocab_size):
+    """(The largest difference of logits on random ids; its limit; how many of n greedy tokens are the same; n)."""
+    n = 64
+    window = min(getattr(net.config, 'window', 0), 1024)
+    idx = some_ids(net, 2, 64 + window)  # a window must be seen to end
+    ours = net(idx)[0]
+    limit = 1e-4 * max(1.0, ours.std().item())  # of logits that spread by 1
+    off = difference(opened(idx).logits, ours)
+    return off, limit, same_tokens(net, opened, idx[0, :8], n, vocab_size, limit), n
+
+
 @torch.no_grad()
 def verify(net, tok, folder, quantize='', **_):
     """Opens the folder with transformers: the same logits on random ids, the same greedy tokens,
     the same ids of varied texts. → a check, see compare.py."""
     import transformers
-    from transformers import AutoModelForCausalLM
-    n = 64
     vocab_size = tok.vocab_size if tok else net.config.vocab_size
-    window = min(getattr(net.config, 'window', 0), 1024)
     trust_remote_code = has_own_code(folder)
+    auto = transformers.AutoModelForMaskedLM if has_holes(net) else transformers.AutoModelForCausalLM
     transformers.utils.logging.disable_progress_bar()
     try:
         with silent():
-            opened, loading = AutoModelForCausalLM.from_pretrained(
+            opened, loading = auto.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, dtype=torch.float32,
                 output_loading_info=True)
             opened.eval()
-            idx = some_ids(net, 2, 64 + window)  # a window must be seen to end
-            ours = net(idx)[0]
-            limit = 1e-4 * max(1.0, ours.std().item())  # of logits that spread by 1
-            off = difference(opened(idx).logits, ours)
-            equal = same_tokens(net, opened, idx[0, :8], n, vocab_size, limit)
+            compared = hf_holes.compare_holes(net, opened) if has_holes(net) else compare(net, opened, vocab_size)
+            off, limit, equal, n = compared
             same, texts = same_ids(tok, folder, trust_remote_code) if tok else (0, 0)
             is_same_chat = same_chat(tok, folder, trust_remote_code)
+            mask_note = hf_holes.note_of_mask(net, folder) if tok and has_holes(net) else ''
     finally:
         transformers.utils.logging.enable_progress_bar()
     misfits = {*loading['missing_keys'], *loading['unexpected_keys'], *loading['mismatched_keys']}
@@ -334,7 +361,7 @@ def verify(net, tok, folder, quantize='', **_):
     if tok and tok.config.get('chat_template'):
         note += '; a conversation has ' + ('the same ids' if is_same_chat else 'OTHER ids')
     if tok:
-        note = '; '.join(filter(None, (note, note_of(special_tokens(tok, net.config.vocab_size)))))
+        note = '; '.join(filter(None, (note, mask_note, note_of(special_tokens(tok, ids_of_texts(net))))))
     if misfits:
         note = f'tensors that do not fit {name}: {", ".join(misfits)}'
     ok = not misfits and off <= limit and equal == n and same == texts and is_same_chat

@@ -28,7 +28,7 @@ import torch
 from mambino import tokenizer
 from mambino.configurator import fail
 from mambino.weights.checkpoint import config_of
-from mambino.weights.families import delta, gpt, hybrid, mamba, refused
+from mambino.weights.families import delta, gpt, holes, hybrid, mamba, refused
 from mambino.weights.families.common import ONLY, check_only, number, refuse
 from mambino.weights.fitting import model_of_shapes
 from mambino.weights.tensor_files import read_bin, read_json, read_safetensors
@@ -41,7 +41,8 @@ WEIGHTS = (
     'pytorch_model.bin.index.json',
 )
 
-FAMILIES = {**gpt.FAMILIES, **hybrid.FAMILIES, **delta.FAMILIES, **mamba.FAMILIES}      # {model_type: Family}
+# {model_type: Family}
+FAMILIES = {**gpt.FAMILIES, **hybrid.FAMILIES, **delta.FAMILIES, **mamba.FAMILIES, **holes.FAMILIES}
 REFUSED = {**refused.REFUSED, **hybrid.REFUSED, **delta.REFUSED, **mamba.REFUSED}      # {model_type: what differs}
 EMBEDDING = {
     'mamba': 'backbone.embeddings.weight',
@@ -57,7 +58,7 @@ def family_of(theirs):
     be represented."""
     if 'model_type' not in theirs and 'd_model' in theirs:
         theirs = mamba.from_original(theirs)
-    theirs = delta.text_of(theirs)
+    theirs = holes.with_body(delta.text_of(theirs))
     model_type = theirs.get('model_type')
     if model_type in list(REFUSED):                         # a list: it may be anything JSON has
         refuse('model_type', model_type, REFUSED[model_type])
