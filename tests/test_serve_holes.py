@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers.holes import RUNS, train_runs
+from helpers.holes import RUNS, V, build, train_runs
 from helpers.runs import script
 from helpers.served import HELLO, serving, wait_until
 
@@ -99,6 +99,14 @@ def test_prompts_of_ids_and_many(server):
     want = completed(server, prompt=['tin', 'an [...5...]', ''], seed=3, max_tokens=6)['choices']
     assert [choice['index'] for choice in want] == [0, 1, 2] and len(want[1]['text']) == 5
     assert completed(server, prompt=ids, seed=3, max_tokens=6)['choices'][0]['text'] == want[0]['text']
+
+
+def test_no_text_ends_in_a_hole(server):
+    """But one that goes on may."""
+    wild = dict(temperature=5, top_k=0, top_p=1, min_p=0, max_tokens=300, seed=0)
+    assert len(completed(server, prompt='a', suffix='e', **wild)['choices'][0]['text']) == 300
+    choice, = completed(server, prompt='a', **wild)['choices']
+    assert choice['finish_reason'] == 'stop' and len(choice['text']) < 300
 
 
 def test_a_stop_cuts_what_was_found(server):
@@ -198,7 +206,7 @@ def test_who_goes_away_stops_the_work(server, name, stream):
 
 
 def test_a_layer_is_the_longest_that_others_wait(server, monkeypatch):
-    """Between two layers other models have their turn, and whoever is cancelled ends."""
+    """Between two layers other models have their turn."""
     filling = server.scheduler('masked')
     turns = []
     monkeypatch.setattr(filling.turns, 'give_way', lambda: turns.append(1))
@@ -207,6 +215,39 @@ def test_a_layer_is_the_longest_that_others_wait(server, monkeypatch):
     steps = filling.stats()['steps'] - before
     layers = server.library.get('masked').net.config.n_layer
     assert steps >= 30 and len(turns) >= steps * (1 + layers)
+
+
+def test_who_is_cancelled_ends_between_two_layers():
+    from mambino.serve.filling import Filling
+    from mambino.serve.work import Done, Fill, Room
+
+    class Tok:
+        vocab_size = V - 1
+        eot = 0
+    net = build('gpt', objective='masked')
+    filling = Filling(net, Tok, Room())
+    layers, ended = [], threading.Event()
+
+    run_layer = net.run_layer
+
+    def hooked(*arguments):
+        result = run_layer(*arguments)
+        layers.append(1)
+        filling.current.ticket.cancel()
+        return result
+    net.run_layer = hooked
+    events = []
+
+    def send(event):
+        events.append(event)
+        if isinstance(event, Done):
+            ended.set()
+    filling.submit(Fill([1, V - 1, V - 1], 1, 3, goes_on=False), send)
+    try:
+        assert ended.wait(20) and events[-1].reason == 'cancelled'
+        assert len(layers) == 1 < net.config.n_layer
+    finally:
+        filling.close()
 
 
 def test_the_queue_has_an_end(server):
