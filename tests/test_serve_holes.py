@@ -262,9 +262,9 @@ def test_the_queue_has_an_end(server):
         for _ in range(5):
             wires.append(server.begin(C, prompt='a [...4000...]'))
             wait_until(all_are_in)
+        wait_until(lambda: scheduler.stats()['rows_used'] == 2)
         status, headers, answer = server.post(C, prompt='a')
         assert status == 429 and int(headers['Retry-After']) >= 1 and answer['error']['code'] == 'queue_full'
-        assert scheduler.stats()['rows_used'] == 2
     finally:
         for wire in wires:
             wire.close()

@@ -202,16 +202,18 @@ class Filling:
 
     def begin(self, ticket, device):
         """A text is begun."""
-        self.leave_queue()
         try:
             text = Text(ticket, self.net, self.tok, device)
         except (Exception, SystemExit) as error:
+            self.leave_queue()
             self.tell(ticket, Failed(*told_of(error)))
             return
+        with self.lock:                         # at once: else one more could come in between
+            self.count -= 1
+            self.texts.append(text)
         given = len(text.ids) - text.holes
         self.totals['jobs'] += 1
         self.totals['prompt_tokens'] += given
-        self.texts.append(text)
         self.tell(ticket, Read(given, 0, []))
         if text.job.frames:
             self.tell(ticket, text.frame())
