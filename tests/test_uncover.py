@@ -82,6 +82,21 @@ def test_texts_are_filled(name, sampler):
         assert texts[0] == texts[1]
 
 
+def test_others_may_have_a_turn_after_each_call():
+    """Where a text is read, and where nothing came of a step, too; behind the last hole nothing is read."""
+    class Tok:
+        vocab_size = V - 1
+        eot = 0
+    net = build('mamba2', objective='block', block_length=4)
+    calls = []
+    step = net.step
+    net.step = lambda *arguments: calls.append(1) or step(*arguments)
+    ids = text(1, 40)[0].tolist() + [V - 1, V - 1] + text(1, 22)[0].tolist()
+    assert len(list(Filler(net, Tok, 'cpu').fill(ids, torch.Generator()))) == len(calls) == 10 + 2
+    pictures = list(Filler(net, Tok, 'cpu', 'ancestral', steps=50).fill(ids, torch.Generator().manual_seed(1)))
+    assert len(pictures) > 10 + 2
+
+
 def test_draws_are_those_of_the_filters():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
     generator = torch.Generator().manual_seed(0)
@@ -247,16 +262,3 @@ def test_they_are_tuned_rounded_and_kept(there, capsys):
     assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=9 --quantize=int8') == 0
     assert script('export.py', '--out_dir=block --format=native --to=kept') == 0
     assert script('sample.py', '--out_dir=kept --device=cpu --max_new_tokens=9') == 0
-
-
-def test_the_server_says_what_it_does_not_do(there):
-    pytest.importorskip('fastapi')
-    from mambino.serve.library import Library, NoModel
-    from mambino.serve.work import Room
-    library = Library('.', 'masked', 'cpu', 'float32', '', '', 0.0, Room(rows=2))
-    library.says = list
-    try:
-        with pytest.raises(NoModel, match='fills holes'):
-            library.get()
-    finally:
-        library.close()

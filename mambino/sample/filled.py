@@ -47,21 +47,37 @@ class Screen:
         self.show('', at_once=True)
 
 
-def text_of(tok, ids, mask_id):
-    """A text whose hidden tokens are shown as such."""
+def text_of(tok, ids, mask_id, begins=True):
+    """A text whose hidden tokens are shown as such. begins: whether it is the beginning of one."""
     pieces, run = [], []
     for i in [*ids, mask_id]:
         if i != mask_id:
             run.append(i)
             continue
-        pieces.append(tok.decode(run) if run else '')
+        pieces.append(tok.decode(run, begins and not pieces) if run else '')
         run = []
     return HIDDEN.join(pieces)
 
 
-def is_over(ids, begins, tok, mask_id):
-    """Whether a text has come to its end, behind which nothing is looked at."""
-    return tok.eot in ids[begins:ids.index(mask_id) if mask_id in ids else len(ids)]
+def going_on(filler, tok, ids, generator, stops=(), end_ids=()):
+    """As filler.fill, of ids behind whose holes nothing stands: they end as soon as the text does."""
+    given = known = ids.index(filler.mask_id)
+    for filled in filler.fill(ids, generator):
+        yield filled
+        before = known
+        known = filled.index(filler.mask_id) if filler.mask_id in filled else len(filled)
+        if known != before and written(tok, filled[:known], given, stops, end_ids).done:
+            return
+
+
+def written(tok, ids, given, stops=(), end_ids=()):
+    """A Writer with what came behind the first `given` ids, to the end of the text or a stop."""
+    writer = Writer(tok, stops, ids[:given], end_ids)
+    for i in ids[given:]:
+        writer.feed(i)
+        if writer.done:
+            break
+    return writer
 
 
 def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, steps):
@@ -84,12 +100,11 @@ def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, 
         ids += [filler.mask_id] * (options.max_new_tokens if goes_on else 0)
         tokens += ids.count(filler.mask_id)
         screen = Screen() if options.stream and number == 0 and sys.stdout.isatty() else None
-        for filled in filler.fill(ids, torch.Generator().manual_seed(seed_of(seed, number))):
-            ids = filled
+        generator = torch.Generator().manual_seed(seed_of(seed, number))
+        pictures = going_on(filler, tok, ids, generator, options.stops) if goes_on else filler.fill(ids, generator)
+        for ids in pictures:
             if screen:
                 screen.show(text_of(tok, ids, filler.mask_id))
-            if goes_on and is_over(ids, given, tok, filler.mask_id):
-                break
         if screen:
             screen.clear()
         text = tok.decode(ids) if not goes_on else without_mark(prompt) + continuation(tok, ids, given, options.stops)
@@ -100,10 +115,6 @@ def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, 
 
 def continuation(tok, ids, given, stops):
     """The text of what came behind the first `given` ids, to its end or a stop."""
-    writer = Writer(tok, stops, ids[:given])
-    for i in ids[given:]:
-        writer.feed(i)
-        if writer.done:
-            break
+    writer = written(tok, ids, given, stops)
     writer.close()
     return writer.text

@@ -24,6 +24,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from mambino.sample.generation import require_finite
 from mambino.sample.next_token import chances, place_of
 from mambino.sample.text import prompt_ids
 
@@ -55,7 +56,7 @@ def grid(steps):
 
 def uncover(call, z, holes, sampler, steps, draw, generator, mask_id):
     """Fills the holes of z (K,), where `holes` (K,) is True, in about so many steps (0: one a hole); yields z after
-    each in which something came. call(z) → scores (K, V); draw(scores) → ids (n,), the probabilities of each."""
+    each, also where nothing came. call(z) → scores (K, V); draw(scores) → ids (n,), the probabilities of each."""
     z = z.masked_fill(holes, mask_id)
     steps = steps or int(holes.sum())
     known = None                                            # scores of z as it is
@@ -96,7 +97,7 @@ def uncover(call, z, holes, sampler, steps, draw, generator, mask_id):
             z = z.clone()
             z[hidden[chosen]] = ids[chosen]
             known = None
-            yield z
+        yield z
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class Filler:
         self.T, self.K = net.config.block_size, net.config.block_length
 
     def fill(self, ids, generator):
-        """Yields ids, list of int, with fewer holes each time, at last with none."""
+        """Yields ids, list of int, after each call of the network, with fewer and fewer holes, at last with none."""
         ids = torch.tensor(ids)
         pieces = self.blocks(ids, generator) if self.K else self.windows(ids, generator)
         for filled in pieces:
@@ -147,18 +148,20 @@ class Filler:
                 yield ids
 
     def blocks(self, ids, generator):
-        """Each block of K tokens, after the state that those before it leave."""
+        """Each block of K tokens to the last with holes, after the state that those before it leave."""
         state = before = None
-        for start in range(0, len(ids), self.K):
+        last = max((ids == self.mask_id).nonzero()[:, 0].tolist(), default=-1)
+        for start in range(0, last + 1, self.K):
             block = ids[start:start + self.K]
             z = F.pad(block, (0, self.K - len(block)), value=self.mask_id)
             for filled in self.uncovered(partial(self.scores, state=state, before=before), z, len(block), generator):
                 ids = ids.clone()
                 ids[start:start + self.K] = filled[:len(block)]
                 yield ids
-            if len(block) == self.K:
+            if start + self.K <= last:
                 logits, state = self.net.step(ids[None, start:start + self.K].to(self.device), state)
                 before = logits[:, -1:]
+                yield ids
 
     def uncovered(self, scores, z, n, generator):
         holes = z == self.mask_id
@@ -173,6 +176,6 @@ class Filler:
         logits = self.net.step(z[None].to(self.device), state)[0]   # (1, K, V)
         if self.net.config.shifted:
             logits = torch.cat((logits[:, :1] if before is None else before, logits[:, :-1]), 1)
-        scores = logits[0, :, :self.vocab_size].float().cpu()
+        scores = require_finite(logits[0, :, :self.vocab_size].float().cpu())
         scores[:, self.never] = -math.inf
         return scores

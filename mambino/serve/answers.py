@@ -161,6 +161,7 @@ class Answers:
 class Choice:
     """One answer while it grows. echo: the text of its prompt if that stands before it. lists:
     whether its logprobs are wanted. strips: white space at its beginning is none of it."""
+    unread = 'the prompt was not read'      # what is wrong where it has come to nothing
 
     def __init__(self, tok, job, echo='', lists=False, strips=False):
         self.echo = echo

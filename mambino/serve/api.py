@@ -69,13 +69,13 @@ def make_app(library, limits, api_key='', cors_origin='', hosts=None, token='', 
 
     @app.get('/v1/models')
     def models():
-        return dict(object='list', data=[model_of(run) for run in library.names()])
+        return dict(object='list', data=[model_of(run, library) for run in library.names()])
 
     @app.get('/v1/models/{name:path}')
     def model(name: str):
         for run in library.names():
             if run['id'] == name:
-                return model_of(run)
+                return model_of(run, library)
         raise NoModel(f'no model {name[:100]!r}; GET /v1/models lists those that there are')
 
     @app.get('/metrics')
@@ -111,6 +111,7 @@ class Nothing(BaseRoute):
         raise HTTPException(404)
 
 
-def model_of(run):
+def model_of(run, library):
     """A run as the list of models has it."""
-    return dict(id=run['id'], object='model', created=run['created'], owned_by='mambino')
+    return dict(id=run['id'], object='model', created=run['created'], owned_by='mambino',
+                fills_holes=library.fills_holes(run))

@@ -139,6 +139,9 @@ def can_write(tok, text):
 
 def chat_jobs(served, values, messages, most, limits, param):
     """→ (the Question, the Jobs) of a conversation. most: tokens of an answer, or None."""
+    if served.fills_holes:
+        raise Refused(f'the model {served.id} fills holes, and answers no messages: POST /v1/completions asks it, or '
+                      'name another model', param='model')
     check_rows(values.n, served.scheduler)
     question = question_of(served.tok, messages, not values.logprobs, param)
     check_length(question.prompt, limits, param)

@@ -4,7 +4,8 @@
 
     body ──► parameters ──► prompts ──► jobs ──► answers ──► choices, whole or as a stream
 
-Choice number p * n + i is answer i to prompt p.
+Choice number p * n + i is answer i to prompt p. What a model that fills holes has in the place of jobs and choices
+stands in fills.py.
 """
 import asyncio
 import os
@@ -17,6 +18,7 @@ from fastapi import Request
 from mambino.sample import sessions
 from mambino.serve.answers import Answers, Choice, usage_of
 from mambino.serve.errors import body_of
+from mambino.serve.fills import FilledChoice, check_forwards, fills_asked
 from mambino.serve.jobs import check_length, check_rows, ids_prompt, jobs_of, text_prompt
 from mambino.serve.logprobs import as_completion, names_of
 from mambino.serve.parameters import COMPLETION, read
@@ -33,10 +35,15 @@ def add_completions(app, library, limits):
         values = read(COMPLETION, await body_of(request))
         check(values)
         served, (prompts, jobs) = await opened(library, values.model, lambda served: asked(served, values, limits))
-        count = values.best_of or values.n
-        choices = [Choice(served.tok, job, prompts[i // count].text if values.echo else '', values.logprobs is not None)
-                   for i, job in enumerate(jobs)]
-        shape = Completions(served, values, prompts, choices)
+        if served.fills_holes:
+            choices = [FilledChoice(job, values.echo) for job in jobs]
+            shape = Frames(served, values, prompts, choices)
+        else:
+            count = values.best_of or values.n
+            echoes = [prompt.text if values.echo else '' for prompt in prompts]
+            choices = [Choice(served.tok, job, echoes[i // count], values.logprobs is not None)
+                       for i, job in enumerate(jobs)]
+            shape = Completions(served, values, prompts, choices)
         return await respond(request, Answers(served.scheduler, jobs, deadline, values.stream), choices, shape)
 
 
@@ -59,6 +66,9 @@ def check(values):
 
 def asked(served, values, limits):
     """→ (the Prompts, the Jobs) of a request."""
+    if served.fills_holes:
+        return fills_asked(served, values, limits)
+    check_forwards(served, values)
     tok = served.tok
     each = values.best_of or values.n
     check_rows(len(values.prompt) * each, served.scheduler)
@@ -131,3 +141,14 @@ class Completions(Shape):
         if not self.values.stream_options:
             return DONE
         return event_of(self.chunk([], usage_of(self.prompts, self.choices))) + DONE
+
+
+class Frames(Completions):
+    """The same of texts that are uncovered out of order: a stream has each as it is now, and at the end its text."""
+
+    def news(self, choice, index):
+        if choice.frame is None:
+            return b''
+        told = dict(self.told(choice, index), frame=choice.frame)
+        choice.frame = None
+        return event_of(self.chunk([told]))

@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 from mambino import files
 from mambino.blocks import fills_holes
 from mambino.machine import autocast, available_memory, choose_device, choose_dtype, dtype_of_run
+from mambino.serve.filling import Filling
 from mambino.serve.observed import Observed
+from mambino.serve.runs import facts_of
 from mambino.serve.scheduler import Scheduler
 from mambino.serve.tickets import settle
 from mambino.serve.told import NoModel, told
@@ -61,6 +63,10 @@ class Served:
     size: int = 0               # bytes of its weights
     about: str = ''             # its kind, size and precision, to be read
     used: float = field(default_factory=time.monotonic)     # when somebody got it last
+
+    @property
+    def fills_holes(self):
+        return fills_holes(vars(self.net.config))
 
     def is_in_use(self):
         return time.monotonic() - self.used < RECENT or self.scheduler.is_busy()
@@ -116,6 +122,11 @@ class Library:
         return sorted(runs.values(), key=lambda run: (
             run['id'] != own, not os.path.exists(os.path.join(run['out_dir'], 'metrics.jsonl')), -run['created'],
             run['id']))
+
+    def fills_holes(self, run):
+        """Whether the model of a run of names() fills holes; where it is not loaded, by its checkpoint."""
+        served = self.loaded.get(run['id'])
+        return served.fills_holes if served else facts_of(run['out_dir']).get('fills_holes', False)
 
     def own_id(self):
         """The id of out_dir's model; '' if none was named."""
@@ -246,13 +257,12 @@ class Library:
                 if tok is None:
                     raise NoModel(f'{run["id"]}: was trained on a bare .bin without a tokenizer, or its folder has no '
                                   'tokenizer.json, so there is nothing to read or write text with', 400)
-                if fills_holes(ckpt['config']):
-                    raise NoModel(f'{run["id"]}: it fills holes, and does not go on from token to token: python '
-                                  f'sample.py --out_dir={run["out_dir"]} writes with it', 400)
                 self.make_room(where, bytes_of(ckpt['weights']))
                 net = attach_adapters(model_of(ckpt), extra, adapters)
                 about = describe(ckpt, net, where, self.dtype, self.quantize)
-                about += ', states in bfloat16' * (self.room.state_dtype == 'bfloat16')
+                fills = fills_holes(ckpt['config'])
+                about += ', fills holes' * fills
+                about += ', states in bfloat16' * (self.room.state_dtype == 'bfloat16' and not fills)
                 net, context = prepare_model(net, where, self.dtype, precision=self.quantize)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and 'memory' not in str(error):
@@ -262,7 +272,10 @@ class Library:
         is_auto = self.dtype == 'auto' and not self.quantize
         run_dtype = dtype_of_run(ckpt['settings'].get('dtype'), where)
         precision = autocast(where, run_dtype) if is_auto else None
-        scheduler = Scheduler(net, tok, self.room, context, run['out_dir'], mark, self.turns)
+        if fills:
+            scheduler = Filling(net, tok, self.room, context, self.turns)
+        else:
+            scheduler = Scheduler(net, tok, self.room, context, run['out_dir'], mark, self.turns)
         scheduler = Observed(scheduler, self.metrics)
         return Served(run['id'], run['out_dir'], run['created'], run.get('stamp'), net, tok, mark, scheduler, context,
                       precision, bytes_of(net.state_dict()), about)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from mambino.sample.sessions import is_name
+from mambino.sample.uncover import SAMPLERS
 from mambino.serve.told import Refused
 
 MOST_STOPS = 16
@@ -22,6 +23,7 @@ MOST_LIKELIEST = 100        # beside each token
 MOST_CHOICES = 128
 MOST_PROMPTS = 10_000       # more than any queue; each takes time to look at
 MOST_BIASES = 1024
+MOST_STEPS = 10_000         # in which holes are filled
 SEEDS = 2**63
 
 
@@ -61,6 +63,12 @@ def flag(name, value):
 def text(name, value):
     if not isinstance(value, str):
         raise Refused(f'{name} must be a text, not {shown(value)}', param=name)
+    return value
+
+
+def sampler(name, value):
+    if value not in SAMPLERS:
+        raise Refused(f'{name} must be one of {", ".join(SAMPLERS)}, not {shown(value)}', param=name)
     return value
 
 
@@ -151,12 +159,14 @@ NO_TOOLS = 'the models here call no tools: leave {} out'
 NO_FORMAT = 'the models here are held to no format: leave {} out, or ask for text'
 TEXT = dict(type='text')
 REFUSED = [
-    ('suffix', ('',), 'text between a prompt and a {} takes a masked-diffusion model; the models here write forwards'),
     ('tools', ([],), NO_TOOLS),
     ('functions', ([],), NO_TOOLS),
     ('response_format', (TEXT,), NO_FORMAT),
     ('modalities', (['text'],), 'the models here write text: leave {} out'),
     ('audio', (), 'the models here write text: leave {} out'),
+]
+NO_SUFFIX = [       # of conversations
+    ('suffix', ('',), 'a conversation has no {}: POST /v1/completions takes one, of a model that fills holes'),
 ]
 NOT_STORED = [      # of /v1/responses; elsewhere clients ask for it by habit, and lose nothing
     ('store', (False,), 'nothing is stored here: send the whole conversation each time, and leave {} out'),
@@ -205,6 +215,9 @@ COMPLETION = [
     *MODEL, *SAMPLING, *FILTERS, *STREAM,
     Parameter('prompt', prompts, [''], 'texts, or token ids; an empty one begins a new document'),
     Parameter('max_tokens', whole(0, 2**31), 16, 'of an answer; more than the server allows is that'),
+    Parameter('suffix', text, '', 'what stands behind the answer, of a model that fills holes'),
+    Parameter('sampler', sampler, None, 'of such a model: in which order holes are filled, see sample.py'),
+    Parameter('steps', whole(0, MOST_STEPS), None, 'in how many, of a window or a block; 0: one a token'),
     Parameter('best_of', whole(1, MOST_CHOICES), None, 'so many are generated; the n likeliest are sent'),
     Parameter('echo', flag, False, 'the prompt stands before the answer'),
     Parameter('logprobs', whole(0, MOST_LIKELIEST), None, 'of each token, and of so many likeliest in its place'),
@@ -233,7 +246,9 @@ RESPONSE = [
 def read(table, body):
     """A namespace with a value for each parameter of a table. body: a dict. Refused names the first
     parameter that is wrong."""
-    for key, harmless, reason in [*REFUSED, *(NOT_STORED if table is RESPONSE else [])]:
+    no_suffix = [] if table is COMPLETION else NO_SUFFIX
+    not_stored = NOT_STORED if table is RESPONSE else []
+    for key, harmless, reason in [*REFUSED, *no_suffix, *not_stored]:
         value = body.get(key)
         if value is not None and value not in harmless:
             raise Refused(reason.format(key), param=key)

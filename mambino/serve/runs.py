@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from mambino import files
+from mambino.blocks import fills_holes
 from mambino.plain import parse_json, table, whole
 from mambino.serve import launch
 from mambino.train.report import SAMPLE
@@ -366,6 +367,7 @@ def read_facts(path):
             best_loss=counters.get('best_loss'), settings=settings,
             is_complete=is_complete(settings, counters),
             adapter=(ckpt.get('adapter') or {}).get('type', ''),
+            fills_holes=fills_holes(ckpt['config']),
             # whether it was tuned on conversations
             talks=bool((ckpt['tokenizer'] or {}).get('config', {}).get('chat_template')))
     except Exception:                   # of zip, pickle, torch: it is no checkpoint of ours, or written just now

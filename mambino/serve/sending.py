@@ -101,10 +101,11 @@ def take(choices, events):
 
 
 def check_begun(answers, choices):
-    """Refused if time was over before a prompt was read: an empty answer would look like one."""
+    """Refused if time was over before a prompt was read, or holes were filled: what is there would look like an
+    answer."""
     if not all(choice.is_read for choice in choices):
         why = LATE if answers.is_late else 'the model has left memory, or the server is ending'
-        raise Refused(f'{why}, and the prompt was not read', 503, headers=NO_RETRY if answers.is_late else None)
+        raise Refused(f'{why}, and {choices[0].unread}', 503, headers=NO_RETRY if answers.is_late else None)
 
 
 class EventStream(StreamingResponse):

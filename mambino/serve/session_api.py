@@ -46,8 +46,8 @@ def add_sessions(app, library):
 
 def busy_in(library, run):
     """Names of the sessions of a run that answers go on with."""
-    scheduler = library.schedulers().get(run['id'])
-    return list(scheduler.named.busy) if scheduler else []
+    named = getattr(library.schedulers().get(run['id']), 'named', None)     # a model that fills holes has none
+    return list(named.busy) if named else []
 
 
 def path_of(run, name, param='session'):

@@ -72,6 +72,9 @@ def add_texts(app, library, limits):
         if not whole(top, 0, MOST_TOP):
             raise Refused(f'top must be a whole number from 0 to {MOST_TOP}', param='top')
         served = await library.fetch(body.get('model') or '')
+        if served.fills_holes:
+            raise Refused(f'the model {served.id} fills holes, and has no logprob of a token after those before it: '
+                          f'python sample.py --out_dir={served.out_dir} --score=FILE says a bound', param='model')
         ids = await run_in_threadpool(ids_of, served.tok, text, False, marks=False)
         if not ids:
             raise Refused('the text has no tokens, there is nothing to score', param='text')

@@ -7,7 +7,8 @@
     submit ──► Read ──► Token ──► Token ──► … ──► Done
                 └──────────┴──► Failed, in the place of any
 
-A job is one row: a request for n answers is n jobs, with a seed each.
+A job is one row: a request for n answers is n jobs, with a seed each. A model that fills holes has a Fill in the
+place of a Job, and tells of it by Frames in the place of Tokens.
 """
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,6 +45,27 @@ class Job:
     ignore_eos: bool = False        # end-of-text ends nothing (to measure)
 
 
+@dataclass
+class Fill:
+    """A text whose holes are to be filled; the answer is what stands from the first one to the last."""
+    ids: list                       # of the whole text, with the model's id of a hole
+    first: int                      # of the answer's ids
+    last: int                       # the one behind them
+    goes_on: bool                   # nothing stands behind the holes: the text may end in them
+    head: str = ''                  # of the prompt, what stands before the answer
+    tail: str = ''                  # and behind it
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stops: tuple = ()               # texts before which the answer ends
+    end_ids: tuple = ()             # ids that end it, besides end-of-text
+    sampler: str = 'first'          # see sample/uncover.py
+    steps: int = 0
+    frames: bool = False            # whether Frames are wanted
+
+
 class Logprob(NamedTuple):
     """An id under the model as it is, with neither temperature nor filters."""
     id: int
@@ -66,10 +88,16 @@ class Token(NamedTuple):
     spells: bool = False            # it only spells what the prompt owed: no token of the answer
 
 
+class Frame(NamedTuple):
+    """An answer while it is filled."""
+    text: str                       # what is hidden still stands there as ░
+    tokens: int                     # that were found
+
+
 class Done(NamedTuple):
     """The answer is over."""
     reason: str                     # 'stop', 'length', or 'cancelled'
-    text: str                       # the rest that was held back
+    text: str                       # the rest that was held back; of a Fill all of it
     tokens: int                     # of the answer
 
 

@@ -2,6 +2,7 @@
 import torch
 
 from helpers.models import GPT_SIZE, HYBRID_SIZE, SSM_SIZE, perturb
+from helpers.runs import script
 from mambino.weights import checkpoint
 
 V, T = 12, 16                   # the last id stands for what is hidden
@@ -33,3 +34,20 @@ def batch(rows=2):
     """x, y of which all is learned."""
     ids = text(rows, T + 1)
     return ids[:, :-1], ids[:, 1:]
+
+
+# --- runs that scripts open: hardly trained, which is enough to see what is done with them
+
+RUNS = {
+    'masked': '--model=hybrid --objective=masked',
+    'block': '--model=mamba --objective=block --block_length=4',
+    'gpt-block': '--model=gpt --objective=block --block_length=8',
+}
+
+
+def train_runs(names=RUNS):
+    """Some of RUNS in the working directory, on the dataset char that lies there."""
+    for name in names:
+        assert script('train.py', f'--dataset=char --out_dir={name} {RUNS[name]} --n_layer=1 --n_embd=32',
+                      '--block_size=32 --batch_size=8 --tokens_per_step=256 --max_iters=2 --optimizer=adamw',
+                      '--learning_rate=1e-2 --warmup_iters=1 --device=cpu --dtype=float32') == 0

@@ -7,7 +7,7 @@
     while answer.goes_on(): …                           # takes what came since, and shows it
 
 The model's thread puts events into a queue of the answer; the page takes them some times a second, all
-at once, so that a quick model sends few messages.
+at once, so that a quick model sends few messages. Of a model that fills holes they are the whole text each time.
 """
 import os
 import time
@@ -18,12 +18,14 @@ from typing import NamedTuple
 from mambino.sample.sessions import path_of
 from mambino.sample.text import stops_of
 from mambino.serve.chat_api import question_of
+from mambino.serve.fills import check_no_holes, fills_of
 from mambino.serve.jobs import jobs_of, text_prompt
 from mambino.serve.page.tokens import token_of
-from mambino.serve.told import NoModel, told
-from mambino.serve.work import Done, Failed, Full, Read, Token
+from mambino.serve.told import NoModel, Refused, told
+from mambino.serve.work import Done, Failed, Fill, Frame, Full, Read, Token
 
 ALTERNATIVES = 5        # of each token that are shown
+MOST_FOUND = 4096       # tokens of all holes of a prompt
 ENDS = {'stop': 'finished', 'length': 'full length', 'cancelled': 'stopped'}
 # of what the API takes, what has no knob here
 UNUSED = dict(presence_penalty=0.0, frequency_penalty=0.0, logit_bias={}, ignore_eos=False)
@@ -41,6 +43,10 @@ def jobs_asked(served, asked):
     """The jobs of what is asked, one for each answer; Refused with a sentence where it cannot
     be. It may take a while."""
     settings = asked.settings
+    if served.fills_holes:
+        return fills_asked(served, asked)
+    if not asked.messages:
+        check_no_holes(served, [asked.prompt])
     more = dict(max_tokens=settings['length'], logprobs=ALTERNATIVES, session=asked.session)
     with told(400):
         stops = tuple(stops_of(settings['stop']))
@@ -55,6 +61,24 @@ def jobs_asked(served, asked):
                              top_p=settings['top_p'], min_p=settings['min_p'], seed=settings['seed'],
                              repetition_penalty=settings['repetition'])
     return jobs_of(served, values, [prompt], settings['answers'], **more)
+
+
+def fills_asked(served, asked):
+    """The same of a model that fills holes."""
+    settings = asked.settings
+    if asked.messages:
+        raise Refused(f'{served.id} fills holes in a text, and answers no messages: choose Text, or another model.')
+    if asked.session:
+        raise Refused(f'{served.id} fills holes, and keeps no sessions: leave the session\'s name out.')
+    if settings['repetition'] != 1:
+        raise Refused(f'{served.id} fills holes, for which there is no Repetition: set it to 1.')
+    with told(400):
+        stops = tuple(stops_of(settings['stop']))
+    values = SimpleNamespace(stop=stops, temperature=settings['temperature'], top_k=settings['top_k'],
+                             top_p=settings['top_p'], min_p=settings['min_p'], seed=settings['seed'],
+                             max_tokens=settings['length'], suffix='', sampler=settings['sampler'],
+                             steps=settings['steps'], stream=True)
+    return fills_of(served, values, [asked.prompt], settings['answers'], MOST_FOUND)[1]
 
 
 class Answer:
@@ -76,6 +100,11 @@ class Answer:
     @property
     def text(self):
         return ''.join(self.parts)
+
+    @property
+    def goes_on_behind(self):
+        """Whether its text stands at the end, and could go on."""
+        return not isinstance(self.job, Fill) or self.job.goes_on
 
     def begin(self):
         """Waits for its row from now on."""
@@ -106,11 +135,18 @@ class Answer:
                 self.first = self.last = moment
             elif isinstance(event, Token):
                 self.take(event, moment, shown)
+            elif isinstance(event, Frame):
+                self.last = moment
+                self.show_frame(event)
             elif isinstance(event, Done):
                 self.end = event.reason
-                self.count = event.tokens
                 self.parts.append(event.text)
-                shown += [dict(t=event.text)] if event.text else []
+                if isinstance(self.job, Fill):
+                    self.last = moment
+                    self.show_frame(event)
+                else:
+                    self.count = event.tokens
+                    shown += [dict(t=event.text)] if event.text else []
             elif isinstance(event, Failed):
                 self.trouble = event.message
         if shown:
@@ -126,6 +162,15 @@ class Answer:
             shown.append(dict(t=event.text))
         elif event.text or not event.spells:
             shown.append(token_of(self.served.tok, *event.logprob, event.text))
+
+    def show_frame(self, event):
+        """A text that is filled, as it is now; of one that was stopped what there was stays."""
+        if self.end == 'cancelled':
+            return
+        self.count = event.tokens
+        tail = '' if self.end == 'stop' else self.job.tail
+        parts = [dict(t=self.job.head), dict(t=event.text, f=True), dict(t=tail)]
+        self.tokens.replace([part for part in parts if part['t']])
 
     def tell(self):
         """Says how far it is."""

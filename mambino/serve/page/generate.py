@@ -3,11 +3,14 @@
     /generate?model=out-mine        # as the panel Train links here
 
     prompt ──► jobs ──► the model's scheduler ──► tokens, some times a second ──► the browser
+
+A model that fills holes shows its whole text each time, in which hidden tokens are ░.
 """
 import json
 
 from nicegui import ui
 
+from mambino.sample.uncover import SAMPLERS
 from mambino.serve.page import look
 from mambino.serve.page.answers import Answer, Asked, jobs_asked
 from mambino.serve.page.away import away
@@ -28,12 +31,14 @@ KNOBS = (
     ('repetition', 'Repetition', 1.0, 0.1, 10, 0.05, 'Above 1, what is in the text already becomes less likely'),
     ('answers', 'Answers', 1, 1, 8, 1, 'So many, side by side'),
     ('seed', 'Seed', 1337, 0, 2**53, 1, 'The same seed gives the same text'),
+    ('steps', 'Steps', 0, 0, 10000, 1, 'In which the holes of a window, or a block, are filled; 0: one a token'),
 )
+OF_HOLES = 'sampler', 'steps'                   # controls that only a model that fills holes has
 SENDS = """(event) => {
     const sends = event.ctrlKey || event.target.dataset.chat && !event.shiftKey;
     if (event.key === "Enter" && sends) { event.preventDefault(); emit(); }
 }"""                    # Ctrl-Enter, of a message Enter alone
-WHOLE = ('length', 'top_k', 'answers', 'seed')
+WHOLE = ('length', 'top_k', 'answers', 'seed', 'steps')
 
 
 def show(library):
@@ -52,15 +57,17 @@ class Panel:
 
     def __init__(self, library, runs, wanted):
         self.library = library
+        self.runs = runs
         is_given = wanted in runs
         first = wanted if is_given else next(iter(runs))
+        talks = facts_of(runs[first]['out_dir']).get('talks') and not library.fills_holes(runs[first])
         self.answers = []               # that are shown
         self.asked = None               # what they answer, an Asked
         self.messages = []              # of the chat so far
         self.knobs = {}
         with ui.element('div').classes('work'):
             with ui.element('div'):
-                self.show_asking(list(runs), first, facts_of(runs[first]['out_dir']).get('talks'))
+                self.show_asking(list(runs), first, talks)
                 self.trouble = look.trouble()
                 self.shown = look.mark(ui.element('div').classes('answers'), 'shown')
             with ui.element('div').classes('knobs'):
@@ -90,6 +97,9 @@ class Panel:
             self.base = look.note('This model was not tuned on conversations: it goes on with one that is written '
                                   'down, and may not know where an answer ends.')
             look.mark(self.base, 'base-note').set_visibility(False)
+            self.holes = look.note('Fills holes: [...20...] in the prompt is one of 20 tokens; without one it goes on '
+                                   'behind the prompt.')
+            look.mark(self.holes, 'holes-note')
             self.talk = look.mark(ui.element('div').classes('stack'), 'talk')
             self.prompt = look.field(ui.textarea('Prompt', value='Once upon a time', on_change=self.change), 'prompt')
             self.prompt.props('rows=4').classes('w-full typed')
@@ -109,6 +119,9 @@ class Panel:
                 for name, label, value, low, high, step, hint in KNOBS:
                     knob = ui.number(label, value=value, min=low, max=high, step=step, on_change=self.change)
                     self.knobs[name] = look.field(knob, name, hint)
+            sampler = ui.select(list(SAMPLERS), value='first', label='Sampler', on_change=self.change)
+            self.knobs['sampler'] = look.field(sampler.classes('w-full'), 'sampler', 'In which order holes are filled: '
+                                               'first, in random order, is the model\'s distribution')
             stop = ui.input('Stop at', placeholder=r'\n|THE END', on_change=self.change).classes('w-full')
             self.knobs['stop'] = look.field(stop, 'stop-texts', 'Ends before this text; several are separated by |')
             heal = ui.checkbox('Finish the last word', value=True, on_change=self.change)
@@ -129,12 +142,17 @@ class Panel:
         if not hasattr(self, 'timer'):
             return
         is_chat = self.mode.value == 'chat'
+        fills = self.fills_holes()
+        self.holes.set_visibility(fills and not is_chat)
+        for name in OF_HOLES:
+            self.knobs[name].set_visibility(fills)
+        self.knobs['repetition'].set_visibility(not fills)
         self.second.set_visibility(not is_chat)
         self.talk.set_visibility(is_chat)
         self.base.set_visibility(is_chat and self.base.visible)
         self.system.set_visibility(is_chat)
-        self.sessions.set_visibility(not is_chat)
-        self.knobs['heal'].set_visibility(not is_chat)
+        self.sessions.set_visibility(not (is_chat or fills))
+        self.knobs['heal'].set_visibility(not (is_chat or fills))
         self.knobs['answers'].set_visibility(not is_chat)
         self.forget.set_visibility(is_chat and bool(self.messages) and not self.timer.active)
         label = 'Message' if is_chat else 'Prompt'
@@ -152,7 +170,14 @@ class Panel:
             value = self.knobs[name].value
             value = default if value is None else min(max(value, low), high)
             values[name] = int(value) if name in WHOLE else float(value)
-        return dict(values, stop=self.knobs['stop'].value or '', heal=self.knobs['heal'].value)
+        if self.fills_holes():
+            values['repetition'] = 1.0          # there is none
+        texts = {name: self.knobs[name].value for name in ('heal', 'sampler')}
+        return dict(values, **texts, stop=self.knobs['stop'].value or '')
+
+    def fills_holes(self):
+        """Whether the model that is chosen does."""
+        return self.library.fills_holes(self.runs[self.model.value])
 
     def as_request(self):
         """A command that asks the API for the same."""
@@ -165,6 +190,8 @@ class Panel:
         else:
             body['prompt'] = self.prompt.value
             body['n'] = settings['answers']
+            if self.fills_holes():
+                body.update({name: settings[name] for name in OF_HOLES})
         address = str(ui.context.client.request.base_url) + ('v1/chat/completions' if is_chat else 'v1/completions')
         quoted = json.dumps(body, ensure_ascii=False, indent=1).replace("'", "'\\''")
         return f"curl {address} \\\n  -H 'Content-Type: application/json' -d '{quoted}'"
@@ -185,7 +212,7 @@ class Panel:
             return
         messages = self.said(self.prompt.value) if is_chat else None
         settings = self.settings()
-        session = '' if is_chat else (self.session.value or '').strip()
+        session = '' if is_chat or self.fills_holes() else (self.session.value or '').strip()
         if is_chat or session:
             settings['answers'] = 1         # either has one text
         asked = Asked(self.prompt.value or '', messages, settings, session)
@@ -237,7 +264,7 @@ class Panel:
                 look.mark(ui.label(served.id).classes('strong'), 'answer-model')
                 label = look.mark(ui.label().classes('muted small figure'), 'answer-state')
             tokens = Tokens(f'Answer {number + 1}, of {served.id}', 'answer-text')
-            if asked.prompt and not asked.session:
+            if asked.prompt and not asked.session and not served.fills_holes:
                 tokens.add([dict(t=asked.prompt.removeprefix('<|endoftext|>'))])
         return Answer(served, job, tokens, label)
 
@@ -262,7 +289,8 @@ class Panel:
             self.messages.append(dict(role='assistant', content=self.answers[0].text.strip()))
             self.forget.set_visibility(self.mode.value == 'chat')
         else:
-            self.go_on.set_visibility(len(self.answers) == 1 and not self.trouble.text)
+            is_open = len(self.answers) == 1 and self.answers[0].goes_on_behind
+            self.go_on.set_visibility(is_open and not self.trouble.text)
             self.refresh_sessions()
 
     def come(self):

@@ -76,6 +76,9 @@ class Scoring:
 def scoring_of(library, name, text):
     """The Scoring of a text by a model; Refused with a sentence where it cannot be."""
     served = library.get(name)
+    if served.fills_holes:
+        raise Refused(f'{name} fills holes, and expects no token after those before it: python sample.py '
+                      f'--out_dir={served.out_dir} --score=FILE says a bound of its perplexity.')
     try:
         scoring = Scoring(served, text)
     except ValueError as error:

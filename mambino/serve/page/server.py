@@ -18,9 +18,14 @@ def as_curl(address, model, needs_key):
     return f"curl {address}/completions \\\n{key}  -H 'Content-Type: application/json' \\\n  -d '{body}'"
 
 
-def as_python(address, model, needs_key):
+def as_python(address, model, needs_key, fills_holes=False):
     key = 'KEY' if needs_key else 'none needed'
-    return (f'from openai import OpenAI\n\nclient = OpenAI(\n    base_url={address!r},\n    api_key={key!r},\n)\n'
+    client = f'from openai import OpenAI\n\nclient = OpenAI(\n    base_url={address!r},\n    api_key={key!r},\n)\n'
+    if fills_holes:
+        return (f'{client}answer = client.completions.create(\n    model={model!r},\n'
+                "    prompt='Once upon',\n    suffix='there was',\n    max_tokens=10,\n)\n"
+                'print(answer.choices[0].text)')
+    return (f'{client}'
             f'answer = client.chat.completions.create(\n    model={model!r},\n'
             "    messages=[{'role': 'user', 'content': 'Hello'}],\n)\nprint(answer.choices[0].message.content)")
 
@@ -40,7 +45,8 @@ def show(library, needs_key=False):
         with look.sheet('From a terminal'):
             look.code(as_curl(address, model, needs_key), 'curl')
         with look.sheet('From Python, pip install openai'):
-            look.code(as_python(address, model, needs_key), 'python')
+            fills_holes = any(run['id'] == model and library.fills_holes(run) for run in library.names())
+            look.code(as_python(address, model, needs_key, fills_holes), 'python')
 
 
 def show_activity(library):

@@ -2,7 +2,7 @@
 // the pointer or the keyboard is on it. All that comes from a model is put in as text alone.
 //
 // A token is {t: its text, n: its nats, s: how it is shown, a: [[how another is shown, its nats], …], h: its heat from
-// -1 to 1}; all but t may be missing.
+// -1 to 1, f: true where a hole was}; all but t may be missing.
 
 const SEEN = { '\n': '↵\n', '\t': '⇥' };
 const POPPED = 12;      // pixels between a token and what is said of it
@@ -48,7 +48,7 @@ export default {
       if (!text.querySelector('[tabindex="0"]')) text.querySelector('.token')?.setAttribute('tabindex', '0');
     },
     span(token) {
-      if (token.n === undefined && !token.a) return make('span', 'said', token.t);
+      if (token.n === undefined && !token.a) return make('span', token.f ? 'found' : 'said', token.t);
       const span = make('span', 'token');
       span.textContent = this.marks ? token.t.replace(/[\n\t]/g, (sign) => SEEN[sign]) : token.t;
       span.tabIndex = -1;

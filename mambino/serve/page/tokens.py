@@ -42,3 +42,8 @@ class Tokens(ui.element, component='tokens.js'):
     def clear(self):
         """Takes all out."""
         self.run_method('clear')
+
+    def replace(self, tokens):
+        """These in the place of all."""
+        self.clear()
+        self.add(tokens)
