@@ -10,7 +10,6 @@ from helpers.runs import TINY, refused, script, write_text
 
 from mambino import tokenizer
 from mambino.export import hf_holes, to_hf
-from mambino.sample.filled import is_over
 from mambino.sample.uncover import Filler
 from mambino.weights import checkpoint, from_hf, loading
 from mambino.weights.tensor_files import read_safetensors
@@ -160,7 +159,8 @@ def ours(net, tok, ids, new, seed, **settings):
     filler = Filler(net, tok, 'cpu', sampler, steps, settings, ends=bool(new))
     begin = ids.tolist() + new * [HOLE]
     for whole in filler.fill(begin, torch.Generator().manual_seed(seed)):
-        if new and is_over(whole, len(ids), tok, HOLE):
+        known = whole.index(HOLE) if HOLE in whole else len(whole)
+        if new and tok.eot in whole[len(ids):known]:
             break
     end = whole.index(tok.eot, len(ids)) + 1 if new and tok.eot in whole[len(ids):] else len(whole)
     return whole[:end] + (len(whole) - end) * [10]
