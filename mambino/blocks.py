@@ -48,17 +48,17 @@ def with_clean(idx, block_length):
 
 def speaking(x, config):
     """Of the hidden states x (rows, T, D) of what `with_clean` gives, those that speak of each token of the text with
-    holes (n, T, D): its own. Where `shifted`, those of the token before it, which of a block's first is clean; a
-    window's first token is then spoken of by none."""
+    holes (n, T, D): its own. Where `shifted`, those of the token before it, which of a block's first is clean; of
+    a window's first none are."""
     K = config.block_length
-    noisy = x[len(x) // 2:] if K else x
     if not config.shifted:
-        return noisy
-    before = noisy.roll(1, 1)
-    if K:
-        begins = torch.arange(x.shape[1], device=x.device) % K == 0
-        before = torch.where(begins[:, None], x[:len(x) // 2].roll(1, 1), before)
-    return before
+        return x[len(x) // 2:] if K else x
+    before = torch.cat((x[:, :1], x[:, :-1]), 1)                # of each its predecessor's
+    if not K:
+        return before
+    begins = torch.arange(x.shape[1], device=x.device) % K == 0
+    clean, noisy = before.chunk(2)
+    return torch.where(begins[:, None], clean, noisy)
 
 
 class Blocks:

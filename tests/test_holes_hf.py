@@ -33,6 +33,8 @@ MODELS = {      # of helpers/holes.py, and what is changed
     'mamba2-apart': ('mamba2-apart', dict(gated_norm=False, tie_embeddings=False)),
     'hybrid': ('hybrid', {}),
     'hybrid-other': ('hybrid', OTHER_HYBRID),
+    'mamba2-shifted': ('mamba2-apart', dict(shifted=True)),
+    'gpt-shifted': ('gpt', dict(shifted=True)),
 }
 every_model = pytest.mark.parametrize('name', MODELS)
 every_length = pytest.mark.parametrize('K', [0, 4])     # of a block; 0: masked
@@ -106,7 +108,8 @@ def test_padding_is_not_seen(name, tmp_path):
     mask = torch.ones_like(ids)
     mask[0, :5], mask[0, 17:], mask[1, 12:] = 0, 0, 0
     logits = model(ids, attention_mask=mask).logits
-    assert_close(logits[0, 5:17], net(ids[:1, 5:17])[0][0], 1e-5)
+    first = int(net.config.shifted)                             # of whose first token none speaks
+    assert_close(logits[0, 5 + first:17], net(ids[:1, 5:17])[0][0, first:], 1e-5)
     assert_close(logits[1, :12], net(ids[1:, :12])[0][0], 1e-5)
     model.config.block_length = 4
     with pytest.raises(ValueError, match='attention_mask has padding'):
@@ -114,7 +117,7 @@ def test_padding_is_not_seen(name, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', ['gpt', 'gpt-window', 'mamba2', 'hybrid'])
+@pytest.mark.parametrize('name', ['gpt', 'gpt-window', 'mamba2', 'hybrid', 'gpt-shifted'])
 def test_the_state_of_the_blocks_so_far(name, tmp_path):
     """What is read after it is what it would be in one piece; it stays as it is."""
     net = built(name, 4)
@@ -167,7 +170,7 @@ def ours(net, tok, ids, new, seed, **settings):
 
 
 @every_length
-@pytest.mark.parametrize('name', ['gpt', 'mamba2-apart', 'hybrid'])
+@pytest.mark.parametrize('name', ['gpt', 'mamba2-apart', 'hybrid', 'mamba2-shifted'])
 def test_its_texts_are_those_of_our_samplers(name, K, tmp_path):
     """With the same seed: texts longer than a window, with holes, and that go on to their end."""
     net = built(name, K)
@@ -318,10 +321,6 @@ def test_where_names_in_a_text_are_tokens_a_hole_has_none(tmp_path):
 def test_what_has_no_modelling_file_is_said(name, changes, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         to_hf.write(build(name, objective='masked', **changes), None, tmp_path)
-    shifted = built('gpt')
-    shifted.config.shifted = True                               # its logits stand one place before
-    with pytest.raises(ValueError, match='shifted.*--format=native'):
-        to_hf.write(shifted, None, tmp_path)
     with pytest.raises(ValueError, match='quantize=int8.*or choose --format=native$'):
         to_hf.write(built('gpt'), None, tmp_path, 'int8')
     assert not os.listdir(tmp_path)

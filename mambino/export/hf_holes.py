@@ -64,8 +64,6 @@ def check_body(c, body):
         has = f'Mamba-{c.version}'
     elif body == 'hybrid' and 'd' in c.kinds:
         has = 'Gated DeltaNet'
-    elif getattr(c, 'shifted', False):
-        has = 'model whose logits speak of the next position (shifted)'
     if has:
         raise ValueError(f'no {has} that fills holes has a modelling file for transformers, as {INSTEAD}')
 
@@ -127,11 +125,19 @@ def holes_of(net, ids):
 
 def by_blocks(net, idx):
     """Logits of idx (B, T), read block after block."""
-    state, logits = None, []
+    state, before, logits = None, None, []
     for block in idx.split(net.config.block_length, 1):
         y, state = net.step(block, state)
-        logits.append(y)
+        logits.append(told(net, y, before))
+        before = y[:, -1:]
     return torch.cat(logits, 1)
+
+
+def told(net, logits, before):
+    """Logits (B, T, V) as they speak of each place; before (B, 1, V): the last of the text before, or None."""
+    if not net.config.shifted:
+        return logits
+    return torch.cat((logits[:, :1] if before is None else before, logits[:, :-1]), 1)
 
 
 def same_filled(net, opened, ids, limit):
@@ -155,7 +161,7 @@ def same_filled(net, opened, ids, limit):
 def filled(net, ids, text_size):
     """Yields ids (T,), read by blocks or as one window, with one hole less each time, filled by its likeliest token,
     and that hole's logits (V,)."""
-    state, mask_id = None, net.config.vocab_size - 1
+    state, before, mask_id = None, None, net.config.vocab_size - 1
     K = net.config.block_length or len(ids)
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(ids), K):
@@ -167,11 +173,12 @@ def filled(net, ids, text_size):
             z = F.pad(ids[start:start + K], (0, K - n), value=mask_id)
             copy = state and {name: value.clone() for name, value in state.items()}
             place = hidden[torch.randperm(len(hidden), generator=generator)[0]]
-            logits = net.step(z[None], copy)[0][0, place, :text_size]
+            logits = told(net, net.step(z[None], copy)[0], before)[0, place, :text_size]
             ids = ids.clone()
             ids[start + place] = logits.argmax()
             yield ids, logits
-        state = net.step(ids[None, start:start + K], state)[1]
+        logits, state = net.step(ids[None, start:start + K], state)
+        before = logits[:, -1:]
 
 
 def note_of_mask(net, folder):

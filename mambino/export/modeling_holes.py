@@ -32,6 +32,7 @@ class MambinoHolesConfig(PretrainedConfig):
                          max_position_embeddings='block_size')
     fields = dict(
         body='gpt', objective='masked', block_length=0, block_size=1024, vocab_size=256, n_layer=2, n_embd=64,
+        shifted=False,              # a token is spoken of by what the one before it sees
         mask_token_id=255,          # what stands for a hole, the last id
         text_size=255,              # ids from there on stand for no text, and are never drawn
         intermediate_size=192, norm_eps=1e-5, low_rank=0,
@@ -40,11 +41,10 @@ class MambinoHolesConfig(PretrainedConfig):
         qkv_bias=False, o_bias=False, mlp_bias=False, rope_frequencies=[1.0] * 8, rope_amplitude=1.0, rope_layers='',
         norm_after=False, n_expert=0, n_expert_active=2, norm_topk=True,
         # Mamba-2
-        state_size=16, inner_size=128, n_groups=1, conv_kernel=4, chunk_size=64, gated_norm=True,
-        share_projections=True,
+        state_size=16, inner_size=128, n_groups=1, conv_kernel=4, chunk_size=64, share_projections=True,
         # hybrid
         layers='', layout='sequential', gate=True, branch_norm=True, embed_norm=False, ssm_inner_size=128,
-        ssm_head_dim=16)
+        ssm_head_dim=16, gated_norm=True)
 
     def __init__(self, tie_word_embeddings=True, **settings):
         for name, default in self.fields.items():
@@ -56,9 +56,8 @@ class State(NamedTuple):
     """What is kept of the blocks so far. It never changes: what is read after it makes another one."""
     seen: int       # tokens
     layers: list    # of each layer a dict: k, v (B, S, G, P); conv (B, taps - 1, E + 2GN), ssm (B, H, P, N)
+    last: torch.Tensor = None       # (B, 1, D) what the last token sees
 
-
-# --- parts ----------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over each of so many groups of the last dimension, in fp32."""
@@ -290,8 +289,6 @@ class HybridLayer(nn.Module):
         return x if self.parallel else x + self.mlp_residual_scale * self.mlp_norm(self.mlp(self.pre_mlp_layernorm(x)))
 
 
-# --- the model ------------------------------------------------------------------------------------
-
 class MambinoHolesPreTrainedModel(PreTrainedModel):
     config_class, base_model_prefix, _supports_sdpa = MambinoHolesConfig, 'model', True
     _no_split_modules = ['GPTLayer', 'MambaLayer', 'HybridLayer']
@@ -342,7 +339,10 @@ class MambinoHolesModel(MambinoHolesPreTrainedModel):
             cache = dict(cache)
             x = layer(x, rope, mask[:, None], real[..., None], cache)
             layers.append(cache if c.block_length else {})
-        return self.norm(x), State(state.seen + T, layers)
+        x = self.norm(x)
+        before = x[:, :1] if state.last is None else state.last
+        told = torch.cat((before, x[:, :-1]), 1) if c.shifted else x
+        return told, State(state.seen + T, layers, x[:, -1:])
 
 
 class MambinoHolesForMaskedLM(MambinoHolesPreTrainedModel):
