@@ -54,6 +54,7 @@ sampler = 'first'       # 'first': one after another, in random order, which is 
                         # 'ancestral': many at once near the end; 'confidence', 'threshold': the surest
                         # first, which is smoother, and not the model's distribution; 'remask': may take back
 steps = 0               # of a window, or a block; 0: one a token
+block = 0               # masked: so many tokens are found before those behind them; 0: all of a window together
 # --- beams: the likeliest text instead of a drawn one; temperature and the filters above play no part
 beams = 1               # continuations followed side by side; the best num_samples are shown
 length_penalty = 1.0    # a text's score is its logprob / tokens ** length_penalty:
@@ -132,7 +133,7 @@ require(globals(), {
     'from 0 to 1': dict(min_p=0 <= min_p <= 1),
     'above 0 and at most 100; 1 is none': dict(repetition_penalty=0 < repetition_penalty <= 100),
     f'one of {", ".join(SAMPLERS)}': dict(sampler=sampler in SAMPLERS),
-    f'from 0 to {MOST}': dict(steps=0 <= steps <= MOST),
+    f'from 0 to {MOST}': dict(steps=0 <= steps <= MOST, block=0 <= block <= MOST),
     'from -10 to 10': dict(length_penalty=-10 <= length_penalty <= 10),
     'from 0 to 2**63 - 1': dict(seed=0 <= seed < 2**63),
     'a file that ends in .html, in a folder that is there': dict(html=is_page(html)),
@@ -180,8 +181,11 @@ idle = dict(
     repetition_penalty=repetition_penalty != 1, state_dtype=state_dtype != 'float32')
 for name in [name for name, is_used in idle.items() if fills and is_used]:
     fail(f'{name}: the model in {out_dir} fills holes, and does not go on from token to token: leave it out')
-for name in [name for name in ('suffix', 'sampler', 'steps') if name in explicit and not fills]:
+for name in [name for name in ('suffix', 'sampler', 'steps', 'block') if name in explicit and not fills]:
     fail(f'{name}: the model in {out_dir} goes on from token to token, and fills no holes: leave it out')
+own = ckpt['config'].get('block_length', 0)
+if block and own:
+    fail(f'block={block}: the model in {out_dir} has learned blocks of {own} tokens, and writes in these: leave it out')
 where = choose_device(device)
 
 # --- the text so far, and what comes next
@@ -227,7 +231,7 @@ with context:
     if fork:
         save()
     if fills and not score:
-        show_filled(net, tok, where, prompts, num_samples, seed, options, sampler, steps)
+        show_filled(net, tok, where, prompts, num_samples, seed, options, sampler, steps, block)
     elif score:
         is_auto = dtype == 'auto' and not quantize      # then as train.py evaluates
         run_dtype = dtype_of_run(ckpt['settings'].get('dtype'), where)

@@ -97,6 +97,20 @@ def test_others_may_have_a_turn_after_each_call():
     assert len(pictures) > 10 + 2
 
 
+def test_a_window_is_filled_from_left_to_right_in_blocks():
+    """Of so many tokens each, each in so many steps; what is behind is hidden, and stays so."""
+    class Tok:
+        vocab_size, eot = V - 1, 0
+
+    net, given = build('gpt', objective='masked'), [1, 2]
+    filler = Filler(net, Tok, 'cpu', steps=2, ends=False, block=5)
+    holes = [[place for place, i in enumerate(ids) if i == V - 1]
+             for ids in filler.fill(given + [V - 1] * 12, torch.Generator().manual_seed(0))]
+    firsts = [own[0] for own in holes if own]
+    assert len(holes) == 6 and [len(own) for own in holes] == [9, 7, 4, 2, 1, 0]
+    assert firsts == sorted(firsts) and holes[1] == [*range(7, 14)] and holes[3] == [12, 13]
+
+
 def test_draws_are_those_of_the_filters():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
     generator = torch.Generator().manual_seed(0)
@@ -199,6 +213,8 @@ def test_what_may_be_meant_as_a_hole_is_said(there, capsys, prompt, noted, monke
     ('sample.py --out_dir=masked --max_new_tokens=0 --suffix=x', 'a hole of max_new_tokens=0'),
     ('sample.py --out_dir=masked --start=a[...3...] --suffix=x', 'has its own: leave one of them out'),
     ('sample.py --out_dir=next --suffix=x', 'suffix: the model in next goes on'),
+    ('sample.py --out_dir=next --block=4', 'block: the model in next goes on'),
+    ('sample.py --out_dir=block --block=8', 'has learned blocks of 4 tokens'),
     ('sample.py --out_dir=masked --sampler=best', 'sampler=best must be one of'),
     ('train.py --dataset=tiny --objective=mask --out_dir=new', 'objective=mask must be one of'),
     ('train.py --dataset=tiny --objective=block --block_length=7 --out_dir=new', 'multiple of block_length=7'),

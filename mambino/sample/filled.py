@@ -1,6 +1,6 @@
 """Shows texts that are filled, as they are uncovered where a person looks on.
 
-    show_filled(net, tok, device, prompts, num_samples=3, seed=1337, options=options, sampler='first', steps=0)
+    show_filled(net, tok, device, prompts, num_samples=3, seed=1337, options=options, sampler='first', steps=0, block=0)
 
 On a terminal the (first) text is drawn again with each step, hidden tokens as ░; elsewhere what is printed is the
 text alone, once it is whole.
@@ -80,7 +80,7 @@ def written(tok, ids, given, stops=(), end_ids=()):
     return writer
 
 
-def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, steps):
+def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, steps, block):
     """Fills the holes of each prompt, or goes on with it, num_samples times."""
     tokens, begin = 0, time.perf_counter()
     for number in range(len(prompts) * num_samples):
@@ -89,7 +89,7 @@ def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, 
         nearly = NEARLY.search(HOLE.sub('', prompt))
         if nearly and number % num_samples == 0:
             print(f'note: {nearly[0]} is text to this model; a hole of 20 tokens is [...20...]', file=sys.stderr)
-        filler = Filler(net, tok, device, sampler, steps, options.sampling, ends=goes_on)
+        filler = Filler(net, tok, device, sampler, steps, options.sampling, goes_on, block)
         try:
             ids = with_holes(tok, prompt, filler.mask_id)
         except ValueError as error:

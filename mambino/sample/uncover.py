@@ -118,14 +118,16 @@ def with_holes(tok, text, mask_id, begins=True):
 class Filler:
     """Fills texts of any length: as one window after another, or block after block."""
 
-    def __init__(self, net, tok, device, sampler='first', steps=0, sampling=None, ends=True):
-        """ends: whether a hole may be the end of the text."""
+    def __init__(self, net, tok, device, sampler='first', steps=0, sampling=None, ends=True, block=0):
+        """ends: whether a hole may be the end of the text. block: of a window so many tokens are found before those
+        behind them (Nie et al. 2025); 0: all together."""
         self.net, self.device = net, device
         self.sampler, self.steps, self.sampling = sampler, steps, sampling or {}
         self.vocab_size = tok.vocab_size
         self.never = [] if ends else [tok.eot]
         self.mask_id = net.config.vocab_size - 1
         self.T, self.K = net.config.block_size, net.config.block_length
+        self.at_once = block or self.T
 
     def fill(self, ids, generator):
         """Yields ids, list of int, after each call of the network, with fewer and fewer holes, at last with none."""
@@ -142,7 +144,8 @@ class Filler:
             window = ids[start:start + self.T]
             # a short text stands at the beginning of a window of holes that stay: so it was learned
             z = F.pad(window, (0, self.T - len(window)), value=self.mask_id)
-            for filled in self.uncovered(self.scores, z, len(window), generator):
+            end = min(len(window), first - start + self.at_once)
+            for filled in self.uncovered(self.scores, z, end, generator):
                 ids = ids.clone()
                 ids[start:start + self.T] = filled[:len(window)]
                 yield ids
