@@ -13,6 +13,8 @@ SCRIPTS['-m mambino.bench.plot'] = 'mambino/bench/plot.py'  # before the shorter
 SCRIPTS['-m mambino.bench.clients'] = 'mambino/bench/clients.py'
 SCRIPTS['-m mambino.bench.gpu'] = 'mambino/bench/gpu/__main__.py'
 SCRIPTS['-m mambino.bench.parity'] = 'mambino/bench/parity.py'
+SCRIPTS['-m mambino.bench.holes'] = 'mambino/bench/holes.py'
+SCRIPTS['-m mambino.bench.evidence'] = 'mambino/bench/evidence/__main__.py'
 SCRIPTS['-m mambino.bench'] = 'mambino/bench/__main__.py'
 NAMES = '|'.join(map(re.escape, SCRIPTS))
 

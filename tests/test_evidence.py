@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.runs import ROOT, write_text
 
-from mambino.bench.evidence import baselines, sections, tasks
+from mambino.bench.evidence import baselines, losses, tasks
 from mambino.bench.evidence.learning import Setting, learn
 from mambino.bench.trained import Results, Runs
 
@@ -89,7 +89,7 @@ def test_positions_are_those_of_the_text():
             logits = torch.zeros(*idx.shape, 2)
             logits[..., 0] = (torch.arange(idx.shape[1]) + start < 64).float() * 50
             return logits, start + idx.shape[1]
-    found = sections.by_position(Counting(), torch.zeros(1025, dtype=torch.int32).numpy(), 128, 4)
+    found = losses.by_position(Counting(), torch.zeros(1025, dtype=torch.int32).numpy(), 128, 4)
     assert found == {64: pytest.approx(0, abs=1e-9), **{end: pytest.approx(math.log(2)) for end in (128, 256, 512)}}
 
 

@@ -1,4 +1,5 @@
-"""What is measured for docs/evidence.md, section by section: each returns lines of Markdown."""
+"""Val loss of models of equal size: by rate, by tokens and time, in bits a byte, by position in long texts. Each
+section yields lines of Markdown."""
 import math
 import os
 import statistics
@@ -6,7 +7,6 @@ import statistics
 import torch
 
 from mambino.bench.evidence import baselines
-from mambino.bench.evidence.learning import Setting, learn
 from mambino.bench.plot import write_picture
 
 # 0.86M parameters for characters, all within 2% of each other
@@ -17,11 +17,6 @@ MODELS = {
 RECIPE = ('--optimizer=muon --schedule=wsd --decay_fraction=0.6 --warmup_iters=20 --log_interval=10 --block_size=128 '
           '--n_embd=128')
 RATES = (3e-3, 1e-2, 2e-2, 4e-2)
-SMALL = {       # of the tasks: two layers of 64
-    'GPT': ('gpt', dict(n_layer=2, n_embd=64, n_head=1, qk_norm=True)),
-    'Mamba-2, N=16': ('mamba', dict(n_layer=2, n_embd=64, state_size=16, head_dim=32)),
-    'Mamba-2, N=64': ('mamba', dict(n_layer=2, n_embd=64, state_size=64, head_dim=32)),
-    'hybrid, window 32': ('hybrid', dict(n_layer=2, n_embd=64, n_head=1, state_size=16, window=32, qk_norm=True))}
 
 
 def flags_of(model, more, plan, seed=1, rate=1e-2, steps=None):
@@ -142,46 +137,3 @@ def length(runs, plan):
     yield '| --- |' + ' --- |' * len(ends)
     for way, at in found.items():
         yield f'| {way} | ' + ' | '.join(f'{at[end]:.3f}' for end in ends) + ' |'
-
-
-# --- F, G: tasks -----------------------------------------------------------------------------------
-
-def solved(runs, plan, task, asked, T=128):
-    """{model: the line of its best rate}, and those of all."""
-    lines = {}
-    for model, (kind, config) in SMALL.items():
-        for rate in plan.rates:
-            setting = Setting(kind, config, task, rate, plan.task_steps, T, asked=asked)
-            lines[model, rate] = runs.result(f'{task} {model} {rate:g}', setting, learn)
-    def score(key):
-        return sum(lines[key]['right'].values())
-    return {model: lines[max((key for key in lines if key[0] == model), key=score)] for model in SMALL}, lines
-
-
-def table_of(best, lines, rates, asked, words):
-    yield f'| {words} | state, KB | ' + ' | '.join(f'{n:,}' for n in asked) + ' | of each rate, mean |'
-    yield '| --- | --- |' + ' --- |' * (len(asked) + 1)
-    for model, line in best.items():
-        each = [statistics.mean(lines[model, rate]['right'].values()) for rate in rates]
-        yield (f'| {model} | {line["state"] / 1000:,.0f} | '
-               + ' | '.join(f'{line["right"][str(n)]:.1%}' for n in asked) + ' | '
-               + ', '.join(f'{share:.0%}' for share in each) + ' |')
-
-
-def recall(runs, plan):
-    """Which value belongs to a key, among ever more pairs, against the bytes of state."""
-    asked = plan.pairs
-    yield from table_of(*solved(runs, plan, 'recall', asked), plan.rates, asked, 'right answers, by pairs')
-
-
-def copying(runs, plan):
-    """Copy, induction and selective copy, at the trained length and beyond."""
-    for task, T in (('copy', 32), ('induction', 64), ('selective', 64)):
-        asked = [T * times for times in plan.copy_times]
-        yield f'\n{task}, learned with {T} tokens:\n'
-        yield from table_of(*solved(runs, plan, task, asked, T), plan.rates, asked, 'right answers, by length')
-
-
-SECTIONS = {    # in this order; minutes on two cores
-    'sweep': (sweep, 40), 'losses': (losses, 60), 'bits': (bits, 2), 'length': (length, 20), 'recall': (recall, 60),
-    'copying': (copying, 60)}

@@ -1,0 +1,46 @@
+"""Tasks of which it is known what a model must keep: how many answers are right, by length and by bytes of state."""
+import statistics
+
+from mambino.bench.evidence.learning import Setting, learn
+
+SMALL = {       # of the tasks: two layers of 64
+    'GPT': ('gpt', dict(n_layer=2, n_embd=64, n_head=1, qk_norm=True)),
+    'Mamba-2, N=16': ('mamba', dict(n_layer=2, n_embd=64, state_size=16, head_dim=32)),
+    'Mamba-2, N=64': ('mamba', dict(n_layer=2, n_embd=64, state_size=64, head_dim=32)),
+    'hybrid, window 32': ('hybrid', dict(n_layer=2, n_embd=64, n_head=1, state_size=16, window=32, qk_norm=True))}
+
+
+def solved(runs, plan, task, asked, T=128):
+    """{model: the line of its best rate}, and those of all."""
+    lines = {}
+    for model, (kind, config) in SMALL.items():
+        for rate in plan.rates:
+            setting = Setting(kind, config, task, rate, plan.task_steps, T, asked=asked)
+            lines[model, rate] = runs.result(f'{task} {model} {rate:g}', setting, learn)
+    def score(key):
+        return sum(lines[key]['right'].values())
+    return {model: lines[max((key for key in lines if key[0] == model), key=score)] for model in SMALL}, lines
+
+
+def table_of(best, lines, rates, asked, words):
+    yield f'| {words} | state, KB | ' + ' | '.join(f'{n:,}' for n in asked) + ' | of each rate, mean |'
+    yield '| --- | --- |' + ' --- |' * (len(asked) + 1)
+    for model, line in best.items():
+        each = [statistics.mean(lines[model, rate]['right'].values()) for rate in rates]
+        yield (f'| {model} | {line["state"] / 1000:,.0f} | '
+               + ' | '.join(f'{line["right"][str(n)]:.1%}' for n in asked) + ' | '
+               + ', '.join(f'{share:.0%}' for share in each) + ' |')
+
+
+def recall(runs, plan):
+    """Which value belongs to a key, among ever more pairs, against the bytes of state."""
+    asked = plan.pairs
+    yield from table_of(*solved(runs, plan, 'recall', asked), plan.rates, asked, 'right answers, by pairs')
+
+
+def copying(runs, plan):
+    """Copy, induction and selective copy, at the trained length and beyond."""
+    for task, T in (('copy', 32), ('induction', 64), ('selective', 64)):
+        asked = [T * times for times in plan.copy_times]
+        yield f'\n{task}, learned with {T} tokens:\n'
+        yield from table_of(*solved(runs, plan, task, asked, T), plan.rates, asked, 'right answers, by length')
