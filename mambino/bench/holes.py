@@ -8,6 +8,7 @@ A run that was stopped goes on: say the same command again. Sections:
 
     objectives      val loss of models of equal size that saw the same tokens: GPT, Mamba, hybrid; next token, any
                     hidden ones, blocks of 1 to 64. Characters of the text
+    begun           val loss of models that learned the next token first, beside models begun with holes
     few             val loss over epochs of a text of 150 KB, of the next token with several dropouts, and of holes
     steps           tokens/s of writing in ever fewer steps, and what a model of the next token thinks of what came
     identifiers     names taken out of Python's sources: how many are found again, with and without what follows
@@ -35,7 +36,7 @@ from mambino.sample.terminal import RULE
 from mambino.sample.uncover import Filler, draw_each, uncover
 
 inputs = []             # a text, such as the works of Shakespeare in a megabyte
-sections = 'objectives,few,steps,identifiers,speed'
+sections = 'objectives,begun,few,steps,identifiers,speed'
 seeds = '1'             # of the runs in `objectives`
 best_seeds = '1,2,3'    # of its two best rows
 folder = 'holes'        # where runs are kept, and go on
@@ -65,6 +66,7 @@ SPEED = {f'{name} {objective.split("=")[-1] or "next"}': f'--model={name} --n_la
          for name, more in (('gpt', '--n_head=6'), ('mamba', ''))
          for objective in ('', MASKED, f'{BLOCK}16')}
 STEPS = 1000            # of training, in `objectives`
+BEGUN = 250             # … in `begun`
 FEW_BYTES, EPOCHS = 150_000, 50
 WRITTEN = 127           # characters of a text in `steps`, behind a line's end
 TEXTS = 16
@@ -124,6 +126,30 @@ def few(runs, text):
         best, end = min(curve, key=lambda point: point.loss), curve[-1]
         print(f'| {name} | {sign}{best.loss:.3f} | {best.epoch:.0f} | {sign}{end.loss:.3f} | {end.seconds:.0f} |')
     write_picture(os.path.join(runs.folder, 'few.svg'), curves, f'epochs of {FEW_BYTES // 1000} KB')
+
+
+# --- begun as a model of the next token ------------------------------------------------------------
+
+def begun(runs, text):
+    runs.prepare('characters', [text], ['--tokenizer=char'])
+    more = f'--eval_interval={BEGUN // 5}'
+    kinds = {'gpt': GPT, 'mamba': MAMBA}
+    runs.train({f'{kind} next 1': flags_of(row, 1, STEPS, 'characters', more='--eval_interval=500')
+                for kind, row in kinds.items()})
+    wanted = {}
+    for kind, row in kinds.items():
+        wanted[f'begun, {kind} from nothing'] = flags_of(f'{row} {BLOCK}16', 1, BEGUN, 'characters', more=more)
+        source = os.path.basename(runs.path(f'{kind} next 1'))
+        for rate in ('1e-2', '3e-3', '1e-3'):
+            flags = flags_of(f'{BLOCK}16 --init_from={source}', 1, BEGUN, 'characters', more=more)
+            wanted[f'begun, {kind} from the next token, rate {rate}'] = [
+                f'--learning_rate={rate}' if flag.startswith('--learning_rate') else flag for flag in flags]
+    ended = runs.train(wanted)
+    print(f'| blocks of 16, val loss after steps | {" | ".join(str(BEGUN // 5 * i) for i in range(1, 6))} |')
+    print('| --- |' + ' --- |' * 5)
+    for name in ended:
+        losses = [f'<= {point.loss:.3f}' for point in runs.curve(name)]
+        print(f'| {name.removeprefix("begun, ")} | {" | ".join(losses)} |')
 
 
 # --- few steps ------------------------------------------------------------------------------------
@@ -238,7 +264,7 @@ def speed(runs, text):
         print(f'| {name} | {statistics.median(own):,.0f} | {ratios[1]:.2f}x ({ratios[0]:.2f}–{ratios[2]:.2f}) |')
 
 
-SECTIONS = {'objectives': objectives, 'few': few, 'steps': steps, 'identifiers': identifiers, 'speed': speed}
+SECTIONS = {'objectives': objectives, 'begun': begun, 'few': few, 'steps': steps, 'identifiers': identifiers, 'speed': speed}
 
 
 def main():

@@ -29,9 +29,8 @@ def begin_to_fill(base, settings, explicit):
     block_length = (settings['block_length'] or BLOCK_LENGTH) if objective == 'block' else 0
     if settings['block_length'] and not block_length:
         fail(f'block_length={settings["block_length"]} is for --objective=block: leave it out')
-    attends = base['kind'] != 'mamba'
-    say(f'note: {init_from} learned the next token and learns to fill holes from here on'
-                  + attends * '; its attention sees both sides now, which it has to learn')
+    attends = '' if base['kind'] == 'mamba' else '; its attention sees both sides now, which it has to learn'
+    say(f'note: {init_from} learned the next token and learns to fill holes from here on{attends}')
     config = base['config'] | dict(block_size=settings['block_size'] or base['config']['block_size'])
     try:
         return to_fill(base | dict(config=config), objective, block_length)
