@@ -94,8 +94,7 @@ def objectives(runs, text):
     of_holes = [name for name in names if not name.endswith('next')]
     best = sorted(of_holes, key=lambda name: runs.results.lines[f'{name} {seeds.split(",")[0]}']['val_loss'])[:2]
     train(best, best_seeds.split(','))
-    print('| | parameters | nats a character | bits a character | seeds | seconds of training, one core |\n'
-          '| --- | --- | --- | --- | --- | --- |')
+    print('| | parameters | nats a character | bits a character | seeds |\n| --- | --- | --- | --- | --- |')
     for name in names:
         ended = [line for key, line in runs.results.lines.items() if key.rpartition(' ')[0] == name]
         losses = [line['val_loss'] for line in ended]
@@ -104,7 +103,7 @@ def objectives(runs, text):
         drawn = f', drawing {ended[0]["val_error"]:.3f}' if ended[0]['val_error'] else ''
         spread = f' ± {error:.3f}' if error else ''
         print(f'| {name} | {ended[0]["parameters"]} | {sign}{loss:.3f}{spread}{drawn} | {sign}{loss / math.log(2):.3f} '
-              f'| {len(losses)} | {statistics.mean(line["seconds"] for line in ended):.0f} |')
+              f'| {len(losses)} |')
 
 
 # --- few data, many epochs ------------------------------------------------------------------------
@@ -117,14 +116,14 @@ def few(runs, text):
     steps = EPOCHS * FEW_BYTES // 4096
     more = f'--eval_interval={steps // 25} --eval_iters=256'
     runs.train({f'few, {name}': flags_of(row, 1, steps, 'few', more=more) for name, row in FEW.items()})
-    print('| | lowest val loss | at epoch | at the end | seconds of training |\n| --- | --- | --- | --- | --- |')
+    print('| | lowest val loss | at epoch | at the end |\n| --- | --- | --- | --- |')
     curves = {}
     for name in FEW:
         curve = runs.curve(f'few, {name}')
         curves[f'{name} val'] = [(point.epoch, point.loss) for point in curve]
         sign = '' if name.startswith('next') else '<= '
         best, end = min(curve, key=lambda point: point.loss), curve[-1]
-        print(f'| {name} | {sign}{best.loss:.3f} | {best.epoch:.0f} | {sign}{end.loss:.3f} | {end.seconds:.0f} |')
+        print(f'| {name} | {sign}{best.loss:.3f} | {best.epoch:.0f} | {sign}{end.loss:.3f} |')
     write_picture(os.path.join(runs.folder, 'few.svg'), curves, f'epochs of {FEW_BYTES // 1000} KB')
 
 
