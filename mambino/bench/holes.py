@@ -139,7 +139,7 @@ def begun(runs, text):
     for kind, row in kinds.items():
         wanted[f'begun, {kind} from nothing'] = flags_of(f'{row} {BLOCK}16', 1, BEGUN, 'characters', more=more)
         source = os.path.basename(runs.path(f'{kind} next 1'))
-        for rate in ('1e-2', '3e-3', '1e-3'):
+        for rate in ('1e-2', '3e-3'):
             flags = flags_of(f'{BLOCK}16 --init_from={source}', 1, BEGUN, 'characters', more=more)
             wanted[f'begun, {kind} from the next token, rate {rate}'] = [
                 f'--learning_rate={rate}' if flag.startswith('--learning_rate') else flag for flag in flags]
