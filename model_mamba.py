@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mambino.blocks import Blocks, ChunkedMixer, Mixer, both_ways, check_objective, out_proj_init, way_back
+from mambino.blocks import Blocks, Mixer, both_ways, check_objective, out_proj_init, way_back
 from mambino.kernels import fast
 from mambino.language_model import Gate, GatedRMSNorm, LanguageModel, RMSNorm, SwiGLU, check_at_least_one, gated_heads
 
@@ -259,7 +259,7 @@ def split_heads(xBC, H, G, P):
     return x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
 
 
-class Mamba2Mixer(ChunkedMixer):
+class Mamba2Mixer(Mixer):
     """cache: {'conv': (B, K-1, E+2GN), 'ssm': (B, H, P, N)}"""
     state_names = ('conv', 'ssm')
 
@@ -268,7 +268,9 @@ class Mamba2Mixer(ChunkedMixer):
         D, E = config.n_embd, config.inner_size
         N, G = config.state_size, config.n_groups
         H = E // config.head_dim
-        self.head_dim, self.groups, self.chunk_size = config.head_dim, G, config.chunk_size
+        self.head_dim = config.head_dim
+        self.groups = G
+        self.chunk_size = config.chunk_size
         self.split = [E, E + 2 * G * N, H]
         self.in_proj = nn.Linear(D, 2 * E + 2 * G * N + H, bias=False)  # rows [z; x, B, C; dt]
         self.conv1d = Conv1d(E + 2 * G * N, config.conv_kernel)

@@ -19,7 +19,6 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 OBJECTIVES = 'next', 'masked', 'block'
 
@@ -91,13 +90,18 @@ class Blocks:
             return k, v
         return [torch.cat((u[:self.clean].repeat(2, 1, 1, 1), u), 1) for u in (k, v)]
 
-    def forth(self, mixer, u):
-        """mixer.recur(u), u (rows, T, …); a noisy block begins with the state that the clean ones before it leave."""
+    def forth(self, recur, u):
+        """recur(u), u (rows, T, …); a noisy block begins with the state that the clean ones before it leave."""
         if not self.clean:
-            return mixer.recur(u)
+            return recur(u)
         clean, noisy = u[:self.clean], u[self.clean:]
-        y, state = mixer.states_before(clean, self.K)
-        return torch.cat((y, self.joined(mixer.recur(self.cut(noisy), state))))
+        cache, before, ys = {}, [], []
+        for block in clean.split(self.K, 1):
+            before.append(dict(cache))
+            ys.append(recur(block, cache))
+        before[0] = {name: torch.zeros_like(value) for name, value in cache.items()}
+        state = {name: torch.stack([each[name] for each in before], 1).flatten(0, 1) for name in cache}
+        return torch.cat((torch.cat(ys, 1), self.joined(recur(self.cut(noisy), state))))
 
     def back(self, recur, u):
         """recur(u) from the last token of each block to its first."""
@@ -118,43 +122,6 @@ class Mixer(nn.Module):
 
     def forward(self, x, cache=None):
         return self.out_proj(self.recur(self.in_proj(x), cache))
-
-    def states_before(self, u, K):
-        """recur(u), u (B, T, …), and the states before each of its blocks of K tokens, {name: (B T/K, …)}."""
-        cache, before, ys = {}, [], []
-        for block in u.split(K, 1):
-            before.append(dict(cache))
-            ys.append(self.recur(block, cache))
-        before[0] = {name: torch.zeros_like(value) for name, value in cache.items()}
-        return torch.cat(ys, 1), {name: torch.stack([each[name] for each in before], 1).flatten(0, 1) for name in cache}
-
-
-class ChunkedMixer(Mixer):
-    """Mamba-2, of which the states between blocks are products, as those between ssd's chunks: no block waits."""
-
-    def states_before(self, u, K):
-        y = self.recur(u)
-        _, xBC, dt = u.split(self.split, dim=-1)
-        n, taps = u.shape[1] // K, self.conv1d.weight.shape[-1] - 1
-        conv = F.pad(xBC, (0, 0, taps, 0))[:, :(n - 1) * K + taps].unfold(1, taps, K).mT   # (B, n, taps, C)
-        read, GN = self.conv1d(xBC)[0], (xBC.shape[-1] - self.split[0]) // 2
-        x, B, _ = (part.unflatten(1, (n, K)) for part in read.split((self.split[0], GN, GN), dim=-1))
-        x = x.unflatten(-1, (-1, self.head_dim))                # (B, n, K, H, P)
-        B = B.unflatten(-1, (self.groups, -1))                  # (B, n, K, G, N)
-        dt = F.softplus(dt.float() + self.dt_bias).unflatten(1, (n, K))         # (B, n, K, H)
-        a = dt * -torch.exp(self.A_log.float())
-        sums = a.cumsum(2)
-        kept = dt * (sums[:, :, -1:] - sums).exp()              # of a token, at its block's end
-        with torch.autocast(u.device.type, enabled=False):
-            kept = (x * kept[..., None]).flatten(3).unflatten(-1, (self.groups, -1))    # (B, n, K, G, H/G P)
-            added = torch.einsum('bnkgm,bnkgs->bngms', kept, B.float())
-            added = added.reshape(*added.shape[:2], -1, self.head_dim, B.shape[-1])     # (B, n, H, P, N)
-            total = sums[:, :, -1].cumsum(1).mT                 # (B, H, n)
-            later = torch.ones(n, n, dtype=torch.bool, device=u.device).triu(1)
-            decay = (total[..., None] - total[..., None, :]).masked_fill(later, -math.inf).exp()    # from block j to i
-            after = torch.einsum('bhij,bjhps->bihps', decay, added)
-        ssm = F.pad(after[:, :-1], (0, 0) * 3 + (1, 0))         # (B, n, H, P, N)
-        return y, {'conv': conv.flatten(0, 1), 'ssm': ssm.flatten(0, 1)}
 
 
 def out_proj_init(linear, n_residual):
@@ -178,12 +145,12 @@ def way_back(config, build):
 def both_ways(mixer, back, x, blocks=None, cache=None):
     """mixer(x), x (B, T, D), plus, if there is one, what `back` makes of it from the last token to the first
     (Sahoo et al. 2024). A back without projections has the mixer's. With a cache, x is one block."""
+    def read(forth, reverse, u):
+        if blocks is None:
+            return forth(u, cache) + reverse(u.flip(1)).flip(1)
+        return blocks.forth(forth, u) + blocks.back(reverse, u)
     if back is None:
         return mixer(x, cache)
-    u = mixer.in_proj(x)
-    v = u if back.in_proj is None else back.in_proj(x)
-    if blocks is None:
-        y, z = mixer.recur(u, cache), back.recur(v.flip(1)).flip(1)
-    else:
-        y, z = blocks.forth(mixer, u), blocks.back(back.recur, v)
-    return mixer.out_proj(y + z) if back.out_proj is None else mixer.out_proj(y) + back.out_proj(z)
+    if back.in_proj is not None:
+        return read(mixer, back, x)
+    return mixer.out_proj(read(mixer.recur, back.recur, mixer.in_proj(x)))
