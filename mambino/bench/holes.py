@@ -139,10 +139,8 @@ def begun(runs, text):
     for kind, row in kinds.items():
         wanted[f'begun, {kind} from nothing'] = flags_of(f'{row} {BLOCK}16', 1, BEGUN, 'characters', more=more)
         source = os.path.basename(runs.path(f'{kind} next 1'))
-        for rate in ('1e-2', '3e-3'):
-            flags = flags_of(f'{BLOCK}16 --init_from={source}', 1, BEGUN, 'characters', more=more)
-            wanted[f'begun, {kind} from the next token, rate {rate}'] = [
-                f'--learning_rate={rate}' if flag.startswith('--learning_rate') else flag for flag in flags]
+        begin = f'{BLOCK}16 --init_from={source}'
+        wanted[f'begun, {kind} from the next token'] = flags_of(begin, 1, BEGUN, 'characters', more=more)
     ended = runs.train(wanted)
     print(f'| blocks of 16, val loss after steps | {" | ".join(str(BEGUN // 5 * i) for i in range(1, 6))} |')
     print('| --- |' + ' --- |' * 5)
