@@ -46,6 +46,11 @@ def with_clean(idx, block_length):
     return torch.cat((idx, idx)) if block_length else idx
 
 
+def of_the_one_before(x, before=None):
+    """x (B, T, …) → of each place what its predecessor has; of the first `before` (B, 1, …), or its own."""
+    return torch.cat((x[:, :1] if before is None else before, x[:, :-1]), 1)
+
+
 def speaking(x, config):
     """Of the hidden states x (rows, T, D) of what `with_clean` gives, those that speak of each token of the text with
     holes (n, T, D): its own. Where `shifted`, those of the token before it, which of a block's first is clean; of
@@ -53,7 +58,7 @@ def speaking(x, config):
     K = config.block_length
     if not config.shifted:
         return x[len(x) // 2:] if K else x
-    before = torch.cat((x[:, :1], x[:, :-1]), 1)                # of each its predecessor's
+    before = of_the_one_before(x)
     if not K:
         return before
     begins = torch.arange(x.shape[1], device=x.device) % K == 0

@@ -9,7 +9,7 @@ from helpers.runs import load, metrics, script, train
 
 from mambino.train import batches
 from mambino.train.carried import Carried
-from mambino.train.order import stream_starts
+from mambino.train.order import starts
 from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -35,13 +35,13 @@ class Text:
 def test_streams_go_on_where_they_ended_and_read_each_window_once():
     n, slack, seed, streams = 61, 11, 5, 6
     long = n // streams
-    starts = stream_starts(np.arange(3 * long * streams), n, T, slack, seed, streams).reshape(3, long, streams)
-    assert (np.diff(starts, axis=1) == T).all()                     # each goes on, to the end of an epoch
-    for epoch in starts:
+    begins = starts(np.arange(3 * long * streams), n, T, slack, seed, streams).reshape(3, long, streams)
+    assert (np.diff(begins, axis=1) == T).all()                     # each goes on, to the end of an epoch
+    for epoch in begins:
         assert len(np.unique(epoch)) == epoch.size and epoch.min() >= 0 and epoch.max() <= (n - 1) * T + slack - 1
-    assert len({tuple(epoch[0]) for epoch in starts}) == 3          # another order each time
-    alone = [stream_starts(np.array([s]), n, T, slack, seed, streams)[0] for s in range(2 * long * streams)]
-    assert alone == starts[:2].flatten().tolist()                   # a pure function of a sequence's number
+    assert len({tuple(epoch[0]) for epoch in begins}) == 3          # another order each time
+    alone = [starts(np.array([s]), n, T, slack, seed, streams)[0] for s in range(2 * long * streams)]
+    assert alone == begins[:2].flatten().tolist()                   # a pure function of a sequence's number
 
 
 @pytest.mark.parametrize('version', [1, 2, 3])

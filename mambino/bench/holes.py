@@ -22,7 +22,6 @@ import os
 import re
 import statistics
 from functools import partial
-from json import loads
 from keyword import kwlist
 
 import numpy as np
@@ -62,9 +61,9 @@ FEW = {
     **{f'next, dropout {p}': f'{GPT} --dropout={p}' for p in (0.0, 0.1, 0.2, 0.3)},
     'masked': f'{GPT} {MASKED}', 'block 16': f'{GPT} {BLOCK}16'}
 PYTHON = {'next': GPT, 'masked': f'{GPT} {MASKED}'}
-SPEED = {f'{name} {objective.split("=")[-1] or "next"}': f'--model={name} --n_layer=6 --n_embd=384 {more} {objective}'
+SPEED = {f'{name} {way}': f'--model={name} --n_layer=6 --n_embd=384 {more} {objective}'
          for name, more in (('gpt', '--n_head=6'), ('mamba', ''))
-         for objective in ('', MASKED, f'{BLOCK}16')}
+         for way, objective in (('next', ''), ('masked', MASKED), ('block 16', f'{BLOCK}16'))}
 STEPS = 1000            # of training, in `objectives`
 BEGUN = 250             # … in `begun`
 FEW_BYTES, EPOCHS = 150_000, 50
@@ -79,21 +78,21 @@ def flags_of(row, seed, steps, dataset, T=128, more=''):
             f'--dataset={dataset} {more}').split()
 
 
+def learn_characters(runs, text, names, seeds='1'):
+    """Trains these rows of OBJECTIVES with each seed, as runs 'gpt next 1'."""
+    runs.prepare('characters', [text], ['--tokenizer=char'])
+    runs.train({f'{name} {seed}': flags_of(OBJECTIVES[name], seed, STEPS, 'characters', more='--eval_interval=500')
+                for seed in seeds.split(',') for name in names})
+
+
 # --- objectives -----------------------------------------------------------------------------------
 
 def objectives(runs, text):
-    runs.prepare('characters', [text], ['--tokenizer=char'])
     names = [name.strip() for name in only.split(',')] if only else [*OBJECTIVES]
-
-    def train(names, seeds):
-        wanted = {f'{name} {seed}': flags_of(OBJECTIVES[name], seed, STEPS, 'characters', more='--eval_interval=500')
-                  for seed in seeds for name in names}
-        runs.train(wanted)
-
-    train(names, seeds.split(','))
+    learn_characters(runs, text, names, seeds)
     of_holes = [name for name in names if not name.endswith('next')]
     best = sorted(of_holes, key=lambda name: runs.results.lines[f'{name} {seeds.split(",")[0]}']['val_loss'])[:2]
-    train(best, best_seeds.split(','))
+    learn_characters(runs, text, best, best_seeds)
     print('| | parameters | nats a character | bits a character | seeds |\n| --- | --- | --- | --- | --- |')
     for name in names:
         ended = [line for key, line in runs.results.lines.items() if key.rpartition(' ')[0] == name]
@@ -130,13 +129,10 @@ def few(runs, text):
 # --- begun as a model of the next token ------------------------------------------------------------
 
 def begun(runs, text):
-    runs.prepare('characters', [text], ['--tokenizer=char'])
+    learn_characters(runs, text, ['gpt next', 'mamba next'])
     more = f'--eval_interval={BEGUN // 5}'
-    kinds = {'gpt': GPT, 'mamba': MAMBA}
-    runs.train({f'{kind} next 1': flags_of(row, 1, STEPS, 'characters', more='--eval_interval=500')
-                for kind, row in kinds.items()})
     wanted = {}
-    for kind, row in kinds.items():
+    for kind, row in dict(gpt=GPT, mamba=MAMBA).items():
         wanted[f'begun, {kind} from nothing'] = flags_of(f'{row} {BLOCK}16', 1, BEGUN, 'characters', more=more)
         source = os.path.basename(runs.path(f'{kind} next 1'))
         begin = f'{BLOCK}16 --init_from={source}'
@@ -171,10 +167,7 @@ def written(runs, name, *flags):
 
 
 def steps(runs, text):
-    runs.prepare('characters', [text], ['--tokenizer=char'])
-    rows = {name: OBJECTIVES[name] for name in ('gpt next', 'gpt masked', 'gpt block 16', 'hybrid next')}
-    runs.train({f'{name} 1': flags_of(row, 1, STEPS, 'characters', more='--eval_interval=500')
-                for name, row in rows.items()})
+    learn_characters(runs, text, ['gpt next', 'gpt masked', 'gpt block 16', 'hybrid next'])
     judge, tok = runs.model('hybrid next 1')
     val = runs.tokens('characters')
     own = [tok.decode(val[i * 997:i * 997 + WRITTEN + 1].tolist()) for i in range(64)]
@@ -252,8 +245,7 @@ def speed(runs, text):
             flags = ('--block_size=256 --batch_size=8 --tokens_per_step=2048 --max_iters=10 --log_interval=5 '
                      f'--eval_iters=1 --dataset=characters --init_from=scratch --out_dir=speed-{turn} --dtype={dtype}')
             runs.script('train.py', [*row.split(), *flags.split()])
-            with open(os.path.join(runs.folder, f'speed-{turn}', 'metrics.jsonl'), encoding='utf-8') as f:
-                rates[name].append([line for line in map(loads, f) if 'tokens_per_s' in line][-1]['tokens_per_s'])
+            rates[name] += [line['tokens_per_s'] for line in runs.log(f'speed-{turn}') if 'tokens_per_s' in line][-1:]
     print('| | tokens/s | beside the next token |\n| --- | --- | --- |')
     for name, own in rates.items():
         base = rates[f'{name.split(" ")[0]} next']

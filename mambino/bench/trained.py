@@ -108,11 +108,14 @@ class Runs:
                                 val_error=curve[-1].error, best=min(point.loss for point in curve),
                                 seconds=curve[-1].seconds)
 
+    def log(self, name):
+        """The lines of a run's metrics.jsonl."""
+        return read_lines(os.path.join(self.path(name), 'metrics.jsonl'))[0]
+
     def curve(self, name):
         """[Point] of a run's evaluations."""
-        lines = read_lines(os.path.join(self.path(name), 'metrics.jsonl'))[0]
         points, at = {}, None
-        for line in lines:
+        for line in self.log(name):
             at = line if 'tokens' in line else at
             if 'val_loss' in line and at:
                 share = line['step'] / at['step']               # of what the last step's line says
@@ -123,8 +126,7 @@ class Runs:
 
     def bits(self, name):
         """Bits a byte of a run's val split, at its end."""
-        lines = read_lines(os.path.join(self.path(name), 'metrics.jsonl'))[0]
-        return [line['bits_per_byte'] for line in lines if 'bits_per_byte' in line][-1]
+        return [line['bits_per_byte'] for line in self.log(name) if 'bits_per_byte' in line][-1]
 
     def tokenizer(self, dataset):
         return load_tokenizer(os.path.join(self.folder, 'data', dataset, 'tokenizer.json'))

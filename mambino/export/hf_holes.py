@@ -7,7 +7,7 @@ weights, and the proof that the folder fills holes as we do.
 import torch
 import torch.nn.functional as F
 
-from mambino.blocks import fills_holes
+from mambino.blocks import fills_holes, of_the_one_before
 from mambino.export.classes import kind_of
 from mambino.export.compare import difference, some_ids
 from model_gpt import rope_frequencies
@@ -135,9 +135,7 @@ def by_blocks(net, idx):
 
 def told(net, logits, before):
     """Logits (B, T, V) as they speak of each place; before (B, 1, V): the last of the text before, or None."""
-    if not net.config.shifted:
-        return logits
-    return torch.cat((logits[:, :1] if before is None else before, logits[:, :-1]), 1)
+    return of_the_one_before(logits, before) if net.config.shifted else logits
 
 
 def same_filled(net, opened, ids, limit):

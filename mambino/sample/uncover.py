@@ -24,6 +24,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from mambino.blocks import of_the_one_before
 from mambino.sample.generation import require_finite
 from mambino.sample.next_token import chances, place_of
 from mambino.sample.text import prompt_ids
@@ -178,7 +179,7 @@ class Filler:
         state = state and {name: value.clone() for name, value in state.items()}
         logits = self.net.step(z[None].to(self.device), state)[0]   # (1, K, V)
         if self.net.config.shifted:
-            logits = torch.cat((logits[:, :1] if before is None else before, logits[:, :-1]), 1)
+            logits = of_the_one_before(logits, before)
         scores = require_finite(logits[0, :, :self.vocab_size].float().cpu())
         scores[:, self.never] = -math.inf
         return scores

@@ -25,7 +25,6 @@ import os
 import re
 import shlex
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from mambino.configurator import fail, split_list
 from mambino.files import sha256, stamp_of
 from mambino.plain import parse_json, table, whole
 from mambino.train import processes
-from mambino.train.order import ROUND, deal, quotas_of, starts, stream_starts
+from mambino.train.order import ROUND, deal, quotas_of, starts
 
 IGNORE = -1     # a target that does not count
 READ_AT_ONCE = 100_000_000      # tokens of a split that are looked through when it is opened
@@ -180,8 +179,7 @@ class Dataset:
         tokens = self.read('train')
         n = self.windows(block_size)
         slack = self.tokens['train'] - n * block_size  # how far the first window may start, + 1
-        order = partial(stream_starts, streams=self.streams) if self.streams else starts
-        begins = order(sequences, n, block_size, slack, seed)   # (B,)
+        begins = starts(sequences, n, block_size, slack, seed, self.streams)    # (B,)
         rows = np.stack([tokens[start:start + block_size + 1] for start in begins]).astype(np.int64)
         self.check(rows.ravel(), 'train')
         return rows

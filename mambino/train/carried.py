@@ -6,7 +6,7 @@ that is cut at their ends (Williams & Peng 1990), so that a state of all that ca
     net(idx, targets)                   # micro-batch after micro-batch, in order
     contents['carried'] = carried.saved();  carried.restore(ckpt)
 
-Each sequence of a step is of a stream of its own, see order.stream_starts.
+Each sequence of a step is of a stream of its own, see order.starts.
 """
 import torch
 import torch.distributed as dist

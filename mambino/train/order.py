@@ -41,33 +41,22 @@ def random_below(n, *key):
     return int(np.random.SeedSequence(key).generate_state(1)[0]) % n
 
 
-def starts(sequences, n, T, slack, seed):
-    """Where in a split sequences (B,) begin: each of the n windows of T tokens once an epoch, in a shuffled order. The
-    first window begins by less than `slack` behind the split's beginning."""
-    epochs = sequences // n
-    starts = np.empty(len(sequences), np.int64)
-    for epoch in np.unique(epochs):
-        its = epochs == epoch
-        shift = random_below(min(slack, T), seed, int(epoch), 1)
-        window = shuffled(sequences[its] % n, n, (seed, int(epoch)))
-        starts[its] = window * T + shift
-    return starts
-
-
-def stream_starts(sequences, n, T, slack, seed, streams):
-    """The same where each step's sequences go on where the last step's ended: an epoch is cut into so many streams, as
-    long as can be, in a shuffled order; what is left over is before them or behind them."""
+def starts(sequences, n, T, slack, seed, streams=0):
+    """Where in a split sequences (B,) begin: each of the n windows of T tokens once an epoch, in a shuffled order, the
+    first by less than `slack` behind the split's beginning. With streams, so many sequences go on where the last so
+    many ended: an epoch is cut into streams as long as can be, and what is left over is before them or behind them."""
+    streams = streams or n
     long = n // streams                                         # windows of a stream
     steps, numbers = np.divmod(sequences, streams)
     epochs, places = np.divmod(steps, long)
-    starts = np.empty(len(sequences), np.int64)
+    begins = np.empty(len(sequences), np.int64)
     for epoch in np.unique(epochs):
         its = epochs == epoch
         shift = random_below(min(slack, T), seed, int(epoch), 1)
         first = random_below(n - long * streams + 1, seed, int(epoch), 3)
         stream = shuffled(numbers[its], streams, (seed, int(epoch)))
-        starts[its] = (first + stream * long + places[its]) * T + shift
-    return starts
+        begins[its] = (first + stream * long + places[its]) * T + shift
+    return begins
 
 
 def shuffled(i, n, key):
