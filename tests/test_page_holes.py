@@ -1,10 +1,8 @@
 """The page in a real browser, with a model that fills holes."""
-import os
-import shutil
 
 import pytest
 from helpers.browser import choose
-from helpers.holes import train_runs
+from helpers.holes import runs_in
 
 PROMPT = 'at [...600...] in [...9...]en'
 
@@ -12,16 +10,8 @@ PROMPT = 'at [...600...] in [...9...]en'
 @pytest.fixture(scope='module')
 def served_folder(trained_runs, tmp_path_factory):
     """With the runs masked, which fills holes, and char, which does not."""
-    folder = tmp_path_factory.mktemp('served')
-    for part in ('data/char', 'char'):
-        shutil.copytree(trained_runs / part, folder / part)
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        train_runs(['masked'])
-    finally:
-        os.chdir(before)
-    return folder
+    with runs_in(tmp_path_factory.mktemp('served'), trained_runs, ['masked']) as folder:
+        return folder
 
 
 def open_panel(page, server, model):

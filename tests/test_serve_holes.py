@@ -1,12 +1,10 @@
 """The server with models that fill holes: what sample.py writes, streams of frames, what is refused, who goes away."""
 import json
-import os
-import shutil
 import threading
 
 import pytest
 import torch
-from helpers.holes import RUNS, V, build, train_runs
+from helpers.holes import RUNS, V, build, runs_in
 from helpers.runs import script
 from helpers.served import HELLO, serving, wait_until
 
@@ -25,17 +23,9 @@ every_run = pytest.mark.parametrize('name', RUNS)
 def server(trained_runs, tmp_path_factory):
     """With RUNS, and char, which goes on from token to token; their folder is the working directory."""
     from mambino.serve.work import Room
-    folder = tmp_path_factory.mktemp('holes')
-    for part in ('data/char', 'char'):
-        shutil.copytree(trained_runs / part, folder / part)
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        train_runs()
-        with serving(folder, out_dir='masked', room=Room(rows=2, queue=3)) as server:
-            yield server
-    finally:
-        os.chdir(before)
+    with (runs_in(tmp_path_factory.mktemp('holes'), trained_runs) as folder,
+          serving(folder, out_dir='masked', room=Room(rows=2, queue=3)) as server):
+        yield server
 
 
 @pytest.fixture

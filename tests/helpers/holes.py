@@ -1,4 +1,8 @@
 """Small models that fill holes, of each kind; the last id of V stands for what is hidden."""
+import os
+import shutil
+from contextlib import contextmanager
+
 import torch
 
 from helpers.models import GPT_SIZE, HYBRID_SIZE, SSM_SIZE, perturb
@@ -45,9 +49,18 @@ RUNS = {
 }
 
 
-def train_runs(names=RUNS):
-    """Some of RUNS in the working directory, on the dataset char that lies there."""
-    for name in names:
-        assert script('train.py', f'--dataset=char --out_dir={name} {RUNS[name]} --n_layer=1 --n_embd=32',
-                      '--block_size=32 --batch_size=8 --tokens_per_step=256 --max_iters=2 --optimizer=adamw',
-                      '--learning_rate=1e-2 --warmup_iters=1 --device=cpu --dtype=float32') == 0
+@contextmanager
+def runs_in(folder, trained_runs, names=RUNS):
+    """A folder with some of RUNS, and char, which goes on from token to token; within it is the working directory."""
+    for part in ('data/char', 'char'):
+        shutil.copytree(trained_runs / part, folder / part)
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for name in names:
+            assert script('train.py', f'--dataset=char --out_dir={name} {RUNS[name]} --n_layer=1 --n_embd=32',
+                          '--block_size=32 --batch_size=8 --tokens_per_step=256 --max_iters=2 --optimizer=adamw',
+                          '--learning_rate=1e-2 --warmup_iters=1 --device=cpu --dtype=float32') == 0
+        yield folder
+    finally:
+        os.chdir(before)
