@@ -31,8 +31,8 @@ FAULTS = {
         'mambino/kernels/anywhere.py', 'dtype=torch.bool, device=x.device)', 'dtype=torch.bool)', SAME_DEVICE,
         'mamba2'),
     'item() in a model': Fault(
-        'mambino/language_model.py', 'x, _, router_losses = self.hidden_states(idx, state)',
-        'x, _, router_losses = self.hidden_states(idx + 0 * idx.max().item(), state)', WAITS),
+        'mambino/language_model.py', 'x, state, router_losses = self.hidden_states(idx, state)',
+        'x, state, router_losses = self.hidden_states(idx + 0 * idx.max().item(), state)', WAITS),
     'a tensor as a bool': Fault(
         'mambino/language_model.py', 'if targets is None:', 'if targets is None or (targets < -1).any():', WAITS),
     'nonzero in the experts': Fault(
