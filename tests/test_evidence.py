@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import pytest
 import torch
 from helpers.runs import ROOT, write_text
 
-from mambino.bench.evidence import baselines, losses, tasks
+from mambino import language_model
+from mambino.bench.evidence import baselines, losses, tasks, variants
 from mambino.bench.evidence.learning import Setting, learn
 from mambino.bench.trained import Results, Runs
+from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -110,28 +113,73 @@ def evidence(folder, *flags, **options):
     return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, **options)
 
 
-def test_it_goes_on_where_it_was_stopped_and_writes_its_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_text('text.txt')
-    flags = ['text.txt', '--quick=True', '--out=page/evidence', '--dtype=float32']
-    done = evidence(tmp_path, *flags, '--sections=length,copying')
+def test_it_goes_on_where_it_was_stopped_and_the_same_seeds_give_the_same_numbers(tmp_path):
+    write_text(tmp_path / 'text.txt')
+    flags = ['text.txt', '--quick=True', '--out=page/evidence', '--dtype=float32', '--sections=length,copying']
+    done = evidence(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / 'page/evidence.md').read_text()
     assert '| Mamba-2, carry_state | ' in page and 'selective, learned with 64 tokens' in page
-    results = (tmp_path / 'page/evidence/results.jsonl').read_text().splitlines()
-    (tmp_path / 'page/evidence/results.jsonl').write_text('\n'.join(results[:9]) + '\n' + results[9][:20])
-    shutil.rmtree('evidence/length-GPT')
-    again = evidence(tmp_path, *flags, '--sections=copying')
+    path = tmp_path / 'page/evidence/results.jsonl'
+    results = path.read_text().splitlines()
+    left = [line for line in results if '"characters GPT 1"' not in line]
+    path.write_text('\n'.join(left[:9]) + '\n' + left[9][:20])    # killed while it wrote the tenth
+    shutil.rmtree(tmp_path / 'evidence/characters-GPT-1')
+    again = evidence(tmp_path, *flags)
     assert again.returncode == 0, again.stderr
-    copied = [json.loads(line) for line in (tmp_path / 'page/evidence/results.jsonl').read_text().splitlines()]
-    before = {line['name']: line for line in map(json.loads, results)}
-    assert all(line['right'] == before[line['name']]['right'] for line in copied if 'right' in line)
-    assert page.split('## Copying')[1] == (tmp_path / 'page/evidence.md').read_text().split('## Copying')[1]
+    before, after = ({line['name']: line for line in map(json.loads, lines)}
+                     for lines in (results, path.read_text().splitlines()))
+    assert set(before) == set(after) and len(after) == len(path.read_text().splitlines())
+    for name, line in after.items():
+        same = ['right'] if 'right' in line else ['val_loss', 'best', 'parameters']
+        assert [line[key] for key in same] == [before[name][key] for key in same]
+    assert page == (tmp_path / 'page/evidence.md').read_text()
+
+
+def test_a_variant_of_a_model_is_trained_by_the_same_script(tmp_path):
+    write_text(tmp_path / 'text.txt')
+    flags = ['text.txt', '--quick=True', '--out=page/evidence', '--dtype=float32', '--sections=choices']
+    done = evidence(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / 'page/evidence/results.jsonl').read_text().splitlines()]
+    losses = {line['name']: line['val_loss'] for line in lines}
+    assert losses['choice GPT, bigrams'] != losses['choice GPT'] != losses['choice GPT, no QK-norm']
+    assert '| bigrams | ' in (tmp_path / 'page/evidence.md').read_text()
+
+
+@pytest.mark.parametrize('name', ['bigrams', 'smear', 'values', 'zero', 'softcap'])
+def test_what_a_variant_adds_begins_with_nothing(name, monkeypatch):
+    """Tables, shares: zeros, so that the model speaks as without; logits end; what writes into the stream is silent."""
+    monkeypatch.setattr(language_model, 'linear_cross_entropy', language_model.linear_cross_entropy)
+    torch.manual_seed(0)
+    net = checkpoint.build('gpt', dict(vocab_size=20, n_layer=2, n_embd=32, n_head=2, block_size=16))
+    idx = torch.randint(20, (2, 17), generator=generator())
+    before = net(idx[:, :-1], idx[:, 1:])[1]
+    variants.VARIANTS[name](net)
+    loss = net(idx[:, :-1], idx[:, 1:])[1]
+    loss.backward()
+    if name == 'zero':
+        x = net.model.norm(net.embedding()(idx[:, :-1]))
+        assert torch.equal(net(idx[:, :-1])[0], net.lm_head(x))
+    elif name == 'softcap':
+        net.lm_head.weight.data *= 1e4
+        assert net(idx[:, :-1], idx[:, 1:])[1] <= 2 * variants.CAP + 3 < net(idx[:, :-1])[0].abs().max()
+    else:
+        assert torch.equal(loss, before)
+        added = [p for parameter, p in net.named_parameters() if re.search('pairs|share|values', parameter)]
+        assert added and all(p.grad.abs().sum() > 0 for p in added)
+
+
+def test_what_is_not_told_apart_is_said():
+    found = {'a': [1.0, 1.1, 1.2], 'b': [1.001, 1.102, 1.2], 'c': [1.3, 1.41, 1.5]}
+    said = losses.compared(found, 'Here')
+    assert said == 'Here a is best; not told apart from it, by less than two standard deviations: b.'
+    assert losses.compared({'a': [1.0], 'b': [2.0]}, 'Here') == 'Here a is best.'
 
 
 @pytest.mark.parametrize('flags, words', [
     (['--sections=loss'], 'there is no loss; there are sweep'), (['--seeds=x'], 'write numbers'),
-    ([], 'name one text')])
+    (['--corpora=latin'], 'there are characters, python'), ([], 'name one text')])
 def test_what_cannot_be_is_said_in_a_line(tmp_path, flags, words):
     done = evidence(tmp_path, *flags)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1
@@ -140,4 +188,4 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path, flags, words):
 def test_a_run_that_fails_says_why(tmp_path, capsys):
     with pytest.raises(SystemExit):
         Runs(str(tmp_path)).train({'a': ['--dataset=none']})
-    assert 'train.py --dataset=none --out_dir=a: ended with status 2' in capsys.readouterr().err
+    assert 'train.py --dataset=none --out_dir=a --device=cpu: ended with status 2' in capsys.readouterr().err

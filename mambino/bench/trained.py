@@ -6,21 +6,25 @@
 
     folder/data/            datasets
     folder/NAME/            what train.py writes, which goes on by itself: ckpt.pt, best.pt, metrics.jsonl
-    folder/results.jsonl    a line for each result: its name, what it was asked with, and what came of it
+    folder/results.jsonl    a line for each result: its name, what it was asked with, the machine, and what came of it
 """
 import os
 import shlex
+import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from json import dumps, loads
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from mambino.bench.turns import HERE
 from mambino.configurator import fail
+from mambino.machine import machine_name, processor_name
 from mambino.tokenizer import load_tokenizer
 from mambino.train.curves import read_lines
 from mambino.weights import checkpoint, loading
@@ -63,19 +67,31 @@ class Results:
 
 
 class Runs:
-    def __init__(self, folder, workers=1, threads=1, results=''):
+    def __init__(self, folder, workers=1, threads=1, results='', device='cpu'):
         """workers: runs at once, each of so many threads. results: another file for them."""
-        self.folder, self.workers, self.threads = folder, workers, threads
+        self.folder, self.workers, self.threads, self.device = folder, workers, threads, device
         os.makedirs(folder, exist_ok=True)
         self.results = Results(results or os.path.join(folder, 'results.jsonl'))
+        self.used = {}          # {name: its line} of what was asked for
 
     def path(self, name):
         return os.path.join(self.folder, name.replace(' ', '-').replace('=', '-').replace(',', ''))
 
+    def machine(self):
+        """What computes here, in words."""
+        if self.device == 'cpu':
+            name = f'{processor_name()}, {os.cpu_count()} cores, {self.workers} runs at once of {self.threads} thread'
+        else:
+            name = machine_name(self.device)
+        return f'{name}; torch {torch.__version__}'
+
     def script(self, script, words):
-        """A script of this project, run in the folder to its end, and what it said; an error ends the program."""
-        done = subprocess.run([sys.executable, os.path.join(HERE, script), *words], cwd=self.folder, text=True,
-                              capture_output=True, env=os.environ | {'OMP_NUM_THREADS': str(self.threads)})
+        """A script or a module of this project, run in the folder to its end, and what it said; an error ends the
+        program."""
+        program = [os.path.join(HERE, script)] if script.endswith('.py') else ['-m', script]
+        env = os.environ | {'OMP_NUM_THREADS': str(self.threads), 'PYTHONPATH': HERE}
+        done = subprocess.run([sys.executable, *program, *words], cwd=self.folder, text=True, capture_output=True,
+                              env=env)
         if done.returncode:
             fail(f'{script} {shlex.join(words)}: ended with status {done.returncode}: {done.stderr.strip()[-500:]}')
         return done
@@ -92,21 +108,46 @@ class Runs:
 
     # --- runs
 
-    def train(self, wanted):
-        """Trains {name: flags}, some at once; returns {name: its line}."""
-        left = [name for name, flags in wanted.items() if not self.results.of(name, sorted(flags))]
-        with ThreadPoolExecutor(self.workers) as pool:
-            for line in pool.map(lambda name: self.one(name, wanted[name]), left):
-                print(f'{line["name"]:40} val loss {line["val_loss"]:.4f} {line["seconds"] / 60:6.1f} min', flush=True)
-        return {name: self.results.lines[name] for name in wanted}
+    def each(self, wanted, measure):
+        """Of {name: what is asked} each that is not there yet is measured, some at once, by measure(name, asked) → a
+        dict; {name: its line} of all."""
+        def one(name):
+            values = measure(name, wanted[name])
+            return self.results.add(name, wanted[name], **values, machine=self.machine(),
+                                    day=time.strftime('%Y-%m-%d'))
 
-    def one(self, name, flags):
-        said = self.script('train.py', [*flags, f'--out_dir={os.path.basename(self.path(name))}']).stdout
-        told = [line.split(': ')[1].split(' ')[0] for line in said.splitlines() if ' parameters, ' in line]
-        curve = self.curve(name)
-        return self.results.add(name, sorted(flags), parameters=told[0] if told else '', val_loss=curve[-1].loss,
-                                val_error=curve[-1].error, best=min(point.loss for point in curve),
-                                seconds=curve[-1].seconds)
+        left = [name for name, asked in wanted.items() if not self.results.of(name, asked)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            for line in pool.map(one, left):
+                loss = f'val loss {line["val_loss"]:.4f}' if 'val_loss' in line else ''
+                print(f'{line["name"]:50} {loss} {line["seconds"] / 60:6.1f} min', flush=True)
+        found = {name: self.results.lines[name] for name in wanted}
+        self.used |= found
+        return found
+
+    def told(self):
+        """Where and when what was used was measured."""
+        where = {}
+        for line in self.used.values():
+            where.setdefault(line['machine'], set()).add(line['day'])
+        return '; '.join(f'{machine}, {" and ".join(sorted(days))}' for machine, days in where.items()) + '.'
+
+    def train(self, wanted, script='train.py'):
+        """Trains {name: flags}; returns {name: its line}."""
+        def measure(name, _):
+            more = [f'--out_dir={os.path.basename(self.path(name))}', f'--device={self.device}']
+            said = self.script(script, [*wanted[name], *more]).stdout
+            told = [line.split(': ')[1].split(' ')[0] for line in said.splitlines() if ' parameters, ' in line]
+            curve = self.curve(name)
+            return dict(parameters=told[0] if told else '', val_loss=curve[-1].loss, val_error=curve[-1].error,
+                        best=min(point.loss for point in curve), seconds=curve[-1].seconds, speed=self.speed(name))
+        return self.each({name: sorted(flags) for name, flags in wanted.items()}, measure)
+
+    def learned(self, wanted, module):
+        """Of {name: a setting, a dataclass} what `python -m module SETTING DEVICE` prints; {name: its line}."""
+        def measure(name, asked):
+            return loads(self.script(module, [dumps(asked), self.device]).stdout)
+        return self.each({name: asdict(setting) for name, setting in wanted.items()}, measure)
 
     def log(self, name):
         """The lines of a run's metrics.jsonl."""
@@ -131,14 +172,10 @@ class Runs:
     def tokenizer(self, dataset):
         return load_tokenizer(os.path.join(self.folder, 'data', dataset, 'tokenizer.json'))
 
-    def result(self, name, setting, measure):
-        """The line of measure(setting), a dataclass; measured once."""
-        asked = asdict(setting)
-        line = self.results.of(name, asked)
-        if not line:
-            line = self.results.add(name, asked, **measure(setting))
-            print(f'{name:40} {line["seconds"] / 60:6.1f} min', flush=True)
-        return line
+    def speed(self, name):
+        """Tokens a second of a run, by the middle one of its log's lines."""
+        said = [line['tokens_per_s'] for line in self.log(name) if 'tokens_per_s' in line]
+        return statistics.median(said) if said else 0.0
 
     def model(self, name):
         """(the model, its tokenizer) of a run's end."""

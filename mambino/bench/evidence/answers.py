@@ -1,22 +1,24 @@
 """Tasks of which it is known what a model must keep: how many answers are right, by length and by bytes of state."""
 import statistics
 
-from mambino.bench.evidence.learning import Setting, learn
+from mambino.bench.evidence.learning import Setting
 
 SMALL = {       # of the tasks: two layers of 64
     'GPT': ('gpt', dict(n_layer=2, n_embd=64, n_head=1, qk_norm=True)),
     'Mamba-2, N=16': ('mamba', dict(n_layer=2, n_embd=64, state_size=16, head_dim=32)),
     'Mamba-2, N=64': ('mamba', dict(n_layer=2, n_embd=64, state_size=64, head_dim=32)),
+    'Mamba-3, N=64': ('mamba', dict(n_layer=2, n_embd=64, version=3, state_size=64, head_dim=32)),
     'hybrid, window 32': ('hybrid', dict(n_layer=2, n_embd=64, n_head=1, state_size=16, window=32, qk_norm=True))}
 
 
 def solved(runs, plan, task, asked, T=128):
     """{model: the line of its best rate}, and those of all."""
-    lines = {}
-    for model, (kind, config) in SMALL.items():
-        for rate in plan.rates:
-            setting = Setting(kind, config, task, rate, plan.task_steps, T, asked=asked)
-            lines[model, rate] = runs.result(f'{task} {model} {rate:g}', setting, learn)
+    settings = {(model, rate): Setting(kind, config, task, rate, plan.task_steps, T, asked=asked)
+                for model, (kind, config) in SMALL.items() for rate in plan.rates}
+    names = {key: f'{task} {key[0]} {key[1]:g}' for key in settings}
+    found = runs.learned({names[key]: setting for key, setting in settings.items()}, 'mambino.bench.evidence.learning')
+    lines = {key: found[name] for key, name in names.items()}
+
     def score(key):
         return sum(lines[key]['right'].values())
     return {model: lines[max((key for key in lines if key[0] == model), key=score)] for model in SMALL}, lines

@@ -2,25 +2,33 @@
 import re
 import statistics
 
-from mambino.bench.evidence.losses import MODELS, flags_of, rate_of
+from mambino.bench.evidence.losses import MODELS, THREE, flags_of, rate_of
 
-CHANGES = {     # what is changed: the models it means something to, flags
-    'AdamW at 4e-3': ([*MODELS], '--optimizer=adamw --learning_rate=4e-3'),
-    'AdamW at 1e-3': ([*MODELS], '--optimizer=adamw --learning_rate=1e-3'),
-    'a cosine': ([*MODELS], '--schedule=cosine'),
-    'decay of all steps': ([*MODELS], '--decay_fraction=1.0'),
-    'no weight decay': ([*MODELS], '--weight_decay=0'),
-    'steps of 2,048 tokens, twice as many': ([*MODELS], '--tokens_per_step=2048 --batch_size=16 --max_iters={twice}'),
-    'windows of 256': ([*MODELS], '--block_size=256 --batch_size=16'),
-    'windows of 64': ([*MODELS], '--block_size=64 --batch_size=64'),
-    'no tied embedding': ([*MODELS], '--tie_embeddings=False'),
+TWO = ['GPT', 'Mamba-2']
+# what is changed: the models it means something to, flags. A first word without -- is one of variants.py
+CHANGES = {
+    'AdamW at 4e-3': (THREE, '--optimizer=adamw --learning_rate=4e-3'),
+    'AdamW at 1e-3': (TWO, '--optimizer=adamw --learning_rate=1e-3'),
+    'a cosine': (TWO, '--schedule=cosine'),
+    'decay of all steps': (TWO, '--decay_fraction=1.0'),
+    'an end at a tenth of the rate': (TWO, '--min_lr=1e-3'),
+    'no weight decay': (TWO, '--weight_decay=0'),
+    'steps of 2,048 tokens, twice as many': (TWO, '--tokens_per_step=2048 --batch_size=16 --max_iters={twice}'),
+    'steps of 8,192 tokens, half as many': (TWO, '--tokens_per_step=8192 --batch_size=64 --max_iters={half}'),
+    'windows of 256': (TWO, '--block_size=256 --batch_size=16'),
+    'windows of 64': (TWO, '--block_size=64 --batch_size=64'),
+    'no tied embedding': (TWO, '--tie_embeddings=False'),
+    'bigrams': (THREE, 'bigrams'),
+    'smear': (THREE, 'smear'),
+    'values': (['GPT', 'hybrid'], 'values'),
+    'zero': (THREE, 'zero'),
+    'softcap': (THREE, 'softcap'),
     'no QK-norm': (['GPT', 'hybrid'], '--qk_norm=False'),
     'rope_theta 1,000': (['GPT', 'hybrid'], '--rope_theta=1000'),
     'half the key heads': (['GPT'], '--n_kv_head=1'),
     'a state of 32': (['Mamba-2'], '--state_size=32'),
     'a state of 64': (['Mamba-2'], '--state_size=64'),
     'two groups': (['Mamba-2'], '--n_groups=2'),
-    'Mamba-3': (['Mamba-2'], '--version=3'),
     'no gate': (['hybrid'], '--gate=False'),
     'no branch norm': (['hybrid'], '--branch_norm=False'),
     'parallel': (['hybrid'], '--layout=parallel'),
@@ -28,40 +36,47 @@ CHANGES = {     # what is changed: the models it means something to, flags
 
 
 def changed(flags, change):
-    """Flags with some of them replaced."""
+    """Flags with some of them replaced, those of variants.py first."""
     new = change.split()
     names = {flag.partition('=')[0] for flag in new}
-    return [flag for flag in flags if flag.partition('=')[0] not in names] + new
+    left = [flag for flag in flags if flag.partition('=')[0] not in names]
+    return left + new if change.startswith('--') else new + left
+
+
+def trained(runs, wanted):
+    """{name: its line} of {name: flags}, by train.py or with a variant of the model."""
+    own = {name: flags for name, flags in wanted.items() if flags[0].startswith('--')}
+    others = {name: flags for name, flags in wanted.items() if name not in own}
+    return runs.train(own) | runs.train(others, 'mambino.bench.evidence.variants')
 
 
 def choices(runs, plan):
-    """Val loss with one thing changed, at equal tokens: what the change adds, and the time it takes, one seed each.
-    Beside it what other seeds add."""
-    corpus = plan.corpora[0]
-    more = f'--dataset={corpus} --eval_interval={plan.steps}'
-    base = {model: flags_of(model, more, plan, 1, rate_of(runs, plan, model)) for model in MODELS}
+    """Val loss with one thing changed, at equal tokens, half of those of `losses`: what the change adds, seed 1; and
+    tokens a second beside those of the run without it."""
+    more = f'--dataset={plan.corpora[0]} --eval_interval={4 * plan.steps}'
+    base = {model: flags_of(model, more, plan, 1, rate_of(runs, plan, model), plan.choice_steps) for model in THREE}
     wanted = {f'choice {model}': flags for model, flags in base.items()}
     for seed in (2, 3):
-        wanted |= {f'choice {model}, seed {seed}': changed(base[model], f'--seed={seed}') for model in MODELS}
+        wanted |= {f'choice {model}, seed {seed}': changed(base[model], f'--seed={seed}') for model in THREE}
     for name, (models, change) in plan.changes.items():
-        change = change.format(twice=2 * plan.steps)
+        change = change.format(twice=2 * plan.choice_steps, half=plan.choice_steps // 2)
         wanted |= {f'choice {model}, {name}': changed(base[model], change) for model in models}
-    ended = runs.train(wanted)
-    yield '| val loss, the change; time | ' + ' | '.join(MODELS) + ' |\n| --- |' + ' --- |' * len(MODELS)
-    losses = [ended[f'choice {model}']['val_loss'] for model in MODELS]
-    yield '| as in the other sections | ' + ' | '.join(f'{loss:.3f}' for loss in losses) + ' |'
-    spread = [statistics.stdev(ended[name]['val_loss'] for name in wanted
-                               if re.fullmatch(rf'choice {re.escape(model)}(, seed \d)?', name)) for model in MODELS]
-    yield '| other seeds, standard deviation | ' + ' | '.join(f'{sd:.3f}' for sd in spread) + ' |'
+    ended = trained(runs, wanted)
+
+    yield '| what is changed | ' + ' | '.join(THREE) + ' |\n| --- |' + ' --- |' * len(THREE)
+    losses = [ended[f'choice {model}']['val_loss'] for model in THREE]
+    yield '| nothing: val loss | ' + ' | '.join(f'{loss:.3f}' for loss in losses) + ' |'
+    spread = [statistics.stdev(ended[f'choice {model}{seed}']['val_loss'] for seed in ('', ', seed 2', ', seed 3'))
+              for model in THREE]
+    yield '| nothing: standard deviation of three seeds | ' + ' | '.join(f'{sd:.3f}' for sd in spread) + ' |'
     for name, (models, _) in plan.changes.items():
-        cells = []
-        for model in MODELS:
-            if model not in models:
-                cells.append('')
-                continue
-            line, old = ended[f'choice {model}, {name}'], ended[f'choice {model}']
-            cells.append(f'{line["val_loss"] - old["val_loss"]:+.3f}; {line["seconds"] / old["seconds"]:.2f}x')
-        yield f'| {name} | ' + ' | '.join(cells) + ' |'
+        yield f'| {name} | ' + ' | '.join(
+            cell(ended, model, name) if model in models else '' for model in THREE) + ' |'
+
+
+def cell(ended, model, name):
+    base, own = ended[f'choice {model}'], ended[f'choice {model}, {name}']
+    return f'{own["val_loss"] - base["val_loss"]:+.3f}; {own["speed"] / base["speed"]:.2f}x'
 
 
 def samples(runs, plan):

@@ -1,7 +1,11 @@
 """A small model that learns a task, and how often it is right: at the length it learned at, and beyond.
 
     line = learn(Setting(kind='mamba', config={…}, task='recall', lr=3e-3, steps=600))     # {'right': {'8': 0.99}, …}
+
+As a program it reads a setting as JSON, and a device; and prints the line.
 """
+import json
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -37,12 +41,12 @@ def batch_of(setting, generator, asked, n):
 
 
 @torch.no_grad()
-def right(net, setting, asked):
+def right(net, setting, asked, device='cpu'):
     """The share of the answers that are right."""
     idx, targets = batch_of(setting, torch.Generator().manual_seed(0), asked, TESTED)
     hits = counted = 0
     for x, y in zip(idx.split(32), targets.split(32)):
-        guess = net(x)[0].argmax(-1)
+        guess = net(x.to(device))[0].argmax(-1).cpu()
         hits += int(((guess == y) & (y >= 0)).sum())
         counted += int((y >= 0).sum())
     return hits / counted
@@ -55,10 +59,11 @@ def state_bytes(net, T):
     return sum(value.numel() * value.element_size() for value in used)
 
 
-def learn(setting):
+def learn(setting, device='cpu'):
+    """What a model of this setting learns, drawn on the CPU whatever the device."""
     torch.manual_seed(setting.seed)
     vocab = VOCABULARIES[setting.task]
-    net = checkpoint.build(setting.kind, dict(vocab_size=vocab, block_size=setting.T, **setting.config))
+    net = checkpoint.build(setting.kind, dict(vocab_size=vocab, block_size=setting.T, **setting.config)).to(device)
     optimizers = build_optimizers(net, 'muon', setting.lr)
     generator = torch.Generator().manual_seed(setting.seed)
     begin = time.perf_counter()
@@ -69,7 +74,7 @@ def learn(setting):
         height = min(1.0, (step + 1) / 50, 2.5 * (1 - step / setting.steps))       # up, level, and down at last
         for group in (group for opt in optimizers for group in opt.param_groups):
             group['lr'] = setting.lr * height
-        loss = net(idx, targets)[1]
+        loss = net(idx.to(device), targets.to(device))[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for opt in optimizers:
@@ -77,6 +82,10 @@ def learn(setting):
             opt.zero_grad()
     seconds = time.perf_counter() - begin
     net.eval()
-    shares = {str(asked): right(net, setting, asked) for asked in setting.asked}
+    shares = {str(asked): right(net, setting, asked, device) for asked in setting.asked}
     return dict(right=shares, loss=loss.item(), seconds=seconds, parameters=net.num_params(),
-                state=state_bytes(net, setting.T))
+                state=state_bytes(net.cpu(), setting.T))
+
+
+if __name__ == '__main__':
+    print(json.dumps(learn(Setting(**json.loads(sys.argv[1])), sys.argv[2])))

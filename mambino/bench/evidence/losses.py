@@ -9,11 +9,14 @@ import torch
 from mambino.bench.evidence import baselines
 from mambino.bench.plot import write_picture
 
-# 0.86M parameters for characters, all within 2% of each other
+# 0.85M parameters for characters, all within 2% of each other
 MODELS = {
     'GPT': '--model=gpt --n_layer=4 --n_head=2 --qk_norm=True',
     'Mamba-2': '--model=mamba --n_layer=8 --state_size=16',
-    'hybrid': '--model=hybrid --n_layer=3 --n_head=2 --qk_norm=True --state_size=32 --intermediate_size=288'}
+    'hybrid': '--model=hybrid --n_layer=3 --n_head=2 --qk_norm=True --state_size=32 --intermediate_size=280',
+    'Mamba-1': '--model=mamba --version=1 --n_layer=5 --state_size=16 --n_embd=156',
+    'Mamba-3': '--model=mamba --version=3 --n_layer=8 --state_size=16'}
+THREE = ['GPT', 'Mamba-2', 'hybrid']        # where time is short
 RECIPE = ('--optimizer=muon --schedule=wsd --decay_fraction=0.6 --warmup_iters=20 --log_interval=10 --block_size=128 '
           '--n_embd=128')
 RATES = (3e-3, 1e-2, 2e-2, 4e-2)
@@ -36,9 +39,16 @@ def mean_and_sd(values):
     return f'{statistics.mean(values):.3f}{spread}'
 
 
-def loss_at(curve, seconds):
-    """The lowest val loss up to a time of training."""
-    return min((point.loss for point in curve if point.seconds <= seconds), default=math.nan)
+def compared(found, words):
+    """A sentence of {model: losses by seed}: which is best, and which of the others it is not told apart from."""
+    best = min(found, key=lambda model: statistics.mean(found[model]))
+    near = []
+    for model, values in found.items():
+        gaps = [value - lowest for value, lowest in zip(values, found[best])]
+        if model != best and len(gaps) > 1 and statistics.mean(gaps) < 2 * statistics.stdev(gaps):
+            near.append(model)
+    rest = f'; not told apart from it, by less than two standard deviations: {", ".join(near)}' if near else ''
+    return f'{words} {best} is best{rest}.'
 
 
 # --- A, B, C: the loss -----------------------------------------------------------------------------
@@ -59,24 +69,41 @@ def sweep(runs, plan):
 
 
 def losses(runs, plan):
-    """Val loss at equal tokens, and at the time in which the quickest was done."""
+    """Val loss at equal tokens; and at equal time: with as many steps as each makes while the quickest makes all of
+    them, its schedule as short."""
     for corpus in plan.corpora:
-        more = f'--dataset={corpus} --eval_interval={max(1, plan.steps // 10)}'
-        names = {model: [f'{corpus} {model} {seed}' for seed in plan.seeds] for model in MODELS}
-        ended = runs.train({name: flags_of(model, more, plan, seed, rate_of(runs, plan, model))
-                            for model in MODELS for seed, name in zip(plan.seeds, names[model])})
-        quickest = min(ended[name]['seconds'] for own in names.values() for name in own)
+        models = [*MODELS] if corpus == 'characters' else THREE
+        more = f'--dataset={corpus} --eval_interval={max(1, plan.steps // 5)}'
+        rates = {model: rate_of(runs, plan, model) for model in models}
+        keys = [(model, seed) for model in models for seed in plan.seeds]
+        ended = runs.train({f'{corpus} {model} {seed}': flags_of(model, more, plan, seed, rates[model])
+                            for model, seed in keys})
+        speeds = {model: statistics.median(ended[f'{corpus} {model} {seed}']['speed'] for seed in plan.seeds)
+                  for model in models}
+        quickest = max(speeds, key=speeds.get)
+        steps = {model: max(1, round(plan.steps * speeds[model] / speeds[quickest])) for model in models}
+        ended |= runs.train({f'{corpus} {model} {seed}, as long as {quickest}':
+                             flags_of(model, more, plan, seed, rates[model], steps[model])
+                             for model, seed in keys if model != quickest})
+
+        def found(more, keys=keys, corpus=corpus, ended=ended):
+            lines = {}
+            for model, seed in keys:
+                name = f'{corpus} {model} {seed}'
+                lines.setdefault(model, []).append(ended.get(name + more, ended[name])['val_loss'])
+            return lines
+        at_end, in_time = found(''), found(f', as long as {quickest}')
+        seconds = plan.steps * plan.tokens_per_step / speeds[quickest]
         yield f'\n{corpus}, {plan.steps * plan.tokens_per_step / 1e6:.1f}M tokens:\n'
-        yield (f'| | parameters | val loss at equal tokens | in {quickest:.0f} s, the time of the quickest '
-               '| tokens/s, one core |\n| --- | --- | --- | --- | --- |')
-        for model, own in names.items():
-            seconds = statistics.mean(ended[name]['seconds'] for name in own)
-            at_end = mean_and_sd([ended[name]['val_loss'] for name in own])
-            in_time = mean_and_sd([loss_at(runs.curve(name), quickest) for name in own])
-            yield (f'| {model} | {ended[own[0]]["parameters"]} | {at_end} | {in_time} '
-                   f'| {plan.steps * plan.tokens_per_step / seconds:,.0f} |')
-        curves = {f'{model} val': [(point.tokens, point.loss) for point in runs.curve(own[0])]
-                  for model, own in names.items()}
+        yield (f'| | parameters | val loss at equal tokens | in {seconds:.0f} s of training | steps then '
+               '| tokens/s, one core |\n| --- | --- | --- | --- | --- | --- |')
+        for model in models:
+            parameters = ended[f'{corpus} {model} {plan.seeds[0]}']['parameters']
+            yield (f'| {model} | {parameters} | {mean_and_sd(at_end[model])} | {mean_and_sd(in_time[model])} '
+                   f'| {steps[model]} | {speeds[model]:,.0f} |')
+        yield '\n' + compared(at_end, 'At equal tokens') + ' ' + compared(in_time, 'At equal time')
+        first = {model: runs.curve(f'{corpus} {model} {plan.seeds[0]}') for model in models}
+        curves = {f'{model} val': [(point.tokens, point.loss) for point in curve] for model, curve in first.items()}
         write_picture(os.path.join(plan.pictures, f'losses-{corpus}.svg'), curves, 'tokens')
         yield f'\n![val loss over tokens](evidence/losses-{corpus}.svg)'
 
@@ -98,7 +125,7 @@ def bits(runs, plan):
         train, val = (bytes_of(runs, corpus, split, plan.most_bytes) for split in ('train', 'val'))
         rows['xz -9e, which has read the train split'].append(baselines.packed(train, val))
         rows['the last four bytes (Kneser-Ney)'].append(baselines.n_gram(train, val))
-    for model in MODELS:
+    for model in THREE:
         rows[model] = [statistics.mean(runs.bits(f'{corpus} {model} {seed}') for seed in plan.seeds)
                        for corpus in plan.corpora]
     for name, values in rows.items():
@@ -125,13 +152,16 @@ def by_position(net, ids, T, times):
 
 
 def length(runs, plan):
-    """Loss by position far beyond the trained length; of Mamba-2 also where states were carried in training."""
-    ways = {model: (model, '') for model in MODELS} | {'Mamba-2, carry_state': ('Mamba-2', '--carry_state=True')}
-    more = f'--dataset={plan.corpora[0]} --eval_interval={plan.steps}'
-    runs.train({f'length {way}': flags_of(model, f'{more} {flag}', plan, 1, rate_of(runs, plan, model))
-                for way, (model, flag) in ways.items()})
-    found = {way: by_position(runs.model(f'length {way}')[0], runs.tokens(plan.corpora[0]), 128, plan.times)
-             for way in ways}
+    """Loss by position far beyond the trained length, of the models of `losses`; of Mamba-2 also where states were
+    carried in training."""
+    corpus, seed = plan.corpora[0], plan.seeds[0]
+    ways = {model: (f'{corpus} {model} {seed}', model, '') for model in MODELS}
+    ways['Mamba-2, carry_state'] = (f'length {corpus} Mamba-2 {seed}', 'Mamba-2', ' --carry_state=True')
+    more = f'--dataset={corpus} --eval_interval={max(1, plan.steps // 5)}'
+    runs.train({name: flags_of(model, more + flag, plan, seed, rate_of(runs, plan, model))
+                for name, model, flag in ways.values()})
+    found = {way: by_position(runs.model(name)[0], runs.tokens(corpus), 128, plan.times)
+             for way, (name, *_) in ways.items()}
     ends = list(next(iter(found.values())))
     yield '| tokens from … to | ' + ' | '.join(f'{a:,}–{b:,}' for a, b in zip([0, *ends], ends)) + ' |'
     yield '| --- |' + ' --- |' * len(ends)

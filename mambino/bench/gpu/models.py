@@ -20,6 +20,15 @@ SMALL_MODELS = {    # name: kind, and what it has beside SMALL
     'hybrid, parallel': ('hybrid', ATTENDS | dict(window=32, ssm_head_dim=32, layout='parallel')),
     'hybrid, plain': ('hybrid', ATTENDS | dict(window=0, ssm_head_dim=32, gate=False,
                                                branch_norm=False)),
+    'mamba-3': ('mamba', dict(version=3, head_dim=32, state_size=32)),
+    'mamba-3, rank 2': ('mamba', dict(version=3, head_dim=32, state_size=32, mimo_rank=2, intermediate_size=64)),
+    'hybrid, DeltaNet': ('hybrid', ATTENDS | dict(layers='da', state_size=32, ssm_head_dim=32, window=0)),
+    'gpt, holes': ('gpt', ATTENDS | dict(objective='masked')),
+    'mamba-2, holes': ('mamba', dict(head_dim=32, objective='masked')),
+    'gpt, holes in blocks': ('gpt', ATTENDS | dict(objective='block', block_length=16)),
+    'mamba-2, holes in blocks': ('mamba', dict(head_dim=32, objective='block', block_length=16)),
+    'hybrid, holes in blocks': ('hybrid', ATTENDS | dict(window=0, ssm_head_dim=32, objective='block',
+                                                         block_length=16)),
 }
 COMPILED = ('gpt, window', 'hybrid', 'hybrid, parallel')  # a card may compile for them, which takes a while
 LARGE = dict(vocab_size=16384, block_size=1024)
@@ -66,6 +75,11 @@ def tokens(B, T, vocab_size, device='cpu', seed=0):
     return drawn.to(device)
 
 
+def read_by(net, idx):
+    """What a model reads of these (B, T) in training: of blocks their clean tokens, too."""
+    return torch.cat((idx, idx)) if net.config.objective == 'block' else idx
+
+
 class Training:
     """A model's training steps without data: `micro_step` is forward and backward, `update` the
     optimizer's."""
@@ -79,7 +93,7 @@ class Training:
 
     def micro_step(self):
         with machine.autocast(self.device, self.dtype):
-            loss = self.forward(self.idx, self.idx)[1]
+            loss = self.forward(read_by(self.net, self.idx), self.idx)[1]
         loss.backward()
         return loss.detach()
 
