@@ -11,9 +11,9 @@ SMALL = {       # of the tasks: two layers of 64
     'hybrid, window 32': ('hybrid', dict(n_layer=2, n_embd=64, n_head=1, state_size=16, window=32, qk_norm=True))}
 
 
-def solved(runs, plan, task, asked, T=128):
+def solved(runs, plan, task, asked, T, steps, batch):
     """{model: the line of its best rate}, and those of all."""
-    settings = {(model, rate): Setting(kind, config, task, rate, plan.task_steps, T, asked=asked)
+    settings = {(model, rate): Setting(kind, config, task, rate, steps, T, batch, asked=asked)
                 for model, (kind, config) in SMALL.items() for rate in plan.rates}
     names = {key: f'{task} {key[0]} {key[1]:g}' for key in settings}
     found = runs.learned({names[key]: setting for key, setting in settings.items()}, 'mambino.bench.evidence.learning')
@@ -35,9 +35,11 @@ def table_of(best, lines, rates, asked, words):
 
 
 def recall(runs, plan):
-    """Which value belongs to a key, among ever more pairs, against the bytes of state."""
+    """Which value belongs to a key, among ever more pairs, against the bytes of state that a text of 128 tokens
+    leaves."""
     asked = plan.pairs
-    yield from table_of(*solved(runs, plan, 'recall', asked), plan.rates, asked, 'right answers, by pairs')
+    found = solved(runs, plan, 'recall', asked, 128, plan.recall_steps, 32)
+    yield from table_of(*found, plan.rates, asked, 'right answers, by pairs')
 
 
 def copying(runs, plan):
@@ -45,4 +47,5 @@ def copying(runs, plan):
     for task, T in (('copy', 32), ('induction', 64), ('selective', 64)):
         asked = [T * times for times in plan.copy_times]
         yield f'\n{task}, learned with {T} tokens:\n'
-        yield from table_of(*solved(runs, plan, task, asked, T), plan.rates, asked, 'right answers, by length')
+        found = solved(runs, plan, task, asked, T, plan.task_steps, 64)
+        yield from table_of(*found, plan.rates, asked, 'right answers, by length')

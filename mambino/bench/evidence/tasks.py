@@ -2,7 +2,8 @@
 
     idx, targets = recall(64, 128, generator, pairs=8)      # (B, T) both; -1 where nothing is asked
 
-    recall      keys and values, then keys again: which value was it? (Arora et al. 2023, MQAR)
+    recall      keys and values, then these keys in any order: which value was it? (Arora et al. 2023, MQAR; there each
+                is asked once)
     copy        a text, a sign, the text again (Jelassi et al. 2024)
     induction   a sign and a letter somewhere, the sign again at the end: the letter (Olsson et al. 2022)
     selective   some letters among noise, then these in order (Gu & Dao 2023)
@@ -12,7 +13,6 @@ idx holds at each place what is read, targets what is to be said there. Ids: 0 a
 import torch
 
 SIGN, NOISE, FIRST = 0, 1, 2
-POWER = 0.01        # of recall: how much likelier a key is asked soon than late
 
 
 def drawn(n, most, count, generator):
@@ -20,19 +20,19 @@ def drawn(n, most, count, generator):
     return torch.rand(n, most, generator=generator).argsort(1)[:, :count]
 
 
-def recall(n, T, generator, pairs=8, vocab=1024):
+def recall(n, T, generator, pairs=8, vocab=128):
     half = (vocab - FIRST) // 2
+    places = (T - 2 * pairs) // 2
+    if places < 1:
+        raise ValueError(f'behind {pairs} pairs there is no place in {T} tokens')
     keys = FIRST + drawn(n, half, pairs, generator)                             # (n, pairs)
     values = FIRST + half + torch.randint(half, (n, pairs), generator=generator)
-    space = (T - 2 * pairs) // 2
-    if space < pairs:
-        raise ValueError(f'{pairs} pairs do not fit twice into {T} tokens')
-    gaps = torch.arange(1, space + 1, dtype=torch.double) ** (POWER - 1)
-    places = 2 * pairs + 2 * torch.multinomial(gaps.expand(n, -1), pairs, generator=generator)
-    idx = torch.randint(FIRST, vocab, (n, T), generator=generator)
+    asked = torch.randint(pairs, (n, places), generator=generator)
+    idx, targets = torch.full((n, T), NOISE), torch.full((n, T), -1)
     idx[:, 0:2 * pairs:2], idx[:, 1:2 * pairs:2] = keys, values
-    idx.scatter_(1, places, keys)
-    return idx, torch.full((n, T), -1).scatter_(1, places, values)
+    idx[:, 2 * pairs:2 * (pairs + places):2] = keys.gather(1, asked)
+    targets[:, 2 * pairs:2 * (pairs + places):2] = values.gather(1, asked)
+    return idx, targets
 
 
 def copy(n, T, generator, vocab=32):
@@ -65,4 +65,4 @@ def selective(n, T, generator, count=8, vocab=16):
 
 
 TASKS = {'recall': recall, 'copy': copy, 'induction': induction, 'selective': selective}
-VOCABULARIES = {'recall': 1024, 'copy': 32, 'induction': 16, 'selective': 16}
+VOCABULARIES = {'recall': 128, 'copy': 32, 'induction': 16, 'selective': 16}
