@@ -14,9 +14,10 @@ each; tables and pictures beside it are written from that, and <out>.md from the
     recall      which value belongs to a key: by pairs, and by bytes of state
     copying     copy, induction, selective copy, to 64 times the trained length
     choices     one thing of the recipe changed: what it adds to the loss
+    speed       training; a token after 100 to 100,000 others, and what is kept of them
     samples     the first text of each model
 
-How fast they are says python -m mambino.bench, by its sections train, sample, generate.
+Beside other programs: python -m mambino.bench.
 """
 import os
 import time
@@ -25,13 +26,14 @@ from types import SimpleNamespace
 from mambino.bench.evidence.answers import copying, recall
 from mambino.bench.evidence.choices import CHANGES, choices, samples
 from mambino.bench.evidence.losses import RATES, bits, length, losses, sweep
+from mambino.bench.evidence.speed import speed
 from mambino.bench.trained import Runs
 from mambino.configurator import configure, fail
 from mambino.console import end_quietly
 
 SECTIONS = {    # in this order; minutes on two cores
-    'sweep': (sweep, 25), 'losses': (losses, 60), 'bits': (bits, 2), 'length': (length, 20), 'recall': (recall, 60),
-    'copying': (copying, 60), 'choices': (choices, 100), 'samples': (samples, 1)}
+    'sweep': (sweep, 18), 'losses': (losses, 60), 'bits': (bits, 2), 'length': (length, 5), 'recall': (recall, 30),
+    'copying': (copying, 30), 'choices': (choices, 45), 'speed': (speed, 1), 'samples': (samples, 1)}
 
 HEAD = """# Evidence
 
@@ -62,8 +64,8 @@ def plan_of():
             changes={name: CHANGES[name] for name in ('no QK-norm', 'bigrams')})
     return SimpleNamespace(
         seeds=[int(seed) for seed in seeds.split(',')], rates=RATES, steps=800, tokens_per_step=4096,
-        corpora=corpora.split(','), choice_steps=400, recall_steps=2000, task_steps=1000, times=16, pairs=[4, 8, 16, 32],
-        copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES)
+        corpora=corpora.split(','), choice_steps=400, recall_steps=2000, task_steps=1000, times=16,
+        pairs=[4, 8, 16, 32], copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES)
 
 
 def main():

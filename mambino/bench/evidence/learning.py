@@ -52,10 +52,9 @@ def right(net, setting, asked, device='cpu'):
     return hits / counted
 
 
-def state_bytes(net, T):
-    """Bytes that generation keeps of a text of T tokens, without the room for more."""
-    _, state = net.step(torch.zeros(1, T, dtype=torch.long))
-    used = [value[:, :, :T] if is_cache(name) else value for name, value in state.items() if name != 'pos']
+def bytes_of(state, n):
+    """Of the state after n tokens, without the room for more."""
+    used = [value[:, :, :n] if is_cache(name) else value for name, value in state.items() if name != 'pos']
     return sum(value.numel() * value.element_size() for value in used)
 
 
@@ -83,8 +82,9 @@ def learn(setting, device='cpu'):
     seconds = time.perf_counter() - begin
     net.eval()
     shares = {str(asked): right(net, setting, asked, device) for asked in setting.asked}
+    _, state = net.cpu().step(torch.zeros(1, setting.T, dtype=torch.long))
     return dict(right=shares, loss=loss.item(), seconds=seconds, parameters=net.num_params(),
-                state=state_bytes(net.cpu(), setting.T))
+                state=bytes_of(state, setting.T))
 
 
 if __name__ == '__main__':
