@@ -1,7 +1,9 @@
 """Tasks of which it is known what a model must keep: how many answers are right, by length and by bytes of state."""
+import os
 import statistics
 
 from mambino.bench.evidence.learning import Setting
+from mambino.bench.plot import write_picture
 
 SMALL = {       # of the tasks: two layers of 64
     'GPT': ('gpt', dict(n_layer=2, n_embd=64, n_head=1, qk_norm=True)),
@@ -38,8 +40,11 @@ def recall(runs, plan):
     """Which value belongs to a key, among ever more pairs, against the bytes of state that a text of 128 tokens
     leaves."""
     asked = plan.pairs
-    found = solved(runs, plan, 'recall', asked, 128, plan.recall_steps, 32)
-    yield from table_of(*found, plan.rates, asked, 'right answers, by pairs')
+    best, lines = solved(runs, plan, 'recall', asked, 128, plan.recall_steps, 32)
+    yield from table_of(best, lines, plan.rates, asked, 'right answers, by pairs')
+    curves = {f'{model} val': [(n, line['right'][str(n)]) for n in asked] for model, line in best.items()}
+    write_picture(os.path.join(plan.pictures, 'recall.svg'), curves, 'pairs')
+    yield '\n![share of right answers, by pairs](evidence/recall.svg)'
 
 
 def copying(runs, plan):

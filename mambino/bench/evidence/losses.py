@@ -167,3 +167,6 @@ def length(runs, plan):
     yield '| --- |' + ' --- |' * len(ends)
     for way, at in found.items():
         yield f'| {way} | ' + ' | '.join(f'{at[end]:.3f}' for end in ends) + ' |'
+    curves = {f'{way} val': [(math.log2(end / 64), loss) for end, loss in at.items()] for way, at in found.items()}
+    write_picture(os.path.join(plan.pictures, 'length.svg'), curves, '64 tokens, doubled so many times')
+    yield '\n![loss by position](evidence/length.svg)'
