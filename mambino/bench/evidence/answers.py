@@ -44,7 +44,7 @@ def recall(runs, plan):
     yield from table_of(best, lines, plan.rates, asked, 'right answers, by pairs')
     curves = {f'{model} val': [(n, line['right'][str(n)]) for n in asked] for model, line in best.items()}
     write_picture(os.path.join(plan.pictures, 'recall.svg'), curves, 'pairs')
-    yield '\n![share of right answers, by pairs](evidence/recall.svg)'
+    yield f'\n![share of right answers, by pairs]({os.path.basename(plan.pictures)}/recall.svg)'
 
 
 def copying(runs, plan):

@@ -105,7 +105,7 @@ def losses(runs, plan):
         first = {model: runs.curve(f'{corpus} {model} {plan.seeds[0]}') for model in models}
         curves = {f'{model} val': [(point.tokens, point.loss) for point in curve] for model, curve in first.items()}
         write_picture(os.path.join(plan.pictures, f'losses-{corpus}.svg'), curves, 'tokens')
-        yield f'\n![val loss over tokens](evidence/losses-{corpus}.svg)'
+        yield f'\n![val loss over tokens]({os.path.basename(plan.pictures)}/losses-{corpus}.svg)'
 
 
 # --- D: bits a byte --------------------------------------------------------------------------------
@@ -169,4 +169,4 @@ def length(runs, plan):
         yield f'| {way} | ' + ' | '.join(f'{at[end]:.3f}' for end in ends) + ' |'
     curves = {f'{way} val': [(math.log2(end / 64), loss) for end, loss in at.items()] for way, at in found.items()}
     write_picture(os.path.join(plan.pictures, 'length.svg'), curves, '64 tokens, doubled so many times')
-    yield '\n![loss by position](evidence/length.svg)'
+    yield f'\n![loss by position]({os.path.basename(plan.pictures)}/length.svg)'
