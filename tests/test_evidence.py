@@ -103,6 +103,12 @@ def test_a_result_is_kept_and_half_a_line_is_none(tmp_path):
         f.write('{"name": "b", "as')                            # killed there
     again = Results(path)
     assert again.of('a', [1])['value'] == 2 and again.of('a', [2]) is None and again.of('b', [1]) is None
+    again.add('é', [1], value=3)
+    data = open(path, 'rb').read()
+    with open(path, 'wb') as f:                                 # as an editor on Windows writes it
+        f.write(data.replace(b'\n', b'\r\n'))
+    Results(path).add('c', [1], value=4)
+    assert {name: line['value'] for name, line in Results(path).lines.items()} == {'a': 2, 'é': 3, 'c': 4}
 
 
 # --- the command
@@ -179,8 +185,10 @@ def test_what_is_not_told_apart_is_said():
 
 @pytest.mark.parametrize('flags, words', [
     (['--sections=loss'], 'there is no loss; there are sweep'), (['--seeds=x'], 'write numbers'),
+    (['text', '--sections=bits', '--corpora=characters'], 'first --sections=losses'),
     (['--corpora=latin'], 'there are characters, python'), ([], 'name one text')])
 def test_what_cannot_be_is_said_in_a_line(tmp_path, flags, words):
+    write_text(tmp_path / 'text')
     done = evidence(tmp_path, *flags)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1
 
@@ -188,4 +196,42 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path, flags, words):
 def test_a_run_that_fails_says_why(tmp_path, capsys):
     with pytest.raises(SystemExit):
         Runs(str(tmp_path)).train({'a': ['--dataset=none']})
-    assert 'train.py --dataset=none --out_dir=a --device=cpu: ended with status 2' in capsys.readouterr().err
+    assert '--out_dir=a --device=cpu --init_from=scratch: ended with status 2' in capsys.readouterr().err
+
+
+TINY = ['--dataset=text', '--model=gpt', '--n_layer=1', '--n_embd=32', '--block_size=16', '--tokens_per_step=64',
+        '--max_iters=3', '--eval_interval=3', '--dtype=float32']
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_text(tmp_path / 'text.txt')
+    runs = Runs(str(tmp_path / 'runs'))
+    runs.prepare('text', [tmp_path / 'text.txt'], ['--tokenizer=char'])
+    return runs
+
+
+def test_a_run_of_other_flags_is_not_gone_on_with(runs):
+    quick = runs.train({'a': [*TINY, '--learning_rate=0.1']})['a']
+    slow = runs.train({'a': [*TINY, '--learning_rate=1e-5']})['a']
+    assert slow['asked'] != quick['asked'] and slow['val_loss'] != quick['val_loss']
+    assert [line['step'] for line in runs.log('a') if 'tokens' in line][0] == 1
+
+
+@pytest.mark.parametrize('name', ['bigrams', 'zero'])
+def test_a_variant_goes_on_with_what_it_learned(runs, name):
+    runs.train({'a': [name, *TINY]}, 'mambino.bench.evidence.variants')
+    learned = runs.curve('a')[-1].loss
+    said = runs.script('mambino.bench.evidence.variants', [name, *TINY, '--out_dir=a', '--eval_only=True']).stdout
+    assert f'{learned:.4f}' in said
+    runs.script('mambino.bench.evidence.variants', [name, *TINY, '--out_dir=a', '--max_iters=5'])
+    assert runs.curve('a')[-1].step == 5
+
+
+def test_another_text_is_no_dataset_that_there_is(runs, tmp_path, capsys):
+    runs.prepare('text', [tmp_path / 'text.txt'], ['--tokenizer=char'])
+    with open(tmp_path / 'text.txt', 'a') as f:
+        f.write('more')
+    with pytest.raises(SystemExit):
+        runs.prepare('text', [tmp_path / 'text.txt'], ['--tokenizer=char'])
+    assert 'was made of another text' in capsys.readouterr().err

@@ -47,11 +47,10 @@ class Results:
         self.path = path
         self.lines = {}
         if os.path.exists(path):
-            with open(path, 'r+', encoding='utf-8') as f:
-                text = f.read()
-                whole = text[:text.rfind('\n') + 1]             # a killed run's last line may be half of one
-                f.seek(len(whole.encode()))
-                f.truncate()
+            with open(path, 'rb+') as f:
+                data = f.read()
+                f.truncate(data.rfind(b'\n') + 1)               # a killed run's last line may be half of one
+            whole = data[:data.rfind(b'\n') + 1].decode()
             self.lines = {line['name']: line for line in map(loads, whole.splitlines())}
 
     def of(self, name, asked):
@@ -61,9 +60,14 @@ class Results:
 
     def add(self, name, asked, **values):
         line = self.lines[name] = dict(name=name, asked=asked, **values)
-        with open(self.path, 'a', encoding='utf-8') as f:
-            f.write(dumps(line) + '\n')
+        with open(self.path, 'ab') as f:
+            f.write(dumps(line).encode() + b'\n')
         return line
+
+
+def read(path):
+    with open(path, encoding='utf-8') as f:
+        return f.read()
 
 
 class Runs:
@@ -99,9 +103,16 @@ class Runs:
     # --- data
 
     def prepare(self, name, inputs, flags):
-        """The dataset data/name of these files, unless it is there."""
-        if not os.path.exists(os.path.join(self.folder, 'data', name, 'meta.json')):
-            self.script('prepare.py', [*map(os.path.abspath, inputs), *flags, f'--out=data/{name}'])
+        """The dataset data/name of these files, unless it is there; an error ends the program if that is of others."""
+        asked = dumps([[os.path.getsize(path) for path in inputs], flags])
+        told = os.path.join(self.folder, 'data', f'{name}.json')
+        if os.path.exists(os.path.join(self.folder, 'data', name, 'meta.json')):
+            if os.path.exists(told) and read(told) != asked:
+                fail(f'{self.folder}/data/{name}: was made of another text, or otherwise: name another --folder')
+            return
+        self.script('prepare.py', [*map(os.path.abspath, inputs), *flags, f'--out=data/{name}'])
+        with open(told, 'w', encoding='utf-8') as f:
+            f.write(asked)
 
     def tokens(self, dataset, split='val'):
         return np.fromfile(os.path.join(self.folder, 'data', dataset, f'{split}.bin'), dtype=np.int32)
@@ -135,7 +146,8 @@ class Runs:
     def train(self, wanted, script='train.py'):
         """Trains {name: flags}; returns {name: its line}."""
         def measure(name, _):
-            more = [f'--out_dir={os.path.basename(self.path(name))}', f'--device={self.device}']
+            # from scratch: a run that was begun with other flags is not gone on with; the same command goes on
+            more = [f'--out_dir={os.path.basename(self.path(name))}', f'--device={self.device}', '--init_from=scratch']
             said = self.script(script, [*wanted[name], *more]).stdout
             told = [line.split(': ')[1].split(' ')[0] for line in said.splitlines() if ' parameters, ' in line]
             curve = self.curve(name)
@@ -167,6 +179,7 @@ class Runs:
 
     def bits(self, name):
         """Bits a byte of a run's val split, at its end."""
+        self.used[name] = self.results.lines[name]
         return [line['bits_per_byte'] for line in self.log(name) if 'bits_per_byte' in line][-1]
 
     def tokenizer(self, dataset):

@@ -3,6 +3,7 @@ import re
 import statistics
 
 from mambino.bench.evidence.losses import MODELS, THREE, flags_of, rate_of
+from mambino.configurator import fail
 
 TWO = ['GPT', 'Mamba-2']
 # what is changed: the models it means something to, flags. A first word without -- is one of variants.py
@@ -35,6 +36,9 @@ CHANGES = {
     'Mamba and attention by turns': (['hybrid'], '--layers=ma')}
 
 
+SPEED_STEPS = 40        # of runs for their speed alone
+
+
 def changed(flags, change):
     """Flags with some of them replaced, those of variants.py first."""
     new = change.split()
@@ -62,6 +66,12 @@ def choices(runs, plan):
         change = change.format(twice=2 * plan.choice_steps, half=plan.choice_steps // 2)
         wanted |= {f'choice {model}, {name}': changed(base[model], change) for model in models}
     ended = trained(runs, wanted)
+    speeds = {}
+    if runs.device == 'cpu':
+        short = f'--max_iters={min(plan.choice_steps, SPEED_STEPS)} --eval_iters=1'
+        asked = {name: flags for name, flags in wanted.items() if ', seed' not in name}
+        lines = trained(runs, {f'speed of {name}': changed(flags, short) for name, flags in asked.items()})
+        speeds = {name: lines[f'speed of {name}']['speed'] for name in asked}
 
     yield '| what is changed | ' + ' | '.join(THREE) + ' |\n| --- |' + ' --- |' * len(THREE)
     losses = [ended[f'choice {model}']['val_loss'] for model in THREE]
@@ -71,18 +81,22 @@ def choices(runs, plan):
     yield '| nothing: standard deviation of three seeds | ' + ' | '.join(f'{sd:.3f}' for sd in spread) + ' |'
     for name, (models, _) in plan.changes.items():
         yield f'| {name} | ' + ' | '.join(
-            cell(ended, model, name) if model in models else '' for model in THREE) + ' |'
+            cell(ended, speeds, model, name) if model in models else '' for model in THREE) + ' |'
 
 
-def cell(ended, model, name):
-    base, own = ended[f'choice {model}'], ended[f'choice {model}, {name}']
-    return f'{own["val_loss"] - base["val_loss"]:+.3f}; {own["speed"] / base["speed"]:.2f}x'
+def cell(ended, speeds, model, name):
+    base, own = f'choice {model}', f'choice {model}, {name}'
+    said = f'{ended[own]["val_loss"] - ended[base]["val_loss"]:+.3f}'
+    return f'{said}; {speeds[own] / speeds[base]:.2f}x' if speeds else said
 
 
 def samples(runs, plan):
     """The first sample of each model at seed 1337, as sample.py gives it."""
     for model in MODELS:
         name = f'{plan.corpora[0]} {model} {plan.seeds[0]}'
+        if name not in runs.results.lines:
+            fail(f'samples: there is no run "{name}" yet: first --sections=losses')
+        runs.used[name] = runs.results.lines[name]
         words = [f'--out_dir={runs.path(name).rpartition("/")[2]}', '--max_new_tokens=300', '--device=cpu']
         said = re.sub(r'\A(?:\w+ += .*\n)+', '', runs.script('sample.py', words).stdout)
         yield f'\n{model}:\n\n```\n{said.strip()}\n```'

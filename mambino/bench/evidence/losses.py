@@ -8,6 +8,7 @@ import torch
 
 from mambino.bench.evidence import baselines
 from mambino.bench.plot import write_picture
+from mambino.configurator import fail
 
 # 0.85M parameters for characters, all within 2% of each other
 MODELS = {
@@ -27,10 +28,17 @@ def flags_of(model, more, plan, seed=1, rate=1e-2, steps=None):
             f'--learning_rate={rate} --seed={seed} --max_iters={steps or plan.steps} {more}').split()
 
 
+def sweep_of(plan, model):
+    """{rate: (the name, the flags)} of the runs that find a model's rate, with a quarter of the steps."""
+    steps = max(20, plan.steps // 4)
+    more = f'--dataset=characters --eval_interval={steps}'
+    return {rate: (f'sweep {model} {rate:g}', flags_of(model, more, plan, 1, rate, steps)) for rate in plan.rates}
+
+
 def rate_of(runs, plan, model):
     """The best of the sweep, if there was one."""
-    names = {rate: f'sweep {model} {rate:g}' for rate in plan.rates}
-    losses = {rate: runs.results.lines[name]['val_loss'] for rate, name in names.items() if name in runs.results.lines}
+    found = {rate: runs.results.of(name, sorted(flags)) for rate, (name, flags) in sweep_of(plan, model).items()}
+    losses = {rate: line['val_loss'] for rate, line in found.items() if line}
     return min(losses, key=losses.get, default=1e-2)
 
 
@@ -55,14 +63,11 @@ def compared(found, words):
 
 def sweep(runs, plan):
     """Rates for each model, with a quarter of the steps; the best is used from here on."""
-    steps = max(20, plan.steps // 4)
-    names = {(model, rate): f'sweep {model} {rate:g}' for model in MODELS for rate in plan.rates}
-    ended = runs.train({name: flags_of(model, f'--dataset=characters --eval_interval={steps}', plan, 1, rate, steps)
-                        for (model, rate), name in names.items()})
+    ended = runs.train(dict(asked for model in MODELS for asked in sweep_of(plan, model).values()))
     yield '| val loss by rate | ' + ' | '.join(f'{rate:g}' for rate in plan.rates) + ' |'
     yield '| --- |' + ' --- |' * len(plan.rates)
     for model in MODELS:
-        losses = {rate: ended[names[model, rate]]['val_loss'] for rate in plan.rates}
+        losses = {rate: ended[name]['val_loss'] for rate, (name, _) in sweep_of(plan, model).items()}
         best = min(losses, key=losses.get)
         yield f'| {model} | ' + ' | '.join(f'**{loss:.3f}**' if rate == best else f'{loss:.3f}'
                                            for rate, loss in losses.items()) + ' |'
@@ -118,6 +123,10 @@ def bytes_of(runs, dataset, split, most):
 
 def bits(runs, plan):
     """Bits a byte of the val split, beside what needs no network."""
+    missing = [name for corpus in plan.corpora for model in THREE for name in [f'{corpus} {model} {plan.seeds[-1]}']
+               if name not in runs.results.lines]
+    if missing:
+        fail(f'bits: there is no run "{missing[0]}" yet: first --sections=losses')
     yield '| bits a byte | ' + ' | '.join(plan.corpora) + ' |\n| --- |' + ' --- |' * len(plan.corpora)
     rows = {'every byte alike': [8.0] * len(plan.corpora), 'xz -9e, which has read the train split': [],
             'the last four bytes (Kneser-Ney)': []}

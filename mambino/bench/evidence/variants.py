@@ -11,6 +11,7 @@
 import os
 import runpy
 import sys
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from mambino import language_model
 from mambino.bench.turns import HERE
-from mambino.train import begin
+from mambino.weights import checkpoint
 
 ADDED = 'o_proj.weight', 'down_proj.weight', 'out_proj.weight'      # written into the stream
 BUCKETS = 8192          # of pairs of tokens, where a vocabulary has more
@@ -92,13 +93,13 @@ VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=
 
 def main():
     change = VARIANTS[sys.argv.pop(1)]
-    build = begin.build_model
 
-    def changed(*args):
-        net, record = build(*args)
+    def changed(model, config):
+        net = model(config)
         change(net)
-        return net, record
-    begin.build_model = changed
+        return net
+    for kind, (model, fields) in checkpoint.MODELS.items():     # also where a run goes on
+        checkpoint.MODELS[kind] = partial(changed, model), fields
     sys.argv[0] = os.path.join(HERE, 'train.py')
     runpy.run_path(sys.argv[0], run_name='__main__')
 
