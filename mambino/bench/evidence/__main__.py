@@ -61,11 +61,12 @@ def plan_of():
         return SimpleNamespace(
             seeds=[1], rates=(1e-2,), steps=20, tokens_per_step=512, corpora=('characters',), choice_steps=20,
             recall_steps=3, task_steps=3, times=2, pairs=[4], copy_times=(1, 2), most_bytes=20_000,
-            changes={name: CHANGES[name] for name in ('no QK-norm', 'bigrams')})
+            changes={'bigrams': CHANGES['bigrams']}, choice_seeds=[1])
     return SimpleNamespace(
         seeds=[int(seed) for seed in seeds.split(',')], rates=RATES, steps=800, tokens_per_step=4096,
         corpora=corpora.split(','), choice_steps=400, recall_steps=2000, task_steps=1000, times=16,
-        pairs=[4, 8, 16, 32], copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES)
+        pairs=[4, 8, 16, 32], copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES,
+        choice_seeds=[1, 2, 3])
 
 
 def main():
