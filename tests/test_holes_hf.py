@@ -133,6 +133,11 @@ def test_the_state_of_the_blocks_so_far(name, tmp_path):
         model(ids[:, 14:], past_key_values=within)
     kept = [layer['k'].shape[1] for layer in state.layers if 'k' in layer]
     assert all(length == (min(12, net.config.window - 1) if net.config.window else 12) for length in kept)
+    longer = text(2, 3 * T)                                     # beyond what it has learned it sees T tokens
+    out = model(longer)
+    kept = [layer['k'].shape[1] for layer in out.past_key_values.layers if 'k' in layer]
+    assert all(length == (net.config.window or T) - 1 for length in kept)
+    assert_close(out.logits, hf_holes.by_blocks(net, longer), 1e-5)
     to_hf.write(built(name), None, tmp_path)
     with pytest.raises(ValueError, match='without a state'):
         opened(tmp_path)(ids, past_key_values=state)

@@ -90,7 +90,7 @@ def test_others_may_have_a_turn_after_each_call():
     net = build('mamba2', objective='block', block_length=4)
     calls = []
     step = net.step
-    net.step = lambda *arguments: calls.append(1) or step(*arguments)
+    net.step = lambda *arguments, **more: calls.append(1) or step(*arguments, **more)
     ids = text(1, 40)[0].tolist() + [V - 1, V - 1] + text(1, 22)[0].tolist()
     assert len(list(Filler(net, Tok, 'cpu').fill(ids, torch.Generator()))) == len(calls) == 10 + 2
     pictures = list(Filler(net, Tok, 'cpu', 'ancestral', steps=50).fill(ids, torch.Generator().manual_seed(1)))
@@ -109,6 +109,34 @@ def test_a_window_is_filled_from_left_to_right_in_blocks():
     firsts = [own[0] for own in holes if own]
     assert len(holes) == 6 and [len(own) for own in holes] == [9, 7, 4, 2, 1, 0]
     assert firsts == sorted(firsts) and holes[1] == [*range(7, 14)] and holes[3] == [12, 13]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name, changes', [('gpt', {}), ('hybrid', dict(window=0, layers='a'))])
+def test_blocks_see_no_further_than_in_training(name, changes):
+    """Beyond block_size a block sees the last T tokens: caches grow no more, and a text that is cut has the same
+    scores, of one layer, which sees no further by those before it."""
+    class Tok:
+        vocab_size, eot = V - 1, 0
+
+    net = build(name, objective='block', block_length=4, n_layer=1, **changes)
+    given = text(1, 5 * T)[0].tolist()
+    slots, scores = [], []
+    step = net.step
+
+    def hooked(idx, state=None, **more):
+        logits, state = step(idx, state, **more)
+        slots.append(state['k.0'].shape[2])
+        scores.append(logits.clone())
+        return logits, state
+    net.step = hooked
+    found = []
+    for ids in (given, given[-T:]):
+        *_, filled = Filler(net, Tok, 'cpu', ends=False).fill(ids + 4 * [V - 1], torch.Generator().manual_seed(0))
+        found.append((filled[-4:], scores[-1]))
+        assert slots[-1] == T
+    assert found[0][0] == found[1][0]
+    assert_close(found[0][1], found[1][1], 1e-5)
 
 
 def test_draws_are_those_of_the_filters():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mambino.blocks import fills_holes, of_the_one_before
+from mambino.cache import bounded
 from mambino.export.classes import kind_of
 from mambino.export.compare import difference, some_ids
 from model_gpt import rope_frequencies
@@ -111,10 +112,11 @@ def compare_holes(net, opened):
     limit = 1e-4 * max(1.0, ours.std().item())                  # of logits that spread by 1
     off = difference(opened(idx).logits, ours)
     opened.config.eos_token_id = None                           # it goes on after the end of a text
-    opened.config.block_size = length = LONGEST                 # a window: one of training may take minutes
-    text = some_ids(net, 1, length)[0] % opened.config.text_size
-    place = torch.arange(length)
-    texts = [text.masked_fill(hidden, c.vocab_size - 1) for hidden in (place % 4 >= 2, place >= length // 2)]
+    if not K:
+        opened.config.block_size = LONGEST                      # a window: one of training may take minutes
+    text = some_ids(net, 1, LONGEST)[0] % opened.config.text_size
+    place = torch.arange(LONGEST)
+    texts = [text.masked_fill(hidden, c.vocab_size - 1) for hidden in (place % 4 >= 2, place >= LONGEST // 2)]
     equal = sum(same_filled(net, opened, ids, limit) for ids in texts)
     return off, limit, equal, sum(holes_of(net, ids) for ids in texts)
 
@@ -127,7 +129,8 @@ def by_blocks(net, idx):
     """Logits of idx (B, T), read block after block."""
     state, before, logits = None, None, []
     for block in idx.split(net.config.block_length, 1):
-        y, state = net.step(block, state)
+        state, window = bounded(net, state, block.shape[1])
+        y, state = net.step(block, state, window=window)
         logits.append(told(net, y, before))
         before = y[:, -1:]
     return torch.cat(logits, 1)
@@ -171,11 +174,13 @@ def filled(net, ids, text_size):
             z = F.pad(ids[start:start + K], (0, K - n), value=mask_id)
             copy = state and {name: value.clone() for name, value in state.items()}
             place = hidden[torch.randperm(len(hidden), generator=generator)[0]]
-            logits = told(net, net.step(z[None], copy)[0], before)[0, place, :text_size]
+            copy, reach = bounded(net, copy, K)
+            logits = told(net, net.step(z[None], copy, window=reach)[0], before)[0, place, :text_size]
             ids = ids.clone()
             ids[start + place] = logits.argmax()
             yield ids, logits
-        logits, state = net.step(ids[None, start:start + K], state)
+        state, reach = bounded(net, state, n)
+        logits, state = net.step(ids[None, start:start + K], state, window=reach)
         before = logits[:, -1:]
 
 
