@@ -10,6 +10,7 @@ from helpers.runs import TINY, refused, script, write_text
 
 from mambino import tokenizer
 from mambino.export import hf_holes, to_hf
+from mambino.export.compare import logits_of
 from mambino.sample.uncover import Filler
 from mambino.weights import checkpoint, from_hf, loading
 from mambino.weights.tensor_files import read_safetensors
@@ -137,7 +138,7 @@ def test_the_state_of_the_blocks_so_far(name, tmp_path):
     out = model(longer)
     kept = [layer['k'].shape[1] for layer in out.past_key_values.layers if 'k' in layer]
     assert all(length == (net.config.window or T) - 1 for length in kept)
-    assert_close(out.logits, hf_holes.by_blocks(net, longer), 1e-5)
+    assert_close(out.logits, logits_of(net, longer), 1e-5)
     to_hf.write(built(name), None, tmp_path)
     with pytest.raises(ValueError, match='without a state'):
         opened(tmp_path)(ids, past_key_values=state)

@@ -306,3 +306,13 @@ def test_they_are_tuned_rounded_and_kept(there, capsys):
     assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=9 --quantize=int8') == 0
     assert script('export.py', '--out_dir=block --format=native --to=kept') == 0
     assert script('sample.py', '--out_dir=kept --device=cpu --max_new_tokens=9') == 0
+
+
+@pytest.mark.parametrize('precision', ['', 'int8'])
+def test_blocks_of_any_length_are_kept(there, capsys, precision):
+    """Also where they are no part of the text by which the export is checked."""
+    name = f'six{precision}'
+    assert script('train.py', TINY, '--model=gpt --n_head=2 --objective=block --block_length=6 --block_size=24',
+                  f'--tokens_per_step=96 --max_iters=1 --dataset=tiny --out_dir={name}') == 0
+    assert script('export.py', f'--out_dir={name} --format=native --quantize={precision} --to={name}-kept') == 0
+    assert 'FAILED' not in capsys.readouterr().out

@@ -7,10 +7,10 @@ weights, and the proof that the folder fills holes as we do.
 import torch
 import torch.nn.functional as F
 
-from mambino.blocks import fills_holes, of_the_one_before
+from mambino.blocks import fills_holes
 from mambino.cache import bounded
 from mambino.export.classes import kind_of
-from mambino.export.compare import difference, some_ids
+from mambino.export.compare import difference, logits_of, some_ids, told
 from model_gpt import rope_frequencies
 
 FILE = 'modeling_holes.py'
@@ -108,7 +108,7 @@ def compare_holes(net, opened):
     c = net.config
     K, window = c.block_length, min(getattr(c, 'window', 0), 1024)
     idx = some_ids(net, 2, -(-(100 + window) // K) * K if K else 100 + window)   # more than a chunk
-    ours = by_blocks(net, idx) if K else net(idx)[0]
+    ours = logits_of(net, idx)
     limit = 1e-4 * max(1.0, ours.std().item())                  # of logits that spread by 1
     off = difference(opened(idx).logits, ours)
     opened.config.eos_token_id = None                           # it goes on after the end of a text
@@ -123,22 +123,6 @@ def compare_holes(net, opened):
 
 def holes_of(net, ids):
     return int((ids == net.config.vocab_size - 1).sum())
-
-
-def by_blocks(net, idx):
-    """Logits of idx (B, T), read block after block."""
-    state, before, logits = None, None, []
-    for block in idx.split(net.config.block_length, 1):
-        state, window = bounded(net, state, block.shape[1])
-        y, state = net.step(block, state, window=window)
-        logits.append(told(net, y, before))
-        before = y[:, -1:]
-    return torch.cat(logits, 1)
-
-
-def told(net, logits, before):
-    """Logits (B, T, V) as they speak of each place; before (B, 1, V): the last of the text before, or None."""
-    return of_the_one_before(logits, before) if net.config.shifted else logits
 
 
 def same_filled(net, opened, ids, limit):
