@@ -9,7 +9,7 @@ from helpers.models import assert_close
 from helpers.runs import TINY, refused, script, write_text
 
 from mambino import tokenizer
-from mambino.export import hf_holes, to_hf
+from mambino.export import hf_holes, special_tokens, to_hf
 from mambino.export.compare import logits_of
 from mambino.sample.uncover import Filler
 from mambino.weights import checkpoint, from_hf, loading
@@ -296,6 +296,43 @@ def test_a_hole_has_a_name_and_no_text_is_one(kind, more, tmp_path):
     assert theirs.decode([*ids, theirs.mask_token_id], skip_special_tokens=True) == 'the fox'
     assert model.config.text_size == tok.vocab_size and model.config.eos_token_id == tok.eot
     assert from_hf.load_hf(tmp_path)[3].sha256() == tok.sha256()
+
+
+@pytest.mark.parametrize('kind, more', [('bpe', 4), ('bpe', 1), ('byte', 3)])
+def test_what_transformers_saves_anew_comes_back(kind, more, tmp_path):
+    """It writes the names of what is behind the texts' ids into tokenizer.json: they are no text for it."""
+    tok = bpe() if kind == 'bpe' else tokenizer.build_tokenizer('byte')
+    net = built('gpt', vocab_size=tok.vocab_size + more)
+    for folder in ('first', 'anew', 'again'):
+        (tmp_path / folder).mkdir()
+    to_hf.write(net, tok, tmp_path / 'first')
+    for auto in ('AutoModelForMaskedLM', 'AutoTokenizer'):
+        opened(tmp_path / 'first', auto).save_pretrained(tmp_path / 'anew')
+    assert '<|mask|>' in (tmp_path / 'anew' / 'tokenizer.json').read_text()
+    *_, read = from_hf.load_hf(tmp_path / 'anew')
+    assert (read.kind, read.vocab_size, read.eot) == (tok.kind, tok.vocab_size, tok.eot)
+    text = 'the <|mask|> fox<|unused_293|>'
+    assert read.encode(text).tolist() == tok.encode(text).tolist()
+    to_hf.write(net, read, tmp_path / 'again')
+    check = to_hf.verify(net, read, tmp_path / 'again')
+    assert check['ok'] and f'<|mask|>, the id {net.config.vocab_size - 1}' in check['note'], check
+    first, again = (json.loads((tmp_path / folder / 'tokenizer.json').read_text()) for folder in ('first', 'again'))
+    assert first['added_tokens'] == again['added_tokens']
+
+
+def test_a_hole_is_no_text_of_any_tokenizer(tmp_path, capsys):
+    """One with more ids than there are texts is refused, in a folder and in a checkpoint."""
+    tok = bpe()
+    net = built('gpt', vocab_size=tok.vocab_size + 1)
+    to_hf.write(net, tok, tmp_path)
+    (tmp_path / 'tokenizer.json').write_text(special_tokens.text_with(tok.text, {tok.vocab_size: '<|mine|>'}))
+    with pytest.raises(SystemExit):
+        from_hf.load_hf(tmp_path)
+    n = tok.vocab_size
+    refused(capsys, f"has {n + 1} ids, more than config.json's vocab_size={n + 1}, whose last one is a hole")
+    with pytest.raises(SystemExit):
+        checkpoint.tokenizer_of(dict(tokenizer=tok.state(), config=dict(vars(net.config), vocab_size=tok.vocab_size)))
+    refused(capsys, f'has {tok.vocab_size} ids, more than its model, which has {tok.vocab_size - 1} for text')
 
 
 def test_no_id_is_left_for_a_hole(tmp_path):
