@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from helpers.holes import T, V, build, text
 from helpers.models import assert_close
 from helpers.runs import TINY, script, write_text
 
+from mambino import tokenizer
+from mambino.sample.filled import going_on
+from mambino.sample.text import Writer
 from mambino.sample.uncover import Filler, draw_each, grid, uncover
 from mambino.train import batches
 from mambino.train.evaluation import evaluate
@@ -137,6 +141,24 @@ def test_blocks_see_no_further_than_in_training(name, changes):
         assert slots[-1] == T
     assert found[0][0] == found[1][0]
     assert_close(found[0][1], found[1][1], 1e-5)
+
+
+def test_a_text_that_goes_on_is_read_once(monkeypatch):
+    """Of each picture only what is new; where something was hidden again, anew. It ends where the text does."""
+    tok = tokenizer.build_tokenizer('byte')
+    fed = []
+    feed = Writer.feed
+    monkeypatch.setattr(Writer, 'feed', lambda writer, i: fed.append(i) or feed(writer, i))
+    hole, text = 257, list(b'to be or not to be')
+
+    def pictures(*sizes):
+        filler = SimpleNamespace(mask_id=hole, fill=lambda ids, _: (
+            text[:n] + (len(text) - n) * [hole] for n in sizes))
+        ids = text[:2] + (len(text) - 2) * [hole]
+        return len(list(going_on(filler, tok, ids, None, ['or']))), ids
+    assert pictures(2, 3, 3, 5, 7)[0] == 5 and fed == text[2:7]
+    fed.clear()
+    assert pictures(5, 3, 6, 8, 9)[0] == 4 and fed == text[2:5] + text[2:8]
 
 
 def test_draws_are_those_of_the_filters():

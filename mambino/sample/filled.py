@@ -61,12 +61,17 @@ def text_of(tok, ids, mask_id, begins=True):
 
 def going_on(filler, tok, ids, generator, stops=(), end_ids=()):
     """As filler.fill, of ids behind whose holes nothing stands: they end as soon as the text does."""
-    given = known = ids.index(filler.mask_id)
+    begin = ids[:ids.index(filler.mask_id)]
+    writer, read = None, []             # which ids it has taken
     for filled in filler.fill(ids, generator):
         yield filled
-        before = known
-        known = filled.index(filler.mask_id) if filler.mask_id in filled else len(filled)
-        if known != before and written(tok, filled[:known], given, stops, end_ids).done:
+        known = filled[:filled.index(filler.mask_id)] if filler.mask_id in filled else filled
+        if writer is None or known[:len(read)] != read:     # what was found may be hidden again
+            writer, read = Writer(tok, stops, begin, end_ids, keep=False), begin
+        for i in known[len(read):]:
+            writer.feed(i)
+        read = known
+        if writer.done:
             return
 
 
