@@ -1,6 +1,7 @@
 """The server with models that fill holes: what sample.py writes, streams of frames, what is refused, who goes away."""
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from helpers.holes import RUNS, V, build, runs_in
 from helpers.runs import script
 from helpers.served import HELLO, serving, wait_until
 
-from mambino.sample.filled import HIDDEN
+from mambino.sample.filled import HIDDEN, continuation
+from mambino.tokenizer import build_tokenizer
 
 pytest.importorskip('fastapi')
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -238,6 +240,20 @@ def test_who_is_cancelled_ends_between_two_layers():
         assert len(layers) == 1 < net.config.n_layer
     finally:
         filling.close()
+
+
+def test_half_a_character_at_the_end_is_not_shown():
+    """Where a text goes on and was cut, as sample.py writes it; not where something stands behind it."""
+    from mambino.serve.filling import Text
+    from mambino.serve.work import Fill
+    tok = build_tokenizer('byte')
+    net = build('gpt', objective='masked', vocab_size=258)
+    ids = list('né'.encode())[:2]
+    for goes_on, text in ((True, 'n'), (False, 'n\ufffd')):
+        filled = Text(SimpleNamespace(job=Fill([257, 257], 0, 2, goes_on=goes_on)), net, tok, 'cpu')
+        filled.ids = ids
+        assert filled.done().text == text
+    assert continuation(tok, ids, 0, ()) == 'n' and continuation(tok, [*ids, 169], 0, ()) == 'né'
 
 
 def test_the_queue_has_an_end(server):

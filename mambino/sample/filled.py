@@ -13,6 +13,7 @@ import time
 import torch
 
 from mambino.configurator import fail
+from mambino.detokenizer import BROKEN
 from mambino.sample.next_token import seed_of
 from mambino.sample.terminal import RULE
 from mambino.sample.text import Writer, without_mark
@@ -85,6 +86,12 @@ def written(tok, ids, given, stops=(), end_ids=()):
     return writer
 
 
+def end_of(writer):
+    """The text of a Writer, closed; of a character whose end was not found there is nothing to show."""
+    text = writer.text
+    return text + writer.close().rstrip(BROKEN)
+
+
 def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, steps, block):
     """Fills the holes of each prompt, or goes on with it, num_samples times."""
     tokens, begin = 0, time.perf_counter()
@@ -120,6 +127,4 @@ def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, 
 
 def continuation(tok, ids, given, stops):
     """The text of what came behind the first `given` ids, to its end or a stop."""
-    writer = written(tok, ids, given, stops)
-    writer.close()
-    return writer.text
+    return end_of(written(tok, ids, given, stops))
