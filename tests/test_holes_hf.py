@@ -298,6 +298,19 @@ def test_a_hole_has_a_name_and_no_text_is_one(kind, more, tmp_path):
     assert from_hf.load_hf(tmp_path)[3].sha256() == tok.sha256()
 
 
+@pytest.mark.parametrize('name', ['gpt', 'mamba2', 'hybrid'])
+def test_a_config_that_leaves_out_that_the_head_is_tied(name, tmp_path):
+    """As transformers 4 saves it, whose default that is."""
+    net = built(name)
+    to_hf.write(net, None, tmp_path)
+    path = tmp_path / 'config.json'
+    config = json.loads(path.read_text())
+    assert config.pop('tie_word_embeddings')
+    path.write_text(json.dumps(config))
+    weights = from_hf.load_hf(tmp_path)[2]
+    assert torch.equal(weights['lm_head.weight'], net.lm_head.weight)
+
+
 @pytest.mark.parametrize('kind, more', [('bpe', 4), ('bpe', 1), ('byte', 3)])
 def test_what_transformers_saves_anew_comes_back(kind, more, tmp_path):
     """It writes the names of what is behind the texts' ids into tokenizer.json: they are no text for it."""
