@@ -1,5 +1,6 @@
 """The server with models that fill holes: what sample.py writes, streams of frames, what is refused, who goes away."""
 import json
+import os
 import threading
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from helpers.holes import RUNS, V, build, runs_in
 from helpers.runs import script
 from helpers.served import HELLO, serving, wait_until
 
+from mambino.export import to_hf
 from mambino.sample.filled import HIDDEN, continuation
 from mambino.tokenizer import build_tokenizer
 
@@ -127,6 +129,21 @@ def test_the_client_of_openai_inserts(server):
     chunks = list(stream)
     assert ''.join(choice.text for chunk in chunks for choice in chunk.choices) == text
     assert chunks[-1].usage.completion_tokens == 20
+
+
+@pytest.mark.parametrize('out_dir', ['masked', 'masked/best.pt', 'hf:exported', 'char', 'hf:other'])
+def test_what_fills_holes_is_known_before_it_is_loaded(server, out_dir):
+    """By the checkpoint, or by the config.json of a folder of transformers."""
+    from mambino.serve.library import Library
+    from mambino.serve.work import Room
+    folder = out_dir.removeprefix('hf:')
+    if folder != out_dir:
+        os.makedirs(folder)
+        net = build('gpt', objective='masked' if folder == 'exported' else 'next')
+        to_hf.write(net, None, folder)
+    library = Library('nowhere', out_dir, 'cpu', 'float32', '', '', 0.0, Room())
+    run, = library.names()
+    assert library.fills_holes(run) == (folder in ('masked', 'masked/best.pt', 'exported')) and not library.loaded
 
 
 # --- streams --------------------------------------------------------------------------------------
