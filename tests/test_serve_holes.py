@@ -2,6 +2,7 @@
 import json
 import os
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,45 @@ def test_what_fills_holes_is_known_before_it_is_loaded(server, out_dir):
     library = Library('nowhere', out_dir, 'cpu', 'float32', '', '', 0.0, Room())
     run, = library.names()
     assert library.fills_holes(run) == (folder in ('masked', 'masked/best.pt', 'exported')) and not library.loaded
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+KNOBS = dict(length=30, temperature=0.7, top_k=9, top_p=0.9, min_p=0.05, repetition=1.2, answers=2, seed=11, steps=4,
+             heal=False, sampler='confidence', stop=r'e|\n')
+
+
+@pytest.mark.parametrize('name, changes, session, chat', [
+    ('char', {}, '', False),
+    ('char', dict(heal=True, stop=''), '', False),
+    ('char', dict(stop='|'), '', False),
+    ('char', dict(answers=1), 'tale', False),
+    ('char', dict(answers=1), '', True),
+    ('masked', dict(repetition=1.0), '', False)])
+def test_the_page_says_how_the_api_does_the_same(server, name, changes, session, chat):
+    """The jobs are the same, but that a page looks on; what is so anyway is left out."""
+    pytest.importorskip('nicegui')
+    from mambino.serve.api import Limits
+    from mambino.serve.chat_api import chat_jobs
+    from mambino.serve.completions import asked as asked_by_api
+    from mambino.serve.page.answers import Asked, body_of, jobs_asked
+    from mambino.serve.parameters import CHAT, COMPLETION, read
+    served = server.library.get(name)
+    messages = [dict(role='user', content='at')] if chat else None
+    asked = Asked('at eno', messages, {**KNOBS, **changes}, session)
+    body = json.loads(json.dumps(body_of(name, asked, served.fills_holes)))
+    if chat:
+        values = read(CHAT, body)
+        jobs = chat_jobs(served, values, values.messages, values.max_tokens, Limits(), 'messages')[1]
+    else:
+        values = read(COMPLETION, body)
+        jobs = asked_by_api(served, values, Limits())[1]
+    assert ('stop' in body) == ('stop' not in changes) and ('session' in body) == bool(session)
+    assert ('heal' in body) == (name == 'char' and not chat and 'heal' not in changes)
+    assert ('repetition_penalty' in body) == (name == 'char')
+    if changes.get('stop') != '|':      # with which the page has no answer
+        shown = jobs_asked(served, asked)
+        assert jobs == [job if served.fills_holes else replace(job, logprobs=-1) for job in shown]
 
 
 # --- streams --------------------------------------------------------------------------------------
