@@ -19,6 +19,7 @@ the shapes: B batch, G key heads, S slots, P head size.
 import functools
 
 import torch
+import torch.nn.functional as F
 
 SMALLEST = 64   # slots of a new cache that grows
 ROUNDED = 'k', 'v', 'ssm'   # nearly all of a state; a convolution's is small
@@ -35,6 +36,30 @@ def kept_as(state, dtype):
     if dtype is None:
         return state
     return {name: value.to(dtype) if is_rounded(name) else value for name, value in state.items()}
+
+
+def is_cache(name):
+    """Whether a part of a state, as 'k.3', has slots for tokens."""
+    return name[:2] in ('k.', 'v.')
+
+
+def resized(cache, size):
+    """A key/value cache (B, G, S, P) with so many slots. As long as no ring has come round, slot s
+    holds position s."""
+    return F.pad(cache, (0, 0, 0, size - cache.shape[2]))   # a negative pad cuts
+
+
+def bounded(net, state, t):
+    """→ (the state, the window) for a net.step of t tokens: beyond block_size a model that has no window gets
+    one of that length, and its caches are rings of as many slots.
+
+    Rotary positions are relative, so this is what it was trained on; and its state stops growing. An empty
+    state, or None, takes t ≤ block_size."""
+    size = net.config.block_size
+    if state is None or getattr(net.config, 'window', 1) or int(state['pos'].max()) + t <= size:
+        return state, 0
+    return {name: resized(value, size) if is_cache(name) and value.shape[2] != size else value
+            for name, value in state.items()}, size
 
 
 class KVStep:

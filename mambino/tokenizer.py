@@ -35,7 +35,7 @@ from mambino.configurator import fail
 from mambino.detokenizer import Pieces, Stream, WindowStream, pieces_of
 from mambino.plain import parse_json
 from mambino.seams import WORD, cut
-from mambino.tokenizer_config import config_beside, known_of
+from mambino.tokenizer_config import config_beside, known_of, text_size_beside
 from mambino.tokenizer_json import (
     BYTE_TO_CHAR,
     EOT,
@@ -50,6 +50,7 @@ from mambino.tokenizer_json import (
     hidden,
     marks_of,
     read,
+    without_names,
     without_training,
 )
 
@@ -363,7 +364,7 @@ def load_tokenizer(path):
             tok = from_text(text, meta.get('eot'), meta.get('bos', ()), spec)
             return with_config(tok, meta.get('tokenizer_config'))
         as_trained = spec
-        spec = without_training(spec)
+        spec = without_names(without_training(spec), text_size_beside(folder))
         if spec is not as_trained:
             text = json.dumps(spec, ensure_ascii=False, indent=2)
         begin, _ = marks_of(spec)

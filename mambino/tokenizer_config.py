@@ -9,6 +9,7 @@ the template of a conversation.
 
 Kept are known keys, with values of their types and of sizes that make sense.
 """
+import math
 import os
 import secrets
 
@@ -38,6 +39,17 @@ def config_beside(folder):
         raise ValueError(f'{folder}: its chat template is none of at most {LONGEST_TEMPLATE:,} characters; delete it '
                          'from tokenizer_config.json, or chat_template.jinja, to do without conversations')
     return config
+
+
+def text_size_beside(folder):
+    """How many ids stand for text, by the config.json of a model that fills holes, as export.py writes it; else
+    infinitely many."""
+    try:
+        said = read_json(os.path.join(folder, 'config.json'))
+    except ValueError:              # who reads the model says so
+        said = {}
+    size = said.get('text_size') if said.get('model_type') == 'mambino_holes' else None
+    return size if type(size) is int else math.inf
 
 
 def read_json(path):

@@ -18,6 +18,10 @@ FILE = 'tokenizer.json'
 EOT = '<|endoftext|>'
 # what other people's tokenizers call the end of a text, in order of preference
 EOT_NAMES = [EOT, '<|end_of_text|>', '</s>', '<eos>', '<|eos|>', '<｜end▁of▁sentence｜>', '<|im_end|>', '[SEP]']
+# what export.py calls ids behind those of texts: what fills up a batch, what stands for nothing, and for a hole
+PAD = '<|pad|>'
+UNUSED = '<|unused_{}|>'
+MASK = '<|mask|>'
 # what tokenizer.json may say of a BPE and GPT-2's does not
 NOT_GPT2 = ('continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback', 'ignore_merges')
 MODELS = ('BPE', 'Unigram', 'WordPiece', 'WordLevel')
@@ -100,6 +104,16 @@ def without_training(spec):
     if not trained_with and not cut_with:
         return spec
     return {**spec, **dict.fromkeys(cut_with), 'model': {**model, **dict.fromkeys(trained_with)}}
+
+
+def without_names(spec, text_size):
+    """The contents of a tokenizer.json without added tokens from the id text_size on, if all of them have names
+    that export.py gave them: transformers writes these into the file when it saves a tokenizer anew. `spec` itself
+    where there is nothing of it."""
+    behind = [token for token in spec['added_tokens'] if token['id'] >= text_size]
+    if not behind or any(token['content'] not in (PAD, UNUSED.format(token['id']), MASK) for token in behind):
+        return spec
+    return {**spec, 'added_tokens': [token for token in spec['added_tokens'] if token['id'] < text_size]}
 
 
 def marks_of(spec):

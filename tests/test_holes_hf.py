@@ -9,7 +9,8 @@ from helpers.models import assert_close
 from helpers.runs import TINY, refused, script, write_text
 
 from mambino import tokenizer
-from mambino.export import hf_holes, to_hf
+from mambino.export import hf_holes, special_tokens, to_hf
+from mambino.export.compare import logits_of
 from mambino.sample.uncover import Filler
 from mambino.weights import checkpoint, from_hf, loading
 from mambino.weights.tensor_files import read_safetensors
@@ -133,6 +134,11 @@ def test_the_state_of_the_blocks_so_far(name, tmp_path):
         model(ids[:, 14:], past_key_values=within)
     kept = [layer['k'].shape[1] for layer in state.layers if 'k' in layer]
     assert all(length == (min(12, net.config.window - 1) if net.config.window else 12) for length in kept)
+    longer = text(2, 3 * T)                                     # beyond what it has learned it sees T tokens
+    out = model(longer)
+    kept = [layer['k'].shape[1] for layer in out.past_key_values.layers if 'k' in layer]
+    assert all(length == (net.config.window or T) - 1 for length in kept)
+    assert_close(out.logits, logits_of(net, longer), 1e-5)
     to_hf.write(built(name), None, tmp_path)
     with pytest.raises(ValueError, match='without a state'):
         opened(tmp_path)(ids, past_key_values=state)
@@ -292,6 +298,56 @@ def test_a_hole_has_a_name_and_no_text_is_one(kind, more, tmp_path):
     assert from_hf.load_hf(tmp_path)[3].sha256() == tok.sha256()
 
 
+@pytest.mark.parametrize('name', ['gpt', 'mamba2', 'hybrid'])
+def test_a_config_that_leaves_out_that_the_head_is_tied(name, tmp_path):
+    """As transformers 4 saves it, whose default that is."""
+    net = built(name)
+    to_hf.write(net, None, tmp_path)
+    path = tmp_path / 'config.json'
+    config = json.loads(path.read_text())
+    assert config.pop('tie_word_embeddings')
+    path.write_text(json.dumps(config))
+    weights = from_hf.load_hf(tmp_path)[2]
+    assert torch.equal(weights['lm_head.weight'], net.lm_head.weight)
+
+
+@pytest.mark.parametrize('kind, more', [('bpe', 4), ('bpe', 1), ('byte', 3)])
+def test_what_transformers_saves_anew_comes_back(kind, more, tmp_path):
+    """It writes the names of what is behind the texts' ids into tokenizer.json: they are no text for it."""
+    tok = bpe() if kind == 'bpe' else tokenizer.build_tokenizer('byte')
+    net = built('gpt', vocab_size=tok.vocab_size + more)
+    for folder in ('first', 'anew', 'again'):
+        (tmp_path / folder).mkdir()
+    to_hf.write(net, tok, tmp_path / 'first')
+    for auto in ('AutoModelForMaskedLM', 'AutoTokenizer'):
+        opened(tmp_path / 'first', auto).save_pretrained(tmp_path / 'anew')
+    assert '<|mask|>' in (tmp_path / 'anew' / 'tokenizer.json').read_text()
+    *_, read = from_hf.load_hf(tmp_path / 'anew')
+    assert (read.kind, read.vocab_size, read.eot) == (tok.kind, tok.vocab_size, tok.eot)
+    text = 'the <|mask|> fox<|unused_293|>'
+    assert read.encode(text).tolist() == tok.encode(text).tolist()
+    to_hf.write(net, read, tmp_path / 'again')
+    check = to_hf.verify(net, read, tmp_path / 'again')
+    assert check['ok'] and f'<|mask|>, the id {net.config.vocab_size - 1}' in check['note'], check
+    first, again = (json.loads((tmp_path / folder / 'tokenizer.json').read_text()) for folder in ('first', 'again'))
+    assert first['added_tokens'] == again['added_tokens']
+
+
+def test_a_hole_is_no_text_of_any_tokenizer(tmp_path, capsys):
+    """One with more ids than there are texts is refused, in a folder and in a checkpoint."""
+    tok = bpe()
+    net = built('gpt', vocab_size=tok.vocab_size + 1)
+    to_hf.write(net, tok, tmp_path)
+    (tmp_path / 'tokenizer.json').write_text(special_tokens.text_with(tok.text, {tok.vocab_size: '<|mine|>'}))
+    with pytest.raises(SystemExit):
+        from_hf.load_hf(tmp_path)
+    n = tok.vocab_size
+    refused(capsys, f"has {n + 1} ids, more than config.json's vocab_size={n + 1}, whose last one is a hole")
+    with pytest.raises(SystemExit):
+        checkpoint.tokenizer_of(dict(tokenizer=tok.state(), config=dict(vars(net.config), vocab_size=tok.vocab_size)))
+    refused(capsys, f'has {tok.vocab_size} ids, more than its model, which has {tok.vocab_size - 1} for text')
+
+
 def test_no_id_is_left_for_a_hole(tmp_path):
     tok = bpe()
     n = tok.vocab_size
@@ -362,7 +418,8 @@ def test_a_run_goes_out_and_comes_back(runs, capsys):
         assert 'hf: transformers' in said and 'FAILED' not in said and '1000 of 1000' in said
         with open(f'{folder}/README.md', encoding='utf-8') as f:
             card = f.read()
-        assert 'pipeline_tag: fill-mask' in card and 'fills holes' in card and 'upper bounds' in card
+        assert card.startswith('---\nlibrary_name: transformers\n---\n')       # no pipeline would find a hole
+        assert 'fills holes' in card and 'upper bounds' in card
         opening = card.split('```python\n')[1].split('```')[0]
         assert 'AutoModelForMaskedLM' in opening and 'trust_remote_code=True' in opening
         exec(opening, {})                                       # as whoever reads it would type it

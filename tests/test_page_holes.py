@@ -45,7 +45,14 @@ def test_a_hole_is_filled_before_ones_eyes(page, server):
     assert '609 tokens' in page.get_by_test_id('answer-state').text_content()
     assert not page.get_by_test_id('go-on').is_visible()
     page.get_by_test_id('as-request').click()
-    assert '"sampler": "first"' in page.get_by_test_id('request').text_content()
+    said = page.get_by_test_id('request').text_content()
+    assert '"sampler": "first"' in said and 'stop' not in said and 'session' not in said
+    page.get_by_test_id('stop-texts').fill('ab|en')
+    page.get_by_test_id('request').get_by_text('"ab",').wait_for()
+    choose(page, 'model', 'char')
+    page.get_by_test_id('sessions').click()
+    page.get_by_test_id('session').fill('tale')
+    page.get_by_test_id('request').get_by_text('"session": "tale"').wait_for()
 
 
 def test_what_it_does_not_do_is_said(page, server):

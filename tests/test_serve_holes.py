@@ -1,6 +1,9 @@
 """The server with models that fill holes: what sample.py writes, streams of frames, what is refused, who goes away."""
 import json
+import os
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ from helpers.holes import RUNS, V, build, runs_in
 from helpers.runs import script
 from helpers.served import HELLO, serving, wait_until
 
-from mambino.sample.filled import HIDDEN
+from mambino.export import to_hf
+from mambino.sample.filled import HIDDEN, continuation
+from mambino.tokenizer import build_tokenizer
 
 pytest.importorskip('fastapi')
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -127,6 +132,60 @@ def test_the_client_of_openai_inserts(server):
     assert chunks[-1].usage.completion_tokens == 20
 
 
+@pytest.mark.parametrize('out_dir', ['masked', 'masked/best.pt', 'hf:exported', 'char', 'hf:other'])
+def test_what_fills_holes_is_known_before_it_is_loaded(server, out_dir):
+    """By the checkpoint, or by the config.json of a folder of transformers."""
+    from mambino.serve.library import Library
+    from mambino.serve.work import Room
+    folder = out_dir.removeprefix('hf:')
+    if folder != out_dir:
+        os.makedirs(folder)
+        net = build('gpt', objective='masked' if folder == 'exported' else 'next')
+        to_hf.write(net, None, folder)
+    library = Library('nowhere', out_dir, 'cpu', 'float32', '', '', 0.0, Room())
+    run, = library.names()
+    assert library.fills_holes(run) == (folder in ('masked', 'masked/best.pt', 'exported')) and not library.loaded
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+KNOBS = dict(length=30, temperature=0.7, top_k=9, top_p=0.9, min_p=0.05, repetition=1.2, answers=2, seed=11, steps=4,
+             heal=False, sampler='confidence', stop=r'e|\n')
+
+
+@pytest.mark.parametrize('name, changes, session, chat', [
+    ('char', {}, '', False),
+    ('char', dict(heal=True, stop=''), '', False),
+    ('char', dict(stop='|'), '', False),
+    ('char', dict(answers=1), 'tale', False),
+    ('char', dict(answers=1), '', True),
+    ('masked', dict(repetition=1.0), '', False)])
+def test_the_page_says_how_the_api_does_the_same(server, name, changes, session, chat):
+    """The jobs are the same, but that a page looks on; what is so anyway is left out."""
+    pytest.importorskip('nicegui')
+    from mambino.serve.api import Limits
+    from mambino.serve.chat_api import chat_jobs
+    from mambino.serve.completions import asked as asked_by_api
+    from mambino.serve.page.answers import Asked, body_of, jobs_asked
+    from mambino.serve.parameters import CHAT, COMPLETION, read
+    served = server.library.get(name)
+    messages = [dict(role='user', content='at')] if chat else None
+    asked = Asked('at eno', messages, {**KNOBS, **changes}, session)
+    body = json.loads(json.dumps(body_of(name, asked, served.fills_holes)))
+    if chat:
+        values = read(CHAT, body)
+        jobs = chat_jobs(served, values, values.messages, values.max_tokens, Limits(), 'messages')[1]
+    else:
+        values = read(COMPLETION, body)
+        jobs = asked_by_api(served, values, Limits())[1]
+    assert ('stop' in body) == ('stop' not in changes) and ('session' in body) == bool(session)
+    assert ('heal' in body) == (name == 'char' and not chat and 'heal' not in changes)
+    assert ('repetition_penalty' in body) == (name == 'char')
+    if changes.get('stop') != '|':      # with which the page has no answer
+        shown = jobs_asked(served, asked)
+        assert jobs == [job if served.fills_holes else replace(job, logprobs=-1) for job in shown]
+
+
 # --- streams --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, prompt', [('masked', 'at [...50...]en'), ('block', 'at')])
@@ -238,6 +297,20 @@ def test_who_is_cancelled_ends_between_two_layers():
         assert len(layers) == 1 < net.config.n_layer
     finally:
         filling.close()
+
+
+def test_half_a_character_at_the_end_is_not_shown():
+    """Where a text goes on and was cut, as sample.py writes it; not where something stands behind it."""
+    from mambino.serve.filling import Text
+    from mambino.serve.work import Fill
+    tok = build_tokenizer('byte')
+    net = build('gpt', objective='masked', vocab_size=258)
+    ids = list('né'.encode())[:2]
+    for goes_on, text in ((True, 'n'), (False, 'n\ufffd')):
+        filled = Text(SimpleNamespace(job=Fill([257, 257], 0, 2, goes_on=goes_on)), net, tok, 'cpu')
+        filled.ids = ids
+        assert filled.done().text == text
+    assert continuation(tok, ids, 0, ()) == 'n' and continuation(tok, [*ids, 169], 0, ()) == 'né'
 
 
 def test_the_queue_has_an_end(server):

@@ -51,6 +51,18 @@ def test_part_of_a_stop_string_is_held_back_no_longer_than_needed():
     assert write('a<b', ['<e']) == ['a', '', '<b', '']
 
 
+def test_beginnings_of_a_stop_are_tried_where_their_last_character_came():
+    """A long stop costs a token nothing where it cannot have begun."""
+    class Counted(str):
+        tried = 0
+
+        def __getitem__(self, part):
+            Counted.tried += isinstance(part, slice)
+            return super().__getitem__(part)
+    assert ''.join(write('a' * 50 + 'b', [Counted('b' * 200 + 'c')])) == 'a' * 50 + 'b'
+    assert Counted.tried == 200
+
+
 def test_end_of_text_stops():
     tok = tokenizer.build_tokenizer('byte')
     assert write([65, tok.eot, 66]) == ['A', '', '', '']

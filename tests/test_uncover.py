@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from helpers.holes import T, V, build, text
 from helpers.models import assert_close
 from helpers.runs import TINY, script, write_text
 
+from mambino import tokenizer
+from mambino.sample.filled import going_on
+from mambino.sample.text import Writer
 from mambino.sample.uncover import Filler, draw_each, grid, uncover
 from mambino.train import batches
 from mambino.train.evaluation import evaluate
@@ -90,7 +94,7 @@ def test_others_may_have_a_turn_after_each_call():
     net = build('mamba2', objective='block', block_length=4)
     calls = []
     step = net.step
-    net.step = lambda *arguments: calls.append(1) or step(*arguments)
+    net.step = lambda *arguments, **more: calls.append(1) or step(*arguments, **more)
     ids = text(1, 40)[0].tolist() + [V - 1, V - 1] + text(1, 22)[0].tolist()
     assert len(list(Filler(net, Tok, 'cpu').fill(ids, torch.Generator()))) == len(calls) == 10 + 2
     pictures = list(Filler(net, Tok, 'cpu', 'ancestral', steps=50).fill(ids, torch.Generator().manual_seed(1)))
@@ -109,6 +113,52 @@ def test_a_window_is_filled_from_left_to_right_in_blocks():
     firsts = [own[0] for own in holes if own]
     assert len(holes) == 6 and [len(own) for own in holes] == [9, 7, 4, 2, 1, 0]
     assert firsts == sorted(firsts) and holes[1] == [*range(7, 14)] and holes[3] == [12, 13]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name, changes', [('gpt', {}), ('hybrid', dict(window=0, layers='a'))])
+def test_blocks_see_no_further_than_in_training(name, changes):
+    """Beyond block_size a block sees the last T tokens: caches grow no more, and a text that is cut has the same
+    scores, of one layer, which sees no further by those before it."""
+    class Tok:
+        vocab_size, eot = V - 1, 0
+
+    net = build(name, objective='block', block_length=4, n_layer=1, **changes)
+    given = text(1, 5 * T)[0].tolist()
+    slots, scores = [], []
+    step = net.step
+
+    def hooked(idx, state=None, **more):
+        logits, state = step(idx, state, **more)
+        slots.append(state['k.0'].shape[2])
+        scores.append(logits.clone())
+        return logits, state
+    net.step = hooked
+    found = []
+    for ids in (given, given[-T:]):
+        *_, filled = Filler(net, Tok, 'cpu', ends=False).fill(ids + 4 * [V - 1], torch.Generator().manual_seed(0))
+        found.append((filled[-4:], scores[-1]))
+        assert slots[-1] == T
+    assert found[0][0] == found[1][0]
+    assert_close(found[0][1], found[1][1], 1e-5)
+
+
+def test_a_text_that_goes_on_is_read_once(monkeypatch):
+    """Of each picture only what is new; where something was hidden again, anew. It ends where the text does."""
+    tok = tokenizer.build_tokenizer('byte')
+    fed = []
+    feed = Writer.feed
+    monkeypatch.setattr(Writer, 'feed', lambda writer, i: fed.append(i) or feed(writer, i))
+    hole, text = 257, list(b'to be or not to be')
+
+    def pictures(*sizes):
+        filler = SimpleNamespace(mask_id=hole, fill=lambda ids, _: (
+            text[:n] + (len(text) - n) * [hole] for n in sizes))
+        ids = text[:2] + (len(text) - 2) * [hole]
+        return len(list(going_on(filler, tok, ids, None, ['or']))), ids
+    assert pictures(2, 3, 3, 5, 7)[0] == 5 and fed == text[2:7]
+    fed.clear()
+    assert pictures(5, 3, 6, 8, 9)[0] == 4 and fed == text[2:5] + text[2:8]
 
 
 def test_draws_are_those_of_the_filters():
@@ -278,3 +328,13 @@ def test_they_are_tuned_rounded_and_kept(there, capsys):
     assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=9 --quantize=int8') == 0
     assert script('export.py', '--out_dir=block --format=native --to=kept') == 0
     assert script('sample.py', '--out_dir=kept --device=cpu --max_new_tokens=9') == 0
+
+
+@pytest.mark.parametrize('precision', ['', 'int8'])
+def test_blocks_of_any_length_are_kept(there, capsys, precision):
+    """Also where they are no part of the text by which the export is checked."""
+    name = f'six{precision}'
+    assert script('train.py', TINY, '--model=gpt --n_head=2 --objective=block --block_length=6 --block_size=24',
+                  f'--tokens_per_step=96 --max_iters=1 --dataset=tiny --out_dir={name}') == 0
+    assert script('export.py', f'--out_dir={name} --format=native --quantize={precision} --to={name}-kept') == 0
+    assert 'FAILED' not in capsys.readouterr().out

@@ -24,8 +24,9 @@ def card(name, net, ckpt, openings, checks):
     lines = []
     has_holes = fills_holes(c)
     if 'hf' in openings:                                                        # what the hub reads
-        tag = 'fill-mask' if has_holes else 'text-generation'
-        lines += ['---', 'library_name: transformers', f'pipeline_tag: {tag}', '---']
+        # that of fill-mask looks for a mask in a text, which this tokenizer takes for text
+        tag = [] if has_holes else ['pipeline_tag: text-generation']
+        lines += ['---', 'library_name: transformers', *tag, '---']
     lines += [f'# {name}', '']
     kind = f'Mamba-{c.get("version", 2)}' if ckpt['kind'] == 'mamba' else ckpt['kind']
     origin = 'as it came from elsewhere, written by Mambino'

@@ -1,7 +1,7 @@
 """What the checks of all exports have in common: ids and texts to try a model with, and how far two
 results are apart.
 
-    off = difference(opened(ids), net(ids)[0])                  # ids = some_ids(net, 2, 64)
+    off = difference(opened(ids), logits_of(net, ids))          # ids = some_ids(net, 2, 64)
     agreement = agree(greedy(net, [1, 2, 3], 64), tokens)       # '64 of 64'
 
 A check is what a format's `verify` returns, a dict of
@@ -21,6 +21,9 @@ import warnings
 from contextlib import contextmanager
 
 import torch
+
+from mambino.blocks import of_the_one_before
+from mambino.cache import bounded
 
 PIECES = [
     'a', 'The', ' the', '\n', '\n\n', '  ', '\t', '    ', '\r\n', ' def f(x):', 'return', '_name',
@@ -52,6 +55,28 @@ def some_texts(tok, n):
     mixed = [''.join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(n_mixed)]
     apart = '' if tok.kind == 'char' else '\n'  # so that each stands alone, and is one token again
     return ['', *mixed, *(apart.join(tokens[i::n_of_tokens]) for i in range(n_of_tokens))]
+
+
+# --- what a model says ----------------------------------------------------------------------------
+
+@torch.no_grad()
+def logits_of(net, idx):
+    """Logits (B, T, V) of idx (B, T); of a model that fills holes in blocks, read block after block."""
+    K = net.config.block_length
+    if not K:
+        return net(idx)[0]
+    state, before, logits = None, None, []
+    for block in idx.split(K, 1):
+        state, window = bounded(net, state, block.shape[1])
+        y, state = net.step(block, state, window=window)
+        logits.append(told(net, y, before))
+        before = y[:, -1:]
+    return torch.cat(logits, 1)
+
+
+def told(net, logits, before):
+    """Logits (B, T, V) as they speak of each place; before (B, 1, V): the last of the text before, or None."""
+    return of_the_one_before(logits, before) if net.config.shifted else logits
 
 
 # --- how far apart --------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ weights, and the proof that the folder fills holes as we do.
 import torch
 import torch.nn.functional as F
 
-from mambino.blocks import fills_holes, of_the_one_before
+from mambino.blocks import fills_holes
+from mambino.cache import bounded
 from mambino.export.classes import kind_of
-from mambino.export.compare import difference, some_ids
+from mambino.export.compare import difference, logits_of, some_ids, told
 from model_gpt import rope_frequencies
 
 FILE = 'modeling_holes.py'
@@ -107,35 +108,21 @@ def compare_holes(net, opened):
     c = net.config
     K, window = c.block_length, min(getattr(c, 'window', 0), 1024)
     idx = some_ids(net, 2, -(-(100 + window) // K) * K if K else 100 + window)   # more than a chunk
-    ours = by_blocks(net, idx) if K else net(idx)[0]
+    ours = logits_of(net, idx)
     limit = 1e-4 * max(1.0, ours.std().item())                  # of logits that spread by 1
     off = difference(opened(idx).logits, ours)
     opened.config.eos_token_id = None                           # it goes on after the end of a text
-    opened.config.block_size = length = LONGEST                 # a window: one of training may take minutes
-    text = some_ids(net, 1, length)[0] % opened.config.text_size
-    place = torch.arange(length)
-    texts = [text.masked_fill(hidden, c.vocab_size - 1) for hidden in (place % 4 >= 2, place >= length // 2)]
+    if not K:
+        opened.config.block_size = LONGEST                      # a window: one of training may take minutes
+    text = some_ids(net, 1, LONGEST)[0] % opened.config.text_size
+    place = torch.arange(LONGEST)
+    texts = [text.masked_fill(hidden, c.vocab_size - 1) for hidden in (place % 4 >= 2, place >= LONGEST // 2)]
     equal = sum(same_filled(net, opened, ids, limit) for ids in texts)
     return off, limit, equal, sum(holes_of(net, ids) for ids in texts)
 
 
 def holes_of(net, ids):
     return int((ids == net.config.vocab_size - 1).sum())
-
-
-def by_blocks(net, idx):
-    """Logits of idx (B, T), read block after block."""
-    state, before, logits = None, None, []
-    for block in idx.split(net.config.block_length, 1):
-        y, state = net.step(block, state)
-        logits.append(told(net, y, before))
-        before = y[:, -1:]
-    return torch.cat(logits, 1)
-
-
-def told(net, logits, before):
-    """Logits (B, T, V) as they speak of each place; before (B, 1, V): the last of the text before, or None."""
-    return of_the_one_before(logits, before) if net.config.shifted else logits
 
 
 def same_filled(net, opened, ids, limit):
@@ -171,11 +158,13 @@ def filled(net, ids, text_size):
             z = F.pad(ids[start:start + K], (0, K - n), value=mask_id)
             copy = state and {name: value.clone() for name, value in state.items()}
             place = hidden[torch.randperm(len(hidden), generator=generator)[0]]
-            logits = told(net, net.step(z[None], copy)[0], before)[0, place, :text_size]
+            copy, reach = bounded(net, copy, K)
+            logits = told(net, net.step(z[None], copy, window=reach)[0], before)[0, place, :text_size]
             ids = ids.clone()
             ids[start + place] = logits.argmax()
             yield ids, logits
-        logits, state = net.step(ids[None, start:start + K], state)
+        state, reach = bounded(net, state, n)
+        logits, state = net.step(ids[None, start:start + K], state, window=reach)
         before = logits[:, -1:]
 
 

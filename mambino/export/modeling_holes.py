@@ -112,8 +112,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if 'k' in cache:
             k, v = torch.cat((cache['k'], k), 1), torch.cat((cache['v'], v), 1)
-        first = max(0, k.shape[1] - c.window + 1) if c.window else 0    # the next token sees window - 1
-        cache.update(k=k[:, first:], v=v[:, first:])
+        cache.update(k=k, v=v)
         k, v = (u.repeat_interleave(c.n_head // c.n_kv_head, 2) for u in (k, v))
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -329,16 +328,17 @@ class MambinoHolesModel(MambinoHolesPreTrainedModel):
         real = torch.ones(1, T, device=device) if attention_mask is None else attention_mask.float()
         cached = max([layer['k'].shape[1] for layer in state.layers if 'k' in layer], default=0)
         query, key = torch.arange(T, device=device)[:, None], torch.arange(-cached, T, device=device)
-        near = (query - key).abs() < (c.window or cached + T)   # (T, S), counted from the first new token
+        reach = c.window or (c.block_size if c.block_length else cached + T)
+        near = (query - key).abs() < reach                      # (T, S), counted from the first new token
         mask = near & F.pad(real, (cached, 0), value=1)[:, None].bool() | (query == key)    # padding sees itself
-        positions = torch.arange(state.seen, state.seen + T, device=device)     # padding may shift all
-        angles = positions[:, None, None] * torch.tensor(c.rope_frequencies, device=device)
-        rope = angles.cos() * c.rope_amplitude, angles.sin() * c.rope_amplitude     # (T, 1, P/2)
+        angles = (state.seen + query)[..., None] * torch.tensor(c.rope_frequencies, device=device)
+        rope = angles.cos() * c.rope_amplitude, angles.sin() * c.rope_amplitude     # (T, 1, P/2), padding may shift it
         x, layers = self.embed_norm(self.embed_tokens(ids)), []
         for layer, cache in zip(self.layers, state.layers):
             cache = dict(cache)
             x = layer(x, rope, mask[:, None], real[..., None], cache)
-            layers.append(cache if c.block_length else {})
+            kept = {name: u[:, max(0, u.shape[1] - reach + 1):] for name, u in cache.items() if name in 'kv'}
+            layers.append(cache | kept if c.block_length else {})
         x = self.norm(x)
         before = x[:, :1] if state.last is None else state.last
         told = torch.cat((before, x[:, :-1]), 1) if c.shifted else x

@@ -15,9 +15,8 @@ from typing import NamedTuple
 from tokenizers import Tokenizer as HFTokenizer
 
 from mambino import chat
+from mambino.tokenizer_json import MASK, PAD, UNUSED
 
-PAD = '<|pad|>'
-MASK = '<|mask|>'
 FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
 PADS = (PAD, '<pad>', '[PAD]', '<|finetune_right_pad_id|>', '<|padding|>')      # as vocabularies call it
 
@@ -71,7 +70,7 @@ def pad_of(tok, names, ids, ends, vocab_size):
 def named_to_mask(tok, added, mask_id):
     """{id: name} of all ids behind the tokenizer's: those that are `added` already, and the last, mask_id, which
     stands for a hole. A vocabulary has no gaps, so what is between them has a name, too. {} where that cannot be."""
-    names = {i: added.get(i, f'<|unused_{i}|>') for i in range(tok.vocab_size, mask_id)} | {mask_id: MASK}
+    names = {i: added.get(i, UNUSED.format(i)) for i in range(tok.vocab_size, mask_id)} | {mask_id: MASK}
     named = HFTokenizer.from_str(text_with(tok.text, names))
     return names if all(named.token_to_id(name) == i for i, name in names.items()) else {}
 

@@ -44,6 +44,7 @@ from mambino.export.hf_holes import has_holes
 from mambino.export.special_tokens import FLAGS, MASK, PAD, named_to_mask, note_of, special_tokens
 from mambino.export.to_safetensors import save_safetensors
 from mambino.tokenizer_json import beginning_only, marks_of, names_in_reach
+from mambino.weights.checkpoint import ids_of_texts
 from model_gpt import GPT
 from model_hybrid import DeltaMixer, Hybrid
 from model_mamba import Mamba, Mamba1Mixer, Mamba2Mixer, Mamba3Mixer
@@ -195,14 +196,9 @@ def check_exact(net, tok, quantize):
     if net.initial_state is not None:
         raise ValueError('a learned prefix has no place in the weights of a Hugging Face folder; keep '
                          'it as an adapter, --format=peft')
-    if tok is not None and tok.vocab_size > ids_of_texts(net):
-        raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only '
-                         f'{ids_of_texts(net)}')
-
-
-def ids_of_texts(net):
-    """How many ids may stand for text: all but the last one, where that stands for a hole."""
-    return net.config.vocab_size - has_holes(net)
+    most = ids_of_texts(vars(net.config))
+    if tok is not None and tok.vocab_size > most:
+        raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only {most}')
 
 
 def write(net, tok, folder, quantize='', **_):
@@ -210,7 +206,7 @@ def write(net, tok, folder, quantize='', **_):
     what comes nearest."""
     check_exact(net, tok, quantize)
     keys, weights = to_transformers(net)
-    special = special_tokens(tok, ids_of_texts(net)) if tok else None
+    special = special_tokens(tok, ids_of_texts(vars(net.config))) if tok else None
     if tok and has_holes(net):
         keys['text_size'] = tok.vocab_size
     ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
@@ -361,7 +357,7 @@ def verify(net, tok, folder, quantize='', **_):
     if tok and tok.config.get('chat_template'):
         note += '; a conversation has ' + ('the same ids' if is_same_chat else 'OTHER ids')
     if tok:
-        note = '; '.join(filter(None, (note, mask_note, note_of(special_tokens(tok, ids_of_texts(net))))))
+        note = '; '.join(filter(None, (note, mask_note, note_of(special_tokens(tok, ids_of_texts(vars(net.config)))))))
     if misfits:
         note = f'tensors that do not fit {name}: {", ".join(misfits)}'
     ok = not misfits and off <= limit and equal == n and same == texts and is_same_chat

@@ -11,7 +11,7 @@ import copy
 import os
 import shlex
 
-from mambino.export.compare import agree, difference, greedy, some_ids
+from mambino.export.compare import agree, difference, greedy, logits_of, some_ids
 from mambino.weights import checkpoint, loading
 from mambino.weights import quantize as quantizer
 
@@ -39,10 +39,10 @@ def verify(net, tok, folder, quantize='', **_):
     not, bit for bit. → a check, see compare.py."""
     read = loading.model_of(checkpoint.load_checkpoint(folder))
     ids = some_ids(net, 2, 64)
-    logits = read(ids)[0]
+    logits = logits_of(read, ids)
     prompt = ids[0, :3].tolist()
-    return dict(tool='sample.py', ok=difference(logits, rounded(net, quantize)(ids)[0]) == 0.0,
-                logits=difference(logits, net(ids)[0]), limit=None if quantize else 0.0,
+    return dict(tool='sample.py', ok=difference(logits, logits_of(rounded(net, quantize), ids)) == 0.0,
+                logits=difference(logits, logits_of(net, ids)), limit=None if quantize else 0.0,
                 greedy=agree(greedy(net, prompt, 64), greedy(read, prompt, 64)),
                 note=f'{quantize} rounds: its own logits differ' if quantize else '')
 

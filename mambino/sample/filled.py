@@ -13,6 +13,7 @@ import time
 import torch
 
 from mambino.configurator import fail
+from mambino.detokenizer import BROKEN
 from mambino.sample.next_token import seed_of
 from mambino.sample.terminal import RULE
 from mambino.sample.text import Writer, without_mark
@@ -61,12 +62,17 @@ def text_of(tok, ids, mask_id, begins=True):
 
 def going_on(filler, tok, ids, generator, stops=(), end_ids=()):
     """As filler.fill, of ids behind whose holes nothing stands: they end as soon as the text does."""
-    given = known = ids.index(filler.mask_id)
+    begin = ids[:ids.index(filler.mask_id)]
+    writer, read = None, []             # which ids it has taken
     for filled in filler.fill(ids, generator):
         yield filled
-        before = known
-        known = filled.index(filler.mask_id) if filler.mask_id in filled else len(filled)
-        if known != before and written(tok, filled[:known], given, stops, end_ids).done:
+        known = filled[:filled.index(filler.mask_id)] if filler.mask_id in filled else filled
+        if writer is None or known[:len(read)] != read:     # what was found may be hidden again
+            writer, read = Writer(tok, stops, begin, end_ids, keep=False), begin
+        for i in known[len(read):]:
+            writer.feed(i)
+        read = known
+        if writer.done:
             return
 
 
@@ -78,6 +84,12 @@ def written(tok, ids, given, stops=(), end_ids=()):
         if writer.done:
             break
     return writer
+
+
+def end_of(writer):
+    """The text of a Writer, closed; of a character whose end was not found there is nothing to show."""
+    text = writer.text
+    return text + writer.close().rstrip(BROKEN)
 
 
 def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, steps, block):
@@ -115,6 +127,4 @@ def show_filled(net, tok, device, prompts, num_samples, seed, options, sampler, 
 
 def continuation(tok, ids, given, stops):
     """The text of what came behind the first `given` ids, to its end or a stop."""
-    writer = written(tok, ids, given, stops)
-    writer.close()
-    return writer.text
+    return end_of(written(tok, ids, given, stops))

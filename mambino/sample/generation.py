@@ -15,15 +15,14 @@ none depends on its neighbours:
 
     prompt ids ──► prefill ──► state, logits ──► draw ──► ids ──► advance ──► state, logits ──► draw …
 
-Letters of the shapes: B rows, t tokens of a step, V vocabulary, K key/value heads, S cache slots, P
-head size.
+Letters of the shapes: B rows, t tokens of a step, V vocabulary.
 """
 from itertools import count
 
 import torch
 import torch.nn.functional as F
 
-from mambino.cache import kept_as
+from mambino.cache import bounded, is_cache, kept_as, resized
 from mambino.configurator import fail
 from mambino.sample import decode
 from mambino.sample.graphs import Repeated, placed_in
@@ -34,30 +33,13 @@ PREFILL = 512           # tokens of a prompt read at once: bounds the memory of 
 
 # --- states ---------------------------------------------------------------------------------------
 
-def is_cache(name):
-    return name[:2] in ('k.', 'v.')
-
-
-def resized(cache, size):
-    """A key/value cache (B, K, S, P) with so many slots. As long as no ring has come round, slot s
-    holds position s."""
-    return F.pad(cache, (0, 0, 0, size - cache.shape[2]))   # a negative pad cuts
-
-
 def step(net, idx, state=None, last=False, out=None):
     """decode.step(net, idx (B, t), state, last, out=out), beyond block_size with a window of that
-    length for a model that has none.
-
-    Rotary positions are relative, so this is what it was trained on; and its state stops growing.
-    An empty state takes t ≤ block_size."""
+    length for a model that has none, see cache.bounded."""
     if state is None and net.initial_state:
         state = net.initial_state(len(idx))
-    size = net.config.block_size
-    if state is None or getattr(net.config, 'window', 1) or int(state['pos'].max()) + idx.shape[1] <= size:
-        return decode.step(net, idx, state, last, out=out)
-    state = {name: resized(value, size) if is_cache(name) and value.shape[2] != size else value
-             for name, value in state.items()}
-    return decode.step(net, idx, state, last, window=size, out=out)
+    state, window = bounded(net, state, idx.shape[1])
+    return decode.step(net, idx, state, last, window=window, out=out)
 
 
 def chunks(net, ids):

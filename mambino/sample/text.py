@@ -232,7 +232,9 @@ class Writer:
             end = min(stop_positions)
             self.done = True
         elif not final:
-            begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            last = text[-1:]            # looked at first: a stop has many beginnings
+            begun = [n for stop in self.stops for n in range(1, len(stop))
+                     if stop[n - 1] == last and text.endswith(stop[:n])]
             end -= max(begun, default=0)
         shown = text[:end]
         self.pending = text[end:]

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from mambino.blocks import of_the_one_before
+from mambino.cache import bounded
 from mambino.sample.generation import require_finite
 from mambino.sample.next_token import chances, place_of
 from mambino.sample.text import prompt_ids
@@ -163,7 +164,8 @@ class Filler:
                 ids[start:start + self.K] = filled[:len(block)]
                 yield ids
             if start + self.K <= last:
-                logits, state = self.net.step(ids[None, start:start + self.K].to(self.device), state)
+                state, window = bounded(self.net, state, self.K)
+                logits, state = self.net.step(ids[None, start:start + self.K].to(self.device), state, window=window)
                 before = logits[:, -1:]
                 yield ids
 
@@ -177,7 +179,8 @@ class Filler:
         """Scores (K, V) of a window's or a block's tokens (K,), after a state, which stays as it is; before (1, 1, V):
         the logits that led to it."""
         state = state and {name: value.clone() for name, value in state.items()}
-        logits = self.net.step(z[None].to(self.device), state)[0]   # (1, K, V)
+        state, window = bounded(self.net, state, len(z))
+        logits = self.net.step(z[None].to(self.device), state, window=window)[0]    # (1, K, V)
         if self.net.config.shifted:
             logits = of_the_one_before(logits, before)
         scores = require_finite(logits[0, :, :self.vocab_size].float().cpu())

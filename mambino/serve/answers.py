@@ -17,13 +17,13 @@ from collections import deque
 from contextlib import asynccontextmanager
 from functools import partial
 
+from mambino.detokenizer import BROKEN
 from mambino.serve.logprobs import Listing
 from mambino.serve.told import Refused
 from mambino.serve.work import Done, Failed, Read, Token
 
 PING = 10.0             # seconds of silence after which a stream says that it is alive
 GRACE = 5.0             # seconds in which jobs that are cancelled end
-BROKEN = '\ufffd'
 LATE = 'the time of the request is over (--timeout)'
 NO_RETRY = {'x-should-retry': 'false'}      # clients try again after 503 unless they are told not to
 

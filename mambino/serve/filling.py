@@ -20,7 +20,7 @@ from contextlib import nullcontext
 
 import torch
 
-from mambino.sample.filled import going_on, text_of, written
+from mambino.sample.filled import end_of, going_on, text_of, written
 from mambino.sample.uncover import Filler
 from mambino.serve.named import told_of
 from mambino.serve.scheduler import PATIENCE, RECENT, SMOOTH, Stopped
@@ -70,8 +70,10 @@ class Text:
         job = self.job
         writer = written(self.tok, self.ids[:job.last], job.first, job.stops, job.end_ids)
         reason = 'stop' if writer.done else 'length'
+        if job.goes_on:
+            return Done(reason, end_of(writer), writer.length)
         writer.close()
-        return Done(reason, writer.text, writer.length if job.goes_on else self.holes)
+        return Done(reason, writer.text, self.holes)
 
 
 class Filling:

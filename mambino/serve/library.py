@@ -25,7 +25,7 @@ from mambino.blocks import fills_holes
 from mambino.machine import autocast, available_memory, choose_device, choose_dtype, dtype_of_run
 from mambino.serve.filling import Filling
 from mambino.serve.observed import Observed
-from mambino.serve.runs import facts_of
+from mambino.serve.runs import fills_holes_by_files
 from mambino.serve.scheduler import Scheduler
 from mambino.serve.tickets import settle
 from mambino.serve.told import NoModel, told
@@ -124,9 +124,9 @@ class Library:
             run['id']))
 
     def fills_holes(self, run):
-        """Whether the model of a run of names() fills holes; where it is not loaded, by its checkpoint."""
+        """Whether the model of a run of names() fills holes; where it is not loaded, by its files."""
         served = self.loaded.get(run['id'])
-        return served.fills_holes if served else facts_of(run['out_dir']).get('fills_holes', False)
+        return served.fills_holes if served else fills_holes_by_files(run['out_dir'])
 
     def own_id(self):
         """The id of out_dir's model; '' if none was named."""

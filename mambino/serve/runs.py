@@ -25,8 +25,10 @@ from mambino import files
 from mambino.blocks import fills_holes
 from mambino.plain import parse_json, table, whole
 from mambino.serve import launch
+from mambino.tokenizer_config import read_json
 from mambino.train.report import SAMPLE
 from mambino.weights.checkpoint import is_complete
+from mambino.weights.families import holes
 
 TAIL = 64 << 10         # bytes of a log that are looked at for its end
 AT_ONCE = 500           # lines that are read together
@@ -339,10 +341,12 @@ known = {}              # path → (stamp of the file, facts)
 
 def facts_of(out_dir):
     """{'kind', 'parameters', 'step', 'tokens', 'seconds', 'settings', 'is_complete', 'talks', …} of
-    a run's last checkpoint, whose weights stay on the disk; {} if there is none that can be
-    read."""
-    for name in ('ckpt.pt', 'best.pt'):
-        path = os.path.abspath(os.path.join(out_dir, name))
+    a run's last checkpoint, or of one file, whose weights stay on the disk; {} if there is none that
+    can be read."""
+    paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt')]
+    if os.path.isfile(out_dir):
+        paths = [out_dir]
+    for path in map(os.path.abspath, paths):
         try:
             stamp = files.stamp_of(path)
             if path not in known or known[path][0] != stamp:
@@ -372,6 +376,17 @@ def read_facts(path):
             talks=bool((ckpt['tokenizer'] or {}).get('config', {}).get('chat_template')))
     except Exception:                   # of zip, pickle, torch: it is no checkpoint of ours, or written just now
         return {}
+
+
+def fills_holes_by_files(out_dir):
+    """Whether the model of a run, or of a folder of transformers, hf:folder, fills holes, by what lies on the disk."""
+    if not out_dir.startswith('hf:'):
+        return facts_of(out_dir).get('fills_holes', False)
+    try:
+        config = read_json(os.path.join(out_dir.removeprefix('hf:'), 'config.json'))
+    except ValueError:                  # whoever loads it is told so
+        return False
+    return config.get('model_type') == holes.MODEL_TYPE
 
 
 def settings_of(out_dir):

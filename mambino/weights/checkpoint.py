@@ -25,6 +25,7 @@ import shutil
 import torch
 
 from mambino import files, tokenizer
+from mambino.blocks import fills_holes
 from mambino.configurator import fail
 from mambino.weights import shards, soundness
 from model_gpt import GPT, GPTConfig
@@ -234,10 +235,17 @@ def tokenizer_of(ckpt):
         tok = tokenizer.from_state(ckpt['tokenizer'])
     except ValueError as error:
         fail(f'the tokenizer in the checkpoint cannot be used: {error}')
-    if tok.vocab_size > ckpt['config']['vocab_size']:
-        fail(f'the tokenizer in the checkpoint has {tok.vocab_size} ids, more than its model, which has '
-             f'{ckpt["config"]["vocab_size"]}')
+    most = ids_of_texts(ckpt['config'])
+    if tok.vocab_size > most:
+        fail(f'the tokenizer in the checkpoint has {tok.vocab_size} ids, more than its model, which has {most} for '
+             'text')
     return tok
+
+
+def ids_of_texts(config):
+    """How many ids may stand for text, by a model's config as a checkpoint has it: all but the last one, where that
+    stands for a hole."""
+    return config['vocab_size'] - fills_holes(config)
 
 
 def fingerprint(weights):

@@ -26,8 +26,9 @@ import sys
 import torch
 
 from mambino import tokenizer
+from mambino.blocks import fills_holes
 from mambino.configurator import fail
-from mambino.weights.checkpoint import config_of
+from mambino.weights.checkpoint import config_of, ids_of_texts
 from mambino.weights.families import delta, gpt, holes, hybrid, mamba, refused
 from mambino.weights.families.common import ONLY, check_only, number, refuse
 from mambino.weights.fitting import model_of_shapes
@@ -158,7 +159,8 @@ def load_hf(folder):
         fail(f'{folder}: the tensors are not complete or not of the shapes that belong together: '
              f'{str(error).splitlines()[0]}')
     check_shapes(weights, net.state_dict(), folder)
-    return kind, config_of(net), weights, tokenizer_in(folder, net.config.vocab_size)
+    config = config_of(net)
+    return kind, config, weights, tokenizer_in(folder, config)
 
 
 @functools.cache
@@ -194,12 +196,13 @@ def check_shapes(weights, wanted, folder):
                  f'{tuple(wanted[name].shape)}')
 
 
-def tokenizer_in(folder, vocab_size):
-    """The tokenizer in a folder, or None. It must not have more ids than the model."""
+def tokenizer_in(folder, config):
+    """The tokenizer in a folder, or None. It must not have more ids than may stand for text."""
     path = os.path.join(folder, tokenizer.FILE)
     if not os.path.exists(path):
         return None
     tok = tokenizer.load_tokenizer(path)
-    if tok.vocab_size > vocab_size:
-        fail(f'{path}: has {tok.vocab_size} ids, more than config.json\'s vocab_size={vocab_size}')
+    if tok.vocab_size > ids_of_texts(config):
+        hole = ', whose last one is a hole' if fills_holes(config) else ''
+        fail(f'{path}: has {tok.vocab_size} ids, more than config.json\'s vocab_size={config["vocab_size"]}{hole}')
     return tok

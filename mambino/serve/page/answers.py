@@ -2,6 +2,7 @@
 
     asked = Asked(prompt='Once upon', messages=None, settings={…}, session='')
     for job in jobs_asked(served, asked): …             # one for each answer that is wanted
+    body = body_of('out', asked, False)                 # of a request for the same
     answer = Answer(served, job, tokens, label)
     answer.begin()
     while answer.goes_on(): …                           # takes what came since, and shows it
@@ -21,6 +22,7 @@ from mambino.serve.chat_api import question_of
 from mambino.serve.fills import check_no_holes, fills_of
 from mambino.serve.jobs import jobs_of, text_prompt
 from mambino.serve.page.tokens import token_of
+from mambino.serve.parameters import COMPLETION
 from mambino.serve.told import NoModel, Refused, told
 from mambino.serve.work import Done, Failed, Fill, Frame, Full, Read, Token
 
@@ -79,6 +81,34 @@ def fills_asked(served, asked):
                              max_tokens=settings['length'], suffix='', sampler=settings['sampler'],
                              steps=settings['steps'], stream=True)
     return fills_of(served, values, [asked.prompt], settings['answers'], MOST_FOUND)[1]
+
+
+def body_of(model, asked, fills_holes):
+    """What asks the API for the same, as its JSON; of what the API takes besides only what is not so anyway."""
+    settings = asked.settings
+    body = dict(model=model, max_tokens=settings['length'], temperature=settings['temperature'],
+                top_p=settings['top_p'], top_k=settings['top_k'], seed=settings['seed'], stream=True)
+    more = dict(min_p=settings['min_p'], repetition_penalty=settings['repetition'], stop=stops_or_none(settings))
+    if asked.messages:
+        body['messages'] = asked.messages
+    else:
+        body.update(prompt=asked.prompt, n=settings['answers'])
+        more['session'] = asked.session
+        if fills_holes:
+            body.update(sampler=settings['sampler'], steps=settings['steps'])
+        elif not settings['heal']:      # which is as a rule so
+            more['heal'] = False
+    defaults = {parameter.name: parameter.default for parameter in COMPLETION}
+    return body | {name: value for name, value in more.items() if value != defaults[name]}
+
+
+def stops_or_none(settings):
+    """The texts to stop at; none where they cannot be, which is said when an answer is wanted."""
+    try:
+        with told(400):
+            return tuple(stops_of(settings['stop']))
+    except Refused:
+        return ()
 
 
 class Answer:

@@ -12,7 +12,7 @@ from nicegui import ui
 
 from mambino.sample.uncover import SAMPLERS
 from mambino.serve.page import look
-from mambino.serve.page.answers import Answer, Asked, jobs_asked
+from mambino.serve.page.answers import Answer, Asked, body_of, jobs_asked
 from mambino.serve.page.away import away
 from mambino.serve.page.sessions import show_sessions
 from mambino.serve.page.tokens import Tokens
@@ -131,7 +131,8 @@ class Panel:
     def show_more(self):
         with look.sheet().classes('tight') as self.sessions:
             with ui.expansion('Sessions').props('data-testid=sessions'):
-                self.session = look.field(ui.input('Session').props('clearable').classes('w-full'), 'session',
+                session = ui.input('Session', on_change=self.change)
+                self.session = look.field(session.props('clearable').classes('w-full'), 'session',
                                           'A name: the text is kept, and goes on the next time')
                 self.refresh_sessions = show_sessions(self.library, self.model, self.session)
         with look.sheet().classes('tight'), ui.expansion('The same by the API').props('data-testid=as-request'):
@@ -179,20 +180,21 @@ class Panel:
         """Whether the model that is chosen does."""
         return self.library.fills_holes(self.runs[self.model.value])
 
+    def wanted(self):
+        """What the controls say, an Asked."""
+        is_chat = self.mode.value == 'chat'
+        settings = self.settings()
+        session = '' if is_chat or self.fills_holes() else (self.session.value or '').strip()
+        if is_chat or session:
+            settings['answers'] = 1         # either has one text
+        return Asked(self.prompt.value or '', self.said(self.prompt.value) if is_chat else None, settings, session)
+
     def as_request(self):
         """A command that asks the API for the same."""
-        settings = self.settings()
-        is_chat = self.mode.value == 'chat'
-        body = dict(model=self.model.value, max_tokens=settings['length'], temperature=settings['temperature'],
-                    top_p=settings['top_p'], top_k=settings['top_k'], seed=settings['seed'], stream=True)
-        if is_chat:
-            body['messages'] = self.said(self.prompt.value)
-        else:
-            body['prompt'] = self.prompt.value
-            body['n'] = settings['answers']
-            if self.fills_holes():
-                body.update({name: settings[name] for name in OF_HOLES})
-        address = str(ui.context.client.request.base_url) + ('v1/chat/completions' if is_chat else 'v1/completions')
+        wanted = self.wanted()
+        body = body_of(self.model.value, wanted, self.fills_holes())
+        path = 'v1/chat/completions' if wanted.messages else 'v1/completions'
+        address = str(ui.context.client.request.base_url) + path
         quoted = json.dumps(body, ensure_ascii=False, indent=1).replace("'", "'\\''")
         return f"curl {address} \\\n  -H 'Content-Type: application/json' -d '{quoted}'"
 
@@ -210,12 +212,7 @@ class Panel:
         is_chat = self.mode.value == 'chat'
         if is_chat and not (self.prompt.value or '').strip():
             return
-        messages = self.said(self.prompt.value) if is_chat else None
-        settings = self.settings()
-        session = '' if is_chat or self.fills_holes() else (self.session.value or '').strip()
-        if is_chat or session:
-            settings['answers'] = 1         # either has one text
-        asked = Asked(self.prompt.value or '', messages, settings, session)
+        asked = self.wanted()
         names = [self.model.value]
         if not is_chat and self.second.value != NONE:
             names.append(self.second.value)

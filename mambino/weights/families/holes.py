@@ -33,7 +33,7 @@ def mamba_names(weights, theirs):
         for part, ours in (('model.embed_tokens.', 'backbone.embeddings.'), ('model.norm.', 'backbone.norm_f.')):
             name = name.replace(part, ours)
         weights[name.replace('model.', 'backbone.', 1)] = tensor
-    if theirs.get('tie_word_embeddings'):
+    if theirs.get('tie_word_embeddings', True):             # transformers 4 leaves out what is its default
         weights.setdefault('lm_head.weight', weights['backbone.embeddings.weight'])
 
 
