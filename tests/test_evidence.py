@@ -34,7 +34,7 @@ def test_each_key_asked_for_has_its_value_before():
         values = dict(zip(row[0:12:2], row[1:12:2]))
         asked = [at for at, value in enumerate(said) if value >= 0]
         assert len(values) == 6 and asked == [*range(12, 64, 2)]
-        assert all(said[at] == values[row[at]] for at in asked)
+        assert all(said[at] == row[at + 1] == values[row[at]] for at in asked)
     with pytest.raises(ValueError, match='there is no place'):
         tasks.recall(1, 16, generator(), pairs=8)
 

@@ -2,8 +2,8 @@
 
     idx, targets = recall(64, 128, generator, pairs=8)      # (B, T) both; -1 where nothing is asked
 
-    recall      keys and values, then these keys in any order: which value was it? (Arora et al. 2023, MQAR; there each
-                is asked once)
+    recall      keys and their values, each pair once, then these pairs in any order: which value has this key? (as in
+                MQAR, Arora et al. 2023, where each key is asked once, and its value does not follow)
     copy        a text, a sign, the text again (Jelassi et al. 2024)
     induction   a sign and a letter somewhere, the sign again at the end: the letter (Olsson et al. 2022)
     selective   some letters among noise, then these in order (Gu & Dao 2023)
@@ -28,10 +28,10 @@ def recall(n, T, generator, pairs=8, vocab=128):
     keys = FIRST + drawn(n, half, pairs, generator)                             # (n, pairs)
     values = FIRST + half + torch.randint(half, (n, pairs), generator=generator)
     asked = torch.randint(pairs, (n, places), generator=generator)
-    idx, targets = torch.full((n, T), NOISE), torch.full((n, T), -1)
-    idx[:, 0:2 * pairs:2], idx[:, 1:2 * pairs:2] = keys, values
-    idx[:, 2 * pairs:2 * (pairs + places):2] = keys.gather(1, asked)
-    targets[:, 2 * pairs:2 * (pairs + places):2] = values.gather(1, asked)
+    order = torch.cat((torch.arange(pairs).expand(n, -1), asked), 1)            # (n, pairs + places)
+    idx = torch.stack((keys.gather(1, order), values.gather(1, order)), 2).flatten(1)
+    targets = torch.full_like(idx, -1)
+    targets[:, 2 * pairs::2] = idx[:, 2 * pairs + 1::2]
     return idx, targets
 
 
