@@ -42,7 +42,7 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
             nats, targets, text_bytes, variance = 0.0, 0, 0, 0.0
             losses = []                                     # (means of a batch, how many targets they are of)
             own_batches = part.val_batches(at_once, block_size, eval_iters, processes.RANK, processes.WORLD)
-            for x, y in processes.in_step(own_batches):     # (B, T) each
+            for x, y in processes.in_step(own_batches, block_size):     # (B, T) each
                 counted = y[y >= 0] if hide is None else x[learnable(y)]
                 losses += losses_of(net, x, y, device, dtype, hide)
                 if len(losses) >= UNREAD:
