@@ -119,11 +119,16 @@ def val_result(data, sums):
 
 def show_sample(net, tokenizer, prompt, step, seed, device, dtype):
     """Prints a piece of text from the model as it is, the same for the same weights. Returns the
-    step. dtype: what a GPU computes in; a CPU, as in sample.py, in float32."""
+    step. dtype: what a GPU computes in; a CPU, as in sample.py, in float32, unless its weights
+    are shared, which come rounded."""
     net.eval()
     ids = encode_prompt(tokenizer, prompt, 'sample_start')
+    precision = nullcontext()
+    if device != 'cpu' or processes.SHARDED:
+        precision = machine.autocast(device, dtype, cache=not processes.SHARDED)
     if net.config.objective != 'next':
-        text = filled(net, tokenizer, ids, seed, device)
+        with precision:
+            text = filled(net, tokenizer, ids, seed, device)
         net.train()
         say(f'--- sample at step {step}\n{prompt}{text}\n---')
         return step
@@ -132,7 +137,6 @@ def show_sample(net, tokenizer, prompt, step, seed, device, dtype):
         ids, owed = healed(tokenizer, ids, prompt)
     writer = Writer(tokenizer, before=ids, owed=owed)
     generator = torch.Generator(device).manual_seed(seed)
-    precision = nullcontext() if device == 'cpu' else machine.autocast(device, dtype, cache=not processes.SHARDED)
     with precision:
         read = prefill(net, ids)
         rows = Rows(net, tokenizer.vocab_size)
