@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.holes import MODELS, T, V, batch, build, text
-from helpers.models import assert_close
+from helpers.models import HYBRID_SIZE, assert_close
 
 from mambino.blocks import Blocks
 from mambino.holes import DRAWS, draws, for_evaluation, hidden, hiding, learnable
 from mambino.language_model import linear_cross_entropy
 from mambino.train.evaluation import with_losses
 from mambino.train.objective import spread
+from mambino.weights import checkpoint
 
 every_model = pytest.mark.parametrize('name', MODELS)
 
@@ -83,6 +84,17 @@ def test_one_more_direction_starts_from_the_same_numbers():
             {}, dict(objective='masked'), dict(objective='masked', share_projections=False))
             if name != 'gpt' or 'share_projections' not in changes]
         assert all(names[0] <= more for more in names[1:])
+
+
+@pytest.mark.parametrize('layers', ['m', 'd'])
+def test_both_directions_of_a_hybrid_begin_alike(layers):
+    """With projections of the same spread, that of the Mamba's own initialisation."""
+    torch.manual_seed(0)
+    config = dict(HYBRID_SIZE, layers=layers, vocab_size=V, block_size=T, objective='masked', share_projections=False)
+    layer = checkpoint.build('hybrid', config).model.layers[0]
+    for name, p in layer.mamba.named_parameters():
+        if name.endswith('_proj.weight'):
+            assert layer.back.get_parameter(name).std().item() == pytest.approx(p.std().item(), rel=0.1), name
 
 
 @pytest.mark.parametrize('changes, words', [
