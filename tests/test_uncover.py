@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.holes import T, V, build, text
 from helpers.models import assert_close
-from helpers.runs import TINY, script, write_text
+from helpers.runs import TINY, load, script, write_text
 
 from mambino.sample.uncover import Filler, draw_each, grid, uncover
 from mambino.train import batches
@@ -225,6 +225,7 @@ def test_what_may_be_meant_as_a_hole_is_said(there, capsys, prompt, noted, monke
     ('train.py --init_from=next --objective=masked --block_length=4 --out_dir=new', 'is for --objective=block'),
     ('train.py --init_from=next --objective=masked --adapter=lora --out_dir=new', 'weights of its own'),
     ('train.py --init_from=next --objective=masked --share_projections=True --out_dir=new', 'leave it out'),
+    ('train.py --init_from=block --carry_state=True --dataset=tiny --out_dir=new', 'not with objective=block'),
     ('train.py --init_from=masked --adapter=prefix --dataset=tiny --out_dir=new', 'take --adapter=lora'),
     ('export.py --out_dir=masked --format=gguf', 'native or safetensors can hold it'),
     ('export.py --out_dir=block --format=native,onnx', 'format=onnx: the model in block fills holes'),
@@ -255,6 +256,15 @@ def test_a_model_of_the_next_token_goes_on_with_holes(there, capsys):
     assert of_step[12] < of_step[6]
     assert script('sample.py', '--out_dir=from-next --device=cpu --num_samples=1 --start="the [...6...]en"') == 0
     assert re.search(r'\nthe .{6}en\n$', capsys.readouterr().out, re.S)
+
+
+def test_what_goes_on_learns_what_it_learned(there):
+    """Its settings say so, as those of the model it began with do."""
+    for steps in (1, 2):
+        flags = f'--init_from=block --model=mamba --dataset=tiny --out_dir=tuned --max_iters={steps}'
+        assert script('train.py', TINY, flags) == 0
+        settings = load('tuned/ckpt.pt')['settings']
+        assert (settings['objective'], settings['block_length']) == ('block', 4)
 
 
 def test_a_text_is_scored_as_it_is_evaluated(there, capsys):

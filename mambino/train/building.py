@@ -84,8 +84,6 @@ def model_config(settings, explicit, origin, data):
     config = {name: value for name, value in settings.items()
               if name in fields[kind] and not is_unset(name, value)}
     hides = settings['objective'] != 'next'
-    if settings['objective'] == 'block':
-        config.setdefault('block_length', BLOCK_LENGTH)
     config['vocab_size'] = data.vocab_size + hides      # the last id is what stands for a hidden token
     if data.vocab_size > 1000:
         # a rounder matrix, and at least one id more: an export can make it what fills up texts
