@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.holes import T, V, build, text
 from helpers.models import assert_close
-from helpers.runs import TINY, load, script, write_text
+from helpers.runs import TINY, load, refused, script, write_text
 
 from mambino.sample.uncover import Filler, draw_each, grid, uncover
 from mambino.train import batches
@@ -226,6 +226,8 @@ def test_what_may_be_meant_as_a_hole_is_said(there, capsys, prompt, noted, monke
     ('train.py --init_from=next --objective=masked --adapter=lora --out_dir=new', 'weights of its own'),
     ('train.py --init_from=next --objective=masked --share_projections=True --out_dir=new', 'leave it out'),
     ('train.py --init_from=block --carry_state=True --dataset=tiny --out_dir=new', 'not with objective=block'),
+    ('train.py --init_from=next --max_weight=5 --dataset=tiny --out_dir=new', 'max_weight means nothing'),
+    ('train.py --init_from=resume --max_weight=5 --out_dir=next', 'max_weight means nothing'),
     ('train.py --init_from=masked --adapter=prefix --dataset=tiny --out_dir=new', 'take --adapter=lora'),
     ('export.py --out_dir=masked --format=gguf', 'native or safetensors can hold it'),
     ('export.py --out_dir=block --format=native,onnx', 'format=onnx: the model in block fills holes'),
@@ -265,6 +267,18 @@ def test_what_goes_on_learns_what_it_learned(there):
         assert script('train.py', TINY, flags) == 0
         settings = load('tuned/ckpt.pt')['settings']
         assert (settings['objective'], settings['block_length']) == ('block', 4)
+
+
+def test_the_id_of_a_hidden_token_is_none_of_the_text(there, capsys):
+    os.makedirs('data/bare', exist_ok=True)
+    for split in ('train', 'val'):
+        np.arange(400, dtype=np.int32).__mod__(20).tofile(f'data/bare/{split}.bin')
+    bare = '--dataset=bare --model=gpt --max_iters=1'
+    assert script('train.py', TINY, bare, '--objective=masked --vocab_size=20 --out_dir=bare') == 0
+    assert script('train.py', TINY, bare, '--init_from=bare --vocab_size=20 --out_dir=bare-tuned') == 0
+    capsys.readouterr()
+    assert script('train.py', TINY, bare, '--init_from=bare --vocab_size=21 --out_dir=bare-other') == 2
+    refused(capsys, 'has a vocabulary of 21, bare one of 20')
 
 
 def test_a_text_is_scored_as_it_is_evaluated(there, capsys):
