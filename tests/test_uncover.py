@@ -179,13 +179,17 @@ def test_holes_of_a_prompt_are_filled(there, capsys):
             assert whole.startswith(given[0]) and whole.removesuffix('\n').endswith(given[-1])
             assert len(whole) == len(prompt.replace('[...6...]', '......')) + 1
     for sampler in ('ancestral', 'confidence', 'threshold', 'remask'):
-        assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=40 --steps=8 --start=the',
+        steps = '' if sampler == 'threshold' else '--steps=8'
+        assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=40 --start=the', steps,
                       f'--sampler={sampler}') == 0
         assert len(capsys.readouterr().out) > 20
     with open('holes.txt', 'w') as f:
         f.write('a[...3...]e')
     assert script('sample.py', '--out_dir=masked --device=cpu --start=FILE:holes.txt') == 0
-    capsys.readouterr()
+    with open('both.txt', 'w') as f:
+        f.write('a[...3...]e\nthe\n')
+    assert script('sample.py', '--out_dir=masked --device=cpu --start=LINES:both.txt --max_new_tokens=3 --stop=e') == 0
+    assert 'note: stop=e is for the prompts without holes alone' in capsys.readouterr().err
     assert script('sample.py', '--out_dir=masked --device=cpu --start=a --suffix=en --max_new_tokens=3') == 0
     assert re.search(r'\na.{3}en\n$', capsys.readouterr().out, re.S)
 
@@ -212,6 +216,9 @@ def test_what_may_be_meant_as_a_hole_is_said(there, capsys, prompt, noted, monke
     ('sample.py --out_dir=masked --max_new_tokens=0', 'max_new_tokens=0'),
     ('sample.py --out_dir=masked --max_new_tokens=0 --suffix=x', 'a hole of max_new_tokens=0'),
     ('sample.py --out_dir=masked --start=a[...3...] --suffix=x', 'has its own: leave one of them out'),
+    ('sample.py --out_dir=masked --sampler=threshold --steps=8', 'steps=8: threshold takes as many'),
+    ('sample.py --out_dir=masked --start=a[...3...] --stop=e', 'stop=e: holes are filled to the last one'),
+    ('sample.py --out_dir=masked --start=a --suffix=x --stop=e', 'stop=e: holes are filled to the last one'),
     ('sample.py --out_dir=next --suffix=x', 'suffix: the model in next goes on'),
     ('sample.py --out_dir=next --block=4', 'block: the model in next goes on'),
     ('sample.py --out_dir=block --block=8', 'has learned blocks of 4 tokens'),
