@@ -11,6 +11,7 @@ from helpers.holes import T, V, build, text
 from helpers.models import assert_close
 from helpers.runs import TINY, load, refused, script, write_text
 
+from mambino.sample.generation import cut_in_windows
 from mambino.sample.uncover import Filler, draw_each, grid, uncover
 from mambino.train import batches
 from mambino.train.evaluation import evaluate
@@ -289,18 +290,27 @@ def test_the_id_of_a_hidden_token_is_none_of_the_text(there, capsys):
 
 
 def test_a_text_is_scored_as_it_is_evaluated(there, capsys):
-    """A dataset that is this text alone has the same bound."""
+    """A dataset that is this text alone has the same bound, of the same windows: the last one ends in holes."""
     ckpt = checkpoint.load_checkpoint('block')
     ids = checkpoint.tokenizer_of(ckpt).encode(read('text.txt')).astype(np.int32)
     os.makedirs('data/own', exist_ok=True)
     for split in ('train', 'val'):
         ids.tofile(f'data/own/{split}.bin')
+    data = batches.open_dataset('own', vocab_size=int(ids.max()) + 1)
+    assert (len(ids) - 1) % 16
+    x, y = cut_in_windows(ids.tolist(), 1, 16, 99)
+    for parts, whole in zip(zip(*data.val_batches(7, 16, mask_id=99)), (x, y)):
+        assert torch.equal(torch.cat(parts), whole)
+    assert x.flatten()[:len(ids)].tolist() == ids.tolist() and (x.flatten()[len(ids):] == 99).all()
     assert script('sample.py', '--out_dir=block --device=cpu --score=text.txt') == 0
     said = capsys.readouterr().out
-    data = batches.open_dataset('own', vocab_size=int(ids.max()) + 1)
     want = evaluate(loading.model_of(ckpt), data, 16, 0, 'cpu', 'float32')
     assert f'loss        <= {want["val_loss"]:.4f} +- 0.' in said
     assert f'perplexity  <= {want["perplexity"]:,.2f}' in said
+    with open('one.txt', 'w') as f:
+        f.write('a')
+    assert script('sample.py', '--out_dir=block --device=cpu --score=one.txt') == 2
+    refused(capsys, 'score=one.txt: is too short')
 
 
 def test_they_are_tuned_rounded_and_kept(there, capsys):

@@ -35,13 +35,15 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
     digit, those of bf16 sooner."""
     at_once = max(1, TOKENS // block_size)
     hide = hiding(net.config)
+    mask_id = None if hide is None else net.config.vocab_size - 1
     sums = []  # (nats, targets, bytes of text, variance of nats) of each dataset
     net.eval()
     try:
         for part in data.parts:
             nats, targets, text_bytes, variance = 0.0, 0, 0, 0.0
             losses = []                                     # (means of a batch, how many targets they are of)
-            own_batches = part.val_batches(at_once, block_size, eval_iters, processes.RANK, processes.WORLD)
+            own_batches = part.val_batches(
+                at_once, block_size, eval_iters, processes.RANK, processes.WORLD, mask_id)
             for x, y in processes.in_step(own_batches, block_size):     # (B, T) each
                 counted = y[y >= 0] if hide is None else x[learnable(y)]
                 losses += losses_of(net, x, y, device, dtype, hide)
