@@ -104,6 +104,8 @@ def test_it_learns_what_is_further_back_than_a_window(here):
 
 def test_its_states_are_kept_and_others_begin_anew(here, capsys):
     train('--carry_state=True --max_iters=6')
+    windows = batches.open_dataset('tiny').windows(16) // 4
+    assert f'4 texts side by side, in which a state goes on for {windows} windows' in capsys.readouterr().out
     saved = load()['carried']
     assert {len(value) for value in saved.values()} == {4} and any(value.any() for value in saved.values())
     train('--carry_state=True --max_iters=8 --tokens_per_step=32')
@@ -116,7 +118,8 @@ def test_its_states_are_kept_and_others_begin_anew(here, capsys):
     ('--model=gpt', 'not with a gpt'), ('--model=hybrid', 'not with a hybrid'),
     ('--objective=masked', 'not with objective=masked'), ('--compile=True', 'not with compile'),
     ('--gradient_checkpointing=True', 'not with gradient_checkpointing'), ('--dataset=tiny:1,more:1', 'a mixture'),
-    ('--tokens_per_step=64000', 'lower --tokens_per_step')])
+    ('--tokens_per_step=64000', 'lower --tokens_per_step'),
+    ('--tokens_per_step=4000', 'has 1 windows of 16 tokens for each')])
 def test_where_it_cannot_be_is_said_in_a_line(here, capsys, flags, words):
     train('--carry_state=True', flags, status=2)
     error = capsys.readouterr().err

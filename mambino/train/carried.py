@@ -30,12 +30,23 @@ def check(settings, data):
         fail(f'carry_state=True goes with one dataset and a Mamba that learns the next token, not with {name}: leave '
              'one of the two out')
     streams = settings['tokens_per_step'] // settings['block_size']
-    windows = data.windows(settings['block_size'])
-    if windows < streams:
-        fail(f'carry_state=True reads {streams} texts side by side, and dataset {data.name} has {windows} windows of '
-             f'{settings["block_size"]} tokens: lower --tokens_per_step or --block_size')
+    T = settings['block_size']
+    windows = data.windows(T) // streams
+    if windows < 2:
+        fail(f'carry_state=True reads {streams} texts side by side, and dataset {data.name} has {windows} windows of {T} '
+             'tokens for each, of which none follows another: lower --tokens_per_step, or take more text')
     settings['gradient_checkpointing'] = settings['compile'] = False
     data.streams = streams
+
+
+def lines(settings, data):
+    """A line on how far the states of a run go, if it carries any."""
+    streams = data.parts[0].streams
+    if streams:
+        T = settings['block_size']
+        windows = data.windows(T) // streams
+        yield (f'carry_state: {streams} texts side by side, in which a state goes on for {windows} windows, '
+               f'{windows * T:,} tokens')
 
 
 def prepare(net, data, settings, sequences, ckpt):
