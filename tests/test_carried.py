@@ -1,5 +1,6 @@
 """Windows that follow one another, and the states between them, in training."""
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +86,21 @@ def test_an_epoch_begins_with_nothing_and_a_step_that_failed_begins_again():
     assert torch.equal(net(ids)[0], first)
 
 
+def test_each_stream_begins_at_its_own_place():
+    """Where a step has numbers of two windows, as after another tokens_per_step."""
+    net = model()
+    carried = Carried(net, Text(), T, 4, 'cpu')                     # numbers 12 to 15 begin an epoch
+    ids = torch.randint(20, (4, T))
+    fresh = net.eval()(ids)[0]
+    net.train()
+    carried.begin(6)
+    net(ids)
+    for start, begins in ((10, [False, False, True, True]), (14, [True, True, False, False])):
+        carried.begin(start)
+        logits = net(ids)[0]
+        assert [torch.allclose(a, b, atol=1e-6) for a, b in zip(logits, fresh)] == begins
+
+
 def test_it_learns_what_is_further_back_than_a_window(here):
     """Which letter a text is of, which it says once in four tokens, as many as a window has."""
     rng = np.random.default_rng(0)
@@ -111,6 +127,16 @@ def test_its_states_are_kept_and_others_begin_anew(here, capsys):
     train('--carry_state=True --max_iters=8 --tokens_per_step=32')
     assert 'the run had 4 texts side by side, and has 2 now' in capsys.readouterr().out
     assert len(load()['carried']['pos']) == 2
+    for flags, words in (
+            ('--seed=2', 'the seed is another'), ('--init_from=resume --dataset=more', 'the text is another')):
+        shutil.copytree('out', 'other')
+        train('--carry_state=True --max_iters=9 --tokens_per_step=32 --out_dir=other', flags)
+        assert f'note: {words}: the texts of carry_state begin with no state' in capsys.readouterr().out
+        shutil.rmtree('other')
+    train('--carry_state=False --max_iters=9 --tokens_per_step=32')
+    assert 'begin with no state' not in capsys.readouterr().out and 'carried' not in load()
+    train('--carry_state=True --max_iters=10 --tokens_per_step=32')
+    assert 'note: the checkpoint has no states: ' in capsys.readouterr().out
     assert script('sample.py', '--out_dir=out --device=cpu --max_new_tokens=4') == 0
 
 

@@ -2,17 +2,19 @@
 that is cut at their ends (Williams & Peng 1990), so that a state of all that came before is what training knows.
 
     carried = Carried(net, data, block_size, sequences, device)     # net's forward pass begins with them from here on
-    carried.begin(step_start)           # zeros where an epoch begins; the same step again: from where it began
+    carried.begin(step_start)           # zeros where a stream begins; the same step again: from where it began
     net(idx, targets)                   # micro-batch after micro-batch, in order
-    contents['carried'] = carried.saved();  carried.restore(ckpt)
+    contents['carried'] = carried.saved();  carried.restore(ckpt['carried'])
 
-Each sequence of a step is of a stream of its own, see order.starts.
+Each sequence of a step is of a stream of its own, see order.starts: with n streams number s of a run is of stream
+s mod n. So a row of a step has the stream that it had in the step before, also where a step has numbers of two
+windows, since a run went on with another tokens_per_step.
 """
 import torch
 import torch.distributed as dist
 
 from mambino.configurator import fail
-from mambino.train import processes
+from mambino.train import identity, processes
 
 
 def check(settings, data):
@@ -33,8 +35,8 @@ def check(settings, data):
     T = settings['block_size']
     windows = data.windows(T) // streams
     if windows < 2:
-        fail(f'carry_state=True reads {streams} texts side by side, and dataset {data.name} has {windows} windows of {T} '
-             'tokens for each, of which none follows another: lower --tokens_per_step, or take more text')
+        fail(f'carry_state=True reads {streams} texts side by side, and dataset {data.name} has {windows} windows of '
+             f'{T} tokens for each, of which none follows another: lower --tokens_per_step, or take more text')
     settings['gradient_checkpointing'] = settings['compile'] = False
     data.streams = streams
 
@@ -52,7 +54,23 @@ def lines(settings, data):
 def prepare(net, data, settings, sequences, ckpt):
     """Gives a model that is to be trained so the states of its run. ckpt: of a run that goes on."""
     if data.parts[0].streams:
-        Carried(net, data, settings['block_size'], sequences, settings['device']).restore(ckpt or {})
+        carried = Carried(net, data, settings['block_size'], sequences, settings['device'])
+        carried.restore(fitting_states(data, settings, ckpt) if ckpt else {})
+
+
+def fitting_states(data, settings, ckpt):
+    """Those of a run that goes on; {}, and a line that says so, where they are of other text than the next step's."""
+    saved, parts = ckpt.get('carried') or {}, identity.known_parts(ckpt)
+    streams, was = data.parts[0].streams, len(saved['pos']) if saved else 0
+    reasons = {
+        f'the run had {was} texts side by side, and has {streams} now': saved and was != streams,
+        'the checkpoint has no states': not saved and ckpt['counters']['step'],
+        'the seed is another': ckpt['settings'].get('seed') != settings['seed'],
+        'the text is another': parts and parts[0]['train'] != data.identity[0]['train']}
+    for reason in [reason for reason, stands in reasons.items() if stands][:1]:
+        processes.say(f'note: {reason}: the texts of carry_state begin with no state')
+        return {}
+    return saved
 
 
 class Carried:
@@ -71,8 +89,13 @@ class Carried:
             self.end()
         self.begun = step_start
         self.read, self.ended = 0, []
-        if step_start // self.streams % self.windows == 0:
+        first = step_start + processes.RANK * self.sequences
+        numbers = torch.arange(first, first + self.sequences)
+        anew = numbers // self.streams % self.windows == 0          # (sequences,)
+        if anew.all():
             self.states = None
+        elif anew.any() and self.states is not None:
+            self.states = {name: without(value, anew) for name, value in self.states.items()}
 
     def take(self, B):
         """The state (B, …) before the next B sequences."""
@@ -105,12 +128,13 @@ class Carried:
             saved[name] = torch.cat(pieces).cpu()
         return saved
 
-    def restore(self, ckpt):
-        saved = ckpt.get('carried') or {}
-        if saved and len(saved['pos']) != self.streams:
-            processes.say(f'note: the run had {len(saved["pos"])} texts side by side, and has {self.streams} now, '
-                          'which begin with no state again')
-            saved = {}
+    def restore(self, saved):
         first = processes.RANK * self.sequences
         own = {name: value[first:first + self.sequences] for name, value in saved.items()}
         self.states = {name: value if name == 'pos' else value.to(self.device) for name, value in own.items()} or None
+
+
+def without(value, rows):
+    """value (sequences, …) with zeros in these rows, a mask (sequences,)."""
+    rows = rows.to(value.device).view(-1, *[1] * (value.ndim - 1))
+    return value.masked_fill(rows, 0)
