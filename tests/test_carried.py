@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import SSM_SIZE, assert_close, perturb
-from helpers.runs import load, metrics, script, train
+from helpers.runs import load, metrics, refused, script, train
 
 from mambino.train import batches
 from mambino.train.carried import Carried
@@ -138,6 +138,24 @@ def test_its_states_are_kept_and_others_begin_anew(here, capsys):
     train('--carry_state=True --max_iters=10 --tokens_per_step=32')
     assert 'note: the checkpoint has no states: ' in capsys.readouterr().out
     assert script('sample.py', '--out_dir=out --device=cpu --max_new_tokens=4') == 0
+
+
+def test_states_are_planned_with_and_stay_out_of_the_best_model(here, capsys, monkeypatch):
+    save, tried = Carried.saved, []
+
+    def saved(self):
+        tried.append(1)
+        if len(tried) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return save(self)
+    monkeypatch.setattr(Carried, 'saved', saved)
+    train('--carry_state=True --max_iters=6 --vram=1')
+    said = capsys.readouterr().out
+    assert 'of 1.0 GB that --vram says, 0.00 GB left to the states of carry_state' in said
+    assert 'out/ckpt.pt could not be saved (DefaultCPUAllocator' in said and len(tried) == 2    # of steps 5 and 6
+    assert 'carried' in load() and 'carried' not in load('out/best.pt')
+    train('--carry_state=True --vram=0.0002 --out_dir=small', status=2)
+    refused(capsys, 'keeps the states of 4 texts', 'lower --tokens_per_step')
 
 
 @pytest.mark.parametrize('flags, words', [

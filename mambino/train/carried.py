@@ -51,6 +51,17 @@ def lines(settings, data):
                f'{windows * T:,} tokens')
 
 
+def state_bytes(net):
+    """The bytes of one text's state, in fp32."""
+    is_training = net.training
+    net.eval()
+    try:
+        _, state = net.step(torch.zeros(1, 1, dtype=torch.long, device=next(net.parameters()).device))
+    finally:
+        net.train(is_training)
+    return sum(value.nbytes for value in state.values())
+
+
 def prepare(net, data, settings, sequences, ckpt):
     """Gives a model that is to be trained so the states of its run. ckpt: of a run that goes on."""
     if data.parts[0].streams:
@@ -80,7 +91,8 @@ class Carried:
         self.windows = data.windows(block_size) // self.streams     # of a stream in an epoch
         self.states = None                      # {name: (sequences, …)} before a step; None: zeros
         self.begun = None                       # the number of the step's first sequence
-        self.read, self.ended = 0, []           # sequences of the step so far, and their states
+        self.read = 0                           # sequences of the step so far
+        self.after = None                       # {name: (sequences, …)}: of those that are read, their states
         net.carried = self
 
     def begin(self, step_start):
@@ -88,7 +100,7 @@ class Carried:
         if step_start != self.begun:
             self.end()
         self.begun = step_start
-        self.read, self.ended = 0, []
+        self.read, self.after = 0, None
         first = step_start + processes.RANK * self.sequences
         numbers = torch.arange(first, first + self.sequences)
         anew = numbers // self.streams % self.windows == 0          # (sequences,)
@@ -107,25 +119,31 @@ class Carried:
 
     def put(self, state):
         """… and after them."""
-        self.ended.append({name: value.detach() for name, value in state.items()})
+        if self.after is None:
+            self.after = {name: value.new_empty(self.sequences, *value.shape[1:]) for name, value in state.items()}
+        for name, value in state.items():
+            self.after[name][self.read - len(value):self.read] = value.detach()
 
     def end(self):
         """What the step left, if it is whole, is what the next one begins with."""
-        if self.ended and self.read == self.sequences:
-            self.states = {name: torch.cat([state[name] for state in self.ended]) for name in self.ended[0]}
-        self.ended = []
+        if self.after and self.read == self.sequences:
+            self.states = self.after
+        self.after = None
 
     def saved(self):
-        """{name: (streams, …)} on the CPU, of all processes, after a step; {} for zeros."""
+        """{name: (streams, …)} on the CPU, of all processes, after a step; {} for zeros. RuntimeError in all
+        processes if one has no memory for it."""
         self.end()
-        saved = {}
-        for name, value in (self.states or {}).items():
-            pieces = [value]
-            if processes.WORLD > 1:
-                there = value.to(self.device).contiguous()
-                pieces = [torch.empty_like(there) for _ in range(processes.WORLD)]
-                dist.all_gather(pieces, there)
-            saved[name] = torch.cat(pieces).cpu()
+        own, saved = {}, {}
+
+        def make_room():
+            for name, value in (self.states or {}).items():
+                own[name] = saved[name] = value.cpu().contiguous()
+                if processes.WORLD > 1:
+                    saved[name] = torch.empty(self.streams, *value.shape[1:], dtype=value.dtype)
+        processes.agreed(make_room)
+        for name, value in own.items() if processes.WORLD > 1 else ():
+            dist.all_gather(list(saved[name].chunk(processes.WORLD)), value)
         return saved
 
     def restore(self, saved):
