@@ -1,4 +1,5 @@
 """Windows that follow one another, and the states between them, in training."""
+import dataclasses
 import os
 import shutil
 
@@ -9,7 +10,7 @@ from helpers.models import SSM_SIZE, assert_close, perturb
 from helpers.runs import load, metrics, refused, script, train
 
 from mambino.train import batches
-from mambino.train.carried import Carried
+from mambino.train.carried import Carried, state_bytes
 from mambino.train.order import starts
 from mambino.weights import checkpoint
 
@@ -74,9 +75,12 @@ def test_an_epoch_begins_with_nothing_and_a_step_that_failed_begins_again():
     ids = torch.randint(20, (4, T))
     carried.begin(0)
     first = net(ids)[0]
+    of_first = carried.saved()['ssm.0']
     carried.begin(4)
     second = net(ids)[0]
-    carried.begin(4)                                                # memory did not suffice, say
+    carried.again(4)                                                # memory did not suffice, say
+    assert torch.equal(carried.saved()['ssm.0'], of_first)
+    carried.begin(4)
     assert torch.equal(net(ids)[0], second) and not torch.equal(first, second)
     carried.begin(8)
     net(ids[:2])                                                    # stopped within
@@ -158,12 +162,19 @@ def test_states_are_planned_with_and_stay_out_of_the_best_model(here, capsys, mo
     refused(capsys, 'keeps the states of 4 texts', 'lower --tokens_per_step')
 
 
+@pytest.mark.parametrize('version', [1, 2, 3])
+def test_what_a_state_takes(version):
+    of_three = dataclasses.asdict(model(version).config) | dict(n_layer=3)
+    size = sum(value.nbytes for value in checkpoint.build('mamba', of_three).step(torch.zeros(1, 1).long())[1].values())
+    assert state_bytes(of_three) == pytest.approx(size, abs=32)
+
+
 @pytest.mark.parametrize('flags, words', [
     ('--model=gpt', 'not with a gpt'), ('--model=hybrid', 'not with a hybrid'),
     ('--objective=masked', 'not with objective=masked'), ('--compile=True', 'not with compile'),
     ('--gradient_checkpointing=True', 'not with gradient_checkpointing'), ('--dataset=tiny:1,more:1', 'a mixture'),
     ('--tokens_per_step=64000', 'lower --tokens_per_step'),
-    ('--tokens_per_step=4000', 'has 1 windows of 16 tokens for each')])
+    ('--tokens_per_step=4000', 'has 1 window of 16 tokens for each')])
 def test_where_it_cannot_be_is_said_in_a_line(here, capsys, flags, words):
     train('--carry_state=True', flags, status=2)
     error = capsys.readouterr().err

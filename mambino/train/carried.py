@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mambino.configurator import fail
 from mambino.train import identity, processes
+from mambino.weights import checkpoint
 
 
 def check(settings, data):
@@ -35,8 +36,9 @@ def check(settings, data):
     T = settings['block_size']
     windows = data.windows(T) // streams
     if windows < 2:
-        fail(f'carry_state=True reads {streams} texts side by side, and dataset {data.name} has {windows} windows of '
-             f'{T} tokens for each, of which none follows another: lower --tokens_per_step, or take more text')
+        fail(f'carry_state=True reads {streams} texts side by side, and dataset {data.name} has {windows} '
+             f'window{"s" * (windows != 1)} of {T} tokens for each, so that none follows another: lower '
+             '--tokens_per_step, or take more text')
     settings['gradient_checkpointing'] = settings['compile'] = False
     data.streams = streams
 
@@ -51,15 +53,12 @@ def lines(settings, data):
                f'{windows * T:,} tokens')
 
 
-def state_bytes(net):
-    """The bytes of one text's state, in fp32."""
-    is_training = net.training
-    net.eval()
-    try:
-        _, state = net.step(torch.zeros(1, 1, dtype=torch.long, device=next(net.parameters()).device))
-    finally:
-        net.train(is_training)
-    return sum(value.nbytes for value in state.values())
+def state_bytes(config):
+    """The bytes of one text's state in fp32, of a Mamba of this config: of one layer they are counted."""
+    with torch.random.fork_rng(devices=[]):
+        net = checkpoint.build('mamba', config | dict(n_layer=1, vocab_size=16)).eval()
+    _, state = net.step(torch.zeros(1, 1, dtype=torch.long))
+    return config['n_layer'] * sum(value.nbytes for value in state.values())
 
 
 def prepare(net, data, settings, sequences, ckpt):
@@ -108,6 +107,11 @@ class Carried:
             self.states = None
         elif anew.any() and self.states is not None:
             self.states = {name: without(value, anew) for name, value in self.states.items()}
+
+    def again(self, step_start):
+        """The step whose first sequence has this number is to be made again, however much of it there is."""
+        if step_start == self.begun:
+            self.read, self.after = 0, None
 
     def take(self, B):
         """The state (B, …) before the next B sequences."""

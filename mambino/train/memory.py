@@ -238,7 +238,7 @@ def choose_micro_batch(settings, net, adapter=None):
     checkpointing = settings['gradient_checkpointing']
     line = ''
     if free and settings.get('carry_state') and not settings['eval_only']:
-        states = 2 * sequences * carried.state_bytes(net)   # before a step, and after it
+        states = 2 * sequences * carried.state_bytes(checkpoint.config_of(net))   # before a step, and after it
         if states > usable_share(device) * free:
             fail(f'carry_state=True keeps the states of {sequences} texts, twice: {states / 2**30:.2f} GB, and '
                  f'{free / 2**30:.2f} GB are free: lower --tokens_per_step, or make the model smaller')
