@@ -303,7 +303,7 @@ class Hybrid(LanguageModel):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():
-            if p.ndim == 2 and '.mamba.' not in name:
+            if p.ndim == 2 and '.mamba.' not in name and '.back.' not in name:
                 nn.init.normal_(p, std=0.02)
             if name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight')):
                 p.data *= (8 * config.n_layer) ** -0.25         # DeepNet's beta

@@ -186,6 +186,9 @@ for name in [name for name in ('suffix', 'sampler', 'steps', 'block') if name in
 own = ckpt['config'].get('block_length', 0)
 if block and own:
     fail(f'block={block}: the model in {out_dir} has learned blocks of {own} tokens, and writes in these: leave it out')
+if sampler == 'threshold' and steps:
+    fail(f'steps={steps}: threshold takes as many steps as there are tokens it is not sure of: leave it out, or choose '
+         'another --sampler')
 where = choose_device(device)
 
 # --- the text so far, and what comes next
@@ -209,6 +212,12 @@ if suffix and (not max_new_tokens or any(HOLE.search(prompt) for prompt in promp
          'own: leave one of them out')
 if suffix:
     prompts = [f'{prompt}[...{max_new_tokens}...]{suffix}' for prompt in prompts]
+
+have_holes = [bool(HOLE.search(prompt)) for prompt in prompts]
+if stop and any(have_holes) and not score:
+    if all(have_holes):
+        fail(f'stop={stop}: holes are filled to the last one, and a text with holes ends where it ends: leave it out')
+    print(f'note: stop={stop} is for the prompts without holes alone', file=sys.stderr)
 
 # --- prepare the model
 net = attach_adapters(model_of(ckpt), extra, adapters)

@@ -1,14 +1,16 @@
 """Windows that follow one another, and the states between them, in training."""
+import dataclasses
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import SSM_SIZE, assert_close, perturb
-from helpers.runs import load, metrics, script, train
+from helpers.runs import load, metrics, refused, script, train
 
 from mambino.train import batches
-from mambino.train.carried import Carried
+from mambino.train.carried import Carried, state_bytes
 from mambino.train.order import starts
 from mambino.weights import checkpoint
 
@@ -73,9 +75,12 @@ def test_an_epoch_begins_with_nothing_and_a_step_that_failed_begins_again():
     ids = torch.randint(20, (4, T))
     carried.begin(0)
     first = net(ids)[0]
+    of_first = carried.saved()['ssm.0']
     carried.begin(4)
     second = net(ids)[0]
-    carried.begin(4)                                                # memory did not suffice, say
+    carried.again(4)                                                # memory did not suffice, say
+    assert torch.equal(carried.saved()['ssm.0'], of_first)
+    carried.begin(4)
     assert torch.equal(net(ids)[0], second) and not torch.equal(first, second)
     carried.begin(8)
     net(ids[:2])                                                    # stopped within
@@ -83,6 +88,21 @@ def test_an_epoch_begins_with_nothing_and_a_step_that_failed_begins_again():
     assert torch.equal(saved['ssm.0'], carried.states['ssm.0']) and len(saved['pos']) == 4
     carried.begin(12)                                               # 3 steps make an epoch
     assert torch.equal(net(ids)[0], first)
+
+
+def test_each_stream_begins_at_its_own_place():
+    """Where a step has numbers of two windows, as after another tokens_per_step."""
+    net = model()
+    carried = Carried(net, Text(), T, 4, 'cpu')                     # numbers 12 to 15 begin an epoch
+    ids = torch.randint(20, (4, T))
+    fresh = net.eval()(ids)[0]
+    net.train()
+    carried.begin(6)
+    net(ids)
+    for start, begins in ((10, [False, False, True, True]), (14, [True, True, False, False])):
+        carried.begin(start)
+        logits = net(ids)[0]
+        assert [torch.allclose(a, b, atol=1e-6) for a, b in zip(logits, fresh)] == begins
 
 
 def test_it_learns_what_is_further_back_than_a_window(here):
@@ -104,19 +124,57 @@ def test_it_learns_what_is_further_back_than_a_window(here):
 
 def test_its_states_are_kept_and_others_begin_anew(here, capsys):
     train('--carry_state=True --max_iters=6')
+    windows = batches.open_dataset('tiny').windows(16) // 4
+    assert f'4 texts side by side, in which a state goes on for {windows} windows' in capsys.readouterr().out
     saved = load()['carried']
     assert {len(value) for value in saved.values()} == {4} and any(value.any() for value in saved.values())
     train('--carry_state=True --max_iters=8 --tokens_per_step=32')
     assert 'the run had 4 texts side by side, and has 2 now' in capsys.readouterr().out
     assert len(load()['carried']['pos']) == 2
+    for flags, words in (
+            ('--seed=2', 'the seed is another'), ('--init_from=resume --dataset=more', 'the text is another')):
+        shutil.copytree('out', 'other')
+        train('--carry_state=True --max_iters=9 --tokens_per_step=32 --out_dir=other', flags)
+        assert f'note: {words}: the texts of carry_state begin with no state' in capsys.readouterr().out
+        shutil.rmtree('other')
+    train('--carry_state=False --max_iters=9 --tokens_per_step=32')
+    assert 'begin with no state' not in capsys.readouterr().out and 'carried' not in load()
+    train('--carry_state=True --max_iters=10 --tokens_per_step=32')
+    assert 'note: the checkpoint has no states: ' in capsys.readouterr().out
     assert script('sample.py', '--out_dir=out --device=cpu --max_new_tokens=4') == 0
+
+
+def test_states_are_planned_with_and_stay_out_of_the_best_model(here, capsys, monkeypatch):
+    save, tried = Carried.saved, []
+
+    def saved(self):
+        tried.append(1)
+        if len(tried) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return save(self)
+    monkeypatch.setattr(Carried, 'saved', saved)
+    train('--carry_state=True --max_iters=6 --vram=1')
+    said = capsys.readouterr().out
+    assert 'of 1.0 GB that --vram says, 0.00 GB left to the states of carry_state' in said
+    assert 'out/ckpt.pt could not be saved (DefaultCPUAllocator' in said and len(tried) == 2    # of steps 5 and 6
+    assert 'carried' in load() and 'carried' not in load('out/best.pt')
+    train('--carry_state=True --vram=0.0002 --out_dir=small', status=2)
+    refused(capsys, 'keeps the states of 4 texts', 'lower --tokens_per_step')
+
+
+@pytest.mark.parametrize('version', [1, 2, 3])
+def test_what_a_state_takes(version):
+    of_three = dataclasses.asdict(model(version).config) | dict(n_layer=3)
+    size = sum(value.nbytes for value in checkpoint.build('mamba', of_three).step(torch.zeros(1, 1).long())[1].values())
+    assert state_bytes(of_three) == pytest.approx(size, abs=32)
 
 
 @pytest.mark.parametrize('flags, words', [
     ('--model=gpt', 'not with a gpt'), ('--model=hybrid', 'not with a hybrid'),
     ('--objective=masked', 'not with objective=masked'), ('--compile=True', 'not with compile'),
     ('--gradient_checkpointing=True', 'not with gradient_checkpointing'), ('--dataset=tiny:1,more:1', 'a mixture'),
-    ('--tokens_per_step=64000', 'lower --tokens_per_step')])
+    ('--tokens_per_step=64000', 'lower --tokens_per_step'),
+    ('--tokens_per_step=4000', 'has 1 window of 16 tokens for each')])
 def test_where_it_cannot_be_is_said_in_a_line(here, capsys, flags, words):
     train('--carry_state=True', flags, status=2)
     error = capsys.readouterr().err

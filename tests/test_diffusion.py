@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.holes import MODELS, T, V, batch, build, text
-from helpers.models import assert_close
+from helpers.models import HYBRID_SIZE, assert_close
 
 from mambino.blocks import Blocks
 from mambino.holes import DRAWS, draws, for_evaluation, hidden, hiding, learnable
 from mambino.language_model import linear_cross_entropy
+from mambino.sample.generation import cut_in_windows
 from mambino.train.evaluation import with_losses
 from mambino.train.objective import spread
+from mambino.weights import checkpoint
 
 every_model = pytest.mark.parametrize('name', MODELS)
 
@@ -85,6 +87,17 @@ def test_one_more_direction_starts_from_the_same_numbers():
         assert all(names[0] <= more for more in names[1:])
 
 
+@pytest.mark.parametrize('layers', ['m', 'd'])
+def test_both_directions_of_a_hybrid_begin_alike(layers):
+    """With projections of the same spread, that of the Mamba's own initialisation."""
+    torch.manual_seed(0)
+    config = dict(HYBRID_SIZE, layers=layers, vocab_size=V, block_size=T, objective='masked', share_projections=False)
+    layer = checkpoint.build('hybrid', config).model.layers[0]
+    for name, p in layer.mamba.named_parameters():
+        if name.endswith('_proj.weight'):
+            assert layer.back.get_parameter(name).std().item() == pytest.approx(p.std().item(), rel=0.1), name
+
+
 @pytest.mark.parametrize('changes, words', [
     (dict(objective='mask'), "objective='mask'"), (dict(objective='block'), 'block_length=0'),
     (dict(block_length=4), 'block_length=4'), (dict(objective='block', block_length=5), 'multiple of block_length=5')])
@@ -137,6 +150,28 @@ def test_the_bound_by_draws_is_that_of_all_draws():
         both[:, 1:], one[:, second] = V - 1, V - 1
         return sum(-net(z)[0][0, i].log_softmax(-1)[x[0, i]].item() for z, i in ((both, first), (one, second)))
     assert exact == pytest.approx((one_by_one(1, 2) + one_by_one(2, 1)) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize('name', ['gpt', 'mamba2'])
+@pytest.mark.parametrize('K', [0, 4])
+def test_behind_a_short_text_nothing_is_known(name, K):
+    """Its bound is the mean over both orders of finding one of two tokens after the other, as they are filled: behind
+    them are holes, whatever token has id 0."""
+    net = build(name, objective='block' if K else 'masked', block_length=K)
+    ids = [3, 5, 0]
+    x, y = cut_in_windows(ids, 1, T, V - 1)
+    assert x[0].tolist() == [*ids, *[V - 1] * (T - 3)] and learnable(y)[0].nonzero()[:, 0].tolist() == [1, 2]
+    noises = [torch.rand(1, T) for _ in range(2)]
+    for noise, order in zip(noises, ([0.1, 0.2], [0.2, 0.1])):
+        noise[0, 1:3] = torch.tensor(order)
+    exact = np.mean([bound(net, x, y, torch.tensor([(k - 0.5) / 2]), noise, K) for k in (1, 2) for noise in noises])
+
+    def nats(at, hidden_ones):
+        z = x[:, :K or T].clone()
+        z[:, hidden_ones] = V - 1
+        return -net.step(z)[0][0, at].log_softmax(-1)[ids[at]].item()
+    want = (nats(1, [1, 2]) + nats(2, [2]) + nats(2, [1, 2]) + nats(1, [1])) / 2
+    assert exact == pytest.approx(want, abs=1e-4)
 
 
 @pytest.mark.parametrize('K', [0, 1, 4])

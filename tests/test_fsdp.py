@@ -166,6 +166,21 @@ def test_evaluation_samples_and_patience(pair):
     assert 'shards' not in load() and load()['counters']['step'] < 50
 
 
+def test_blocks_are_evaluated_where_one_has_no_batch(pair):
+    """What it computes in its place is of whole windows, which are cut into blocks."""
+    flags = '--model=gpt --objective=block --max_iters=2 --eval_interval=2'
+    pair(flags)
+    train(ONE, flags, '--out_dir=one')
+    assert metrics(key='val_loss') == pytest.approx(metrics('one', 'val_loss'), abs=1e-5)
+
+
+@pytest.mark.parametrize('flags', ['', '--objective=masked'])
+def test_samples_are_of_rounded_weights(pair, flags):
+    """As they travel, on a CPU too."""
+    out = pair('--model=gpt --dtype=bfloat16 --sample_interval=1 --max_iters=1', flags)[0]
+    assert '--- sample at step 1\n' in out
+
+
 def test_a_disk_that_is_full_for_one(pair):
     out = pair('--model=gpt', before='''
 if rank == 1:

@@ -91,6 +91,7 @@ def test_out_of_memory_in_the_middle_of_a_step(here, capsys, scarce, calls):
     [
         ('', '--gradient_checkpointing=True'),
         ('--gradient_checkpointing=True', 'halve --block_size'),
+        ('--model=mamba --carry_state=True', '1 sequences at once; lower --tokens_per_step halve --block_size'),
     ],
 )
 def test_out_of_memory_with_one_sequence(here, capsys, scarce, more, words):

@@ -379,6 +379,7 @@ WRONG = [
     (C, dict(prompt='a', max_tokens=0), 'max_tokens', 'say how many'),
     (C, dict(prompt='a', sampler='best'), 'sampler', 'one of ancestral'),
     (C, dict(prompt='a', steps=10**6), 'steps', 'from 0 to'),
+    (C, dict(prompt='a', sampler='threshold', steps=4), 'steps', 'leave steps out'),
     (C, dict(prompt='a [...5...]', suffix='e'), 'suffix', 'leave suffix out'),
     (C, dict(prompt='a', suffix='e [...5...]'), 'suffix', 'the whole text as prompt'),
     (C, dict(prompt='a', suffix='z'), 'suffix', "'z'"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers.holes import T, V, build, text
 from helpers.models import assert_close
-from helpers.runs import TINY, script, write_text
+from helpers.runs import TINY, load, refused, script, write_text
 
 from mambino import tokenizer
 from mambino.sample.filled import going_on
+from mambino.sample.generation import cut_in_windows
 from mambino.sample.text import Writer
 from mambino.sample.uncover import Filler, draw_each, grid, uncover
 from mambino.train import batches
@@ -229,13 +230,17 @@ def test_holes_of_a_prompt_are_filled(there, capsys):
             assert whole.startswith(given[0]) and whole.removesuffix('\n').endswith(given[-1])
             assert len(whole) == len(prompt.replace('[...6...]', '......')) + 1
     for sampler in ('ancestral', 'confidence', 'threshold', 'remask'):
-        assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=40 --steps=8 --start=the',
+        steps = '' if sampler == 'threshold' else '--steps=8'
+        assert script('sample.py', '--out_dir=masked --device=cpu --max_new_tokens=40 --start=the', steps,
                       f'--sampler={sampler}') == 0
         assert len(capsys.readouterr().out) > 20
     with open('holes.txt', 'w') as f:
         f.write('a[...3...]e')
     assert script('sample.py', '--out_dir=masked --device=cpu --start=FILE:holes.txt') == 0
-    capsys.readouterr()
+    with open('both.txt', 'w') as f:
+        f.write('a[...3...]e\nthe\n')
+    assert script('sample.py', '--out_dir=masked --device=cpu --start=LINES:both.txt --max_new_tokens=3 --stop=e') == 0
+    assert 'note: stop=e is for the prompts without holes alone' in capsys.readouterr().err
     assert script('sample.py', '--out_dir=masked --device=cpu --start=a --suffix=en --max_new_tokens=3') == 0
     assert re.search(r'\na.{3}en\n$', capsys.readouterr().out, re.S)
 
@@ -262,6 +267,9 @@ def test_what_may_be_meant_as_a_hole_is_said(there, capsys, prompt, noted, monke
     ('sample.py --out_dir=masked --max_new_tokens=0', 'max_new_tokens=0'),
     ('sample.py --out_dir=masked --max_new_tokens=0 --suffix=x', 'a hole of max_new_tokens=0'),
     ('sample.py --out_dir=masked --start=a[...3...] --suffix=x', 'has its own: leave one of them out'),
+    ('sample.py --out_dir=masked --sampler=threshold --steps=8', 'steps=8: threshold takes as many'),
+    ('sample.py --out_dir=masked --start=a[...3...] --stop=e', 'stop=e: holes are filled to the last one'),
+    ('sample.py --out_dir=masked --start=a --suffix=x --stop=e', 'stop=e: holes are filled to the last one'),
     ('sample.py --out_dir=next --suffix=x', 'suffix: the model in next goes on'),
     ('sample.py --out_dir=next --block=4', 'block: the model in next goes on'),
     ('sample.py --out_dir=block --block=8', 'has learned blocks of 4 tokens'),
@@ -275,6 +283,9 @@ def test_what_may_be_meant_as_a_hole_is_said(there, capsys, prompt, noted, monke
     ('train.py --init_from=next --objective=masked --block_length=4 --out_dir=new', 'is for --objective=block'),
     ('train.py --init_from=next --objective=masked --adapter=lora --out_dir=new', 'weights of its own'),
     ('train.py --init_from=next --objective=masked --share_projections=True --out_dir=new', 'leave it out'),
+    ('train.py --init_from=block --carry_state=True --dataset=tiny --out_dir=new', 'not with objective=block'),
+    ('train.py --init_from=next --max_weight=5 --dataset=tiny --out_dir=new', 'max_weight means nothing'),
+    ('train.py --init_from=resume --max_weight=5 --out_dir=next', 'max_weight means nothing'),
     ('train.py --init_from=masked --adapter=prefix --dataset=tiny --out_dir=new', 'take --adapter=lora'),
     ('export.py --out_dir=masked --format=gguf', 'native or safetensors can hold it'),
     ('export.py --out_dir=block --format=native,onnx', 'format=onnx: the model in block fills holes'),
@@ -307,19 +318,49 @@ def test_a_model_of_the_next_token_goes_on_with_holes(there, capsys):
     assert re.search(r'\nthe .{6}en\n$', capsys.readouterr().out, re.S)
 
 
+def test_what_goes_on_learns_what_it_learned(there):
+    """Its settings say so, as those of the model it began with do."""
+    for steps in (1, 2):
+        flags = f'--init_from=block --model=mamba --dataset=tiny --out_dir=tuned --max_iters={steps}'
+        assert script('train.py', TINY, flags) == 0
+        settings = load('tuned/ckpt.pt')['settings']
+        assert (settings['objective'], settings['block_length']) == ('block', 4)
+
+
+def test_the_id_of_a_hidden_token_is_none_of_the_text(there, capsys):
+    os.makedirs('data/bare', exist_ok=True)
+    for split in ('train', 'val'):
+        np.arange(400, dtype=np.int32).__mod__(20).tofile(f'data/bare/{split}.bin')
+    bare = '--dataset=bare --model=gpt --max_iters=1'
+    assert script('train.py', TINY, bare, '--objective=masked --vocab_size=20 --out_dir=bare') == 0
+    assert script('train.py', TINY, bare, '--init_from=bare --vocab_size=20 --out_dir=bare-tuned') == 0
+    capsys.readouterr()
+    assert script('train.py', TINY, bare, '--init_from=bare --vocab_size=21 --out_dir=bare-other') == 2
+    refused(capsys, 'has a vocabulary of 21, bare one of 20')
+
+
 def test_a_text_is_scored_as_it_is_evaluated(there, capsys):
-    """A dataset that is this text alone has the same bound."""
+    """A dataset that is this text alone has the same bound, of the same windows: the last one ends in holes."""
     ckpt = checkpoint.load_checkpoint('block')
     ids = checkpoint.tokenizer_of(ckpt).encode(read('text.txt')).astype(np.int32)
     os.makedirs('data/own', exist_ok=True)
     for split in ('train', 'val'):
         ids.tofile(f'data/own/{split}.bin')
+    data = batches.open_dataset('own', vocab_size=int(ids.max()) + 1)
+    assert (len(ids) - 1) % 16
+    x, y = cut_in_windows(ids.tolist(), 1, 16, 99)
+    for parts, whole in zip(zip(*data.val_batches(7, 16, mask_id=99)), (x, y)):
+        assert torch.equal(torch.cat(parts), whole)
+    assert x.flatten()[:len(ids)].tolist() == ids.tolist() and (x.flatten()[len(ids):] == 99).all()
     assert script('sample.py', '--out_dir=block --device=cpu --score=text.txt') == 0
     said = capsys.readouterr().out
-    data = batches.open_dataset('own', vocab_size=int(ids.max()) + 1)
     want = evaluate(loading.model_of(ckpt), data, 16, 0, 'cpu', 'float32')
     assert f'loss        <= {want["val_loss"]:.4f} +- 0.' in said
     assert f'perplexity  <= {want["perplexity"]:,.2f}' in said
+    with open('one.txt', 'w') as f:
+        f.write('a')
+    assert script('sample.py', '--out_dir=block --device=cpu --score=one.txt') == 2
+    refused(capsys, 'score=one.txt: is too short')
 
 
 def test_they_are_tuned_rounded_and_kept(there, capsys):

@@ -330,13 +330,19 @@ def token_logits(net, ids, before):
         yield require_finite(logits[0]), targets[0]
 
 
-def cut_in_windows(ids, given, T):
-    """x, y (windows, T) of a text: y is x one later, -1 for the first ids, `given` of them, and behind the end."""
+def cut_in_windows(ids, given, T, mask_id=None):
+    """x, y (windows, T) of a text: y is x one later, -1 for the first ids, `given` of them, and behind the end.
+    mask_id: of a model that fills holes, which sees what is behind the end: nothing that is known, as it is filled;
+    and which finds the last token, too, in its own place."""
     sequence = torch.tensor(ids)
     targets = sequence[1:].clone()
     targets[:given - 1] = -1
-    padding = -len(targets) % T
-    return F.pad(sequence[:-1], (0, padding)).view(-1, T), F.pad(targets, (0, padding), value=-1).view(-1, T)
+    windows = -(-len(targets) // T)
+    padding = windows * T - len(targets)
+    x = F.pad(sequence[:-1], (0, padding), value=mask_id or 0)
+    if mask_id is not None and padding:
+        x[len(targets)] = sequence[-1]
+    return x.view(windows, T), F.pad(targets, (0, padding), value=-1).view(windows, T)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def show_bound(net, tok, path, precision):
     """Prints the bound of a model that fills holes: how likely the text is to it at least."""
     ids, size = ids_of(tok, path)
     sequence, given, _ = windows_of(tok, ids, size)
-    x, y = cut_in_windows(sequence, given, net.config.block_size)
+    x, y = cut_in_windows(sequence, given, net.config.block_size, net.config.vocab_size - 1)
     counted = learnable(y)
     targets = int(counted.sum())
     if not targets:

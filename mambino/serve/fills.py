@@ -54,6 +54,9 @@ def check_fills(served, values):
     for name in [name for name, is_asked in asked.items() if is_asked]:
         raise Refused(f'{name}: the model {served.id} fills holes, and does not go on from token to token: leave '
                       f'{name} out', param=name)
+    if values.sampler == 'threshold' and values.steps:
+        raise Refused('steps: threshold takes as many steps as there are tokens it is not sure of: leave steps out, or '
+                      'name another sampler', param='steps')
 
 
 def fills_asked(served, values, limits):

@@ -63,7 +63,7 @@ def main():
     import torch
 
     from mambino import machine
-    from mambino.train import begin, building, memory
+    from mambino.train import begin, building, carried, memory
     from mambino.weights import checkpoint
     from mambino.weights.fitting import model_of_shapes
 
@@ -73,6 +73,7 @@ def main():
     begin.check_settings(settings, origin)
     data = begin.open_data(settings, explicit, origin)
     begin.fill_unset(settings, explicit, origin, data)
+    carried.check(settings, data)
     settings['dtype'] = machine.choose_dtype(settings['dtype'], settings['device'])     # of a CPU: to be measured
     kind = settings['model']
     adapter = None

@@ -197,12 +197,13 @@ class Dataset:
             return len(sequences) * block_size
         return int((self.rows(sequences, block_size, seed)[:, 1:] >= 0).sum())
 
-    def val_batches(self, batch_size, block_size, max_rows=0, rank=0, world=1):
+    def val_batches(self, batch_size, block_size, max_rows=0, rank=0, world=1, mask_id=None):
         """Yields (x, y), (B, T) each, over the val split in order, each token but the first a
         target once, and of ids that begin the first text none, nor of those that are not learned.
 
         The last row is filled up with targets that do not count. max_rows: stop there, 0 is the
-        whole split; each rank takes its share of the batches."""
+        whole split; each rank takes its share of the batches. mask_id: as in sample/generation.py's
+        cut_in_windows."""
         targets = self.tokens['val'] - 1
         n_rows = -(-targets // block_size)
         n_rows = min(n_rows, max_rows or n_rows)
@@ -214,11 +215,14 @@ class Dataset:
             for i in range(len(x)):
                 start = (first_row + i) * block_size
                 length = min(block_size, targets - start)
-                x[i, :length] = visible(tokens[start:start + length])
+                seen = length if mask_id is None else min(block_size, length + 1)
+                x[i, :seen] = visible(tokens[start:start + seen])
                 y[i, :length] = np.maximum(tokens[start + 1:start + length + 1].astype(np.int64), IGNORE)
             if first_row == 0 and self.tokenizer:
                 y[0, :max(0, len(self.tokenizer.bos) - 1)] = IGNORE     # the second of two that begin it
             self.check(x, 'val')
+            if mask_id is not None:
+                x[-1, seen:] = mask_id
             yield torch.from_numpy(x), torch.from_numpy(y)
 
 

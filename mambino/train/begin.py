@@ -28,7 +28,7 @@ from mambino.blocks import OBJECTIVES, fills_holes
 from mambino.configurator import checked, fail, require
 from mambino.sample.text import encode_prompt
 from mambino.train import batches, identity, processes
-from mambino.train.building import OF_TRAINING, is_unset, model_config, named_flags, require_room
+from mambino.train.building import BLOCK_LENGTH, OF_TRAINING, is_unset, model_config, named_flags, require_room
 from mambino.train.from_next import begin_to_fill
 from mambino.train.progress import Progress, best_of, latest_of, remembered
 from mambino.train.sizes import SIZES, named_size, sizes_for
@@ -42,6 +42,7 @@ RATES = {           # the peak of the learning rate, by what is trained and by t
     'adapter': dict(adamw=1e-3),                # it begins with nothing
 }
 BATCH_SIZE = 16     # sequences at once where memory has room for them
+OF_THE_NEXT = dict(objective='next', block_length=0)    # what configs of before 0.10 have not, since all were so
 
 
 @dataclasses.dataclass
@@ -130,12 +131,13 @@ def resume(settings, explicit):
     if explicit.get('block_size'):
         named['block_size'] = explicit['block_size']
     was = {name: ckpt['settings'].get(name) for name in ('model', 'optimizer', *adapters.SETTINGS)}
-    was |= ckpt['config']
+    was |= OF_THE_NEXT | ckpt['config']
     for name in [name for name in was if name in named]:
         advice = 'choose another --out_dir, or begin anew with --init_from=scratch'
         if settings['adapter']:
             advice = 'or choose another --out_dir'
         refuse_change(f'{latest} holds a run', name, was[name], named[name], advice)
+    learn_what_it_learns(settings, ckpt['config'])
 
     base = None
     if ckpt.get('adapter'):
@@ -161,14 +163,21 @@ def fine_tune(settings, explicit):
     settings['block_size'] = settings['block_size'] or base['block_size']
     rank = base['config'].get('mimo_rank', 1)
     named = named_size(base['kind'], settings['size'], rank) | named_for_model(explicit)
-    was = {'model': base['kind']} | base['config']
+    was = {'model': base['kind']} | OF_THE_NEXT | base['config']
     for name in [name for name in was if name in named]:
         holder = f'{init_from} holds a model'
         refuse_change(holder, name, was[name], named[name], 'or choose another model to begin with')
+    learn_what_it_learns(settings, base['config'])
     if init_from.startswith('hf:') and base['config'].get('n_expert') and 'capacity_factor' not in explicit:
         settings['capacity_factor'] = 0.0
         processes.say('note: capacity_factor=0: the experts take all their tokens, as they did where they come from')
     return Origin(base=base)
+
+
+def learn_what_it_learns(settings, config):
+    """The settings say of the objective what a model that there is has."""
+    known = OF_THE_NEXT | config
+    settings.update({name: known[name] for name in (*OF_THE_NEXT, 'share_projections') if name in known})
 
 
 def runs_here():
@@ -269,6 +278,8 @@ def fill_unset(settings, explicit, origin, data):
         settings['block_size'] = min(sizes['block_size'], largest)
     for name in ('n_layer', 'n_embd', 'max_iters'):
         settings[name] = settings[name] or sizes[name]
+    if settings['objective'] == 'block':
+        settings['block_length'] = settings['block_length'] or BLOCK_LENGTH
     if not settings['n_head']:                      # of some 64 channels
         n_embd = settings['n_embd']
         settings['n_head'] = next(n for n in range(max(1, n_embd // 64), 0, -1) if n_embd % n == 0)

@@ -12,6 +12,7 @@ import sys
 import torch
 
 from mambino import machine
+from mambino.blocks import fills_holes
 from mambino.configurator import fail
 from mambino.train.muon import Muon, row_kinds
 from mambino.weights import checkpoint
@@ -76,16 +77,15 @@ def model_config(settings, explicit, origin, data):
     if origin.model:
         changes = {name: settings[name] for name in OF_TRAINING if name in fields[kind]}
         config = origin.model['config'] | changes | dict(block_size=settings['block_size'])
-        if data.vocab_size > config['vocab_size']:
+        ids = config['vocab_size'] - fills_holes(config)    # the last one stands for a hidden token
+        if data.vocab_size > ids:
             holder = f'the run in {settings["out_dir"]}' if origin.ckpt else settings['init_from']
-            fail(f'dataset {data.name} has a vocabulary of {data.vocab_size}, '
-                 f'{holder} one of {config["vocab_size"]}')
+            fail(f'dataset {data.name} has a vocabulary of {data.vocab_size}, {holder} one of {ids}')
+        refuse_idle(kind, config, flags)
         return config
     config = {name: value for name, value in settings.items()
               if name in fields[kind] and not is_unset(name, value)}
     hides = settings['objective'] != 'next'
-    if settings['objective'] == 'block':
-        config.setdefault('block_length', BLOCK_LENGTH)
     config['vocab_size'] = data.vocab_size + hides      # the last id is what stands for a hidden token
     if data.vocab_size > 1000:
         # a rounder matrix, and at least one id more: an export can make it what fills up texts
@@ -95,11 +95,12 @@ def model_config(settings, explicit, origin, data):
 
 
 def refuse_idle(kind, config, flags):
-    """Ends the program at a flag that says something of parts that a new model has not."""
-    if kind == 'mamba' and config['version'] == 1 and 'n_groups' in flags:
+    """Ends the program at a flag that says something of parts that a model has not. config: one of an
+    older version may have less than all."""
+    if kind == 'mamba' and config.get('version', 2) == 1 and 'n_groups' in flags:
         fail('n_groups means nothing to a Mamba-1; leave it out')
     named = [name for name in ('max_weight', 'share_projections') if name in flags]
-    if named and config['objective'] == 'next':
+    if named and not fills_holes(config):
         fail(f'{named[0]} means nothing where the next token is learned, only with --objective=masked or block; '
              'leave it out')
     layers = config.get('layers') or 'b'

@@ -35,14 +35,16 @@ def evaluate(net, data, block_size, eval_iters, device, dtype):
     digit, those of bf16 sooner."""
     at_once = max(1, TOKENS // block_size)
     hide = hiding(net.config)
+    mask_id = None if hide is None else net.config.vocab_size - 1
     sums = []  # (nats, targets, bytes of text, variance of nats) of each dataset
     net.eval()
     try:
         for part in data.parts:
             nats, targets, text_bytes, variance = 0.0, 0, 0, 0.0
             losses = []                                     # (means of a batch, how many targets they are of)
-            own_batches = part.val_batches(at_once, block_size, eval_iters, processes.RANK, processes.WORLD)
-            for x, y in processes.in_step(own_batches):     # (B, T) each
+            own_batches = part.val_batches(
+                at_once, block_size, eval_iters, processes.RANK, processes.WORLD, mask_id)
+            for x, y in processes.in_step(own_batches, block_size):     # (B, T) each
                 counted = y[y >= 0] if hide is None else x[learnable(y)]
                 losses += losses_of(net, x, y, device, dtype, hide)
                 if len(losses) >= UNREAD:
@@ -119,11 +121,16 @@ def val_result(data, sums):
 
 def show_sample(net, tokenizer, prompt, step, seed, device, dtype):
     """Prints a piece of text from the model as it is, the same for the same weights. Returns the
-    step. dtype: what a GPU computes in; a CPU, as in sample.py, in float32."""
+    step. dtype: what a GPU computes in; a CPU, as in sample.py, in float32, unless its weights
+    are shared, which come rounded."""
     net.eval()
     ids = encode_prompt(tokenizer, prompt, 'sample_start')
+    precision = nullcontext()
+    if device != 'cpu' or processes.SHARDED:
+        precision = machine.autocast(device, dtype, cache=not processes.SHARDED)
     if net.config.objective != 'next':
-        text = filled(net, tokenizer, ids, seed, device)
+        with precision:
+            text = filled(net, tokenizer, ids, seed, device)
         net.train()
         say(f'--- sample at step {step}\n{prompt}{text}\n---')
         return step
@@ -132,7 +139,6 @@ def show_sample(net, tokenizer, prompt, step, seed, device, dtype):
         ids, owed = healed(tokenizer, ids, prompt)
     writer = Writer(tokenizer, before=ids, owed=owed)
     generator = torch.Generator(device).manual_seed(seed)
-    precision = nullcontext() if device == 'cpu' else machine.autocast(device, dtype, cache=not processes.SHARDED)
     with precision:
         read = prefill(net, ids)
         rows = Rows(net, tokenizer.vocab_size)

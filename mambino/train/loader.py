@@ -39,6 +39,8 @@ class Loader:
         # the number of the step's first sequence, of all processes'
         self.step_start = tokens_seen // self.block_size
         self.offset = 0  # how many of this process's sequences have been asked for
+        if self.carried:
+            self.carried.again(self.step_start)
         self.coming = self.thread.submit(self.fetch, self.step_start, self.offset)
 
     def next(self):

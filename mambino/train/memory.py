@@ -25,7 +25,7 @@ from functools import partial
 from mambino import machine
 from mambino.configurator import fail
 from mambino.kernels.anywhere import loss_chunk
-from mambino.train import processes
+from mambino.train import carried, processes
 from mambino.train.begin import BATCH_SIZE
 from mambino.train.counting import STRETCHES, Workload, peaks_of
 from mambino.train.recovery import divisors
@@ -237,6 +237,13 @@ def choose_micro_batch(settings, net, adapter=None):
     micro_batch = max(n for n in divisors(sequences) if n <= (named or BATCH_SIZE))
     checkpointing = settings['gradient_checkpointing']
     line = ''
+    if free and settings.get('carry_state') and not settings['eval_only']:
+        states = 2 * sequences * carried.state_bytes(checkpoint.config_of(net))   # before a step, and after it
+        if states > usable_share(device) * free:
+            fail(f'carry_state=True keeps the states of {sequences} texts, twice: {states / 2**30:.2f} GB, and '
+                 f'{free / 2**30:.2f} GB are free: lower --tokens_per_step, or make the model smaller')
+        free -= states
+        source += f', {states / 2**30:.2f} GB left to the states of carry_state'
     if free and not settings['eval_only']:
         workload = dict(
             T=block_size, device=device, dtype=settings['dtype'],

@@ -17,7 +17,7 @@ from mambino import kernels, machine
 from mambino.kernels import native
 from mambino.kernels.cpu import LANES
 from mambino.language_model import whole_shape
-from mambino.train import processes
+from mambino.train import carried, processes
 from mambino.train.processes import say
 from mambino.weights import adapters
 
@@ -229,6 +229,7 @@ def introduction(settings, net, data, adapter, micro_batch, memory_line, progres
     steps_left = max(0, max_iters - progress.step)
     sequences = (progress.tokens_seen + steps_left * tokens_per_step) // T
     yield from data.mixture_lines(sequences, T, settings['seed'])
+    yield from carried.lines(settings, data)
     if not settings['eval_only']:
         yield from epochs_lines(data.epochs(sequences, T, settings['seed']), settings)
 

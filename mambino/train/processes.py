@@ -296,15 +296,16 @@ def clip(net, limit):
     return norm.full_tensor() if SHARDED else norm
 
 
-def in_step(batches):
-    """This process's batches (x, y) of an evaluation. Where none may run the model alone as many as
-    the others have: the last may have no targets that count."""
+def in_step(batches, T):
+    """This process's batches (x, y) of an evaluation, (B, T) each. Where none may run the model alone as
+    many as the others have: the last may have no targets that count."""
     batches = iter(batches)
     while True:
         batch = next(batches, None)
         if not (summed(bool(batch))[0] if TOGETHER else batch):
             return
-        yield batch or (torch.zeros(1, 8, dtype=torch.long), torch.full((1, 8), -1))
+        # of whole windows, since some models cut them into blocks
+        yield batch or (torch.zeros(1, T, dtype=torch.long), torch.full((1, T), -1))
 
 
 # --- checkpoints: their tensors are all with one process, or a share of each with every one -------

@@ -150,8 +150,11 @@ def save_run(paths, clock, net, optimizers, scaler, progress, settings, tokenize
     failed = {}                         # path → reason
     with clock.paused():
         for path in paths:
-            contents = contents_of_run(net, scaler, progress, settings, tokenizer, adapter, data, begun)
             try:
+                contents = contents_of_run(net, scaler, progress, settings, tokenizer, adapter, data, begun)
+                # what goes on is ckpt.pt
+                if net.carried is not None and os.path.basename(path) != 'best.pt':
+                    contents['carried'] = net.carried.saved()
                 if progress.has_other_best and os.path.basename(path) == 'best.pt':
                     processes.agreed(lambda path=path: processes.RANK or checkpoint.set_aside(path))
                     progress.has_other_best = False
@@ -202,8 +205,6 @@ def contents_of_run(net, scaler, progress, settings, tokenizer, adapter, data, b
         contents['adapter'] = adapter
     if begun is not None:
         contents['begun'] = begun
-    if net.carried is not None:
-        contents['carried'] = net.carried.saved()
     return contents
 
 

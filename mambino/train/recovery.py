@@ -50,7 +50,9 @@ def take_smaller_micro_batches(settings, net, loader, tokens_seen, is_agreed=Fal
     # several processes cannot agree on it in the middle of a step
     if micro_batch == 1 or (processes.WORLD > 1 and not is_agreed):
         advice = 'halve --block_size, --n_layer or --n_embd'
-        if not settings['gradient_checkpointing']:
+        if settings.get('carry_state'):                 # which goes without gradient checkpointing
+            advice = f'lower --tokens_per_step, of whose texts carry_state keeps the states, or {advice}'
+        elif not settings['gradient_checkpointing']:
             advice = 'go on with --gradient_checkpointing=True'
         if micro_batch > 1:
             advice = f'go on with --batch_size={micro_batch // 2}: the steps stay the same'
