@@ -155,7 +155,8 @@ def test_a_variant_of_a_model_is_trained_by_the_same_script(tmp_path):
 
 @pytest.mark.parametrize('name', ['bigrams', 'smear', 'values', 'zero', 'softcap'])
 def test_what_a_variant_adds_begins_with_nothing(name, monkeypatch):
-    """Tables, shares: zeros, so that the model speaks as without; logits end; what writes into the stream is silent."""
+    """Tables, shares: zeros, so that the model speaks as without; logits end; what writes into the
+    stream is silent."""
     monkeypatch.setattr(language_model, 'linear_cross_entropy', language_model.linear_cross_entropy)
     torch.manual_seed(0)
     net = checkpoint.build('gpt', dict(vocab_size=20, n_layer=2, n_embd=32, n_head=2, block_size=16))
@@ -172,7 +173,8 @@ def test_what_a_variant_adds_begins_with_nothing(name, monkeypatch):
         assert net(idx[:, :-1], idx[:, 1:])[1] <= 2 * variants.CAP + 3 < net(idx[:, :-1])[0].abs().max()
     else:
         assert torch.equal(loss, before)
-        added = [p for parameter, p in net.named_parameters() if re.search('pairs|share|values', parameter)]
+        added = [p for parameter, p in net.named_parameters()
+                 if re.search('pairs|share|values', parameter)]
         assert added and all(p.grad.abs().sum() > 0 for p in added)
 
 
@@ -199,8 +201,8 @@ def test_a_run_that_fails_says_why(tmp_path, capsys):
     assert '--out_dir=a --device=cpu --init_from=scratch: ended with status 2' in capsys.readouterr().err
 
 
-TINY = ['--dataset=text', '--model=gpt', '--n_layer=1', '--n_embd=32', '--block_size=16', '--tokens_per_step=64',
-        '--max_iters=3', '--eval_interval=3', '--dtype=float32']
+TINY = ['--dataset=text', '--model=gpt', '--n_layer=1', '--n_embd=32', '--block_size=16',
+        '--tokens_per_step=64', '--max_iters=3', '--eval_interval=3', '--dtype=float32']
 
 
 @pytest.fixture
@@ -222,9 +224,10 @@ def test_a_run_of_other_flags_is_not_gone_on_with(runs):
 def test_a_variant_goes_on_with_what_it_learned(runs, name):
     runs.train({'a': [name, *TINY]}, 'mambino.bench.evidence.variants')
     learned = runs.curve('a')[-1].loss
-    said = runs.script('mambino.bench.evidence.variants', [name, *TINY, '--out_dir=a', '--eval_only=True']).stdout
+    words = [name, *TINY, '--out_dir=a']
+    said = runs.script('mambino.bench.evidence.variants', [*words, '--eval_only=True']).stdout
     assert f'{learned:.4f}' in said
-    runs.script('mambino.bench.evidence.variants', [name, *TINY, '--out_dir=a', '--max_iters=5'])
+    runs.script('mambino.bench.evidence.variants', [*words, '--max_iters=5'])
     assert runs.curve('a')[-1].step == 5
 
 

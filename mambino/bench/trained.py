@@ -84,14 +84,15 @@ class Runs:
     def machine(self):
         """What computes here, in words."""
         if self.device == 'cpu':
-            name = f'{processor_name()}, {os.cpu_count()} cores, {self.workers} runs at once of {self.threads} thread'
+            name = (f'{processor_name()}, {os.cpu_count()} cores, {self.workers} runs at once of '
+                    f'{self.threads} thread')
         else:
             name = machine_name(self.device)
         return f'{name}; torch {torch.__version__}'
 
     def script(self, script, words):
-        """A script or a module of this project, run in the folder to its end, and what it said; an error ends the
-        program."""
+        """A script or a module of this project, run in the folder to its end, and what it said; an
+        error ends the program."""
         program = [os.path.join(HERE, script)] if script.endswith('.py') else ['-m', script]
         env = os.environ | {'OMP_NUM_THREADS': str(self.threads), 'PYTHONPATH': HERE}
         done = subprocess.run([sys.executable, *program, *words], cwd=self.folder, text=True, capture_output=True,
@@ -103,7 +104,8 @@ class Runs:
     # --- data
 
     def prepare(self, name, inputs, flags):
-        """The dataset data/name of these files, unless it is there; an error ends the program if that is of others."""
+        """The dataset data/name of these files, unless it is there; an error ends the program if
+        that is of others."""
         asked = dumps([[os.path.getsize(path) for path in inputs], flags])
         told = os.path.join(self.folder, 'data', f'{name}.json')
         if os.path.exists(os.path.join(self.folder, 'data', name, 'meta.json')):
@@ -120,8 +122,8 @@ class Runs:
     # --- runs
 
     def each(self, wanted, measure):
-        """Of {name: what is asked} each that is not there yet is measured, some at once, by measure(name, asked) → a
-        dict; {name: its line} of all."""
+        """Of {name: what is asked} each that is not there yet is measured, some at once, by
+        measure(name, asked) → a dict; {name: its line} of all."""
         def one(name):
             values = measure(name, wanted[name])
             return self.results.add(name, wanted[name], **values, machine=self.machine(),
@@ -146,17 +148,20 @@ class Runs:
     def train(self, wanted, script='train.py'):
         """Trains {name: flags}; returns {name: its line}."""
         def measure(name, _):
-            # from scratch: a run that was begun with other flags is not gone on with; the same command goes on
-            more = [f'--out_dir={os.path.basename(self.path(name))}', f'--device={self.device}', '--init_from=scratch']
+            # from scratch: what was begun with other flags is not gone on with; the same command is
+            where = f'--out_dir={os.path.basename(self.path(name))}'
+            more = [where, f'--device={self.device}', '--init_from=scratch']
             said = self.script(script, [*wanted[name], *more]).stdout
             told = [line.split(': ')[1].split(' ')[0] for line in said.splitlines() if ' parameters, ' in line]
             curve = self.curve(name)
-            return dict(parameters=told[0] if told else '', val_loss=curve[-1].loss, val_error=curve[-1].error,
-                        best=min(point.loss for point in curve), seconds=curve[-1].seconds, speed=self.speed(name))
+            return dict(
+                parameters=told[0] if told else '', val_loss=curve[-1].loss, val_error=curve[-1].error,
+                best=min(point.loss for point in curve), seconds=curve[-1].seconds, speed=self.speed(name))
         return self.each({name: sorted(flags) for name, flags in wanted.items()}, measure)
 
     def learned(self, wanted, module):
-        """Of {name: a setting, a dataclass} what `python -m module SETTING DEVICE` prints; {name: its line}."""
+        """Of {name: a setting, a dataclass} what `python -m module SETTING DEVICE` prints; {name: its
+        line}."""
         def measure(name, asked):
             return loads(self.script(module, [dumps(asked), self.device]).stdout)
         return self.each({name: asdict(setting) for name, setting in wanted.items()}, measure)

@@ -1,11 +1,12 @@
 """What these models can and cannot do, measured: docs/evidence.md, from one command.
 
-    python -m mambino.bench.evidence input.txt                      # all sections, hours of two cores
-    python -m mambino.bench.evidence input.txt --sections=recall    # one; input.txt is a text of a megabyte
-    python -m mambino.bench.evidence input.txt --quick=True         # all of it in minutes: whether it runs
+    python -m mambino.bench.evidence input.txt                      # all, hours of two cores
+    python -m mambino.bench.evidence input.txt --sections=recall    # of a text of a megabyte
+    python -m mambino.bench.evidence input.txt --quick=True         # minutes: whether it runs
 
-A run that was stopped goes on: say the same command again. What was measured is in <out>/results.jsonl, a line
-each; tables and pictures beside it are written from that, and <out>.md from the tables there are. Sections:
+A run that was stopped goes on: say the same command again. What was measured is in
+<out>/results.jsonl, a line each; tables and pictures beside it are written from that, and <out>.md
+from the tables there are. Sections:
 
     sweep       val loss by learning rate; the best one of each model is used in what follows
     losses      val loss at equal tokens and at equal time, of characters and of Python's sources
@@ -37,12 +38,13 @@ SECTIONS = {    # in this order; minutes on two cores
 
 HEAD = """# Evidence
 
-What these models can and cannot do at equal size, on one's own machine. Each table: `python -m mambino.bench.evidence
-input.txt --sections=` and its name; input.txt is the text of tinyshakespeare. Each result, with what was asked and
-where: evidence/results.jsonl. Models have 0.85M parameters (within 2% of each other) where nothing else is said, are
-trained by Muon at the best rate of the sweep, and seeds are the same for all: so are the batches. Losses are nats a
-token of the whole val split (of characters the last tenth of the text, of Python's sources 2% of the files), which
-chose nothing but the rates. ± is the standard deviation of seeds.
+What these models can and cannot do at equal size, on one's own machine. A table is made by
+`python -m mambino.bench.evidence input.txt --sections=…` with its name; input.txt is the text of
+tinyshakespeare. Each result, with what was asked and where: evidence/results.jsonl. Models have
+0.85M parameters (within 2% of each other) where nothing else is said, are trained by Muon at the
+best rate of the sweep, and seeds are the same for all: so are the batches. Losses are nats a token
+of the whole val split (of characters the last tenth of the text, of Python's sources 2% of the
+files), which chose nothing but the rates. ± is the standard deviation of seeds.
 """
 inputs = []             # a text, such as the works of Shakespeare in a megabyte
 sections = ','.join(SECTIONS)
@@ -88,12 +90,13 @@ def main():
     if 'characters' in plan.corpora:
         runs.prepare('characters', inputs, ['--tokenizer=char'])
     if 'python' in plan.corpora:
-        runs.prepare('python', [], ['--tokenizer=byte', '--val_fraction=0.02'])     # 0.2 MB, read five times a run
+        runs.prepare('python', [], ['--tokenizer=byte', '--val_fraction=0.02'])     # 0.2 MB
     for name in names:
         measure, minutes = SECTIONS[name]
         begin = time.monotonic()
         runs.used.clear()
-        print(f'{name}: {measure.__doc__.splitlines()[0]}', '' if quick else f'About {minutes} minutes.', flush=True)
+        told = '' if quick else f'About {minutes} minutes.'
+        print(f'{name}: {" ".join(measure.__doc__.split())} {told}', flush=True)
         lines = [*measure(runs, plan)]
         print('\n'.join(lines), flush=True)
         said = ' '.join(measure.__doc__.split())

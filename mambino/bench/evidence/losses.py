@@ -1,5 +1,5 @@
-"""Val loss of models of equal size: by rate, by tokens and time, in bits a byte, by position in long texts. Each
-section yields lines of Markdown."""
+"""Val loss of models of equal size: by rate, by tokens and time, in bits a byte, by position in
+long texts. Each section yields lines of Markdown."""
 import math
 import os
 import statistics
@@ -14,30 +14,34 @@ from mambino.configurator import fail
 MODELS = {
     'GPT': '--model=gpt --n_layer=4 --n_head=2 --qk_norm=True',
     'Mamba-2': '--model=mamba --n_layer=8 --state_size=16',
-    'hybrid': '--model=hybrid --n_layer=3 --n_head=2 --qk_norm=True --state_size=32 --intermediate_size=280',
+    'hybrid': '--model=hybrid --n_layer=3 --n_head=2 --qk_norm=True --state_size=32 '
+              '--intermediate_size=280',
     'Mamba-1': '--model=mamba --version=1 --n_layer=5 --state_size=16 --n_embd=156',
     'Mamba-3': '--model=mamba --version=3 --n_layer=8 --state_size=16'}
 THREE = ['GPT', 'Mamba-2', 'hybrid']        # where time is short
-RECIPE = ('--optimizer=muon --schedule=wsd --decay_fraction=0.6 --warmup_iters=20 --log_interval=10 --block_size=128 '
-          '--n_embd=128')
+RECIPE = ('--optimizer=muon --schedule=wsd --decay_fraction=0.6 --warmup_iters=20 --log_interval=10 '
+          '--block_size=128 --n_embd=128')
 RATES = (3e-3, 1e-2, 2e-2, 4e-2)
 
 
 def flags_of(model, more, plan, seed=1, rate=1e-2, steps=None):
-    return (f'{RECIPE} {MODELS[model]} --tokens_per_step={plan.tokens_per_step} --batch_size=32 --dtype={plan.dtype} '
-            f'--learning_rate={rate} --seed={seed} --max_iters={steps or plan.steps} {more}').split()
+    return (f'{RECIPE} {MODELS[model]} --tokens_per_step={plan.tokens_per_step} --batch_size=32 '
+            f'--dtype={plan.dtype} --learning_rate={rate} --seed={seed} '
+            f'--max_iters={steps or plan.steps} {more}').split()
 
 
 def sweep_of(plan, model):
     """{rate: (the name, the flags)} of the runs that find a model's rate, with a quarter of the steps."""
     steps = max(20, plan.steps // 4)
     more = f'--dataset=characters --eval_interval={steps}'
-    return {rate: (f'sweep {model} {rate:g}', flags_of(model, more, plan, 1, rate, steps)) for rate in plan.rates}
+    return {rate: (f'sweep {model} {rate:g}', flags_of(model, more, plan, 1, rate, steps))
+            for rate in plan.rates}
 
 
 def rate_of(runs, plan, model):
     """The best of the sweep, if there was one."""
-    found = {rate: runs.results.of(name, sorted(flags)) for rate, (name, flags) in sweep_of(plan, model).items()}
+    found = {rate: runs.results.of(name, sorted(flags))
+             for rate, (name, flags) in sweep_of(plan, model).items()}
     losses = {rate: line['val_loss'] for rate, line in found.items() if line}
     return min(losses, key=losses.get, default=1e-2)
 
@@ -48,15 +52,17 @@ def mean_and_sd(values):
 
 
 def compared(found, words):
-    """A sentence of {model: losses by seed}: which is best, and which of the others it is not told apart from."""
+    """A sentence of {model: losses by seed}: which is best, and which it is not told apart from."""
     best = min(found, key=lambda model: statistics.mean(found[model]))
     near = []
     for model, values in found.items():
         gaps = [value - lowest for value, lowest in zip(values, found[best])]
         if model != best and len(gaps) > 1 and statistics.mean(gaps) < 2 * statistics.stdev(gaps):
             near.append(model)
-    rest = f'; not told apart from it, by less than two standard deviations: {", ".join(near)}' if near else ''
-    return f'{words} {best} is best{rest}.'
+    if not near:
+        return f'{words} {best} is best.'
+    return (f'{words} {best} is best; not told apart from it, by less than two standard deviations: '
+            f'{", ".join(near)}.')
 
 
 # --- A, B, C: the loss -----------------------------------------------------------------------------
@@ -74,8 +80,8 @@ def sweep(runs, plan):
 
 
 def losses(runs, plan):
-    """Val loss at equal tokens; and at equal time: with as many steps as each makes while the quickest makes all of
-    them, its schedule as short."""
+    """Val loss at equal tokens; and at equal time: with as many steps as each makes while the
+    quickest makes all of them, its schedule as short."""
     for corpus in plan.corpora:
         models = [*MODELS] if corpus == 'characters' else THREE
         more = f'--dataset={corpus} --eval_interval={max(1, plan.steps // 5)}'
@@ -108,7 +114,8 @@ def losses(runs, plan):
                    f'| {steps[model]} | {speeds[model]:,.0f} |')
         yield '\n' + compared(at_end, 'At equal tokens') + ' ' + compared(in_time, 'At equal time')
         first = {model: runs.curve(f'{corpus} {model} {plan.seeds[0]}') for model in models}
-        curves = {f'{model} val': [(point.tokens, point.loss) for point in curve] for model, curve in first.items()}
+        curves = {f'{model} val': [(point.tokens, point.loss) for point in curve]
+                  for model, curve in first.items()}
         write_picture(os.path.join(plan.pictures, f'losses-{corpus}.svg'), curves, 'tokens')
         yield f'\n![val loss over tokens]({os.path.basename(plan.pictures)}/losses-{corpus}.svg)'
 
@@ -123,8 +130,8 @@ def bytes_of(runs, dataset, split, most):
 
 def bits(runs, plan):
     """Bits a byte of the val split, beside what needs no network."""
-    missing = [name for corpus in plan.corpora for model in THREE for name in [f'{corpus} {model} {plan.seeds[-1]}']
-               if name not in runs.results.lines]
+    wanted = [f'{corpus} {model} {plan.seeds[-1]}' for corpus in plan.corpora for model in THREE]
+    missing = [name for name in wanted if name not in runs.results.lines]
     if missing:
         fail(f'bits: there is no run "{missing[0]}" yet: first --sections=losses')
     yield '| bits a byte | ' + ' | '.join(plan.corpora) + ' |\n| --- |' + ' --- |' * len(plan.corpora)
@@ -145,8 +152,8 @@ def bits(runs, plan):
 
 @torch.no_grad()
 def by_position(net, ids, T, times):
-    """{position: nats a token} in texts of T * times tokens, read with all that stands before; positions by octaves
-    from T/2 on."""
+    """{position: nats a token} in texts of T * times tokens, read with all that stands before;
+    positions by octaves from T/2 on."""
     length = T * times
     n = min(24, (len(ids) - 1) // length)
     rows = torch.from_numpy(ids[:n * length + 1]).long()
@@ -161,8 +168,8 @@ def by_position(net, ids, T, times):
 
 
 def length(runs, plan):
-    """Loss by position far beyond the trained length, of the models of `losses`; of Mamba-2 also where states were
-    carried in training."""
+    """Loss by position far beyond the trained length, of the models of `losses`; of Mamba-2 also
+    where states were carried in training."""
     corpus, seed = plan.corpora[0], plan.seeds[0]
     ways = {model: (f'{corpus} {model} {seed}', model, '') for model in MODELS}
     ways['Mamba-2, carry_state'] = (f'length {corpus} Mamba-2 {seed}', 'Mamba-2', ' --carry_state=True')
@@ -176,6 +183,8 @@ def length(runs, plan):
     yield '| --- |' + ' --- |' * len(ends)
     for way, at in found.items():
         yield f'| {way} | ' + ' | '.join(f'{at[end]:.3f}' for end in ends) + ' |'
-    curves = {f'{way} val': [(math.log2(end / 64), loss) for end, loss in at.items()] for way, at in found.items()}
-    write_picture(os.path.join(plan.pictures, 'length.svg'), curves, '64 tokens, doubled so many times')
+    curves = {f'{way} val': [(math.log2(end / 64), loss) for end, loss in at.items()]
+              for way, at in found.items()}
+    path = os.path.join(plan.pictures, 'length.svg')
+    write_picture(path, curves, '64 tokens, doubled so many times')
     yield f'\n![loss by position]({os.path.basename(plan.pictures)}/length.svg)'
