@@ -55,6 +55,9 @@ def test_what_is_between_axes():
     (left, right), (low, high) = curves.bounds([[(0.01, 3.0), (0.02, 2.0)]])
     assert (left, right, low, high) == (0.01, 0.02, 2.0, 3.0)
     assert curves.bounds([[(5, 1e-3), (9, 1e-3)]]) == ((5, 9), (0.5e-3, 1.5e-3))     # a level is in the middle
+    level = [(at, 2.0 + at % 2 / 10) for at in range(100)]
+    assert curves.bounds([[(0, 50.0), *level[1:]]])[1] == (2.0, 2.1)                # a beginning, out of sight
+    assert curves.bounds([[*level[:-1], (99, 50.0)]])[1] == (2.0, 50.0)             # an end is to be seen
 
 
 def test_one_point_and_none(capsys):

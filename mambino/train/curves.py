@@ -67,13 +67,14 @@ def bounds(curves):
     xs = [at for points in curves for at, _ in points]
     ys = sorted(value for points in curves for _, value in points)
     low, high = ys[0], ys[-1]
-    usual = ys[int(0.98 * (len(ys) - 1))]
+    left, right = min(xs), max(xs)
+    later = [value for points in curves for at, value in points if at > left + 0.2 * (right - left)]
+    usual = max([ys[int(0.98 * (len(ys) - 1))], *later])      # what rises later is to be seen
     if usual > low and high - low > 2 * (usual - low):
         high = usual
     if high - low <= 1e-9 * abs(high):                      # a level: in the middle
         half = 0.5 * abs(high) or 0.5
         low, high = low - half, high + half
-    left, right = min(xs), max(xs)
     if right - left <= 1e-9 * abs(left):
         right = left + max(1, 1e-9 * abs(left))
     return (left, right), (low, high)
