@@ -63,7 +63,7 @@ def plan_of():
         return SimpleNamespace(
             seeds=[1], rates=(1e-2,), steps=20, tokens_per_step=512, corpora=('characters',), choice_steps=20,
             recall_steps=3, task_steps=3, times=2, pairs=[4], copy_times=(1, 2), most_bytes=20_000,
-            changes={'bigrams': CHANGES['bigrams']}, choice_seeds=[1])
+            changes={'bigrams': CHANGES['an embedding of each two tokens, too']}, choice_seeds=[1])
     return SimpleNamespace(
         seeds=[int(seed) for seed in seeds.split(',')], rates=RATES, steps=800, tokens_per_step=4096,
         corpora=corpora.split(','), choice_steps=400, recall_steps=2000, task_steps=1000, times=16,

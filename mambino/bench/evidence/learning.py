@@ -33,10 +33,10 @@ class Setting:
 
 
 def batch_of(setting, generator, asked, n):
-    """(idx, targets) of a task, with so many pairs, or of so many tokens."""
+    """(idx, targets) of a task, of so many tokens; of recall with so many pairs, each some twice."""
     make = TASKS[setting.task]
     if setting.task == 'recall':
-        return make(n, setting.T, generator, pairs=asked)
+        return make(n, 4 * asked, generator, pairs=asked)
     return make(n, asked, generator)
 
 
