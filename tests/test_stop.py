@@ -36,7 +36,8 @@ def launch():
 def test_a_closed_terminal_saves(here, launch):
     """Also where the terminal says it twice, and takes no words any more."""
     reading, writing = os.openpty()
-    process = launch(LONG)
+    # also where these tests run under nohup, which has it ignored
+    process = launch(LONG, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     wait_for_lines(process, 3)
     process.stdout.close()
     process.stderr.close()
