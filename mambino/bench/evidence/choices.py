@@ -39,8 +39,9 @@ def trained(runs, wanted):
 
 
 def choices(runs, plan):
-    """Val loss with one thing changed, at equal tokens, half of those of `losses`: what the change adds, seed 1; and
-    tokens a second beside those of the run without it."""
+    """Val loss with one thing changed, at equal tokens, half of those of `losses`: what the change
+    adds, seed 1; and tokens a second beside those of the run without it, in 40 steps, as exact as
+    changes of the schedule alone show, which compute the same."""
     more = f'--dataset={plan.corpora[0]} --eval_interval={4 * plan.steps}'
     base = {model: flags_of(model, more, plan, 1, rate_of(runs, plan, model), plan.choice_steps) for model in TWO}
     wanted = {f'choice {model}': flags for model, flags in base.items()}
