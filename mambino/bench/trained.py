@@ -65,11 +65,6 @@ class Results:
         return line
 
 
-def read(path):
-    with open(path, encoding='utf-8') as f:
-        return f.read()
-
-
 class Runs:
     def __init__(self, folder, workers=1, threads=1, results='', device='cpu'):
         """workers: runs at once, each of so many threads. results: another file for them."""
@@ -109,8 +104,11 @@ class Runs:
         asked = dumps([[os.path.getsize(path) for path in inputs], flags])
         told = os.path.join(self.folder, 'data', f'{name}.json')
         if os.path.exists(os.path.join(self.folder, 'data', name, 'meta.json')):
-            if os.path.exists(told) and read(told) != asked:
-                fail(f'{self.folder}/data/{name}: was made of another text, or otherwise: name another --folder')
+            if os.path.exists(told):
+                with open(told, encoding='utf-8') as f:
+                    if f.read() != asked:
+                        fail(f'{self.folder}/data/{name}: was made of another text, or otherwise: name another '
+                             '--folder')
             return
         self.script('prepare.py', [*map(os.path.abspath, inputs), *flags, f'--out=data/{name}'])
         with open(told, 'w', encoding='utf-8') as f:
@@ -137,6 +135,13 @@ class Runs:
         found = {name: self.results.lines[name] for name in wanted}
         self.used |= found
         return found
+
+    def need(self, names, section):
+        """What a section is made of; an error ends the program if one of these is not there."""
+        for name in names:
+            if name not in self.results.lines:
+                fail(f'{section}: there is no run "{name}" yet: first --sections=losses')
+            self.used[name] = self.results.lines[name]
 
     def told(self):
         """Where and when what was used was measured."""
@@ -184,7 +189,6 @@ class Runs:
 
     def bits(self, name):
         """Bits a byte of a run's val split, at its end."""
-        self.used[name] = self.results.lines[name]
         return [line['bits_per_byte'] for line in self.log(name) if 'bits_per_byte' in line][-1]
 
     def tokenizer(self, dataset):

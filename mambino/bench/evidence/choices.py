@@ -1,9 +1,9 @@
 """What each choice of the recipes is worth: a run with one thing changed, beside the run without."""
+import os
 import re
 import statistics
 
 from mambino.bench.evidence.losses import MODELS, flags_of, rate_of
-from mambino.configurator import fail
 
 TWO = ['GPT', 'Mamba-2']
 # what is changed: the models it means something to, flags. A first word without -- is one of variants.py
@@ -79,11 +79,9 @@ def cell(ended, speeds, model, name):
 
 def samples(runs, plan):
     """The first sample of each model at seed 1337, as sample.py gives it."""
-    for model in MODELS:
-        name = f'{plan.corpora[0]} {model} {plan.seeds[0]}'
-        if name not in runs.results.lines:
-            fail(f'samples: there is no run "{name}" yet: first --sections=losses')
-        runs.used[name] = runs.results.lines[name]
-        words = [f'--out_dir={runs.path(name).rpartition("/")[2]}', '--max_new_tokens=300', '--device=cpu']
+    names = {model: f'{plan.corpora[0]} {model} {plan.seeds[0]}' for model in MODELS}
+    runs.need(names.values(), 'samples')
+    for model, name in names.items():
+        words = [f'--out_dir={os.path.basename(runs.path(name))}', '--max_new_tokens=300', '--device=cpu']
         said = re.sub(r'\A(?:\w+ += .*\n)+', '', runs.script('sample.py', words).stdout)
         yield f'\n{model}:\n\n```\n{said.strip()}\n```'

@@ -8,7 +8,6 @@ import torch
 
 from mambino.bench.evidence import baselines
 from mambino.bench.plot import write_picture
-from mambino.configurator import fail
 
 # 0.85M parameters for characters, all within 2% of each other
 MODELS = {
@@ -86,34 +85,30 @@ def losses(runs, plan):
         models = [*MODELS] if corpus == 'characters' else THREE
         more = f'--dataset={corpus} --eval_interval={max(1, plan.steps // 5)}'
         rates = {model: rate_of(runs, plan, model) for model in models}
-        keys = [(model, seed) for model in models for seed in plan.seeds]
-        ended = runs.train({f'{corpus} {model} {seed}': flags_of(model, more, plan, seed, rates[model])
-                            for model, seed in keys})
-        speeds = {model: statistics.median(ended[f'{corpus} {model} {seed}']['speed'] for seed in plan.seeds)
+        names = {(model, seed): f'{corpus} {model} {seed}' for model in models for seed in plan.seeds}
+        ended = runs.train({name: flags_of(model, more, plan, seed, rates[model])
+                            for (model, seed), name in names.items()})
+        speeds = {model: statistics.median(ended[names[model, seed]]['speed'] for seed in plan.seeds)
                   for model in models}
         quickest = max(speeds, key=speeds.get)
         steps = {model: max(1, round(plan.steps * speeds[model] / speeds[quickest])) for model in models}
-        ended |= runs.train({f'{corpus} {model} {seed}, as long as {quickest}':
-                             flags_of(model, more, plan, seed, rates[model], steps[model])
-                             for model, seed in keys if model != quickest})
-
-        def found(more, keys=keys, corpus=corpus, ended=ended):
-            lines = {}
-            for model, seed in keys:
-                name = f'{corpus} {model} {seed}'
-                lines.setdefault(model, []).append(ended.get(name + more, ended[name])['val_loss'])
-            return lines
-        at_end, in_time = found(''), found(f', as long as {quickest}')
+        shorter = {(model, seed): name if model == quickest else f'{name}, as long as {quickest}'
+                   for (model, seed), name in names.items()}
+        ended |= runs.train({name: flags_of(model, more, plan, seed, rates[model], steps[model])
+                             for (model, seed), name in shorter.items()})
+        at_end, in_time = (
+            {model: [ended[which[model, seed]]['val_loss'] for seed in plan.seeds] for model in models}
+            for which in (names, shorter))
         seconds = plan.steps * plan.tokens_per_step / speeds[quickest]
         yield f'\n{corpus}, {plan.steps * plan.tokens_per_step / 1e6:.1f}M tokens:\n'
         yield (f'| | parameters | val loss at equal tokens | in {seconds:.0f} s of training | steps then '
                '| tokens/s, one core |\n| --- | --- | --- | --- | --- | --- |')
         for model in models:
-            parameters = ended[f'{corpus} {model} {plan.seeds[0]}']['parameters']
+            parameters = ended[names[model, plan.seeds[0]]]['parameters']
             yield (f'| {model} | {parameters} | {mean_and_sd(at_end[model])} | {mean_and_sd(in_time[model])} '
                    f'| {steps[model]} | {speeds[model]:,.0f} |')
         yield '\n' + compared(at_end, 'At equal tokens') + ' ' + compared(in_time, 'At equal time')
-        first = {model: runs.curve(f'{corpus} {model} {plan.seeds[0]}') for model in models}
+        first = {model: runs.curve(names[model, plan.seeds[0]]) for model in models}
         curves = {f'{model} val': [(point.tokens, point.loss) for point in curve]
                   for model, curve in first.items()}
         write_picture(os.path.join(plan.pictures, f'losses-{corpus}.svg'), curves, 'tokens')
@@ -130,10 +125,9 @@ def bytes_of(runs, dataset, split, most):
 
 def bits(runs, plan):
     """Bits a byte of the val split, beside what needs no network."""
-    wanted = [f'{corpus} {model} {plan.seeds[-1]}' for corpus in plan.corpora for model in THREE]
-    missing = [name for name in wanted if name not in runs.results.lines]
-    if missing:
-        fail(f'bits: there is no run "{missing[0]}" yet: first --sections=losses')
+    names = {(corpus, model, seed): f'{corpus} {model} {seed}'
+             for corpus in plan.corpora for model in THREE for seed in plan.seeds}
+    runs.need(names.values(), 'bits')
     yield '| bits a byte | ' + ' | '.join(plan.corpora) + ' |\n| --- |' + ' --- |' * len(plan.corpora)
     rows = {'every byte alike': [8.0] * len(plan.corpora), 'xz -9e, which has read the train split': [],
             'the last four bytes (Kneser-Ney)': []}
@@ -142,7 +136,7 @@ def bits(runs, plan):
         rows['xz -9e, which has read the train split'].append(baselines.packed(train, val))
         rows['the last four bytes (Kneser-Ney)'].append(baselines.n_gram(train, val))
     for model in THREE:
-        rows[model] = [statistics.mean(runs.bits(f'{corpus} {model} {seed}') for seed in plan.seeds)
+        rows[model] = [statistics.mean(runs.bits(names[corpus, model, seed]) for seed in plan.seeds)
                        for corpus in plan.corpora]
     for name, values in rows.items():
         yield f'| {name} | ' + ' | '.join(f'{value:.3f}' for value in values) + ' |'
