@@ -15,6 +15,7 @@ import secrets
 
 from mambino.plain import json_text, parse_json
 
+MODEL_TYPE = 'mambino_holes'    # in config.json, of a model that fills holes, as export.py writes it
 NAMES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
 LONGEST_NAME = 200          # characters of a token's name
 LONGEST_LIST = 10_000       # names, or ids
@@ -48,7 +49,7 @@ def text_size_beside(folder):
         said = read_json(os.path.join(folder, 'config.json'))
     except ValueError:              # who reads the model says so
         said = {}
-    size = said.get('text_size') if said.get('model_type') == 'mambino_holes' else None
+    size = said.get('text_size') if said.get('model_type') == MODEL_TYPE else None
     return size if type(size) is int else math.inf
 
 

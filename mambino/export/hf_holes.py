@@ -11,10 +11,10 @@ from mambino.blocks import fills_holes
 from mambino.cache import bounded
 from mambino.export.classes import kind_of
 from mambino.export.compare import difference, logits_of, some_ids, told
+from mambino.tokenizer_config import MODEL_TYPE
 from model_gpt import rope_frequencies
 
 FILE = 'modeling_holes.py'
-MODEL_TYPE = 'mambino_holes'
 INSTEAD = 'a GPT, a Mamba-2 and a hybrid of Mamba-2 and attention have; --format=native and safetensors take any'
 RENAMED = {                     # of a Mamba's tensors
     'backbone.embeddings.': 'model.embed_tokens.',

@@ -3,10 +3,9 @@ model_type, and of a `body`, which is our kind of model.
 """
 from functools import partial
 
+from mambino.tokenizer_config import MODEL_TYPE
 from mambino.weights.checkpoint import MODELS
 from mambino.weights.families.common import Family, number, own_fields, refuse
-
-MODEL_TYPE = 'mambino_holes'
 
 
 def with_body(theirs):
