@@ -12,12 +12,12 @@ A run that was stopped, by Ctrl-C or by kill -9, goes on where it was: say the s
 On a CPU it then ends with the very bits it would have had. Nothing but the step decides what
 happens in it: its data, its dropout, its learning rate.
 
-Behind its steps stand, in mambino/train/: begin.py and building.py (what a run begins from),
-identity.py (which text it knows), precision.py and memory.py (in which numbers it computes, and how
-much at once), compiling.py and recovery.py (torch.compile; memory that does not suffice), loader.py,
-batches.py and order.py (which tokens), processes.py, sharding.py and experts.py (one or many),
-progress.py (counters and checkpoints), evaluation.py, metrics.py and log.py (what is measured, said
-and noted).
+Behind its steps stand, in mambino/train/: begin.py, building.py and defaults.py (what a run begins
+from), identity.py (which text it knows), precision.py and memory.py (in which numbers it computes,
+and how much at once), compiling.py and recovery.py (torch.compile; memory that does not suffice),
+loader.py, batches.py and order.py (which tokens), processes.py, sharding.py and experts.py (one or
+many), progress.py (counters and checkpoints), evaluation.py, metrics.py and log.py (what is
+measured, said and noted).
 """
 import datetime
 import math
@@ -72,7 +72,7 @@ capacity_factor = 1.25      # in training an expert takes at most so many times 
                             # of the tokens; 0: no limit
 aux_loss = 0.01             # weight of the loss that evens out the experts' load
 z_loss = 0.001              # weight of the loss that keeps the router's logits small
-qk_norm = False             # normalise queries and keys: steadier at high learning rates
+qk_norm = None              # normalise queries and keys: steadier at high learning rates; None: of a new gpt
 version = 2                 # Mamba-2, or 1, or 3, whose state turns
 state_size = 0              # size of the SSM's state per channel
 n_groups = 1                # heads that share B and C in Mamba-2 and -3

@@ -196,8 +196,8 @@ def from_text(text, default, where):
     if default is None:         # the type is open: a number if it reads as one, else the text
         if text.lower() == 'none':
             return None
-        if text.lower() in ('true', 'false'):
-            return text.lower() == 'true'
+        if text.lower() in YES + NO and not text.isdigit():
+            return text.lower() in YES
     for number in (int, float):
         try:
             value = number(text)

@@ -104,7 +104,7 @@ def test_a_run_is_not_fine_tuned_in_its_own_place(base, capsys):
         '--tie_embeddings=False',
         '--window=8',
         '--n_head=2',
-        '--qk_norm',
+        '--qk_norm=False',
         '--rope_theta=500',
         '--n_expert=2',
     ],
@@ -113,6 +113,17 @@ def test_fine_tuning_refuses_another_model(base, capsys, flags):
     train('--init_from=base', flags, status=2)
     refused(capsys, 'base', flags.lstrip('-').partition('=')[0])
     assert not os.path.exists('out')
+
+
+def test_a_new_gpt_has_normalised_queries_and_keys(finished):
+    assert load()['config']['qk_norm'] is True
+    train('--model=gpt --out_dir=without --qk_norm=off --max_iters=1')
+    train('--out_dir=without --max_iters=2')                        # it goes on, and is begun with
+    train('--out_dir=tuned --init_from=without --max_iters=1')
+    train('--out_dir=hybrid --model=hybrid --max_iters=1')
+    for out_dir in ('without', 'tuned', 'hybrid'):
+        assert load(f'{out_dir}/ckpt.pt')['config']['qk_norm'] is False
+        assert load(f'{out_dir}/ckpt.pt')['settings']['qk_norm'] is False
 
 
 def test_fine_tuning_accepts_what_the_model_has(base):

@@ -29,18 +29,13 @@ from mambino.configurator import checked, fail, require
 from mambino.sample.text import encode_prompt
 from mambino.train import batches, identity, processes
 from mambino.train.building import BLOCK_LENGTH, OF_TRAINING, is_unset, model_config, named_flags, require_room
+from mambino.train.defaults import fill_recipe
 from mambino.train.from_next import begin_to_fill
 from mambino.train.progress import Progress, best_of, latest_of, remembered
 from mambino.train.sizes import SIZES, named_size, sizes_for
 from mambino.weights import adapters, checkpoint, fitting, loading, soundness
 from mambino.weights.checkpoint import MODELS
 
-RATES = {           # the peak of the learning rate, by what is trained and by the optimizer
-    'small': dict(adamw=4e-3, muon=1e-2),       # a new model of a CPU's size, some hundred steps
-    'large': dict(adamw=1e-3, muon=1e-3),       # of a GPU's, or of a named size
-    'tuned': dict(adamw=3e-4, muon=3e-4),       # what a model knows is to stay
-    'adapter': dict(adamw=1e-3),                # it begins with nothing
-}
 BATCH_SIZE = 16     # sequences at once where memory has room for them
 OF_THE_NEXT = dict(objective='next', block_length=0)    # what configs of before 0.10 have not, since all were so
 
@@ -252,7 +247,7 @@ def check_settings(settings, origin):
         'auto, float32, bfloat16 or float16': dict(dtype=settings['dtype'] in ('auto', *machine.DTYPES)),
         'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and 0 < float(vram) < 1e9)),
         'true, false or left out': {
-            name: settings[name] in (None, True, False) for name in ('gradient_checkpointing', 'compile')},
+            name: settings[name] in (None, True, False) for name in ('qk_norm', 'gradient_checkpointing', 'compile')},
         'more than 0': {name: settings[name] > 0 for name in POSITIVE},
         '-1 or more': {name: settings[name] >= -1 for name in ('warmup_iters', 'window')},
         'at least 0 and below 1': {name: 0 <= settings[name] < 1 for name in fractions},
@@ -285,10 +280,7 @@ def fill_unset(settings, explicit, origin, data):
         settings['n_head'] = next(n for n in range(max(1, n_embd // 64), 0, -1) if n_embd % n == 0)
     if settings['warmup_iters'] < 0:
         settings['warmup_iters'] = min(100, settings['max_iters'] // 10)
-    trained = what_is_trained(settings, origin)
-    for name, value in recipe_for(trained, origin).items():
-        settings[name] = settings[name] or value
-    settings['learning_rate'] = settings['learning_rate'] or RATES[trained][settings['optimizer']]
+    fill_recipe(settings, origin)
     settings['tokens_per_step'] = tokens_per_step(settings, explicit, sizes['tokens_per_step'])
     # tokens_per_step says it; a later run may cut the same step otherwise
     settings['gradient_accumulation_steps'] = 0
@@ -300,26 +292,6 @@ def fill_unset(settings, explicit, origin, data):
             if n <= block_size:
                 fail(f'{part.paths[split]}: has {n} tokens, and one window takes block_size + 1 = '
                      f'{block_size + 1}: lower --block_size, or prepare more text')
-
-
-def recipe_for(trained, origin):
-    """The optimizer and the schedule where none is named: those of a run that goes on; Muon and a long linear
-    decay where they were measured to be the better ones at equal time."""
-    if origin.ckpt:
-        kept = origin.ckpt['settings']
-        return dict(optimizer=kept.get('optimizer') or 'adamw', schedule=kept.get('schedule') or 'cosine')
-    if trained == 'small':
-        return dict(optimizer='muon', schedule='wsd')
-    return dict(optimizer='adamw', schedule='cosine')
-
-
-def what_is_trained(settings, origin):
-    """The row of RATES."""
-    if settings['adapter']:
-        return 'adapter'
-    if origin.base:
-        return 'tuned'
-    return 'small' if settings['device'] == 'cpu' and not settings['size'] else 'large'
 
 
 def tokens_per_step(settings, explicit, suggested):

@@ -40,7 +40,7 @@ def named_flags():
 def is_unset(name, value):
     """Whether this value of a setting leaves it to the machine, or to the model's own default."""
     nothing = -1 if name == 'window' else 0
-    return value == '' or (type(value) is int and value == nothing)
+    return value in ('', None) or (type(value) is int and value == nothing)
 
 
 def require_room(kind, config):

@@ -66,8 +66,8 @@ def plan_of():
             changes={'bigrams': CHANGES['an embedding of each two tokens, too']}, choice_seeds=[1])
     return SimpleNamespace(
         seeds=[int(seed) for seed in seeds.split(',')], rates=RATES, steps=800, tokens_per_step=4096,
-        corpora=corpora.split(','), choice_steps=400, recall_steps=2000, task_steps=1000, times=16,
-        pairs=[4, 8, 16, 32], copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES,
+        corpora=corpora.split(','), choice_steps=400, recall_steps=1000, task_steps=1000, times=16,
+        pairs=[4, 8, 16, 32, 64], copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES,
         choice_seeds=[1, 2, 3])
 
 

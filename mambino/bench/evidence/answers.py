@@ -37,10 +37,10 @@ def table_of(best, lines, rates, asked, words):
 
 
 def recall(runs, plan):
-    """Which value belongs to a key, among ever more pairs, against the bytes of state that a text of 128 tokens
-    leaves."""
+    """Which value belongs to a key, among ever more pairs, against the bytes of state that a text of the most
+    pairs leaves."""
     asked = plan.pairs
-    best, lines = solved(runs, plan, 'recall', asked, 128, plan.recall_steps, 32)
+    best, lines = solved(runs, plan, 'recall', asked, 4 * max(asked), plan.recall_steps, 32)
     yield from table_of(best, lines, plan.rates, asked, 'right answers, by pairs')
     curves = {f'{model} val': [(n, line['right'][str(n)]) for n in asked] for model, line in best.items()}
     write_picture(os.path.join(plan.pictures, 'recall.svg'), curves, 'pairs')

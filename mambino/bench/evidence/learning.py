@@ -32,6 +32,16 @@ class Setting:
     asked: list = field(default_factory=list)       # pairs of recall, lengths of the others
 
 
+def asked_at(setting, step):
+    """What a step asks: the trained length; of recall the numbers of pairs by turns, the few first, and more of
+    them until half of the steps are made. All at once from the start, a GPT learns none of them."""
+    if setting.task != 'recall':
+        return setting.T
+    pairs = sorted(setting.asked)
+    there = pairs[:1 + 2 * len(pairs) * step // setting.steps]
+    return there[step % len(there)]
+
+
 def batch_of(setting, generator, asked, n):
     """(idx, targets) of a task, of so many tokens; of recall with so many pairs, each some twice."""
     make = TASKS[setting.task]
@@ -66,10 +76,8 @@ def learn(setting, device='cpu'):
     optimizers = build_optimizers(net, 'muon', setting.lr)
     generator = torch.Generator().manual_seed(setting.seed)
     begin = time.perf_counter()
-    learned = [n for n in setting.asked if setting.task == 'recall' or n <= setting.T]
     for step in range(setting.steps):
-        asked = learned[step % len(learned)] if setting.task == 'recall' else setting.T
-        idx, targets = batch_of(setting, generator, asked, setting.batch)
+        idx, targets = batch_of(setting, generator, asked_at(setting, step), setting.batch)
         height = min(1.0, (step + 1) / 50, 2.5 * (1 - step / setting.steps))       # up, level, and down at last
         for group in (group for opt in optimizers for group in opt.param_groups):
             group['lr'] = setting.lr * height

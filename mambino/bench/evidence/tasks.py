@@ -20,7 +20,7 @@ def drawn(n, most, count, generator):
     return torch.rand(n, most, generator=generator).argsort(1)[:, :count]
 
 
-def recall(n, T, generator, pairs=8, vocab=128):
+def recall(n, T, generator, pairs=8, vocab=256):
     half = (vocab - FIRST) // 2
     places = (T - 2 * pairs) // 2
     if places < 1:
@@ -65,4 +65,4 @@ def selective(n, T, generator, count=8, vocab=16):
 
 
 TASKS = {'recall': recall, 'copy': copy, 'induction': induction, 'selective': selective}
-VOCABULARIES = {'recall': 128, 'copy': 32, 'induction': 16, 'selective': 16}
+VOCABULARIES = {'recall': 256, 'copy': 32, 'induction': 16, 'selective': 16}
