@@ -103,7 +103,7 @@ class Runs:
         that is of others."""
         asked = dumps([[os.path.getsize(path) for path in inputs], flags])
         told = os.path.join(self.folder, 'data', f'{name}.json')
-        if os.path.exists(os.path.join(self.folder, 'data', name, 'meta.json')):
+        if self.has(name):
             if os.path.exists(told):
                 with open(told, encoding='utf-8') as f:
                     if f.read() != asked:
@@ -113,6 +113,9 @@ class Runs:
         self.script('prepare.py', [*map(os.path.abspath, inputs), *flags, f'--out=data/{name}'])
         with open(told, 'w', encoding='utf-8') as f:
             f.write(asked)
+
+    def has(self, dataset):
+        return os.path.exists(os.path.join(self.folder, 'data', dataset, 'meta.json'))
 
     def tokens(self, dataset, split='val'):
         return np.fromfile(os.path.join(self.folder, 'data', dataset, f'{split}.bin'), dtype=np.int32)

@@ -3,6 +3,7 @@
     python -m mambino.bench.evidence input.txt                      # all, hours of two cores
     python -m mambino.bench.evidence input.txt --sections=recall    # of a text of a megabyte
     python -m mambino.bench.evidence input.txt --quick=True         # minutes: whether it runs
+    python -m mambino.bench.evidence input.txt words.txt --sections=bare    # of another text, too
 
 A run that was stopped goes on: say the same command again. What was measured is in
 <out>/results.jsonl, a line each; tables and pictures beside it are written from that, and <out>.md
@@ -15,6 +16,8 @@ from the tables there are. Sections:
     recall      which value belongs to a key: by pairs, and by bytes of state
     copying     copy, induction, selective copy, to 64 times the trained length
     choices     one thing of the recipe changed: what it adds to the loss
+    bare        python train.py with nothing said, beside what else its time could have gone to
+    minutes     until a model is as good as nanoGPT's recipe for an A100
     speed       training; a token after 100 to 100,000 others, and what is kept of them
     samples     the first text of each model
 
@@ -25,6 +28,7 @@ import time
 from types import SimpleNamespace
 
 from mambino.bench.evidence.answers import copying, recall
+from mambino.bench.evidence.bare import LENGTHS, bare, minutes
 from mambino.bench.evidence.choices import CHANGES, choices, samples
 from mambino.bench.evidence.losses import RATES, bits, length, losses, sweep
 from mambino.bench.evidence.speed import speed
@@ -33,8 +37,9 @@ from mambino.configurator import configure, fail
 from mambino.console import end_quietly
 
 SECTIONS = {    # in this order; minutes on two cores
-    'sweep': (sweep, 18), 'losses': (losses, 60), 'bits': (bits, 2), 'length': (length, 5), 'recall': (recall, 30),
-    'copying': (copying, 30), 'choices': (choices, 45), 'speed': (speed, 1), 'samples': (samples, 1)}
+    'sweep': (sweep, 18), 'losses': (losses, 60), 'bits': (bits, 2), 'length': (length, 5), 'recall': (recall, 10),
+    'copying': (copying, 15), 'choices': (choices, 60), 'bare': (bare, 45), 'minutes': (minutes, 15),
+    'speed': (speed, 1), 'samples': (samples, 1)}
 
 HEAD = """# Evidence
 
@@ -46,7 +51,7 @@ best rate of the sweep, and seeds are the same for all: so are the batches. Loss
 of the whole val split (of characters the last tenth of the text, of Python's sources 2% of the
 files), which chose nothing but the rates. ± is the standard deviation of seeds.
 """
-inputs = []             # a text, such as the works of Shakespeare in a megabyte
+inputs = []             # a text, such as the works of Shakespeare in a megabyte; for `bare` another
 sections = ','.join(SECTIONS)
 corpora = 'characters,python'       # of losses and bits; the first of them of length and choices
 seeds = '1,2,3'
@@ -63,12 +68,13 @@ def plan_of():
         return SimpleNamespace(
             seeds=[1], rates=(1e-2,), steps=20, tokens_per_step=512, corpora=('characters',), choice_steps=20,
             recall_steps=3, task_steps=3, times=2, pairs=[4], copy_times=(1, 2), most_bytes=20_000,
-            changes={'bigrams': CHANGES['an embedding of each two tokens, too']}, choice_seeds=[1])
+            changes={'bigrams': CHANGES['an embedding of each two tokens, too']}, choice_seeds=[1],
+            bare=['--max_iters=3', '--n_layer=1'], lengths=[20])
     return SimpleNamespace(
         seeds=[int(seed) for seed in seeds.split(',')], rates=RATES, steps=800, tokens_per_step=4096,
         corpora=corpora.split(','), choice_steps=400, recall_steps=1000, task_steps=1000, times=16,
         pairs=[4, 8, 16, 32, 64], copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES,
-        choice_seeds=[1, 2, 3])
+        choice_seeds=[1, 2, 3], bare=[], lengths=LENGTHS)
 
 
 def main():
@@ -81,16 +87,18 @@ def main():
         fail(f'sections={sections}: there is no {unknown[0]}; there are {", ".join(SECTIONS)}')
     if not all(seed.isdecimal() for seed in seeds.split(',')):
         fail(f'seeds={seeds}: write numbers with commas between them')
-    if len(inputs) != 1 or not os.path.isfile(inputs[0]):
-        fail('name one text: python -m mambino.bench.evidence input.txt')
+    if len(inputs) not in (1, 2) or not all(map(os.path.isfile, inputs)):
+        fail('name one text, or two: python -m mambino.bench.evidence input.txt')
     os.makedirs(out, exist_ok=True)
     runs = Runs(folder, workers, results=os.path.join(out, 'results.jsonl'), device=device)
     plan = plan_of()
     plan.dtype, plan.pictures = dtype, out
     if 'characters' in plan.corpora:
-        runs.prepare('characters', inputs, ['--tokenizer=char'])
+        runs.prepare('characters', inputs[:1], ['--tokenizer=char'])
     if 'python' in plan.corpora:
         runs.prepare('python', [], ['--tokenizer=byte', '--val_fraction=0.02'])     # 0.2 MB
+    if inputs[1:]:
+        runs.prepare('words', inputs[1:], [])
     for name in names:
         measure, minutes = SECTIONS[name]
         begin = time.monotonic()

@@ -52,5 +52,5 @@ def copying(runs, plan):
     for task, T in (('copy', 32), ('induction', 64), ('selective', 64)):
         asked = [T * times for times in plan.copy_times]
         yield f'\n{task}, learned with {T} tokens:\n'
-        found = solved(runs, plan, task, asked, T, plan.task_steps, 64)
+        found = solved(runs, plan, task, asked, T, plan.task_steps, 32)
         yield from table_of(*found, plan.rates, asked, 'right answers, by length')

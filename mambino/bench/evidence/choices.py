@@ -3,12 +3,12 @@ import os
 import re
 import statistics
 
-from mambino.bench.evidence.losses import MODELS, flags_of, rate_of
+from mambino.bench.evidence.losses import MODELS, THREE, flags_of, rate_of
 
 TWO = ['GPT', 'Mamba-2']
 # what is changed: the models it means something to, flags. A first word without -- is one of variants.py
 CHANGES = {
-    'AdamW at 4e-3': (TWO, '--optimizer=adamw --learning_rate=4e-3'),
+    'AdamW at 4e-3': (THREE, '--optimizer=adamw --learning_rate=4e-3'),
     'a cosine': (TWO, '--schedule=cosine'),
     'decay of all steps': (TWO, '--decay_fraction=1.0'),
     'steps of 2,048 tokens, twice as many': (TWO, '--tokens_per_step=2048 --batch_size=16 --max_iters={twice}'),
@@ -18,8 +18,14 @@ CHANGES = {
     'embeddings in the values': (['GPT'], 'values'),
     'outputs that begin at zero': (TWO, 'zero'),
     'logits capped at 15': (TWO, 'softcap'),
-    'no QK-norm': (['GPT'], '--qk_norm=False'),
-    'a state of 64': (['Mamba-2'], '--state_size=64')}
+    'no QK-norm': (['GPT', 'hybrid'], '--qk_norm=False'),
+    'a state of 64': (['Mamba-2', 'hybrid'], '--state_size=64'),
+    'no gate of the branches': (['hybrid'], '--gate=False'),
+    'no norm of the branches': (['hybrid'], '--branch_norm=False'),
+    'all three of a layer side by side': (['hybrid'], '--layout=parallel'),
+    'no weight decay': (THREE, '--weight_decay=0'),
+    'another matrix for the output': (THREE, '--tie_embeddings=False'),
+    'a rate that ends at a tenth': (TWO, '--min_lr=1e-3')}
 SPEED_STEPS = 40        # of runs for their speed alone
 
 
@@ -43,10 +49,10 @@ def choices(runs, plan):
     adds, seed 1; and tokens a second beside those of the run without it, in 40 steps, as exact as
     changes of the schedule alone show, which compute the same."""
     more = f'--dataset={plan.corpora[0]} --eval_interval={4 * plan.steps}'
-    base = {model: flags_of(model, more, plan, 1, rate_of(runs, plan, model), plan.choice_steps) for model in TWO}
+    base = {model: flags_of(model, more, plan, 1, rate_of(runs, plan, model), plan.choice_steps) for model in THREE}
     wanted = {f'choice {model}': flags for model, flags in base.items()}
     for seed in plan.choice_seeds[1:]:
-        wanted |= {f'choice {model}, seed {seed}': changed(base[model], f'--seed={seed}') for model in TWO}
+        wanted |= {f'choice {model}, seed {seed}': changed(base[model], f'--seed={seed}') for model in THREE}
     for name, (models, change) in plan.changes.items():
         change = change.format(twice=2 * plan.choice_steps)
         wanted |= {f'choice {model}, {name}': changed(base[model], change) for model in models}
@@ -58,17 +64,17 @@ def choices(runs, plan):
         lines = trained(runs, {f'speed of {name}': changed(flags, short) for name, flags in asked.items()})
         speeds = {name: lines[f'speed of {name}']['speed'] for name in asked}
 
-    yield '| what is changed | ' + ' | '.join(TWO) + ' |\n| --- |' + ' --- |' * len(TWO)
-    losses = [ended[f'choice {model}']['val_loss'] for model in TWO]
+    yield '| what is changed | ' + ' | '.join(THREE) + ' |\n| --- |' + ' --- |' * len(THREE)
+    losses = [ended[f'choice {model}']['val_loss'] for model in THREE]
     yield '| nothing: val loss | ' + ' | '.join(f'{loss:.3f}' for loss in losses) + ' |'
     if len(plan.choice_seeds) > 1:
         others = [f', seed {seed}' for seed in plan.choice_seeds[1:]]
         spread = [statistics.stdev(ended[f'choice {model}{other}']['val_loss'] for other in ('', *others))
-                  for model in TWO]
+                  for model in THREE]
         yield '| nothing: standard deviation of seeds | ' + ' | '.join(f'{sd:.3f}' for sd in spread) + ' |'
     for name, (models, _) in plan.changes.items():
         yield f'| {name} | ' + ' | '.join(
-            cell(ended, speeds, model, name) if model in models else '' for model in TWO) + ' |'
+            cell(ended, speeds, model, name) if model in models else '' for model in THREE) + ' |'
 
 
 def cell(ended, speeds, model, name):
