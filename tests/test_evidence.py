@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 
 import pytest
@@ -14,8 +15,8 @@ import torch
 from helpers.runs import ROOT, write_text
 
 from mambino import language_model
-from mambino.bench.evidence import baselines, losses, tasks, variants
-from mambino.bench.evidence.learning import Setting, learn
+from mambino.bench.evidence import bare, baselines, losses, tasks, variants
+from mambino.bench.evidence.learning import Setting, asked_at, learn
 from mambino.bench.trained import Results, Runs
 from mambino.weights import checkpoint
 
@@ -109,6 +110,70 @@ def test_a_result_is_kept_and_half_a_line_is_none(tmp_path):
         f.write(data.replace(b'\n', b'\r\n'))
     Results(path).add('c', [1], value=4)
     assert {name: line['value'] for name, line in Results(path).lines.items()} == {'a': 2, 'é': 3, 'c': 4}
+
+
+# --- what is trained, without training it
+
+class Told:
+    """Runs that were made: {name: line}; of others the loss and the speed that `of` says."""
+
+    def __init__(self, of, corpora=()):
+        self.of, self.corpora = of, corpora
+        self.asked, self.used = {}, {}
+        self.folder, self.device, self.results = '', 'cpu', types.SimpleNamespace(path='', lines={}, of=lambda *_: None)
+
+    def has(self, corpus):
+        return corpus in self.corpora
+
+    def train(self, wanted):
+        self.asked |= wanted
+        return {name: self.of(name) for name in wanted}
+
+    def curve(self, name):
+        steps = [flag.split('=')[1] for flag in self.asked[name] if flag.startswith('--max_iters=')]
+        return [types.SimpleNamespace(step=int(steps[0]) if steps else 400)]
+
+
+PLAN = types.SimpleNamespace(corpora=['characters'], rates=(1e-2,), steps=800, tokens_per_step=4096, dtype='float32',
+                             choice_steps=400, bare=[], lengths=(800, 1100, 1500))
+
+
+def test_what_stands_beside_a_bare_run_has_its_seconds():
+    def line(name):
+        return dict(seconds=100.0, speed=8192.0, val_loss=1.0 if name == 'small words GPT' else 1.25)
+    runs = Told(line, corpora=['words'])
+    table = '\n'.join(bare.bare(runs, PLAN))
+    assert runs.asked['bare words GPT'] == ['--model=gpt', '--dataset=words', '--dtype=float32', '--seed=1']
+    small = runs.asked['small characters hybrid']
+    assert '--max_iters=200' in small and '--block_size=128' in small and '--dataset=characters' in small
+    assert sum(flag.startswith('--max_iters=') for flag in small) == 1              # 100 s of 8,192 tokens
+    assert '| GPT, nothing said | 1.250 (400) | 1.250 (400) |' in table
+    assert '| GPT, 0.85M | 1.250 (200) | 1.000 (200) |' in table
+    assert table.endswith('took 100 to 100 s; their losses are +0.0% to +25.0% off those of the others.')
+
+
+def test_minutes_are_of_the_first_length_that_suffices(monkeypatch):
+    enough = {'GPT': 1500, 'Mamba-2': 800, 'hybrid': 1100, 'Mamba-1': 1600, 'Mamba-3': 800}
+
+    def line(name):
+        _, model, steps = name.split(' ')
+        return dict(seconds=60.0 * int(steps), speed=1.0, val_loss=1.4 if int(steps) >= enough[model] else 1.5)
+    runs, alone = Told(line), Told(line)
+    runs.results.lines['characters hybrid 1'] = dict(val_loss=1.48)                 # 800 steps are not tried again
+    monkeypatch.setattr(bare, 'Runs', lambda *_: alone)
+    table = [*bare.minutes(runs, PLAN)]
+    assert [name for name in alone.asked if 'GPT' in name] == [f'minutes GPT {steps}' for steps in (800, 1100, 1500)]
+    assert [name for name in alone.asked if 'hybrid' in name] == ['minutes hybrid 1100']
+    assert '| Mamba-2 | 800 | 1.400 | 800.0 | 1 |' in table
+    assert '| Mamba-1 | 1500 | 1.500, not there yet | 1500.0 | 1 |' in table and runs.results is alone.results
+
+
+def test_recall_begins_with_few_pairs():
+    setting = Setting('gpt', {}, 'recall', 1e-2, 80, asked=[4, 8, 16, 32])
+    asked = [asked_at(setting, step) for step in range(80)]
+    assert set(asked[:10]) == {4} and set(asked[10:20]) == {4, 8} and set(asked[20:30]) == {4, 8, 16}
+    assert asked[40:48] == [4, 8, 16, 32] * 2
+    assert asked_at(Setting('gpt', {}, 'copy', 1e-2, 80, T=32), 0) == 32
 
 
 # --- the command

@@ -9,59 +9,40 @@ A100 = 1.4697                   # val loss of nanoGPT's config/train_shakespeare
 LENGTHS = 800, 1100, 1500       # steps of which the first that suffice are told
 
 
-def rivals_of(runs, plan, model):
-    """{name: flags} of what else the time of a bare run could go to: how many steps is yet to be said."""
-    kind = MODELS[model].split()[0]
-    small = flags_of(model, '', plan, 1, rate_of(runs, plan, model), steps=0)
-    return {'width 128, windows of 128': small,
-            'steps of 2,048 tokens': [kind, '--tokens_per_step=2048', '--seed=1', f'--dtype={plan.dtype}',
-                                      *plan.bare]}
-
-
 def with_steps(flags, steps):
     left = [flag for flag in flags if not flag.startswith('--max_iters=')]
     return [*left, f'--max_iters={steps}', f'--eval_interval={steps}']
 
 
 def bare(runs, plan):
-    """Val loss of `python train.py --model=…` with nothing else said; beside what else the same seconds of training
-    could have gone to, on one thread, seed 1: models of 0.85M as in `losses`, and the same models with smaller steps.
-    words: the second text, if one is named, with the tokenizer that prepare.py makes. In brackets: steps."""
+    """Val loss of `python train.py --model=…` with nothing else said, on one thread, seed 1; beside what else the same
+    seconds of training could have gone to: models of 0.85M in windows of 128, as in `losses`, with more steps. words:
+    the second text, if one is named, with the tokenizer that prepare.py makes. In brackets: steps."""
     corpora = [*plan.corpora, *(['words'] if runs.has('words') else [])]
     said = [f'--dtype={plan.dtype}', '--seed=1', *plan.bare]
-    plain = runs.train({f'bare {corpus} {model}': [MODELS[model].split()[0], f'--dataset={corpus}', *said]
-                        for corpus in corpora for model in THREE})
-    others = {(corpus, model, way): [*flags, f'--dataset={corpus}']
-              for corpus in corpora for model in THREE for way, flags in rivals_of(runs, plan, model).items()}
+    plain = {(corpus, model): f'bare {corpus} {model}' for model in THREE for corpus in corpora}
+    ended = runs.train({name: [MODELS[model].split()[0], f'--dataset={corpus}', *said]
+                        for (corpus, model), name in plain.items()})
+    small = {(corpus, model): flags_of(model, f'--dataset={corpus}', plan, 1, rate_of(runs, plan, model))
+             for corpus, model in plain}
     few = min(SPEED_STEPS, plan.choice_steps)
-    short = runs.train({f'speed of bare {" ".join(key)}': [*with_steps(flags, few), '--eval_iters=1']
-                        for key, flags in others.items()})
-    wanted = {}
-    for (corpus, model, way), flags in others.items():
-        tokens = next(int(flag.split('=')[1]) for flag in flags if flag.startswith('--tokens_per_step='))
-        seconds = plain[f'bare {corpus} {model}']['seconds']
-        steps = round(seconds * short[f'speed of bare {corpus} {model} {way}']['speed'] / tokens)
-        wanted[f'bare {corpus} {model} {way}'] = with_steps(flags, max(1, steps))
-    ended = plain | runs.train(wanted)
+    lines = runs.train({f'speed of small {corpus} {model}': [*with_steps(flags, few), '--eval_iters=1']
+                        for (corpus, model), flags in small.items()})
+    speeds = {key: lines[f'speed of small {" ".join(key)}']['speed'] for key in small}
+    steps = {key: round(ended[name]['seconds'] * speeds[key] / plan.tokens_per_step) for key, name in plain.items()}
+    others = {key: f'small {" ".join(key)}' for key in small}
+    ended |= runs.train({others[key]: with_steps(flags, max(1, steps[key])) for key, flags in small.items()})
 
     yield '| val loss | ' + ' | '.join(corpora) + ' |\n| --- |' + ' --- |' * len(corpora)
-    worst = 0
     for model in THREE:
-        ways = ['', *rivals_of(runs, plan, model)]
-        for way in ways:
-            names = [f'bare {corpus} {model} {way}'.strip() for corpus in corpora]
-            cells = [f'{ended[name]["val_loss"]:.3f} ({steps_of(runs, name)})' for name in names]
-            yield f'| {model}, {way or "nothing said"} | ' + ' | '.join(cells) + ' |'
-        for corpus in corpora:
-            best = min(ended[f'bare {corpus} {model} {way}'.strip()]['val_loss'] for way in ways)
-            worst = max(worst, ended[f'bare {corpus} {model}']['val_loss'] / best - 1)
-    seconds = [line['seconds'] for line in plain.values()]
-    yield (f'\nThe bare runs took {min(seconds):.0f} to {max(seconds):.0f} s; the largest loss beside the best of its '
-           f'model and text is {worst:.1%} above it.')
-
-
-def steps_of(runs, name):
-    return runs.curve(name)[-1].step
+        for words, names in (('nothing said', plain), ('0.85M', others)):
+            cells = [f'{ended[names[corpus, model]]["val_loss"]:.3f} ({runs.curve(names[corpus, model])[-1].step})'
+                     for corpus in corpora]
+            yield f'| {model}, {words} | ' + ' | '.join(cells) + ' |'
+    above = [ended[name]['val_loss'] / ended[others[key]]['val_loss'] - 1 for key, name in plain.items()]
+    seconds = [ended[name]['seconds'] for name in plain.values()]
+    yield (f'\nThe bare runs took {min(seconds):.0f} to {max(seconds):.0f} s; their losses are '
+           f'{min(above):+.1%} to {max(above):+.1%} off those of the others.')
 
 
 def minutes(runs, plan):
