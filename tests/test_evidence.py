@@ -140,13 +140,14 @@ PLAN = types.SimpleNamespace(corpora=['characters'], rates=(1e-2,), steps=800, t
 
 def test_what_stands_beside_a_bare_run_has_its_seconds():
     def line(name):
-        return dict(seconds=100.0, speed=8192.0, val_loss=1.0 if name == 'small words GPT' else 1.25)
+        return dict(seconds=100.0, speed=8192.0, dtype='bfloat16', val_loss=1.0 if name == 'small words GPT' else 1.25)
     runs = Told(line, corpora=['words'])
     table = '\n'.join(bare.bare(runs, PLAN))
     assert runs.asked['bare words GPT'] == ['--model=gpt', '--dataset=words', '--dtype=float32', '--seed=1']
     small = runs.asked['small characters hybrid']
     assert '--max_iters=200' in small and '--block_size=128' in small and '--dataset=characters' in small
     assert sum(flag.startswith('--max_iters=') for flag in small) == 1              # 100 s of 8,192 tokens
+    assert '--dtype=bfloat16' in runs.asked['speed of small words GPT'] and '--dtype=float32' in small
     assert '| GPT, nothing said | 1.250 (400) | 1.250 (400) |' in table
     assert '| GPT, 0.85M | 1.250 (200) | 1.000 (200) |' in table
     assert table.endswith('took 100 to 100 s; their losses are +0.0% to +25.0% off those of the others.')

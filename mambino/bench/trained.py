@@ -164,7 +164,8 @@ class Runs:
             curve = self.curve(name)
             return dict(
                 parameters=told[0] if told else '', val_loss=curve[-1].loss, val_error=curve[-1].error,
-                best=min(point.loss for point in curve), seconds=curve[-1].seconds, speed=self.speed(name))
+                best=min(point.loss for point in curve), seconds=curve[-1].seconds, speed=self.speed(name),
+                dtype=self.checkpoint(name)['settings']['dtype'])
         return self.each({name: sorted(flags) for name, flags in wanted.items()}, measure)
 
     def learned(self, wanted, module):
@@ -202,7 +203,10 @@ class Runs:
         said = [line['tokens_per_s'] for line in self.log(name) if 'tokens_per_s' in line]
         return statistics.median(said) if said else 0.0
 
+    def checkpoint(self, name):
+        return checkpoint.load_checkpoint(os.path.join(self.path(name), 'ckpt.pt'))
+
     def model(self, name):
         """(the model, its tokenizer) of a run's end."""
-        ckpt = checkpoint.load_checkpoint(os.path.join(self.path(name), 'ckpt.pt'))
+        ckpt = self.checkpoint(name)
         return loading.model_of(ckpt), checkpoint.tokenizer_of(ckpt)

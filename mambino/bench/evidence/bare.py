@@ -1,17 +1,13 @@
 """What a run comes to of which nothing is said, and how soon a model is as good as nanoGPT's on an A100."""
 import os
 
+from mambino.bench.evidence.choices import changed
 from mambino.bench.evidence.losses import MODELS, THREE, flags_of, rate_of
 from mambino.bench.trained import Runs
 
 SPEED_STEPS = 40                # of runs for their speed alone
 A100 = 1.4697                   # val loss of nanoGPT's config/train_shakespeare_char.py, by its README
 LENGTHS = 800, 1100, 1500       # steps of which the first that suffice are told
-
-
-def with_steps(flags, steps):
-    left = [flag for flag in flags if not flag.startswith('--max_iters=')]
-    return [*left, f'--max_iters={steps}', f'--eval_interval={steps}']
 
 
 def bare(runs, plan):
@@ -26,12 +22,15 @@ def bare(runs, plan):
     small = {(corpus, model): flags_of(model, f'--dataset={corpus}', plan, 1, rate_of(runs, plan, model))
              for corpus, model in plain}
     few = min(SPEED_STEPS, plan.choice_steps)
-    lines = runs.train({f'speed of small {corpus} {model}': [*with_steps(flags, few), '--eval_iters=1']
-                        for (corpus, model), flags in small.items()})
+    lines = runs.train({f'speed of small {" ".join(key)}': changed(
+        flags, f'--max_iters={few} --eval_iters=1 --dtype={ended[plain[key]]["dtype"]}')
+        for key, flags in small.items()})
     speeds = {key: lines[f'speed of small {" ".join(key)}']['speed'] for key in small}
-    steps = {key: round(ended[name]['seconds'] * speeds[key] / plan.tokens_per_step) for key, name in plain.items()}
+    steps = {key: max(1, round(ended[name]['seconds'] * speeds[key] / plan.tokens_per_step))
+             for key, name in plain.items()}
     others = {key: f'small {" ".join(key)}' for key in small}
-    ended |= runs.train({others[key]: with_steps(flags, max(1, steps[key])) for key, flags in small.items()})
+    ended |= runs.train({others[key]: changed(flags, f'--max_iters={steps[key]} --eval_interval={steps[key]}')
+                         for key, flags in small.items()})
 
     yield '| val loss | ' + ' | '.join(corpora) + ' |\n| --- |' + ' --- |' * len(corpora)
     for model in THREE:

@@ -61,7 +61,8 @@ def choices(runs, plan):
     if runs.device == 'cpu':
         short = f'--max_iters={min(plan.choice_steps, SPEED_STEPS)} --eval_iters=1'
         asked = {name: flags for name, flags in wanted.items() if ', seed' not in name}
-        lines = trained(runs, {f'speed of {name}': changed(flags, short) for name, flags in asked.items()})
+        lines = trained(runs, {f'speed of {name}': changed(flags, f'{short} --dtype={ended[name]["dtype"]}')
+                               for name, flags in asked.items()})
         speeds = {name: lines[f'speed of {name}']['speed'] for name in asked}
 
     yield '| what is changed | ' + ' | '.join(THREE) + ' |\n| --- |' + ' --- |' * len(THREE)
