@@ -186,7 +186,7 @@ def test_a_models_size_is_by_the_memory_and_the_speed_of_a_card(monkeypatch, gig
     monkeypatch.setattr(machine.torch.cuda, 'get_device_properties', lambda device: card)
     monkeypatch.setattr(machine.torch.cuda, 'current_device', lambda: 0)
     monkeypatch.setattr(machine, 'known_peak', lambda device: peak)
-    sizes = begin.sizes_for('cuda:0')
+    sizes = begin.sizes_for('cuda:0', 'gpt')
     assert (sizes['n_embd'], sizes['max_iters']) == (width, max_iters)
     assert sizes['tokens_per_step'] % sizes['block_size'] == 0
 

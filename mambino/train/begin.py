@@ -266,7 +266,11 @@ def fill_unset(settings, explicit, origin, data):
     steps, the optimizer and its rate. The precision waits for the model, with which it is measured
     (precision.py)."""
     device = settings['device']
-    sizes = sizes_for(device) | named_size(settings['model'], settings['size'], settings['mimo_rank'])
+    model = settings['model']
+    sizes = sizes_for(device, model) | named_size(model, settings['size'], settings['mimo_rank'])
+    named = origin.model or any(settings[name] for name in ('size', 'n_layer', 'n_embd', 'state_size', 'layers'))
+    if not named and settings['version'] != 1:      # a state that suits the other sizes
+        settings['state_size'] = sizes.get('state_size', 0)
     if not settings['block_size']:                  # a small text need not fill a large window
         shortest = min(n for part in data.parts for n in part.tokens.values())
         largest = 1 << max(3, (shortest - 1).bit_length() - 1)

@@ -1,7 +1,7 @@
 """The sizes of a new model: those with a name, and what suits a machine.
 
     named_size('mamba', '50m')          # {'n_layer': 24, 'n_embd': 512}
-    sizes_for('cpu')                    # {'n_layer': 4, …, 'max_iters': 400}
+    sizes_for('cpu', 'gpt')             # {'n_layer': 4, …, 'max_iters': 800}
 """
 import torch
 
@@ -31,11 +31,19 @@ def named_size(model, size, mimo_rank=1):
     return dict(named, n_layer=max(1, round(n_layer)))
 
 
-def sizes_for(device):
+# Of a CPU: in these minutes wider models see too little of the text (docs/evidence.md, "Bare")
+ON_CPU = {
+    'gpt': dict(n_layer=4),
+    'mamba': dict(n_layer=8, state_size=32),
+    'hybrid': dict(n_layer=4, state_size=32),
+}
+
+
+def sizes_for(device, model):
     """{name: value} of a model and its steps that suit the machine: some minutes on a laptop's CPU,
     an hour or some on a card, which must both hold the model and be fast enough for it."""
     if device == 'cpu':
-        return dict(n_layer=4, n_embd=256, block_size=256, tokens_per_step=4096, max_iters=400)
+        return dict(ON_CPU[model], n_embd=128, block_size=256, tokens_per_step=4096, max_iters=800)
     gigabytes, peak = 0, 0
     if device.startswith('cuda'):
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
