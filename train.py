@@ -72,7 +72,7 @@ capacity_factor = 1.25      # in training an expert takes at most so many times 
                             # of the tokens; 0: no limit
 aux_loss = 0.01             # weight of the loss that evens out the experts' load
 z_loss = 0.001              # weight of the loss that keeps the router's logits small
-qk_norm = None              # normalise queries and keys: steadier at high learning rates; None: of a new gpt
+qk_norm = None              # normalise queries and keys: steadier at high rates; None: of a new gpt
 version = 2                 # Mamba-2, or 1, or 3, whose state turns
 state_size = 0              # size of the SSM's state per channel
 n_groups = 1                # heads that share B and C in Mamba-2 and -3

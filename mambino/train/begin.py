@@ -268,8 +268,8 @@ def fill_unset(settings, explicit, origin, data):
     device = settings['device']
     model = settings['model']
     sizes = sizes_for(device, model) | named_size(model, settings['size'], settings['mimo_rank'])
-    named = origin.model or any(settings[name] for name in ('size', 'n_layer', 'n_embd', 'state_size', 'layers'))
-    if not named and settings['version'] != 1:      # a state that suits the other sizes
+    named = [name for name in ('size', 'n_layer', 'n_embd', 'state_size', 'layers') if settings[name]]
+    if not (origin.model or named or settings['version'] == 1):     # a state that suits the rest
         settings['state_size'] = sizes.get('state_size', 0)
     if not settings['block_size']:                  # a small text need not fill a large window
         shortest = min(n for part in data.parts for n in part.tokens.values())

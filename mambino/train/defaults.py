@@ -20,11 +20,12 @@ def what_is_trained(settings, origin):
 
 
 def recipe_for(trained, origin):
-    """The optimizer and the schedule where none is named: those of a run that goes on; Muon and a long linear
-    decay where they were measured to be the better ones at equal time."""
+    """The optimizer and the schedule where none is named: those of a run that goes on; Muon and a long
+    linear decay where they were measured to be the better ones at equal time."""
     if origin.ckpt:
         kept = origin.ckpt['settings']
-        return dict(optimizer=kept.get('optimizer') or 'adamw', schedule=kept.get('schedule') or 'cosine')
+        return dict(optimizer=kept.get('optimizer') or 'adamw',
+                    schedule=kept.get('schedule') or 'cosine')
     if trained == 'small':
         return dict(optimizer='muon', schedule='wsd')
     return dict(optimizer='adamw', schedule='cosine')

@@ -37,8 +37,8 @@ def table_of(best, lines, rates, asked, words):
 
 
 def recall(runs, plan):
-    """Which value belongs to a key, among ever more pairs, against the bytes of state that a text of the most
-    pairs leaves."""
+    """Which value belongs to a key, among ever more pairs, learned in 1,000 steps of 32 texts, of few
+    pairs first; and the bytes of state that a text of the most pairs leaves."""
     asked = plan.pairs
     best, lines = solved(runs, plan, 'recall', asked, 4 * max(asked), plan.recall_steps, 32)
     yield from table_of(best, lines, plan.rates, asked, 'right answers, by pairs')
@@ -48,7 +48,8 @@ def recall(runs, plan):
 
 
 def copying(runs, plan):
-    """Copy, induction and selective copy, at the trained length and beyond."""
+    """Copy, induction and selective copy, learned in 1,000 steps of 32 texts, at the trained length
+    and beyond."""
     for task, T in (('copy', 32), ('induction', 64), ('selective', 64)):
         asked = [T * times for times in plan.copy_times]
         yield f'\n{task}, learned with {T} tokens:\n'

@@ -49,10 +49,12 @@ def choices(runs, plan):
     adds, seed 1; and tokens a second beside those of the run without it, in 40 steps, as exact as
     changes of the schedule alone show, which compute the same."""
     more = f'--dataset={plan.corpora[0]} --eval_interval={4 * plan.steps}'
-    base = {model: flags_of(model, more, plan, 1, rate_of(runs, plan, model), plan.choice_steps) for model in THREE}
+    base = {model: flags_of(model, more, plan, 1, rate_of(runs, plan, model), plan.choice_steps)
+            for model in THREE}
     wanted = {f'choice {model}': flags for model, flags in base.items()}
     for seed in plan.choice_seeds[1:]:
-        wanted |= {f'choice {model}, seed {seed}': changed(base[model], f'--seed={seed}') for model in THREE}
+        wanted |= {f'choice {model}, seed {seed}': changed(base[model], f'--seed={seed}')
+                   for model in THREE}
     for name, (models, change) in plan.changes.items():
         change = change.format(twice=2 * plan.choice_steps)
         wanted |= {f'choice {model}, {name}': changed(base[model], change) for model in models}
@@ -61,8 +63,9 @@ def choices(runs, plan):
     if runs.device == 'cpu':
         short = f'--max_iters={min(plan.choice_steps, SPEED_STEPS)} --eval_iters=1'
         asked = {name: flags for name, flags in wanted.items() if ', seed' not in name}
-        lines = trained(runs, {f'speed of {name}': changed(flags, f'{short} --dtype={ended[name]["dtype"]}')
-                               for name, flags in asked.items()})
+        lines = trained(runs, {
+            f'speed of {name}': changed(flags, f'{short} --dtype={ended[name]["dtype"]}')
+            for name, flags in asked.items()})
         speeds = {name: lines[f'speed of {name}']['speed'] for name in asked}
 
     yield '| what is changed | ' + ' | '.join(THREE) + ' |\n| --- |' + ' --- |' * len(THREE)

@@ -33,8 +33,8 @@ class Setting:
 
 
 def asked_at(setting, step):
-    """What a step asks: the trained length; of recall the numbers of pairs by turns, the few first, and more of
-    them until half of the steps are made. All at once from the start, a GPT learns none of them."""
+    """What a step asks: the trained length; of recall the numbers of pairs by turns, the few first,
+    and more of them until half of the steps are made. All at once, a GPT learns none of them."""
     if setting.task != 'recall':
         return setting.T
     pairs = sorted(setting.asked)
