@@ -21,7 +21,7 @@ from helpers.runs import (
     write_text,
 )
 
-from mambino.train import batches
+from mambino.train import batches, begin
 from mambino.train.begin import SIZES
 from mambino.weights import checkpoint, loading
 
@@ -124,6 +124,22 @@ def test_a_new_gpt_has_normalised_queries_and_keys(finished):
     for out_dir in ('without', 'tuned', 'hybrid'):
         assert load(f'{out_dir}/ckpt.pt')['config']['qk_norm'] is False
         assert load(f'{out_dir}/ckpt.pt')['settings']['qk_norm'] is False
+
+
+@pytest.mark.parametrize('flags, n_layer, state_size', [
+    ('--model=gpt', 4, None), ('--model=mamba', 8, 32), ('--model=mamba --version=1', 8, 16),
+    ('--model=mamba --version=3', 8, 32), ('--model=mamba --n_layer=1', 1, 128),
+    ('--model=hybrid', 4, 32), ('--model=hybrid --layers=d', 4, 64)])
+def test_sizes_of_a_new_model_on_a_cpu(here, flags, n_layer, state_size):
+    argv = TINY.replace('--n_layer=1', '').replace('--n_embd=32', '').replace('=20', '=1')
+    assert script('train.py', argv, flags) == 0
+    config = load()['config']
+    assert (config['n_layer'], config['n_embd'], config.get('state_size')) == (n_layer, 128, state_size)
+
+
+def test_fewer_steps_for_what_is_not_new():
+    assert begin.sizes_for('cpu', 'gpt')['max_iters'] == 800
+    assert begin.sizes_for('cpu', 'gpt', is_new=False)['max_iters'] == 400
 
 
 def test_fine_tuning_accepts_what_the_model_has(base):

@@ -267,7 +267,8 @@ def fill_unset(settings, explicit, origin, data):
     (precision.py)."""
     device = settings['device']
     model = settings['model']
-    sizes = sizes_for(device, model) | named_size(model, settings['size'], settings['mimo_rank'])
+    sizes = sizes_for(device, model, is_new=not origin.base)
+    sizes |= named_size(model, settings['size'], settings['mimo_rank'])
     named = [name for name in ('size', 'n_layer', 'n_embd', 'state_size', 'layers') if settings[name]]
     if not (origin.model or named or settings['version'] == 1):     # a state that suits the rest
         settings['state_size'] = sizes.get('state_size', 0)

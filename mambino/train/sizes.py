@@ -39,11 +39,13 @@ ON_CPU = {
 }
 
 
-def sizes_for(device, model):
+def sizes_for(device, model, is_new=True):
     """{name: value} of a model and its steps that suit the machine: some minutes on a laptop's CPU,
-    an hour or some on a card, which must both hold the model and be fast enough for it."""
+    an hour or some on a card, which must both hold the model and be fast enough for it. A model that
+    is not new needs fewer on a CPU."""
     if device == 'cpu':
-        return dict(ON_CPU[model], n_embd=128, block_size=256, tokens_per_step=4096, max_iters=800)
+        return dict(ON_CPU[model], n_embd=128, block_size=256, tokens_per_step=4096,
+                    max_iters=800 if is_new else 400)
     gigabytes, peak = 0, 0
     if device.startswith('cuda'):
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
