@@ -8,7 +8,7 @@ from helpers.runs import script, write_text
 from mambino.weights import checkpoint, loading
 
 # of the runs, each with its tokenizer's name
-KINDS = {'char': '--model=gpt', 'bpe': '--model=mamba'}
+KINDS = {'char': '--model=gpt --qk_norm=False', 'bpe': '--model=mamba'}
 
 SMALL = {
     'gpt': ('gpt', dict(n_head=4, n_kv_head=2, block_size=16)),
