@@ -102,10 +102,10 @@ def main():
     if inputs[1:]:
         runs.prepare('words', inputs[1:], [])
     for name in names:
-        measure, minutes = SECTIONS[name]
+        measure, about = SECTIONS[name]
         begin = time.monotonic()
         runs.used.clear()
-        told = '' if quick else f'About {minutes} minutes.'
+        told = '' if quick else f'About {about} minutes.'
         print(f'{name}: {" ".join(measure.__doc__.split())} {told}', flush=True)
         lines = [*measure(runs, plan)]
         print('\n'.join(lines), flush=True)

@@ -1,11 +1,10 @@
 """What a run comes to of which nothing is said; how soon a model is as good as nanoGPT's."""
 import os
 
-from mambino.bench.evidence.choices import changed
+from mambino.bench.evidence.choices import SPEED_STEPS, changed
 from mambino.bench.evidence.losses import MODELS, THREE, flags_of, rate_of
 from mambino.bench.trained import Runs
 
-SPEED_STEPS = 40                # of runs for their speed alone
 A100 = 1.4697                   # val loss of nanoGPT's train_shakespeare_char.py, by its README
 LENGTHS = 800, 1100, 1500       # steps of which the first that suffice are told
 
