@@ -1,4 +1,5 @@
 """train/precision.py: what --dtype=auto takes on a CPU, kept by a run that goes on; measuring leaves no trace."""
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,20 @@ def test_measuring_leaves_no_trace(name):
     assert all(p.grad is None for p in net.parameters()) and not net.expert_load()
     net.train()
     assert all(map(torch.equal, loss_and_gradients(net), loss_and_gradients(other)))
+
+
+@pytest.mark.parametrize('allowed, last', [(0.5, (40, 32)), (0.1, (8, 32))])
+def test_a_step_is_tried_in_its_own_shape_unless_that_takes_long(monkeypatch, allowed, last):
+    """With few tokens, what a product costs besides its operations hides what a step gains."""
+    shapes = []
+
+    def stretches(net, layer, n_layer, idx, dtype, clock):
+        shapes.append(tuple(idx.shape))
+        time.sleep(0.1 if dtype == 'float32' else 0)
+        return [1.0 if dtype == 'float32' else 0.5]
+    monkeypatch.setattr(precision, 'stretches', stretches)
+    monkeypatch.setattr(precision, 'TURN', allowed)
+    assert precision.measure(build(), 32, 40) == 2.0 and shapes[-1] == last
 
 
 def test_a_failure_in_the_middle_leaves_the_model_whole(monkeypatch):

@@ -26,7 +26,7 @@ from mambino.train.recovery import release
 CLEARLY = 1.03      # times as fast as float32, from which on bfloat16 is taken: it is the less exact one
 FIRST = 64          # tokens that are tried first, to know how many can be afforded
 FEWEST = 256        # with fewer, rounding the weights would weigh too much, which is done once a step
-TURN = 0.05         # seconds that one turn should take, a pass in each precision
+TURN = 0.2          # seconds that one turn may take, a pass in each precision
 SECONDS = 0.3       # of turns, at least two
 BUSY = 50           # times a second that a thread loses its core to another program on a busy machine
 DTYPES = 'float32', 'bfloat16'
@@ -131,11 +131,16 @@ def measure(net, T, sequences):
             if ratio_of([times]) < 1 / HOPELESS:
                 return ratio_of([times])
             tokens = max(FEWEST, int(FIRST * TURN / seconds))
-            shape = max(1, min(sequences, tokens // T)), min(T, tokens)
-            before = preemptions()
-            seconds = turn(*shape)[1]
-            # other programs run: what the threads compute counts, not how long they wait for a core
-            is_busy = preemptions() - before > BUSY * seconds
+            while True:             # a step's own shape, if that is not too much: few tokens are slow in other ways
+                shape = max(1, min(sequences, tokens // T)), min(T, tokens)
+                turn(*shape)                            # prepares products of this shape
+                before = preemptions()
+                seconds = turn(*shape)[1]
+                # other programs run: what the threads compute counts, not how long they wait for a core
+                is_busy = preemptions() - before > BUSY * seconds
+                if shape == (sequences, T) or seconds > TURN / 2:
+                    break
+                tokens *= 2
             clock = time.process_time if is_busy else time.perf_counter
             start = time.perf_counter()
             turns = []
