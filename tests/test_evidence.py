@@ -15,9 +15,11 @@ import torch
 from helpers.runs import ROOT, write_text
 
 from mambino import language_model
+from mambino.bench import energy
 from mambino.bench.evidence import bare, baselines, losses, tasks, variants
 from mambino.bench.evidence.learning import Setting, asked_at, learn
-from mambino.bench.trained import Results, Runs
+from mambino.bench.trained import Results, Runs, bytes_in
+from mambino.train.loader import Loader
 from mambino.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -117,13 +119,10 @@ def test_a_result_is_kept_and_half_a_line_is_none(tmp_path):
 class Told:
     """Runs that were made: {name: line}; of others the loss and the speed that `of` says."""
 
-    def __init__(self, of, corpora=()):
-        self.of, self.corpora = of, corpora
+    def __init__(self, of):
+        self.of = of
         self.asked, self.used = {}, {}
         self.folder, self.device, self.results = '', 'cpu', types.SimpleNamespace(path='', lines={}, of=lambda *_: None)
-
-    def has(self, corpus):
-        return corpus in self.corpora
 
     def train(self, wanted):
         self.asked |= wanted
@@ -141,8 +140,9 @@ PLAN = types.SimpleNamespace(corpora=['characters'], rates=(1e-2,), steps=800, t
 def test_what_stands_beside_a_bare_run_has_its_seconds():
     def line(name):
         return dict(seconds=100.0, speed=8192.0, dtype='bfloat16', val_loss=1.0 if name == 'small words GPT' else 1.25)
-    runs = Told(line, corpora=['words'])
-    table = '\n'.join(bare.bare(runs, PLAN))
+    runs = Told(line)
+    plan = types.SimpleNamespace(**vars(PLAN) | {'corpora': ['characters', 'words']})
+    table = '\n'.join(bare.bare(runs, plan))
     assert runs.asked['bare words GPT'] == ['--model=gpt', '--dataset=words', '--dtype=float32', '--seed=1']
     small = runs.asked['small characters hybrid']
     assert '--max_iters=200' in small and '--block_size=128' in small and '--dataset=characters' in small
@@ -165,8 +165,28 @@ def test_minutes_are_of_the_first_length_that_suffices(monkeypatch):
     table = [*bare.minutes(runs, PLAN)]
     assert [name for name in alone.asked if 'GPT' in name] == [f'minutes GPT {steps}' for steps in (800, 1100, 1500)]
     assert [name for name in alone.asked if 'hybrid' in name] == ['minutes hybrid 1100']
-    assert '| Mamba-2 | 800 | 1.400 | 800.0 | 1 |' in table
+    assert '| Mamba-2 | 800 | 1.400 | 800.0 | 1 |' in table and 'energy' in table[-1]
     assert '| Mamba-1 | 1500 | 1.500, not there yet | 1500.0 | 1 |' in table and runs.results is alone.results
+
+
+def test_what_a_run_took_is_told_where_the_machine_tells(tmp_path, monkeypatch):
+    def package(name, microjoules, most=999_999):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / 'energy_uj').write_text(f'{microjoules}\n')
+        (tmp_path / name / 'max_energy_range_uj').write_text(f'{most}\n')
+    assert energy.joules(energy.counters(tmp_path / 'none'), energy.counters(tmp_path)) is None
+    package('intel-rapl:0', 400_000)
+    package('intel-rapl:1', 900_000)
+    package('intel-rapl:0:0', 1)                                # part of the first
+    before = energy.counters(tmp_path)
+    package('intel-rapl:0', 650_000)
+    package('intel-rapl:1', 100_000)                            # began anew
+    assert energy.joules(before, energy.counters(tmp_path)) == pytest.approx(0.25 + 0.2)
+    (tmp_path / 'intel-rapl:0/energy_uj').write_text('')
+    assert energy.joules(before, energy.counters(tmp_path)) is None
+    alone = Told(lambda name: dict(seconds=60.0, speed=1.0, val_loss=1.4, joules=2500.0))
+    monkeypatch.setattr(bare, 'Runs', lambda *_: alone)
+    assert '| GPT | 800 | 1.400 | 1.0 | 1 | 2.5 |' in [*bare.minutes(Told(None), PLAN)]
 
 
 def test_recall_begins_with_few_pairs():
@@ -254,9 +274,12 @@ def test_what_is_not_told_apart_is_said():
 @pytest.mark.parametrize('flags, words', [
     (['--sections=loss'], 'there is no loss; there are sweep'), (['--seeds=x'], 'write numbers'),
     (['text', '--sections=bits', '--corpora=characters'], 'first --sections=losses'),
-    (['--corpora=latin'], 'there are characters, python'), ([], 'name one text')])
+    (['text', '--corpora=latin'], 'there are characters, python: each input after'), ([], 'name a text'),
+    (['text', 'none'], 'name a text'), (['text', 'a/text', 'b/text.txt'], 'after the first has a name of its own')])
 def test_what_cannot_be_is_said_in_a_line(tmp_path, flags, words):
-    write_text(tmp_path / 'text')
+    for name in ('text', 'a/text', 'b/text.txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_text(tmp_path / name)
     done = evidence(tmp_path, *flags)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1
 
@@ -286,7 +309,24 @@ def test_a_run_of_other_flags_is_not_gone_on_with(runs):
     assert [line['step'] for line in runs.log('a') if 'tokens' in line][0] == 1
 
 
-@pytest.mark.parametrize('name', ['bigrams', 'zero'])
+def test_batches_are_cut_in_the_first_half_of_the_steps(runs, monkeypatch):
+    """Also where a run goes on; the same tokens in shorter windows, or half of them."""
+    shapes = []
+    monkeypatch.setattr(Loader, 'next', lambda loader: (torch.arange(64).view(4, 16), torch.zeros(4, 16), 1.0))
+    monkeypatch.setattr(variants, 'HALF', 2)
+    for change, cut in ((variants.shorter, (16, 4)), (variants.fewer, (2, 16))):
+        with monkeypatch.context() as within:
+            within.setattr(Loader, 'next', Loader.next)
+            change(None)
+            for step in range(4):
+                loader = types.SimpleNamespace(step_start=8 * step, sequences=4, world=2)
+                x, y, weight = Loader.next(loader)
+                assert x.shape == y.shape and weight == 1.0 and torch.equal(x.flatten(), torch.arange(x.numel()))
+                shapes.append(tuple(x.shape))
+        assert shapes[-4:] == [cut, cut, (4, 16), (4, 16)]
+
+
+@pytest.mark.parametrize('name', ['bigrams', 'zero', 'fewer'])
 def test_a_variant_goes_on_with_what_it_learned(runs, name):
     runs.train({'a': [name, *TINY]}, 'mambino.bench.evidence.variants')
     learned = runs.curve('a')[-1].loss
@@ -295,6 +335,15 @@ def test_a_variant_goes_on_with_what_it_learned(runs, name):
     assert f'{learned:.4f}' in said
     runs.script('mambino.bench.evidence.variants', [*words, '--max_iters=5'])
     assert runs.curve('a')[-1].step == 5
+
+
+def test_a_corpus_may_be_a_folder(runs, tmp_path):
+    (tmp_path / 'pages/deep').mkdir(parents=True)
+    write_text(tmp_path / 'pages/deep/a.txt', seed=2)
+    shutil.copy(tmp_path / 'text.txt', tmp_path / 'pages')
+    assert bytes_in(tmp_path / 'pages') > bytes_in(tmp_path / 'text.txt') == os.path.getsize(tmp_path / 'text.txt')
+    runs.prepare('pages', [tmp_path / 'pages'], ['--tokenizer=char'])
+    assert len(runs.tokens('pages', 'train')) > len(runs.tokens('text', 'train'))
 
 
 def test_another_text_is_no_dataset_that_there_is(runs, tmp_path, capsys):

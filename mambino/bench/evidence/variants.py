@@ -1,4 +1,4 @@
-"""train.py with a model that is changed in a way for which it has no flag, to see what the change brings:
+"""train.py with a model, or batches, changed in a way for which it has no flag, to see what that brings:
 
     python -m mambino.bench.evidence.variants zero --model=gpt --dataset=…      # then as train.py
 
@@ -7,6 +7,8 @@
     smear       … a learned share of the embedding before it
     values      … to attention's values, another embedding of the token
     softcap     logits end at 15, by a tanh (as in Gemma 2, Riviere et al. 2024)
+    shorter     the first half of the steps in windows of a quarter, four times as many of them
+    fewer       the first half of the steps with half of their windows; the log counts all
 """
 import os
 import runpy
@@ -19,12 +21,14 @@ import torch.nn.functional as F
 
 from mambino import language_model
 from mambino.bench.turns import HERE
+from mambino.train.loader import Loader
 from mambino.weights import checkpoint
 
 ADDED = 'o_proj.weight', 'down_proj.weight', 'out_proj.weight'      # written into the stream
 BUCKETS = 8192          # of pairs of tokens, where a vocabulary has more
 CAP = 15.0
 GATED_BY = 24           # channels of the embedding
+HALF = 1                # of the run's steps, by main
 
 
 def before(idx):
@@ -88,11 +92,32 @@ def softcap(net):
     language_model.linear_cross_entropy = capped
 
 
-VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=softcap)
+def at_first(change):
+    """What change(ids (B, T)) makes of idx and targets in the first HALF steps."""
+    as_it_is = Loader.next
+
+    def changed(loader):
+        is_first = loader.step_start < HALF * loader.sequences * loader.world
+        *batch, weight = as_it_is(loader)
+        return *(map(change, batch) if is_first else batch), weight
+    Loader.next = changed
+
+
+def shorter(net):
+    at_first(lambda ids: ids.view(4 * len(ids), -1))
+
+
+def fewer(net):
+    at_first(lambda ids: ids[:(len(ids) + 1) // 2])
+
+
+VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=softcap, shorter=shorter, fewer=fewer)
 
 
 def main():
+    global HALF
     change = VARIANTS[sys.argv.pop(1)]
+    HALF = [int(flag.partition('=')[2]) for flag in sys.argv if flag.startswith('--max_iters=')][-1] // 2
 
     def changed(model, config):
         net = model(config)
