@@ -72,9 +72,11 @@ capacity_factor = 1.25      # in training an expert takes at most so many times 
                             # of the tokens; 0: no limit
 aux_loss = 0.01             # weight of the loss that evens out the experts' load
 z_loss = 0.001              # weight of the loss that keeps the router's logits small
-qk_norm = None              # normalise queries and keys: steadier at high rates; None: of a new gpt
+qk_norm = None              # normalise queries and keys: steadier at high rates; None: yes in a new gpt,
+                            # no in others
 version = 2                 # Mamba-2, or 1, or 3, whose state turns
-state_size = 0              # size of the SSM's state per channel
+state_size = 0              # size of the SSM's state per channel; 0: on a CPU 32 up to a width of 128,
+                            # else the model's own
 n_groups = 1                # heads that share B and C in Mamba-2 and -3
 mimo_rank = 1               # Mamba-3: inputs that a head writes into its state at once; more learn more from a
                             # token, and take as many times longer in the recurrence

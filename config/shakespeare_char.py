@@ -9,6 +9,7 @@ model = 'gpt'           # --model=mamba and --model=hybrid work as well
 n_layer = 6
 n_embd = 384
 n_head = 6
+qk_norm = False         # nanoGPT has none
 block_size = 256
 dropout = 0.2           # the text passes 80 times: without dropout it is learned by heart
 

@@ -128,18 +128,38 @@ def test_a_new_gpt_has_normalised_queries_and_keys(finished):
 
 @pytest.mark.parametrize('flags, n_layer, state_size', [
     ('--model=gpt', 4, None), ('--model=mamba', 8, 32), ('--model=mamba --version=1', 8, 16),
-    ('--model=mamba --version=3', 8, 32), ('--model=mamba --n_layer=1', 1, 128),
-    ('--model=hybrid', 4, 32), ('--model=hybrid --layers=d', 4, 64)])
-def test_sizes_of_a_new_model_on_a_cpu(here, flags, n_layer, state_size):
+    ('--model=mamba --version=3', 8, 32), ('--model=mamba --n_layer=1', 1, 32),
+    ('--model=mamba --n_layer=1 --state_size=64', 1, 64), ('--model=mamba --n_layer=1 --n_embd=192', 1, 128),
+    ('--model=hybrid', 4, 32), ('--model=hybrid --layers=b', 4, 32), ('--model=hybrid --layers=d', 4, 64)])
+def test_sizes_of_a_new_model_on_a_cpu(here, capsys, flags, n_layer, state_size):
     argv = TINY.replace('--n_layer=1', '').replace('--n_embd=32', '').replace('=20', '=1')
     assert script('train.py', argv, flags) == 0
-    config = load()['config']
-    assert (config['n_layer'], config['n_embd'], config.get('state_size')) == (n_layer, 128, state_size)
+    config, width = load()['config'], 192 if '192' in flags else 128
+    assert (config['n_layer'], config['n_embd'], config.get('state_size')) == (n_layer, width, state_size)
+    state = f'state {state_size}, ' if state_size else ''
+    assert f', {n_layer} layers of width {width}, {state}context ' in capsys.readouterr().out
 
 
-def test_fewer_steps_for_what_is_not_new():
-    assert begin.sizes_for('cpu', 'gpt')['max_iters'] == 800
+def test_fewer_steps_for_what_is_not_new_or_wider():
+    assert begin.sizes_for('cpu', 'gpt')['max_iters'] == begin.sizes_for('cpu', 'gpt', 64)['max_iters'] == 800
     assert begin.sizes_for('cpu', 'gpt', is_new=False)['max_iters'] == 400
+    assert begin.sizes_for('cpu', 'mamba', 256)['max_iters'] == 400
+    assert begin.sizes_for('cpu', 'mamba', 256)['state_size'] == 0
+
+
+def test_a_tuned_run_says_the_sizes_of_its_model(here):
+    train('--model=gpt --out_dir=base --max_iters=1')
+    train('--out_dir=tuned --init_from=base --max_iters=1', TINY.replace('--n_layer=1', '').replace('--n_embd=32', ''))
+    config, settings = load('base/ckpt.pt')['config'], load('tuned/ckpt.pt')['settings']
+    assert (settings['n_layer'], settings['n_embd'], settings['n_head']) == (1, 32, config['n_head'])
+
+
+def test_nought_is_no_and_none_is_nothing_said(here, capsys):
+    train('--model=gpt --max_iters=1')
+    assert script('train.py', TINY, '--max_iters=2 --qk_norm=0') == 2
+    assert 'with qk_norm=True, not False' in capsys.readouterr().err
+    train('--max_iters=2 --qk_norm=1')
+    train('--model=mamba --out_dir=mamba --max_iters=1 --qk_norm=none')
 
 
 def test_fine_tuning_accepts_what_the_model_has(base):

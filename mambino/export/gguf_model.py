@@ -244,7 +244,7 @@ def convert_gpt(net):
         settings['context_length'] = window
         note = (f'llama.cpp has sliding windows for no such model (arch {architecture}), so its '
                 f'context ends at the window of {window} tokens; beyond, it would compute something '
-                'else')
+                'else' + (' (one that is trained with --qk_norm=False goes on)' if architecture == 'qwen3' else ''))
     if c.n_expert:
         settings |= {
             'expert_count': c.n_expert,

@@ -75,6 +75,8 @@ class Origin:
 def find_origin(settings, explicit):
     """The Origin that out_dir and init_from name. A resumed run's settings are filled in; what
     makes the model cannot change."""
+    for values in (settings, explicit):
+        values.update({name: bool(values[name]) for name in MAY_BE_LEFT_OUT if values.get(name) in (0, 1)})
     out_dir, init_from = settings['out_dir'], settings['init_from']
     latest = latest_of(out_dir)
     names_model = init_from not in ('auto', 'resume', 'scratch')
@@ -221,12 +223,15 @@ NOT_NEGATIVE = (
     'patience', 'sample_interval', 'profile', 'block_length', 'max_weight', 'capacity_factor', 'aux_loss', 'z_loss',
     'save_minutes')
 
+MAY_BE_LEFT_OUT = 'qk_norm', 'gradient_checkpointing', 'compile'    # yes, no, or None
+
 # What is larger cannot be meant, and would be counted, drawn or waited for without an end.
 AT_MOST = dict(
     max_iters=10**10, tokens_per_step=2**40, batch_size=2**30, gradient_accumulation_steps=2**30, block_size=2**30,
     vocab_size=2**31, n_embd=2**24, mimo_rank=2**10, lora_rank=2**16, prefix_length=2**20, learning_rate=1e4,
     min_lr=1e4, weight_decay=1e6, lora_alpha=1e6, aux_loss=1e6, z_loss=1e6)
 MOST = 10**15       # … of all other numbers
+OF_THE_SIZE = 'n_layer', 'n_embd', 'n_head'
 
 
 def check_settings(settings, origin):
@@ -247,7 +252,7 @@ def check_settings(settings, origin):
         'auto, float32, bfloat16 or float16': dict(dtype=settings['dtype'] in ('auto', *machine.DTYPES)),
         'auto, or a number of GB': dict(vram=vram == 'auto' or (gigabytes and 0 < float(vram) < 1e9)),
         'true, false or left out': {
-            name: settings[name] in (None, True, False) for name in ('qk_norm', 'gradient_checkpointing', 'compile')},
+            name: settings[name] in (None, True, False) for name in MAY_BE_LEFT_OUT},
         'more than 0': {name: settings[name] > 0 for name in POSITIVE},
         '-1 or more': {name: settings[name] >= -1 for name in ('warmup_iters', 'window')},
         'at least 0 and below 1': {name: 0 <= settings[name] < 1 for name in fractions},
@@ -267,17 +272,19 @@ def fill_unset(settings, explicit, origin, data):
     (precision.py)."""
     device = settings['device']
     model = settings['model']
-    sizes = sizes_for(device, model, is_new=not origin.base)
+    is_new = not (origin.model or settings['size'])
+    sizes = sizes_for(device, model, settings['n_embd'] if is_new else 0, is_new)
     sizes |= named_size(model, settings['size'], settings['mimo_rank'])
-    named = [name for name in ('size', 'n_layer', 'n_embd', 'state_size', 'layers') if settings[name]]
-    if not (origin.model or named or settings['version'] == 1):     # a state that suits the rest
-        settings['state_size'] = sizes.get('state_size', 0)
+    if origin.model:
+        sizes |= {name: value for name, value in origin.model['config'].items() if name in OF_THE_SIZE}
+    elif settings['version'] != 1 and 'd' not in settings['layers']:    # a state that suits the width
+        settings['state_size'] = settings['state_size'] or sizes.get('state_size', 0)
     if not settings['block_size']:                  # a small text need not fill a large window
         shortest = min(n for part in data.parts for n in part.tokens.values())
         largest = 1 << max(3, (shortest - 1).bit_length() - 1)
         settings['block_size'] = min(sizes['block_size'], largest)
-    for name in ('n_layer', 'n_embd', 'max_iters'):
-        settings[name] = settings[name] or sizes[name]
+    for name in (*OF_THE_SIZE, 'max_iters'):
+        settings[name] = settings[name] or sizes.get(name, 0)
     if settings['objective'] == 'block':
         settings['block_length'] = settings['block_length'] or BLOCK_LENGTH
     if not settings['n_head']:                      # of some 64 channels

@@ -211,8 +211,10 @@ def introduction(settings, net, data, adapter, micro_batch, memory_line, progres
     max_iters, device, world = settings['max_iters'], settings['device'], processes.WORLD
     train_tokens, val_tokens = data.tokens['train'], data.tokens['val']
     micro_steps = tokens_per_step // T // world // micro_batch
+    has_state = hasattr(net.config, 'state_size') and getattr(net.config, 'layers', '') != 'a'
+    state = f'state {net.config.state_size}, ' if has_state else ''
     yield (f'{settings["model"]}: {net.num_params() / 1e6:.2f}M parameters, '
-           f'{net.config.n_layer} layers of width {net.config.n_embd}, context {T}')
+           f'{net.config.n_layer} layers of width {net.config.n_embd}, {state}context {T}')
     if adapter:
         yield adapters.describe_adapter(net, adapter)
     else:

@@ -131,9 +131,11 @@ def measure(net, T, sequences):
             if ratio_of([times]) < 1 / HOPELESS:
                 return ratio_of([times])
             tokens = max(FEWEST, int(FIRST * TURN / seconds))
+            is_busy = False
             while True:             # a step's own shape, if that is not too much: few tokens are slow in other ways
                 shape = max(1, min(sequences, tokens // T)), min(T, tokens)
-                turn(*shape)                            # prepares products of this shape
+                if turn(*shape)[1] > 2 * TURN:          # the first one prepares products of this shape
+                    break
                 before = preemptions()
                 seconds = turn(*shape)[1]
                 # other programs run: what the threads compute counts, not how long they wait for a core

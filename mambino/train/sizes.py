@@ -32,6 +32,7 @@ def named_size(model, size, mimo_rank=1):
 
 
 # Of a CPU: in these minutes wider models see too little of the text (docs/evidence.md, "Bare")
+NARROW = 128
 ON_CPU = {
     'gpt': dict(n_layer=4),
     'mamba': dict(n_layer=8, state_size=32),
@@ -39,13 +40,16 @@ ON_CPU = {
 }
 
 
-def sizes_for(device, model, is_new=True):
+def sizes_for(device, model, n_embd=0, is_new=True):
     """{name: value} of a model and its steps that suit the machine: some minutes on a laptop's CPU,
-    an hour or some on a card, which must both hold the model and be fast enough for it. A model that
-    is not new needs fewer on a CPU."""
+    an hour or some on a card, which must both hold the model and be fast enough for it. n_embd: the
+    width, if it is named. On a CPU a wider model takes fewer steps, and has the state that its own
+    file says; so has one that is not new, or of a named size."""
     if device == 'cpu':
-        return dict(ON_CPU[model], n_embd=128, block_size=256, tokens_per_step=4096,
-                    max_iters=800 if is_new else 400)
+        sizes = dict(ON_CPU[model], n_embd=NARROW, block_size=256, tokens_per_step=4096, max_iters=800)
+        if n_embd > NARROW or not is_new:
+            sizes |= dict(state_size=0, max_iters=400)
+        return sizes
     gigabytes, peak = 0, 0
     if device.startswith('cuda'):
         card = torch.cuda.get_device_properties(torch.cuda.current_device())

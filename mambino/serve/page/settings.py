@@ -10,7 +10,7 @@ from nicegui import ui
 from mambino.serve import recipes
 from mambino.serve.page import look
 
-NOT_GIVEN = 'as memory asks'
+NOT_GIVEN = 'left to train.py'
 
 
 class Form:
