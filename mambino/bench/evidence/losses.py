@@ -3,11 +3,14 @@ long texts. Each section yields lines of Markdown."""
 import math
 import os
 import statistics
+from functools import partial
 
 import torch
 
 from mambino.bench.evidence import baselines
 from mambino.bench.plot import write_picture
+from mambino.configurator import fail
+from mambino.sample import generation
 
 # 0.85M parameters for characters, all within 2% of each other
 MODELS = {
@@ -23,10 +26,19 @@ RECIPE = ('--optimizer=muon --schedule=wsd --decay_fraction=0.6 --warmup_iters=2
 RATES = (3e-3, 1e-2, 2e-2, 4e-2)
 
 
+def models_of(corpus):
+    return [*MODELS] if corpus == 'characters' else THREE
+
+
 def flags_of(model, more, plan, seed=1, rate=1e-2, steps=None):
     return (f'{RECIPE} {MODELS[model]} --tokens_per_step={plan.tokens_per_step} --batch_size=32 '
             f'--dtype={plan.dtype} --learning_rate={rate} --seed={seed} '
             f'--max_iters={steps or plan.steps} {more}').split()
+
+
+def at_hand(runs, name):
+    """A run's name, or, where its line alone is here, that of one that is trained alike."""
+    return f'again {name}' if name in runs.results.lines and not runs.is_here(name) else name
 
 
 def sweep_of(plan, model):
@@ -42,7 +54,10 @@ def rate_of(runs, plan, model):
     found = {rate: runs.results.of(name, sorted(flags))
              for rate, (name, flags) in sweep_of(plan, model).items()}
     losses = {rate: line['val_loss'] for rate, line in found.items() if line}
-    return min(losses, key=losses.get, default=1e-2)
+    if len(losses) < len(found):
+        print(f'note: {model} has no whole sweep of rates here: it takes 1e-2', flush=True)
+        return 1e-2
+    return min(losses, key=losses.get)
 
 
 def mean_and_sd(values):
@@ -53,10 +68,12 @@ def mean_and_sd(values):
 def compared(found, words):
     """A sentence of {model: losses by seed}: which is best, and which it is not told apart from."""
     best = min(found, key=lambda model: statistics.mean(found[model]))
+    if len(found[best]) == 1:
+        return f'{words} {best} is lowest, of one seed.'
     near = []
     for model, values in found.items():
         gaps = [value - lowest for value, lowest in zip(values, found[best])]
-        if model != best and len(gaps) > 1 and statistics.mean(gaps) < 2 * statistics.stdev(gaps):
+        if model != best and statistics.mean(gaps) < 2 * statistics.stdev(gaps):
             near.append(model)
     if not near:
         return f'{words} {best} is best.'
@@ -82,7 +99,7 @@ def losses(runs, plan):
     """Val loss at equal tokens; and at equal time: with as many steps as each makes while the
     quickest makes all of them, its schedule as short."""
     for corpus in plan.corpora:
-        models = [*MODELS] if corpus == 'characters' else THREE
+        models = models_of(corpus)
         more = f'--dataset={corpus} --eval_interval={max(1, plan.steps // 5)}'
         rates = {model: rate_of(runs, plan, model) for model in models}
         names = {(model, seed): f'{corpus} {model} {seed}' for model in models for seed in plan.seeds}
@@ -110,10 +127,11 @@ def losses(runs, plan):
             yield (f'| {model} | {parameters} | {mean_and_sd(at_end[model])} | {mean_and_sd(in_time[model])} '
                    f'| {steps[model]} | {speeds[model]:,.0f} |')
         yield '\n' + compared(at_end, 'At equal tokens') + ' ' + compared(in_time, 'At equal time')
-        first = {model: runs.curve(names[model, plan.seeds[0]]) for model in models}
-        curves = {f'{model} val': [(point.tokens, point.loss) for point in curve]
-                  for model, curve in first.items()}
-        write_picture(os.path.join(plan.pictures, f'losses-{corpus}.svg'), curves, 'tokens')
+        first = {model: names[model, plan.seeds[0]] for model in models}
+        if all(map(runs.is_here, first.values())):              # else the picture stays
+            curves = {f'{model} val': [(point.tokens, point.loss) for point in runs.curve(name)]
+                      for model, name in first.items()}
+            write_picture(os.path.join(plan.pictures, f'losses-{corpus}.svg'), curves, 'tokens')
         yield f'\n![val loss over tokens]({os.path.basename(plan.pictures)}/losses-{corpus}.svg)'
 
 
@@ -126,19 +144,20 @@ def bytes_of(runs, dataset, split, most):
 
 
 def bits(runs, plan):
-    """Bits a byte of the val split, beside what needs no network."""
+    """Bits a byte of the val split, beside what needs no network, which has read the train split, of
+    it 10 MB at most."""
     names = {(corpus, model, seed): f'{corpus} {model} {seed}'
              for corpus in plan.corpora for model in THREE for seed in plan.seeds}
     runs.need(names.values(), 'bits')
     yield '| bits a byte | ' + ' | '.join(plan.corpora) + ' |\n| --- |' + ' --- |' * len(plan.corpora)
-    rows = {'every byte alike': [8.0] * len(plan.corpora), 'xz -9e, which has read the train split': [],
+    rows = {'every byte alike': [8.0] * len(plan.corpora), 'xz -9e': [],
             'the last four bytes (Kneser-Ney)': []}
     for corpus in plan.corpora:
         train, val = (bytes_of(runs, corpus, split, plan.most_bytes) for split in ('train', 'val'))
-        rows['xz -9e, which has read the train split'].append(baselines.packed(train, val))
+        rows['xz -9e'].append(baselines.packed(train, val))
         rows['the last four bytes (Kneser-Ney)'].append(baselines.n_gram(train, val))
     for model in THREE:
-        rows[model] = [statistics.mean(runs.bits(names[corpus, model, seed]) for seed in plan.seeds)
+        rows[model] = [statistics.mean(runs.bits(names[corpus, model, seed], corpus) for seed in plan.seeds)
                        for corpus in plan.corpora]
     for name, values in rows.items():
         yield f'| {name} | ' + ' | '.join(f'{value:.3f}' for value in values) + ' |'
@@ -147,16 +166,16 @@ def bits(runs, plan):
 # --- E: length -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def by_position(net, ids, T, times):
-    """{position: nats a token} in texts of T * times tokens, read with all that stands before;
-    positions by octaves from T/2 on."""
+def by_position(step, ids, T, times):
+    """{position: nats a token} in texts of T * times tokens, read by step(idx, state) → (logits,
+    state); positions by octaves from T/2 on."""
     length = T * times
     n = min(24, (len(ids) - 1) // length)
     rows = torch.from_numpy(ids[:n * length + 1]).long()
     x, y = rows[:-1].view(n, length), rows[1:].view(n, length)
     state, nats = None, []
     for idx, targets in zip(x.split(64, 1), y.split(64, 1)):
-        logits, state = net.step(idx, state)
+        logits, state = step(idx, state)
         nats.append(torch.nn.functional.cross_entropy(logits.mT, targets, reduction='none'))     # (n, 64)
     nats = torch.cat(nats, 1).mean(0)                           # (length,)
     edges = [0] + [T // 2 * 2 ** i for i in range(int(math.log2(2 * times)) + 1)]
@@ -164,16 +183,27 @@ def by_position(net, ids, T, times):
 
 
 def length(runs, plan):
-    """Loss by position far beyond the trained length, of the models of `losses`; of Mamba-2 also
-    where states were carried in training."""
+    """Loss by position far beyond the trained length, 128, of the models of `losses`: of a GPT that
+    sees all that stands before, and of one that sees the last 128 tokens, as sample.py has it; of
+    Mamba-2 also where states were carried in training. A column is of one text for all rows; each is
+    of another text, of which some are harder."""
     corpus, seed = plan.corpora[0], plan.seeds[0]
-    ways = {model: (f'{corpus} {model} {seed}', model, '') for model in MODELS}
-    ways['Mamba-2, carry_state'] = (f'length {corpus} Mamba-2 {seed}', 'Mamba-2', ' --carry_state=True')
+    if len(runs.tokens(corpus)) <= 128 * plan.times:
+        fail(f'length: the val split of {corpus} has {len(runs.tokens(corpus)):,} tokens, and one text takes '
+             f'{128 * plan.times + 1:,}: name a longer text')
+    ways = {model: (at_hand(runs, f'{corpus} {model} {seed}'), model, '') for model in models_of(corpus)}
+    ways['Mamba-2, carry_state'] = (at_hand(runs, f'length {corpus} Mamba-2 {seed}'), 'Mamba-2',
+                                    ' --carry_state=True')
     more = f'--dataset={corpus} --eval_interval={max(1, plan.steps // 5)}'
     runs.train({name: flags_of(model, more + flag, plan, seed, rate_of(runs, plan, model))
                 for name, model, flag in ways.values()})
-    found = {way: by_position(runs.model(name)[0], runs.tokens(corpus), 128, plan.times)
-             for way, (name, *_) in ways.items()}
+    found = {}
+    for way, (name, model, _) in ways.items():
+        net = runs.model(name)[0]
+        steps = {way: net.step}
+        if model == 'GPT':
+            steps = {'GPT, seeing all': net.step, 'GPT, seeing 128': partial(generation.step, net)}
+        found |= {words: by_position(step, runs.tokens(corpus), 128, plan.times) for words, step in steps.items()}
     ends = list(next(iter(found.values())))
     yield '| tokens from … to | ' + ' | '.join(f'{a:,}–{b:,}' for a, b in zip([0, *ends], ends)) + ' |'
     yield '| --- |' + ' --- |' * len(ends)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from mambino import language_model
 from mambino.bench.turns import HERE
+from mambino.configurator import fail
 from mambino.train.loader import Loader
 from mambino.weights import checkpoint
 
@@ -116,8 +117,14 @@ VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=
 
 def main():
     global HALF
+    if sys.argv[1:2] == [] or sys.argv[1] not in VARIANTS:
+        fail(f'name a change first: {", ".join(VARIANTS)}; then what train.py takes')
     change = VARIANTS[sys.argv.pop(1)]
-    HALF = [int(flag.partition('=')[2]) for flag in sys.argv if flag.startswith('--max_iters=')][-1] // 2
+    steps = [flag.partition('=')[2] for flag in sys.argv if flag.startswith('--max_iters=')]
+    if change in (shorter, fewer):
+        if not steps or not steps[-1].isdecimal():
+            fail(f'{change.__name__}: name the steps, --max_iters=')
+        HALF = int(steps[-1]) // 2
 
     def changed(model, config):
         net = model(config)
