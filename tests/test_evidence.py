@@ -234,13 +234,15 @@ def test_it_goes_on_where_it_was_stopped_and_the_same_seeds_give_the_same_number
 def test_a_variant_of_a_model_is_trained_by_the_same_script(tmp_path):
     write_text(tmp_path / 'text.txt')
     where = ['--folder=runs', '--out=page/evidence']
-    flags = ['text.txt', '--quick=True', *where, '--dtype=float32', '--sections=choices']
+    flags = ['text.txt', '--quick=True', *where, '--dtype=float32', '--sections=choices,schedules']
     done = evidence(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / 'page/evidence/results.jsonl').read_text().splitlines()]
     losses = {line['name']: line['val_loss'] for line in lines}
     assert losses['choice GPT, bigrams'] != losses['choice GPT']
-    assert '| bigrams | ' in (tmp_path / 'page/evidence.md').read_text()
+    assert losses['schedule GPT, fewer'] != losses['schedule GPT'] == losses['choice GPT']
+    page = (tmp_path / 'page/evidence.md').read_text()
+    assert '| bigrams | ' in page and '| fewer | ' in page
 
 
 @pytest.mark.parametrize('name', ['bigrams', 'smear', 'values', 'zero', 'softcap'])

@@ -16,6 +16,7 @@ from the tables there are: evidence/page.md, if nothing else is said. Sections:
     recall      which value belongs to a key: by pairs, and by bytes of state
     copying     copy, induction, selective copy, to 64 times the trained length
     choices     one thing of the recipe changed: what it adds to the loss
+    schedules   … batches and windows that grow, weight decay
     bare        python train.py with nothing said, beside what else its time could have gone to
     minutes     until a model is as good as nanoGPT's recipe for an A100
     speed       training; a token after 100 to 100,000 others, and what is kept of them
@@ -30,7 +31,7 @@ from types import SimpleNamespace
 
 from mambino.bench.evidence.answers import copying, recall
 from mambino.bench.evidence.bare import LENGTHS, bare, minutes
-from mambino.bench.evidence.choices import CHANGES, choices, samples
+from mambino.bench.evidence.choices import CHANGES, SCHEDULES, choices, samples, schedules
 from mambino.bench.evidence.losses import RATES, bits, length, losses, sweep
 from mambino.bench.evidence.speed import speed
 from mambino.bench.trained import Runs
@@ -40,8 +41,8 @@ from mambino.machine import choose_device
 
 SECTIONS = {    # in this order; minutes on two cores
     'sweep': (sweep, 18), 'losses': (losses, 60), 'bits': (bits, 2), 'length': (length, 5), 'recall': (recall, 10),
-    'copying': (copying, 15), 'choices': (choices, 60), 'bare': (bare, 45), 'minutes': (minutes, 15),
-    'speed': (speed, 1), 'samples': (samples, 1)}
+    'copying': (copying, 15), 'choices': (choices, 60), 'schedules': (schedules, 20), 'bare': (bare, 45),
+    'minutes': (minutes, 35), 'speed': (speed, 1), 'samples': (samples, 1)}
 
 HEAD = """# Evidence
 
@@ -80,12 +81,13 @@ def plan_of():
             seeds=[1], rates=(1e-2,), steps=20, tokens_per_step=512, corpora=('characters',), choice_steps=20,
             recall_steps=3, task_steps=3, times=2, pairs=[4], copy_times=(1, 2), most_bytes=20_000,
             changes={'bigrams': CHANGES['an embedding of each two tokens, too']}, choice_seeds=[1],
+            schedules={'fewer': (['GPT'], 'fewer --max_iters={third}')},
             bare=['--max_iters=3', '--n_layer=1'], lengths=[20])
     return SimpleNamespace(
         seeds=[int(seed) for seed in seeds.split(',')], rates=RATES, steps=800, tokens_per_step=4096,
         corpora=[*corpora_of()], choice_steps=400, recall_steps=1000, task_steps=1000, times=16,
         pairs=[4, 8, 16, 32, 64], copy_times=(1, 2, 4, 16, 64), most_bytes=10_000_000, changes=CHANGES,
-        choice_seeds=[1, 2, 3], bare=[], lengths=LENGTHS)
+        schedules=SCHEDULES, choice_seeds=[1, 2, 3], bare=[], lengths=LENGTHS)
 
 
 def corpora_of():
