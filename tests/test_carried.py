@@ -158,7 +158,7 @@ def test_states_are_planned_with_and_stay_out_of_the_best_model(here, capsys, mo
     assert 'of 1.0 GB that --vram says, 0.00 GB left to the states of carry_state' in said
     assert 'out/ckpt.pt could not be saved (DefaultCPUAllocator' in said and len(tried) == 2    # of steps 5 and 6
     assert 'carried' in load() and 'carried' not in load('out/best.pt')
-    train('--carry_state=True --vram=0.0002 --out_dir=small', status=2)
+    train('--carry_state=True --state_size=128 --vram=0.0002 --out_dir=small', status=2)
     refused(capsys, 'keeps the states of 4 texts', 'lower --tokens_per_step')
 
 

@@ -133,7 +133,7 @@ checkpoint.save_checkpoint = once""")
 
 @pytest.mark.parametrize('model, batch_size, more', [  # one and two micro-batches of a process
     pytest.param('gpt', 4, '', id='torchrun'), ('mamba', 2, ''), ('mamba', 4, '--version=3'),
-    ('gpt', 2, '--dataset=tiny:3,more:1'), ('mamba', 2, '--objective=block --block_length=4'),
+    ('gpt', 2, '--dataset=tiny:3,more:1'), ('mamba', 2, '--objective=block --block_length=4 --state_size=128'),
     ('mamba', 2, '--carry_state=True'),
     # limits and the loss of balance are a micro-batch's own
     ('gpt', 4, '--n_expert=4 --capacity_factor=0 --aux_loss=0')])

@@ -1,4 +1,4 @@
-"""Energy that the processor took, by the counters of Linux (powercap; on many systems root alone reads them).
+"""Energy that the processor took, by the counters of Linux (powercap; often root alone reads them).
 
     before = counters()
     …
@@ -11,11 +11,11 @@ FOLDER = '/sys/class/powercap'
 
 
 def counters(folder=FOLDER):
-    """{package: (microjoules so far, after how many it begins at 0 again)}; {} where none can be read."""
+    """{package: (microjoules, after how many it begins at 0)}; {} where none can be read."""
     found = {}
     try:
         for name in os.listdir(folder):
-            if re.fullmatch(r'intel-rapl:\d+', name):           # AMD's have this name, too; parts of one end in :0:0
+            if re.fullmatch(r'intel-rapl:\d+', name):  # AMD's, too; parts of one end in :0:0
                 found[name] = tuple(number_in(os.path.join(folder, name, which))
                                     for which in ('energy_uj', 'max_energy_range_uj'))
     except (OSError, ValueError):
@@ -29,7 +29,9 @@ def number_in(path):
 
 
 def joules(before, after):
-    """Between two readings, in which no counter has begun anew more than once: with 100 W after some 40 minutes."""
+    """Between two readings, in which no counter has begun anew more than once: with 100 W in some 40
+    minutes."""
     if not before or before.keys() != after.keys():
         return None
-    return sum((after[name][0] - so_far) % (most + 1) for name, (so_far, most) in before.items()) / 1e6
+    spent = [(after[name][0] - so_far) % (most + 1) for name, (so_far, most) in before.items()]
+    return sum(spent) / 1e6

@@ -79,11 +79,13 @@ def content_of(path):
     """A digest of a file, or of all files in a folder and their names."""
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
+        paths = sorted(os.path.join(where, name) for where, _, names in os.walk(path)
+                       for name in names)
     state = hashlib.sha256()
     for each in paths:
         with open(each, 'rb') as f:
-            state.update(f'{os.path.relpath(each, path)} {hashlib.sha256(f.read()).hexdigest()}\n'.encode())
+            own = hashlib.sha256(f.read()).hexdigest()
+        state.update(f'{os.path.relpath(each, path)} {own}\n'.encode())
     return state.hexdigest()
 
 
@@ -133,7 +135,7 @@ class Runs:
                              '--folder')
             return
         os.makedirs(os.path.dirname(told), exist_ok=True)
-        with open(told, 'w', encoding='utf-8') as f:            # first: a dataset without it is known by nothing
+        with open(told, 'w', encoding='utf-8') as f:    # first: a dataset without it is any text's
             f.write(asked)
         self.script('prepare.py', [*map(os.path.abspath, inputs), *flags, f'--out=data/{name}'])
 
@@ -185,13 +187,14 @@ class Runs:
             is_new = not os.path.exists(os.path.join(self.path(name), 'ckpt.pt'))
             before = energy.counters()
             said = self.script(script, [*wanted[name], *more]).stdout
-            spent = energy.joules(before, energy.counters()) if self.workers == 1 and is_new else None
+            spent = energy.joules(before, energy.counters())
+            own = dict(joules=spent) if spent and self.workers == 1 and is_new else {}
             told = [line.split(': ')[1].split(' ')[0] for line in said.splitlines() if ' parameters, ' in line]
             curve = self.curve(name)
             return dict(
                 parameters=told[0] if told else '', val_loss=curve[-1].loss, val_error=curve[-1].error,
                 best=min(point.loss for point in curve), seconds=curve[-1].seconds, speed=self.speed(name),
-                dtype=self.checkpoint(name)['settings']['dtype'], **({'joules': spent} if spent else {}))
+                dtype=self.checkpoint(name)['settings']['dtype'], **own)
         return self.each({name: sorted(flags) for name, flags in wanted.items()}, measure)
 
     def learned(self, wanted, module):

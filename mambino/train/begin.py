@@ -76,7 +76,8 @@ def find_origin(settings, explicit):
     """The Origin that out_dir and init_from name. A resumed run's settings are filled in; what
     makes the model cannot change."""
     for values in (settings, explicit):
-        values.update({name: bool(values[name]) for name in MAY_BE_LEFT_OUT if values.get(name) in (0, 1)})
+        named = [name for name in MAY_BE_LEFT_OUT if values.get(name) in (0, 1)]
+        values.update({name: bool(values[name]) for name in named})
     out_dir, init_from = settings['out_dir'], settings['init_from']
     latest = latest_of(out_dir)
     names_model = init_from not in ('auto', 'resume', 'scratch')
@@ -276,8 +277,9 @@ def fill_unset(settings, explicit, origin, data):
     sizes = sizes_for(device, model, settings['n_embd'] if is_new else 0, is_new)
     sizes |= named_size(model, settings['size'], settings['mimo_rank'])
     if origin.model:
-        sizes |= {name: value for name, value in origin.model['config'].items() if name in OF_THE_SIZE}
-    elif settings['version'] != 1 and 'd' not in settings['layers']:    # a state that suits the width
+        config = origin.model['config']
+        sizes |= {name: config[name] for name in OF_THE_SIZE if name in config}
+    elif settings['version'] != 1 and 'd' not in settings['layers']:    # a state that suits its width
         settings['state_size'] = settings['state_size'] or sizes.get('state_size', 0)
     if not settings['block_size']:                  # a small text need not fill a large window
         shortest = min(n for part in data.parts for n in part.tokens.values())

@@ -69,7 +69,7 @@ def model_config(settings, explicit, origin, data):
     kind = settings['model']
     fields = {name: {field.name for field in dataclasses.fields(config)}
               for name, (_, config) in MODELS.items()}
-    flags = [name for name in named_flags() if explicit.get(name, '') is not None]      # None leaves it out
+    flags = [name for name in named_flags() if explicit.get(name, '') is not None]
     for name in explicit:  # a config file may serve several models, a flag is meant
         of_another = name not in fields[kind] and any(name in names for names in fields.values())
         if of_another and name in flags:

@@ -132,7 +132,7 @@ def measure(net, T, sequences):
                 return ratio_of([times])
             tokens = max(FEWEST, int(FIRST * TURN / seconds))
             is_busy = False
-            while True:             # a step's own shape, if that is not too much: few tokens are slow in other ways
+            while True:     # a step's own shape, unless that takes long: few tokens are slow otherwise
                 shape = max(1, min(sequences, tokens // T)), min(T, tokens)
                 if turn(*shape)[1] > 2 * TURN:          # the first one prepares products of this shape
                     break

@@ -41,8 +41,8 @@ from mambino.machine import choose_device
 
 SECTIONS = {    # in this order; minutes on two cores
     'sweep': (sweep, 18), 'losses': (losses, 60), 'bits': (bits, 2), 'length': (length, 5), 'recall': (recall, 10),
-    'copying': (copying, 15), 'choices': (choices, 60), 'schedules': (schedules, 20), 'bare': (bare, 45),
-    'minutes': (minutes, 35), 'speed': (speed, 1), 'samples': (samples, 1)}
+    'copying': (copying, 15), 'choices': (choices, 60), 'schedules': (schedules, 20),
+    'bare': (bare, 45), 'minutes': (minutes, 35), 'speed': (speed, 1), 'samples': (samples, 1)}
 
 HEAD = """# Evidence
 
@@ -62,13 +62,13 @@ token of the whole val split (of characters the last tenth of the text, of Pytho
 files), which chose nothing but the rates. ± is the standard deviation of seeds.
 """
 OWN = 'characters', 'python'
-inputs = []             # a text, such as the works of Shakespeare in a megabyte; then others, files or folders
+inputs = []             # a text, such as tinyshakespeare; then others, files or folders
 sections = ','.join(SECTIONS)
-corpora = ''            # of losses and bits, the first three of bare, the first of length and choices:
-                        # characters, python, and the other inputs' names; left out, all of these
+corpora = ''            # of losses and bits, three of bare, the first of length and choices: of
+                        # characters, python and the other inputs' names; left out, all
 seeds = '1,2,3'
 folder = ''             # where runs are kept, and go on; left out, evidence, or evidence-quick
-out = ''                # results.jsonl and pictures, the page is <out>.md; left out, page in the folder
+out = ''                # results and pictures, the page is <out>.md; left out, page in the folder
 workers = 2             # runs at once, of a thread each
 dtype = 'auto'          # of training, see train.py
 device = 'cpu'          # 'cuda' for what is not about time: recall, copying, choices
@@ -118,12 +118,12 @@ def main():
     if not all(seed.isdecimal() for seed in seeds.split(',')):
         fail(f'seeds={seeds}: write numbers with commas between them')
     if quick and (corpora or seeds != '1,2,3' or inputs[1:]):
-        fail('quick=True: is of the first text alone, and of seed 1: leave out corpora, seeds and further texts')
+        fail('quick=True: is of the first text alone: leave out corpora, seeds and further texts')
     if workers < 1:
         fail(f'workers={workers} must be 1 or more')
     choose_device(device)
     if not inputs or not all(map(os.path.exists, inputs)):
-        fail('name a text that is there, and others if you like: python -m mambino.bench.evidence input.txt')
+        fail('name a text that is there: python -m mambino.bench.evidence input.txt')
     folder = folder or ('evidence-quick' if quick else 'evidence')
     out = out or os.path.join(folder, 'page')
     try:
@@ -133,8 +133,9 @@ def main():
     runs = Runs(folder, workers, results=os.path.join(out, 'results.jsonl'), device=device)
     plan = plan_of()
     plan.dtype, plan.pictures = dtype, out
-    flags = {'characters': ['--tokenizer=char'], 'python': ['--tokenizer=byte', '--val_fraction=0.02']}  # 0.2 MB
-    for name, path in ({'characters': inputs[0]} | corpora_of()).items():       # the sweep's is characters
+    flags = {'characters': ['--tokenizer=char'],
+             'python': ['--tokenizer=byte', '--val_fraction=0.02']}     # 0.2 MB
+    for name, path in ({'characters': inputs[0]} | corpora_of()).items():   # of the sweep the first
         runs.prepare(name, [path] if path else [], flags.get(name, []))
     for name in names:
         measure, about = SECTIONS[name]

@@ -29,7 +29,8 @@ def solved(runs, plan, task, asked, T, steps, batch):
 
 def table_of(best, lines, rates, asked, words, chance):
     """chance: the share of answers of which a guess is right, of each of asked."""
-    yield f'| {words} | parameters | state, KB | ' + ' | '.join(f'{n:,}' for n in asked) + ' | of each rate, mean |'
+    columns = ' | '.join(f'{n:,}' for n in asked)
+    yield f'| {words} | parameters | state, KB | {columns} | of each rate, mean |'
     yield '| --- | --- | --- |' + ' --- |' * (len(asked) + 1)
     yield '| a guess | | | ' + ' | '.join(f'{share:.1%}' for share in chance) + ' | |'
     for model, line in best.items():
@@ -47,7 +48,8 @@ def recall(runs, plan):
     and more the hybrid knows what stands in its window."""
     asked = plan.pairs
     best, lines = solved(runs, plan, 'recall', asked, 4 * max(asked), plan.recall_steps, 32)
-    yield from table_of(best, lines, plan.rates, asked, 'right answers, by pairs', [1 / n for n in asked])
+    chance = [1 / n for n in asked]
+    yield from table_of(best, lines, plan.rates, asked, 'right answers, by pairs', chance)
     curves = {f'{model} val': [(n, line['right'][str(n)]) for n in asked] for model, line in best.items()}
     write_picture(os.path.join(plan.pictures, 'recall.svg'), curves, 'pairs')
     yield f'\n![share of right answers, by pairs]({os.path.basename(plan.pictures)}/recall.svg)'

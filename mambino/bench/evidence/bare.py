@@ -68,8 +68,9 @@ def minutes(runs, plan):
     yield '| --- | --- | --- | --- | --- |' + ' --- |' * tells
     for model, (steps, line) in rows.items():
         word = '' if line['val_loss'] <= A100 else ', not there yet'
-        cells = [model, steps, f'{line["val_loss"]:.3f}{word}', f'{line["seconds"] / 60:.1f}', f'{line["speed"]:,.0f}']
-        yield f'| {" | ".join(map(str, cells))} |' + (f' {line["joules"] / 1000:.1f} |' if tells else '')
+        energy = f' {line["joules"] / 1000:.1f} |' if tells else ''
+        yield (f'| {model} | {steps} | {line["val_loss"]:.3f}{word} | {line["seconds"] / 60:.1f} '
+               f'| {line["speed"]:,.0f} |{energy}')
     yield '' if tells else '\nWhat energy they took this machine does not tell.'
     runs.used |= alone.used
     runs.results = alone.results

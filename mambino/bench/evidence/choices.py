@@ -6,8 +6,8 @@ import statistics
 from mambino.bench.evidence.losses import THREE, at_hand, flags_of, models_of, rate_of
 
 TWO = ['GPT', 'Mamba-2']
-# what is changed: the models it means something to, flags. A first word without -- is one of variants.py.
-# twice, third: steps, twice as many and a third more; tenth: of the rate
+# what is changed: the models it means something to, flags. A first word without -- is one of
+# variants.py. twice, third: steps, twice as many and a third more; tenth: of the rate
 CHANGES = {
     'AdamW at 4e-3': (TWO, '--optimizer=adamw --learning_rate=4e-3'),
     'a cosine': (TWO, '--schedule=cosine'),
@@ -54,8 +54,9 @@ def choices(runs, plan):
     changes of the schedule alone show, which compute the same. SOAP is not in torch."""
     wanted = wanted_of(runs, plan, 'choice', plan.changes)
     for seed in plan.choice_seeds[1:]:
-        wanted |= {f'choice {model}, seed {seed}': changed(wanted[f'choice {model}'], f'--seed={seed}')
-                   for model in THREE}
+        for model in THREE:
+            again = changed(wanted[f'choice {model}'], f'--seed={seed}')
+            wanted[f'choice {model}, seed {seed}'] = again
     ended = trained(runs, wanted)
     speeds = {}
     if runs.device == 'cpu':
@@ -86,12 +87,12 @@ def schedules(runs, plan):
 def wanted_of(runs, plan, word, changes):
     """{name: flags} of the runs without a change and with each."""
     more = f'--dataset={plan.corpora[0]} --eval_interval={4 * plan.steps}'
-    wanted = {f'{word} {model}': flags_of(model, more, plan, 1, rate_of(runs, plan, model), plan.choice_steps)
-              for model in THREE}
+    rates = {model: rate_of(runs, plan, model) for model in THREE}
+    steps = plan.choice_steps
+    wanted = {f'{word} {model}': flags_of(model, more, plan, 1, rates[model], steps) for model in THREE}
     for name, (models, change) in changes.items():
         for model in models:
-            flags = change.format(twice=2 * plan.choice_steps, third=round(plan.choice_steps * 4 / 3),
-                                  tenth=rate_of(runs, plan, model) / 10)
+            flags = change.format(twice=2 * steps, third=round(steps * 4 / 3), tenth=rates[model] / 10)
             wanted[f'{word} {model}, {name}'] = changed(wanted[f'{word} {model}'], flags)
     return wanted
 
@@ -104,8 +105,8 @@ def head(word, ended):
 
 def rows(word, changes, ended, speeds):
     for name, (models, _) in changes.items():
-        yield f'| {name} | ' + ' | '.join(
-            cell(ended, speeds, f'{word} {model}', name) if model in models else '' for model in THREE) + ' |'
+        cells = [cell(ended, speeds, f'{word} {model}', name) if model in models else '' for model in THREE]
+        yield f'| {name} | {" | ".join(cells)} |'
 
 
 def cell(ended, speeds, base, name):

@@ -117,7 +117,8 @@ def losses(runs, plan):
             {model: [ended[which[model, seed]]['val_loss'] for seed in plan.seeds] for model in models}
             for which in (names, shorter))
         seconds = plan.steps * plan.tokens_per_step / speeds[quickest]
-        processors = {ended[name]['machine'].split(',')[0] for name in (*names.values(), *shorter.values())}
+        lines = [ended[name] for name in (*names.values(), *shorter.values())]
+        processors = {line['machine'].split(',')[0] for line in lines}
         tokens = plan.steps * plan.tokens_per_step
         yield f'\n{corpus}, {tokens / 1e6:.1f}M tokens, on {" and ".join(sorted(processors))}:\n'
         yield (f'| | parameters | val loss at equal tokens | in {seconds:.0f} s of training | steps then '
@@ -189,9 +190,10 @@ def length(runs, plan):
     of another text, of which some are harder."""
     corpus, seed = plan.corpora[0], plan.seeds[0]
     if len(runs.tokens(corpus)) <= 128 * plan.times:
-        fail(f'length: the val split of {corpus} has {len(runs.tokens(corpus)):,} tokens, and one text takes '
-             f'{128 * plan.times + 1:,}: name a longer text')
-    ways = {model: (at_hand(runs, f'{corpus} {model} {seed}'), model, '') for model in models_of(corpus)}
+        fail(f'length: a text takes {128 * plan.times + 1:,} tokens, and the val split of {corpus} has '
+             f'{len(runs.tokens(corpus)):,}: name a longer text')
+    ways = {model: (at_hand(runs, f'{corpus} {model} {seed}'), model, '')
+            for model in models_of(corpus)}
     ways['Mamba-2, carry_state'] = (at_hand(runs, f'length {corpus} Mamba-2 {seed}'), 'Mamba-2',
                                     ' --carry_state=True')
     more = f'--dataset={corpus} --eval_interval={max(1, plan.steps // 5)}'
@@ -203,7 +205,8 @@ def length(runs, plan):
         steps = {way: net.step}
         if model == 'GPT':
             steps = {'GPT, seeing all': net.step, 'GPT, seeing 128': partial(generation.step, net)}
-        found |= {words: by_position(step, runs.tokens(corpus), 128, plan.times) for words, step in steps.items()}
+        for words, step in steps.items():
+            found[words] = by_position(step, runs.tokens(corpus), 128, plan.times)
     ends = list(next(iter(found.values())))
     yield '| tokens from … to | ' + ' | '.join(f'{a:,}–{b:,}' for a, b in zip([0, *ends], ends)) + ' |'
     yield '| --- |' + ' --- |' * len(ends)

@@ -16,8 +16,8 @@ TOKENS = 41         # of which the middle one is told; the first ones find their
 
 @torch.no_grad()
 def state_at(net, n, sees_all=True):
-    """A state after n tokens, of which the last ones were read; what stands in a cache of the others takes no part in
-    how long a token takes."""
+    """A state after n tokens, of which the last ones were read; what stands in a cache of the others
+    takes no part in how long a token takes."""
     if not sees_all:
         state = None
         for _ in range(0, min(n, 2 * net.config.block_size), 10):
@@ -35,8 +35,8 @@ def state_at(net, n, sees_all=True):
 
 @torch.no_grad()
 def milliseconds(net, n, sees_all=True):
-    """Of the middle one of some tokens after n others, as sample.py computes them; where sees_all, a GPT without its
-    window."""
+    """Of the middle one of some tokens after n others, as sample.py computes them; where sees_all, a
+    GPT without its window."""
     state, times = state_at(net, n, sees_all), []
     idx = torch.zeros(1, 1, dtype=torch.long)
     step = decode.step if sees_all else generation.step
@@ -68,7 +68,9 @@ def speed(runs, plan):
         net = runs.model(name)[0].eval()
         trained = (f'{runs.speed(name):,.0f} | {statistics.median(line["mfu"] for line in log):.0%} '
                    f'| {max(line["memory"] for line in log) / 1e9:.1f}')
-        ways = {'GPT, seeing all': True, 'GPT, seeing 128': False} if model == 'GPT' else {model: True}
+        ways = {model: True}
+        if model == 'GPT':
+            ways = {'GPT, seeing all': True, 'GPT, seeing 128': False}
         for words, sees_all in ways.items():
             times = [milliseconds(net, n, sees_all) for n in positions]
             kept = [bytes_of(state_at(net, n, sees_all), n) for n in positions]

@@ -1,4 +1,4 @@
-"""train.py with a model, or batches, changed in a way for which it has no flag, to see what that brings:
+"""train.py with a model, or batches, changed in a way for which it has no flag:
 
     python -m mambino.bench.evidence.variants zero --model=gpt --dataset=…      # then as train.py
 
@@ -112,7 +112,8 @@ def fewer(net):
     at_first(lambda ids: ids[:(len(ids) + 1) // 2])
 
 
-VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=softcap, shorter=shorter, fewer=fewer)
+VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=softcap,
+                shorter=shorter, fewer=fewer)
 
 
 def main():
