@@ -346,13 +346,28 @@ def test_batches_are_cut_in_the_first_half_of_the_steps(runs, monkeypatch):
     for change, cut in ((variants.shorter, (16, 4)), (variants.fewer, (2, 16))):
         with monkeypatch.context() as within:
             within.setattr(Loader, 'next', Loader.next)
-            change(None)
+            variants.at_first(change)
             for step in range(4):
                 loader = types.SimpleNamespace(step_start=8 * step, sequences=4, world=2)
                 x, y, weight = Loader.next(loader)
                 assert x.shape == y.shape and weight == 1.0 and torch.equal(x.flatten(), torch.arange(x.numel()))
                 shapes.append(tuple(x.shape))
         assert shapes[-4:] == [cut, cut, (4, 16), (4, 16)]
+
+
+def test_batches_are_cut_once(runs, tmp_path):
+    """However often a model is built: in the first half of the steps."""
+    spy = tmp_path / 'spy.py'
+    spy.write_text('import sys\nfrom mambino.bench.evidence import variants\nfrom mambino import language_model\n'
+                   'as_it_is = language_model.linear_cross_entropy\n'
+                   'def told(x, *more):\n    print("targets", x.shape[0] * x.shape[1])\n    return as_it_is(x, *more)\n'
+                   'language_model.linear_cross_entropy = told\nvariants.main()\n')
+    for name, first in (('fewer', 32), ('shorter', 64)):
+        done = subprocess.run([sys.executable, spy, name, *TINY, '--max_iters=4', f'--out_dir={name}'],
+                              cwd=runs.folder, env={**os.environ, 'PYTHONPATH': ROOT}, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        counts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith('targets')]
+        assert counts[:4] == [first] * 2 + [64] * 2
 
 
 @pytest.mark.parametrize('name', ['bigrams', 'zero', 'fewer'])

@@ -104,32 +104,34 @@ def at_first(change):
     Loader.next = changed
 
 
-def shorter(net):
-    at_first(lambda ids: ids.view(4 * len(ids), -1))
+def shorter(ids):
+    return ids.view(4 * len(ids), -1)
 
 
-def fewer(net):
-    at_first(lambda ids: ids[:(len(ids) + 1) // 2])
+def fewer(ids):
+    return ids[:(len(ids) + 1) // 2]
 
 
-VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=softcap,
-                shorter=shorter, fewer=fewer)
+VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=softcap)
+BATCHES = dict(shorter=shorter, fewer=fewer)
 
 
 def main():
     global HALF
-    if sys.argv[1:2] == [] or sys.argv[1] not in VARIANTS:
-        fail(f'name a change first: {", ".join(VARIANTS)}; then what train.py takes')
-    change = VARIANTS[sys.argv.pop(1)]
-    steps = [flag.partition('=')[2] for flag in sys.argv if flag.startswith('--max_iters=')]
-    if change in (shorter, fewer):
+    name = ''.join(sys.argv[1:2])
+    if name not in VARIANTS | BATCHES:
+        fail(f'name a change first: {", ".join(VARIANTS | BATCHES)}; then what train.py takes')
+    del sys.argv[1]
+    if name in BATCHES:
+        steps = [flag.partition('=')[2] for flag in sys.argv if flag.startswith('--max_iters=')]
         if not steps or not steps[-1].isdecimal():
-            fail(f'{change.__name__}: name the steps, --max_iters=')
+            fail(f'{name}: name the steps, --max_iters=')
         HALF = int(steps[-1]) // 2
+        at_first(BATCHES[name])
 
-    def changed(model, config):
+    def changed(model, config):                                 # each time one is built
         net = model(config)
-        change(net)
+        VARIANTS.get(name, lambda net: None)(net)
         return net
     for kind, (model, fields) in checkpoint.MODELS.items():     # also where a run goes on
         checkpoint.MODELS[kind] = partial(changed, model), fields
