@@ -7,25 +7,19 @@
 import os
 import re
 
+from mambino.machine import number_in
+
 FOLDER = '/sys/class/powercap'
 
 
 def counters(folder=FOLDER):
     """{package: (microjoules, after how many it begins at 0)}; {} where none can be read."""
     found = {}
-    try:
-        for name in os.listdir(folder):
-            if re.fullmatch(r'intel-rapl:\d+', name):  # AMD's, too; parts of one end in :0:0
-                found[name] = tuple(number_in(os.path.join(folder, name, which))
-                                    for which in ('energy_uj', 'max_energy_range_uj'))
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def number_in(path):
-    with open(path, encoding='ascii') as f:
-        return int(f.read())
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if re.fullmatch(r'intel-rapl:\d+', name):      # AMD's, too; parts of one end in :0:0
+            found[name] = tuple(number_in(os.path.join(folder, name, which))
+                                for which in ('energy_uj', 'max_energy_range_uj'))
+    return {} if any(None in numbers for numbers in found.values()) else found
 
 
 def joules(before, after):

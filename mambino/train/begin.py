@@ -274,7 +274,7 @@ def fill_unset(settings, explicit, origin, data):
     device = settings['device']
     model = settings['model']
     is_new = not (origin.model or settings['size'])
-    sizes = sizes_for(device, model, settings['n_embd'] if is_new else 0, is_new)
+    sizes = sizes_for(device, model, settings['n_embd'], is_new)
     sizes |= named_size(model, settings['size'], settings['mimo_rank'])
     if origin.model:
         config = origin.model['config']

@@ -116,6 +116,16 @@ VARIANTS = dict(zero=zero, bigrams=bigrams, smear=smear, values=values, softcap=
 BATCHES = dict(shorter=shorter, fewer=fewer)
 
 
+def at_each_model(change):
+    """change(net) where a model is built, also where a run goes on."""
+    def changed(model, config):
+        net = model(config)
+        change(net)
+        return net
+    for kind, (model, fields) in checkpoint.MODELS.items():
+        checkpoint.MODELS[kind] = partial(changed, model), fields
+
+
 def main():
     global HALF
     name = ''.join(sys.argv[1:2])
@@ -128,13 +138,8 @@ def main():
             fail(f'{name}: name the steps, --max_iters=')
         HALF = int(steps[-1]) // 2
         at_first(BATCHES[name])
-
-    def changed(model, config):                                 # each time one is built
-        net = model(config)
-        VARIANTS.get(name, lambda net: None)(net)
-        return net
-    for kind, (model, fields) in checkpoint.MODELS.items():     # also where a run goes on
-        checkpoint.MODELS[kind] = partial(changed, model), fields
+    else:
+        at_each_model(VARIANTS[name])
     sys.argv[0] = os.path.join(HERE, 'train.py')
     runpy.run_path(sys.argv[0], run_name='__main__')
 
